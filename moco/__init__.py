@@ -1,0 +1,5 @@
+"""Stage 1: where the backbone comes from (MoCo v1/v2, arXiv 1911.05722 and 2003.04297; v3, arXiv 2104.02057)."""
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
