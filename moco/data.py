@@ -1,0 +1,425 @@
+"""Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from moco import InputError
+
+# The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# torchvision's sets: class, the arguments of its training part, those of its held-out part (None: it has none, so the
+# images are split here).
+_TORCHVISION = {
+    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
+    "mnist": (datasets.MNIST, {"train": True}, {"train": False}),
+    "fashion_mnist": (datasets.FashionMNIST, {"train": True}, {"train": False}),
+    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
+    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
+    "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
+    "oxford_iiit_pet": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
+    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
+    "eurosat": (datasets.EuroSAT, {}, None),
+}
+DATASETS = ("digits", "imagefolder", *_TORCHVISION)
+EVAL_SPLITS = ("held-out", "validation")
+HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
+SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
+
+
+class LabelledImages(Dataset):
+    """(PIL RGB image, int label) pairs; `labels` holds all labels without reading an image."""
+
+    def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], indices: Sequence[int] | None = None):
+        self.source = source
+        self.indices = list(range(len(labels))) if indices is None else [int(i) for i in indices]
+        self.labels = [int(labels[i]) for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        image, _ = self.source[self.indices[i]]
+        return to_rgb(image), self.labels[i]
+
+    def subset(self, positions: Sequence[int]) -> "LabelledImages":
+        """The images at these positions, in this order."""
+        images = LabelledImages(self.source, [])
+        images.indices = [self.indices[i] for i in positions]
+        images.labels = [self.labels[i] for i in positions]
+        return images
+
+
+class Splits(NamedTuple):
+    train: LabelledImages
+    val: LabelledImages
+    class_names: list[str]
+
+
+def load_splits(
+    dataset: str = "digits",
+    data_dir: str | Path | None = None,
+    eval_split: str = "held-out",
+    labels_per_class: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """The training and evaluation images of a data set, without any transform.
+
+    Args:
+        dataset: one of DATASETS.
+        data_dir: folder of `imagefolder`; where torchvision's sets are kept (default `data`).
+        eval_split: what `val` is: 'held-out', or 'validation', a fixed stratified fifth taken out of the training
+            split, for choosing hyperparameters without a look at the held-out images.
+        labels_per_class: keep only so many random training images of each class.
+        seed: draws those; the splits themselves never depend on it.
+
+    Raises:
+        InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
+    """
+    if dataset == "digits":
+        splits = _digits(data_dir)
+    elif dataset == "imagefolder":
+        splits = _image_folder(data_dir)
+    elif dataset in _TORCHVISION:
+        splits = _torchvision(dataset, Path(data_dir or "data"))
+    else:
+        raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
+    train, val, class_names = splits
+    if eval_split == "validation":
+        train, val = _hold_out(train)
+    if labels_per_class is not None:
+        train = train.subset(_some_of_each(train.labels, labels_per_class, class_names, seed))
+    return Splits(train, val, class_names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def _digits(data_dir: str | Path | None) -> Splits:
+    """1,797 handwritten digits of 8x8 pixels and 17 grey levels (UCI optdigits test set) that scikit-learn contains."""
+    if data_dir is not None:
+        raise InputError(f"the digits need no --data-dir; for the images in {data_dir} use --dataset imagefolder")
+    from sklearn.datasets import load_digits  # here, because it takes a second to import
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
+    train, held_out = _hold_out(LabelledImages(images, digits.target))
+    return Splits(train, held_out, [str(name) for name in digits.target_names])
+
+
+class ImageFiles(Dataset):
+    """(PIL image, label) of (path, label) pairs. An unreadable file is an InputError that names it."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[i]
+        try:
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).copy(), label
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path}: not a readable image ({error}); repair or remove it") from None
+
+
+def _image_folder(data_dir: str | Path | None) -> Splits:
+    """`train/` and `val/` with a folder per class each, or one set of class folders, split here."""
+    if data_dir is None:
+        raise InputError("dataset imagefolder needs --data-dir, a folder with train/ and val/ or with class folders")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise InputError(f"--data-dir {root}: no such folder")
+    if not (root / "train").is_dir():
+        class_names = _class_folders(root)
+        train, val = _hold_out(_folder_images(root, class_names))
+        return Splits(train, val, class_names)
+    if not (root / "val").is_dir():
+        raise InputError(f"{root} has train/ but no val/; add it, or put the class folders straight into --data-dir")
+    class_names = _class_folders(root / "train")
+    unknown = set(_class_folders(root / "val", at_least=1)) - set(class_names)
+    if unknown:
+        raise InputError(f"{root / 'val'} has classes that {root / 'train'} lacks: {', '.join(sorted(unknown))}")
+    return Splits(
+        _folder_images(root / "train", class_names), _folder_images(root / "val", class_names, every=False), class_names
+    )
+
+
+def _class_folders(folder: Path, at_least: int = 2) -> list[str]:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) < at_least:
+        found = f"only {names[0]}" if names else "none"
+        raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
+    return names
+
+
+def _folder_images(folder: Path, class_names: list[str], every: bool = True) -> LabelledImages:
+    """All images below the class folders. `every`: a class without any is an error."""
+    class_to_index = {name: i for i, name in enumerate(class_names)}
+    samples = datasets.folder.make_dataset(
+        str(folder), class_to_index, extensions=datasets.folder.IMG_EXTENSIONS, allow_empty=True
+    )
+    labels = [label for _, label in samples]
+    empty = [name for name in class_names if class_to_index[name] not in set(labels)]
+    if not samples or (every and empty):
+        raise InputError(
+            f"{folder}: no images in {', '.join(empty)} (looked for {' '.join(datasets.folder.IMG_EXTENSIONS)})"
+        )
+    return LabelledImages(ImageFiles(samples), labels)
+
+
+def _torchvision(name: str, root: Path) -> Splits:
+    make, train_part, held_out_part = _TORCHVISION[name]
+    source = _present_or_downloaded(name, make, root, train_part)
+    class_names = [str(c) for c in getattr(source, "classes", range(1 + max(_labels_of(source))))]
+    train = LabelledImages(source, _labels_of(source))
+    if held_out_part is None:
+        return Splits(*_hold_out(train), class_names)
+    held_out = _present_or_downloaded(name, make, root, held_out_part)
+    return Splits(train, LabelledImages(held_out, _labels_of(held_out)), class_names)
+
+
+def _present_or_downloaded(name: str, make: Callable[..., Dataset], root: Path, part: dict[str, Any]) -> Dataset:
+    try:
+        return make(str(root), **part)
+    except RuntimeError:  # torchvision's way to say that it is not there
+        print(f"{name} is not in {root}: downloading it")
+    try:
+        return make(str(root), **part, download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{name} is not in {root} and could not be downloaded: {error}") from None
+
+
+def _labels_of(source: Dataset) -> list[int]:
+    """torchvision's sets keep their labels under one of three names."""
+    labels = next(getattr(source, name) for name in ("targets", "labels", "_labels") if hasattr(source, name))
+    return [int(label) for label in labels]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits
+
+
+def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions (rest, part): `part` has `fraction` of each class, at least one and never all of it where it can.
+
+    A class of a single image stays in `rest`.
+    """
+    rng, labels = np.random.RandomState(seed), np.asarray(labels)
+    rest, part = [], []
+    for label in np.unique(labels):
+        positions = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(fraction * len(positions))), len(positions) - 1)
+        part += positions[:count].tolist()
+        rest += positions[count:].tolist()
+    return sorted(rest), sorted(part)
+
+
+def _hold_out(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    rest, part = stratified_split(images.labels, HELD_OUT_FRACTION, SPLIT_SEED)
+    if not part:
+        raise InputError("too few images to hold some out: every class has only one")
+    return images.subset(rest), images.subset(part)
+
+
+def _some_of_each(labels: Sequence[int], count: int, class_names: list[str], seed: int) -> list[int]:
+    rng, labels = np.random.RandomState(seed), np.asarray(labels)
+    chosen = []
+    for label, name in enumerate(class_names):
+        positions = rng.permutation(np.flatnonzero(labels == label))
+        if len(positions) < count:
+            raise InputError(f"--labels-per-class {count}: class {name} has only {len(positions)} training images")
+        chosen += positions[:count].tolist()
+    return sorted(chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images and transforms
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as RGB: transparency over white, 16-bit and float levels scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
+        levels = np.asarray(image).astype(np.float32)
+        wide = image.mode.startswith("I;16") or levels.max() > 255
+        scale = 1 / 257 if wide else 255 if image.mode == "F" and levels.max() <= 1 else 1
+        image = Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+class Transformed(Dataset):
+    """(transform(image), label) of a data set of (image, label)."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any]):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image, label = self.dataset[i]
+        return self.transform(image), label
+
+
+def _tensor() -> list[Callable]:
+    return [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+
+
+def eval_transform(image_size: int) -> T.Compose:
+    """PIL image -> (3, image_size, image_size): the central 224/256 of the image, small sizes whole."""
+    if image_size <= 64:
+        return T.Compose([T.Resize((image_size, image_size)), *_tensor()])
+    return T.Compose([T.Resize(round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor()])
+
+
+AUGMENTATIONS = ("crop", "affine", "none")
+
+
+def train_transform(image_size: int, augmentation: str = "crop") -> T.Compose:
+    """PIL image -> (3, image_size, image_size), for fine-tuning.
+
+    Args:
+        image_size: pixels along each side.
+        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'affine' (a little
+            rotation, shift and scale, for digits and documents, which no flip leaves what they are) or 'none'.
+    """
+    if augmentation == "crop":
+        return T.Compose([T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(), *_tensor()])
+    if augmentation == "affine":
+        return T.Compose([T.Resize((image_size, image_size)), _affine(10, 0.08, (0.9, 1.1)), *_tensor()])
+    return eval_transform(image_size)
+
+
+def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:
+    return T.RandomAffine(rotation, (shift, shift), scale, interpolation=InterpolationMode.BILINEAR)
+
+
+TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
+
+
+class TwoCrops:
+    """Two random views of one image: PIL image -> two tensors (3, S, S)."""
+
+    def __init__(self, first: Callable, second: Callable):
+        self.first = first
+        self.second = second
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(image), self.second(image)
+
+
+def two_crops(
+    image_size: int,
+    augmentation: str,
+    crop_min: float = 0.2,
+    rotation: float = 15.0,
+    scale: float = 0.2,
+    shift: float = 0.15,
+    noise: float = 0.05,
+) -> TwoCrops:
+    """The views that MoCo contrasts.
+
+    Args:
+        image_size: pixels along each side.
+        augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
+            blur and solarisation differ between the two views), or 'digits' (affine and noise: no flip, no colour).
+        crop_min: smallest share of the image's area in a crop, for the first three.
+        rotation, scale, shift, noise: for 'digits': at most so many degrees, so much larger or smaller than 1, so much
+            of the side, and the standard deviation of the noise in units of the pixel range.
+    """
+    if augmentation == "digits":
+        view = T.Compose(
+            [
+                T.Resize((image_size, image_size)),
+                _affine(rotation, shift, (1 - scale, 1 + scale)),
+                T.ToTensor(),
+                GaussianNoise(noise),
+                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+        return TwoCrops(view, view)
+    crop, flip = T.RandomResizedCrop(image_size, scale=(crop_min, 1.0)), T.RandomHorizontalFlip()
+    grey = T.RandomGrayscale(p=0.2)
+    if augmentation == "moco_v1":
+        view = T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *_tensor()])
+        return TwoCrops(view, view)
+    # SimCLR's blur (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels.
+    blur = T.GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
+    if augmentation == "moco_v2":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        view = T.Compose([crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *_tensor()])
+        return TwoCrops(view, view)
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    first = T.Compose([crop, jitter, grey, blur, flip, *_tensor()])
+    solarize = T.RandomSolarize(threshold=128, p=0.2)
+    second = T.Compose([crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, *_tensor()])
+    return TwoCrops(first, second)
+
+
+class GaussianNoise:
+    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same to every channel: grey stays grey."""
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image + self.std * torch.randn_like(image[:1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+def build_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    device: torch.device | None = None,
+) -> DataLoader:
+    """A DataLoader whose order depends on `seed` alone; `loader.generator` holds where it is, for resuming.
+
+    Workers' augmentations depend on `seed` too; without workers they draw from the global generators.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        drop_last=drop_last,
+        pin_memory=device is not None and device.type == "cuda",
+        worker_init_fn=_seed_worker,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _seed_worker(worker: int) -> None:
+    seed = torch.initial_seed() % 2**32  # PyTorch gave this worker its own; NumPy and Python need it as well
+    np.random.seed(seed)
+    random.seed(seed)

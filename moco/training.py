@@ -1,0 +1,358 @@
+"""What both training loops share: options and configuration, seeding, device, precision, schedule, k-NN accuracy."""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from moco import InputError
+
+# One file configures both scripts: each reads its own sections and passes over the other's.
+SECTIONS = ("model", "data", "moco", "finetune")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Option values: argparse `type=` functions, used for flags and YAML values alike
+
+
+def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (abs(value) < math.inf and accepts(value)):  # refuses nan too
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return convert
+
+
+positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
+positive_float = _number(float, lambda x: x > 0, "a number above 0")
+non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
+fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
+
+def boolean(text: str) -> bool:
+    """`true` or `false`, as YAML writes them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options: defaults < YAML < command line
+
+
+def parse_args(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    default_config: Path | None = None,
+    default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
+
+    An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name, its options' names
+    (`dest`) are the keys. Options in other groups are for the command line only.
+
+    Args:
+        parser: has `--config`.
+        argv: the command line, `sys.argv[1:]` when None.
+        default_config: the YAML file used when the command line names none.
+        default_config_applies: is given what the command line says (unconverted, by `dest`) and answers whether
+            `default_config` suits it. None: always.
+
+    Returns:
+        The options (`config` is the path of the file used, or None) and, for every option, where its value came
+        from: 'default', 'config' or 'command line'.
+
+    Raises:
+        InputError: one message with every problem of both the command line and the file, one per line.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    typed, problems = _read_command_line(parser, argv)
+    values, sources = {}, dict.fromkeys(actions, "default")
+    for dest, action in actions.items():
+        default = action.default
+        values[dest] = action.type(default) if isinstance(default, str) and action.type else default
+
+    def take(dest: str, value: Any, source: str, name: str) -> None:
+        try:
+            values[dest], sources[dest] = _convert(actions[dest], value), source
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+
+    if "config" in typed:
+        take("config", typed.pop("config"), "command line", "--config")
+    elif default_config and (not default_config_applies or default_config_applies(typed)):
+        values["config"] = default_config
+    if values["config"] is not None:
+        for section, dest, value in _read_config(parser, Path(values["config"]), problems):
+            take(dest, value, "config", f"{section}.{dest}")
+    for dest, value in typed.items():
+        take(dest, value, "command line", actions[dest].option_strings[0])
+    if problems:
+        raise InputError("\n".join(problems))
+    return argparse.Namespace(**values), sources
+
+
+def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """What was typed, unconverted, and what is wrong with its names. argparse alone would stop at the first problem."""
+    lenient = copy.deepcopy(parser)
+    lenient.allow_abbrev = False
+    lenient.print_help = parser.print_help
+    lenient.error = _raise_input_error
+    for action in lenient._actions:
+        action.default, action.type, action.choices = argparse.SUPPRESS, None, None
+        if action.nargs is None:
+            action.nargs, action.const = "?", ""  # `--epochs` without its value, which _convert_one refuses
+        elif action.nargs == "+":
+            action.nargs = "*"
+    typed, rest = lenient.parse_known_args(argv)
+    problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
+    for before, word in zip(["", *rest], rest, strict=False):
+        if word.startswith("-"):
+            problems.append(f"{word}: no such option{_nearest(word.split('=')[0], known)}; see --help")
+        elif not before.startswith("-"):  # a word after an unknown option is most likely its value
+            problems.append(f"{word}: unexpected argument; see --help")
+    return vars(typed), problems
+
+
+def _raise_input_error(message: str) -> None:
+    raise InputError(message)
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterable[tuple[str, str, Any]]:
+    """(section, key, value) of every key of the file that is this parser's; the others are added to problems."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"--config {path}: cannot read it: {getattr(error, 'strerror', None) or error}")
+        return
+    except yaml.YAMLError as error:
+        problems.append(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+        return
+    if not isinstance(content, dict | None):
+        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
+        return
+    own = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups}
+    for section, entries in (content or {}).items():
+        if section not in SECTIONS:
+            problems.append(f"{section}: no such section in {path}{_nearest(section, SECTIONS)}")
+        elif not isinstance(entries, dict | None):
+            problems.append(f"{section}: expected a section with `key: value` lines in {path}")
+        elif section in own:
+            for key, value in (entries or {}).items():
+                if key in own[section]:
+                    yield section, key, value
+                else:
+                    problems.append(f"{section}.{key}: no such key in {path}{_nearest(key, own[section])}")
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A flag's words or a YAML value -> the option's value, checked alike."""
+    if value is None and action.default is None:  # `key: null`
+        return None
+    if action.nargs == 0:  # a switch such as --freeze-backbone
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value
+    if action.nargs is None or action.nargs == "?":
+        return _convert_one(action, value)
+    if not isinstance(value, list) or (action.nargs == "+" and not value):
+        raise ValueError(f"expected a list, got {value!r}" if value else "expected at least one value")
+    return [_convert_one(action, item) for item in value]
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    kind = action.type or str
+    if value is None or value == "" or isinstance(value, list | dict):
+        raise ValueError(f"expected a value, got {'none' if value in (None, '') else value}")
+    if isinstance(value, bool) and kind is not boolean:
+        raise ValueError(f"expected a value, got {str(value).lower()}")
+    # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
+    try:
+        converted = kind(str(value))
+    except ValueError:
+        raise ValueError(f"invalid value {value!r}") from None
+    if action.choices is not None and converted not in action.choices:
+        names = [str(choice) for choice in action.choices]
+        raise ValueError(f"{value!r} is none of {', '.join(names)}{_nearest(value, names)}")
+    return converted
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Call main; an InputError becomes one `error:` message and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator, in tensors, tuples and numbers alone, as `torch.load(weights_only=True)` wants."""
+    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Undo everything drawn since `rng_state()` returned this. CUDA states are left where the device count differs."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    keys, position, has_gauss, cached_gaussian = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device and precision
+
+
+def select_device(name: str) -> torch.device:
+    """'auto' is the first of cuda, mps and cpu that is there. Raises InputError for a device that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"device {name!r} is not available here; use --device auto or --device cpu") from None
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
+
+    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
+    Raises InputError for fp16 on the CPU, where it is slow and would need a loss scaler that PyTorch lacks there.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("precision fp16 needs a GPU; on the CPU use --precision bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision in `dtype`; float32 means none."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Bytes at the peak so far: tensors on a CUDA device, else resident memory of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; ru_maxrss would start at the peak of the process that started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and evaluation
+
+
+def lr_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine"
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over `warmup_steps` optimizer steps, then 'cosine' to 0 at `total_steps`, or 'constant'."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run `model` (images -> features) over the loader in eval mode; its mode is as before afterwards.
+
+    Returns:
+        float32 features of shape (N, D) and labels of shape (N,), both on `device`.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    features, labels = [], []
+    for images, targets in loader:
+        with autocast(device, dtype):
+            features.append(model(images.to(device, non_blocking=True)).float())
+        labels.append(targets.to(device))
+    for module, training in was_training.items():
+        module.training = training
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
+
+    Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    classes, k, correct = int(train_labels.max()) + 1, min(k, len(bank)), 0
+    for queries, targets in zip(features.float().split(1024), labels.split(1024), strict=True):
+        similarity, neighbour = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)  # (B, N) -> (B, k)
+        votes = torch.zeros(len(queries), classes, device=bank.device)
+        votes.scatter_add_(1, train_labels[neighbour], (similarity / temperature).exp())
+        correct += int((votes.argmax(1) == targets).sum())
+    return correct / len(labels)
