@@ -1,0 +1,105 @@
+"""Backbones are plain torchvision models with a head that can be named and bypassed."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco import InputError
+from moco.backbones import ARCHS, build_backbone, default_image_size, forward_features, head_name
+
+WIDTHS = {
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "resnet101": 2048,
+    "vit_mini": 192,
+    "vit_small": 384,
+    "vit_b_16": 768,
+    "vit_l_16": 1024,
+    "vit_conv_small": 384,
+    "vit_conv_base": 768,
+}
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_maps_images_of_the_default_size_to_logits_and_features(arch):
+    with torch.device("meta"):
+        model = build_backbone(arch, num_classes=7)
+        images = torch.empty(2, 3, default_image_size(arch), default_image_size(arch))
+        assert model(images).shape == (2, 7)
+        assert forward_features(model, images).shape == (2, WIDTHS[arch])
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101", "vit_b_16", "vit_l_16"])
+def test_state_dict_is_that_of_torchvisions_own_function(arch):
+    with torch.device("meta"):
+        assert shapes(build_backbone(arch, 5)) == shapes(getattr(torchvision.models, arch)(num_classes=5))
+
+
+def test_the_small_vit_for_32_pixels_has_about_3_million_parameters():
+    count = sum(p.numel() for p in build_backbone("vit_mini", 10).parameters())
+    assert 2.5e6 < count < 3.5e6
+
+
+def test_conv_stem_is_moco_v3s():
+    convs = [m for m in build_backbone("vit_conv_small", 2).conv_proj.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convs] == [48, 96, 192, 384, 384]
+    assert [c.kernel_size for c in convs] == [(3, 3)] * 4 + [(1, 1)]
+    assert [c.stride for c in convs] == [(2, 2)] * 4 + [(1, 1)]
+
+
+def test_another_image_size():
+    model = build_backbone("vit_mini", 3, image_size=64)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    assert model.encoder.pos_embedding.shape == (1, 65, 192)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("resnet81", 10), "did you mean resnet18"),
+        (("vgg", 10), "choose one of resnet18"),
+        (("vit_small", 10, 100), "multiple of vit_small's patch of 16; 96 would fit"),
+        (("vit_mini", 10, 3), "8 would fit"),
+        (("vit_mini", 10, 0), "positive number of pixels"),
+        (("resnet18", 10, -1), "positive number of pixels"),
+        (("resnet18", 0), "at least 1 class"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments, complaint):
+    with pytest.raises(InputError, match=complaint) as raised:
+        build_backbone(*arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("arch, head", [("resnet18", "fc"), ("vit_mini", "heads")])
+def test_head_is_found_and_features_are_its_input(arch, head):
+    model = build_backbone(arch, 10).eval()
+    nn.init.normal_((model.fc if head == "fc" else model.heads.head).weight)  # torchvision's ViT head starts at zero
+    images = torch.randn(2, 3, 32, 32)
+    assert head_name(model) == head
+    features = forward_features(model, images)
+    assert torch.equal(getattr(model, head)(features), model(images))
+
+
+def test_features_leave_the_head_alone_and_carry_gradients():
+    model = build_backbone("resnet18", 10)
+    model.fc = nn.Sequential(nn.Linear(512, 64), nn.BatchNorm1d(64))  # a projector in training mode
+    projector = model.fc
+    forward_features(model, torch.randn(2, 3, 32, 32)).sum().backward()
+    assert model.fc is projector
+    assert projector[1].num_batches_tracked == 0
+    assert model.conv1.weight.grad is not None
+    assert projector[0].weight.grad is None
+
+
+def test_a_model_without_a_head_gives_its_output():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    images = torch.randn(2, 3, 2, 2)
+    assert head_name(model) is None
+    assert torch.equal(forward_features(model, images), model(images))
