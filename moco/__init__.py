@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
+    """What the user gave is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""

@@ -1,0 +1,399 @@
+"""Tensor functions under the LoRA layers: exact low-rank forward and backward, and 4-bit storage.
+
+Training a layer whose weight W is frozen needs one product forward and one for the input gradient. Automatic
+differentiation of ``W x + s B (A x)`` spends much of what that saves on extra passes over activations. The two
+`torch.autograd.Function`s below write the gradients of LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3) out by hand, with
+``h = x A^T``, ``gy`` the output's gradient and ``s`` the scaling:
+
+    y  = x (W + s B A)^T + b        gh = s gy B         (rows x r)
+    gx = gy (W + s B A)             gA = gh^T x         (r x in)
+                                    gB = s gy^T h       (out x r)
+
+The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
+for backward is the layer's input, which full fine-tuning saves as well.
+
+Two ways lead to y and gx, and `_merge_pays` alone chooses between them:
+- *merged*: one product with ``W + s B A``, which is built for the call and dropped after it;
+- *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
+  of bfloat16 a small delta added to a weight would vanish.
+
+Second derivatives are not defined (`once_differentiable`).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+ALL_ROWS = slice(None)
+
+
+class NF4Weight:
+    """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
+
+    Stored by bitsandbytes: two values a byte, one 8-bit scale per block and one float scale per 256 of those, 4.13 bits
+    a value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
+
+    Args:
+        packed: uint8, two values each.
+        state: the `QuantState` of bitsandbytes.
+        shape: the weight's own.
+        rows: the part of the weight that is meant.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = ALL_ROWS):
+        self.packed, self.state, self._full_shape, self._rows = packed, state, tuple(shape), rows
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> "NF4Weight":
+        """Quantise a float tensor of any shape, on the device where it lies."""
+        blocks = weight.detach().contiguous().flatten()
+        # A block a row: with odd row lengths, as 3x3 kernels have, bitsandbytes leaves its fast CPU kernel.
+        blocks = F.pad(blocks, (0, -len(blocks) % cls.BLOCK)).view(-1, cls.BLOCK)
+        quantize = bitsandbytes_functional().quantize_4bit
+        packed, state = quantize(blocks, blocksize=cls.BLOCK, quant_type="nf4", compress_statistics=True)
+        return cls(packed, state, weight.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        out, *fan_in = self._full_shape
+        return torch.Size([len(range(*self._rows.indices(out))), *fan_in])
+
+    def rows(self, start: int, stop: int) -> "NF4Weight":
+        """The same storage seen as some of its rows."""
+        return NF4Weight(self.packed, self.state, self._full_shape, slice(start, stop))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A fresh dense tensor of the weight's shape."""
+        blocks = bitsandbytes_functional().dequantize_4bit(self.packed, self.state)
+        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)
+        return dense[self._rows].to(dtype)
+
+
+def bitsandbytes_functional():
+    """`bitsandbytes.functional`, imported when first asked for: float-only users need not have it.
+
+    Raises:
+        ImportError: where it is missing, with the remedy.
+    """
+    # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ImportError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from error
+    return bitsandbytes.functional
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of ``x`` runs in: autocast's where that is on, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a dense tensor of ``dtype``: itself where it is one already, a temporary otherwise."""
+    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+
+
+def _is_trainable(weight: Tensor | NF4Weight) -> bool:
+    return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _merge_pays(weight: Tensor, output_numel: int) -> bool:
+    """Merged or side path? In full precision whichever passes over fewer elements; in low precision never merged."""
+    return weight.dtype not in LOW_PRECISION and weight.numel() <= output_numel
+
+
+# ---------------------------------------------------------------------------------------------------------- linear
+
+
+def effective_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """``W + s B A``, differentiable, as a fresh tensor.
+
+    Args:
+        weight: (out, in). With ``groups`` > 1 its rows are that many layers on one input: attention's packed q, k, v.
+        A: (groups * r, in).
+        B: (out, r).
+    """
+    W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
+    return torch.baddbmm(W, B, A, alpha=scaling).flatten(0, 1)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dropped, A, B, weight, bias, scaling, groups, before, dtype):
+        rows = (x if before is None else before(x)).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
+        low = rows if dropped is None else dropped.to(dtype).flatten(0, -2)  # what the adapter sees
+        # With W frozen, the input is needed for the adapter's gradients alone.
+        ctx.save_for_backward(low if before is None else x, A, B)
+        ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
+        ctx.shape, ctx.is_dropped = x.shape, dropped is not None
+        ctx.autocast = torch.is_autocast_enabled(x.device.type)
+
+        W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        if dropped is None and _merge_pays(W, len(rows) * len(W)):
+            y = F.linear(rows, effective_weight(W, A, B, scaling, groups), bias)
+        else:
+            y = F.linear(rows, W, bias)
+            h = F.linear(low, A)  # (N, in) -> (N, groups r)
+            for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
+                y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
+        return y.view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        low, A, B = ctx.saved_tensors
+        A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
+        need_x, need_dropped, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
+        pull_back = None
+        if ctx.before is not None:
+            low, pull_back = _recompute(ctx, low, need_x)
+
+        gy_groups = gy.chunk(ctx.groups, 1)
+        # Both thin products are laid out so that their long dimension is contiguous: on CPU up to six times faster.
+        gh = [F.linear(gy_g, B_g.T.contiguous()) for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
+        gh = torch.cat(gh, 1).mul_(ctx.scaling)  # (N, out) -> (N, groups r)
+        gA = gh.T @ low if need_A else None  # (groups r, in)
+        gB = None
+        if need_B:
+            h = F.linear(low, A)  # (N, in) -> (N, groups r)
+            gB = [(h_g.T @ gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups, 1), strict=True)]
+            gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
+        gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
+        if pull_back is not None and need_x:
+            gx = pull_back(gx)
+        return (
+            None if gx is None else gx.view(ctx.shape),
+            (gh @ A).view(ctx.shape) if need_dropped else None,
+            gA,
+            gB,
+            None,
+            gy.sum(0) if need_bias else None,
+            *[None] * 4,
+        )
+
+
+def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    W = dense_weight(ctx.weight, ctx.dtype)
+    if ctx.is_dropped:  # the adapter's share reaches x through the dropout
+        return gy @ W
+    if _merge_pays(W, len(gy) * W.shape[1]):
+        return gy @ effective_weight(W, A, B, ctx.scaling, ctx.groups)
+    return (gy @ W).addmm_(gh, A)  # (N, out) -> (N, in)
+
+
+def _recompute(ctx, x: Tensor, need_grad: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The absorbed operation once more: its output as rows, and what takes that output's gradient back to x."""
+    with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
+        x = x.detach().requires_grad_(need_grad)
+        rows = ctx.before(x).to(ctx.dtype).flatten(0, -2)
+    return rows.detach(), lambda gradient: torch.autograd.grad(rows, x, gradient)[0]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    groups: int = 1,
+    dropped: Tensor | None = None,
+    before: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen in the fast path. One that requires a gradient gets it, by automatic differentiation.
+        A: (groups * r, in).
+        B: (out, r).
+        bias: (out,).
+        groups: how many layers on one input ``weight`` holds, one below the other.
+        dropped: what the adapter sees in place of x, (..., in): x after dropout.
+        before: a pointwise operation to apply to x first. Its output is recomputed in backward, not saved.
+    """
+    if _is_trainable(weight):
+        x = x if before is None else before(x)
+        if dropped is None:
+            return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
+        low = F.linear(dropped, A).unflatten(-1, (groups, -1))  # (..., groups, r)
+        delta = torch.einsum("...gr,gor->...go", low, B.unflatten(0, (groups, -1))).flatten(-2)
+        return F.linear(x, weight, bias) + scaling * delta
+    return _LoRALinear.apply(x, dropped, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
+
+
+# ----------------------------------------------------------------------------------------------------- convolution
+
+
+def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None) -> Tensor:
+    """``g (W + s B A)`` for a convolution, differentiable, as a fresh tensor in the memory format of ``weight``.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        A: (r, in / groups * kh * kw).
+        B: (out, r).
+        row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
+    """
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
+        W = weight.permute(0, 2, 3, 1).flatten(1)  # a view
+        A = A.view(len(A), *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+    else:
+        W = weight.flatten(1)
+    if row_scale is None:
+        W = torch.addmm(W, B, A, alpha=scaling)
+    else:
+        W = torch.addmm(W * row_scale[:, None], B * row_scale[:, None], A, alpha=scaling)
+    if channels_last:
+        out, channels, kh, kw = weight.shape
+        return W.view(out, kh, kw, channels).permute(0, 3, 1, 2)
+    return W.view(weight.shape)
+
+
+class Geometry(NamedTuple):
+    """What `torch.nn.functional.conv2d` takes after the bias; the padding is numbers, the input padded otherwise."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+PLAIN = Geometry()
+
+
+class _LoRAConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dropped, A, B, weight, bias, row_scale, scaling, geometry, dtype):
+        x = x.to(dtype)
+        low = x if dropped is None else dropped.to(dtype)  # what the adapter sees
+        ctx.save_for_backward(low, A, B, row_scale)
+        ctx.weight, ctx.scaling, ctx.geometry, ctx.dtype = weight, scaling, geometry, dtype
+        ctx.is_dropped = dropped is not None
+        ctx.side_path = ctx.is_dropped or dtype in LOW_PRECISION
+
+        A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
+        if not ctx.side_path:
+            W = dense_weight(weight, dtype)
+            return F.conv2d(x, effective_kernel(W, A, B.to(dtype), scaling, row_scale), bias, *geometry)
+        y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
+        sB = _scale_rows(B, scaling, row_scale).to(dtype)
+        if geometry.groups > 1:
+            return y.add_(F.conv2d(low, (sB @ A).view(weight.shape), None, *geometry))
+        h = F.conv2d(low, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
+        return _add_pointwise_(y, h, sB)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        low, A, B, row_scale = ctx.saved_tensors
+        need_x, need_dropped, _, _, _, need_bias = ctx.needs_input_grad[:6]
+        gy, A, B = gy.to(ctx.dtype), A.to(ctx.dtype), B.to(ctx.dtype)
+        sB = _scale_rows(B, ctx.scaling, row_scale)
+        adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
+        need_low = need_dropped or (need_x and ctx.side_path and not ctx.is_dropped)
+        gA, gB, glow = adapter_gradients(gy, low, A, sB, ctx.weight.shape, ctx.geometry, need_low)
+        gx = None
+        if need_x:
+            if ctx.side_path:
+                kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
+            else:
+                kernel = effective_kernel(dense_weight(ctx.weight, ctx.dtype), A, B, ctx.scaling, row_scale)
+            gx = _conv_gradient(gy, low, kernel, ctx.geometry, of_weight=False)
+            if glow is not None and not ctx.is_dropped:
+                gx, glow = gx.add_(glow), None
+        gB = _scale_rows(gB, ctx.scaling, row_scale)
+        return gx, glow, gA, gB, None, gy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
+
+
+def _adapter_gradients(gy, low, A, sB, kernel_shape, geometry, need_low):
+    """Gradients of A, of sB and, where asked for, of the adapter's input; all through r channels."""
+    A4 = A.view(len(A), *kernel_shape[1:])
+    gh = F.conv2d(gy, sB.T[:, :, None, None])  # (N, out, H', W') -> (N, r, H', W')
+    gA = _conv_gradient(gh, low, A4, geometry, of_weight=True).flatten(1)
+    h = F.conv2d(low, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
+    gB = _conv_gradient(gy, h, sB[:, :, None, None], PLAIN, of_weight=True).flatten(1)
+    return gA, gB, _conv_gradient(gh, low, A4, geometry, of_weight=False) if need_low else None
+
+
+def _grouped_adapter_gradients(gy, low, A, sB, kernel_shape, geometry, need_low):
+    """The same for groups > 1. Each group has an h of its own, groups * r channels: the dense gradient is smaller."""
+    delta = (sB @ A).view(kernel_shape)
+    dense = _conv_gradient(gy, low, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
+    glow = _conv_gradient(gy, low, delta, geometry, of_weight=False) if need_low else None
+    return sB.T @ dense, dense @ A.T, glow
+
+
+def _conv_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry, of_weight: bool) -> Tensor:
+    """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
+    stride, padding, dilation, groups = geometry
+    mask = [not of_weight, of_weight, False]
+    return torch.ops.aten.convolution_backward(
+        gy, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )[int(of_weight)]
+
+
+def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Tensor:
+    matrix = matrix * scaling
+    return matrix if row_scale is None else matrix * row_scale.to(matrix.dtype)[:, None]
+
+
+def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if row_scale is None:
+        return dense_weight(weight, dtype)
+    return (dense_weight(weight, torch.float32) * row_scale[:, None, None, None]).to(dtype)
+
+
+def _add_pointwise_(y: Tensor, h: Tensor, sB: Tensor) -> Tensor:
+    """``y += conv2d(h, sB)`` for a 1x1 kernel, in place. y: (N, out, H, W); h: (N, r, H, W); sB: (out, r)."""
+    if y.is_contiguous(memory_format=torch.channels_last):
+        y.permute(0, 2, 3, 1).flatten(0, 2).addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
+    else:
+        y.flatten(2).baddbmm_(sB.expand(len(y), -1, -1), h.flatten(2))
+    return y
+
+
+def lora_conv2d(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    geometry: Geometry = PLAIN,
+    row_scale: Tensor | None = None,
+    dropped: Tensor | None = None,
+) -> Tensor:
+    """``conv2d(x, g (W + s B A), b)`` with exact gradients for x, A, B and b.
+
+    Args:
+        x: (N, in, H, W), in any memory format.
+        weight: (out, in / groups, kh, kw), frozen in the fast path. One that requires a gradient gets it, by automatic
+            differentiation.
+        A: (r, in / groups * kh * kw).
+        B: (out, r).
+        bias: (out,), added as it is: g does not scale it.
+        row_scale: g, (out,), constant: the scale of a frozen BatchNorm behind the convolution.
+        dropped: what the adapter sees in place of x, of x's shape: x after dropout.
+    """
+    if not _is_trainable(weight):
+        return _LoRAConv2d.apply(x, dropped, A, B, weight, bias, row_scale, scaling, geometry, compute_dtype(x))
+    if dropped is None:
+        return F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
+    delta = effective_kernel(torch.zeros_like(weight), A, B, scaling, row_scale)
+    y = F.conv2d(x, weight if row_scale is None else weight * row_scale[:, None, None, None], bias, *geometry)
+    return y + F.conv2d(dropped, delta, None, *geometry)
