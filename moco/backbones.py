@@ -33,6 +33,12 @@ def default_image_size(arch: str) -> int:
     return 32 if arch == "vit_mini" else 224
 
 
+def patch_size(arch: str) -> int | None:
+    """Side in pixels of a ViT's patch; None for a ResNet; raises InputError for an unknown name."""
+    _check_arch(arch)
+    return _VITS[arch]["patch_size"] if arch in _VITS else None
+
+
 def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A randomly initialised torchvision model: images (N, 3, image_size, image_size) -> logits (N, num_classes).
 

@@ -1,0 +1,769 @@
+"""Checkpoints: every official layout is recognised and matched exactly; everything else is one clear error.
+
+The files are built here in the layout that the official code writes, with random weights.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import struct
+import time
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from moco import InputError
+from moco.backbones import build_backbone
+from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
+
+# --- Building files --------------------------------------------------------------------------------------------------
+
+
+def prefixed(prefix, tensors):
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def without_head(tensors):
+    return {key: value for key, value in tensors.items() if not key.startswith(("fc.", "head.", "heads."))}
+
+
+def mlp_head(prefix, layers, width=8):
+    """Keys of a projector: `layers` are the places of its Linear layers, BatchNorm follows each where v3 has one."""
+    return {f"{prefix}.{i}.weight": torch.randn(width, width) for i in layers}
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """The state_dict of a ResNet-18 backbone."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
+    return without_head(model.state_dict())
+
+
+TIMM_BLOCK = {
+    "norm1.weight": (384,),
+    "norm1.bias": (384,),
+    "attn.qkv.weight": (1152, 384),
+    "attn.qkv.bias": (1152,),
+    "attn.proj.weight": (384, 384),
+    "attn.proj.bias": (384,),
+    "norm2.weight": (384,),
+    "norm2.bias": (384,),
+    "mlp.fc1.weight": (1536, 384),
+    "mlp.fc1.bias": (1536,),
+    "mlp.fc2.weight": (384, 1536),
+    "mlp.fc2.bias": (384,),
+}
+
+
+def timm_vit(depth, stem, positions=None):
+    """A ViT-S backbone under timm's names."""
+    shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
+    shapes |= {f"blocks.{i}.{key}": shape for i in range(depth) for key, shape in TIMM_BLOCK.items()} | stem
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if "running_var" in key:
+            tensors[key] = noise.abs() + 0.5
+        elif len(shape) == 1 and key.endswith("weight"):
+            tensors[key] = 1 + 0.1 * noise
+        else:
+            tensors[key] = noise / math.sqrt(math.prod(shape[1:]) or 1) if len(shape) > 1 else 0.1 * noise
+    tensors["pos_embed"][:, 0] = 0  # MoCo v3 gives the class token no position
+    return tensors
+
+
+def patch_stem():
+    return {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
+
+
+def conv_stem():
+    widths, shapes = [3, 48, 96, 192, 384], {}
+    for layer in range(4):
+        shapes[f"patch_embed.proj.{3 * layer}.weight"] = (widths[layer + 1], widths[layer], 3, 3)
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"patch_embed.proj.{3 * layer + 1}.{key}"] = (widths[layer + 1],)
+    return shapes | {"patch_embed.proj.12.weight": (384, 384, 1, 1), "patch_embed.proj.12.bias": (384,)}
+
+
+@pytest.fixture(scope="module")
+def vit_small():
+    return timm_vit(12, patch_stem())
+
+
+@pytest.fixture(scope="module")
+def vit_conv_small():
+    tensors = timm_vit(11, conv_stem())
+    counters = {f"patch_embed.proj.{3 * i + 1}.num_batches_tracked": torch.tensor(5) for i in range(4)}
+    return tensors | counters
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a content as a file, returns its path."""
+
+    def save(content, name="checkpoint.pth", **options):
+        torch.save(content, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+def moco_v1(backbone, arch="resnet18"):
+    head = {"fc.weight": torch.randn(128, 512), "fc.bias": torch.randn(128)}
+    return moco_file(backbone | head, arch)
+
+
+def moco_v2(backbone, arch="resnet18"):
+    return moco_file(backbone | mlp_head("fc", (0, 2)), arch)
+
+
+def other_network(encoder):
+    """Stands for the key encoder: the same names, and tensors that nobody should look at."""
+    return dict.fromkeys(encoder, torch.zeros(1))
+
+
+def moco_file(encoder, arch):
+    state = prefixed("module.encoder_q.", encoder) | prefixed("module.encoder_k.", other_network(encoder))
+    state |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]}}
+
+
+def moco_v3(backbone, projector, arch):
+    encoder = backbone | projector
+    state = prefixed("module.base_encoder.", encoder)
+    state |= prefixed("module.momentum_encoder.", other_network(encoder))
+    state |= prefixed("module.predictor.", {"0.weight": torch.randn(8, 8), "1.running_mean": torch.randn(8)})
+    return {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {}, "scaler": {"scale": 65536.0}}
+
+
+def lightly_sequential(backbone):
+    """lightly's examples cut the ResNet into an nn.Sequential."""
+    places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+    return {".".join([places[first], *rest]): v for k, v in backbone.items() for first, *rest in [k.split(".")]}
+
+
+def lightly_file(backbone):
+    state = prefixed("backbone.", backbone) | prefixed("backbone_momentum.", other_network(backbone))
+    state |= prefixed("projection_head.", mlp_head("layers", (0, 2)))
+    state |= prefixed("projection_head_momentum.", mlp_head("layers", (0, 2)))
+    return {"epoch": 9, "state_dict": state | {"criterion.memory_bank.bank": torch.randn(128, 64)}}
+
+
+# --- The official layouts --------------------------------------------------------------------------------------------
+
+RESNET_FILES = {
+    "moco_v1": lambda r: moco_v1(r),
+    "moco_v2": lambda r: moco_v2(r),
+    "moco_v3": lambda r: moco_v3(r, mlp_head("fc", (0, 3)), "resnet18"),
+    "linear_probe": lambda r: {
+        "epoch": 100,
+        "arch": "resnet18",
+        "state_dict": prefixed("module.", r | {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}),
+        "best_acc1": torch.tensor(67.5),
+        "optimizer": {},
+    },
+    "moco_stage1": lambda r: {
+        "model": prefixed("encoder_q.", r | mlp_head("fc", (0, 3)))
+        | prefixed("encoder_k.", other_network(r))
+        | {"predictor.0.weight": torch.randn(8, 8)},
+        "optimizer": {},
+        "epoch": 100,
+        "global_steps": 600,
+        "arch": "resnet18",
+        "config": {"image_size": 32},
+    },
+    "lightly": lightly_file,
+    "torchvision": lambda r: r | {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)},
+}
+
+
+@pytest.mark.parametrize("family", RESNET_FILES)
+def test_resnet_comes_out_of_every_family(family, resnet, saved):
+    content = RESNET_FILES[family](resnet)
+    model, report = load_backbone(saved(content), num_classes=3)
+    assert isinstance(model, torchvision.models.ResNet)
+    assert model.fc.out_features == 3
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in resnet.items())
+    assert report["family"] == family
+    assert report["arch"] == "resnet18"
+    assert report["epoch"] == content.get("epoch")
+    assert report["image_size"] == (32 if family == "moco_stage1" else 224)
+    assert set(report["loaded"]) == set(resnet)
+    check_dropped(report["dropped"], content.get("state_dict", content.get("model", content)))
+
+
+def check_dropped(dropped, state):
+    """All but the backbone, and nothing of the backbone."""
+    networks = "encoder_k|momentum_encoder|backbone_momentum|predictor|projection_head|projection_head_momentum"
+    head = r"((encoder_q|base_encoder)\.)?fc"
+    rest = re.compile(rf"(module\.)?(({networks}|criterion|{head})\.|queue)")
+    assert dropped
+    assert set(dropped) == {key for key in state if rest.match(key)}
+
+
+def test_stage_1_of_this_toolkit_for_a_vit(saved):
+    source = build_backbone("vit_mini", 10, image_size=32)
+    encoder = without_head(source.state_dict()) | mlp_head("heads", (0, 3, 6))
+    content = {"model": prefixed("encoder_q.", encoder) | prefixed("encoder_k.", encoder), "arch": "vit_mini"}
+    model, report = load_backbone(saved(content | {"epoch": 7, "config": {"image_size": 32}}), num_classes=5)
+    assert report["family"] == "moco_stage1"
+    assert report["image_size"] == 32
+    assert torch.equal(model.encoder.ln.weight, source.encoder.ln.weight)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_lightly_sequential_resnet(resnet, saved):
+    model, report = load_backbone(saved(lightly_file(lightly_sequential(resnet))), num_classes=3)
+    assert report["family"] == "lightly"
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in resnet.items())
+
+
+def test_the_legacy_format_of_the_official_v1_and_v2_files(resnet, saved):
+    path = saved(moco_v2(resnet), _use_new_zipfile_serialization=False)
+    model, report = load_backbone(path, num_classes=3)
+    assert report["family"] == "moco_v2"
+    assert torch.equal(model.conv1.weight, resnet["conv1.weight"])
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_mini", "vit_conv_small"])
+def test_arch_is_found_by_shapes_alone(arch, saved):
+    source = build_backbone(arch, 2)
+    model, report = load_backbone(saved(source.state_dict()), num_classes=2)
+    assert report["arch"] == arch
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
+
+
+def test_batchnorm_counters_may_be_missing_as_in_files_of_old_pytorch(resnet, saved):
+    old = {key: value for key, value in resnet.items() if not key.endswith("num_batches_tracked")}
+    model, report = load_backbone(saved(old), num_classes=2)
+    assert report["arch"] == "resnet18"
+    assert model.bn1.num_batches_tracked == 0
+
+
+def test_half_precision_files_load_into_float_models(resnet, saved):
+    half = {key: value.half() if value.is_floating_point() else value for key, value in resnet.items()}
+    model, _ = load_backbone(saved(half), num_classes=2)
+    assert model.conv1.weight.dtype == torch.float32
+    assert torch.equal(model.conv1.weight, half["conv1.weight"].float())
+
+
+# --- ViTs: the mapped model computes what the original would ---------------------------------------------------------
+
+
+def timm_forward(tensors, images, heads, depth):
+    """MoCo v3's ViT in plain tensor operations, straight from the state_dict: images (N, 3, H, W) -> (N, 384)."""
+    x = timm_stem(tensors, images).flatten(2).transpose(1, 2)  # (N, tokens, D)
+    x = torch.cat([tensors["cls_token"].expand(len(x), -1, -1), x], dim=1) + tensors["pos_embed"]
+    for i in range(depth):
+        block = {key.removeprefix(f"blocks.{i}."): value for key, value in tensors.items()}
+        x = x + attention(block, norm(x, block, "norm1"), heads)
+        hidden = F.gelu(F.linear(norm(x, block, "norm2"), block["mlp.fc1.weight"], block["mlp.fc1.bias"]))
+        x = x + F.linear(hidden, block["mlp.fc2.weight"], block["mlp.fc2.bias"])
+    return norm(x, tensors, "norm")[:, 0]
+
+
+def timm_stem(tensors, images):
+    if "patch_embed.proj.weight" in tensors:
+        return F.conv2d(images, tensors["patch_embed.proj.weight"], tensors["patch_embed.proj.bias"], stride=16)
+    x = images
+    for layer in range(4):
+        x = F.conv2d(x, tensors[f"patch_embed.proj.{3 * layer}.weight"], stride=2, padding=1)
+        keys = ("running_mean", "running_var", "weight", "bias")
+        x = F.relu(F.batch_norm(x, *(tensors[f"patch_embed.proj.{3 * layer + 1}.{key}"] for key in keys)))
+    return F.conv2d(x, tensors["patch_embed.proj.12.weight"], tensors["patch_embed.proj.12.bias"])
+
+
+def attention(block, x, heads):
+    qkv = F.linear(x, block["attn.qkv.weight"], block["attn.qkv.bias"])  # (N, tokens, 3 * D)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, D / heads)
+    weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), dim=-1)
+    return F.linear((weights @ v).transpose(1, 2).flatten(2), block["attn.proj.weight"], block["attn.proj.bias"])
+
+
+def norm(x, tensors, name):
+    return F.layer_norm(x, (384,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps=1e-6)
+
+
+VIT_FILES = {
+    "moco_v3": lambda tensors, arch: moco_v3(tensors, mlp_head("head", (0, 3, 6)), arch),
+    "linear_probe": lambda tensors, arch: {
+        "arch": arch,
+        "best_acc1": np.float64(73.2),
+        "state_dict": prefixed("module.", tensors | {"head.weight": torch.randn(9, 384), "head.bias": torch.zeros(9)}),
+    },
+    "deit": lambda tensors, arch: {"model": tensors},
+}
+
+
+@pytest.mark.filterwarnings("error")  # such as doubts about the number of heads
+@pytest.mark.parametrize(
+    "family, arch, depth",
+    [
+        ("moco_v3", "vit_small", 12),
+        ("moco_v3", "vit_conv_small", 11),
+        ("deit", "vit_small", 12),
+        ("linear_probe", "vit_conv_small", 11),
+    ],
+)
+def test_mapped_vit_computes_what_the_original_layout_does(family, arch, depth, request, saved):
+    tensors = request.getfixturevalue(arch)
+    model, report = load_backbone(saved(VIT_FILES[family](tensors, arch)), num_classes=384)
+    assert (report["family"], report["arch"], report["image_size"]) == (family, arch, 224)
+    with torch.no_grad():
+        model.heads.head.weight.copy_(torch.eye(384))  # the head hands on its input
+        images = torch.randn(1, 3, 224, 224)
+        features, expected = model.eval()(images), timm_forward(tensors, images, heads=12, depth=depth)
+        six_heads = timm_forward(tensors, images, heads=6, depth=depth)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - six_heads).abs().max() > 0.05  # the comparison would see timm's number of heads
+
+
+def test_position_embedding_is_interpolated_for_another_size(saved):
+    state = build_backbone("vit_mini", 2).state_dict()
+    ramp = torch.linspace(0, 1, 4)[:, None, None].expand(4, 4, 192).reshape(16, 192)  # from top to bottom
+    state["encoder.pos_embedding"] = torch.cat([torch.full((1, 192), 5.0), ramp])[None]
+    model, report = load_backbone(saved(state), num_classes=2, image_size=64)
+    positions = model.encoder.pos_embedding
+    assert report["image_size"] == model.image_size == 64
+    assert (positions[:, 0] == 5).all()  # the class token's
+    column = positions[0, 1:].reshape(8, 8, 192)[:, 3, 7]
+    torch.testing.assert_close(column, torch.linspace(0, 1, 8), rtol=0, atol=0.1)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_vit_keeps_the_size_it_was_trained_at(saved):
+    source = build_backbone("vit_mini", 2, image_size=48)
+    model, report = load_backbone(saved(source.state_dict()), num_classes=2)
+    assert report["image_size"] == model.image_size == 48
+
+
+def test_timms_vit_small_with_6_heads_is_refused(vit_small, saved):
+    learned = vit_small | {"pos_embed": torch.randn(1, 197, 384)}
+    classifier = {"head.weight": torch.randn(9, 384), "head.bias": torch.zeros(9)}
+    with pytest.raises(InputError, match="6 heads"):
+        load_backbone(saved({"model": learned | classifier}), num_classes=2)
+    with pytest.warns(UserWarning, match="6 heads"):
+        load_backbone(saved({"model": learned}), num_classes=2)
+
+
+# --- Strictness ------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_is_always_fresh(resnet, saved):
+    content = resnet | {"fc.weight": torch.full((3, 512), 7.0), "fc.bias": torch.full((3,), 7.0)}
+    model, report = load_backbone(saved(content), num_classes=3)
+    assert report["dropped"] == ["fc.weight", "fc.bias"]
+    assert not (model.fc.weight == 7).any()
+
+
+def test_missing_surplus_and_misshapen_tensors_are_all_named(resnet, saved):
+    content = dict(resnet) | {"extra.weight": torch.zeros(1), "bn1.bias": torch.zeros(3)}
+    del content["layer4.1.conv2.weight"]
+    with pytest.raises(InputError) as raised:
+        load_backbone(saved(content), num_classes=2)
+    message = str(raised.value)
+    assert "118 of its 120 backbone tensors match" in message
+    assert "1 missing: layer4.1.conv2.weight" in message
+    assert "1 not expected: extra.weight" in message
+    assert "bn1.bias (3,) instead of (64,)" in message
+    assert "\n" not in message
+
+
+BAD_CONTENTS = {
+    "zero match: a prefix nobody knows": (lambda r: prefixed("model.encoder.", r), "belongs to a known backbone"),
+    "zero match: another network": (lambda r: {"w": torch.zeros(3)}, "belongs to a known backbone"),
+    "partial match": (lambda r: dict(list(r.items())[:40]), "40 of its 120 backbone tensors match"),
+    "only the key encoder": (lambda r: prefixed("module.encoder_k.", r), "belongs to a known backbone"),
+    "only a head beside the encoder": (lambda r: {"encoder_q.fc.weight": torch.zeros(2)}, "known backbone"),
+    "another network beside it": (lambda r: prefixed("encoder_q.", r) | {"decoder.w": torch.zeros(1)}, "decoder.w"),
+    "module prefix on a part only": (lambda r: r | {"module.bn1.weight": r["bn1.weight"]}, "not expected: module.bn1"),
+    "the same tensor twice": (lambda r: r | {"0.weight": r["conv1.weight"]}, "twice"),
+    "diverged": (lambda r: r | {"bn1.bias": torch.full((64,), math.nan)}, "NaN.*bn1.bias"),
+    "integers for weights": (lambda r: r | {"bn1.bias": torch.zeros(64, dtype=torch.long)}, "not real.*bn1.bias"),
+    "a tensor": (lambda r: torch.zeros(3), "holds a Tensor"),
+    "a list": (lambda r: [1, 2], "holds a list"),
+    "nothing": (lambda r: {}, "no state_dict"),
+    "only settings": (lambda r: {"epoch": 3, "arch": "resnet18"}, "epoch, arch hold no tensors"),
+    "an empty state_dict": (lambda r: {"state_dict": {}}, "no state_dict"),
+    "keys that are not names": (lambda r: {1: torch.zeros(3)}, "1 hold no tensors"),
+    "a name with control codes": (lambda r: r | {"a\n\x1b[2J": torch.zeros(1)}, r"a\\n\\x1b"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONTENTS)
+def test_a_content_that_is_no_backbone_is_one_clear_line(case, resnet, saved):
+    build, complaint = BAD_CONTENTS[case]
+    with pytest.raises(InputError, match=complaint) as raised:
+        load_backbone(saved(build(resnet)), num_classes=2)
+    assert "checkpoint.pth" in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 900
+
+
+def test_wrong_arch_names_the_right_one(resnet, saved):
+    with pytest.raises(InputError, match=r"does not hold a resnet50.*looks like resnet18"):
+        load_backbone(saved(resnet), num_classes=2, arch="resnet50")
+    with pytest.raises(InputError, match=r"does not hold a vit_mini: 0 of its.*looks like resnet18"):
+        load_backbone(saved(resnet), num_classes=2, arch="vit_mini")
+    with pytest.raises(InputError, match=r"does not hold a resnet34.*looks like resnet18"):
+        load_backbone(saved(moco_v2(resnet, arch="resnet34")), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"arch": "resnet81"}, "did you mean resnet18"),
+        ({"arch": ""}, "unknown arch"),
+        ({"num_classes": 0}, "at least 1 class"),
+        ({"image_size": 0}, "positive number of pixels"),
+    ],
+)
+def test_bad_options(options, complaint, resnet, saved):
+    with pytest.raises(InputError, match=complaint):
+        load_backbone(saved(resnet), **({"num_classes": 2} | options))
+
+
+# --- Reading files from strangers ------------------------------------------------------------------------------------
+
+
+def test_plain_data_of_official_files_is_read(saved):
+    content = {
+        "tensor": torch.arange(6.0).reshape(2, 3).T,
+        "bfloat16": torch.ones(2, dtype=torch.bfloat16),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3),
+        "ordered": OrderedDict(a=1),
+        "args": argparse.Namespace(lr=0.1, milestones=[120, 160]),
+        "best_acc1": np.float64(71.5),
+        "rank": np.int64(3),
+        "done": np.bool_(True),
+        "loss": np.float32(0.5),
+        "label": np.uint8(200),
+        "state": (1, None, True, 2**70, b"bytes", "text", {1, 2}, 1e-300, torch.Size([2, 3])),
+    }
+    for zipped in (True, False):
+        read = read_checkpoint(saved(content, _use_new_zipfile_serialization=zipped))
+        assert list(read) == list(content)
+        for key, value in content.items():
+            if torch.is_tensor(value):
+                assert torch.equal(read[key], value)
+            else:
+                assert read[key] == value
+        assert type(read["best_acc1"]) is float
+
+
+def test_optimizer_and_generator_states_come_back(saved):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    path = saved({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+    read = read_checkpoint(path)
+    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    torch.set_rng_state(read["rng"])
+
+
+def html(path):
+    path.write_text("<!DOCTYPE html><html>404</html>" * 40)
+
+
+def truncated(path, zipped=True):
+    torch.save({"weight": torch.randn(100)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def flipped(path):
+    """One bit of a weight, as bad storage or a bad copy would."""
+    torch.save({"weight": torch.zeros(100)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(400)) + 200] ^= 64
+    path.write_bytes(content)
+
+
+def zipped_text(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def scripted(path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+UNREADABLE = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty"),
+    "one byte": (lambda path: path.write_bytes(b"P"), "not a PyTorch checkpoint"),
+    "a web page": (html, "not a PyTorch checkpoint.*DOCTYPE"),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
+    "another zip": (zipped_text, "not a PyTorch checkpoint"),
+    "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
+    "truncated": (truncated, "damaged or cut short"),
+    "truncated, legacy": (lambda path: truncated(path, False), "cut short"),
+    "one bit flipped": (flipped, "does not match its checksum"),
+    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), r"needs.*torch\.nn\.modules\.linear\.Linear"),
+    "a whole model, legacy": (
+        lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
+        "whole module",
+    ),
+    "an array": (lambda path: torch.save(np.zeros(3), path), "needs numpy.*_reconstruct"),
+    "TorchScript": (scripted, "as torch.save writes it"),
+    "a folder": (lambda path: path.mkdir(), "not a file"),
+    "missing": (lambda path: None, "not found"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_files_are_one_clear_line(case, tmp_path):
+    write, complaint = UNREADABLE[case]
+    path = tmp_path / "checkpoint.pth"
+    write(path)
+    with pytest.raises(InputError, match=complaint) as raised:
+        load_backbone(path, num_classes=2)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_too_long_for_a_file(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        read_checkpoint(tmp_path / ("x" * 300))
+
+
+class RunsCode:
+    """A pickle of this creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(legacy, tmp_path):
+    path, trace = tmp_path / "malicious.pth", tmp_path / "ran"
+    content = {"state_dict": {"conv1.weight": torch.zeros(3)}, "optimizer": RunsCode(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match=r"needs (posix|nt)\.mkdir.*may run code"):
+        load_backbone(path, num_classes=2)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # the danger is real
+    assert trace.exists()
+
+
+def test_a_legacy_header_that_would_run_code_is_refused(tmp_path):
+    path, trace = tmp_path / "malicious.pth", tmp_path / "ran"
+    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    path.write_bytes(magic + pickle.dumps(RunsCode(trace), protocol=2))
+    with pytest.raises(InputError, match="may run code"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def rezipped(source, target, change=lambda name, data: data, **options):
+    """Copies a torch file record by record, changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+ONE_TENSOR = {"w": torch.arange(8.0)}
+HUGE = b"J" + struct.pack("<i", 2**31 - 1)
+DECLARED_8 = {"storage": rb"K\x08(?=N?t)", "shape": rb"K\x08(?=\x85)"}  # pickled: the last in a tuple, the only one
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("places", [["storage"], ["shape"], ["storage", "shape"]], ids="+".join)
+def test_a_huge_declared_tensor_is_refused_before_memory_is_taken(zipped, places, saved, tmp_path, monkeypatch):
+    def enlarge(name, data):
+        for place in places if name.endswith("data.pkl") else ():
+            data, count = re.subn(DECLARED_8[place], lambda _: HUGE, data)
+            assert count == 1
+        return data
+
+    path, target = saved(ONE_TENSOR, _use_new_zipfile_serialization=zipped), tmp_path / "huge.pth"
+    if zipped:
+        rezipped(path, target, enlarge)
+    else:
+        target.write_bytes(enlarge("data.pkl", path.read_bytes()))
+    monkeypatch.setattr(torch, "load", None)  # which would take 8 GB for the legacy file
+    with pytest.raises(InputError, match=r"declares|does not fit into its storage"):
+        read_checkpoint(target)
+
+
+def test_a_zip_bomb_is_refused_before_it_unfolds(saved, tmp_path):
+    path = saved({"w": torch.zeros(10_000_000)})
+    bomb = rezipped(path, tmp_path / "bomb.pth", compression=zipfile.ZIP_DEFLATED)
+    path.unlink()
+    assert bomb.stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(InputError, match="compressed"):
+        read_checkpoint(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_two_records_of_one_name_are_refused(saved, tmp_path):
+    path = rezipped(saved(ONE_TENSOR), tmp_path / "double.pth")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("checkpoint/DATA.pkl", b"other")
+    with pytest.raises(InputError, match="overlap"):
+        read_checkpoint(path)
+
+
+def test_an_expanded_view_cannot_claim_more_than_the_file_holds(saved):
+    with pytest.raises(InputError, match="does not fit into its storage"):
+        read_checkpoint(saved(torch.zeros(1).expand(10**9)))
+
+
+# --- Fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seed_files(tmp_path_factory):
+    """Files of a few kB in both formats, with every kind of content that is read."""
+    content = {
+        "model": OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)}),
+        "args": argparse.Namespace(schedule=[120, 160], lr=0.03),
+        "best_acc1": np.float64(1.5),
+        "epoch": 3,
+    }
+    folder = tmp_path_factory.mktemp("fuzz")
+    for zipped in (True, False):
+        torch.save(content, folder / f"{zipped}.pth", _use_new_zipfile_serialization=zipped)
+    return folder
+
+
+def mutate(data, edits, kept):
+    """Overwrites, inserts or deletes a few bytes, then cuts the end off."""
+    data = bytearray(data)
+    for place, new, replaced in edits:
+        start = int(place * len(data))
+        data[start : start + replaced] = new
+    return bytes(data[: math.ceil(kept * len(data))])
+
+
+PLACES = st.floats(0, 1, exclude_max=True)
+EDITS = st.lists(st.tuples(PLACES, st.binary(max_size=6), st.integers(0, 6)), max_size=3)
+KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "legacy"])
+@settings(max_examples=150, deadline=2000, derandomize=True, database=None)
+@given(edits=EDITS, kept=KEPT)
+def test_mutated_and_truncated_files_are_read_or_refused_and_nothing_else(seed_files, kind, edits, kept):
+    path = seed_files / "mutated.pth"
+    if kind == "pickle in a sound zip":  # behind the checksums, as an attacker would
+        edit = lambda name, data: mutate(data, edits, kept) if name.endswith("data.pkl") else data  # noqa: E731
+        rezipped(seed_files / "True.pth", path, edit)
+    else:
+        path.write_bytes(mutate((seed_files / f"{kind == 'zip'}.pth").read_bytes(), edits, kept))
+    with contextlib.suppress(InputError):
+        read_checkpoint(path)
+    with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
+        load_backbone(path, num_classes=2)
+    assert "\n" not in str(raised.value)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_save_is_a_torch_file_and_leaves_nothing_else(tmp_path):
+    save_atomically({"w": torch.ones(3)}, tmp_path / "last.pth")
+    save_atomically({"w": torch.zeros(3)}, tmp_path / "last.pth")
+    assert torch.equal(torch.load(tmp_path / "last.pth")["w"], torch.zeros(3))
+    assert files_in(tmp_path) == ["last.pth"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process can grow beyond 1 MB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path, full_disk):
+    path = tmp_path / "last.pth"
+    save_atomically({"epoch": 1}, path)
+    with pytest.raises(InputError, match=r"cannot write .*last.pth.*the previous file is intact") as raised:
+        save_atomically({"epoch": 2, "w": torch.zeros(1_000_000)}, path)
+    assert "\n" not in str(raised.value)
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert files_in(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("vanished/last.pth", "No such file or directory"),
+        ("a_file/last.pth", "Not a directory"),
+        ("a_folder", "Is a directory"),
+        pytest.param("read_only/last.pth", "denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_path):
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "read_only").mkdir(mode=0o500)
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match=f"cannot write .*{reason}"):
+        save_atomically({"epoch": 1}, tmp_path / path)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
+    (tmp_path / "lora.safetensors").write_bytes(b"previous")
+    with pytest.raises(interruption), open_atomically(tmp_path / "lora.safetensors") as file:
+        file.write(b"half")
+        raise interruption
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"previous"
+    assert files_in(tmp_path) == ["lora.safetensors"]
+
+
+def save_forever(path):
+    for epoch in itertools.count(1):
+        save_atomically({"epoch": epoch, "w": torch.full((250_000,), float(epoch))}, path)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.pth"
+    for delay in (0.05, 0.07, 0.11):
+        save_atomically({"epoch": 0, "w": torch.zeros(250_000)}, path)
+        child = multiprocessing.get_context("fork").Process(target=save_forever, args=(path,))
+        child.start()
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        content = read_checkpoint(path)
+        assert (content["w"] == content["epoch"]).all()
