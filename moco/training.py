@@ -163,7 +163,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(name), list(known), n=1)
+    name, known = str(name), list(known)
+    match = [full for full in known if full.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
@@ -300,16 +301,26 @@ def peak_memory_bytes(device: torch.device) -> int:
 # Schedule and evaluation
 
 
+SCHEDULES = ("cosine", "step", "constant")
+
+
 def lr_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over `warmup_steps` optimizer steps, then 'cosine' to 0 at `total_steps`, or 'constant'."""
+    """The learning rate's course over `total_steps` optimizer steps, the first `warmup_steps` a linear warm-up.
+
+    Args:
+        schedule: 'cosine' falls to 0; 'step' falls to a tenth after 60% and again after 80% of the steps, as MoCo v1's
+            does (1911.05722, section 4); 'constant'.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if schedule == "constant":
             return 1.0
+        if schedule == "step":
+            return 0.1 ** sum(step >= share * total_steps for share in (0.6, 0.8))
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

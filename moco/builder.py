@@ -1,0 +1,161 @@
+"""MoCo: a query encoder learns to recognise, among many keys, the one that comes from the same image.
+
+v1 and v2 (arXiv 1911.05722, 2003.04297) keep the other keys in a queue, v3 (2104.02057) takes them from the batch.
+In both, the encoder of the keys follows that of the queries as a moving average. Written from the papers.
+"""
+
+import copy
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from moco.backbones import head_name
+
+
+class MomentumContrast(nn.Module):
+    """The part that all versions share: encoder_q, and encoder_k which follows it without ever seeing a gradient.
+
+    Args:
+        backbone: a torchvision model, whose classifier head `projector` takes the place of.
+        projector: features -> embeddings.
+        m: momentum, how much of encoder_k is kept in a step.
+        T: temperature of the softmax.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, m: float, T: float):
+        super().__init__()
+        setattr(backbone, head_name(backbone), projector)
+        self.encoder_q = backbone
+        self.encoder_k = copy.deepcopy(backbone).requires_grad_(False)
+        self.m = m
+        self.T = T
+
+    def momentum(self, progress: float) -> float:
+        """The momentum at this share (0 to 1) of the training; a constant here."""
+        return self.m
+
+    @torch.no_grad()
+    def update_encoder_k(self, m: float) -> None:
+        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2)."""
+        # As an interpolation, because what is equal in both, such as a frozen patch embedding, then stays so exactly.
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - m)
+
+
+class MoCo(MomentumContrast):
+    """v1 and, with `mlp`, v2: InfoNCE against a queue of keys (1911.05722, algorithm 1).
+
+    The paper shuffles the keys between GPUs, so that BatchNorm's statistics cannot tell which key belongs to which
+    query. In one process there is nowhere to shuffle them to: BatchNorm sees the whole batch in any order.
+
+    Args:
+        backbone: as in MomentumContrast.
+        dim: width of q and k.
+        K: number of keys in the queue.
+        m, T: as in MomentumContrast.
+        mlp: a hidden layer in the projector (v2).
+    """
+
+    def __init__(self, backbone, dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07, mlp: bool = False):
+        width = feature_dim(backbone)
+        projector = nn.Linear(width, dim)
+        if mlp:
+            projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), projector)
+        super().__init__(backbone, projector, m, T)
+        self.K = K
+        self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, im_q: torch.Tensor, im_k: torch.Tensor, m: float) -> torch.Tensor:
+        """Loss of two views (N, 3, S, S) of the same images; updates encoder_k and the queue."""
+        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, dim)
+        with torch.no_grad():
+            self.update_encoder_k(m)
+            k = F.normalize(self.encoder_k(im_k).float(), dim=1)  # (N, dim)
+        with torch.autocast(q.device.type, enabled=False):  # similarities over T lose too much in half precision
+            l_pos = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+            l_neg = q @ self.queue.clone()  # (N, dim) @ (dim, K) -> (N, K)
+        logits = torch.cat([l_pos, l_neg], dim=1) / self.T  # (N, 1 + K)
+        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # the positive comes first
+        self.dequeue_and_enqueue(k)
+        return F.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def dequeue_and_enqueue(self, k: torch.Tensor) -> None:
+        """The newest keys (N, dim) take the places of the oldest."""
+        positions = (self.queue_ptr + torch.arange(len(k), device=k.device)) % self.K
+        self.queue[:, positions] = k.T
+        self.queue_ptr[0] = (self.queue_ptr[0] + len(k)) % self.K
+
+
+class MoCoV3(MomentumContrast):
+    """v3: no queue, a predictor on the queries, both views as queries (2104.02057, algorithm 1).
+
+    A ViT gets fixed sine-cosine positions and a frozen random patch embedding, without which its training is
+    unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
+
+    Args:
+        backbone: as in MomentumContrast.
+        dim, mlp_dim: width of q and k, and of the hidden layers of projector and predictor.
+        m, T: as in MomentumContrast.
+    """
+
+    def __init__(self, backbone, dim: int = 256, mlp_dim: int = 4096, m: float = 0.99, T: float = 0.2):
+        layers = 2  # of the projector, for ResNets
+        if isinstance(backbone, VisionTransformer):
+            layers = 3
+            fix_positions(backbone)
+            if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
+                backbone.conv_proj.requires_grad_(False)
+        projector = mlp([feature_dim(backbone), *[mlp_dim] * (layers - 1), dim])
+        super().__init__(backbone, projector, m, T)
+        self.predictor = mlp([dim, mlp_dim, dim])
+
+    def momentum(self, progress: float) -> float:
+        return 1 - (1 - self.m) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def forward(self, x1: torch.Tensor, x2: torch.Tensor, m: float) -> torch.Tensor:
+        """Loss of two views (N, 3, S, S) of the same images; updates encoder_k."""
+        q1, q2 = self.predictor(self.encoder_q(x1)), self.predictor(self.encoder_q(x2))  # (N, dim)
+        with torch.no_grad():
+            self.update_encoder_k(m)
+            k1, k2 = self.encoder_k(x1), self.encoder_k(x2)  # (N, dim)
+        return self.contrast(q1, k2) + self.contrast(q2, k1)
+
+    def contrast(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """InfoNCE with the other keys of the batch as negatives, times 2T as in the paper's ctr()."""
+        q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q @ k.T / self.T  # (N, dim) @ (dim, N) -> (N, N)
+        return 2 * self.T * F.cross_entropy(logits, torch.arange(len(q), device=q.device))
+
+
+def feature_dim(backbone: nn.Module) -> int:
+    """Width of what a backbone hands to its classifier head."""
+    head = getattr(backbone, head_name(backbone))
+    return next(module.in_features for module in head.modules() if isinstance(module, nn.Linear))
+
+
+def mlp(widths: list[int]) -> nn.Sequential:
+    """Linear layers with BatchNorm after each, ReLU between them; the last BatchNorm has no parameters."""
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+        last = i == len(widths) - 2
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not last)]
+        layers += [] if last else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def fix_positions(vit: VisionTransformer) -> None:
+    """Fixed sine-cosine position embedding in two dimensions; the class token's is zero (2104.02057, section 4.4)."""
+    side = vit.image_size // vit.patch_size
+    position = vit.encoder.pos_embedding  # (1, 1 + side * side, D)
+    frequency = 10000 ** -(torch.arange(vit.hidden_dim // 4) / (vit.hidden_dim // 4))  # (D / 4)
+    angle = torch.outer(torch.arange(side), frequency)  # (side, D / 4)
+    rows, columns = angle.repeat_interleave(side, dim=0), angle.repeat(side, 1)  # (side * side, D / 4), row by row
+    grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)  # (side * side, D)
+    position.data = torch.cat([torch.zeros(1, vit.hidden_dim), grid])[None]
+    position.requires_grad_(False)

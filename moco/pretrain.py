@@ -1,0 +1,329 @@
+"""Stage 1: pretrain a backbone with MoCo, without labels.
+
+    python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 10 minutes on 2 cores
+    python -m moco.pretrain --config configs/stage1.yaml --epochs 1      # does it run?
+    python -m moco.pretrain --config configs/stage1.yaml --resume checkpoints/pretrain/moco_stage1_epoch_20.pth
+    python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
+
+Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
+"""
+
+import argparse
+import csv
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from moco import InputError, data, training
+from moco.backbones import ARCHS, build_backbone, default_image_size, forward_features
+from moco.builder import MoCo, MoCoV3
+from moco.checkpoints import read_checkpoint, save_atomically
+from moco.training import non_negative_float, non_negative_int, positive_float, positive_int
+
+# What may differ between a run and its resumption without changing what is computed.
+FREE_TO_CHANGE = {"config", "output_dir", "resume", "data_dir", "device", "knn_every", "save_every"}
+METRICS = ("epoch", "loss", "knn_accuracy", "learning_rate", "seconds")
+OPTIMIZERS = ("adamw", "sgd", "lars")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Pretrain as the options say.
+
+    Returns:
+        `loss` and `knn_accuracy` (0 to 1, of the last epoch), `epochs`, `seconds` and the paths `checkpoint` and
+        `metrics`.
+    """
+    args, _ = training.parse_args(make_parser(), argv)
+    device = training.select_device(args.device)
+    dtype = training.select_precision(args.precision, device)
+    training.seed_everything(args.seed)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {args.output_dir}: cannot make this folder: {error.strerror}") from None
+    run = Pretraining(args, device, dtype)
+    if args.resume:
+        run.resume(args.resume)
+    images = len(run.loader.dataset)
+    print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
+    while run.epoch < args.epochs:
+        run.train_epoch()
+        run.finish_epoch()
+    plot_curves(run.history, run.path("pretraining_curves.png"))
+    return run.results()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.pretrain",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", type=Path, help="YAML file with values for the options below")
+    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/pretrain"))
+    run.add_argument("--resume", type=Path, help="a checkpoint of an interrupted run of the same configuration")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", choices=ARCHS, default="vit_mini")
+    model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
+    source = parser.add_argument_group("data")
+    source.add_argument("--dataset", choices=data.DATASETS, default="digits")
+    source.add_argument("--data-dir", type=Path)
+    source.add_argument("--eval-split", choices=data.EVAL_SPLITS, default="held-out", help="validation: train on less")
+    source.add_argument("--workers", type=non_negative_int, default=0, help="processes that load images")
+    moco = parser.add_argument_group("moco")
+    moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), default=3)
+    moco.add_argument("--epochs", type=positive_int, default=100)
+    moco.add_argument("--batch-size", type=positive_int, default=256)
+    moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    moco.add_argument("--learning-rate", type=positive_float, default=1e-3)
+    moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
+    moco.add_argument("--schedule", choices=training.SCHEDULES, default="cosine")
+    moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
+    moco.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    moco.add_argument("--momentum", type=training.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
+    moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
+    moco.add_argument("--dim", type=positive_int, default=256, help="width of queries and keys")
+    moco.add_argument("--mlp-dim", type=positive_int, default=4096, help="v3: hidden width of projector and predictor")
+    moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
+    moco.add_argument("--two-crops", choices=data.TWO_CROPS, default="moco_v3", help="how the views are made")
+    moco.add_argument("--crop-min", type=positive_float, default=0.2, help="smallest share of the area in a crop")
+    moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
+    moco.add_argument("--scale", type=training.fraction, default=0.2, help="digits: so much larger or smaller than 1")
+    moco.add_argument("--shift", type=training.fraction, default=0.15, help="digits: at most so much of the side")
+    moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
+    moco.add_argument("--seed", type=non_negative_int, default=0)
+    moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
+    moco.add_argument("--save-every", type=positive_int, default=20, help="epochs between checkpoints")
+    return parser
+
+
+class Pretraining:
+    """A run: the model, its optimizer, its data and how far it is."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        self.args, self.device, self.dtype = args, device, dtype
+        args.image_size = args.image_size or default_image_size(args.arch)
+        self.loader, self.knn_loaders = load_data(args, device)
+        self.model = build_model(args).to(device)
+        self.optimizer = build_optimizer(self.model, args)
+        steps = len(self.loader)
+        self.schedule = training.lr_schedule(
+            self.optimizer, args.epochs * steps, args.warmup_epochs * steps, args.schedule
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.epoch = self.global_steps = 0
+        self.history: list[dict[str, Any]] = []
+
+    def train_epoch(self) -> None:
+        """One pass over the images; adds a row to the history."""
+        self.model.train()
+        start, total, learning_rate = time.perf_counter(), 0.0, self.schedule.get_last_lr()[0]
+        bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False, mininterval=1.0)
+        for (x1, x2), _ in bar:
+            loss = self.step(x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True))
+            total += loss
+            bar.set_postfix(loss=f"{loss:.3f}")
+        self.epoch += 1
+        loss, seconds = total / len(self.loader), time.perf_counter() - start
+        self.history.append(dict(zip(METRICS, (self.epoch, loss, None, learning_rate, seconds), strict=True)))
+
+    def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
+        """One optimizer step on two views (N, 3, S, S); returns the loss."""
+        m = self.model.momentum(self.global_steps / (self.args.epochs * len(self.loader)))
+        with training.autocast(self.device, self.dtype):
+            loss = self.model(x1, x2, m)
+        if not math.isfinite(loss.item()):
+            raise InputError(
+                f"the loss is {loss.item()} at epoch {self.epoch + 1}, step {self.global_steps}: "
+                "lower --learning-rate, warm up longer or use --precision fp32"
+            )
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.global_steps += 1
+        return loss.item()
+
+    def finish_epoch(self) -> None:
+        """k-NN accuracy, files and a line of output, whichever are due."""
+        row, last = self.history[-1], self.epoch == self.args.epochs
+        if last or self.epoch % self.args.knn_every == 0:
+            row["knn_accuracy"] = self.knn_accuracy()
+        if last or self.epoch % self.args.save_every == 0:
+            self.save(last)
+        self.write_metrics()
+        knn = "" if row["knn_accuracy"] is None else f"  k-NN {row['knn_accuracy']:.3f}"
+        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}", flush=True)
+
+    def knn_accuracy(self) -> float:
+        """How well the backbone's features, before the projector, sort images that it saw without labels at most."""
+        encoder = Features(self.model.encoder_q)
+        bank, queries = (training.extract_features(encoder, x, self.device, self.dtype) for x in self.knn_loaders)
+        return training.knn_accuracy(*bank, *queries)
+
+    def save(self, last: bool) -> None:
+        """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": {} if last else self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "global_steps": self.global_steps,
+            "arch": self.args.arch,
+            "config": self.config(),
+            "history": self.history,
+        }
+        if not last:
+            state["schedule"] = self.schedule.state_dict()
+            state["scaler"] = self.scaler.state_dict()
+            state["rng"] = training.rng_state() | {"loader": self.loader.generator.get_state()}
+        save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
+
+    def resume(self, path: Path) -> None:
+        """Go on where the run that wrote `path` was; on the CPU to the same bits as without the interruption.
+
+        Raises InputError where that run was configured otherwise or is complete.
+        """
+        state = read_checkpoint(path)
+        if not {"model", "optimizer", "epoch", "global_steps", "config", "history"} <= state.keys():
+            raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
+        if not state["optimizer"]:
+            raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
+        then, now = state["config"], self.config()
+        changed = [f"{k} (was {then.get(k)}, is {now[k]})" for k in now if now[k] != then.get(k)]
+        changed = [text for text in changed if text.split()[0] not in FREE_TO_CHANGE]
+        if changed:
+            raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
+        self.loader.generator.set_state(state["rng"]["loader"].cpu())
+        training.restore_rng_state(state["rng"])
+
+    def config(self) -> dict[str, Any]:
+        """The options as a checkpoint can hold them."""
+        return {name: str(x) if isinstance(x, Path) else x for name, x in vars(self.args).items()}
+
+    def path(self, name: str) -> Path:
+        return self.args.output_dir / name
+
+    def write_metrics(self) -> None:
+        """metrics.csv, whole: after a resume it then has every epoch once. No k-NN accuracy is an empty field."""
+        with open(self.path("metrics.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS)
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    def results(self) -> dict[str, Any]:
+        last = self.history[-1]
+        return {
+            "loss": last["loss"],
+            "knn_accuracy": last["knn_accuracy"],
+            "epochs": self.epoch,
+            "seconds": sum(row["seconds"] for row in self.history),
+            "checkpoint": self.path(f"moco_stage1_epoch_{self.epoch}.pth"),
+            "metrics": self.path("metrics.csv"),
+        }
+
+
+class Features(nn.Module):
+    """An encoder without its projector: images (N, 3, S, S) -> features (N, D)."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return forward_features(self.encoder, images)
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader]]:
+    """The loader of two views of each training image, and those of the k-NN accuracy: bank and queries.
+
+    The queries are a fifth of the training split: the held-out split has no part in stage 1, not even to watch it.
+    """
+    images = data.load_splits(args.dataset, args.data_dir, args.eval_split).train
+    if len(images) < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
+    views = data.two_crops(
+        args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
+    )
+    common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
+    # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
+    loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
+    bank, queries, _ = data.load_splits(args.dataset, args.data_dir, "validation")
+    transform = data.eval_transform(args.image_size)
+    return loader, [data.build_loader(data.Transformed(x, transform), **common) for x in (bank, queries)]
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    backbone = build_backbone(args.arch, 1, args.image_size)  # its classifier head gives way to a projector
+    if args.moco_version == 3:
+        return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
+    if args.queue_size < args.batch_size:
+        raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
+    return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    return {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](parameters, momentum=0.9, **options)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step has a fixed ratio to the norm of each weight (1708.03888, algorithm 1).
+
+    Biases and normalisation, the parameters of one dimension, take plain steps without weight decay, as in SimCLR.
+    """
+
+    def __init__(self, parameters, lr: float, weight_decay: float, momentum: float, trust: float = 0.001):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad if p.ndim == 1 else self.scaled(p, group)
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.mul_(group["momentum"]).add_(update)
+                p.sub_(velocity, alpha=group["lr"])
+
+    @staticmethod
+    def scaled(p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        update = p.grad + group["weight_decay"] * p
+        ratio = group["trust"] * p.norm() / update.norm()
+        return update * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and k-NN accuracy by epoch, as a picture."""
+    from matplotlib.figure import Figure  # here, because it takes a second to import
+
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots()
+    axis.plot([row["epoch"] for row in history], [row["loss"] for row in history], color="tab:blue")
+    axis.set(xlabel="epoch", ylabel="contrastive loss")
+    measured = [row for row in history if row["knn_accuracy"] is not None]
+    right = axis.twinx()
+    right.plot([r["epoch"] for r in measured], [r["knn_accuracy"] for r in measured], "o-", color="tab:orange")
+    right.set_ylabel("k-NN accuracy (validation part)")
+    figure.legend(["loss", "k-NN accuracy"], loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    training.run_script(main)

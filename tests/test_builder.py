@@ -1,0 +1,180 @@
+"""moco/builder.py against the papers' equations, computed here another way."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco.backbones import build_backbone
+from moco.builder import MoCo, MoCoV3, feature_dim, mlp
+
+
+class Tiny(nn.Module):
+    """The least that can stand for a backbone: images (N, 3, 2, 2) -> classes, through 5 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh())
+        self.fc = nn.Linear(5, 10)
+
+    def forward(self, images):
+        return self.fc(self.body(images))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def views(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 3, 2, 2), torch.randn(n, 3, 2, 2)
+
+
+def move_apart(model: nn.Module) -> None:
+    """As training would: encoder_k no longer equals encoder_q."""
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def test_the_encoders_start_equal_and_only_the_query_encoder_trains():
+    for model in (MoCo(Tiny(), K=8), MoCoV3(Tiny(), dim=6, mlp_dim=7)):
+        for q, k in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
+            assert torch.equal(q, k) and q is not k
+            assert q.requires_grad and not k.requires_grad
+
+
+@pytest.mark.parametrize("mlp_head", [False, True])
+def test_queue_loss_equals_a_dense_computation(mlp_head):
+    model = MoCo(Tiny(), dim=6, K=8, m=0.9, T=0.3, mlp=mlp_head)
+    move_apart(model)
+    im_q, im_k = views()
+    encoder_k, queue = copy.deepcopy(model.encoder_k), model.queue.clone()
+    for k, q in zip(encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        k.data = 0.75 * k + 0.25 * q
+    q, k = model.encoder_q(im_q), encoder_k(im_k)
+    expected = 0.0
+    for i in range(4):
+        cosines = [F.cosine_similarity(q[i], key, dim=0) for key in (k[i], *queue.T)]
+        exponentials = torch.stack([torch.exp(c / 0.3) for c in cosines])
+        expected += -torch.log(exponentials[0] / exponentials.sum()) / 4
+    torch.testing.assert_close(model(im_q, im_k, 0.75), expected)
+
+
+def test_v3_loss_equals_a_dense_computation():
+    model = MoCoV3(Tiny(), dim=6, mlp_dim=7, T=0.3).eval()  # BatchNorm by running statistics, for single images
+    move_apart(model)
+    x1, x2 = views()
+    encoder_k = copy.deepcopy(model.encoder_k)
+    for k, q in zip(encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        k.data = 0.75 * k + 0.25 * q
+    expected = 0.0
+    for a, b in ((x1, x2), (x2, x1)):
+        for i in range(4):
+            q = model.predictor(model.encoder_q(a[i : i + 1]))[0]
+            keys = [encoder_k(image[None])[0] for image in b]
+            exponentials = torch.stack([torch.exp(F.cosine_similarity(q, k, dim=0) / 0.3) for k in keys])
+            expected += 2 * 0.3 * -torch.log(exponentials[i] / exponentials.sum()) / 4
+    torch.testing.assert_close(model(x1, x2, 0.75), expected)
+
+
+@pytest.mark.parametrize("model", [MoCo(Tiny(), K=8, mlp=True), MoCoV3(Tiny(), dim=6, mlp_dim=7)])
+def test_gradients_reach_every_trained_parameter_and_never_encoder_k(model):
+    model(*views(), 0.9).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("encoder_k."), name
+        assert p.grad is None or p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("model", [MoCo(Tiny(), K=8), MoCoV3(Tiny(), dim=6, mlp_dim=7)])
+def test_the_momentum_update_is_exact_and_happens_once_a_step(model):
+    move_apart(model)
+    before = [p.clone() for p in model.encoder_k.parameters()]
+    model(*views(), 0.75)
+    for old, k, q in zip(before, model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(k, 0.75 * old + 0.25 * q)
+
+
+def test_equal_parameters_stay_equal_to_the_bit():
+    model = MoCoV3(Tiny(), dim=6, mlp_dim=7)
+    before = copy.deepcopy(model.encoder_k.state_dict())
+    for _ in range(100):
+        model.update_encoder_k(0.99)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.encoder_k.state_dict().items())
+
+
+def test_the_queue_is_first_in_first_out_and_wraps_around():
+    model = MoCo(Tiny(), dim=2, K=5)
+    expected = list(model.queue.T.clone())
+    for start in range(0, 18, 3):
+        keys = torch.arange(start, start + 3.0)[:, None].expand(3, 2)
+        model.dequeue_and_enqueue(keys)
+        for i, key in enumerate(keys):
+            expected[(start + i) % 5] = key
+        torch.testing.assert_close(model.queue, torch.stack(expected, dim=1), rtol=0, atol=0)
+        assert int(model.queue_ptr) == (start + 3) % 5
+
+
+def test_a_step_enqueues_this_batchs_keys_after_the_loss_was_taken():
+    model = MoCo(Tiny(), dim=6, K=8)
+    im_q, im_k = views()
+    old = model.queue.clone()
+    model(im_q, im_k, 0.9)
+    torch.testing.assert_close(model.queue[:, :4], F.normalize(model.encoder_k(im_k), dim=1).T)
+    assert torch.equal(model.queue[:, 4:], old[:, 4:])
+    torch.testing.assert_close(model.queue.norm(dim=0), torch.ones(8))
+
+
+def test_momentum_is_constant_with_a_queue_and_rises_to_1_in_v3():
+    assert [MoCo(Tiny(), K=8, m=0.9).momentum(t) for t in (0, 0.5, 1)] == [0.9] * 3
+    assert [MoCoV3(Tiny(), m=0.9).momentum(t) for t in (0, 0.5, 1)] == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
+    for model in (MoCo(Tiny(), K=8), MoCoV3(Tiny(), dim=6, mlp_dim=7)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert model(*views(), 0.9).dtype == torch.float32
+
+
+def test_resnets_get_the_published_projectors():
+    def names(model):
+        return {name for name, _ in model.encoder_q.fc.named_parameters()}
+
+    assert names(MoCo(build_backbone("resnet18", 1), K=8)) == {"weight", "bias"}
+    assert names(MoCo(build_backbone("resnet18", 1), K=8, mlp=True)) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    v3 = MoCoV3(build_backbone("resnet18", 1), dim=6, mlp_dim=7)
+    assert names(v3) == {"0.weight", "1.weight", "1.bias", "3.weight"}
+    assert isinstance(v3.encoder_q.fc[4], nn.BatchNorm1d) and not v3.encoder_q.fc[4].affine
+    assert v3.encoder_q(torch.randn(2, 3, 32, 32)).shape == (2, 6)
+
+
+def test_a_vit_keeps_its_positions_and_patch_embedding():
+    model = MoCoV3(build_backbone("vit_mini", 1), dim=6, mlp_dim=7)
+    frozen = {name for name, p in model.encoder_q.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}
+    assert [m.out_features for m in model.encoder_q.heads.modules() if isinstance(m, nn.Linear)] == [7, 7, 6]
+
+
+def test_positions_are_sines_and_cosines_of_column_and_row():
+    position = MoCoV3(build_backbone("vit_mini", 1), dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding
+    assert position.shape == (1, 17, 192)
+    assert (position[0, 0] == 0).all()
+    row, column, i = 2, 3, 5
+    frequency = 10000 ** (-i / 48)
+    expected = [f(x * frequency) for x in (column, row) for f in (math.sin, math.cos)]
+    torch.testing.assert_close(position[0, 1 + 4 * row + column, i::48], torch.tensor(expected))
+
+
+def test_a_convolutional_stem_is_trained():
+    model = MoCoV3(build_backbone("vit_conv_small", 1, image_size=32), dim=6, mlp_dim=7)
+    frozen = {name for name, p in model.encoder_q.named_parameters() if not p.requires_grad}
+    assert frozen == {"encoder.pos_embedding"}
+
+
+def test_projector_layers_and_feature_width():
+    layers = mlp([5, 7, 3])
+    assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert feature_dim(Tiny()) == 5 and feature_dim(build_backbone("vit_mini", 4)) == 192

@@ -1,0 +1,165 @@
+"""moco/pretrain.py as a user runs it: main(argv), then the files."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from moco import InputError, pretrain, training
+from moco.checkpoints import load_backbone, read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twenty noisy images, dark or bright, of 8x8 pixels, two classes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
+    for label, base in (("dark", 0), ("bright", 150)):
+        (folder / label).mkdir()
+        for i in range(10):
+            pixels = (base + rng.randint(0, 100, (8, 8))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """Pretraining of two steps an epoch; returns main's results."""
+
+    def run(options: str = "", output: str = "out"):
+        argv = f"--dataset imagefolder --data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1"
+        argv += " --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu"
+        return pretrain.main([*argv.split(), "--output-dir", str(tmp_path / output), *options.split()])
+
+    return run
+
+
+def test_the_files_of_a_run(run, tmp_path, capsys):
+    results = run("--knn-every 2")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "metrics.csv",
+        "moco_stage1_epoch_1.pth",
+        "moco_stage1_epoch_2.pth",
+        "pretraining_curves.png",
+    ]
+    with open(results["metrics"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert rows[0]["knn_accuracy"] == "" and float(rows[1]["knn_accuracy"]) == results["knn_accuracy"]
+    assert float(rows[1]["loss"]) == results["loss"]
+    assert float(rows[1]["learning_rate"]) == pytest.approx(5e-4)
+    assert "vit_mini, MoCo v3, 16 images of imagefolder" in capsys.readouterr().out
+
+
+def test_the_checkpoint_is_what_fine_tuning_reads(run, folder):
+    results = run()
+    checkpoint = read_checkpoint(results["checkpoint"])
+    assert {"model", "optimizer", "epoch", "global_steps", "arch", "config"} <= checkpoint.keys()
+    assert (checkpoint["epoch"], checkpoint["global_steps"], checkpoint["arch"]) == (2, 4, "vit_mini")
+    assert checkpoint["config"]["image_size"] == 8 and checkpoint["config"]["data_dir"] == str(folder)
+    assert checkpoint["optimizer"] == {}
+    model, report = load_backbone(results["checkpoint"], num_classes=3)
+    assert report["arch"] == "vit_mini" and report["epoch"] == 2
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("heads."):
+            assert torch.equal(tensor, checkpoint["model"][f"encoder_q.{name}"]), name
+
+
+@pytest.mark.parametrize("options", ["", "--moco-version 2 --optimizer sgd --learning-rate 0.03", "--optimizer lars"])
+def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, options):
+    run(options, "straight")
+    run(f"{options} --resume {tmp_path / 'straight' / 'moco_stage1_epoch_1.pth'}", "resumed")
+    ends = [torch.load(tmp_path / name / "moco_stage1_epoch_2.pth") for name in ("straight", "resumed")]
+    assert ends[0]["model"].keys() == ends[1]["model"].keys()
+    for name, tensor in ends[0]["model"].items():
+        assert torch.equal(tensor, ends[1]["model"][name]), name
+    losses = [[row["loss"] for row in end["history"]] for end in ends]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_training_learns_and_leaves_what_is_frozen(run):
+    results = run("--epochs 8 --save-every 1 --learning-rate 3e-3 --knn-every 8")
+    first, last = (torch.load(results["checkpoint"].with_name(f"moco_stage1_epoch_{n}.pth")) for n in (1, 8))
+    assert last["history"][-1]["loss"] < first["history"][0]["loss"]
+    for name, tensor in last["model"].items():
+        frozen = name.endswith(("pos_embedding", "conv_proj.weight", "conv_proj.bias"))
+        if name.startswith("encoder_q.") and tensor.is_floating_point() and "running" not in name:
+            assert torch.equal(tensor, first["model"][name]) == frozen, name
+
+
+def test_the_seed_decides(run):
+    first, again, other = (torch.load(run(f"--epochs 1 --seed {s}", str(s))["checkpoint"])["model"] for s in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["encoder_q.class_token"], other["encoder_q.class_token"])
+
+
+def test_pretraining_for_a_validation_choice_leaves_the_validation_part_out(run, capsys):
+    run("--epochs 1 --eval-split validation --batch-size 4")
+    assert "MoCo v3, 12 images" in capsys.readouterr().out
+
+
+def test_bfloat16(run):
+    assert 0 <= run("--epochs 1 --precision bf16")["knn_accuracy"] <= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
+    monkeypatch.setattr(pretrain.MoCoV3, "contrast", lambda self, q, k: q.sum() * float("nan"))
+    with pytest.raises(InputError, match="the loss is nan at epoch 1, step 0: lower --learning-rate"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("--batch-size 17", "--batch-size 17: there are only 16 training images"),
+        ("--moco-version 1 --queue-size 4", "--queue-size 4 is smaller than --batch-size 8"),
+        ("--resume absent.pth", "absent.pth"),
+        ("--momentum 1", "--momentum: expected a number from 0 to below 1"),
+        ("--image-size 12", "not a multiple"),
+    ],
+)
+def test_bad_options(run, options, problem):
+    with pytest.raises(InputError, match=problem):
+        run(options)
+
+
+def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
+    run()
+    with pytest.raises(InputError, match="that run is complete"):
+        run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_2.pth'}")
+    with pytest.raises(
+        InputError, match=r"options differ from that run's: epochs \(was 2, is 3\), seed \(was 0, is 5\)"
+    ):
+        run(f"--epochs 3 --seed 5 --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}")
+    torch.save({"state_dict": {}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="not a checkpoint of python"):
+        run(f"--resume {tmp_path / 'other.pth'}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path):
+    args, sources = training.parse_args(pretrain.make_parser(), ["--config", str(path)])
+    assert sources["moco_version"] == "config"
+    if path.stem != "stage1":
+        assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
+    assert yaml.safe_load(path.read_text()).keys() <= set(training.SECTIONS)
+
+
+def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():
+    weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([1.0]))
+    optimizer = pretrain.LARS([weight, bias], lr=2.0, weight_decay=0.0, momentum=0.5, trust=0.1)
+    for _ in range(2):
+        weight.grad, bias.grad = torch.tensor([[0.0, 7.0]]), torch.tensor([0.25])
+        before = weight.detach().clone(), bias.detach().clone()
+        optimizer.step()
+    # The second step is the new update plus half the first: lr * trust * |w| along the gradient, where |w| is its own.
+    first, second = 2.0 * 0.1 * 5.0, 2.0 * 0.1 * float(torch.tensor([3.0, 3.0]).norm())
+    torch.testing.assert_close(before[0], torch.tensor([[3.0, 4.0 - first]]))
+    torch.testing.assert_close(weight.data, torch.tensor([[3.0, 3.0 - second - 0.5 * first]]))
+    torch.testing.assert_close(bias.data, torch.tensor([1.0 - 0.5 - 0.75]))
