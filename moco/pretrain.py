@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moco import InputError, data, training
-from moco.backbones import ARCHS, build_backbone, default_image_size, forward_features
+from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
 from moco.checkpoints import read_checkpoint, save_atomically
 from moco.training import non_negative_float, non_negative_int, positive_float, positive_int
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `metrics`.
     """
     args, _ = training.parse_args(make_parser(), argv)
+    args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     training.seed_everything(args.seed)
@@ -75,8 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
     source = parser.add_argument_group("data")
-    source.add_argument("--dataset", choices=data.DATASETS, default="digits")
-    source.add_argument("--data-dir", type=Path)
+    source.add_argument("--dataset", choices=data.DATASETS, help="default: imagefolder with --data-dir, else digits")
+    source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
     source.add_argument("--eval-split", choices=data.EVAL_SPLITS, default="held-out", help="validation: train on less")
     source.add_argument("--workers", type=non_negative_int, default=0, help="processes that load images")
     moco = parser.add_argument_group("moco")
@@ -167,7 +168,7 @@ class Pretraining:
 
     def knn_accuracy(self) -> float:
         """How well the backbone's features, before the projector, sort images that it saw without labels at most."""
-        encoder = Features(self.model.encoder_q)
+        encoder = self.model.encoder_q
         bank, queries = (training.extract_features(encoder, x, self.device, self.dtype) for x in self.knn_loaders)
         return training.knn_accuracy(*bank, *queries)
 
@@ -235,17 +236,6 @@ class Pretraining:
             "checkpoint": self.path(f"moco_stage1_epoch_{self.epoch}.pth"),
             "metrics": self.path("metrics.csv"),
         }
-
-
-class Features(nn.Module):
-    """An encoder without its projector: images (N, 3, S, S) -> features (N, D)."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return forward_features(self.encoder, images)
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader]]:

@@ -18,9 +18,16 @@ import yaml
 from torch import nn
 
 from moco import InputError
+from moco.backbones import forward_features
 
-# One file configures both scripts: each reads its own sections and passes over the other's.
-SECTIONS = ("model", "data", "moco", "finetune")
+# One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
+# keys that only fine-tuning has.
+SECTIONS = {
+    "model": ("checkpoint", "from_scratch"),
+    "data": ("labels_per_class", "augmentation"),
+    "moco": (),
+    "finetune": (),
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -158,7 +165,7 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if key in own[section]:
                     yield section, key, value
-                else:
+                elif key not in SECTIONS[section]:
                     problems.append(f"{section}.{key}: no such key in {path}{_nearest(key, own[section])}")
 
 
@@ -330,7 +337,7 @@ def lr_schedule(
 def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `model` (images -> features) over the loader in eval mode; its mode is as before afterwards.
+    """What the head of `model` receives, over the loader, in eval mode; the model's mode is as before afterwards.
 
     Returns:
         float32 features of shape (N, D) and labels of shape (N,), both on `device`.
@@ -340,7 +347,7 @@ def extract_features(
     features, labels = [], []
     for images, targets in loader:
         with autocast(device, dtype):
-            features.append(model(images.to(device, non_blocking=True)).float())
+            features.append(forward_features(model, images.to(device, non_blocking=True)).float())
         labels.append(targets.to(device))
     for module, training in was_training.items():
         module.training = training

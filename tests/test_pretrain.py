@@ -33,7 +33,7 @@ def run(folder, tmp_path):
     """Pretraining of two steps an epoch; returns main's results."""
 
     def run(options: str = "", output: str = "out"):
-        argv = f"--dataset imagefolder --data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1"
+        argv = f"--data-dir {folder} --image-size 8 --batch-size 8 --epochs 2 --save-every 1"
         argv += " --dim 8 --mlp-dim 16 --queue-size 16 --two-crops digits --device cpu"
         return pretrain.main([*argv.split(), "--output-dir", str(tmp_path / output), *options.split()])
 

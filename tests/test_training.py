@@ -81,6 +81,7 @@ def test_null_is_allowed_where_it_is_the_default(parse):
 
 def test_the_other_scripts_section_is_passed_over(parse):
     assert parse("", "moco:\n  anything: 1\nmodel:\nfinetune: {epochs: 2}")[0].epochs == 2
+    assert parse("", "model: {checkpoint: moco.pth, arch: resnet18}")[0].arch == "resnet18"
     assert parse("", "")[0].epochs == 10  # an empty file is a file without settings
 
 
