@@ -10,19 +10,37 @@ the training loop with its command line. The tensor arithmetic under the layers 
 files in `lora_utils.py`.
 """
 
+import argparse
+import contextlib
+import csv
+import io
 import itertools
+import json
 import math
 import re
+import signal
+import sys
+import textwrap
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import EncoderBlock
+from tqdm import tqdm
 
 from lora_functional import (
     Geometry,
@@ -34,9 +52,48 @@ from lora_functional import (
     lora_conv2d,
     lora_linear,
 )
-from lora_utils import base_digests, tensor_digest
+from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
 from moco import InputError
-from moco.backbones import head_name
+from moco.backbones import ARCHS, build_backbone, head_name
+from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
+from moco.data import (
+    AUGMENTATIONS,
+    DATASETS,
+    EVAL_SPLITS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Splits,
+    Transformed,
+    build_loader,
+    eval_transform,
+    load_splits,
+    train_transform,
+)
+from moco.training import (
+    SCHEDULES,
+    autocast,
+    extract_features,
+    fraction,
+    knn_accuracy,
+    lr_schedule,
+    non_negative_float,
+    non_negative_int,
+    parse_args,
+    peak_memory_bytes,
+    positive_float,
+    positive_int,
+    restore_rng_state,
+    rng_state,
+    run_script,
+    seed_everything,
+    select_device,
+    select_precision,
+)
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_CHECKPOINT = HERE / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+DEFAULT_CONFIG = HERE / "configs/stage1.yaml"
+KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training
 
 PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4)
 
@@ -793,3 +850,585 @@ def _pointwise_pairs(model: nn.Module):
             kind = {nn.LayerNorm: AbsorbedLayerNorm, nn.GELU: AbsorbedGELU}.get(type(operation))
             if kind is not None and isinstance(layer, LoRALayer):
                 yield operation, layer, kind
+
+
+# --------------------------------------------------------------------------------------------------------- predicting
+
+
+def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """A fine-tuned model, in eval mode, ready to predict:
+
+        model, info = load_finetuned("checkpoints/lora/lora.pth")
+        logits = model(info["transform"](Image.open("image.png").convert("RGB"))[None])
+        print(info["class_names"][logits.argmax()])
+
+    Args:
+        adapter_path: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
+        checkpoint: the base, if it is not where it was at training.
+
+    Returns:
+        The model and the file's metadata, with `transform` from a PIL RGB image to the model's input, (3, H, W).
+
+    Raises:
+        InputError: a file that is not what it should be, or another base than the one trained on.
+    """
+    metadata = read_adapter_file(adapter_path)["metadata"]
+    lacking = [key for key in ("arch", "class_names", "image_size", "checkpoint", "lora") if key not in metadata]
+    if lacking:
+        raise InputError(f"{adapter_path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
+    base = Path(checkpoint or metadata["checkpoint"])
+    if checkpoint is None and not base.exists():
+        base = HERE / base
+    model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
+    if metadata["lora"]:
+        add_lora_to_model(model, **metadata["lora"])
+    LoRAManager(model).load_lora_checkpoint(adapter_path)
+    return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+
+
+class Evaluation(NamedTuple):
+    loss: float  # mean cross-entropy
+    accuracy: float  # 0 to 1
+    predictions: Tensor  # (N,), class indices
+    labels: Tensor  # (N,)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, dtype=torch.float32) -> Evaluation:
+    """Loss, accuracy and predictions of a classifier over a loader, in eval mode; its mode is as before afterwards."""
+    was_training = model.training
+    model.eval()
+    loss, predictions, labels = 0.0, [], []
+    for images, targets in loader:
+        images, targets = _to_device(images, device), targets.to(device)
+        with autocast(device, dtype):
+            logits = model(images)
+        loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        predictions.append(logits.argmax(1))
+        labels.append(targets)
+    model.train(was_training)
+    predictions, labels = torch.cat(predictions).cpu(), torch.cat(labels).cpu()
+    accuracy = (predictions == labels).float().mean().item()
+    return Evaluation(loss / len(labels), accuracy, predictions, labels)
+
+
+def _to_device(images: Tensor, device: torch.device) -> Tensor:
+    # A ResNet in channels_last is up to twice as fast with its input so; to a ViT it makes no difference.
+    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    switch = argparse.BooleanOptionalAction
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
+    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
+    run.add_argument(
+        "--resume", type=Path, nargs="?", const=Path("last.pth"), help="go on; default: the output folder's"
+    )
+    run.add_argument("--eval-only", type=Path, nargs="?", const=Path("lora.pth"), help="only evaluate this adapter")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
+    model.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    model.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
+    model.add_argument("--from-scratch", action=switch, default=False, help="the same architecture, random weights")
+    source = parser.add_argument_group("data")
+    source.add_argument("--dataset", choices=DATASETS, help="default: imagefolder with --data-dir, else digits")
+    source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
+    source.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
+    source.add_argument("--labels-per-class", type=positive_int, help="train on so few images of each class")
+    source.add_argument("--augmentation", choices=AUGMENTATIONS, default="crop")
+    source.add_argument("--workers", type=non_negative_int, default=0, help="processes that load images")
+    tune = parser.add_argument_group("finetune")
+    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
+    tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
+    tune.add_argument("--lora-dropout", type=fraction, default=0.0)
+    tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
+    tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
+    tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
+    tune.add_argument("--learning-rate", type=positive_float, default=1e-4)
+    tune.add_argument("--epochs", type=positive_int, default=10)
+    tune.add_argument("--batch-size", type=positive_int, default=32)
+    tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
+    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01)
+    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0)
+    tune.add_argument("--label-smoothing", type=fraction, default=0.0)
+    tune.add_argument("--clip-grad-norm", type=positive_float, help="largest norm of a step's gradient")
+    tune.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    tune.add_argument("--gradient-checkpointing", choices=("none", "selective", "full"), default="none")
+    tune.add_argument("--seed", type=non_negative_int, default=0)
+    return parser
+
+
+def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
+
+    def shipped_config_applies(typed: dict[str, Any]) -> bool:
+        # Its values suit the shipped backbone; another one gets the flags' defaults.
+        return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
+
+    args, sources = parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies)
+    if args.data_dir is not None and sources["dataset"] != "command line" and sources["data_dir"] == "command line":
+        args.dataset, sources["dataset"] = "imagefolder", "command line"
+    if args.dataset is None:
+        args.dataset = "imagefolder" if args.data_dir is not None else "digits"
+    for option in ("resume", "eval_only"):
+        path = getattr(args, option)
+        if path is not None and path.name == str(path) and not path.exists():
+            setattr(args, option, args.output_dir / path)
+    problems = []
+    if args.use_qlora and not args.freeze_backbone:
+        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
+    if args.use_qlora and args.lora_rank == 0:
+        problems.append(
+            "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
+        )
+    if args.from_scratch and args.freeze_backbone:
+        problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        problems.append(f"--output-dir {args.output_dir} is a file; name a folder")
+    if problems:
+        raise InputError("\n".join(problems))
+    return args, sources
+
+
+def describe_options(args: argparse.Namespace, sources: dict[str, str]) -> str:
+    """What a run uses and where each value came from, a line per source."""
+    names = {"command line": "command line", "config": str(_shown_path(args.config)), "default": "defaults"}
+    lines = []
+    for source, title in names.items():
+        values = [f"{key} {_shown_path(getattr(args, key))}" for key, origin in sources.items() if origin == source]
+        if values:
+            lines.append(textwrap.fill(f"{title}: " + ", ".join(values), 110, subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def _shown_path(value: Any) -> Any:
+    """Paths inside the toolkit are shown, and stored in files, relative to it: they hold on other machines too."""
+    if isinstance(value, Path) and value.is_absolute() and value.is_relative_to(HERE):
+        return value.relative_to(HERE)
+    return value
+
+
+def resolved_config(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The options in the sections of a YAML file: one that repeats the run."""
+    sections = {}
+    for group in make_parser()._action_groups:
+        if group.title in ("model", "data", "finetune"):
+            values = {action.dest: _shown_path(getattr(args, action.dest)) for action in group._group_actions}
+            sections[group.title] = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return sections
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Fine-tune, or evaluate with --eval-only, as the options say.
+
+    Returns:
+        The content of `results.json`: `val_accuracy` (best, 0 to 1), `best_epoch`, `epochs`, `seconds`,
+        `trainable_parameters`, `total_parameters`, `peak_memory_bytes`, `adapter_bytes` and more.
+
+    Raises:
+        InputError: anything wrong with the options, the data or the files.
+    """
+    args, sources = read_options(argv)
+    device = select_device(args.device)
+    dtype = select_precision(args.precision, device)
+    if args.eval_only:
+        return evaluate_adapter(args, device, dtype)
+    print(describe_options(args, sources))
+    seed_everything(args.seed)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+    model, report = build_model(args, len(splits.class_names))
+    run = FineTuning(args, model.to(device), report, splits, device, dtype)
+    if args.resume:
+        run.resume(args.resume)
+    else:
+        run.measure_start()
+    try:
+        run.train()
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"out of memory on {device}: lower --batch-size and raise --accumulation-steps by as much, or use "
+            "--gradient-checkpointing full, --precision bf16 or --use-qlora"
+        ) from None
+    return run.finish()
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
+    model, report = load_backbone(args.checkpoint, num_classes, args.arch, args.image_size)
+    if args.from_scratch:
+        model = build_backbone(report["arch"], num_classes, report["image_size"])
+    model.base_digests = {} if args.from_scratch else base_digests(model)  # of a random base everything is to be saved
+    if isinstance(model, ResNet):
+        model.to(memory_format=torch.channels_last)
+    if args.lora_rank > 0:
+        add_lora_to_model(model, **lora_options(args))
+    if args.freeze_backbone:
+        freeze_backbone_params(model)
+    set_gradient_checkpointing(model, args.gradient_checkpointing)
+    return model, report
+
+
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
+    if args.lora_rank == 0:
+        return {}
+    options = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
+    return {"r": args.lora_rank, **{option: getattr(args, option) for option in options}}
+
+
+class FineTuning:
+    """One run: the model, its optimizer, its data, and how far it has come."""
+
+    METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
+    # What may differ between a run and its continuation without changing what is computed.
+    FREE_TO_CHANGE = ("data_dir", "checkpoint")
+
+    def __init__(self, args, model: nn.Module, report, splits: Splits, device: torch.device, dtype: torch.dtype):
+        self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
+        self.class_names, self.config = splits.class_names, resolved_config(args)
+        size = report["image_size"]
+        self.transforms = eval_transform(size), train_transform(size, args.augmentation)
+        self.splits = splits
+        loading = {"batch_size": args.batch_size, "seed": args.seed, "workers": args.workers, "device": device}
+        self.train_loader = build_loader(Transformed(splits.train, self.transforms[1]), shuffle=True, **loading)
+        self.val_loader = build_loader(Transformed(splits.val, self.transforms[0]), **loading)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+        self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
+        self.scheduler = lr_schedule(
+            self.optimizer,
+            self.steps_per_epoch * args.epochs,
+            round(self.steps_per_epoch * args.warmup_epochs),
+            args.schedule,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+        self.accuracy_before = math.nan
+
+    def measure_start(self) -> None:
+        """What the backbone knows before any training: k-NN accuracy of its features."""
+        images = self.splits.train
+        if len(images) > KNN_IMAGES:
+            images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:KNN_IMAGES])
+        loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        loader = build_loader(Transformed(images, self.transforms[0]), **loading)
+        features = [
+            extract_features(self.model, tqdm(part, "features", leave=False), self.device, self.dtype)
+            for part in (loader, self.val_loader)
+        ]
+        self.accuracy_before = knn_accuracy(*features[0], *features[1])
+
+    def train(self) -> None:
+        """The remaining epochs; after each, `lora.pth` if it is the best, and `last.pth` to go on from."""
+        make_folder(self.args.output_dir)
+        with open_atomically(self.path("config.yaml")) as file:
+            file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+        with terminable():
+            try:
+                while len(self.history) < self.args.epochs:
+                    self.train_epoch()
+            except KeyboardInterrupt:
+                saved = f"{len(self.history)} of {self.args.epochs} epochs are saved"
+                print(f"\nInterrupted; {saved}. To go on: the same command with --resume", file=sys.stderr)
+                raise
+
+    def train_epoch(self) -> None:
+        started, epoch = time.perf_counter(), len(self.history) + 1
+        self.model.train()
+        images_seen, correct, loss_sum = 0, 0, 0.0
+        rate = self.optimizer.param_groups[0]["lr"]
+        with tqdm(total=len(self.splits.train), desc=f"epoch {epoch}/{self.args.epochs}", unit="img") as bar:
+            for window in _windows(self.train_loader, self.args.accumulation_steps):
+                loss, right, count = self.step(window)
+                images_seen, correct, loss_sum = images_seen + count, correct + right, loss_sum + loss * count
+                bar.update(count)
+                bar.set_postfix(loss=f"{loss_sum / images_seen:.3f}", acc=f"{correct / images_seen:.3f}")
+        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+        row = (epoch, loss_sum / images_seen, result.loss, result.accuracy, rate, time.perf_counter() - started)
+        self.history.append(dict(zip(self.METRICS, row, strict=True)))
+        print(f"epoch {epoch}: val loss {result.loss:.4f}, val accuracy {result.accuracy:.4f}")
+        self.save(result)
+
+    def step(self, window: list[tuple[Tensor, Tensor]]) -> tuple[float, int, int]:
+        """One optimizer step on some batches, exactly as if they were one: mean loss, right answers and images."""
+        count, loss_sum, correct = sum(len(labels) for _, labels in window), 0.0, 0
+        self.optimizer.zero_grad(set_to_none=True)
+        for images, labels in window:
+            images, labels = _to_device(images, self.device), labels.to(self.device, non_blocking=True)
+            with autocast(self.device, self.dtype):
+                logits = self.model(images)
+            smoothing = self.args.label_smoothing
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / count
+            self.scaler.scale(loss).backward()
+            loss_sum += loss.item()
+            correct += (logits.argmax(1) == labels).sum().item()
+        if not math.isfinite(loss_sum):
+            self._stop_diverged(loss_sum)
+        if self.args.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained, self.args.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return loss_sum, correct, count
+
+    def _stop_diverged(self, loss: float) -> None:
+        step, rate = self.scheduler.last_epoch + 1, self.optimizer.param_groups[0]["lr"]
+        kept = f"; the best adapter so far is in {self.path('lora.pth')}" if self.best else ""
+        raise InputError(
+            f"the loss is {loss} at step {step} with learning rate {rate:.2e}: try a lower --learning-rate, "
+            f"--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32{kept}"
+        )
+
+    # ----------------------------------------------------------------------------------------------- files of a run
+
+    def path(self, name: str) -> Path:
+        return self.args.output_dir / name
+
+    def save(self, result: Evaluation) -> None:
+        row = self.history[-1]
+        if not self.best or (result.accuracy, -result.loss) > (self.best["val_accuracy"], -self.best["val_loss"]):
+            self.best = row
+            LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
+        # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
+        save_atomically(self.state(), self.path("last.pth"))
+        write_metrics(self.history, self.METRICS, self.path("metrics.csv"))
+
+    def metadata(self) -> dict[str, Any]:
+        """What `load_finetuned` needs, and what a reader of the file would ask."""
+        return {
+            "arch": self.report["arch"],
+            "class_names": list(self.class_names),
+            "image_size": self.report["image_size"],
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "checkpoint": str(_shown_path(Path(self.args.checkpoint).absolute())),
+            "lora": lora_options(self.args),
+            "epoch": self.best["epoch"],
+            "val_accuracy": self.best["val_accuracy"],
+            "config": self.config,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything from which the run goes on bit for bit."""
+        return {
+            "model": trained_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng_state(),
+            "sampler": self.train_loader.generator.get_state(),
+            "history": self.history,
+            "best": self.best,
+            "accuracy_before": self.accuracy_before,
+            "class_names": list(self.class_names),
+            "config": self.config,
+        }
+
+    def resume(self, path: Path) -> None:
+        """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
+        state = read_checkpoint(path)
+        if not isinstance(state, dict) or state.keys() != self.state().keys():
+            raise InputError(f"{path} is not a last.pth of this script")
+        theirs, ours = (
+            {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+            for config in (state["config"], self.config)
+        )
+        changed = [key for key in ours if ours[key] != theirs.get(key) and key.split(".")[1] not in self.FREE_TO_CHANGE]
+        if changed or state["class_names"] != list(self.class_names):
+            what = ", ".join(f"{key} was {theirs.get(key)}, is {ours[key]}" for key in changed) or "other classes"
+            raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history, self.best, self.accuracy_before = state["history"], state["best"], state["accuracy_before"]
+        self.train_loader.generator.set_state(state["sampler"])
+        restore_rng_state(state["rng"])
+        print(f"resuming {path} after epoch {len(self.history)}")
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best adapter once more, from its file, and write and print the results."""
+        LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
+        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+        results = self.results(result)
+        with open_atomically(self.path("results.json")) as file:
+            file.write(json.dumps(results, indent=2).encode())
+        plot_curves(self.history, self.accuracy_before, self.path("training_curves.png"))
+        plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
+        print(summary(results, self.args.output_dir, self.best["epoch"]))
+        return results
+
+    def results(self, result: Evaluation) -> dict[str, Any]:
+        counts = count_parameters(self.model)
+        per_class = {
+            name: (result.predictions[result.labels == i] == i).float().mean().item()
+            for i, name in enumerate(self.class_names)
+        }
+        return {
+            "val_accuracy": result.accuracy,
+            "val_loss": result.loss,
+            "best_epoch": self.best["epoch"],
+            "last_val_accuracy": self.history[-1]["val_accuracy"],
+            "knn_accuracy_before": self.accuracy_before,
+            "epochs": len(self.history),
+            "seconds": sum(row["seconds"] for row in self.history),
+            "trainable_parameters": counts["trainable"],
+            "total_parameters": counts["total"],
+            "lora_parameters": counts["lora"],
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "adapter_bytes": self.path("lora.pth").stat().st_size,
+            "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
+            "accuracy_per_class": per_class,
+            "eval_split": self.args.eval_split,
+            "device": str(self.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "config": self.config,
+        }
+
+
+def evaluate_adapter(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
+    model, info = load_finetuned(args.eval_only)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split)
+    if splits.class_names != info["class_names"]:
+        raise InputError(f"{args.eval_only} knows the classes {info['class_names']}, the data has {splits.class_names}")
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
+    loader = build_loader(Transformed(splits.val, info["transform"]), **loading)
+    result = evaluate(model.to(device), loader, device, dtype)
+    print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
+    return {"val_accuracy": result.accuracy, "val_loss": result.loss}
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name in the model: parameters that train, and statistics that are not frozen."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for prefix, module in model.named_modules():
+        if not getattr(module, "frozen", False):
+            names.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _windows(loader: DataLoader, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Batches in groups of `size`; the last may be smaller."""
+    batches = iter(loader)
+    while window := list(itertools.islice(batches, size)):
+        yield window
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, which job schedulers send before they kill, ends the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {path}: cannot make this folder: {error.strerror}") from None
+
+
+def write_metrics(history: list[dict[str, float]], columns: Sequence[str], path: Path) -> None:
+    with open_atomically(path) as file:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(history)
+        file.write(text.getvalue().encode())
+
+
+# ---------------------------------------------------------------------------------------------------------- reporting
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
+
+
+def plot_curves(history: list[dict[str, float]], accuracy_before: float, path: Path) -> None:
+    """Losses and accuracy by epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
+    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="validation")
+    losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
+    values = [100 * row["val_accuracy"] for row in history]
+    accuracies.plot(epochs, values, "s--", color=ORANGE, label="validation")
+    if math.isfinite(accuracy_before):
+        accuracies.axhline(100 * accuracy_before, color="0.4", linestyle=":", label="k-NN before training")
+    accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    for axes in (losses, accuracies):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
+    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes."""
+    matrix = confusion_matrix(result.labels, result.predictions, labels=range(len(class_names)))
+    few = len(class_names) <= 20
+    side = min(12, 3 + 0.4 * len(class_names))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(matrix, display_labels=class_names if few else None)
+    rotation = 45 if few and max(map(len, class_names)) > 3 else "horizontal"
+    display.plot(ax=axes, include_values=few, cmap="Blues", xticks_rotation=rotation)
+    if not few:
+        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
+    axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right")
+    figure.savefig(path, dpi=150)
+
+
+def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
+    """The short table at the end of a run."""
+    trained, total = results["trainable_parameters"], results["total_parameters"]
+    rows = [
+        ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
+        ("accuracy after", f"{results['val_accuracy']:.2%} (epoch {best_epoch} of {results['epochs']})"),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        (
+            "adapter file",
+            f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)",
+        ),
+        ("training time", f"{results['seconds']:.1f} s"),
+        ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']})"),
+        ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
+        ("", "training_curves.png, confusion_matrix.png"),
+        ("merge it", f"python lora_utils.py merge {folder / 'lora.pth'} --output merged.pth"),
+        ("evaluate it", f"python finetune_lora.py --eval-only {folder / 'lora.pth'}"),
+    ]
+    return "\n" + "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    # As `__main__` this file's classes would exist a second time beside those of the module `finetune_lora`, which
+    # `lora_utils` and saved files mean; isinstance would then fail without a word.
+    from finetune_lora import main as module_main
+
+    run_script(module_main)
