@@ -85,7 +85,8 @@ def bitsandbytes_functional():
         ImportError: where it is missing, with the remedy.
     """
     # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not torch.compiler.is_compiling():  # it cannot trace this
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional
     except ImportError as error:
