@@ -116,6 +116,12 @@ class LoRALayer:
         use_rslora: scale by alpha / sqrt(r) instead.
     """
 
+    # What an adapted layer has and a stock layer has not. `stock_class` is that of a layer built as an adapted one.
+    _STATE = (
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "lora_enabled"),
+        *("_base_data", "_neighbours", "weight_names", "stock_class"),
+    )
+
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
         super().__init__(*args, **kwargs)
         self._start(r, lora_alpha, lora_dropout, use_rslora)
@@ -123,6 +129,8 @@ class LoRALayer:
     @classmethod
     def adapt(cls, layer: nn.Module, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
+        if isinstance(layer, LoRALayer):
+            layer._stand_alone()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
@@ -154,15 +162,22 @@ class LoRALayer:
             elif name.startswith("lora_B"):
                 nn.init.zeros_(parameter)
 
-    def remove_lora(self) -> None:
-        """Back to the stock layer, its weights as they were."""
+    def _stand_alone(self) -> None:
+        """The base weights in their place, and no neighbour's work taken over."""
         self.unmerge()
-        for name in [name for name in self._parameters if name.startswith("lora_")]:
-            delattr(self, name)
         for neighbour in self._neighbours:
             neighbour.release()
         self._neighbours = ()
-        self.__class__ = self.stock_class
+
+    def remove_lora(self) -> None:
+        """Back to the stock layer, its weights as they were."""
+        self._stand_alone()
+        for name in [name for name in self._parameters if name.startswith("lora_")]:
+            delattr(self, name)
+        stock_class = self.stock_class
+        for name in self._STATE:
+            self.__dict__.pop(name, None)
+        self.__class__ = stock_class
 
     # A kind of layer says which weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become
     # (`effective_weights`).
@@ -220,6 +235,7 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
+    stock_class = nn.Linear
     weight_names = ("weight",)
 
     def _create_adapters(self) -> None:
@@ -246,6 +262,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     activation that it would save, disappears.
     """
 
+    stock_class = nn.Conv2d
     weight_names = ("weight",)
 
     def _create_adapters(self) -> None:
@@ -289,6 +306,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
     """
 
+    stock_class = nn.MultiheadAttention
     _linear_kind = LoRALinear
 
     def _create_adapters(self) -> None:
