@@ -618,15 +618,28 @@ def _fold_batch_norms(model: nn.Module) -> None:
     for parent in model.modules():
         children = dict(parent.named_children())
         pairs = []
-        if isinstance(parent, ResNet | BasicBlock | Bottleneck):
+        if _runs_as(parent, ResNet, BasicBlock, Bottleneck):
             pairs = [(children.get(f"conv{i}"), children.get(f"bn{i}")) for i in (1, 2, 3)]
-        elif isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            pairs = itertools.pairwise(children.values())
+        elif _runs_as(parent, nn.Sequential):
+            pairs = itertools.pairwise(parent)  # not its named_children, which name a module once
         for conv, norm in pairs:
             is_pair = isinstance(conv, LoRAConv2d) and type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
             # One that is used twice stands behind two convolutions, or behind none for the second time.
             if is_pair and uses[id(conv)] == uses[id(norm)] == 1:
                 FoldedBatchNorm2d.attach(norm, conv)
+
+
+def _runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Does it compute what one of these does? A subclass with a forward of its own may do anything in between."""
+    methods = ("forward", "_forward_impl")  # a ResNet's two
+    return any(
+        isinstance(module, kind)
+        and (
+            isinstance(module, _Checkpointed)
+            or all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
+        )
+        for kind in kinds
+    )
 
 
 # -------------------------------------------------------------------------------------------------- into a model
@@ -858,7 +871,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 def _pointwise_pairs(model: nn.Module):
     """(operation, the adapted layer that alone reads its output, its absorbed kind) in torchvision's encoder blocks."""
     for block in model.modules():
-        if not isinstance(block, EncoderBlock):
+        if not _runs_as(block, EncoderBlock):
             continue
         first, activation, dropout, second, *_ = block.mlp
         pairs = [(block.ln_1, block.self_attention), (block.ln_2, first)]
