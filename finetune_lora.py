@@ -225,6 +225,11 @@ class LoRALayer:
             and neighbour.can_be_absorbed(by_dropout=self.training and self.lora_dropout > 0)
         )
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._base_data = {name: fn(weight) for name, weight in self._base_data.items()}
+        return self
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a merged layer has exactly the keys of the layer it adapts
