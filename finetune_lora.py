@@ -382,10 +382,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
         arrange = _batch_first(self.batch_first, is_batched)
-        same = query is key and key is value
-        q = arrange(query)
-        k, v = (q, q) if same else (arrange(key), arrange(value))
-        q, k, v = self._project(q, k, v)
+        arranged = {id(x): arrange(x) for x in (query, key, value)}  # what was one tensor stays one
+        q, k, v = self._project(*(arranged[id(x)] for x in (query, key, value)))
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         k, v, mask = self._extend_and_mask(q, k, v, attn_mask, key_padding_mask)
