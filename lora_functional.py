@@ -226,7 +226,12 @@ def lora_linear(
         groups: how many layers on one input ``weight`` holds, one below the other.
         dropped: what the adapter sees in place of x, (..., in): x after dropout.
         before: a pointwise operation to apply to x first. Its output is recomputed in backward, not saved.
+
+    Raises:
+        ValueError: both of the last two. Dropout would act on an output that is not kept.
     """
+    if dropped is not None and before is not None:
+        raise ValueError("dropped and before exclude each other: apply the operation first")
     if _is_trainable(weight):
         x = x if before is None else before(x)
         if dropped is None:
