@@ -43,8 +43,12 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Digest of every parameter and buffer that belongs to the base: all but the adapters and the classifier head."""
+    return {name: known or tensor_digest(tensor) for name, tensor, known in _base_tensors(model)}
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
+    """Name, tensor and, of a weight in 4 bits, the digest that it had before. A merged layer still has its base."""
     head = head_name(model)
-    digests = {}
     for prefix, module in model.named_modules():
         if head is not None and f"{prefix}.".startswith(f"{head}."):
             continue
@@ -52,11 +56,9 @@ def base_digests(model: nn.Module) -> dict[str, str]:
         for name, tensor in tensors:
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
-            # A merged layer still has its base, a quantised one remembers what its base was.
             known = getattr(module, "float_digests", {}).get(name)
             tensor = module.base(name) if known is None and _is_lora(module) and module.merged else tensor
-            digests[f"{prefix}.{name}".lstrip(".")] = known or tensor_digest(tensor)
-    return digests
+            yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -142,10 +144,9 @@ class LoRAManager:
         """
         now = base_digests(self.model)
         start = getattr(self.model, "base_digests", now)
-        state = self.model.state_dict(keep_vars=True)
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result.
-        tensors |= {name: state[name] for name, digest in now.items() if digest != start.get(name)}
+        tensors |= {name: tensor for name, tensor, _ in _base_tensors(self.model) if now[name] != start.get(name)}
         content = {
             "format_version": FORMAT_VERSION,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
