@@ -140,7 +140,7 @@ class LoRAManager:
                 `finetune_lora.load_finetuned` needs of it: `arch`, `class_names`, `image_size`, `checkpoint`.
 
         Raises:
-            InputError: the place cannot be written; a file that was there is still as it was.
+            InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
         """
         now = base_digests(self.model)
         start = getattr(self.model, "base_digests", now)
@@ -152,7 +152,7 @@ class LoRAManager:
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             "layers": {name: _layer_record(layer) for name, layer in self._layers().items()},
             "base_hash": _hash(now, without=tensors),
-            "metadata": dict(metadata or {}),
+            "metadata": _plain_values(metadata or {}),
         }
         write_adapter_file(content, path)
 
@@ -219,6 +219,14 @@ def _layer_record(layer: nn.Module) -> dict[str, Any]:
 def _hash(digests: dict[str, str], without) -> str:
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items()) if name not in without]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata as any adapter file gives it back: with lists for tuples, and strings for keys."""
+    try:
+        return json.loads(json.dumps(metadata))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"metadata takes numbers, strings, lists and dicts alone: {error}") from None
 
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
