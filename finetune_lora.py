@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -815,8 +816,23 @@ class _Checkpointed:
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        if norms:
+            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
         # The reentrant kind gives no gradients where the block's input needs none, as the first block's here.
         return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
+    """For the second computation: BatchNorms that train normalise by the batch, and have counted it already."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class CheckpointedEncoderBlock(_Checkpointed, EncoderBlock):
