@@ -826,13 +826,14 @@ class _Checkpointed:
 @contextlib.contextmanager
 def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
     """For the second computation: BatchNorms that train normalise by the batch, and have counted it already."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class CheckpointedEncoderBlock(_Checkpointed, EncoderBlock):
