@@ -722,9 +722,7 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
     candidates = {name: m for name, m in layers if type(m) in ADAPTED or isinstance(m, LoRALayer)}
     targets, excluded = ([x] if isinstance(x, str) else x for x in (targets, excluded))
     if targets is None:
-        head = head_name(model)
-        kept_out = [name for name in (head, *PATCH_EMBEDDINGS) if name]
-        chosen = {n: layer for n, layer in candidates.items() if not any(f".{k}." in f".{n}." for k in kept_out)}
+        chosen = {n: m for n, m in candidates.items() if not _in_head(model, n) and not _in_patch_embedding(n)}
     else:
         matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
@@ -735,6 +733,15 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {_listed(candidates)}")
     return chosen
+
+
+def _in_head(model: nn.Module, name: str) -> bool:
+    head = head_name(model)
+    return head is not None and f"{name}.".startswith(f"{head}.")
+
+
+def _in_patch_embedding(name: str) -> bool:
+    return any(part in PATCH_EMBEDDINGS for part in name.split("."))
 
 
 def _matches(name: str, target: str) -> bool:
@@ -751,9 +758,11 @@ def _listed(names, shown: int = 12) -> str:
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    head = head_name(model)
-    if head is not None and any(f"{name}.".startswith(f"{head}.") for name in chosen):
-        raise InputError(f"the classifier head {head} trains, so it cannot be in 4 bits: leave it out of the targets")
+    in_head = [name for name in chosen if _in_head(model, name)]
+    if in_head:
+        raise InputError(
+            f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out of the targets"
+        )
     try:
         bitsandbytes_functional()
     except ImportError as error:
@@ -778,9 +787,8 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     BatchNorm of a frozen backbone stays in eval mode whatever `model.train()` says: its statistics belong to the base.
     Weights in 4 bits do not train in either case.
     """
-    head = head_name(model)
     for name, module in model.named_modules():
-        in_head = head is not None and f"{name}.".startswith(f"{head}.")
+        in_head = _in_head(model, name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point())
