@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--mlp-dim", type=positive_int, default=4096, help="v3: hidden width of projector and predictor")
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=data.TWO_CROPS, default="moco_v3", help="how the views are made")
-    moco.add_argument("--crop-min", type=positive_float, default=0.2, help="smallest share of the area in a crop")
+    moco.add_argument("--crop-min", type=training.fraction, default=0.2, help="smallest share of the area in a crop")
     moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
     moco.add_argument("--scale", type=training.fraction, default=0.2, help="digits: so much larger or smaller than 1")
     moco.add_argument("--shift", type=training.fraction, default=0.15, help="digits: at most so much of the side")
