@@ -232,8 +232,10 @@ def lora_linear(
     """
     if dropped is not None and before is not None:
         raise ValueError("dropped and before exclude each other: apply the operation first")
+    # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
+    if before is not None and (_is_trainable(weight) or torch.compiler.is_compiling()):
+        x, before = before(x), None
     if _is_trainable(weight):
-        x = x if before is None else before(x)
         if dropped is None:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
         low = F.linear(dropped, A).unflatten(-1, (groups, -1))  # (..., groups, r)
