@@ -1344,10 +1344,9 @@ class FineTuning:
 
     def results(self, result: Evaluation) -> dict[str, Any]:
         counts = count_parameters(self.model)
-        per_class = {
-            name: (result.predictions[result.labels == i] == i).float().mean().item()
-            for i, name in enumerate(self.class_names)
-        }
+        hits = [(result.predictions[result.labels == i] == i).float() for i in range(len(self.class_names))]
+        # A class may have no image to evaluate on; NaN would not be JSON.
+        per_class = [hit.mean().item() if len(hit) else None for hit in hits]
         return {
             "val_accuracy": result.accuracy,
             "val_loss": result.loss,
@@ -1362,7 +1361,7 @@ class FineTuning:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "adapter_bytes": self.path("lora.pth").stat().st_size,
             "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
-            "accuracy_per_class": per_class,
+            "accuracy_per_class": dict(zip(self.class_names, per_class, strict=True)),
             "eval_split": self.args.eval_split,
             "device": str(self.device),
             "precision": str(self.dtype).removeprefix("torch."),

@@ -1,0 +1,51 @@
+"""What the tests of the training scripts share: a tiny backbone, tiny images, and the script run on them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune_lora
+from moco.backbones import build_backbone
+
+CLASSES = ("bright", "dark", "striped")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A vit_mini for images of 16 pixels in MoCo's layout, random but the same in every session."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_backbone("vit_mini", 3, 16)
+    state = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items() if not k.startswith("heads")}
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    torch.save({"state_dict": state, "arch": "vit_mini", "epoch": 7}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """train/ and val/ with three classes that can be told apart, 7 and 5 noisy images of each."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
+    for part, count in (("train", 7), ("val", 5)):
+        for name in CLASSES:
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.randint(0, 60, (16, 16, 3))
+                pixels[:: 1 if name == "bright" else 2] += 0 if name == "dark" else 180
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def finetune(base, images, tmp_path):
+    """finetune("--epochs 1", "out") runs the script on these images; its results, with the folder as `folder`."""
+
+    def run(options: str = "", output: str = "out") -> dict:
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path / output} --device cpu"
+        argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-2"
+        return finetune_lora.main([*argv.split(), *options.split()]) | {"folder": tmp_path / output}
+
+    return run

@@ -1,0 +1,576 @@
+"""finetune_lora.py as a user runs it: main(argv), then what it printed, returned and left in the output folder."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from torch import nn
+
+import finetune_lora
+import lora_utils
+from finetune_lora import FineTuning, build_model, count_parameters, evaluate, load_finetuned, read_options
+from lora_utils import LoRAManager, read_adapter_file
+from moco import InputError
+from moco.backbones import build_backbone
+from moco.checkpoints import load_backbone, read_checkpoint
+from moco.data import LabelledImages, load_splits
+from moco.training import seed_everything
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+CLASSES = ["bright", "dark", "striped"]
+
+
+def tensors(path) -> dict[str, torch.Tensor]:
+    return read_adapter_file(path)["tensors"]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def start(base, images, tmp_path):
+    """A run that has not begun yet, for a look at single steps."""
+
+    def start(options: str = "") -> FineTuning:
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --augmentation none"
+        args, _ = read_options([*argv.split(), "--learning-rate", "1e-2", *options.split()])
+        seed_everything(args.seed)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        model, report = build_model(args, len(splits.class_names))
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        return FineTuning(args, model.train(), report, splits, CPU, dtype)
+
+    return start
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_the_flags_defaults_are_the_guides(base, tmp_path):
+    args, sources = read_options(["--checkpoint", str(base)])
+    assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 10)
+    assert args.freeze_backbone and not args.use_qlora
+    assert str(args.output_dir) == "checkpoints/lora" and args.dataset == "digits"
+    assert {key for key, source in sources.items() if source != "default"} == {"checkpoint"}
+
+
+def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
+    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
+    args, sources = read_options([])
+    assert args.learning_rate == float(shipped["learning_rate"]) and sources["learning_rate"] == "config"
+    args, _ = read_options(["--checkpoint", str(ROOT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth")])
+    assert args.epochs == shipped["epochs"]
+    args, _ = read_options(["--checkpoint", str(base)])
+    assert args.config is None and args.learning_rate == 1e-4
+
+
+def test_defaults_then_file_then_command_line(base, tmp_path):
+    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 2, learning_rate: 1e-3}\nmodel: {arch: vit_mini}\n")
+    args, sources = read_options(f"--config {tmp_path / 'my.yaml'} --checkpoint {base} --lora-rank 4".split())
+    assert (args.lora_rank, args.learning_rate, args.epochs, args.arch) == (4, 1e-3, 10, "vit_mini")
+    where = [sources[key] for key in ("lora_rank", "learning_rate", "epochs")]
+    assert where == ["command line", "config", "default"]
+
+
+def test_the_run_prints_what_it_used_and_where_it_came_from(finetune, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n")
+    finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2")
+    blocks = " ".join(capsys.readouterr().out.split("\nepoch 1")[0].split())
+    typed, rest = blocks.split(f"{tmp_path / 'my.yaml'}: ")
+    file, defaults = rest.split(" defaults: ")
+    assert typed.startswith("command line: ") and "epochs 1" in typed and "lora_rank 2" in typed
+    assert file == "weight_decay 0.03"
+    assert "lora_alpha 16.0" in defaults and "seed 0" in defaults
+    assert "weight_decay" not in typed + defaults
+
+
+def test_a_data_dir_means_your_own_images_even_if_the_file_names_a_set(images, tmp_path):
+    (tmp_path / "my.yaml").write_text("data: {dataset: digits}")
+    named = ["--config", str(tmp_path / "my.yaml")]
+    assert read_options([*named, "--data-dir", str(images)])[0].dataset == "imagefolder"
+    assert read_options(named)[0].dataset == "digits"
+    assert read_options([*named, "--dataset", "cifar10", "--data-dir", str(images)])[0].dataset == "cifar10"
+
+
+def test_resume_and_eval_only_look_into_the_output_folder(tmp_path):
+    args, _ = read_options(["--resume", "--output-dir", str(tmp_path)])
+    assert args.resume == tmp_path / "last.pth"
+    args, _ = read_options(["--eval-only", "--output-dir", str(tmp_path)])
+    assert args.eval_only == tmp_path / "lora.pth"
+    (tmp_path / "elsewhere.pth").touch()
+    args, _ = read_options(["--resume", str(tmp_path / "elsewhere.pth"), "--output-dir", "other"])
+    assert args.resume == tmp_path / "elsewhere.pth"
+
+
+def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
+    first = finetune("--lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
+    again = finetune_lora.main(
+        ["--config", str(first["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"]
+    )
+    assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
+    ours, theirs = tensors(first["folder"] / "lora.pth"), tensors(tmp_path / "again" / "lora.pth")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --------------------------------------------------------------------------------------------------- a run's own files
+
+
+@pytest.fixture(scope="module")
+def finished(base, images, tmp_path_factory) -> tuple[dict, Path, str]:
+    """A run of six epochs that others look at: its results, its folder and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 6"
+    argv += " --learning-rate 1e-2 --lora-rank 4 --warmup-epochs 1"
+    with contextlib.redirect_stdout(printed):
+        results = finetune_lora.main(argv.split())
+    return results, folder, printed.getvalue()
+
+
+def test_a_run_leaves_these_files_and_no_others(finished):
+    _, folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
+        *("metrics.csv", "results.json", "training_curves.png"),
+    ]
+    for name in ("confusion_matrix.png", "training_curves.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_metrics_has_a_row_per_epoch(finished):
+    results, folder, _ = finished
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert header == "epoch,train_loss,val_loss,val_accuracy,learning_rate,seconds"
+    rows = metrics(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert results["last_val_accuracy"] == rows[-1]["val_accuracy"]
+    assert results["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    # 21 images in batches of 8: the first of three warm-up steps, then a cosine whose every epoch begins lower.
+    assert rows[0]["learning_rate"] == pytest.approx(1e-2 / 3) and rows[1]["learning_rate"] == pytest.approx(1e-2)
+    rates = [row["learning_rate"] for row in rows[1:]]
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-3
+
+
+def test_results_say_what_came_out(finished):
+    results, folder, _ = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    best = max(metrics(folder), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert results["best_epoch"] == best["epoch"] and results["val_accuracy"] == best["val_accuracy"]
+    assert results["val_loss"] == pytest.approx(best["val_loss"])
+    assert results["epochs"] == 6 and 0 <= results["knn_accuracy_before"] <= 1
+    assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
+    assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
+    assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
+    assert results["peak_memory_bytes"] > results["backbone_bytes"]
+    assert list(results["accuracy_per_class"]) == CLASSES
+    assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
+
+
+def test_training_learns_what_can_be_learned(finished):
+    results, folder, _ = finished
+    rows = metrics(folder)
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert results["val_accuracy"] >= 0.9
+
+
+def test_the_adapter_file_describes_itself(finished, base):
+    _, folder, _ = finished
+    content = read_adapter_file(folder / "lora.pth")
+    about = content["metadata"]
+    assert about["class_names"] == CLASSES and (about["arch"], about["image_size"]) == ("vit_mini", 16)
+    assert about["checkpoint"] == str(base) and about["config"]["finetune"]["lora_rank"] == 4
+    assert about["lora"]["r"] == 4 and about["epoch"] in range(1, 7)
+    assert {name for name in content["tensors"] if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
+    assert {record["r"] for record in content["layers"].values()} == {4}
+
+
+def test_the_summary_is_short_and_its_commands_work(finished, images, tmp_path, monkeypatch, capsys):
+    results, _, printed = finished
+    table = printed.rpartition("\n\n")[2].splitlines()
+    assert len(table) <= 12
+    for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
+        assert expected in "\n".join(table)
+    monkeypatch.chdir(tmp_path)
+    for script, main in (("lora_utils.py", lora_utils.main), ("finetune_lora.py", finetune_lora.main)):
+        command = shlex.split(next(line for line in table if script in line).partition(script)[2])
+        main([*command, "--data-dir", str(images)] if script == "finetune_lora.py" else command)
+    assert f"accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
+    assert (tmp_path / "merged.pth").exists()
+
+
+def test_three_lines_predict(finished, images):
+    results, folder, _ = finished
+    # The docstring's own lines, on one of these images.
+    snippet = [line.strip() for line in load_finetuned.__doc__.split("\n\n")[1].splitlines()]
+    code = "\n".join(snippet).replace("checkpoints/lora/lora.pth", str(folder / "lora.pth"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = {"load_finetuned": load_finetuned, "Image": Image}
+        exec(code.replace("image.png", str(images / "val/dark/0.png")), names)
+    assert printed.getvalue().strip() in CLASSES
+
+    model, info = load_finetuned(folder / "lora.pth")
+    assert not model.training
+    right = 0
+    for path in sorted((images / "val").glob("*/*.png")):
+        logits = model(info["transform"](Image.open(path).convert("RGB"))[None])
+        right += info["class_names"][logits.argmax()] == path.parent.name
+    assert right / 15 == pytest.approx(results["val_accuracy"])
+
+
+def test_the_best_adapter_is_kept(finetune, monkeypatch):
+    scripted = iter([0.5, 0.9, 0.7, 0.9])
+    adapters = []
+
+    def scripted_evaluate(model, loader, device, dtype):
+        adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        real = evaluate(model, loader, device, dtype)
+        return real._replace(accuracy=next(scripted, real.accuracy), loss=1.0)
+
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted_evaluate)
+    results = finetune("--epochs 4")
+    assert results["best_epoch"] == 2  # the later 0.9 has no lower loss
+    kept = tensors(results["folder"] / "lora.pth")
+    assert all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
+    assert not all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3])
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple, dict[str, torch.Tensor]]:
+    """What step() returns, and the gradients, for the first images of the training set in batches of these sizes."""
+    batches, position = [], 0
+    for size in sizes:
+        samples = [run.train_loader.dataset[i * 5 % 21] for i in range(position, position + size)]
+        batches.append((torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])))
+        position += size
+    result = run.step(batches)
+    return result, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01", "--use-qlora"])
+def test_accumulated_batches_are_one_big_batch(start, options):
+    # Of unequal sizes too: the last batch of an epoch is smaller, and its images count like any others.
+    runs = [start(options), start(options)]
+    for run in runs:  # else B is zero and A gets no gradient
+        gradients(run, [5])
+    (loss, right, count), whole = gradients(runs[0], [12])
+    (loss_parts, right_parts, count_parts), parts = gradients(runs[1], [5, 5, 2])
+    assert (count, right) == (count_parts, right_parts) and count == 12
+    assert loss == pytest.approx(loss_parts, rel=1e-5)
+    assert whole.keys() == parts.keys() and any("lora_A" in name for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
+    run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1")
+    images = torch.stack([run.train_loader.dataset[i][0] for i in range(6)])
+    labels = torch.tensor([run.train_loader.dataset[i][1] for i in range(6)])
+    weight, bias = (p.detach().clone().requires_grad_() for p in run.trained)
+    with torch.no_grad():
+        features = run.model.eval()._process_input(images)
+        features = torch.cat([run.model.class_token.expand(6, -1, -1), features], dim=1)
+        features = run.model.encoder(features)[:, 0]
+    run.model.train()
+    log_p = F.log_softmax(features @ weight.T + bias, dim=1)
+    expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
+    expected.backward()
+    optimizer.step()
+    loss, _, count = run.step([(images, labels)])
+    assert loss == pytest.approx(expected.item(), rel=1e-5) and count == 6
+    for ours, theirs in zip(run.trained, (weight, bias), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_clipping_bounds_the_norm_of_the_whole_step(start):
+    _, free = gradients(start(), [8])
+    _, clipped = gradients(start("--clip-grad-norm 0.01"), [8])
+    norm = math.sqrt(sum(g.square().sum().item() for g in free.values()))
+    assert norm > 0.02
+    for name, gradient in free.items():
+        torch.testing.assert_close(clipped[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9)
+
+
+def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
+    runs = [start(), start("--precision bf16")]
+    for run in runs:  # the head is zero before
+        gradients(run, [8])
+    ((exact, *_), _), ((loss, *_), found) = (gradients(run, [8]) for run in runs)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    results = finetune("--precision bf16 --epochs 1")
+    assert results["precision"] == "bfloat16"
+    assert {tensor.dtype for tensor in tensors(results["folder"] / "lora.pth").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_changes_nothing_but_memory(start, mode):
+    (loss, *_), expected = gradients(start(), [8])
+    (loss_again, *_), found = gradients(start(f"--gradient-checkpointing {mode}"), [8])
+    assert loss_again == pytest.approx(loss, rel=1e-5) and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
+    run, seen = start("--batch-size 8 --accumulation-steps 2"), []
+    monkeypatch.setattr(run, "save", lambda result: None)
+    real_step = run.step
+    monkeypatch.setattr(run, "step", lambda window: seen.append([labels for _, labels in window]) or real_step(window))
+    run.train_epoch()
+    run.train_epoch()
+    sizes = [[len(labels) for labels in window] for window in seen]
+    assert sizes == [[8, 8], [5], [8, 8], [5]] and run.scheduler.last_epoch == 4
+    orders = [torch.cat([labels for window in seen[i : i + 2] for labels in window]) for i in (0, 2)]
+    assert torch.equal(orders[0].bincount(), torch.tensor([7, 7, 7])) and not torch.equal(*orders)
+
+
+def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
+    data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
+    inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
+    logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
+    result = evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), CPU)
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert model.training and model[1].training and model[2].weight.grad is None
+
+
+# --------------------------------------------------------------------------------------------------- ways to fine-tune
+
+
+WAYS = {
+    "lora": "--lora-rank 2",
+    "qlora": "--lora-rank 2 --use-qlora",
+    "rslora": "--lora-rank 4 --use-rslora --lora-dropout 0.1",
+    "linear probe": "--lora-rank 0",
+    "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
+    "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
+    "from scratch": "--from-scratch --lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
+}
+
+
+@pytest.fixture(scope="module")
+def ways(base, images, tmp_path_factory) -> dict[str, dict]:
+    """Two epochs of each way to fine-tune."""
+    results = {}
+    for name, options in WAYS.items():
+        folder = tmp_path_factory.mktemp("way")
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 8"
+        results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-2 {options}".split()])
+        results[name]["folder"] = folder
+    return results
+
+
+def backbone_names(base) -> set[str]:
+    return {name for name in load_backbone(base, 3)[0].state_dict() if not name.startswith("heads")}
+
+
+def test_the_linear_probe_trains_the_head_alone(ways):
+    results = ways["linear probe"]
+    assert results["trainable_parameters"] == 3 * 192 + 3 and results["lora_parameters"] == 0
+    assert tensors(results["folder"] / "lora.pth").keys() == {"heads.head.weight", "heads.head.bias"}
+
+
+def test_full_fine_tuning_trains_everything(ways, base):
+    results = ways["full fine-tuning"]
+    # A ViT's stored positions are a parameter like the others here; MoCo froze them, full fine-tuning does not.
+    assert results["trainable_parameters"] == results["total_parameters"] and results["lora_parameters"] == 0
+    moved = tensors(results["folder"] / "lora.pth").keys()
+    assert moved >= backbone_names(base)
+
+
+def test_from_scratch_starts_elsewhere_and_is_saved_whole(ways, base):
+    found, start = tensors(ways["from scratch"]["folder"] / "lora.pth"), load_backbone(base, 3)[0].state_dict()
+    assert found.keys() == start.keys()
+    name = "encoder.layers.encoder_layer_0.mlp.0.weight"
+    assert (found[name] - start[name]).abs().mean() > 0.01  # two epochs alone move it by a tenth of that
+
+
+@pytest.mark.parametrize("way", ["lora", "qlora", "rslora"])
+def test_adapters_train_and_the_base_does_not(ways, way):
+    results = ways[way]
+    trained = tensors(results["folder"] / "lora.pth")
+    assert {name for name in trained if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
+    assert all(trained[name].any() for name in trained if "lora_B" in name)  # zero before training
+    load_finetuned(results["folder"] / "lora.pth")  # compares the hash of the base with the checkpoint's
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_comes_back_from_its_file(ways, way, images):
+    results = ways[way]
+    again = finetune_lora.main(
+        ["--eval-only", str(results["folder"] / "lora.pth"), "--data-dir", str(images), "--device", "cpu"]
+    )
+    assert again["val_accuracy"] == results["val_accuracy"]
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_merges_into_plain_torchvision(ways, way, tmp_path):
+    adapter, merged = ways[way]["folder"] / "lora.pth", tmp_path / "merged.pth"
+    lora_utils.main(["merge", str(adapter), "--output", str(merged)])
+    plain = build_backbone("vit_mini", 3, 16).eval()
+    plain.load_state_dict(torch.load(merged, weights_only=True), strict=True)
+    assert not any("lora" in type(module).__module__ for module in plain.modules())
+    model, _ = load_finetuned(adapter)
+    x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(x), plain(x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.argmax(1), expected.argmax(1)) and expected.std() > 1e-3
+
+
+def test_a_resnet_goes_the_same_way(images, tmp_path):
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
+    results = finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8".split())
+    lora_utils.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    plain = build_backbone("resnet18", 3).eval()
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    assert info["arch"] == "resnet18" and info["image_size"] == 32 and results["total_parameters"] > 11e6
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
+    # Its frozen BatchNorm kept the statistics of the checkpoint.
+    start = torch.load(tmp_path / "resnet.pth", weights_only=True)
+    assert torch.equal(plain.bn1.running_var, start["bn1.running_var"])
+
+
+def test_targets_choose_the_layers(finetune):
+    results = finetune("--epochs 1 --target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5")
+    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
+    assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
+
+
+# ------------------------------------------------------------------------------------------------------ your own images
+
+
+def save_odd_images(folder: Path) -> None:
+    """Class folders whose images are grey, RGBA, palette, 16-bit, CMYK, bilevel and JPEG, of several sizes."""
+    rng = np.random.RandomState(1)
+    for name, level in (("cat", 200), ("dog", 50)):
+        (folder / name).mkdir(parents=True)
+        for i, mode in enumerate(["L", "RGBA", "P", "I;16", "CMYK", "1", "LA", "RGB"]):
+            pixels = Image.fromarray((level + rng.randint(0, 50, (5 + i, 30 - i, 3))).astype(np.uint8))
+            if mode == "I;16":
+                image = Image.fromarray(np.asarray(pixels.convert("L")).astype(np.uint16) * 257)
+            else:
+                image = pixels.convert(mode)
+            image.save(folder / name / (f"{i}.jpg" if mode in ("CMYK", "RGB") else f"{i}.png"))
+
+
+def test_your_own_images_of_any_kind(base, tmp_path):
+    save_odd_images(tmp_path / "pets")
+    argv = f"--checkpoint {base} --data-dir {tmp_path / 'pets'} --output-dir {tmp_path / 'out'} --epochs 2"
+    results = finetune_lora.main([*argv.split(), "--batch-size", "8", "--workers", "1", "--device", "cpu"])
+    assert list(results["accuracy_per_class"]) == ["cat", "dog"]
+    assert load_finetuned(tmp_path / "out/lora.pth")[1]["class_names"] == ["cat", "dog"]
+
+
+def test_a_class_without_validation_images_has_no_accuracy_of_its_own(base, images, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "some" / part).mkdir(parents=True)
+        for name in CLASSES if part == "train" else CLASSES[:2]:
+            (tmp_path / "some" / part / name).symlink_to(images / part / name)
+    argv = f"--checkpoint {base} --data-dir {tmp_path / 'some'} --output-dir {tmp_path / 'out'} --epochs 1"
+    results = finetune_lora.main([*argv.split(), "--device", "cpu"])
+    assert results["accuracy_per_class"]["striped"] is None  # results.json stays JSON: NaN is not
+    assert json.loads((tmp_path / "out/results.json").read_text(), parse_constant=pytest.fail) == results
+
+
+def test_few_labels(finetune, capsys):
+    results = finetune("--labels-per-class 2 --epochs 1 --batch-size 4")
+    assert results["config"]["data"]["labels_per_class"] == 2
+    state = read_checkpoint(results["folder"] / "last.pth")
+    assert state["scheduler"]["last_epoch"] == 2  # steps: 6 images in batches of 4
+    with pytest.raises(InputError, match="--labels-per-class 8: class bright has only 7 training images"):
+        finetune("--labels-per-class 8")
+
+
+def test_eval_only_writes_nothing_and_wants_the_same_classes(finished, images, tmp_path):
+    results, folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    argv = ["--eval-only", "--output-dir", str(folder), "--device", "cpu"]
+    assert finetune_lora.main([*argv, "--data-dir", str(images)])["val_accuracy"] == results["val_accuracy"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(InputError, match=r"knows the classes \['bright', 'dark', 'striped'\], the data has"):
+        finetune_lora.main([*argv, "--dataset", "digits"])
+
+
+# ------------------------------------------------------------------------------------------------- the guide's commands
+
+
+GUIDE = [
+    "",
+    "--checkpoint ./checkpoints/moco_stage1/moco_stage1_epoch_100.pth --config ./configs/stage1.yaml --lora-rank 8 "
+    "--epochs 10",
+    "--use-qlora --lora-rank 4 --epochs 10",
+    "--lora-rank 4 --use-qlora --learning-rate 5e-5",
+    "--lora-rank 16 --lora-alpha 32 --learning-rate 5e-5 --epochs 20",
+    "--use-qlora --lora-rank 4",
+    "--lora-rank 4",
+    "--learning-rate 1e-5",
+    "--epochs 1",
+]
+
+
+@pytest.fixture
+def fresh_clone(tmp_path, monkeypatch):
+    """A folder with the shipped files in their places, of which two images of each class are used."""
+    checkpoint = tmp_path / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+    checkpoint.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    state = {f"encoder_q.{k}": v for k, v in build_backbone("vit_mini", 1).state_dict().items() if "heads" not in k}
+    torch.save({"model": state, "arch": "vit_mini", "epoch": 100}, checkpoint)
+    (tmp_path / "configs").mkdir()
+    config = (ROOT / "configs/stage1.yaml").read_text()
+    (tmp_path / "configs/stage1.yaml").write_text(config)
+
+    def few_images(*args):
+        splits = load_splits(*args)
+
+        def few(part: LabelledImages) -> LabelledImages:
+            return part.subset([part.labels.index(label) for label in range(10)])
+
+        return splits._replace(train=few(splits.train), val=few(splits.val))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune_lora, "HERE", tmp_path)
+    monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
+    monkeypatch.setattr(finetune_lora, "load_splits", few_images)
+    return yaml.safe_load(config)["finetune"]
+
+
+@pytest.mark.parametrize("command", GUIDE)
+def test_every_command_of_the_guide_runs(command, fresh_clone):
+    results = finetune_lora.main(command.split())
+    used, words = results["config"]["finetune"], command.split()
+    for flag, key in (("--lora-rank", "lora_rank"), ("--epochs", "epochs"), ("--learning-rate", "learning_rate")):
+        assert used[key] == float(words[words.index(flag) + 1] if flag in words else fresh_clone[key])
+    assert used["use_qlora"] == ("--use-qlora" in words)
+    assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+    assert results["epochs"] == used["epochs"] == len(metrics(Path("checkpoints/lora")))
+    model, _ = load_finetuned("checkpoints/lora/lora.pth")
+    assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
