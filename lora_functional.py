@@ -241,6 +241,9 @@ def lora_linear(
         low = F.linear(dropped, A).unflatten(-1, (groups, -1))  # (..., groups, r)
         delta = torch.einsum("...gr,gor->...go", low, B.unflatten(0, (groups, -1))).flatten(-2)
         return F.linear(x, weight, bias) + scaling * delta
+    if x.dim() == 1:
+        dropped = None if dropped is None else dropped[None]
+        return lora_linear(x[None], weight, A, B, bias, scaling, groups, dropped, before)[0]
     return _LoRALinear.apply(x, dropped, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
 
 
