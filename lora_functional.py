@@ -236,10 +236,12 @@ def lora_linear(
     if before is not None and (_is_trainable(weight) or torch.compiler.is_compiling()):
         x, before = before(x), None
     if _is_trainable(weight):
-        if dropped is None:
+        dtype = compute_dtype(x)
+        if dropped is None and dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
-        low = F.linear(dropped, A).unflatten(-1, (groups, -1))  # (..., groups, r)
-        delta = torch.einsum("...gr,gor->...go", low, B.unflatten(0, (groups, -1))).flatten(-2)
+        low = (x if dropped is None else dropped).to(dtype)
+        low = F.linear(low, A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
+        delta = torch.einsum("...gr,gor->...go", low, B.to(dtype).unflatten(0, (groups, -1))).flatten(-2)
         return F.linear(x, weight, bias) + scaling * delta
     if x.dim() == 1:
         dropped = None if dropped is None else dropped[None]
@@ -403,8 +405,9 @@ def lora_conv2d(
     """
     if not _is_trainable(weight):
         return _LoRAConv2d.apply(x, dropped, A, B, weight, bias, row_scale, scaling, geometry, compute_dtype(x))
-    if dropped is None:
+    dtype = compute_dtype(x)
+    if dropped is None and dtype not in LOW_PRECISION:
         return F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
-    delta = effective_kernel(torch.zeros_like(weight), A, B, scaling, row_scale)
-    y = F.conv2d(x, weight if row_scale is None else weight * row_scale[:, None, None, None], bias, *geometry)
-    return y + F.conv2d(dropped, delta, None, *geometry)
+    delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
+    y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
+    return y + F.conv2d((x if dropped is None else dropped).to(dtype), delta, None, *geometry)
