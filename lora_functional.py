@@ -368,7 +368,8 @@ def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Ten
 def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if row_scale is None:
         return dense_weight(weight, dtype)
-    return (dense_weight(weight, torch.float32) * row_scale[:, None, None, None]).to(dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    return (dense_weight(weight, precise) * row_scale[:, None, None, None]).to(dtype)
 
 
 def _add_pointwise_(y: Tensor, h: Tensor, sB: Tensor) -> Tensor:
