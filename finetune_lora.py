@@ -399,7 +399,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _extend_and_mask(self, q, k, v, attn_mask, key_padding_mask):
         """bias_k, bias_v and the zero position behind the sequence, and both masks as one additive mask or None."""
         N, masks = len(q), []
-        if attn_mask is not None:  # (L, S) or (N * H, L, S)
+        L, S = q.shape[1], k.shape[1]
+        _check_shape("attn_mask", attn_mask, (L, S), (N * self.num_heads, L, S))
+        _check_shape("key_padding_mask", key_padding_mask, (N, S))
+        if attn_mask is not None:
             mask = _additive(attn_mask, q)
             masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, self.num_heads)))
         if key_padding_mask is not None:
@@ -433,6 +436,11 @@ def _batch_first(already: bool, is_batched: bool):
     if not is_batched:
         return lambda x: x[None]
     return (lambda x: x) if already else (lambda x: x.transpose(0, 1))
+
+
+def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if mask is not None and tuple(mask.shape) not in allowed:  # it might broadcast, and mask something else
+        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
