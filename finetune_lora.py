@@ -508,13 +508,14 @@ class _FourBits:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name, (state, shape) in list(self._nf4_state.items()):
             start = f"{prefix}{name}."
-            constants = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
-            if constants:
+            known = [start + key for key in state.as_dict(packed=True)]
+            constants = {key.removeprefix(start): state_dict[key] for key in known if key in state_dict}
+            if len(constants) == len(known):
                 device = self._parameters[name].device
                 self._nf4_state[name] = type(state).from_dict(constants, device), shape
-                unexpected[:] = [key for key in unexpected if not key.startswith(start)]
             elif strict:
-                missing.append(start + "absmax")
+                missing += [key for key in known if key not in state_dict]
+            unexpected[:] = [key for key in unexpected if key not in known]
 
 
 class QLoRALinear(_FourBits, LoRALinear):
