@@ -1,0 +1,109 @@
+"""The judge of every adapted layer: the stock PyTorch model with ``W + s B A`` as an ordinary weight, in float64."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+]
+FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float, name: str = "tensor") -> None:
+    assert (actual is None) == (expected is None), f"{name}: one of the two is None"
+    if actual is not None:
+        error = relative_error(actual, expected)
+        assert error < tolerance, f"{name}: relative error {error:.1e}, {tolerance:.0e} is allowed"
+
+
+def randomize_adapters(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """B starts as zero, with which nothing could be told apart."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def adapters(layer: nn.Module) -> Iterator[tuple[str, slice, nn.Parameter, nn.Parameter]]:
+    """(weight, its rows, A, B) of every adapter that the layer itself owns."""
+    own = dict(layer.named_parameters(recurse=False))
+    if "lora_A" in own:
+        yield "weight", slice(None), own["lora_A"], own["lora_B"]
+    elif "lora_A_q" in own:
+        width = layer.embed_dim
+        for i, p in enumerate("qkv"):
+            packed = layer.in_proj_weight is not None
+            rows = slice(i * width, (i + 1) * width) if packed else slice(None)
+            yield "in_proj_weight" if packed else f"{p}_proj_weight", rows, own[f"lora_A_{p}"], own[f"lora_B_{p}"]
+
+
+def dense_twin(stock: nn.Module, adapted: nn.Module) -> nn.Module:
+    """The stock model in float64, every adapted weight replaced by ``W + s B A``, all of it trainable."""
+    twin = copy.deepcopy(stock).double().requires_grad_(True)
+    with torch.no_grad():
+        for name, layer in adapted.named_modules():
+            for weight, rows, A, B in adapters(layer):
+                W = getattr(twin.get_submodule(name), weight)
+                W[rows] += (layer.scaling * B.double() @ A.double()).view_as(W[rows])
+    return twin
+
+
+def expected_gradients(twin: nn.Module, adapted: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, the adapted model's gradient, the one that it must be), by the chain rule from the dense gradients:
+    gA = s B^T dW and gB = s dW A^T."""
+    dense = dict(twin.named_parameters())
+    for name, layer in adapted.named_modules():
+        for weight, rows, A, B in adapters(layer):
+            dW = getattr(twin.get_submodule(name), weight).grad[rows].flatten(1)
+            yield f"{name}.{weight}.A", A.grad, layer.scaling * B.double().T @ dW
+            yield f"{name}.{weight}.B", B.grad, layer.scaling * dW @ A.double().T
+    for name, parameter in adapted.named_parameters():
+        if "lora_" not in name and parameter.requires_grad:
+            yield name, parameter.grad, dense[name].grad
+
+
+def compare_with_dense(
+    stock: nn.Module,
+    adapted: nn.Module,
+    inputs: list[Tensor],
+    tolerance: float,
+    call: Callable = lambda model, *inputs: model(*inputs),
+    autocast: bool = False,
+) -> None:
+    """One forward and backward of both; outputs and the gradients of inputs, adapters and whatever trains must agree.
+
+    `call` may return a tensor or a tuple of tensors and None. An input that occurs twice stays one tensor.
+    """
+    device = inputs[0].device
+    adapted.zero_grad()
+    twin = dense_twin(stock, adapted)
+    distinct = {id(x): x for x in inputs}
+    ours = {key: x.detach().clone().requires_grad_() for key, x in distinct.items()}
+    theirs = {key: x.detach().double().requires_grad_() for key, x in distinct.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        actual = call(adapted, *(ours[id(x)] for x in inputs))
+    expected = call(twin, *(theirs[id(x)] for x in inputs))
+    pairs = list(zip(*(y if isinstance(y, tuple) else (y,) for y in (actual, expected)), strict=True))
+    losses = [0.0, 0.0]
+    for i, (y, z) in enumerate(pairs):
+        assert_close(y, z, tolerance, f"output {i}")
+        if z is not None:
+            upstream = torch.randn_like(y).double()  # the same number for both
+            losses = [losses[0] + (y.double() * upstream).sum(), losses[1] + (z * upstream).sum()]
+    for loss in losses:
+        loss.backward()
+    for i, key in enumerate(distinct):
+        assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
+    for name, gradient, wanted in expected_gradients(twin, adapted):
+        assert_close(gradient, wanted, tolerance, f"gradient of {name}")

@@ -1,0 +1,344 @@
+"""lora_functional.py: every gradient by finite differences, every path against dense stock operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import BF16, DEVICES, FP32, assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import lora_functional
+from lora_functional import Geometry, NF4Weight, effective_kernel, effective_weight, lora_conv2d, lora_linear
+
+SCALING = 1.7
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["merged", "side path"])
+def path(request, monkeypatch):
+    """Both ways to y and gx, whatever the sizes."""
+    monkeypatch.setattr(lora_functional, "_merge_pays", lambda *sizes: request.param == "merged")
+
+
+def random(*shape: int, **kwargs) -> torch.Tensor:
+    return torch.randn(*shape, **kwargs)
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def gradcheck(function, *tensors) -> bool:
+    """Finite differences against backward, in random directions; every direction is a thousand times slower."""
+    return torch.autograd.gradcheck(function, tensors, fast_mode=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_linear_gradients(path, shape, groups):
+    W = torch.randn(6, 4, dtype=torch.float64)
+
+    def function(x, A, B, bias):
+        return lora_linear(x, W, A, B, bias, SCALING, groups)
+
+    assert gradcheck(function, double(*shape), double(2 * groups, 4), double(6, 2), double(6))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_linear_gradients_with_dropout(groups):
+    """x after dropout is an input of its own: the adapter's share of the gradient goes there."""
+    W = torch.randn(6, 4, dtype=torch.float64)
+
+    def function(x, dropped, A, B):
+        return lora_linear(x, W, A, B, None, SCALING, groups, dropped=dropped)
+
+    assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
+
+
+@pytest.mark.parametrize("before", [F.gelu, lambda x: F.layer_norm(x, (4,))], ids=["gelu", "layer norm"])
+def test_linear_gradients_through_an_absorbed_operation(path, before):
+    W = torch.randn(6, 4, dtype=torch.float64)
+
+    def function(x, A, B):
+        return lora_linear(x, W, A, B, None, SCALING, before=before)
+
+    assert gradcheck(function, double(2, 3, 4), double(2, 4), double(6, 2))
+
+
+def test_dropout_and_an_absorbed_operation_exclude_each_other():
+    x = random(3, 4)
+    with pytest.raises(ValueError, match="exclude each other"):
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), dropped=x, before=F.gelu)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_linear_equals_the_dense_computation(device, rows, groups, dtype, autocast):
+    """5 rows are fewer than 24 features, 300 are more: `_merge_pays` answers differently."""
+    fan_in, fan_out, r = 24, 36, 4
+    x = random(rows, fan_in, device=device, dtype=dtype, requires_grad=True)
+    W, bias = random(fan_out, fan_in, device=device, dtype=dtype), random(fan_out, device=device, dtype=dtype)
+    A = random(groups * r, fan_in, device=device, requires_grad=True)
+    B = random(fan_out, r, device=device, requires_grad=True)
+    bias.requires_grad_()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        y = lora_linear(x, W, A, B, bias, SCALING, groups)
+    assert y.dtype == (torch.bfloat16 if autocast else dtype)
+    upstream = random(rows, fan_out, device=device).to(y.dtype)
+    y.backward(upstream)
+
+    ours = (x, A, B, bias)
+    theirs = tuple(t.detach().double().requires_grad_() for t in ours)
+    x64, A64, B64, bias64 = theirs
+    deltas = [b @ a for b, a in zip(B64.chunk(groups), A64.chunk(groups), strict=True)]
+    expected = F.linear(x64, W.double() + SCALING * torch.cat(deltas), bias64)
+    expected.backward(upstream.double())
+    tolerance = FP32 if y.dtype == torch.float32 else BF16
+    assert_close(y, expected, tolerance, "output")
+    for name, actual, wanted in zip(("x", "A", "B", "bias"), ours, theirs, strict=True):
+        assert_close(actual.grad, wanted.grad, tolerance, name)
+        assert actual.grad.dtype == actual.dtype  # the masters' gradients are float32
+
+
+def test_the_sizes_above_lie_on_both_sides():
+    W = random(36, 24)
+    assert lora_functional._merge_pays(W, 300 * 36) and not lora_functional._merge_pays(W, 5 * 36)
+    assert not lora_functional._merge_pays(W.bfloat16(), 300 * 36)  # see the next test
+
+
+def test_a_small_update_survives_low_precision():
+    """1 + 1/1000 is no bfloat16. The update shows in the output all the same, where it is not hidden by W x."""
+    W = torch.tensor([[1.0, -1.0]]).repeat(3, 1).bfloat16()
+    A, B = torch.tensor([[1.0, 0.0]]), torch.full((3, 1), 1e-3)
+    y = lora_linear(torch.ones(500, 2).bfloat16(), W, A, B)
+    assert_close(y, torch.full((500, 3), 1e-3), BF16)
+
+
+def test_gradients_that_come_expanded_and_inputs_that_come_permuted(path):
+    """The gradient of a sum has stride 0, attention's inputs are transposed: neither is a plain buffer."""
+    x, W, A, B = random(5, 7, 4).transpose(0, 1).requires_grad_(), random(6, 4), random(2, 4), random(6, 2)
+    lora_linear(x, W, A, B, None, SCALING).sum().backward()
+    assert_close(x.grad, (W + SCALING * B @ A).sum(0).expand(7, 5, 4), FP32)
+
+
+def test_the_weight_s_gradient_is_dense_where_it_trains(path):
+    """Two-stage and full fine-tuning."""
+    for dropped in (False, True):
+        x, W, A, B = random(5, 4), random(6, 4), random(6, 4), random(6, 2)
+        for t in (x, W, A, B):
+            t.requires_grad_()
+        low = F.dropout(x, 0.5) if dropped else x
+        delta = torch.cat([b @ a for b, a in zip(B.chunk(3), A.chunk(3), strict=True)])
+        upstream = random(5, 6)
+        y = lora_linear(x, W, A, B, None, SCALING, groups=3, dropped=low if dropped else None)
+        expected = x @ W.T + SCALING * low @ delta.T
+        assert_close(y, expected, FP32)
+        actual = torch.autograd.grad(y, (x, W, A, B), upstream, retain_graph=True)
+        for gradient, wanted in zip(actual, torch.autograd.grad(expected, (x, W, A, B), upstream), strict=True):
+            assert_close(gradient, wanted, FP32)
+
+
+def saved_bytes(function) -> dict[tuple, int]:
+    """What a forward keeps for backward: bytes by storage, so that views and one tensor saved twice count once."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return saved
+
+
+def test_only_the_input_is_saved(path):
+    x, W, A, B = random(50, 24, requires_grad=True), random(36, 24), random(4, 24), random(36, 4)
+    A.requires_grad_(), B.requires_grad_()
+    saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
+    assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
+    with torch.autocast("cpu", torch.bfloat16):  # at half the size under autocast
+        saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
+    assert sum(saved.values()) == x.numel() * 2 + (A.numel() + B.numel()) * 4
+
+
+def test_an_absorbed_operation_saves_its_input_not_its_output():
+    x, W, A, B = random(50, 24, requires_grad=True), random(36, 24), random(4, 24), random(36, 4)
+    A.requires_grad_(), B.requires_grad_()
+    saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=F.gelu))
+    assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def test_backward_forms_no_dense_weight_gradient(path):
+    """Low-rank products alone, and one full product more where x needs a gradient. None where it does not."""
+    n, fan_in, fan_out, r = 64, 96, 80, 2
+    dense = 2 * n * fan_in * fan_out
+    for needs_grad in (False, True):
+        x = random(n, fan_in, requires_grad=needs_grad)
+        W, A, B = random(fan_out, fan_in), random(r, fan_in, requires_grad=True), random(fan_out, r, requires_grad=True)
+        y = lora_linear(x, W, A, B, None, SCALING)
+        work = flops(lambda y=y: y.sum().backward())
+        assert needs_grad * dense <= work < (needs_grad + 0.25) * dense
+
+
+def test_second_derivatives_are_refused():
+    x, A, B = random(3, 4, requires_grad=True), random(2, 4, requires_grad=True), random(6, 2, requires_grad=True)
+    y = lora_linear(x, random(6, 4), A, B)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# --------------------------------------------------------------------------------------------------------- convolution
+
+GEOMETRIES = {
+    "1x1": ((6, 4, 1, 1), Geometry()),
+    "1x1 stride 2": ((6, 4, 1, 1), Geometry((2, 2))),
+    "3x3 same": ((6, 4, 3, 3), Geometry((1, 1), (1, 1))),
+    "3x2 stride dilation": ((6, 4, 3, 2), Geometry((2, 1), (1, 0), (1, 2))),
+    "groups": ((6, 2, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
+    "depthwise": ((4, 1, 3, 3), Geometry((1, 1), (1, 1), (1, 1), 4)),
+}
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def memory_format(request):
+    return request.param
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "folded BatchNorm"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolution_gradients(geometry, dropped, scaled, memory_format):
+    shape, geometry = GEOMETRIES[geometry]
+    W = torch.randn(*shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    row_scale = torch.randn(shape[0], dtype=torch.float64) if scaled else None
+    fan_in = W[0].numel()
+    x, low = (torch.randn(2, 4, 5, 5, dtype=torch.float64).contiguous(memory_format=memory_format) for _ in range(2))
+
+    def function(x, A, B, bias, low=None):
+        return lora_conv2d(x, W, A, B, bias, SCALING, geometry, row_scale, low)
+
+    inputs = [x.requires_grad_(), double(2, fan_in), double(shape[0], 2), double(shape[0])]
+    assert gradcheck(function, *inputs, *([low.requires_grad_()] if dropped else []))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_folded_scale_multiplies_kernel_and_update(geometry, memory_format):
+    shape, geometry = GEOMETRIES[geometry]
+    W, x = (t.contiguous(memory_format=memory_format) for t in (random(*shape), random(2, 4, 5, 5)))
+    A, B, bias, scale = random(2, W[0].numel()), random(shape[0], 2), random(shape[0]), random(shape[0])
+    dense = W + SCALING * (B @ A).view(shape)
+    expected = F.conv2d(x, dense, None, *geometry) * scale[:, None, None] + bias[:, None, None]
+    assert_close(lora_conv2d(x, W, A, B, bias, SCALING, geometry, scale), expected, FP32)
+    y = lora_conv2d(x.bfloat16(), W.bfloat16(), A, B, bias.bfloat16(), SCALING, geometry, scale)
+    assert_close(y, expected, BF16)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_trained_kernel_gets_its_dense_gradient(geometry):
+    shape, geometry = GEOMETRIES[geometry]
+    tensors = random(2, 4, 5, 5), random(*shape), random(2, random(*shape)[0].numel()), random(shape[0], 2)
+    x, W, A, B = (t.requires_grad_() for t in tensors)
+    for dropped in (None, F.dropout(x, 0.5)):
+        y = lora_conv2d(x, W, A, B, None, SCALING, geometry, None, dropped)
+        delta = SCALING * (B @ A).view(shape)
+        low = x if dropped is None else dropped
+        expected = F.conv2d(x, W, None, *geometry) + F.conv2d(low, delta, None, *geometry)
+        assert_close(y, expected, FP32)
+        upstream = torch.randn_like(y)
+        actual = torch.autograd.grad(y, tensors, upstream, retain_graph=True)
+        for gradient, wanted in zip(actual, torch.autograd.grad(expected, tensors, upstream, True), strict=True):
+            assert_close(gradient, wanted, FP32)
+
+
+def test_channels_last_stays_channels_last():
+    """Forward, the gradient and the kernel: one permuted copy costs more than the adapter."""
+    x, W = (t.contiguous(memory_format=torch.channels_last) for t in (random(2, 4, 5, 5), random(6, 4, 3, 3)))
+    A, B = random(2, 36, requires_grad=True), random(6, 2, requires_grad=True)
+    assert effective_kernel(W, A, B, SCALING).is_contiguous(memory_format=torch.channels_last)
+    y = lora_conv2d(x.requires_grad_(), W, A, B)
+    y.square().sum().backward()
+    for t in (y, x.grad):
+        assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def test_convolution_backward_forms_no_dense_kernel_gradient():
+    A, B = random(2, 16 * 9, requires_grad=True), random(32, 2, requires_grad=True)
+    geometry = Geometry((1, 1), (1, 1))
+    dense = 2 * 4 * 8 * 8 * 32 * 16 * 9
+    for needs_grad in (False, True):
+        x = random(4, 16, 8, 8, requires_grad=needs_grad)
+        y = lora_conv2d(x, random(32, 16, 3, 3), A, B, None, SCALING, geometry)
+        work = flops(lambda y=y: y.sum().backward())
+        assert needs_grad * dense <= work < (needs_grad + 0.3) * dense
+
+
+# -------------------------------------------------------------------------------------------------------------- 4 bits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(64, 64), (10, 7), (6, 4, 3, 3), (1, 1)], ids=str)
+def test_nf4_rounds_every_value_to_its_block_s_grid(device, shape):
+    """The 16 levels of NF4 (QLoRA, appendix E) times the largest magnitude of 64 neighbours, itself in 8 bits."""
+    levels = "-1 -.6961928 -.5250731 -.3949175 -.2844414 -.1847734 -.09105 0 "
+    levels += ".0795803 .1609302 .2461123 .3379152 .4407098 .562617 .7229568 1"
+    levels = torch.tensor([float(level) for level in levels.split()])
+    W = random(*shape, device=device)
+    stored = NF4Weight.quantize(W)
+    dense = stored.dequantize(torch.float32).cpu()
+    assert stored.shape == W.shape and dense.shape == W.shape and dense.dtype == torch.float32
+    for values, rounded in zip(W.cpu().flatten().split(64), dense.flatten().split(64), strict=True):
+        expected = levels[(values[:, None] / values.abs().max() - levels).abs().argmin(1)] * values.abs().max()
+        # The scale's own rounding moves it by a few per cent, and a value on the border to the next level.
+        assert_close(rounded, expected, 0.08)
+
+
+def test_nf4_takes_little_more_than_4_bits_a_value():
+    stored = NF4Weight.quantize(random(256, 256))
+    constants = stored.state.as_dict(packed=True)
+    held = [stored.packed, *(constants[key] for key in ("absmax", "nested_absmax"))]
+    assert sum(t.numel() * t.element_size() for t in held) * 8 / 256**2 == pytest.approx(4.127, abs=1e-3)
+
+
+def test_rows_of_a_4_bit_weight_are_views_of_one_storage():
+    stored = NF4Weight.quantize(random(9, 7))
+    part = stored.rows(3, 6)
+    assert part.shape == (3, 7) and part.packed is stored.packed
+    assert torch.equal(part.dequantize(torch.float32), stored.dequantize(torch.float32)[3:6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_4_bit_weight_is_its_dequantised_self(dtype):
+    tolerance = FP32 if dtype == torch.float32 else BF16
+    stored = NF4Weight.quantize(random(36, 24))
+    W = stored.dequantize(torch.float64)
+    x = random(50, 24).to(dtype).requires_grad_()
+    A, B = random(4, 24, requires_grad=True), random(36, 4, requires_grad=True)
+    y = lora_linear(x, stored, A, B, None, SCALING)
+    theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    expected = theirs[0] @ (W + SCALING * theirs[2] @ theirs[1]).T
+    assert_close(y, expected, tolerance)
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, (x, A, B), upstream)
+    for gradient, wanted in zip(actual, torch.autograd.grad(expected, theirs, upstream.double()), strict=True):
+        assert_close(gradient, wanted, tolerance)
+
+
+def test_effective_weight_by_hand():
+    """Two layers of one row each, packed."""
+    W, A, B = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0], [100.0]])
+    assert effective_weight(W, A, B, 0.5, groups=2).tolist() == [[5.0, 10.0], [150.0, 200.0]]

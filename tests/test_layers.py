@@ -1,0 +1,678 @@
+"""The adapted layers against the layers that they adapt, with the update in the weight."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import BF16, DEVICES, FP32, adapters, assert_close, compare_with_dense, dense_twin, randomize_adapters
+from torch import nn
+
+from finetune_lora import (
+    LoRAConv2d,
+    LoRALinear,
+    LoRAMultiheadAttention,
+    QLoRAConv2d,
+    QLoRALinear,
+    QLoRAMultiheadAttention,
+    add_lora_to_model,
+    freeze_backbone_params,
+)
+from lora_utils import LoRAManager
+from moco import InputError
+
+KINDS = {
+    nn.Linear: (LoRALinear, QLoRALinear),
+    nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
+    nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
+}
+# (dtype of the model, autocast to bfloat16?, what is promised)
+PRECISIONS = {
+    "fp32": (torch.float32, False, FP32),
+    "bf16": (torch.bfloat16, False, BF16),
+    "autocast": (torch.float32, True, BF16),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+    return PRECISIONS[request.param]
+
+
+@pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def memory_format(request):
+    return request.param
+
+
+def adapted(stock: nn.Module, four_bits: bool = False, r: int = 4, alpha: float = 6, **options) -> nn.Module:
+    """The layer with a random update; what is not an adapter is frozen, but for biases, which show their gradients."""
+    layer = KINDS[type(stock)][four_bits].adapt(copy.deepcopy(stock), r, alpha, **options)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("lora_" in name or "bias" in name)
+    return randomize_adapters(layer)
+
+
+def rounded(stock: nn.Module, layer: nn.Module) -> nn.Module:
+    """The stock layer with the 4-bit layer's weights, dequantised."""
+    stock = copy.deepcopy(stock)
+    for name, module in layer.named_modules():
+        for weight in {weight for weight, *_ in adapters(module)}:
+            getattr(stock.get_submodule(name), weight).data = module.base(weight).dequantize(torch.float32)
+    return stock
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 50, 24), (2, 3, 20, 24)], ids=str)
+def test_linear(device, precision, shape, bias):
+    dtype, autocast, tolerance = precision
+    stock = nn.Linear(24, 40, bias).to(device, dtype)
+    x = torch.randn(shape, device=device, dtype=dtype)
+    for training in (True, False):
+        layer = adapted(stock).train(training)
+        assert layer.lora_A.dtype == torch.float32  # masters, whatever the model's precision
+        compare_with_dense(stock, layer, [x], tolerance, autocast=autocast)
+
+
+def test_an_untrained_adapter_changes_nothing():
+    """B starts as zero, A does not: else neither would ever move."""
+    x = torch.randn(2, 8, 8, 8)
+    for stock, inputs in (
+        (nn.Linear(8, 5), (x,)),
+        (nn.Conv2d(8, 5, 3), (x,)),
+        (nn.MultiheadAttention(8, 2), (x[0],) * 3),
+    ):
+        layer = KINDS[type(stock)][0].adapt(copy.deepcopy(stock))
+        for y, z in zip(layer(*inputs), stock(*inputs), strict=True):
+            assert torch.equal(y, z)
+        for _, _, A, B in adapters(layer):
+            assert A.count_nonzero() == A.numel() and not B.any()
+
+
+def test_scaling():
+    """alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
+    stock = nn.Linear(8, 8)
+    assert adapted(stock, r=4, alpha=16).scaling == 4
+    assert adapted(stock, r=4, alpha=16, use_rslora=True).scaling == 8
+    compare_with_dense(stock, adapted(stock, r=3, alpha=7, use_rslora=True), [torch.randn(5, 8)], FP32)
+
+
+def test_a_layer_can_be_built_as_an_adapted_one():
+    """Beside being made from a stock layer; and it can be turned back into one."""
+    for layer, kind in (
+        (LoRALinear(8, 5, r=2, lora_alpha=3), nn.Linear),
+        (LoRAConv2d(8, 5, 3, padding=1, r=2), nn.Conv2d),
+        (QLoRALinear(8, 5, bias=False, r=2), None),
+    ):
+        assert layer.r == 2 and layer.lora_A.shape[0] == 2
+        if kind:
+            layer.remove_lora()
+            assert type(layer) is kind and set(vars(layer)) == set(vars(kind(8, 5, 3)))
+
+
+def test_a_trained_weight_gets_its_dense_gradient(precision):
+    """Two-stage and full fine-tuning: the base trains beside its adapter."""
+    dtype, autocast, tolerance = precision
+    for stock, inputs in list(four_bit_cases())[:4]:
+        stock = stock.to(dtype)
+        layer, x = adapted(stock).requires_grad_(True), inputs[0].to(dtype)
+        tolerance = CHAINED_BF16 if tolerance == BF16 and isinstance(stock, nn.MultiheadAttention) else tolerance
+        compare_with_dense(stock, layer, [x] * len(inputs), tolerance, autocast=autocast)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_dropout_acts_on_what_the_adapter_sees(rows):
+    """y = W x + s B A dropout(x), with the mask that the seed gives."""
+    stock, x = nn.Linear(24, 40), torch.randn(rows, 24, requires_grad=True)
+    layer = adapted(stock, lora_dropout=0.4)
+    torch.manual_seed(7)
+    y = layer(x)
+    torch.manual_seed(7)
+    dropped = F.dropout(x, 0.4)
+    A, B = layer.lora_A, layer.lora_B
+    expected = F.linear(x, stock.weight, layer.bias) + layer.scaling * dropped @ A.T @ B.T
+    assert_close(y, expected, FP32)
+    wanted = (x, A, B, layer.bias)
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, wanted, upstream)
+    for gradient, want in zip(actual, torch.autograd.grad(expected, wanted, upstream), strict=True):
+        assert_close(gradient, want, FP32)
+    compare_with_dense(stock, layer.eval(), [x.detach()], FP32)  # evaluation drops nothing
+
+
+# --------------------------------------------------------------------------------------------------------- convolution
+
+# fmt: off
+CONVOLUTIONS = {
+    "1x1": {"kernel_size": 1},
+    "1x1, stride 2": {"kernel_size": 1, "stride": 2},
+    "1x1, stride 3, some pixels unused": {"kernel_size": 1, "stride": 3, "bias": False},
+    "3x3": {"kernel_size": 3, "padding": 1},
+    "3x3, no padding, no bias": {"kernel_size": 3, "bias": False},
+    "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "7x7, stride 2": {"kernel_size": 7, "stride": 2, "padding": 3},
+    "lopsided everything": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 3)},
+    "kernel as large as the input": {"kernel_size": (9, 8)},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "same, even kernel": {"kernel_size": 4, "padding": "same"},
+    "same, lopsided": {"kernel_size": (2, 5), "padding": "same", "dilation": (3, 2)},
+    "same, even kernel, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
+    "same, circular, dilation": {"kernel_size": 3, "padding": "same", "padding_mode": "circular", "dilation": 2},
+    "reflect": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"},
+    "circular": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular", "stride": 2},
+    "replicate": {"kernel_size": (3, 5), "padding": 2, "padding_mode": "replicate"},
+    "valid, circular": {"kernel_size": 3, "padding": "valid", "padding_mode": "circular"},
+    "dilation": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "groups, 1x1, stride 2": {"kernel_size": 1, "stride": 2, "groups": 4},
+    "groups, circular, dilation": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2,
+                                   "padding_mode": "circular"},
+    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 8, "out_channels": 8},
+    "depthwise, multiplier 2": {"kernel_size": 3, "stride": 2, "groups": 8, "out_channels": 16, "bias": False},
+    "one channel out": {"kernel_size": 3, "out_channels": 1},
+}
+# fmt: on
+
+
+def convolution(name: str) -> nn.Conv2d:
+    return nn.Conv2d(8, **{"out_channels": 12, **CONVOLUTIONS[name]})
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(device, name, precision, memory_format):
+    dtype, autocast, tolerance = precision
+    stock = convolution(name).to(device, dtype, memory_format=memory_format)
+    x = torch.randn(2, 8, 9, 8, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+    compare_with_dense(stock, adapted(stock), [x], tolerance, autocast=autocast)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_dropout_acts_on_what_the_adapter_sees(name):
+    stock, x = convolution(name), torch.randn(2, 8, 9, 8, requires_grad=True)
+    layer = adapted(stock, lora_dropout=0.4)
+    torch.manual_seed(7)
+    y = layer(x)
+    torch.manual_seed(7)
+    delta = layer.scaling * (layer.lora_B @ layer.lora_A).view_as(stock.weight)
+    # The stock layer's own forward, so that its padding is what counts.
+    expected = stock._conv_forward(x, stock.weight.detach(), layer.bias)
+    expected = expected + stock._conv_forward(F.dropout(x, 0.4), delta, None)
+    assert_close(y, expected, FP32)
+    wanted = [t for t in (x, layer.lora_A, layer.lora_B, layer.bias) if t is not None]
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, wanted, upstream)
+    for gradient, want in zip(actual, torch.autograd.grad(expected, wanted, upstream), strict=True):
+        assert_close(gradient, want, FP32)
+
+
+def test_convolution_of_one_image():
+    for name in ("3x3", "same, even kernel", "depthwise"):
+        stock = convolution(name)
+        compare_with_dense(stock, adapted(stock), [torch.randn(8, 9, 8)], FP32)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+E, H, L, S, N = 16, 4, 5, 7, 3
+CHAINED_BF16 = 2.5 * BF16  # four products, each rounded: the stock layer's own gradients are up to 2 % off
+
+
+def mask(*shape: int) -> torch.Tensor:
+    """True blocks; the diagonal never, so that no query is left without a key."""
+    blocked = torch.rand(shape) < 0.4
+    blocked.diagonal(dim1=-2, dim2=-1).fill_(False)
+    return blocked
+
+
+def padding(length: int) -> torch.Tensor:
+    """The last positions of the second and third sequence are padding."""
+    return torch.arange(length) >= torch.tensor([length, length - 1, length - 3])[:, None]
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length).triu(1).bool()
+
+
+# fmt: off
+ATTENTION_CALLS = {
+    "plain": {},
+    "without weights": {"need_weights": False},
+    "weights of every head": {"average_attn_weights": False},
+    "bool mask": {"attn_mask": lambda L, S: mask(L, S)},
+    "bool mask, without weights": {"attn_mask": lambda L, S: mask(L, S), "need_weights": False},
+    "float mask": {"attn_mask": lambda L, S: torch.randn(L, S)},
+    "mask for every head": {"attn_mask": lambda L, S: mask(N * H, L, S)},
+    "float mask for every head, without weights": {"attn_mask": lambda L, S: torch.randn(N * H, L, S),
+                                                   "need_weights": False},
+    "key padding": {"key_padding_mask": lambda L, S: padding(S)},
+    "key padding, without weights": {"key_padding_mask": lambda L, S: padding(S), "need_weights": False},
+    "float key padding and float mask": {"key_padding_mask": lambda L, S: torch.randn(N, S),
+                                         "attn_mask": lambda L, S: torch.randn(L, S)},
+    "key padding and mask for every head": {"key_padding_mask": lambda L, S: padding(S), "need_weights": False,
+                                            "attn_mask": lambda L, S: mask(N * H, L, S) & ~padding(S).any(0)},
+}
+ATTENTION_KINDS = {
+    "packed": {},
+    "sequence first": {"batch_first": False},
+    "no bias": {"bias": False},
+    "other sizes of k and v": {"kdim": 6, "vdim": 10},
+    "other sizes, no bias, sequence first": {"kdim": 6, "bias": False, "batch_first": False},
+    "bias_k, bias_v, zero position": {"add_bias_kv": True, "add_zero_attn": True},
+}
+# fmt: on
+INPUTS = ("self", "key is value", "all different")
+
+
+def attention(**options) -> nn.MultiheadAttention:
+    stock = nn.MultiheadAttention(E, H, **{"batch_first": True, **options})
+    for name, parameter in stock.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter)  # PyTorch starts them as zero
+    return stock
+
+
+def attention_inputs(stock: nn.MultiheadAttention, inputs: str, batched: bool = True) -> list[torch.Tensor]:
+    def sequence(length: int, width: int) -> torch.Tensor:
+        x = torch.randn(N, length, width)
+        return x[0] if not batched else x if stock.batch_first else x.transpose(0, 1)
+
+    query, key = sequence(L, E), sequence(S, stock.kdim)
+    return {
+        "self": [query] * 3,
+        "key is value": [query, key, key],
+        "all different": [query, key, sequence(S, stock.vdim)],
+    }[inputs]
+
+
+# One tensor cannot have two widths.
+COMBINATIONS = [(k, i) for k in ATTENTION_KINDS for i in INPUTS if i == "all different" or "other sizes" not in k]
+
+
+@pytest.mark.parametrize("call", ATTENTION_CALLS)
+@pytest.mark.parametrize("kind, inputs", COMBINATIONS)
+def test_attention(kind, inputs, call):
+    stock = attention(**ATTENTION_KINDS[kind])
+    x = attention_inputs(stock, inputs)
+    lengths = L, L if inputs == "self" else S
+    options = {k: v(*lengths) if callable(v) else v for k, v in ATTENTION_CALLS[call].items()}
+    for training in (True, False):
+        layer = adapted(stock).train(training)
+        compare_with_dense(stock.train(training), layer, x, FP32, lambda m, *x: m(*x, **in_dtype_of(m, options)))
+
+
+def in_dtype_of(model: nn.Module, options: dict) -> dict:
+    dtype = next(model.parameters()).dtype
+    return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_attention_in_low_precision(device, inputs, need_weights, precision):
+    dtype, autocast, tolerance = precision
+    stock = attention().to(device, dtype)
+    x = attention_inputs(stock, inputs)
+    moved = {id(t): t.to(device, dtype) for t in x}
+    x = [moved[id(t)] for t in x]
+    blocked = mask(L, len(x[1][0])).to(device)
+    compare_with_dense(
+        stock,
+        adapted(stock),
+        x,
+        tolerance if tolerance == FP32 else CHAINED_BF16,
+        lambda m, *x: m(*x, attn_mask=blocked, need_weights=need_weights),
+        autocast,
+    )
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("kind", ["packed", "sequence first", "bias_k, bias_v, zero position"])
+def test_attention_on_one_sequence(kind, inputs):
+    stock = attention(**ATTENTION_KINDS[kind])
+    x = attention_inputs(stock, inputs, batched=False)
+    length = L if inputs == "self" else S
+    for options in (
+        {},
+        {"need_weights": False, "key_padding_mask": padding(length)[2]},
+        {"attn_mask": mask(L, length), "average_attn_weights": False},
+        {"attn_mask": mask(H, L, length), "key_padding_mask": torch.zeros(length, dtype=torch.bool)},
+    ):
+        compare_with_dense(stock, adapted(stock), x, FP32, lambda m, *x, o=options: m(*x, **o))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_causal_attention(need_weights):
+    stock = attention()
+    x = attention_inputs(stock, "self")
+    options = {"attn_mask": causal(L), "is_causal": True, "need_weights": need_weights}
+    compare_with_dense(stock, adapted(stock), x, FP32, lambda m, *x: m(*x, **options))
+    options["key_padding_mask"] = padding(L)
+    compare_with_dense(stock, adapted(stock), x, FP32, lambda m, *x: m(*x, **options))
+    for layer in (stock, adapted(stock)):  # a hint without the mask is an error in both
+        with pytest.raises(RuntimeError, match=r"is_causal hint|hint about attn_mask"):
+            layer(*x, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": torch.zeros(L + 1, S)},
+        {"attn_mask": torch.zeros(1, S)},
+        {"attn_mask": torch.zeros(H, L, S)},
+        {"attn_mask": torch.zeros(S)},
+        {"key_padding_mask": torch.zeros(N, S + 1)},
+        {"key_padding_mask": torch.zeros(1, S)},
+    ],
+    ids=lambda options: "-".join(f"{k} {tuple(v.shape)}" for k, v in options.items()),
+)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masks_of_a_wrong_shape_are_refused(options, need_weights):
+    """As the stock layer does; some of them would broadcast into a wrong result."""
+    stock = attention()
+    x = attention_inputs(stock, "key is value")
+    for layer in (stock, adapted(stock)):
+        with pytest.raises((RuntimeError, AssertionError)):
+            layer(*x, need_weights=need_weights, **options)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_of_the_attention_weights(need_weights):
+    """With the same seed the same weights are dropped as in the stock layer."""
+    stock = attention(dropout=0.5).double()
+    layer = adapted(stock)
+
+    def call(model, *x):
+        torch.manual_seed(7)
+        return model(*x, need_weights=need_weights)
+
+    compare_with_dense(stock, layer, [torch.randn(N, L, E).double()] * 3, 1e-10, call)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_attention_dropout_draws_one_mask_per_distinct_input(inputs, batch_first):
+    stock = attention(batch_first=batch_first)
+    layer, x = adapted(stock, lora_dropout=0.4), attention_inputs(stock, inputs)
+    torch.manual_seed(7)
+    y, _ = layer(*x, need_weights=False)
+
+    torch.manual_seed(7)
+    rows = {id(t): t if batch_first else t.transpose(0, 1) for t in x}
+    dropped = {key: F.dropout(t, 0.4) for key, t in rows.items()}
+    out = layer.out_proj
+
+    def project(t, i):
+        W, b = stock.in_proj_weight.chunk(3)[i], stock.in_proj_bias.chunk(3)[i]
+        A, B = (getattr(layer, f"lora_{m}_{'qkv'[i]}") for m in "AB")
+        projected = F.linear(rows[id(t)], W, b) + layer.scaling * dropped[id(t)] @ A.T @ B.T
+        return projected.unflatten(-1, (H, E // H)).transpose(1, 2)
+
+    attended = F.scaled_dot_product_attention(*(project(t, i) for i, t in enumerate(x))).transpose(1, 2).flatten(-2)
+    expected = stock.out_proj(attended) + out.scaling * F.dropout(attended, 0.4) @ out.lora_A.T @ out.lora_B.T
+    assert_close(y, expected if batch_first else expected.transpose(0, 1), FP32)
+
+
+# --------------------------------------------------------------------------------------- PyTorch's transformer encoders
+
+
+def encoder_layer(**options) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(E, H, 24, 0.0, **{"batch_first": True, "activation": "gelu", **options})
+
+
+@pytest.mark.parametrize("targets", [None, "linear1", "self_attn"], ids=["all", "linear1", "self_attn"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "key padding"])
+@pytest.mark.parametrize("layers", [0, 2], ids=["layer", "encoder"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_the_fast_path_of_encoders_does_not_bypass_the_adapters(layers, padded, targets, four_bits):
+    """In eval mode without gradients PyTorch hands the raw weights to one fused kernel."""
+    stock = encoder_layer().eval() if layers == 0 else nn.TransformerEncoder(encoder_layer(), layers).eval()
+    targets = targets and (targets if layers == 0 else rf"layers\.\d\.{targets}")
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), target_modules=targets, use_qlora=four_bits))
+    freeze_backbone_params(model)
+    twin = dense_twin(rounded(stock, model) if four_bits else stock, model)
+    x = torch.randn(N, L, E)
+    options = {"src_key_padding_mask": padding(L)} if padded else {}
+    visible = ~padding(L) if padded else slice(None)
+    expected = twin.train()(x.double(), **options)[visible]
+    assert_close(model.train()(x, **options)[visible], expected, FP32)
+    assert_close(model.eval()(x, **options)[visible], expected, FP32)
+    with torch.no_grad():
+        assert_close(model(x, **options)[visible], expected, FP32)
+        LoRAManager(model).merge_lora_weights()
+        assert_close(model(x, **options)[visible], expected, FP32)
+
+
+def test_encoder_layer_gradients():
+    stock = encoder_layer(norm_first=True, activation="relu")
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock)))
+    compare_with_dense(stock, model, [torch.randn(N, L, E)], FP32, lambda m, x: m(x, src_key_padding_mask=padding(L)))
+
+
+# -------------------------------------------------------------------------------------------------------------- 4 bits
+
+
+def four_bit_cases():
+    yield nn.Linear(24, 40), [torch.randn(50, 24)]
+    yield nn.Conv2d(8, 12, 3, 2, 1), [torch.randn(2, 8, 9, 8)]
+    yield nn.Conv2d(8, 8, 3, padding="same", padding_mode="circular", groups=8), [torch.randn(2, 8, 9, 8)]
+    for inputs in INPUTS:
+        yield attention(), attention_inputs(attention(), inputs)
+    yield attention(kdim=6, vdim=10), attention_inputs(attention(kdim=6, vdim=10), "all different")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", range(7))
+def test_a_4_bit_layer_is_the_stock_layer_with_the_rounded_weight(device, case):
+    stock, inputs = list(four_bit_cases())[case]
+    stock, moved = stock.to(device), {id(x): x.to(device) for x in inputs}
+    inputs = [moved[id(x)] for x in inputs]
+    layer = adapted(stock, four_bits=True)
+    compare_with_dense(rounded(stock, layer), layer, inputs, FP32)
+    compare_with_dense(rounded(stock, layer), layer.eval(), inputs, FP32)
+    tolerance = CHAINED_BF16 if isinstance(stock, nn.MultiheadAttention) else BF16
+    compare_with_dense(rounded(stock, layer), layer, inputs, tolerance, autocast=True)
+
+
+def tensors_of(root: nn.Module) -> dict[int, torch.Tensor]:
+    """Every tensor that can be reached from a model: parameters, buffers, attributes and what lies inside those."""
+    found, seen, queue = {}, set(), [root]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found[item.untyped_storage().data_ptr()] = item
+        elif isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, list | tuple | set):
+            queue += item
+        elif hasattr(item, "__dict__") and not isinstance(item, type):
+            queue += vars(item).values()
+    return found
+
+
+def test_no_float_copy_of_a_4_bit_weight_is_kept_anywhere():
+    stock = nn.Sequential(
+        nn.Conv2d(16, 64, 3),
+        nn.BatchNorm2d(64),
+        nn.Flatten(2),
+        nn.Linear(36, 64),
+        nn.TransformerEncoderLayer(64, 4, 128),
+    )
+    model = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=True)
+    freeze_backbone_params(model)
+    model(torch.randn(2, 16, 8, 8)).sum().backward()
+    weights = sum(p.numel() for p in stock.parameters() if p.dim() > 1)
+    small = {p.numel() for p in model.parameters() if p.is_floating_point()} | {256}  # and the two code books
+    floats = [t for t in tensors_of(model).values() if t.is_floating_point()]
+    assert all(t.numel() in small or t.numel() < weights / 256 for t in floats)
+    held = sum(t.untyped_storage().nbytes() for t in tensors_of(model).values())
+    rest = sum(p.numel() * 4 * 2 for p in model.parameters() if p.is_floating_point())  # with gradients
+    assert weights * 0.5 < held < weights * 0.6 + rest + 20_000  # in float32: 4 bytes a weight
+
+
+def test_a_4_bit_model_s_state_comes_back_from_a_file(tmp_path):
+    """Into a model over other weights: bytes and constants are both in the file."""
+    x = torch.randn(2, 8, 9, 8)
+    make = [nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(2), nn.Linear(42, 16), encoder_layer()) for _ in range(2)]
+    first, second = (randomize_adapters(add_lora_to_model(model, use_qlora=True)) for model in make)
+    assert not torch.allclose(first(x), second(x), atol=0.1)
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    state = torch.load(tmp_path / "state.pth", weights_only=True)
+    second.load_state_dict(state)
+    assert torch.equal(first(x), second(x))
+
+    constant = next(key for key in state if key.endswith("absmax"))
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{constant}"'):
+        second.load_state_dict({key: value for key, value in state.items() if key != constant})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*surplus"):
+        second.load_state_dict({**state, "0.weight_surplus": torch.zeros(1)})
+
+
+def test_a_4_bit_layer_can_be_copied_converted_and_moved():
+    stock, x = nn.Linear(24, 40), torch.randn(50, 24)
+    layer = adapted(stock, four_bits=True)
+    expected = layer(x)
+    twin = copy.deepcopy(layer)
+    nn.init.zeros_(layer.lora_B)
+    layer.weight.data.zero_()
+    assert torch.equal(twin(x), expected)
+    twin.to(torch.bfloat16)
+    assert twin.weight.dtype == torch.uint8 and twin.lora_A.dtype == torch.bfloat16
+    assert_close(twin(x.bfloat16()), expected, BF16)
+
+
+def test_a_4_bit_layer_merges_into_float():
+    """Merged into 4 bits again it would compute something else."""
+    for stock, inputs in list(four_bit_cases())[:3]:
+        layer = adapted(stock, four_bits=True)
+        twin, packed = dense_twin(rounded(stock, layer), layer), layer.weight.data.clone()
+        layer.merge()
+        assert layer.weight.dtype == torch.float32 and layer.weight.shape == stock.weight.shape
+        assert set(layer.state_dict()) == set(stock.state_dict())
+        assert_close(layer.weight, twin.weight, 1e-6)
+        assert_close(layer(*inputs), twin(inputs[0].double()), FP32)
+        layer.unmerge()
+        assert torch.equal(layer.weight, packed)
+        compare_with_dense(rounded(stock, layer), layer, inputs, FP32)
+
+
+def test_a_4_bit_layer_cannot_become_float_again():
+    with pytest.raises(InputError, match="4 bits cannot become float"):
+        adapted(nn.Linear(8, 8), four_bits=True).remove_lora()
+
+
+# ----------------------------------------------------------------------------------------------- merge, unmerge, switch
+
+
+def layers_and_inputs():
+    yield nn.Linear(24, 40), [torch.randn(50, 24)]
+    yield nn.Conv2d(8, 12, 3, 2, 1), [torch.randn(2, 8, 9, 8)]
+    yield nn.Conv2d(8, 8, 3, groups=4).to(memory_format=torch.channels_last), [torch.randn(2, 8, 9, 8)]
+    yield attention(), [torch.randn(N, L, E)] * 3
+    yield attention(kdim=6, vdim=10), attention_inputs(attention(kdim=6, vdim=10), "all different")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(5))
+def test_merging(case, dtype):
+    """Equals W + s B A by hand, twice is once, and afterwards the base is back bit for bit."""
+    stock, inputs = list(layers_and_inputs())[case]
+    stock = stock.to(dtype)
+    layer = adapted(stock)
+    twin, manager = dense_twin(stock, layer), LoRAManager(layer)
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    manager.merge_lora_weights()
+    merged = {name: t.clone() for name, t in layer.state_dict().items()}
+    assert list(merged) == list(stock.state_dict())
+    for name, tensor in twin.state_dict().items():
+        assert merged[name].dtype == dtype
+        # In low precision: W + s B A rounded once, so to half a unit of the last place.
+        assert_close(merged[name], tensor, 1e-6 if dtype == torch.float32 else 2.0**-8, name)
+    manager.merge_lora_weights()
+    assert all(torch.equal(t, merged[name]) for name, t in layer.state_dict().items())
+    same = {id(x): x.to(dtype) for x in inputs}
+    y, z = layer(*(same[id(x)] for x in inputs)), twin(*(same[id(x)].double() for x in inputs))
+    for a, b in zip(y, z, strict=True) if isinstance(y, tuple) else [(y, z)]:
+        assert_close(a, b, FP32 if dtype == torch.float32 else 2 * BF16)
+    manager.unmerge_lora_weights()
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_a_merged_layer_converts_with_its_base():
+    layer = adapted(nn.Linear(8, 8))
+    before = layer.weight.clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before.bfloat16())
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("case", range(5))
+def test_disabled_adapters(case, four_bits):
+    """Merged or not, inside the block the layer is the stock layer."""
+    stock, inputs = list(layers_and_inputs())[case]
+    layer = adapted(stock, four_bits)
+    manager = LoRAManager(layer)
+    expected = (rounded(stock, layer) if four_bits else stock)(*inputs)
+    enabled = layer(*inputs)
+    for merged in (False, True):
+        if merged:
+            manager.merge_lora_weights()
+        with manager.disable_lora():
+            y = layer(*inputs)
+        for a, b in zip(y, expected, strict=True) if isinstance(y, tuple) else [(y, expected)]:
+            assert_close(a, b, FP32)
+        again = layer(*inputs)
+        for a, b in zip(again, enabled, strict=True) if isinstance(y, tuple) else [(again, enabled)]:
+            assert_close(a, b, FP32)
+
+
+def test_adapters_are_enabled_again_after_an_error():
+    layer = adapted(nn.Linear(8, 8))
+    with pytest.raises(ZeroDivisionError), LoRAManager(layer).disable_lora():
+        1 / 0  # noqa: B018
+    assert layer.lora_enabled
+
+
+# -------------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_compiled_model_is_one_graph_and_computes_the_same(four_bits):
+    """Convolution with folded BatchNorm, a linear layer and attention."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, E, 3), nn.BatchNorm2d(E))
+            self.attention = nn.MultiheadAttention(E, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.stem(x).flatten(2).transpose(1, 2)
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model, x = randomize_adapters(add_lora_to_model(Model(), r=2, use_qlora=four_bits)), torch.randn(2, 3, 6, 6)
+    freeze_backbone_params(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = [f(x).square().sum() for f in (model, compiled)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(loss, trained) for loss in losses]
+    assert math.isclose(*(loss.item() for loss in losses), rel_tol=FP32)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(theirs, ours, FP32)
+    torch._dynamo.reset()
