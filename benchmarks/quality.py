@@ -1,0 +1,235 @@
+"""Measure what fine-tuning keeps: linear probe, LoRA, QLoRA, full fine-tuning and from scratch, over seeds and labels.
+
+    python -m benchmarks.quality                                            # shipped backbone, embedded digits; hours
+    python -m benchmarks.quality --seeds 2 --labels 10 --methods probe lora_8 full
+    python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep.pth.tar --config my.yaml
+    python -m benchmarks.quality --workers 2                                # two runs at a time, a thread each
+
+Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
+labels the learning rate is chosen first, on a validation part of the training split and with a seed that is not used
+again; then each seed is trained with it and evaluated on the held-out split after the last epoch: no epoch is picked by
+its held-out accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import finetune_lora
+from moco import InputError
+from moco.training import positive_int, run_script
+
+PROBE = ["--lora-rank", "0"]
+FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
+LOW_RATES, HIGH_RATES = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2)
+# title, flags, learning rates tried. Each grid was placed so that its best value is not at its edge.
+METHODS = {
+    "probe": ("linear probe", PROBE, HIGH_RATES),
+    **{f"lora_{r}": (f"LoRA r={r}", ["--lora-rank", str(r)], HIGH_RATES) for r in (4, 8, 16, 32)},
+    **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", "--lora-rank", str(r)], HIGH_RATES) for r in (4, 8, 16)},
+    "full": ("full fine-tuning", FULL, LOW_RATES),
+    "scratch": ("from scratch", [*FULL, "--from-scratch"], LOW_RATES),
+}
+TUNING_SEED = 1000
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run what is missing of the table, then print it and write `quality.json` and `quality.png`."""
+    args, passed_on = parse(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(args.output_dir / "runs.jsonl", passed_on)
+    budgets = [None if labels == "all" else int(labels) for labels in args.labels]
+    cells = [(method, budget) for budget in budgets for method in args.methods]
+    tuning = [(m, b, rate, TUNING_SEED, "validation") for m, b in cells for rate in METHODS[m][2]]
+    run_missing(tuning, log, args.workers)
+    rates = {cell: log.best_rate(*cell) for cell in cells}
+    final = [(m, b, rates[m, b], seed, "held-out") for m, b in cells for seed in range(args.seeds)]
+    run_missing(final, log, args.workers)
+
+    rows = [log.row(method, budget, rates[method, budget], args.seeds) for method, budget in cells]
+    add_shares(rows)
+    result = {"options": passed_on, "torch": torch.__version__, "rows": rows}
+    (args.output_dir / "quality.json").write_text(json.dumps(result, indent=2))
+    plot(rows, args.output_dir / "quality.png")
+    print(table(rows))
+    return result
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """This script's options, and those that go on to `finetune_lora.py` as they are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--labels", nargs="+", default=["10", "50", "all"], help="labels per class")
+    parser.add_argument("--seeds", type=positive_int, default=5)
+    parser.add_argument("--workers", type=positive_int, default=1, help="runs at a time")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/quality"))
+    args, passed_on = parser.parse_known_args(argv)
+    wrong = [labels for labels in args.labels if labels != "all" and not (labels.isdigit() and int(labels) > 0)]
+    if wrong:
+        raise InputError(f"--labels {wrong[0]}: expected a number above 0, or all")
+    finetune_lora.read_options(passed_on)  # what is wrong with them shows now, not in an hour
+    return args, passed_on
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+Run = tuple[str, int | None, float, int, str]  # method, labels per class, learning rate, seed, split
+
+
+class Log:
+    """The finished runs, a JSON object a line."""
+
+    def __init__(self, path: Path, options: list[str]):
+        self.path, self.options = path, options
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.runs = [json.loads(line) for line in lines]
+        other = [run for run in self.runs if run["options"] != options]
+        if other:
+            raise InputError(f"{path} has runs with other options ({other[0]['options']}): give another --output-dir")
+
+    def add(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({**record, "options": self.options}) + "\n")
+        self.runs.append(record)
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        return next((record for record in self.runs if tuple(record["run"]) == run), None)
+
+    def best_rate(self, method: str, budget: int | None) -> float:
+        tried = [(self.find((method, budget, rate, TUNING_SEED, "validation")), rate) for rate in METHODS[method][2]]
+        # Accuracies tie on a few hundred images; the loss then decides.
+        return max(tried, key=lambda pair: (pair[0]["accuracy"], -pair[0]["loss"]))[1]
+
+    def row(self, method: str, budget: int | None, rate: float, seeds: int) -> dict[str, Any]:
+        records = [self.find((method, budget, rate, seed, "held-out")) for seed in range(seeds)]
+        accuracies = [record["accuracy"] for record in records]
+        first = records[0]
+        return {
+            "method": method,
+            "title": METHODS[method][0],
+            "labels_per_class": budget,
+            "learning_rate": rate,
+            "accuracies": accuracies,
+            "mean": statistics.mean(accuracies),
+            "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
+            "seconds": statistics.median(record["seconds"] for record in records),
+            **{key: first[key] for key in ("trainable_share", "peak_memory_bytes", "adapter_bytes")},
+        }
+
+
+def run_missing(runs: list[Run], log: Log, workers: int) -> None:
+    jobs = [(run, log.options, max(1, torch.get_num_threads() // workers)) for run in runs if log.find(run) is None]
+    # A process for each run: its peak memory is then its own.
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for record in tqdm(pool.imap_unordered(train, jobs), total=len(jobs), desc="runs", disable=not jobs):
+            log.add(record)
+
+
+def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
+    """One run of `finetune_lora.py`: its accuracy after the last epoch, and its costs."""
+    (method, budget, rate, seed, split), options, threads = job
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
+        flags += ["--eval-split", split, "--output-dir", folder]
+        flags += [] if budget is None else ["--labels-per-class", str(budget)]
+        results = finetune_lora.main(flags)
+        last = Path(folder, "metrics.csv").read_text().splitlines()[-1].split(",")
+    return {
+        "run": job[0],
+        "accuracy": results["last_val_accuracy"],
+        "loss": float(last[2]),
+        "seconds": results["seconds"],
+        "trainable_share": results["trainable_parameters"] / results["total_parameters"],
+        "peak_memory_bytes": results["peak_memory_bytes"],
+        "adapter_bytes": results["adapter_bytes"],
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def add_shares(rows: list[dict[str, Any]]) -> None:
+    """Each method's share of full fine-tuning's mean accuracy with as many labels."""
+    full = {row["labels_per_class"]: row["mean"] for row in rows if row["method"] == "full"}
+    for row in rows:
+        reference = full.get(row["labels_per_class"])
+        row["share_of_full"] = row["mean"] / reference if reference else None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "-" if row["share_of_full"] is None else f"{row['share_of_full']:.1%}"
+        cells = [
+            str(row["labels_per_class"] or "all"),
+            row["title"],
+            f"{row['mean']:.2%} ± {row['spread']:.2%}",
+            share,
+            f"{row['learning_rate']:g}",
+            f"{row['trainable_share']:.2%}",
+            f"{row['adapter_bytes'] / 1e6:.2f} MB",
+            f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
+            f"{row['seconds']:.0f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
+MARKERS = "osD^v"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy of every method, mean and standard deviation over seeds, a colour and a marker per number of labels."""
+    methods = list(dict.fromkeys(row["title"] for row in rows))
+    budgets = list(dict.fromkeys(row["labels_per_class"] for row in rows))
+    figure = Figure(figsize=(8, 1.6 + 0.4 * len(methods)), layout="constrained")
+    axes = figure.subplots()
+    for i, budget in enumerate(budgets):
+        mine = [row for row in rows if row["labels_per_class"] == budget]
+        axes.errorbar(
+            [100 * row["mean"] for row in mine],
+            [methods.index(row["title"]) + 0.12 * (i - (len(budgets) - 1) / 2) for row in mine],
+            xerr=[100 * row["spread"] for row in mine],
+            fmt=MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            capsize=3,
+            label=f"{budget or 'all'} labels per class",
+        )
+    axes.set_yticks(range(len(methods)), methods)
+    axes.invert_yaxis()
+    axes.set_xlabel("held-out accuracy (%), mean and standard deviation over seeds")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    # Through the module's own name, so that the processes started for the runs find `train`.
+    from benchmarks.quality import main as module_main
+
+    sys.exit(run_script(module_main))

@@ -1,0 +1,221 @@
+"""Five examples of LoRA and QLoRA with this toolkit, on real data, in two minutes on a CPU.
+
+    python example_lora_usage.py              # all five
+    python example_lora_usage.py --only 2     # one of them
+
+    1  set-up: a MoCo backbone, adapters, what trains
+    2  training: a loop of your own
+    3  checkpoints: save, load into a fresh model, merge into plain torchvision
+    4  inference: single images, with and without the adapters
+    5  sizes: what lies on disk for a ResNet-50 and a ViT-B/16
+
+Each example is a function to copy from; it prints what it found and raises where something is not as it should be.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, count_parameters, evaluate, freeze_backbone_params
+from lora_utils import LoRAManager
+from moco.backbones import build_backbone
+from moco.checkpoints import load_backbone
+from moco.data import Transformed, build_loader, eval_transform, load_splits, train_transform
+from moco.training import run_script, select_device
+
+DEVICE = select_device("auto")
+
+
+def example_1_setup() -> nn.Module:
+    """Load a MoCo checkpoint, put adapters on it, freeze the rest, and count."""
+    model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
+    print(f"{report['family']} checkpoint: {report['arch']}, epoch {report['epoch']}, {report['image_size']} pixels")
+
+    for rank in [4, 8, 16]:  # the same model again: adapters are replaced, never nested
+        model = add_lora_to_model(model, r=rank, lora_alpha=rank * 2)
+        freeze_backbone_params(model)
+        counts = count_parameters(model)
+        share = counts["trainable"] / counts["total"]
+        print(f"  r={rank:<2}  {counts['trainable']:>7,} of {counts['total']:,} parameters train ({share:.1%})")
+
+    # Only the attention, and with a rank-stabilised scaling:
+    add_lora_to_model(model, r=8, target_modules=["self_attention"], use_rslora=True)
+    info = LoRAManager(model).get_lora_info()
+    print(f"  attention only: {info['num_layers']} adapted layers, {info['lora_parameters']:,} parameters")
+    return model
+
+
+def example_2_training(epochs: int = 5) -> nn.Module:
+    """A training loop of your own: nothing but PyTorch around the adapted model."""
+    torch.manual_seed(0)
+    splits = load_splits("digits")
+    train = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)
+    held_out = build_loader(Transformed(splits.val, eval_transform(32)), 256)
+
+    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(splits.class_names))
+    add_lora_to_model(model, r=8, lora_alpha=16)
+    freeze_backbone_params(model)  # adapters and classifier head train, nothing else
+    model.to(DEVICE).train()
+
+    # Adapters bear a higher learning rate than full fine-tuning does, and the fresh head a higher one still.
+    adapters = [p for name, p in model.named_parameters() if "lora" in name]
+    optimizer = torch.optim.AdamW([{"params": adapters, "lr": 2e-3}, {"params": model.heads.parameters(), "lr": 5e-3}])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
+    for epoch in range(epochs):
+        for images, labels in tqdm(train, desc=f"epoch {epoch + 1}/{epochs}", leave=False):
+            loss = F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        result = evaluate(model, held_out, DEVICE)
+        print(f"  epoch {epoch + 1}: held-out accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
+    if result.accuracy < 0.9:
+        raise RuntimeError(f"the adapters learned too little: {result.accuracy:.2%}")
+    return model
+
+
+def example_3_checkpoints(model: nn.Module) -> None:
+    """Save the adapters, load them into a fresh model, and merge them into a file for plain torchvision."""
+    model.eval()
+    images = torch.stack([eval_transform(32)(image) for image, _ in _some_digits(16)]).to(DEVICE)
+    with torch.no_grad():
+        expected = model(images)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "digits_lora.pth"
+        LoRAManager(model).save_lora_checkpoint(path, metadata={"data": "digits", "note": "example 3"})
+        full = Path(folder) / "full.pth"
+        torch.save(model.state_dict(), full)
+        print(f"  adapter file {_megabytes(path):.2f} MB, full state_dict {_megabytes(full):.2f} MB")
+
+        fresh, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
+        add_lora_to_model(fresh, r=8, lora_alpha=16)
+        manager = LoRAManager(fresh.to(DEVICE).eval())
+        print(f"  loaded, with metadata {manager.load_lora_checkpoint(path)}")
+        with torch.no_grad():
+            _check_equal("a fresh model with the adapter file", fresh(images), expected)
+
+        manager.merge_lora_weights()
+        merged = Path(folder) / "merged.pth"
+        torch.save(fresh.state_dict(), merged)
+
+        plain = build_backbone("vit_mini", num_classes=10).to(DEVICE).eval()  # torchvision's VisionTransformer
+        plain.load_state_dict(torch.load(merged, weights_only=True, map_location=DEVICE))
+        with torch.no_grad():
+            _check_equal("plain torchvision with the merged file", plain(images), expected)
+
+
+def example_4_inference(model: nn.Module) -> None:
+    """Predict single images, and compare with the backbone without its adapters."""
+    model.eval()
+    manager, transform = LoRAManager(model), eval_transform(32)
+    with torch.inference_mode():
+        for image, label in _some_digits(3):
+            probabilities = model(transform(image)[None].to(DEVICE)).softmax(-1)[0]
+            best = probabilities.argmax().item()
+            print(f"  a {label} is taken for a {best} with probability {probabilities[best]:.3f}")
+
+        images, labels = zip(*[(transform(image), label) for image, label in _some_digits(200)], strict=True)
+        images, labels = torch.stack(images).to(DEVICE), torch.tensor(labels, device=DEVICE)
+        adapted = (model(images).argmax(1) == labels).float().mean().item()
+        with manager.disable_lora():
+            bare = (model(images).argmax(1) == labels).float().mean().item()
+
+        started = time.perf_counter()
+        model(images)
+        unmerged = time.perf_counter() - started
+        manager.merge_lora_weights()
+        started = time.perf_counter()
+        model(images)
+        merged = time.perf_counter() - started
+        manager.unmerge_lora_weights()
+    print(f"  200 held-out digits: {adapted:.1%} right, {bare:.1%} with the adapters off (the head expects them)")
+    print(f"  {1e3 * unmerged:.0f} ms as adapters, {1e3 * merged:.0f} ms merged")
+    if adapted <= bare:
+        raise RuntimeError("the adapters make no difference")
+
+
+def example_5_sizes() -> None:
+    """Files really written and measured: full checkpoint, LoRA, QLoRA, merged; and the weights in memory."""
+    print("  MB                    full   LoRA   QLoRA   merged   weights in memory: float   4-bit")
+    for arch in ("resnet50", "vit_b_16"):
+        with tempfile.TemporaryDirectory() as folder:
+            model = build_backbone(arch, num_classes=100)
+            torch.save(model.state_dict(), path := Path(folder) / "full.pth")
+            full, in_memory = _megabytes(path), _weights_in_memory(model)
+            lora = _adapter_size(model, Path(folder) / "lora.pth", use_qlora=False)
+            LoRAManager(model).merge_lora_weights()
+            torch.save(model.state_dict(), path := Path(folder) / "merged.pth")
+            merged = _megabytes(path)
+            LoRAManager(model).unmerge_lora_weights()
+            qlora = _adapter_size(model, Path(folder) / "qlora.pth", use_qlora=True)
+            four_bit = _weights_in_memory(model)
+        print(f"  {arch:<18}{full:>8.1f}{lora:>7.2f}{qlora:>8.2f}{merged:>9.1f}{in_memory:>27.1f}{four_bit:>8.1f}")
+        if not (lora < full / 20 and qlora < full / 20 and four_bit < in_memory / 4):
+            raise RuntimeError(f"{arch}: the adapters or the 4-bit weights are larger than they should be")
+
+
+def _adapter_size(model: nn.Module, path: Path, use_qlora: bool) -> float:
+    add_lora_to_model(model, r=8, lora_alpha=16, use_qlora=use_qlora)
+    freeze_backbone_params(model)
+    LoRAManager(model).save_lora_checkpoint(path)
+    return _megabytes(path)
+
+
+def _weights_in_memory(model: nn.Module) -> float:
+    """MB of all parameters and buffers, 4-bit weights with their quantisation constants."""
+    tensors = model.state_dict().values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+
+
+def _some_digits(count: int) -> list:
+    images = load_splits("digits").val
+    return [images[i] for i in range(count)]
+
+
+def _megabytes(path: Path) -> float:
+    return path.stat().st_size / 1e6
+
+
+def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    difference = (actual - expected).abs().max().item()
+    print(f"  {what}: largest difference {difference:.1e}")
+    if difference > 1e-3:
+        raise RuntimeError(f"{what} gives other answers: {difference:.1e}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the examples; the third and fourth train first if the second has not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, choices=range(1, 6), help="run one example")
+    only = parser.parse_args(argv).only
+    trained = None
+    for number in range(1, 6) if only is None else (only,):
+        started = time.perf_counter()
+        print(f"\nExample {number}: {TITLES[number - 1]}")
+        if number in (3, 4) and trained is None:
+            trained = example_2_training(epochs=2)
+        if number == 1:
+            example_1_setup()
+        elif number == 2:
+            trained = example_2_training()
+        elif number == 3:
+            example_3_checkpoints(trained)
+        elif number == 4:
+            example_4_inference(trained)
+        else:
+            example_5_sizes()
+        print(f"  done in {time.perf_counter() - started:.1f} s")
+
+
+TITLES = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk")
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,50 @@
+"""The examples run, and what they print is what they found."""
+
+import re
+
+import pytest
+
+import example_lora_usage as examples
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return examples.example_2_training(epochs=2)
+
+
+def test_set_up_replaces_adapters_and_counts_them(capsys):
+    examples.main(["--only", "1"])
+    printed = capsys.readouterr().out
+    trained = [int(count.replace(",", "")) for count in re.findall(r"r=\d+ +([\d,]+) of", printed)]
+    head = 192 * 10 + 10
+    assert len(trained) == 3
+    assert [count - head for count in trained] == [trained[0] - head, 2 * (trained[0] - head), 4 * (trained[0] - head)]
+
+
+def test_checkpoints_and_inference_agree_with_what_was_trained(trained, capsys):
+    examples.example_3_checkpoints(trained)
+    examples.example_4_inference(trained)
+    printed = capsys.readouterr().out
+    adapted, bare = map(float, re.search(r"([\d.]+)% right, ([\d.]+)% with the adapters off", printed).groups())
+    assert adapted > 90 and adapted > bare
+
+
+def test_an_example_that_finds_something_wrong_raises():
+    untrained = examples.example_1_setup()
+    with pytest.raises(RuntimeError, match="no difference"):
+        examples.example_4_inference(untrained)
+
+
+def test_the_sizes_are_those_of_files(capsys):
+    examples.main(["--only", "5"])
+    for line in capsys.readouterr().out.splitlines():
+        if line.strip().startswith(("resnet50", "vit_b_16")):
+            full, lora, qlora, merged, in_memory, four_bit = map(float, line.split()[1:])
+            assert lora == pytest.approx(qlora, abs=0.02) and lora < full / 20
+            assert merged == pytest.approx(full, rel=0.01) and four_bit < in_memory / 4
+
+
+def test_an_unknown_number_is_refused():
+    with pytest.raises(SystemExit) as stopped:
+        examples.main(["--only", "6"])
+    assert stopped.value.code == 2

@@ -1,0 +1,60 @@
+"""The quality table: one real run, and the bookkeeping around many."""
+
+import json
+
+import pytest
+
+from benchmarks import quality
+from moco import InputError
+
+
+def record(method, budget, rate, seed, split, accuracy, loss=0.5):
+    costs = {"seconds": 1.0, "trainable_share": 0.03, "peak_memory_bytes": 5e8, "adapter_bytes": 4e5}
+    return {"run": (method, budget, rate, seed, split), "accuracy": accuracy, "loss": loss, **costs}
+
+
+def test_a_run_is_a_run_of_the_command_line():
+    options = ["--epochs", "1", "--batch-size", "10"]
+    result = quality.train((("probe", 2, 0.01, 3, "validation"), options, 1))
+    assert 0 <= result["accuracy"] <= 1 and result["loss"] > 0 and result["adapter_bytes"] > 0
+    assert result["run"] == ("probe", 2, 0.01, 3, "validation")
+
+
+def test_the_learning_rate_is_chosen_on_the_validation_split_and_ties_by_loss(tmp_path):
+    log = quality.Log(tmp_path / "runs.jsonl", [])
+    for rate, accuracy, loss in zip(quality.HIGH_RATES, (0.9, 0.95, 0.95, 0.2), (0.4, 0.3, 0.2, 3.0), strict=True):
+        log.add(record("probe", 10, rate, quality.TUNING_SEED, "validation", accuracy, loss))
+    log.add(record("probe", 10, quality.HIGH_RATES[0], 0, "held-out", 1.0))
+    assert log.best_rate("probe", 10) == quality.HIGH_RATES[2]
+
+
+def test_finished_runs_are_found_again_and_other_options_are_refused(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    quality.Log(path, ["--epochs", "3"]).add(record("full", None, 1e-3, 0, "held-out", 0.98))
+    again = quality.Log(path, ["--epochs", "3"])
+    assert again.find(("full", None, 1e-3, 0, "held-out"))["accuracy"] == 0.98
+    assert again.find(("full", 10, 1e-3, 0, "held-out")) is None
+    with pytest.raises(InputError, match="other options"):
+        quality.Log(path, ["--epochs", "4"])
+
+
+def test_rows_state_mean_spread_and_share_of_full_fine_tuning(tmp_path):
+    log = quality.Log(tmp_path / "runs.jsonl", [])
+    for seed, (lora, full) in enumerate([(0.96, 0.98), (0.98, 1.0)]):
+        log.add(record("lora_8", None, 1e-2, seed, "held-out", lora))
+        log.add(record("full", None, 1e-3, seed, "held-out", full))
+    rows = [log.row("lora_8", None, 1e-2, 2), log.row("full", None, 1e-3, 2)]
+    quality.add_shares(rows)
+    assert rows[0]["mean"] == pytest.approx(0.97) and rows[0]["spread"] == pytest.approx(0.02 / 2**0.5)
+    assert rows[0]["share_of_full"] == pytest.approx(0.97 / 0.99) and rows[1]["share_of_full"] == 1
+    assert "| all | LoRA r=8 | 97.00% ± 1.41% | 98.0% |" in quality.table(rows)
+    quality.plot(rows, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert json.dumps(rows)
+
+
+def test_bad_options_are_found_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match="--epochs"):
+        quality.main(["--output-dir", str(tmp_path), "--epochs", "0"])
+    with pytest.raises(InputError, match="--labels"):
+        quality.main(["--output-dir", str(tmp_path), "--labels", "few"])
