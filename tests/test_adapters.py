@@ -1,0 +1,412 @@
+"""Adapter files: what they hold, that they come back, and that nothing else gets in."""
+
+import copy
+import json
+import os
+
+import pytest
+import safetensors
+import torch
+from dense import FP32, assert_close, dense_twin, randomize_adapters
+from torch import nn
+from torchvision.models import resnet18
+
+from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora_utils import LoRAManager, main, read_adapter_file, write_adapter_file
+from moco import InputError
+from moco.backbones import build_backbone
+
+SUFFIXES = (".pth", ".safetensors")
+METADATA = {"arch": "vit_mini", "class_names": ["a", "ß"], "image_size": 16, "nested": {"lr": 1e-4, "none": None}}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=SUFFIXES)
+def path(request, tmp_path):
+    return tmp_path / f"adapter{request.param}"
+
+
+def base(seed: int = 1, classes: int = 5) -> nn.Module:
+    """A ViT: the same one for the same seed, as if it came from a checkpoint. Its head is another one each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_backbone("vit_mini", classes, image_size=16)
+    nn.init.normal_(model.heads.head.weight)
+    return model.eval()
+
+
+def adapted(model: nn.Module, **options) -> nn.Module:
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, **{"r": 2, **options}), std=0.1))
+    return model
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16)
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_bitwise(before: dict[str, torch.Tensor], model: nn.Module) -> None:
+    now = model.state_dict()
+    assert list(before) == list(now)
+    assert [name for name in before if not torch.equal(before[name], now[name])] == []
+
+
+# --------------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_file_brings_adapters_and_head_into_a_fresh_model(path, four_bits):
+    options = {"lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.1, "use_qlora": four_bits}
+    trained, x = adapted(base(), **options), images()
+    LoRAManager(trained).save_lora_checkpoint(path, METADATA)
+    fresh = adapted(base(), r=2, use_qlora=four_bits)
+    assert not torch.allclose(fresh(x), trained(x), atol=0.1)
+    assert LoRAManager(fresh).load_lora_checkpoint(path) == METADATA
+    assert torch.equal(fresh(x), trained(x))
+    layer = fresh.encoder.layers[0].mlp[0]  # alpha and scaling come from the file, not from the call
+    assert (layer.lora_alpha, layer.scaling, layer.use_rslora, layer.lora_dropout) == (6, 6 / 2**0.5, True, 0.1)
+
+
+def test_a_resnet_s_file_round_trips(path):
+    stock = resnet18(num_classes=3).eval()
+    trained, fresh, x = adapted(copy.deepcopy(stock)), adapted(copy.deepcopy(stock)), torch.randn(2, 3, 32, 32)
+    LoRAManager(trained).save_lora_checkpoint(path)
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), trained(x))
+
+
+def test_the_file_describes_itself(path):
+    model = adapted(base(), lora_alpha=6)
+    LoRAManager(model).save_lora_checkpoint(path, METADATA)
+    content = read_adapter_file(path)
+    assert content["format_version"] == 1 and content["metadata"] == METADATA and len(content["base_hash"]) == 64
+    trains = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert content["tensors"].keys() == trains.keys()  # adapters and head: nothing else, nothing less
+    assert all(torch.equal(content["tensors"][name], p) for name, p in trains.items())
+    assert content["layers"]["encoder.layers.encoder_layer_0.mlp.0"] == {
+        "kind": "LoRALinear", "r": 2, "lora_alpha": 6, "lora_dropout": 0.0, "use_rslora": False, "scaling": 3.0
+    }  # fmt: skip
+    tensors = sum(p.numel() * 4 for p in trains.values())
+    assert path.stat().st_size < tensors + 60_000
+
+
+def test_files_are_plain_data(tmp_path):
+    """They are read without running any code, and by others than this toolkit."""
+    manager = LoRAManager(adapted(base()))
+    manager.save_lora_checkpoint(tmp_path / "a.pth", METADATA)
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["metadata"] == METADATA
+    manager.save_lora_checkpoint(tmp_path / "a.safetensors", METADATA)
+    with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["adapter"])["metadata"] == METADATA
+
+
+def test_both_formats_give_the_same_content(tmp_path):
+    manager = LoRAManager(adapted(base()))
+    contents = []
+    for suffix in SUFFIXES:
+        manager.save_lora_checkpoint(tmp_path / f"a{suffix}", {"size": (3, 4), 7: "seven"})
+        contents.append(read_adapter_file(tmp_path / f"a{suffix}"))
+    first, second = contents
+    assert first["metadata"] == second["metadata"] == {"size": [3, 4], "7": "seven"}
+    tensors = first.pop("tensors"), second.pop("tensors")
+    assert first == second and all(torch.equal(t, tensors[1][name]) for name, t in tensors[0].items())
+
+
+def test_a_model_without_a_head(path):
+    def build():
+        torch.manual_seed(1)
+        return adapted(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))).eval()
+
+    trained, x = randomize_adapters(build()), torch.randn(2, 4)
+    LoRAManager(trained).save_lora_checkpoint(path)
+    assert set(read_adapter_file(path)["tensors"]) == {f"{i}.lora_{m}" for i in (0, 2) for m in "AB"}
+    fresh = build()
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), trained(x))
+
+
+def test_an_adapted_head_is_in_the_file_once(path):
+    model, x = adapted(base(), target_modules=["heads", "mlp"]), images()
+    LoRAManager(model).save_lora_checkpoint(path)
+    assert {"heads.head.weight", "heads.head.lora_A"} <= set(read_adapter_file(path)["tensors"])
+    fresh = adapted(base(), target_modules=["heads", "mlp"])
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_two_stage_training_travels_in_the_file(path):
+    """After stage 2 the base is another one: what moved is in the file, and only that."""
+    model, x = adapted(base()), images()
+    freeze_backbone_params(model, freeze=False)
+    with torch.no_grad():
+        model.encoder.layers[1].mlp[0].weight.mul_(1.5)
+        model.encoder.ln.bias.add_(1)
+    LoRAManager(model).save_lora_checkpoint(path)
+    moved = {"encoder.layers.encoder_layer_1.mlp.0.weight", "encoder.ln.bias"}
+    own = {name for name, _ in model.named_parameters() if "lora_" in name or name.startswith("heads")}
+    assert set(read_adapter_file(path)["tensors"]) == moved | own
+    fresh = adapted(base())
+    manager = LoRAManager(fresh)
+    manager.load_lora_checkpoint(path)
+    freeze_backbone_params(model)
+    assert torch.equal(fresh(x), model(x))
+    manager.save_lora_checkpoint(path)  # and on from there
+    assert moved < set(read_adapter_file(path)["tensors"])
+
+
+def test_statistics_that_moved_travel_too(path):
+    stock = resnet18(num_classes=3)
+    model, x = adapted(copy.deepcopy(stock)), torch.randn(4, 3, 32, 32)
+    freeze_backbone_params(model, freeze=False)
+    model.train()(x)
+    freeze_backbone_params(model)
+    LoRAManager(model).save_lora_checkpoint(path)
+    fresh = adapted(copy.deepcopy(stock))
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_saving_a_merged_model_saves_its_adapters_and_its_base(path):
+    """Not the merged weights: loaded again, the update would count twice."""
+    model, x = adapted(base()), images()
+    with torch.no_grad():
+        model.encoder.layers[1].mlp[0].weight.mul_(1.5)
+    expected, manager = model(x), LoRAManager(model)
+    manager.merge_lora_weights()
+    manager.save_lora_checkpoint(path)
+    fresh = adapted(base())
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), expected)
+
+
+def test_the_memory_format_makes_no_other_base(path):
+    stock = resnet18(num_classes=3)
+    LoRAManager(adapted(copy.deepcopy(stock))).save_lora_checkpoint(path)
+    LoRAManager(adapted(stock.to(memory_format=torch.channels_last))).load_lora_checkpoint(path)
+
+
+# --------------------------------------------------------------------------------------------------------- strictness
+
+
+def without(name):
+    return lambda content: content["tensors"].pop(name)
+
+
+def with_tensor(name, tensor):
+    return lambda content: content["tensors"].update({name: tensor})
+
+
+LAYER = "encoder.layers.encoder_layer_0.mlp.0"
+CHANGES = {
+    "missing": (without(f"{LAYER}.lora_A"), rf"tensor {LAYER}\.lora_A is missing"),
+    "missing head": (without("heads.head.bias"), r"tensor heads\.head\.bias is missing"),
+    "surplus": (with_tensor("surplus", torch.zeros(1)), "tensor surplus is unknown here"),
+    "surplus adapter": (with_tensor("conv_proj.lora_A", torch.zeros(1)), r"conv_proj\.lora_A is unknown"),
+    "shape": (
+        with_tensor(f"{LAYER}.lora_B", torch.zeros(768, 3)),
+        r"lora_B is \(768, 3\) in the file, \(768, 2\) here",
+    ),
+    "dtype": (with_tensor(f"{LAYER}.lora_B", torch.zeros(768, 2).byte()), r"lora_B is torch\.uint8 in the file"),
+    "layer missing": (lambda content: content["layers"].pop(LAYER), f"{LAYER} is adapted here but not in the file"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_does_not_fit_is_refused(path, change):
+    alter, message = CHANGES[change]
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    content = read_adapter_file(path)
+    alter(content)
+    write_adapter_file(content, path)
+    assert_refused(adapted(base()), path, message)
+
+
+def assert_refused(model: nn.Module, path, message: str) -> None:
+    """One error that names the file and the reason; not a bit of the model has changed."""
+    before = snapshot(model)
+    settings = LoRAManager(model).get_lora_info()
+    with pytest.raises(InputError, match=message) as error:
+        LoRAManager(model).load_lora_checkpoint(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert_bitwise(before, model)
+    assert LoRAManager(model).get_lora_info() == settings
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"r": 3}, r"has r 2 in the file, 3 here; .*and \d+ more"),
+        ({"use_qlora": True}, "has kind LoRALinear in the file, QLoRALinear here"),
+        ({"target_modules": "mlp"}, "self_attention is adapted in the file but not here"),
+        ({"target_modules": ["encoder", "conv_proj"]}, "conv_proj is adapted here but not in the file"),
+    ],
+    ids=str,
+)
+def test_other_adapters_are_refused(path, options, message):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    assert_refused(adapted(base(), **options), path, message)
+
+
+def test_another_base_is_refused(path):
+    LoRAManager(adapted(base(seed=1))).save_lora_checkpoint(path)
+    assert_refused(adapted(base(seed=2)), path, "trained over another base")
+    almost = base(seed=1)
+    almost.encoder.ln.bias.data[0] += 1e-3
+    assert_refused(adapted(almost), path, "trained over another base")
+
+
+def test_another_4_bit_base_is_refused(path):
+    """It is known by its weights before they were rounded."""
+    LoRAManager(adapted(base(seed=1), use_qlora=True)).save_lora_checkpoint(path)
+    assert_refused(adapted(base(seed=2), use_qlora=True), path, "trained over another base")
+
+
+def test_another_number_of_classes_is_refused(path):
+    LoRAManager(adapted(base(classes=5))).save_lora_checkpoint(path)
+    assert_refused(adapted(base(classes=7)), path, r"heads\.head\.weight is \(5, 192\) in the file, \(7, 192\) here")
+
+
+def test_a_merged_model_is_not_loaded_into(path):
+    model = adapted(base())
+    LoRAManager(model).save_lora_checkpoint(path)
+    LoRAManager(model).merge_lora_weights()
+    assert_refused(model, path, r"merged: call unmerge_lora_weights\(\) first")
+
+
+def test_a_model_without_adapters_is_refused(path):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    assert_refused(base(), path, "is adapted in the file but not here")
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+def test_files_that_are_no_adapter_files(path):
+    manager = LoRAManager(adapted(base()))
+    with pytest.raises(InputError, match=r"adapter\.\w+"):
+        manager.load_lora_checkpoint(path)  # no such file
+    path.write_bytes(b"not an adapter")
+    with pytest.raises(InputError, match=r"adapter\.\w+"):
+        manager.load_lora_checkpoint(path)
+    manager.save_lora_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"adapter\.\w+"):
+        manager.load_lora_checkpoint(path)
+    if path.suffix == ".pth":
+        torch.save(base().state_dict(), path)
+    else:
+        safetensors.torch.save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="is not an adapter file of this toolkit"):
+        manager.load_lora_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format_version": 2}, "has format version 2, this toolkit reads 1"),
+        ({"format_version": "1"}, "damaged: format_version"),
+        ({"base_hash": None}, "damaged: base_hash"),
+        ({"metadata": []}, "damaged: metadata"),
+        ({"layers": {"mlp": {"r": 2}}}, "damaged: mlp"),
+    ],
+    ids=str,
+)
+def test_damaged_content(path, change, message):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    write_adapter_file({**read_adapter_file(path), **change}, path)
+    with pytest.raises(InputError, match=message):
+        read_adapter_file(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"layers": {}, "tensors": {}, "metadata": Harmful()}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="mkdir"):
+        read_adapter_file(tmp_path / "a.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1), {1, 2}, object()], ids=["tensor", "set", "object"])
+def test_metadata_that_could_not_be_read_back_is_refused(path, value):
+    with pytest.raises(InputError, match="metadata takes numbers, strings, lists and dicts alone"):
+        LoRAManager(adapted(base())).save_lora_checkpoint(path, {"value": value})
+    assert not path.exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(path, monkeypatch):
+    """The disk is full when the new one is written: the old one is still there, and nothing beside it."""
+    manager = LoRAManager(adapted(base()))
+    manager.save_lora_checkpoint(path)
+    before = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(safetensors.torch, "save", full)
+    randomize_adapters(manager.model)
+    with pytest.raises((InputError, OSError), match="No space left"):
+        manager.save_lora_checkpoint(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="file"):
+        (tmp_path / "file").write_text("")
+        LoRAManager(adapted(base())).save_lora_checkpoint(tmp_path / "file" / "a.pth")
+
+
+# -------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
+def test_merging_a_model(arch, four_bits):
+    """Exactly torchvision's keys, equal to W + s B A by hand, twice is once, and back bit for bit."""
+    stock = build_backbone(arch, 5).eval()
+    model, x = adapted(copy.deepcopy(stock), use_qlora=four_bits), torch.randn(2, 3, 32, 32)
+    manager, before, expected = LoRAManager(model), snapshot(model), model(x)
+    manager.merge_lora_weights()
+    merged = snapshot(model)
+    assert list(merged) == list(stock.state_dict())
+    manager.merge_lora_weights()
+    assert_bitwise(merged, model)
+    plain = build_backbone(arch, 5).eval()
+    plain.load_state_dict(merged)
+    assert_close(plain(x), expected, FP32)
+    if not four_bits:
+        assert_close(plain.double()(x.double()), dense_twin(stock, model)(x.double()), 1e-6)
+    manager.unmerge_lora_weights()
+    assert_bitwise(before, model)
+    assert torch.equal(model(x), expected)
+
+
+def test_information():
+    model = adapted(base(), lora_alpha=6)
+    info = LoRAManager(model).get_lora_info()
+    count = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert info["num_layers"] == len(info["layers"]) == 6 * 4
+    assert info["lora_parameters"] == sum(layer["parameters"] for layer in info["layers"].values()) == count
+    assert info["layers"][LAYER]["r"] == 2 and info["layers"][LAYER]["scaling"] == 3
+    assert not info["merged"]
+    LoRAManager(model).merge_lora_weights()
+    assert LoRAManager(model).get_lora_info()["merged"]
+
+
+def test_the_command_line_tells_what_is_in_a_file(path, capsys):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path, METADATA)
+    main(["info", str(path)])
+    printed = capsys.readouterr().out
+    assert "24 adapted layers" in printed and "arch: vit_mini" in printed
+    assert f"{LAYER}: LoRALinear, r=2, scaling=8" in printed

@@ -1,0 +1,112 @@
+"""The guide's snippets, as they stand there, on models as they come from torchvision."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models import resnet18
+from torchvision.models.vision_transformer import VisionTransformer
+
+from finetune_lora import LoRAConv2d, LoRALinear, add_lora_to_model, count_parameters, freeze_backbone_params
+from lora_utils import LoRAManager
+
+images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+
+
+def build(arch: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if arch == "resnet18":
+        return resnet18(num_classes=4)
+    model = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=4)
+    # torchvision starts the head as zero. Below a head that is not trained either, no adapter would get a gradient.
+    torch.nn.init.normal_(model.heads.head.weight)
+    return model
+
+
+@pytest.fixture(params=["resnet18", "vit"])
+def arch(request):
+    return request.param
+
+
+@pytest.fixture
+def model(arch):
+    return build(arch)
+
+
+def base_of(model) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items() if "lora" not in name}
+
+
+def train(model, optimizer, steps: int = 3) -> None:
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def test_train_save_load_merge_deploy(arch, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = copy.deepcopy(model)
+
+    model = add_lora_to_model(model, r=8, lora_alpha=16)
+    freeze_backbone_params(model, freeze=True)
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora" in name], lr=1e-4)
+
+    before = base_of(model)
+    assert before.keys() == base.state_dict().keys()
+    train(model, optimizer)
+    assert all(torch.equal(t, before[name]) for name, t in base_of(model).items())
+    assert any(p.any() for name, p in model.named_parameters() if "lora_B" in name)
+    expected = model.eval()(images)
+
+    manager = LoRAManager(model)
+    manager.save_lora_checkpoint("lora.pth")
+    other = add_lora_to_model(copy.deepcopy(base), r=8, lora_alpha=16).eval()
+    manager = LoRAManager(other)
+    manager.load_lora_checkpoint("lora.pth")
+    # One of the two has its BatchNorms folded, which rounds differently.
+    assert torch.allclose(other(images), expected, atol=1e-5)
+
+    manager.merge_lora_weights()
+    torch.save(other.state_dict(), "merged.pth")
+
+    deployed = build(arch)  # plain torchvision: nothing of this toolkit is in it
+    deployed.load_state_dict(torch.load("merged.pth", weights_only=True))
+    assert not any(isinstance(m, LoRALinear | LoRAConv2d) for m in deployed.modules())
+    assert torch.allclose(deployed.eval()(images), expected, atol=1e-5)
+
+
+def test_the_rank_loop(model):
+    """On one model: adapters are replaced, never nested, and the base stays bitwise what it was."""
+    before, lora = base_of(model), []
+    for rank in [4, 8, 16]:
+        model_lora = add_lora_to_model(model, r=rank, lora_alpha=rank * 2)
+        freeze_backbone_params(model_lora)
+        params = count_parameters(model_lora)
+        assert params["total"] == params["trainable"] + params["frozen"]
+        lora.append(params["lora"])
+        train(model_lora, torch.optim.AdamW([p for n, p in model.named_parameters() if "lora" in n], lr=1e-2), 1)
+        assert model_lora is model
+        assert all(torch.equal(t, before[name]) for name, t in base_of(model).items())
+    assert lora[1] == 2 * lora[0] and lora[2] == 4 * lora[0]
+
+
+def test_two_stages(model):
+    """First the adapters, then everything, at a smaller learning rate."""
+    before = base_of(model)
+    model = add_lora_to_model(model, r=8, lora_alpha=16)
+    freeze_backbone_params(model, freeze=True)
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3))
+    head = ("fc.", "heads.")
+    assert all(torch.equal(t, before[n]) for n, t in base_of(model).items() if not n.startswith(head))
+
+    freeze_backbone_params(model, freeze=False)
+    assert count_parameters(model)["frozen"] == 0
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    now = base_of(model)
+    moved = {name for name, t in before.items() if not torch.equal(now[name], t)}
+    assert moved >= {name for name, _ in model.named_parameters() if "lora" not in name} | {
+        name for name in before if "running" in name
+    }
