@@ -239,8 +239,10 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         freeze_backbone_params(randomize_adapters(add_lora_to_model(model)))
         name = max(name for name in adapted_names(model) if "out_proj" not in name)
         randomize_adapters(add_lora_to_model(model, target_modules=name))
-        for (path, ours), theirs in zip(model.named_modules(), stock.modules(), strict=True):
-            if path != name and not path.startswith(f"{name}.") and not isinstance(ours, nn.BatchNorm2d):
+        target = model.get_submodule(name)
+        touched = {*target.modules(), *target._neighbours}
+        for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+            if ours not in touched and not isinstance(ours, nn.BatchNorm2d):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -580,8 +582,8 @@ def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dr
     assert gradients.keys() == expected[1].keys()
     for name, gradient in gradients.items():
         assert_close(gradient, expected[1][name], 1e-6, name)
-    if not dropout:  # which keeps the LayerNorm's and GELU's output
-        assert saved_bytes(model, x) < {"selective": 0.75, "full": 0.5}[mode] * before
+    if not dropout:  # which keeps the LayerNorm's and GELU's output; without, LayerNorm's is kept in no mode
+        assert saved_bytes(model, x) < {"selective": 0.85, "full": 0.5}[mode] * before
     set_gradient_checkpointing(model, "none")
     assert saved_bytes(model, x) == before
     assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
