@@ -1,6 +1,6 @@
 """Stage 1: pretrain a backbone with MoCo, without labels.
 
-    python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 10 minutes on 2 cores
+    python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 18 minutes on 2 cores
     python -m moco.pretrain --config configs/stage1.yaml --epochs 1      # does it run?
     python -m moco.pretrain --config configs/stage1.yaml --resume checkpoints/pretrain/moco_stage1_epoch_20.pth
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
