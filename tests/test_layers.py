@@ -164,6 +164,7 @@ CONVOLUTIONS = {
     "kernel as large as the input": {"kernel_size": (9, 8)},
     "valid": {"kernel_size": 3, "padding": "valid"},
     "same": {"kernel_size": 3, "padding": "same"},
+    "same, 3x5": {"kernel_size": (3, 5), "padding": "same"},
     "same, even kernel": {"kernel_size": 4, "padding": "same"},
     "same, lopsided": {"kernel_size": (2, 5), "padding": "same", "dilation": (3, 2)},
     "same, even kernel, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
