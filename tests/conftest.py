@@ -1,6 +1,9 @@
 """What the tests of the training scripts share: a tiny backbone, tiny images, and the script run on them."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes that tests start inherit it
 
 import numpy as np
 import pytest

@@ -1,0 +1,519 @@
+"""Measure training steps side by side: full fine-tuning, linear probe, PEFT, loralib, and LoRA and QLoRA from here.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.compare_peers --model resnet50 --batch-size 16
+    python -m benchmarks.compare_peers --model vit_b_16 --batch-size 8 --steps 20
+    python -m benchmarks.compare_peers --model vit_l_16 --batch-size 32 --device cuda --precision bf16
+    python -m benchmarks.compare_peers --model resnet18 --batch-size 32 --variants full,peft,lora
+
+Time: all variants live in one process and take one step each per round, in an order drawn anew for every round, so that
+a machine that slows down slows all of them down. What counts is the median of the ratios within a round.
+Memory: each variant takes a few steps in a fresh process of its own.
+Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
+to train: a finite loss, a gradient for everything that should have one and for nothing else.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetune_lora import (
+    FreezableBatchNorm2d,
+    _choose_layers,
+    add_lora_to_model,
+    freeze_backbone_params,
+    set_gradient_checkpointing,
+)
+from lora_functional import bitsandbytes_functional
+from lora_utils import LoRAManager
+from moco.backbones import build_backbone, default_image_size, head_name
+from moco.training import autocast, peak_memory_bytes, select_device, select_precision
+
+MODELS = ("resnet18", "resnet50", "vit_b_16", "vit_l_16")
+NUM_CLASSES = 100
+MEMORY_STEPS = 3  # AdamW's state exists from the second step on
+WARMUP_STEPS = 2  # B is zero at first, so A has a gradient from the second step on
+
+# ------------------------------------------------------------------------------------------------------- the variants
+
+
+def full_fine_tuning(model: nn.Module, args) -> nn.Module:
+    return model
+
+
+def linear_probe(model: nn.Module, args) -> nn.Module:
+    freeze_backbone_params(model)
+    return model
+
+
+def lora(model: nn.Module, args, checkpointing: str = "none", use_qlora: bool = False) -> nn.Module:
+    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, use_qlora=use_qlora)
+    freeze_backbone_params(model)
+    set_gradient_checkpointing(model, checkpointing)
+    return model
+
+
+def lora_selective(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, "selective")
+
+
+def qlora(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, use_qlora=True)
+
+
+def qlora_checkpointed(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, "full", use_qlora=True)
+
+
+def peft_lora(model: nn.Module, args) -> nn.Module:
+    """PEFT on exactly the layers that are adapted here, the head trained through `modules_to_save`.
+
+    PEFT adapts attention as a whole too: one adapter on the packed q, k, v and one on the output projection. In every
+    forward it puts W + s B A in the weight's place, through which automatic differentiation then forms the dense
+    gradient.
+    """
+    import peft
+
+    names = list(_choose_layers(model, None, None))
+    config = peft.LoraConfig(
+        r=args.rank, lora_alpha=2 * args.rank, target_modules=names, modules_to_save=[head_name(model)]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(model, config)
+    adapted = {name for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    adapted = {name for name in adapted if not name.endswith("self_attention.base_layer.out_proj")}
+    if adapted != set(names):
+        raise RuntimeError(f"PEFT adapts other layers: {sorted(adapted ^ set(names))[:4]}")
+    return model
+
+
+def peft_frozen_norms(model: nn.Module, args) -> nn.Module:
+    """PEFT with the BatchNorms put into eval mode by hand, as they always are here; PEFT leaves them training."""
+    model = peft_lora(model, args)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__, module.frozen = FreezableBatchNorm2d, True
+    return model
+
+
+def loralib_lora(model: nn.Module, args) -> nn.Module:
+    """loralib's layers put in by hand, as its README has it.
+
+    Its limits: a kxk convolution gets rank r k instead of r; `nn.MultiheadAttention` has no counterpart, so that in a
+    ViT only the two linear layers of each MLP are adapted.
+    """
+    import loralib
+
+    options = {"r": args.rank, "lora_alpha": 2 * args.rank, "merge_weights": False}
+    for name, layer in _choose_layers(model, None, None).items():
+        if isinstance(layer, nn.Conv2d):
+            options_here = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
+            new = loralib.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0], **options, **options_here)
+            new.conv.load_state_dict(layer.state_dict())
+        elif isinstance(layer, nn.Linear):
+            new = loralib.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, **options)
+            new.load_state_dict(layer.state_dict(), strict=False)
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    loralib.mark_only_lora_as_trainable(model)
+    getattr(model, head_name(model)).requires_grad_(True)
+    return model
+
+
+def save_state_dict(model: nn.Module, folder: Path) -> None:
+    torch.save(model.state_dict(), folder / "model.pth")
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, folder / "trained.pth")
+
+
+def save_here(model: nn.Module, folder: Path) -> None:
+    LoRAManager(model).save_lora_checkpoint(folder / "lora.pth")
+
+
+def save_peft(model: nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    title: str
+    build: Callable  # (stock model, args) -> what trains
+    save: Callable  # (model, empty folder): writes what one would keep
+    package: str | None = None  # a peer that need not be installed
+    models: str = ""  # how the names of the models that it is for begin
+
+
+VARIANTS = {
+    "full": Variant("full fine-tuning", full_fine_tuning, save_state_dict),
+    "probe": Variant("linear probe", linear_probe, save_trained),
+    "peft": Variant("PEFT", peft_lora, save_peft, "peft"),
+    "peft_frozen_norms": Variant("PEFT, BatchNorm frozen", peft_frozen_norms, save_peft, "peft", "resnet"),
+    "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
+    "lora": Variant("LoRA here", lora, save_here),
+    "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
+    "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
+    "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
+}
+
+
+def build_variant(name: str, args) -> nn.Module:
+    """The variant's model in train mode on args.device, from the same random weights as all others."""
+    torch.manual_seed(args.seed)
+    model = build_backbone(args.model, NUM_CLASSES, args.image_size)
+    nn.init.normal_(
+        model.get_parameter(f"{head_name(model)}.{'weight' if is_resnet(args) else 'head.weight'}"), 0, 0.01
+    )
+    model = VARIANTS[name].build(model, args).to(args.device)
+    # BatchNorm2d of random weights stays near mean 0 and variance 1, so eval mode computes on sensible numbers too.
+    return model.to(memory_format=torch.channels_last if is_resnet(args) else torch.preserve_format).train()
+
+
+def is_resnet(args) -> bool:
+    return args.model.startswith("resnet")
+
+
+# ------------------------------------------------------------------------------------------------------------- a step
+
+
+class Training:
+    """One variant and its optimizer."""
+
+    def __init__(self, name: str, args):
+        self.name, self.args = name, args
+        self.model = build_variant(name, args)
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
+        self.dtype = select_precision(args.precision, args.device)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """A training step; returns its seconds."""
+        synchronize(self.args.device)
+        start = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.args.device, self.dtype):
+            self.loss = F.cross_entropy(self.model(images), labels)
+        self.loss.backward()
+        self.optimizer.step()
+        synchronize(self.args.device)
+        return time.perf_counter() - start
+
+    def check(self) -> None:
+        """After two steps or more: does everything train that should, and nothing else?"""
+        if not torch.isfinite(self.loss):
+            raise RuntimeError(f"{self.name}: the loss is {self.loss.item()}")
+        wrong = [n for n, p in self.trained.items() if p.grad is None or not 0 < p.grad.abs().sum() < float("inf")]
+        if wrong:
+            raise RuntimeError(f"{self.name}: no gradient, or none that is finite and not zero, for {wrong[:4]}")
+        frozen = {n: p for n, p in self.model.named_parameters() if n not in self.trained}
+        surplus = [n for n, p in frozen.items() if p.grad is not None]
+        if surplus:
+            raise RuntimeError(f"{self.name}: a gradient for the frozen {surplus[:4]}")
+
+    def file_bytes(self) -> int:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            VARIANTS[self.name].save(self.model, Path(folder))
+            return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_batch(args, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (args.batch_size,), generator=generator)
+    if is_resnet(args):
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images.to(args.device), labels.to(args.device)
+
+
+# ------------------------------------------------------------------------------------------------------ measurements
+
+
+def measure_time(names: list[str], args) -> dict[str, dict]:
+    """Seconds of every step of every variant, and what there is to say about each without a clock."""
+    generator = torch.Generator().manual_seed(args.seed)
+    shuffle = random.Random(args.seed).sample
+    trainings, about = {}, {}
+    for name in names:
+        print(f"building {name}", file=sys.stderr)
+        training = trainings[name] = Training(name, args)
+        for _ in range(WARMUP_STEPS):
+            training.step(*random_batch(args, generator))
+        training.check()
+        trained = sum(p.numel() for p in training.trained.values())
+        about[name] = {"trainable_parameters": trained, "file_bytes": training.file_bytes()}
+    seconds = {name: [] for name in names}
+    for step in range(args.steps):
+        batch = random_batch(args, generator)
+        for name in shuffle(names, len(names)):
+            gc.collect()  # never inside a step
+            seconds[name].append(trainings[name].step(*batch))
+        print(f"round {step + 1} of {args.steps}", *(f"{n} {seconds[n][-1]:.2f}s" for n in names), file=sys.stderr)
+    for training in trainings.values():
+        training.check()
+    return {name: {**about[name], "seconds": seconds[name]} for name in names}
+
+
+def measure_memory(name: str, args) -> dict[str, int]:
+    """Peak bytes of this process above its imports, while it builds the variant and over a few steps of it."""
+    import matplotlib.pyplot  # noqa: F401 - all imports come first
+
+    if VARIANTS[name].package == "bitsandbytes":
+        bitsandbytes_functional()
+    elif VARIANTS[name].package:
+        __import__(VARIANTS[name].package)
+    before = peak_memory_bytes(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    training = Training(name, args)
+    gc.collect()
+    built = peak_memory_bytes(args.device) - before
+    forget_peak(args.device)
+    for _ in range(MEMORY_STEPS):
+        training.step(*random_batch(args, generator))
+    training.check()
+    return {"build_bytes": built, "memory_bytes": peak_memory_bytes(args.device) - before}
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes the present size
+
+
+def measure_memory_apart(name: str, command: list[str]) -> dict[str, int]:
+    """`measure_memory` in a fresh process."""
+    run = [sys.executable, "-m", "benchmarks.compare_peers", *command, "--only-memory", name]
+    done = subprocess.run(run, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"memory of {name}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def ratios(result: dict, name: str, against: str) -> list[float] | None:
+    """How many times faster than the other variant, round by round."""
+    if against not in result["variants"]:
+        return None
+    pairs = zip(result["variants"][against]["seconds"], result["variants"][name]["seconds"], strict=True)
+    return [other / own for other, own in pairs]
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+
+
+def summarise(result: dict) -> None:
+    """Add to every variant what the table and the plot show."""
+    total = sum(p.numel() for p in build_backbone(result["model"], NUM_CLASSES).parameters())
+    for name, variant in result["variants"].items():
+        for against in ("full", "peft"):
+            values = ratios(result, name, against)
+            variant[f"speedup_over_{against}"] = values and quartiles(values)
+        variant["step_seconds"] = statistics.median(variant["seconds"])
+        variant["trainable_share"] = variant["trainable_parameters"] / total
+        full = result["variants"].get("full")
+        variant["memory_share"] = variant["memory_bytes"] / full["memory_bytes"] if full else None
+
+
+def markdown_table(result: dict) -> str:
+    lines = [
+        "| variant | against full fine-tuning | against PEFT | s per step | peak memory | building | trained | file |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, v in result["variants"].items():
+        share = "" if v["memory_share"] is None else f" ({v['memory_share']:.2f})"
+        cells = [
+            VARIANTS[name].title,
+            _speedup(v["speedup_over_full"]),
+            _speedup(v["speedup_over_peft"]),
+            f"{v['step_seconds']:.3f}",
+            f"{v['memory_bytes'] / 1e6:,.0f} MB{share}",
+            f"{v['build_bytes'] / 1e6:,.0f} MB",
+            f"{v['trainable_share']:.2%}",
+            f"{v['file_bytes'] / 1e6:.2f} MB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _speedup(values) -> str:
+    return "-" if values is None else f"{values[1]:.2f}x ({values[0]:.2f} to {values[2]:.2f})"
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    variants = list(reversed(result["variants"].items()))
+    titles = [VARIANTS[name].title for name, _ in variants]
+    # Okabe and Ito's blue and orange: told apart in every common kind of colour blindness, and in grey.
+    colours = ["#0072B2" if "here" in title else "#E69F00" for title in titles]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.5 * len(titles) + 1.4), sharey=True)
+    speed = [v["speedup_over_full"] for _, v in variants]
+    middle = [values[1] for values in speed]
+    spread = [[m - low for m, (low, _, _) in zip(middle, speed, strict=True)]]
+    spread += [[high - m for m, (_, _, high) in zip(middle, speed, strict=True)]]
+    left.barh(titles, middle, color=colours, xerr=spread, error_kw={"capsize": 3})
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xlabel("training steps per second, full fine-tuning = 1\n(median and quartiles of paired ratios)")
+    right.barh(titles, [v["memory_bytes"] / 1e6 for _, v in variants], color=colours)
+    right.set_xlabel("peak memory while training, MB\n(above the imports)")
+    machine = result["machine"]
+    figure.suptitle(
+        f"{result['model']}, batch {result['batch_size']}, {result['image_size']} px, {result['precision']}, "
+        f"rank {result['rank']}; {machine['device']}, {machine['threads']} threads",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def describe_machine(args) -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    capability = torch.backends.cpu.get_cpu_capability()
+    is_cuda = args.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(args.device) if is_cuda else f"{cpu} ({capability})",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions() -> dict:
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "peft", "loralib", "bitsandbytes"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def current_commit() -> str:
+    def git(*command):
+        return subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def choose_variants(args) -> list[str]:
+    """The variants to run: those that fit the model and whose packages are there, or exactly those asked for."""
+    fitting = [name for name, variant in VARIANTS.items() if args.model.startswith(variant.models)]
+    absent = [n for n in fitting if VARIANTS[n].package and not importlib.util.find_spec(VARIANTS[n].package)]
+    if args.variants is None:
+        if absent:
+            print(f"left out, not installed: {', '.join(absent)}", file=sys.stderr)
+        return [name for name in fitting if name not in absent]
+    names = args.variants.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise SystemExit(f"error: no variant {name!r}: choose from {', '.join(VARIANTS)}")
+        if name not in fitting:
+            raise SystemExit(f"error: {name} is not for {args.model}")
+        if name in absent:
+            remedy = "pip install -r benchmarks/requirements.txt"
+            raise SystemExit(f"error: {name} needs {VARIANTS[name].package}: {remedy}")
+    return names
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: the model's own)")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=15, help="rounds that are timed")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument("--variants", help=f"comma-separated, from {','.join(VARIANTS)} (default: all that apply)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only-memory", metavar="VARIANT", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "rank", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    args.image_size = args.image_size or default_image_size(args.model)
+    args.device = select_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    command = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if args.only_memory:
+        memory = measure_memory(args.only_memory, args)
+        print(json.dumps(memory))
+        return memory
+    names = choose_variants(args)
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.compare_peers", *command]),
+        "commit": current_commit(),
+        **{key: getattr(args, key) for key in ("model", "batch_size", "image_size", "rank", "steps", "precision")},
+        "machine": describe_machine(args),
+        "versions": describe_versions(),
+    }
+    memory = {name: measure_memory_apart(name, command) for name in names}
+    timed = measure_time(names, args)
+    result["variants"] = {name: {**timed[name], **memory[name]} for name in names}
+    summarise(result)
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / f"{args.model}_b{args.batch_size}_{args.device.type}_{args.precision}"
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    if "full" in names:
+        plot(result, path.with_suffix(".png"))
+    for key in ("command", "commit", "machine", "versions"):
+        print(f"{key}: {result[key]}")
+    print(markdown_table(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()

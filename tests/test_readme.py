@@ -1,0 +1,132 @@
+"""The README is executed: its Python blocks as they stand, its commands on less data, its tables against the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import finetune_lora
+import lora_utils
+from moco import pretrain
+from moco.backbones import build_backbone
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A folder with what the README's reader has: the checkout's files, images, a MoCo v2 checkpoint, a first run."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/moco_stage1").symlink_to(ROOT / "checkpoints/moco_stage1")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for i in range(6):
+        for part in ("train", "val"):
+            for name, colour in (("cat", "orange"), ("dog", "brown")):
+                path = folder / "my_images" / part / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 30), colour).save(path)
+    Image.new("L", (8, 8), 200).save(folder / "image.png")
+    backbone = build_backbone("resnet18", 10).state_dict()
+    keys = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
+    head = {"module.encoder_q.fc.0.weight": torch.zeros(512, 512), "module.encoder_q.fc.0.bias": torch.zeros(512)}
+    head |= {"module.encoder_q.fc.2.weight": torch.zeros(128, 512), "module.encoder_q.fc.2.bias": torch.zeros(128)}
+    content = {"epoch": 800, "arch": "resnet18", "state_dict": {**keys, **head}}
+    torch.save(content, folder / "moco_v2_800ep_pretrain.pth.tar")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_run(newcomer):
+    """What the first command leaves behind, on less data."""
+    folder = newcomer / "checkpoints/lora"
+    finetune_lora.main([*SMALL, "--output-dir", str(folder)])
+    return folder
+
+
+def test_the_first_two_commands_are_those_of_the_gate():
+    gate = (ROOT / ".ci/run").read_text()
+    assert commands()[:2] == ["pip install -r requirements.txt", "python finetune_lora.py"]
+    for command in commands()[2:4]:
+        assert command.replace("pip install", "pip install --quiet") in gate or command in gate
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python finetune_lora.py")])
+def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path):
+    monkeypatch.chdir(newcomer)
+    argv = shlex.split(command)[2:]
+    if "--eval-only" in argv:
+        assert 0 <= finetune_lora.main(argv)["val_accuracy"] <= 1
+        return
+    if "--resume" in argv:
+        assert finetune_lora.main([*argv, *SMALL, "--output-dir", str(first_run)])["epochs"] == 1
+        return
+    results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])
+    assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python lora_utils.py")])
+def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch):
+    monkeypatch.chdir(newcomer)
+    lora_utils.main(shlex.split(command)[2:])
+    if "merge" in command:
+        build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m moco.pretrain")])
+def test_every_pretraining_command_is_understood(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args, _ = pretrain.training.parse_args(pretrain.make_parser(), shlex.split(command)[3:])
+    assert args.arch
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_python_block_runs_as_it_stands(number, newcomer, first_run, monkeypatch):
+    monkeypatch.chdir(newcomer)
+    exec(compile(blocks("python")[number], f"README block {number}", "exec"), {})
+
+
+def test_no_command_is_left_out_of_these_tests():
+    known = ("pip install", "python finetune_lora.py", "python lora_utils.py", "python -m moco.pretrain")
+    elsewhere = ("python -m pytest", "python example_lora_usage.py", "python -m benchmarks.", "torchrun", "jupyter")
+    assert [c for c in commands() if not c.startswith(known + elsewhere)] == []
+
+
+def test_the_option_tables_are_the_command_line():
+    """Every flag with its default, and nothing else."""
+    rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) \| ([^|]*) \|$", README, re.MULTILINE)
+    documented = {flags.replace("`", ""): (default.strip(), meaning.strip()) for flags, default, meaning in rows}
+    actual = {
+        " / ".join(action.option_strings): (shown(action.default), action.help)
+        for group in finetune_lora.make_parser()._action_groups
+        for action in group._group_actions
+        if group.title in ("run", "model", "data", "finetune")
+    }
+    assert documented == actual
+
+
+def shown(default) -> str:
+    """A default as the README writes it."""
+    if default is None or isinstance(default, bool):
+        return {None: "", True: "on", False: "off"}[default]
+    return f"{default:g}" if isinstance(default, int | float) else str(finetune_lora._shown_path(default))
+
+
+def test_every_file_in_the_layout_exists():
+    layout = next(block for block in blocks("text") if "lora_functional.py" in block)
+    names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
+    assert [name for name in names if not (ROOT / name).exists()] == []
