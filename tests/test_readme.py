@@ -52,9 +52,10 @@ def newcomer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first_run(newcomer):
-    """What the first command leaves behind, on less data."""
+    """What the first command and the merge leave behind, on less data."""
     folder = newcomer / "checkpoints/lora"
     finetune_lora.main([*SMALL, "--output-dir", str(folder)])
+    lora_utils.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
     return folder
 
 
