@@ -7,7 +7,7 @@
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
 labels the learning rate is chosen first, on a validation part of the training split and with a seed that is not used
-again; then each seed is trained with it and evaluated on the held-out split after the last epoch: no epoch is picked by
+again: from where each method's search begins it goes on until the best rate has a worse one on either side. Then each seed is trained with it and evaluated on the held-out split after the last epoch: no epoch is picked by
 its held-out accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped.
 """
 
@@ -34,14 +34,14 @@ from moco.training import positive_int, run_script
 
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
-LOW_RATES, HIGH_RATES = (1e-4, 3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2, 3e-2)
-# title, flags, learning rates tried. Each grid was placed so that its best value is not at its edge.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+# title, flags, the learning rate where the search begins
 METHODS = {
-    "probe": ("linear probe", PROBE, HIGH_RATES),
-    **{f"lora_{r}": (f"LoRA r={r}", ["--lora-rank", str(r)], HIGH_RATES) for r in (4, 8, 16, 32)},
-    **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", "--lora-rank", str(r)], HIGH_RATES) for r in (4, 8, 16)},
-    "full": ("full fine-tuning", FULL, LOW_RATES),
-    "scratch": ("from scratch", [*FULL, "--from-scratch"], LOW_RATES),
+    "probe": ("linear probe", PROBE, 3e-2),
+    **{f"lora_{r}": (f"LoRA r={r}", ["--lora-rank", str(r)], 3e-3) for r in (4, 8, 16, 32)},
+    **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", "--lora-rank", str(r)], 3e-3) for r in (4, 8, 16)},
+    "full": ("full fine-tuning", FULL, 3e-4),
+    "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
 }
 TUNING_SEED = 1000
 
@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     log = Log(args.output_dir / "runs.jsonl", passed_on)
     budgets = [None if labels == "all" else int(labels) for labels in args.labels]
     cells = [(method, budget) for budget in budgets for method in args.methods]
-    tuning = [(m, b, rate, TUNING_SEED, "validation") for m, b in cells for rate in METHODS[m][2]]
-    run_missing(tuning, log, args.workers)
+    # Until the best rate of every method has a worse one on either side, so that none is held back by its grid.
+    while runs := [run for cell in cells for run in log.rates_to_try(*cell)]:
+        run_missing(runs, log, args.workers)
     rates = {cell: log.best_rate(*cell) for cell in cells}
     final = [(m, b, rates[m, b], seed, "held-out") for m, b in cells for seed in range(args.seeds)]
     run_missing(final, log, args.workers)
@@ -110,10 +111,21 @@ class Log:
     def find(self, run: Run) -> dict[str, Any] | None:
         return next((record for record in self.runs if tuple(record["run"]) == run), None)
 
+    def tuning_run(self, method: str, budget: int | None, rate: float) -> Run:
+        return method, budget, rate, TUNING_SEED, "validation"
+
     def best_rate(self, method: str, budget: int | None) -> float:
-        tried = [(self.find((method, budget, rate, TUNING_SEED, "validation")), rate) for rate in METHODS[method][2]]
+        tried = [(self.find(self.tuning_run(method, budget, rate)), rate) for rate in RATES]
         # Accuracies tie on a few hundred images; the loss then decides.
-        return max(tried, key=lambda pair: (pair[0]["accuracy"], -pair[0]["loss"]))[1]
+        return max((r["accuracy"], -r["loss"], rate) for r, rate in tried if r)[2]
+
+    def rates_to_try(self, method: str, budget: int | None) -> list[Run]:
+        """The neighbours of the best rate so far that have not been tried; empty when the search is over."""
+        start = METHODS[method][2]
+        found = self.find(self.tuning_run(method, budget, start))
+        best = RATES.index(self.best_rate(method, budget) if found else start)
+        runs = [self.tuning_run(method, budget, rate) for rate in RATES[max(0, best - 1) : best + 2]]
+        return [run for run in runs if self.find(run) is None]
 
     def row(self, method: str, budget: int | None, rate: float, seeds: int) -> dict[str, Any]:
         records = [self.find((method, budget, rate, seed, "held-out")) for seed in range(seeds)]
@@ -183,7 +195,7 @@ def add_shares(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | training time | CPU time |",
+        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | time | CPU time |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -26,12 +26,17 @@ def test_a_run_is_a_run_of_the_command_line():
     assert result["run"] == ("probe", 2, 0.01, 3, "validation")
 
 
-def test_the_learning_rate_is_chosen_on_the_validation_split_and_ties_by_loss(tmp_path):
+def test_the_learning_rate_is_searched_until_the_best_has_a_worse_one_on_either_side(tmp_path):
     log = quality.Log(tmp_path / "runs.jsonl", [])
-    for rate, accuracy, loss in zip(quality.HIGH_RATES, (0.9, 0.95, 0.95, 0.2), (0.4, 0.3, 0.2, 3.0), strict=True):
-        log.add(record("probe", 10, rate, quality.TUNING_SEED, "validation", accuracy, loss))
-    log.add(record("probe", 10, quality.HIGH_RATES[0], 0, "held-out", 1.0))
-    assert log.best_rate("probe", 10) == quality.HIGH_RATES[2]
+    accuracies = {3e-2: (0.7, 0.9), 1e-2: (0.6, 1.2), 1e-1: (0.8, 0.7), 3e-1: (0.8, 0.6), 1.0: (0.5, 2.0)}
+    tried = []
+    while runs := log.rates_to_try("probe", 10):
+        tried.append([rate for _, _, rate, _, _ in runs])
+        for run in runs:
+            log.add(record(*run, *accuracies[run[2]]))
+    assert tried == [[1e-2, 3e-2, 1e-1], [3e-1], [1.0]]
+    log.add(record("probe", 10, 1e-2, 0, "held-out", 1.0))
+    assert log.best_rate("probe", 10) == 3e-1  # as accurate as 1e-1, with the lower loss; held-out runs do not count
 
 
 def test_finished_runs_are_found_again_and_other_options_are_refused(tmp_path):
