@@ -52,6 +52,7 @@ from lora_functional import (
     effective_weight,
     lora_conv2d,
     lora_linear,
+    max_pool2d_relu,
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
 from moco import InputError
@@ -643,13 +644,42 @@ def _fold_batch_norms(model: nn.Module) -> None:
                 FoldedBatchNorm2d.attach(norm, conv)
 
 
+class PooledStemResNet(ResNet):
+    """torchvision's ResNet, its stem pooled first and rectified after.
+
+    The values are the same to the bit, and the largest activation of the network is not kept for backward. The ReLU and
+    the pooling that stay in the tree run where somebody listens to them with a hook, or where they are of other kinds.
+    """
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        pool = self.maxpool
+        if not (_is_stock(self.relu, nn.ReLU) and _is_stock(pool, nn.MaxPool2d) and not pool.return_indices):
+            return super()._forward_impl(x)
+        x = self.bn1(self.conv1(x))
+        x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks)
+
+
+def _pool_stems(model: nn.Module) -> None:
+    """Where the stem is adapted; otherwise nothing of it is kept for backward."""
+    for module in model.modules():
+        if type(module) in (ResNet, PooledStemResNet):
+            module.__class__ = PooledStemResNet if isinstance(module.conv1, LoRALayer) else ResNet
+
+
 def _runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Does it compute what one of these does? A subclass with a forward of its own may do anything in between."""
     methods = ("forward", "_forward_impl")  # a ResNet's two
     return any(
         isinstance(module, kind)
         and (
-            isinstance(module, _Checkpointed)
+            isinstance(module, _Checkpointed | PooledStemResNet)
             or all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
         )
         for kind in kinds
@@ -713,6 +743,7 @@ def add_lora_to_model(
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # one that is in 4 bits keeps its kind
         kinds[use_qlora].adapt(layer, r, lora_alpha, lora_dropout, use_rslora)
     _fold_batch_norms(model)
+    _pool_stems(model)
     _absorb(model, AbsorbedLayerNorm)
     _close_fast_paths(model)
     return model
@@ -906,7 +937,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     elif mode == "selective":
         found = norms + _absorb(model, AbsorbedGELU)
     if mode != "none" and not found:
-        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in {type(model).__name__}")
+        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
 
 
 def _absorb(model: nn.Module, kind: type[Absorbable]) -> list[nn.Module]:

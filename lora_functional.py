@@ -20,6 +20,7 @@ Two ways lead to y and gx, and `_merge_pays` alone chooses between them:
 Second derivatives are not defined (`once_differentiable`).
 """
 
+import copy
 import logging
 import math
 import platform
@@ -76,7 +77,11 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
-        blocks = bitsandbytes_functional().dequantize_4bit(self.packed, self.state)
+        state = self.state
+        if dtype in LOW_PRECISION:  # bitsandbytes then rounds on the way
+            state = copy.copy(state)
+            state.dtype = dtype
+        blocks = bitsandbytes_functional().dequantize_4bit(self.packed, state)
         dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)
         return dense[self._rows].to(dtype)
 
@@ -441,3 +446,42 @@ def lora_conv2d(
     delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
     y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
     return y + F.conv2d((x if dropped is None else dropped).to(dtype), delta, None, *geometry)
+
+
+# --------------------------------------------------------------------------------------------------------- pooling
+
+
+class _MaxPool2dReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel_size, stride, padding, dilation, ceil_mode):
+        ctx.options = kernel_size, stride, padding, dilation, ceil_mode
+        y, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.options)
+        y.relu_()
+        # Positions in one channel of one image: 32 bits hold them, PyTorch gives 64.
+        ctx.save_for_backward(y, indices.to(torch.int32))
+        ctx.shape = x.shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gy):
+        y, indices = ctx.saved_tensors
+        gy = torch.ops.aten.threshold_backward(gy, y, 0)
+        channels_last = y.is_contiguous(memory_format=torch.channels_last)
+        x = torch.empty(  # of x, only the shape and the memory format are looked at
+            ctx.shape,
+            dtype=y.dtype,
+            device=y.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        )
+        gx = torch.ops.aten.max_pool2d_with_indices_backward(gy, x, *ctx.options, indices.long())
+        return gx, *[None] * 5
+
+
+def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
+    """``max_pool2d(relu(x))``, without keeping x or relu(x) for backward.
+
+    The two commute, since both only ever pick or raise values: ``relu(max_pool2d(x))`` is the same to the bit. It
+    rectifies a fraction of the elements, and its backward needs the output and the positions of the maxima alone.
+    """
+    return _MaxPool2dReLU.apply(x, kernel_size, stride, padding, dilation, ceil_mode)

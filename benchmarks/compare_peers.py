@@ -8,7 +8,9 @@
 
 Time: all variants live in one process and take one step each per round, in an order drawn anew for every round, so that
 a machine that slows down slows all of them down. What counts is the median of the ratios within a round.
-Memory: each variant takes a few steps in a fresh process of its own.
+Memory: each variant takes a few steps in a fresh process of its own, above its imports. On CUDA that is the peak of the
+tensors' memory. On a CPU it is told twice: "tensors" is the peak of the process when every large tensor is a mapping of
+its own, which ends with it; "resident" is the peak with glibc's defaults, which counts the holes in its heap as well.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
 """
@@ -46,8 +48,9 @@ from finetune_lora import (
 )
 from lora_functional import bitsandbytes_functional
 from lora_utils import LoRAManager
+from moco import InputError
 from moco.backbones import build_backbone, default_image_size, head_name
-from moco.training import autocast, peak_memory_bytes, select_device, select_precision
+from moco.training import autocast, peak_memory_bytes, positive_int, run_script, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -310,12 +313,15 @@ def forget_peak(device: torch.device) -> None:
 
 
 def measure_memory_apart(name: str, command: list[str]) -> dict[str, int]:
-    """`measure_memory` in a fresh process."""
+    """`measure_memory` in fresh processes: with one mapping per large tensor, and as the allocator is by default."""
     run = [sys.executable, "-m", "benchmarks.compare_peers", *command, "--only-memory", name]
-    done = subprocess.run(run, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"memory of {name}: {done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    measured = []
+    for setting in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {}):
+        done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **setting})
+        if done.returncode:
+            raise RuntimeError(f"memory of {name}: {done.stderr}")
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+    return {**measured[0], "resident_bytes": measured[1]["memory_bytes"]}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -343,28 +349,32 @@ def summarise(result: dict) -> None:
         variant["step_seconds"] = statistics.median(variant["seconds"])
         variant["trainable_share"] = variant["trainable_parameters"] / total
         full = result["variants"].get("full")
-        variant["memory_share"] = variant["memory_bytes"] / full["memory_bytes"] if full else None
+        for kind in ("memory", "resident"):
+            variant[f"{kind}_share"] = variant[f"{kind}_bytes"] / full[f"{kind}_bytes"] if full else None
 
 
 def markdown_table(result: dict) -> str:
     lines = [
-        "| variant | against full fine-tuning | against PEFT | s per step | peak memory | building | trained | file |",
+        "| variant | against full fine-tuning | against PEFT | s per step | tensors | resident | trained | file |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, v in result["variants"].items():
-        share = "" if v["memory_share"] is None else f" ({v['memory_share']:.2f})"
         cells = [
             VARIANTS[name].title,
             _speedup(v["speedup_over_full"]),
             _speedup(v["speedup_over_peft"]),
             f"{v['step_seconds']:.3f}",
-            f"{v['memory_bytes'] / 1e6:,.0f} MB{share}",
-            f"{v['build_bytes'] / 1e6:,.0f} MB",
+            _megabytes(v["memory_bytes"], v["memory_share"]),
+            _megabytes(v["resident_bytes"], v["resident_share"]),
             f"{v['trainable_share']:.2%}",
             f"{v['file_bytes'] / 1e6:.2f} MB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _megabytes(count: int, share: float | None) -> str:
+    return f"{count / 1e6:,.0f} MB" + ("" if share is None else f" ({share:.2f})")
 
 
 def _speedup(values) -> str:
@@ -390,7 +400,7 @@ def plot(result: dict, path: Path) -> None:
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("training steps per second, full fine-tuning = 1\n(median and quartiles of paired ratios)")
     right.barh(titles, [v["memory_bytes"] / 1e6 for _, v in variants], color=colours)
-    right.set_xlabel("peak memory while training, MB\n(above the imports)")
+    right.set_xlabel("peak memory of the tensors while training, MB\n(above the imports)")
     machine = result["machine"]
     figure.suptitle(
         f"{result['model']}, batch {result['batch_size']}, {result['image_size']} px, {result['precision']}, "
@@ -450,33 +460,30 @@ def choose_variants(args) -> list[str]:
     names = args.variants.split(",")
     for name in names:
         if name not in VARIANTS:
-            raise SystemExit(f"error: no variant {name!r}: choose from {', '.join(VARIANTS)}")
+            raise InputError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
         if name not in fitting:
-            raise SystemExit(f"error: {name} is not for {args.model}")
+            raise InputError(f"{name} is not for {args.model}")
         if name in absent:
             remedy = "pip install -r benchmarks/requirements.txt"
-            raise SystemExit(f"error: {name} needs {VARIANTS[name].package}: {remedy}")
+            raise InputError(f"{name} needs {VARIANTS[name].package}: {remedy}")
     return names
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--image-size", type=int, help="side in pixels (default: the model's own)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15, help="rounds that are timed")
+    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--image-size", type=positive_int, help="side in pixels (default: the model's own)")
+    parser.add_argument("--rank", type=positive_int, default=8)
+    parser.add_argument("--steps", type=positive_int, default=15, help="rounds that are timed")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--variants", help=f"comma-separated, from {','.join(VARIANTS)} (default: all that apply)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--only-memory", metavar="VARIANT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for name in ("batch_size", "rank", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     args.image_size = args.image_size or default_image_size(args.model)
     args.device = select_device(args.device)
     if args.threads:
@@ -516,4 +523,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,8 +7,9 @@
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
 labels the learning rate is chosen first, on a validation part of the training split and with a seed that is not used
-again: from where each method's search begins it goes on until the best rate has a worse one on either side. Then each seed is trained with it and evaluated on the held-out split after the last epoch: no epoch is picked by
-its held-out accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped.
+again: from where a method's search begins it goes on until the best rate has a worse one on either side. Then each seed
+is trained with that rate and evaluated on the held-out split after the last epoch: no epoch is picked by its held-out
+accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped.
 """
 
 import argparse
@@ -195,7 +196,7 @@ def add_shares(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | time | CPU time |",
+        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | time | CPU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -7,7 +7,15 @@ from dense import BF16, DEVICES, FP32, assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_functional
-from lora_functional import Geometry, NF4Weight, effective_kernel, effective_weight, lora_conv2d, lora_linear
+from lora_functional import (
+    Geometry,
+    NF4Weight,
+    effective_kernel,
+    effective_weight,
+    lora_conv2d,
+    lora_linear,
+    max_pool2d_relu,
+)
 
 SCALING = 1.7
 
@@ -308,6 +316,13 @@ def test_nf4_rounds_every_value_to_its_block_s_grid(device, shape):
         assert_close(rounded, expected, 0.08)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
+    stored = NF4Weight.quantize(random(33, 40, device=device))
+    assert torch.equal(stored.dequantize(dtype), stored.dequantize(torch.float32).to(dtype))
+
+
 def test_nf4_takes_little_more_than_4_bits_a_value():
     stored = NF4Weight.quantize(random(256, 256))
     constants = stored.state.as_dict(packed=True)
@@ -343,3 +358,33 @@ def test_effective_weight_by_hand():
     """Two layers of one row each, packed."""
     W, A, B = torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0], [100.0]])
     assert effective_weight(W, A, B, 0.5, groups=2).tolist() == [[5.0, 10.0], [150.0, 200.0]]
+
+
+# ------------------------------------------------------------------------------------------------------------- pooling
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "options", [(3, 2, 1), (2, 2), ((3, 2), (1, 2), (1, 0)), (3, 2, 1, 2), (2, 2, 0, 1, True)], ids=str
+)
+def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format, options):
+    x = torch.randn(2, 3, 17, 14, dtype=dtype, device=device).to(memory_format=memory_format)
+    x[0, 0] = -1.0  # nothing positive in any window
+    x[0, 1] = 1.0  # nothing but ties
+    x[1, 2, 5, 5] = float("nan")
+    ours, stock = (x.clone().requires_grad_() for _ in range(2))
+    y, expected = max_pool2d_relu(ours, *options), F.max_pool2d(F.relu(stock), *options)
+    gradient = torch.randn_like(y)
+    y.backward(gradient), expected.backward(gradient)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(ours.grad, stock.grad, rtol=0, atol=0, equal_nan=True)
+    assert ours.grad.is_contiguous(memory_format=memory_format)
+
+
+def test_pooling_keeps_nothing_of_the_input_s_size():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        max_pool2d_relu(torch.randn(1, 4, 16, 16, requires_grad=True), 2, 2)
+    assert kept and all(tensor.numel() == 4 * 8 * 8 for tensor in kept)

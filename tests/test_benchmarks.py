@@ -1,0 +1,70 @@
+"""benchmarks/compare_peers.py: what it measures is what it says, on a tiny run. Nothing here checks a clock."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import compare_peers
+from benchmarks.compare_peers import Training, parse_arguments, random_batch
+from moco import InputError
+
+TINY = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "2"]
+
+
+def memory(name, command):
+    return {"build_bytes": 10**8, "memory_bytes": 10**9, "resident_bytes": 2 * 10**9}
+
+
+def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory)
+    compare_peers.main([*TINY, "--variants", "full,lora", "--output-dir", str(tmp_path)])
+    result = json.loads((tmp_path / "resnet18_b2_cpu_fp32.json").read_text())
+    assert {"command", "commit", "machine", "versions"} <= result.keys() and set(result["variants"]) == {"full", "lora"}
+    lora, full = result["variants"]["lora"], result["variants"]["full"]
+    assert len(lora["seconds"]) == len(full["seconds"]) == 2
+    ratios = [f / own for f, own in zip(full["seconds"], lora["seconds"], strict=True)]
+    assert lora["speedup_over_full"][1] == pytest.approx(sum(ratios) / 2)  # of each round, not of the medians
+    assert lora["memory_share"] == 1 and lora["trainable_share"] < 0.1 < full["trainable_share"]
+    assert 0 < lora["file_bytes"] < full["file_bytes"] / 10
+    assert "| LoRA here |" in capsys.readouterr().out
+    assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    measured = compare_peers.measure_memory_apart("lora", TINY)
+    weights = 4 * 11.2e6
+    assert weights < measured["memory_bytes"] < 20 * weights  # the weights are there, the imports are not
+    assert measured["resident_bytes"] > weights
+
+
+@pytest.mark.parametrize("name", ["full", "probe", "lora", "qlora"])
+def test_every_variant_trains_what_it_should_and_nothing_else(name):
+    args = parse_arguments(TINY)
+    training, generator = Training(name, args), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        training.step(*random_batch(args, generator))
+    training.check()
+    training.model.fc.weight.grad = None
+    with pytest.raises(RuntimeError, match="no gradient"):
+        training.check()
+
+
+def test_all_variants_start_from_the_same_weights():
+    args = parse_arguments(TINY)
+    full, lora = (compare_peers.build_variant(name, args).state_dict() for name in ("full", "lora"))
+    assert all(torch.equal(full[name], lora[name]) for name in full)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--steps 0", "expected a whole number above 0"),
+        ("--variants lora,typo", "no variant 'typo'"),
+        ("--model resnet18 --variants lora_selective", "not for resnet18"),
+    ],
+)
+def test_bad_options(options, message, capsys):
+    with pytest.raises((SystemExit, InputError)) as stopped:
+        compare_peers.main(options.split())
+    assert message in f"{stopped.value}{capsys.readouterr().err}"
