@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -74,6 +75,7 @@ from moco.data import (
 from moco.training import (
     SCHEDULES,
     autocast,
+    check_places,
     extract_features,
     fraction,
     knn_accuracy,
@@ -88,8 +90,10 @@ from moco.training import (
     rng_state,
     run_script,
     seed_everything,
+    seed_number,
     select_device,
     select_precision,
+    worker_count,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -1058,7 +1062,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits, documents"
     )
-    source.add_argument("--workers", type=non_negative_int, default=0, help="processes that load images")
+    source.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     tune = parser.add_argument_group("finetune")
     tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
     tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
@@ -1083,7 +1087,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     modes = ("none", "selective", "full")
     tune.add_argument("--gradient-checkpointing", choices=modes, default="none", help="compute again, to save memory")
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="of everything random")
+    tune.add_argument("--seed", type=seed_number, default=0, help="of everything random")
     return parser
 
 
@@ -1094,16 +1098,22 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         # Its values suit the shipped backbone; another one gets the flags' defaults.
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
-    args, sources = parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies)
+    return parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies, _complete)
+
+
+def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in what follows from other options; what is wrong with them together, a line each."""
     if args.data_dir is not None and sources["dataset"] != "command line" and sources["data_dir"] == "command line":
         args.dataset, sources["dataset"] = "imagefolder", "command line"
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir is not None else "digits"
     for option in ("resume", "eval_only"):
         path = getattr(args, option)
-        if path is not None and path.name == str(path) and not path.exists():
+        if path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    problems = []
+    problems = list(check_places(args))
+    if args.eval_only is None and not os.path.exists(args.checkpoint):
+        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     if args.use_qlora and args.lora_rank == 0:
@@ -1112,11 +1122,9 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         )
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        problems.append(f"--output-dir {args.output_dir} is a file; name a folder")
-    if problems:
-        raise InputError("\n".join(problems))
-    return args, sources
+    if args.resume and args.eval_only:
+        problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
+    return problems
 
 
 def describe_options(args: argparse.Namespace, sources: dict[str, str]) -> str:
@@ -1164,11 +1172,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = select_device(args.device)
     dtype = select_precision(args.precision, device)
     if args.eval_only:
-        return evaluate_adapter(args, device, dtype)
+        base = args.checkpoint if sources["checkpoint"] != "default" else None
+        return evaluate_adapter(args, base, device, dtype)
     print(describe_options(args, sources))
     seed_everything(args.seed)
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
-    model, report = build_model(args, len(splits.class_names))
+    splits, model, report = prepare(args)
     run = FineTuning(args, model.to(device), report, splits, device, dtype)
     if args.resume:
         run.resume(args.resume)
@@ -1182,6 +1190,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "--gradient-checkpointing full, --precision bf16 or --use-qlora"
         ) from None
     return run.finish()
+
+
+def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
+    """The images, the model for their classes and its report. Trouble with the images does not hide the model's."""
+    try:
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+    except InputError as error:
+        try:
+            build_model(args, num_classes=2)
+        except InputError as another:
+            raise InputError(f"{error}\n{another}") from None
+        raise
+    return splits, *build_model(args, len(splits.class_names))
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -1421,9 +1442,11 @@ class FineTuning:
         }
 
 
-def evaluate_adapter(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def evaluate_adapter(
+    args: argparse.Namespace, base: Path | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
-    model, info = load_finetuned(args.eval_only)
+    model, info = load_finetuned(args.eval_only, base)
     splits = load_splits(args.dataset, args.data_dir, args.eval_split)
     if splits.class_names != info["class_names"]:
         raise InputError(f"{args.eval_only} knows the classes {info['class_names']}, the data has {splits.class_names}")

@@ -1,5 +1,16 @@
 """Stage 1: where the backbone comes from (MoCo v1/v2, arXiv 1911.05722 and 2003.04297; v3, arXiv 2104.02057)."""
 
+from typing import Any
+
 
 class InputError(ValueError):
     """What the user gave is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
+
+
+def printable(text: Any) -> str:
+    """Text of a stranger for a message: in one line, not too long and without a terminal's control codes."""
+    try:
+        shown = str(text)[:120]
+    except ValueError:
+        return "a number too long to write out"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from moco import InputError
+from moco import InputError, printable
 from moco.backbones import ARCHS, HEAD_NAMES, build_backbone, default_image_size, head_name, patch_size
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
-        reason = f"{type(error).__name__}: {_printable(error)}"
+        reason = f"{type(error).__name__}: {printable(error)}"
         raise InputError(f"cannot read {path}: damaged or cut short ({reason}); download or copy it again") from error
 
 
@@ -121,7 +121,7 @@ def _inspect_zip(file: IO[bytes], file_size: int) -> None:
         if len(names) < len(records) or sum(record.file_size for record in records) > file_size:
             raise _Refused("its zip records overlap; give a file as torch.save writes it")
         if damaged := archive.testzip():
-            raise _Refused(f"{_printable(damaged)} in it does not match its checksum; download or copy it again")
+            raise _Refused(f"{printable(damaged)} in it does not match its checksum; download or copy it again")
         root = records[0].filename.split("/")[0] if records else ""
         if f"{root}/data.pkl" not in archive.namelist():
             raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
@@ -130,7 +130,7 @@ def _inspect_zip(file: IO[bytes], file_size: int) -> None:
     for key, declared in storages.items():
         held = archive.getinfo(f"{root}/data/{key}").file_size
         if declared != held:
-            raise _Refused(f"storage {_printable(key)} declares {declared} bytes and holds {held}")
+            raise _Refused(f"storage {printable(key)} declares {declared} bytes and holds {held}")
 
 
 def _inspect_legacy(file: IO[bytes], file_size: int) -> None:
@@ -227,7 +227,7 @@ class _Inventory(pickle._Unpickler):
         _, kind, key, _, numel, *view = pid
         size = numel * _ITEM_SIZES[kind]
         if not 0 <= size <= self.file_size or self.storages.setdefault(key, size) != size:
-            raise _Refused(f"storage {_printable(key)} declares {size} bytes in a file of {self.file_size}")
+            raise _Refused(f"storage {printable(key)} declares {size} bytes in a file of {self.file_size}")
         if view and view[0] is not None:  # only files from before PyTorch 1.0
             raise _Refused("it holds views of storages; save it again with a newer PyTorch")
         return numel
@@ -237,7 +237,7 @@ class _Inventory(pickle._Unpickler):
         sane = len(shape) <= 64 and min((offset, *shape, *stride)) >= 0 and max(shape, default=1) <= numel
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if sane else numel
         if 0 not in shape and (last >= numel or math.prod(shape) > numel):
-            raise _Refused(f"a tensor of shape {_printable(shape)} does not fit into its storage of {numel} elements")
+            raise _Refused(f"a tensor of shape {printable(shape)} does not fit into its storage of {numel} elements")
         return _Placeholder()
 
 
@@ -548,9 +548,4 @@ def _some(names: Iterable[Any], shown: int = 4) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(map(_printable, names[:shown])) + more
-
-
-def _printable(text: Any) -> str:
-    """Text from a file, in one line, not too long and without a terminal's control codes."""
-    return str(text).encode("unicode_escape").decode()[:120]
+    return ", ".join(map(printable, names[:shown])) + more

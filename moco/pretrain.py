@@ -39,18 +39,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `loss` and `knn_accuracy` (0 to 1, of the last epoch), `epochs`, `seconds` and the paths `checkpoint` and
         `metrics`.
     """
-    args, _ = training.parse_args(make_parser(), argv)
-    args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
+    args, _ = training.parse_args(make_parser(), argv, check=_complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     training.seed_everything(args.seed)
+    run = Pretraining(args, device, dtype)
+    if args.resume:
+        run.resume(args.resume)
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {args.output_dir}: cannot make this folder: {error.strerror}") from None
-    run = Pretraining(args, device, dtype)
-    if args.resume:
-        run.resume(args.resume)
     images = len(run.loader.dataset)
     print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
     while run.epoch < args.epochs:
@@ -58,6 +57,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run.finish_epoch()
     plot_curves(run.history, run.path("pretraining_curves.png"))
     return run.results()
+
+
+def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in what follows from other options; what is wrong with them together, a line each."""
+    args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
+    problems = list(training.check_places(args))
+    if args.moco_version != 3 and args.queue_size < args.batch_size:
+        problems.append(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
+    return problems
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", choices=data.DATASETS, help="default: imagefolder with --data-dir, else digits")
     source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
     source.add_argument("--eval-split", choices=data.EVAL_SPLITS, default="held-out", help="validation: train on less")
-    source.add_argument("--workers", type=non_negative_int, default=0, help="processes that load images")
+    source.add_argument("--workers", type=training.worker_count, default=0, help="processes that load images")
     moco = parser.add_argument_group("moco")
     moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), default=3)
     moco.add_argument("--epochs", type=positive_int, default=100)
@@ -101,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--scale", type=training.fraction, default=0.2, help="digits: so much larger or smaller than 1")
     moco.add_argument("--shift", type=training.fraction, default=0.15, help="digits: at most so much of the side")
     moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
-    moco.add_argument("--seed", type=non_negative_int, default=0)
+    moco.add_argument("--seed", type=training.seed_number, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
     moco.add_argument("--save-every", type=positive_int, default=20, help="epochs between checkpoints")
     return parser
@@ -195,7 +203,8 @@ class Pretraining:
         Raises InputError where that run was configured otherwise or is complete.
         """
         state = read_checkpoint(path)
-        if not {"model", "optimizer", "epoch", "global_steps", "config", "history"} <= state.keys():
+        wanted = {"model", "optimizer", "epoch", "global_steps", "config", "history"}
+        if not isinstance(state, dict) or not wanted <= state.keys():
             raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
         if not state["optimizer"]:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
@@ -261,8 +270,6 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     backbone = build_backbone(args.arch, 1, args.image_size)  # its classifier head gives way to a projector
     if args.moco_version == 3:
         return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
-    if args.queue_size < args.batch_size:
-        raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
 
 

@@ -5,9 +5,12 @@ import contextlib
 import copy
 import difflib
 import math
+import os
 import random
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from moco import InputError
+from moco import InputError, printable
 from moco.backbones import forward_features
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
@@ -39,8 +42,9 @@ def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Call
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (abs(value) < math.inf and accepts(value)):  # refuses nan too
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        # Refuses nan too, and whole numbers that no tensor, loader or generator could take.
+        if not (abs(value) < (2**31 if kind is int else math.inf) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{printable(text)}'")
         return value
 
     return convert
@@ -50,6 +54,8 @@ positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
+seed_number = _number(int, lambda x: x >= 0, "a whole number from 0 to below 2**31")
+worker_count = _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
@@ -69,6 +75,7 @@ def parse_args(
     argv: list[str] | None = None,
     default_config: Path | None = None,
     default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
+    check: Callable[[argparse.Namespace, dict[str, str]], Iterable[str]] | None = None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 
@@ -81,6 +88,8 @@ def parse_args(
         default_config: the YAML file used when the command line names none.
         default_config_applies: is given what the command line says (unconverted, by `dest`) and answers whether
             `default_config` suits it. None: always.
+        check: is given what is returned and may complete it; answers what is wrong with the options together. An option
+            whose own value is wrong has its default there.
 
     Returns:
         The options (`config` is the path of the file used, or None) and, for every option, where its value came
@@ -111,9 +120,11 @@ def parse_args(
             take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
         take(dest, value, "command line", actions[dest].option_strings[0])
+    args = argparse.Namespace(**values)
+    problems += check(args, sources) if check else []
     if problems:
         raise InputError("\n".join(problems))
-    return argparse.Namespace(**values), sources
+    return args, sources
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
@@ -122,43 +133,101 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) 
     lenient.allow_abbrev = False
     lenient.print_help = parser.print_help
     lenient.error = _raise_input_error
+    lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
     for action in lenient._actions:
         action.default, action.type, action.choices = argparse.SUPPRESS, None, None
         if action.nargs is None:
             action.nargs, action.const = "?", ""  # `--epochs` without its value, which _convert_one refuses
         elif action.nargs == "+":
             action.nargs = "*"
-    typed, rest = lenient.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    switches = [flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings]
+    valued = [word for word in words if "=" in word and word.split("=")[0] in switches]
+    typed, rest = lenient.parse_known_args([word for word in words if word not in valued])
+    problems = [f"{printable(word)}: write {word.split('=')[0]} alone; it takes no value" for word in valued]
+    return vars(typed), problems + unknown_words(parser, rest)
+
+
+def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    """What is wrong with the words that `parse_known_args` left over."""
     problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
     for before, word in zip(["", *rest], rest, strict=False):
         if word.startswith("-"):
-            problems.append(f"{word}: no such option{_nearest(word.split('=')[0], known)}; see --help")
+            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see --help")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
-            problems.append(f"{word}: unexpected argument; see --help")
-    return vars(typed), problems
+            problems.append(f"{printable(word)}: unexpected argument; see --help")
+    return problems
 
 
 def _raise_input_error(message: str) -> None:
     raise InputError(message)
 
 
-def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterable[tuple[str, str, Any]]:
+LONGEST_CONFIG = 100_000  # characters; PyYAML takes a second for them
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML of plain values: no tag that builds objects, no key twice (the first would be lost without a word), and no
+    aliases, with which a page of text unfolds to gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("aliases are not read; write the value out", self.peek_event())
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            twice = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)).most_common(1)
+            self._refuse(f"the key {twice[0][0] if twice else node.value[0][0].value} is there twice", node)
+        return mapping
+
+    def refuse_tag(self, node):
+        self._refuse(f"the tag {node.tag} is not read: only plain values are, and nothing that may run code", node)
+
+    def _refuse(self, problem: str, place: yaml.Event | yaml.Node) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+_ConfigLoader.add_constructor(None, _ConfigLoader.refuse_tag)
+
+
+def _load_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises InputError, in one line, for a file that is none or is too long for one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_CONFIG + 1)
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config {path}: not a text file in UTF-8; give a YAML file") from None
+    if len(text) > LONGEST_CONFIG:
+        raise InputError(f"--config {path}: longer than {LONGEST_CONFIG:,} characters; give a YAML file of options")
+    try:
+        return yaml.load(text, _ConfigLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+    except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
+        reason = f"{type(error).__name__}: {printable(error)}"
+    raise InputError(f"--config {path}: not valid YAML: {reason}")
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
     """(section, key, value) of every key of the file that is this parser's; the others are added to problems."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path}: cannot read it: {getattr(error, 'strerror', None) or error}")
-        return
-    except yaml.YAMLError as error:
-        problems.append(f"--config {path}: not valid YAML: {' '.join(str(error).split())}")
+        content = _load_yaml(path)
+    except InputError as error:
+        problems.append(str(error))
         return
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
     own = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups}
+    own = {section: own[section] for section in SECTIONS if section in own}
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
-            problems.append(f"{section}: no such section in {path}{_nearest(section, SECTIONS)}")
+            hint = _nearest(section, SECTIONS) or _right_section(section, own)
+            problems.append(f"{printable(section)}: no such section in {path}{hint}")
         elif not isinstance(entries, dict | None):
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
         elif section in own:
@@ -166,11 +235,17 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
                 if key in own[section]:
                     yield section, key, value
                 elif key not in SECTIONS[section]:
-                    problems.append(f"{section}.{key}: no such key in {path}{_nearest(key, own[section])}")
+                    hint = _right_section(key, own) or _nearest(key, own[section])
+                    problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
+
+
+def _right_section(key: Any, own: dict[str, list[str]]) -> str:
+    section = next((section for section, keys in own.items() if key in keys), None)
+    return f" (it belongs into the section {section})" if section else ""
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    name, known = str(name), list(known)
+    name, known = printable(name), list(known)
     match = [full for full in known if full.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
@@ -181,30 +256,49 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         return None
     if action.nargs == 0:  # a switch such as --freeze-backbone
         if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {value!r}")
+            raise ValueError(f"expected true or false, got {printable(repr(value))}")
         return value
     if action.nargs is None or action.nargs == "?":
         return _convert_one(action, value)
     if not isinstance(value, list) or (action.nargs == "+" and not value):
-        raise ValueError(f"expected a list, got {value!r}" if value else "expected at least one value")
+        raise ValueError(f"expected a list, got {printable(repr(value))}" if value else "expected at least one value")
     return [_convert_one(action, item) for item in value]
 
 
 def _convert_one(action: argparse.Action, value: Any) -> Any:
     kind = action.type or str
-    if value is None or value == "" or isinstance(value, list | dict):
-        raise ValueError(f"expected a value, got {'none' if value in (None, '') else value}")
+    if value is None or value == "" or not isinstance(value, str | int | float | Path):
+        raise ValueError(f"expected a value, got {'none' if value in (None, '') else printable(value)}")
     if isinstance(value, bool) and kind is not boolean:
         raise ValueError(f"expected a value, got {str(value).lower()}")
     # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
     try:
-        converted = kind(str(value))
+        text = str(value)
+        converted = kind(text)
     except ValueError:
-        raise ValueError(f"invalid value {value!r}") from None
+        raise ValueError(f"invalid value {printable(value)}") from None
+    if "\0" in text:
+        raise ValueError("expected text without a NUL character")
     if action.choices is not None and converted not in action.choices:
         names = [str(choice) for choice in action.choices]
-        raise ValueError(f"{value!r} is none of {', '.join(names)}{_nearest(value, names)}")
+        raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_nearest(text, names)}")
     return converted
+
+
+def check_places(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the device, the precision and the folders of a run, each problem a line."""
+    try:
+        select_precision(args.precision, select_device(args.device))
+    except InputError as error:
+        yield str(error)
+    # os.path and not Path: that raises an error for a name too long for the file system.
+    if args.data_dir is not None and not os.path.exists(args.data_dir):
+        yield f"--data-dir {args.data_dir}: no such folder"
+    existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
+        yield f"--output-dir {args.output_dir}: {existing} is a file; name a folder"
+    elif not os.access(existing, os.W_OK):
+        yield f"--output-dir {args.output_dir}: no permission to write to {existing}; name another folder"
 
 
 def run_script(main: Callable[[], Any]) -> None:
@@ -263,9 +357,11 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # such as meta, on which nothing is computed
+            raise NotImplementedError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"device {name!r} is not available here; use --device auto or --device cpu") from None
+        raise InputError(f"--device {name!r} is not available here; use --device auto or --device cpu") from None
     return device
 
 

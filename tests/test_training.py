@@ -129,7 +129,7 @@ def test_all_problems_come_in_one_message(parse):
         ("--target-modules", "--target-modules: expected at least one value"),
         ("--lear 1", "--lear: no such option (did you mean --learning-rate?); see --help"),
         ("5", "5: unexpected argument; see --help"),
-        ("--use-qlora=yes", "argument --use-qlora: ignored explicit argument 'yes'"),
+        ("--use-qlora=yes", "--use-qlora=yes: write --use-qlora alone; it takes no value"),
     ],
 )
 def test_bad_command_lines(parse, command_line, problem):
