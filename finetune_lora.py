@@ -56,7 +56,7 @@ from lora_functional import (
     max_pool2d_relu,
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
-from moco import InputError
+from moco import InputError, printable
 from moco.backbones import ARCHS, build_backbone, head_name
 from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
 from moco.data import (
@@ -753,6 +753,13 @@ def add_lora_to_model(
     return model
 
 
+def check_rank(model: nn.Module, r: int) -> None:
+    """Raises InputError for a rank above that of every weight: it adds nothing but memory, and may ask for any."""
+    highest = max(min(len(p), p[0].numel()) for p in model.parameters() if p.dim() > 1)
+    if r > highest:
+        raise InputError(f"rank {r} is above {highest}, the full rank of this model's largest layer; lower --lora-rank")
+
+
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
     """Named modules of a kind; what lies inside attention belongs to it."""
     inside = set()
@@ -794,7 +801,7 @@ def _matches(name: str, target: str) -> bool:
     """Is the target the layer's name, a part of it between dots (a suffix, a containing module), or a pattern of it?"""
     try:
         return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
 
 
@@ -987,18 +994,53 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
     """
-    metadata = read_adapter_file(adapter_path)["metadata"]
-    lacking = [key for key in ("arch", "class_names", "image_size", "checkpoint", "lora") if key not in metadata]
-    if lacking:
-        raise InputError(f"{adapter_path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
+    content = read_adapter_file(adapter_path)
+    metadata, layers = content["metadata"], content["layers"]
+    _check_description(adapter_path, metadata, content["tensors"])
     base = Path(checkpoint or metadata["checkpoint"])
-    if checkpoint is None and not base.exists():
+    if checkpoint is None and not os.path.exists(base):
         base = HERE / base
+    if not os.path.exists(base):
+        raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
-    if metadata["lora"]:
-        add_lora_to_model(model, **metadata["lora"])
+    if layers:
+        adapt_as_recorded(model, layers)
     LoRAManager(model).load_lora_checkpoint(adapter_path)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+
+
+def _check_description(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError if the metadata does not describe a model, or another one than the tensors are of."""
+    kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
+    lacking = [key for key in kinds if key not in metadata]
+    if lacking:
+        raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
+    wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
+    if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
+        raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
+    with torch.device("meta"):  # takes no memory, whatever a file asks for
+        model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
+    head = head_name(model)
+    for name, wanted in getattr(model, head).state_dict(prefix=f"{head}.").items():
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != tuple(wanted.shape):
+            classes = len(metadata["class_names"])
+            raise InputError(f"{path} is damaged: for its {classes} classes {name} is {found}, not {(*wanted.shape,)}")
+
+
+def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
+    """Put adapters on the layers that an adapter file lists, with the rank that it gives.
+
+    By their names and not by the patterns that once chose them: a stranger's pattern may take for ever to match.
+    """
+    candidates = {name for name, module in _outermost(model, tuple(ADAPTED)) if type(module) in ADAPTED}
+    targets = [f"^{re.escape(name)}$" for name in candidates if name in layers]
+    first = next(iter(layers.values()))
+    options = {option: first[option] for option in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+    if not targets:
+        raise InputError(f"none of the adapted layers is in this model: {_listed(map(printable, layers))}")
+    check_rank(model, first["r"])
+    add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
 
 
 class Evaluation(NamedTuple):
@@ -1214,6 +1256,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
+        check_rank(model, args.lora_rank)
         add_lora_to_model(model, **lora_options(args))
     if args.freeze_backbone:
         freeze_backbone_params(model)

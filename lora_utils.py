@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from moco import InputError
+from moco import InputError, printable
 from moco.backbones import head_name
-from moco.checkpoints import open_atomically, read_checkpoint, save_atomically
-from moco.training import run_script
+from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, what_starts_so
+from moco.training import run_script, unknown_words
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -164,7 +165,7 @@ class LoRAManager:
                 rank, kind or set of adapted layers, another base. The model is then bitwise as it was.
         """
         content = read_adapter_file(path)
-        problems = self._differences(content)
+        problems = [printable(problem) for problem in self._differences(content)]
         if problems:
             raise InputError(f"{path} does not fit this model: {'; '.join(problems)}")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
@@ -250,23 +251,43 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
-    wrong += (
-        [name for name, tensor in content["tensors"].items() if not isinstance(tensor, Tensor)] if not wrong else []
-    )
     if not wrong:
-        wrong = [str(name) for name, record in content["layers"].items() if not _is_layer_record(record)]
+        wrong = [name for name, tensor in content["tensors"].items() if not _is_named_tensor(name, tensor)]
+        wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
-        raise InputError(f"{path} is damaged: {', '.join(map(str, wrong[:4]))} is missing or of the wrong type")
+        raise InputError(f"{path} is damaged: {_some(wrong)} is missing, of the wrong type or impossible")
     if content["format_version"] > FORMAT_VERSION:
-        raise InputError(f"{path} has format version {content['format_version']}, this toolkit reads {FORMAT_VERSION}")
+        version = printable(content["format_version"])
+        raise InputError(f"{path} has format version {version}, this toolkit reads {FORMAT_VERSION}")
+    broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{path} has NaN or infinite numbers in {_some(broken)}; use that of an earlier epoch")
     return content
 
 
-def _is_layer_record(record: Any) -> bool:
-    if not isinstance(record, dict) or set(record) != set(_LAYER_FIELDS) or type(record["kind"]) is not str:
+def _some(names: list[Any], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(printable, names[:shown])) + more
+
+
+# What copies into a parameter; safetensors knows stranger ones.
+_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
+def _is_named_tensor(name: Any, tensor: Any) -> bool:
+    return isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in _DTYPES
+
+
+def _is_layer_record(name: Any, record: Any) -> bool:
+    if not isinstance(name, str) or not isinstance(record, dict) or set(record) != set(_LAYER_FIELDS):
+        return False
+    if type(record["kind"]) is not str or type(record["use_rslora"]) is not bool or type(record["r"]) is not int:
         return False
     numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
-    return all(type(x) in (int, float) for x in numbers) and type(record["use_rslora"]) is bool
+    if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
+        return False
+    return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -276,8 +297,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get("adapter", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is no readable safetensors file: {error}") from None
+    except Exception as error:  # beside its own errors: no JSON, JSON nested too deeply, a type unknown to PyTorch
+        with open(path, "rb") as file:
+            start = what_starts_so(file.read(12))
+        reason = f"{printable(error)}; {start}"
+        raise InputError(f"{path} is no readable safetensors file: {reason}; download or copy it again") from None
     return {**described, "tensors": tensors} if isinstance(described, dict) else {}
 
 
@@ -288,14 +312,34 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """The command line: `info FILE`, or `merge FILE --output FILE`."""
     parser = argparse.ArgumentParser(description="Look into an adapter file, or merge it into one state_dict.")
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what is in the file")
-    merge = commands.add_parser("merge", help="base and adapter as one state_dict that plain torchvision loads")
+    info = commands.add_parser("info", help="what is in the file", allow_abbrev=False)
+    merge = commands.add_parser(
+        "merge", help="base and adapter as one state_dict that plain torchvision loads", allow_abbrev=False
+    )
     for command in (info, merge):
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
-    merge.add_argument("--output", type=Path, required=True, help="file to write")
+    merge.add_argument("--output", type=Path, help="file to write")
     merge.add_argument("--checkpoint", type=Path, help="the base, if it is not where it was at training")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    problems = unknown_words(merge if args.command == "merge" else info, rest)
+    if args.command == "merge":
+        problems += _output_problems(args.output, args.adapter, args.checkpoint)
+    if problems:
+        raise InputError("\n".join(problems))
     return _info(args.adapter) if args.command == "info" else _merge(args.adapter, args.output, args.checkpoint)
+
+
+def _output_problems(output: Path | None, *inputs: Path | None) -> list[str]:
+    if output is None:
+        return ["--output: expected a value, the file to write"]
+    problems = [
+        f"--output {output} is what is to be merged; name another file"
+        for path in inputs
+        if path is not None and os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
+    ]
+    if output.suffix == ".safetensors":
+        problems.append(f"--output {output}: a merged file is written by torch.save; let its name end in .pth")
+    return problems
 
 
 def _info(path: Path) -> dict[str, Any]:
@@ -303,9 +347,9 @@ def _info(path: Path) -> dict[str, Any]:
     numel = sum(tensor.numel() for tensor in content["tensors"].values())
     print(f"{path}: {len(content['layers'])} adapted layers, {numel:,} parameters, {path.stat().st_size / 1e6:.2f} MB")
     for key, value in content["metadata"].items():
-        print(f"  {key}: {value}")
+        print(f"  {printable(key)}: {printable(value, 1000)}")
     for name, record in content["layers"].items():
-        print(f"  {name}: {record['kind']}, r={record['r']}, scaling={record['scaling']:g}")
+        print(f"  {printable(name)}: {printable(record['kind'])}, r={record['r']}, scaling={record['scaling']:g}")
     return content
 
 

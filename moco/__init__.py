@@ -7,10 +7,10 @@ class InputError(ValueError):
     """What the user gave is wrong. The message names the thing and the remedy; scripts print it and exit with 2."""
 
 
-def printable(text: Any) -> str:
+def printable(text: Any, longest: int = 120) -> str:
     """Text of a stranger for a message: in one line, not too long and without a terminal's control codes."""
     try:
-        shown = str(text)[:120]
+        shown = str(text)[:longest]
     except ValueError:
         return "a number too long to write out"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -23,6 +23,8 @@ _VITS = {
     "vit_conv_base": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
 }
 
+LARGEST_IMAGE = 4096  # pixels along each side; a file or a slip of the keyboard could otherwise ask for any memory
+
 ARCHS = (*_RESNETS, *_VITS)
 HEAD_NAMES = ("fc", "heads", "head", "classifier")
 
@@ -48,8 +50,8 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -
     size = default_image_size(arch) if image_size is None else image_size
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
-    if size < 1:
-        raise InputError(f"image size is {size}; give a positive number of pixels")
+    if not 1 <= size <= LARGEST_IMAGE:
+        raise InputError(f"image size is {size}; give a positive number of pixels, at most {LARGEST_IMAGE}")
     if arch in _RESNETS:
         return _RESNETS[arch](weights=None, num_classes=num_classes)
     shape = _VITS[arch]

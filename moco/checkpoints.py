@@ -15,7 +15,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -75,11 +75,13 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     try:
         zipped = _inspect(Path(path))
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        _check_unfolded(content, Path(path).stat().st_size)
+        return content
     except _Refused as error:
         raise InputError(f"cannot read {path}: {error}") from error
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or printable(error)}") from error
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
         reason = f"{type(error).__name__}: {printable(error)}"
         raise InputError(f"cannot read {path}: damaged or cut short ({reason}); download or copy it again") from error
@@ -108,8 +110,18 @@ def _inspect(path: Path) -> bool:
         if start == _LEGACY_MAGIC:
             _inspect_legacy(file, path.stat().st_size)
             return False
-    found = "it is empty" if not start else f"it starts with {start[:12]!r}"
-    raise _Refused(f"not a PyTorch checkpoint ({found}); give a file written by torch.save")
+    raise _Refused(f"not a PyTorch checkpoint ({what_starts_so(start)}); give a file written by torch.save")
+
+
+def what_starts_so(start: bytes) -> str:
+    """What a file that is no checkpoint most likely is, by its first bytes."""
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version http"):
+        return "a pointer of git-lfs, not the file itself: run git lfs pull"
+    if start.lstrip().startswith(b"<"):
+        return f"a web page, it starts with {start[:12]!r}: download the file itself"
+    return f"it starts with {start[:12]!r}"
 
 
 def _inspect_zip(file: IO[bytes], file_size: int) -> None:
@@ -141,6 +153,23 @@ def _inspect_legacy(file: IO[bytes], file_size: int) -> None:
     declared, held = sum(8 + size for size in storages.values()), file_size - file.tell()
     if declared > held:
         raise _Refused(f"it declares {declared} bytes of tensors and holds {held}: cut short, or made up")
+
+
+def _check_unfolded(content: Any, file_size: int) -> None:
+    """Raises if references to the same values again and again make more of them than the file could hold."""
+    pending, count, most = [content], 0, 10_000 + 10 * file_size
+    while pending:
+        value = pending.pop()
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, Mapping):
+            pending += value.keys()
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        count += 1
+        if count + len(pending) > most:
+            raise _Refused(f"it unfolds to more than {most} values, in a file of {file_size} bytes")
 
 
 def _take_inventory(file: IO[bytes], file_size: int) -> dict[str, int]:
@@ -192,6 +221,14 @@ class _Placeholder:
         pass
 
 
+def _weighed(load_tuple: Callable[["_Inventory"], None]) -> Callable[["_Inventory"], None]:
+    def load(inventory: "_Inventory") -> None:
+        load_tuple(inventory)
+        inventory.weigh(inventory.stack[-1])
+
+    return load
+
+
 class _Inventory(pickle._Unpickler):
     """Walks a pickle with placeholders for all that it names, so that nothing in it runs, and adds up what it declares.
 
@@ -203,12 +240,22 @@ class _Inventory(pickle._Unpickler):
     dispatch = {
         ord(op.code): pickle._Unpickler.dispatch[ord(op.code)] for op in pickletools.opcodes if op.proto <= 2
     } | {pickle.BUILD[0]: lambda self: self.stack.pop()}
+    for _code in (pickle.TUPLE[0], pickle.TUPLE1[0], pickle.TUPLE2[0], pickle.TUPLE3[0]):
+        dispatch[_code] = _weighed(dispatch[_code])
 
     def __init__(self, file: IO[bytes], file_size: int):
         super().__init__(file)
         self.file_size = file_size
         self.storages: dict[str, int] = {}
         self.refused: set[str] = set()
+        self.weights: dict[int, tuple[int, tuple]] = {}  # by id, with the tuple itself, so that no other gets its id
+
+    def weigh(self, made: tuple) -> None:
+        """Counts all that a tuple unfolds to: as a dictionary's key, one of shared parts would be hashed for ever."""
+        weight = 1 + sum(self.weights[id(part)][0] if id(part) in self.weights else 1 for part in made)
+        if weight > self.file_size:
+            raise _Refused(f"a tuple in it unfolds to {printable(weight)} values, in a file of {self.file_size} bytes")
+        self.weights[id(made)] = weight, made
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _ITEM_SIZES:

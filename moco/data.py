@@ -1,5 +1,6 @@
 """Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torchvision import datasets
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from moco import InputError
+from moco import InputError, printable
 
 # The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -136,8 +137,8 @@ class ImageFiles(Dataset):
         try:
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image).copy(), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable image ({error}); repair or remove it") from None
+        except Exception as error:  # a damaged file fails in a hundred places of Pillow
+            raise InputError(f"{path}: not a readable image ({printable(error)}); repair or remove it") from None
 
 
 def _image_folder(data_dir: str | Path | None) -> Splits:
@@ -145,8 +146,9 @@ def _image_folder(data_dir: str | Path | None) -> Splits:
     if data_dir is None:
         raise InputError("dataset imagefolder needs --data-dir, a folder with train/ and val/ or with class folders")
     root = Path(data_dir)
-    if not root.is_dir():
-        raise InputError(f"--data-dir {root}: no such folder")
+    if not os.path.isdir(root):  # Path.is_dir raises an error for a name too long for the file system
+        what = "a file; give the folder with the images" if os.path.exists(root) else "no such folder"
+        raise InputError(f"--data-dir {root}: {what}")
     if not (root / "train").is_dir():
         class_names = _class_folders(root)
         train, val = _hold_out(_folder_images(root, class_names))
@@ -162,8 +164,13 @@ def _image_folder(data_dir: str | Path | None) -> Splits:
     )
 
 
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+
+
 def _class_folders(folder: Path, at_least: int = 2) -> list[str]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if names and {name.lower() for name in names} <= _SPLIT_NAMES:
+        raise InputError(f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case")
     if len(names) < at_least:
         found = f"only {names[0]}" if names else "none"
         raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
@@ -176,6 +183,12 @@ def _folder_images(folder: Path, class_names: list[str], every: bool = True) -> 
     samples = datasets.folder.make_dataset(
         str(folder), class_to_index, extensions=datasets.folder.IMG_EXTENSIONS, allow_empty=True
     )
+    # What begins with a dot is no image: the Mac's ._cat.jpg beside each cat.jpg, Jupyter's .ipynb_checkpoints.
+    samples = [
+        (path, label)
+        for path, label in samples
+        if not any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+    ]
     labels = [label for _, label in samples]
     empty = [name for name in class_names if class_to_index[name] not in set(labels)]
     if not samples or (every and empty):
