@@ -1086,10 +1086,8 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
     run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
-    run.add_argument(
-        "--resume", type=Path, nargs="?", const=Path("last.pth"), help="go on; default: the output folder's"
-    )
-    run.add_argument("--eval-only", type=Path, nargs="?", const=Path("lora.pth"), help="only evaluate this adapter")
+    run.add_argument("--resume", type=Path, nargs="?", const=Path(), help="go on; default: the output folder's")
+    run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
@@ -1149,9 +1147,11 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         args.dataset, sources["dataset"] = "imagefolder", "command line"
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir is not None else "digits"
-    for option in ("resume", "eval_only"):
+    for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
-        if path is not None and path.name == str(path) and not os.path.exists(path):
+        if path == Path():  # the flag alone
+            setattr(args, option, args.output_dir / name)
+        elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
     problems = list(check_places(args))
     if args.eval_only is None and not os.path.exists(args.checkpoint):

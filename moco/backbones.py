@@ -47,6 +47,7 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -
     `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch.
     Raises InputError for an unknown arch, a size that does not fit or a class count below 1.
     """
+    _check_arch(arch)
     size = default_image_size(arch) if image_size is None else image_size
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")

@@ -46,10 +46,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run = Pretraining(args, device, dtype)
     if args.resume:
         run.resume(args.resume)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {args.output_dir}: cannot make this folder: {error.strerror}") from None
     images = len(run.loader.dataset)
     print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
     while run.epoch < args.epochs:
@@ -165,6 +161,7 @@ class Pretraining:
 
     def finish_epoch(self) -> None:
         """k-NN accuracy, files and a line of output, whichever are due."""
+        self.make_folder()  # not before: an unreadable image, found in the first epoch, leaves nothing behind
         row, last = self.history[-1], self.epoch == self.args.epochs
         if last or self.epoch % self.args.knn_every == 0:
             row["knn_accuracy"] = self.knn_accuracy()
@@ -227,6 +224,12 @@ class Pretraining:
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
+
+    def make_folder(self) -> None:
+        try:
+            self.args.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.args.output_dir}: cannot make it: {error.strerror}") from None
 
     def write_metrics(self) -> None:
         """metrics.csv, whole: after a resume it then has every epoch once. No k-NN accuracy is an empty field."""

@@ -1,0 +1,753 @@
+"""What users get wrong, as a table: each case ends in one message and exit code 2, and nothing is written.
+
+A case is a title, a command, what its message must name, and the files that lie in the working folder beside those of
+`workplace`. At the end are the files and images that are odd and must work, and files of strangers that would do harm.
+"""
+
+import io
+import json
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+
+import finetune_lora
+import lora_utils
+from moco import pretrain
+from moco.backbones import build_backbone
+from moco.training import run_script
+
+ROOT = Path(__file__).parents[1]
+
+# Each command and what it is given unless the case says otherwise: the last of two equal flags counts.
+COMMANDS = {
+    "finetune": (
+        finetune_lora.main,
+        "--checkpoint base.pth --data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8",
+    ),
+    "plain-finetune": (finetune_lora.main, "--output-dir out --device cpu --epochs 1"),
+    "pretrain": (
+        pretrain.main,
+        "--data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8 --image-size 16 --dim 8 --mlp-dim 8",
+    ),
+    "lora_utils": (lora_utils.main, ""),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(base, images, tmp_path_factory) -> Path:
+    """The output folder of a short run."""
+    folder = tmp_path_factory.mktemp("finished")
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 1 --lora-rank 2"
+    finetune_lora.main([*argv.split(), "--target-modules", "mlp.0"])
+    return folder
+
+
+@pytest.fixture
+def workplace(base, images, finished, tmp_path, monkeypatch) -> Path:
+    """The working folder: a checkpoint base.pth, a folder images, and an adapter lora.pth with its run's last.pth."""
+    for name, target in (("base.pth", base), ("images", images)):
+        (tmp_path / name).symlink_to(target)
+    for name in ("lora.pth", "last.pth"):
+        (tmp_path / name).symlink_to(finished / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --------------------------------------------------------------------------------------------------- files of the cases
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (8, 8), suffix: str = "png", **options) -> bytes:
+    """An image file's bytes."""
+    levels = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3)).astype(np.uint8)
+    image = Image.fromarray(levels)
+    if mode == "I;16":
+        image = Image.fromarray(levels[..., 0].astype(np.uint16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(levels[..., 0].astype(np.float32) / 255)
+    else:
+        image = image.convert(mode)
+    file = io.BytesIO()
+    image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **options)
+    return file.getvalue()
+
+
+PNG = picture()
+
+
+def torch_file(content, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def changed(file: str, change):
+    """What `file` holds, changed in place, as a torch file; done when the working folder is there."""
+
+    def build() -> bytes:
+        content = torch.load(file, weights_only=True)
+        change(content)
+        return torch_file(content)
+
+    return build
+
+
+def described(**metadata):
+    return changed("lora.pth", lambda content: content["metadata"].update(metadata))
+
+
+def recorded(**fields):
+    def change(content):
+        for record in content["layers"].values():
+            record.update(fields)
+
+    return changed("lora.pth", change)
+
+
+def write(folder: Path, files: dict) -> None:
+    """Files by name: text, bytes, or a function that makes the bytes; a name that ends in / is an empty folder."""
+    for name, content in files.items():
+        path = folder / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = content() if callable(content) else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def classes(*names: str, folder: str = "mine", count: int = 2) -> dict[str, bytes]:
+    return {f"{folder}/{name}/{i}.png": PNG for name in names for i in range(count)}
+
+
+def split(train: tuple[str, ...], val: tuple[str, ...]) -> dict[str, bytes]:
+    return classes(*train, folder="mine/train") | classes(*val, folder="mine/val")
+
+
+def resnet() -> bytes:
+    return torch_file(build_backbone("resnet18", 2).state_dict())
+
+
+def other_base() -> bytes:
+    """The same architecture, other weights."""
+    return torch_file(build_backbone("vit_mini", 2, 16).state_dict())
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+def bomb(depth: int) -> str:
+    """Billion laughs: ten aliases to what the line before holds."""
+    lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, depth)]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+class Case(NamedTuple):
+    title: str
+    command: str
+    names: tuple[str, ...]
+    files: dict = {}  # noqa: RUF012 - never changed
+
+
+def case(title: str, command: str, *names: str, files: dict | None = None) -> Case:
+    return Case(title, command, names, files or {})
+
+
+def config(title: str, text, *names: str, script: str = "finetune") -> Case:
+    """A case whose mistake is in the configuration my.yaml."""
+    return case(title, f"{script} --config my.yaml", *names, files={"my.yaml": text})
+
+
+def images(title: str, files: dict, *names: str, options: str = "") -> Case:
+    """A case whose mistake is in the folder of images, mine."""
+    return case(title, f"finetune --data-dir mine {options}", *names, files=files)
+
+
+def checkpoint(title: str, content, *names: str, options: str = "") -> Case:
+    return case(title, f"finetune --checkpoint theirs.pth {options}", *names, files={"theirs.pth": content})
+
+
+def adapter(title: str, content, *names: str, command: str = "finetune --eval-only theirs.pth") -> Case:
+    return case(title, command, *names, files={"theirs.pth": content})
+
+
+FLAGS = [
+    case("a misspelt flag", "finetune --epoch 3", "--epoch: no such option", "did you mean --epochs?"),
+    case("an abbreviated flag", "finetune --learn 1", "--learn: no such option", "did you mean --learning-rate?"),
+    case("an underscore in a flag", "finetune --lora_rank 4", "--lora_rank", "did you mean --lora-rank?"),
+    case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
+    case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
+    case("one dash", "finetune -epochs 3", "-epochs: no such option"),
+    case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
+    case("a word without a flag", "finetune digits", "digits: unexpected argument"),
+    case("a flag without its value", "finetune --epochs", "--epochs: expected a value, got none"),
+    case("an empty value", "finetune --checkpoint ''", "--checkpoint: expected a value, got none"),
+    case("an empty output folder", "finetune --output-dir=", "--output-dir: expected a value, got none"),
+    case("a switch with a value", "finetune --use-qlora=yes", "--use-qlora=yes", "alone"),
+    case("text for a number", "finetune --epochs ten", "--epochs: expected a whole number above 0, got 'ten'"),
+    case("half an epoch", "finetune --epochs 2.5", "--epochs: expected a whole number above 0, got '2.5'"),
+    case("no epochs", "finetune --epochs 0", "--epochs: expected a whole number above 0"),
+    case("a negative number of epochs", "finetune --epochs -3", "--epochs: expected a whole number above 0, got '-3'"),
+    case("more epochs than can be counted", f"finetune --epochs {10**30}", "--epochs: expected a whole number"),
+    case("an empty batch", "finetune --batch-size 0", "--batch-size: expected a whole number above 0"),
+    case("no accumulation", "finetune --accumulation-steps 0", "--accumulation-steps: expected a whole number above 0"),
+    case("a negative rank", "finetune --lora-rank -1", "--lora-rank: expected a whole number, 0 or more, got '-1'"),
+    case("a rank above every layer's", "finetune --lora-rank 100000", "rank 100000 is above 192", "--lora-rank"),
+    case("alpha 0", "finetune --lora-alpha 0", "--lora-alpha: expected a number above 0"),
+    case("a negative rate", "finetune --learning-rate -1e-3", "--learning-rate: expected a number above 0"),
+    case("a rate of 0", "finetune --learning-rate 0", "--learning-rate: expected a number above 0"),
+    case("a rate that is not a number", "finetune --learning-rate nan", "--learning-rate: expected a number above 0"),
+    case("an infinite rate", "finetune --learning-rate inf", "--learning-rate: expected a number above 0"),
+    case("a decimal comma", "finetune --learning-rate 0,01", "--learning-rate", "got '0,01'"),
+    case("negative weight decay", "finetune --weight-decay -1", "--weight-decay: expected a number, 0 or more"),
+    case("negative warm-up", "finetune --warmup-epochs -1", "--warmup-epochs: expected a number, 0 or more"),
+    case("dropout of everything", "finetune --lora-dropout 1", "--lora-dropout: expected a number from 0 to below 1"),
+    case("only label smoothing", "finetune --label-smoothing 1", "--label-smoothing: expected a number from 0"),
+    case("no gradient left", "finetune --clip-grad-norm 0", "--clip-grad-norm: expected a number above 0"),
+    case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
+    case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),
+    case("a negative seed", "finetune --seed -1", "--seed: expected a whole number from 0"),
+    case("a seed too large for the generators", f"finetune --seed {2**64}", "--seed: expected a whole number from 0"),
+    case("more workers than any machine has", "finetune --workers 100000", "--workers: expected a whole number from 0"),
+    case("a misspelt schedule", "finetune --schedule cosin", "'cosin' is none of", "did you mean cosine?"),
+    case("a choice in capitals", "finetune --schedule Cosine", "'Cosine' is none of cosine, step, constant"),
+    case("a misspelt arch", "finetune --arch resnet51", "'resnet51' is none of", "did you mean resnet50?"),
+    case("a misspelt data set", "finetune --dataset cifar", "'cifar' is none of", "did you mean cifar10?"),
+    case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, affine, none"),
+    case("a misspelt precision", "finetune --precision float16", "'float16' is none of auto, fp32, bf16, fp16"),
+    case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
+    case("a device that is absent", "finetune --device cuda:99", "'cuda:99' is not available", "--device cpu"),
+    case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
+    case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
+    case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
+    case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
+    case("a random backbone that is frozen", "finetune --from-scratch", "add --no-freeze-backbone"),
+    case("two tasks", "finetune --resume last.pth --eval-only lora.pth", "--resume with --eval-only", "drop one"),
+    case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
+    case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
+    case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
+    case("everything excluded", "finetune --exclude-modules .*", "no layer is left to adapt"),
+    case("the head in 4 bits", "finetune --use-qlora --target-modules heads", "cannot be in 4 bits"),
+    case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
+    case("an image size of 0", "finetune --image-size 0", "--image-size: expected a whole number above 0"),
+    case("an image size for no memory", "finetune --image-size 100000", "image size is 100000", "at most 4096"),
+    case("all at once", "finetune --epochs 0 --qlora --use-qlora --no-freeze-backbone --device gpu --data-dir absent"
+         " --checkpoint gone.pth --output-dir base.pth", "--epochs", "--qlora: no such", "4 bits cannot train", "'gpu'",
+         "absent: no such folder", "gone.pth: file not found", "base.pth is a file"),
+    case("bad images and a bad checkpoint", "finetune --data-dir mine --checkpoint theirs.pth", "found only one",
+         "not a PyTorch checkpoint", files=classes("one") | {"theirs.pth": "text"}),
+]  # fmt: skip
+
+CONFIGS = [
+    config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
+    config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
+    config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
+    config("no sections", "epochs: 3", "epochs: no such section", "belongs into the section finetune"),
+    config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
+    config("a section that is a value", "finetune: 3", "finetune: expected a section"),
+    config("a section that is a list", "finetune: [epochs]", "finetune: expected a section"),
+    config("a list", "- epochs", "expected the sections model, data"),
+    config("one word", "epochs", "expected the sections model, data"),
+    config("a wrong type", "finetune: {epochs: many}", "finetune.epochs: expected a whole number above 0, got 'many'"),
+    config("a bad value", "finetune: {lora_rank: -2}", "finetune.lora_rank: expected a whole number, 0 or more"),
+    config("a list for a number", "finetune: {epochs: [1, 2]}", "finetune.epochs: expected a value, got [1, 2]"),
+    config("yes for a number", "finetune: {epochs: yes}", "finetune.epochs: expected a value, got true"),
+    config("a number for a switch", "finetune: {use_qlora: 1}", "finetune.use_qlora: expected true or false, got 1"),
+    config("one target instead of a list", "finetune: {target_modules: mlp}", "target_modules: expected a list"),
+    config("null", "finetune: {epochs: null}", "finetune.epochs: expected a value, got none"),
+    config("a misspelt choice", "finetune: {schedule: cosin}", "finetune.schedule: 'cosin'", "did you mean cosine?"),
+    config("a key twice", "finetune: {epochs: 3, epochs: 4}", "my.yaml", "the key epochs is there twice"),
+    config("a section twice", "finetune: {epochs: 3}\nfinetune: {lora_rank: 4}", "the key finetune is there twice"),
+    config("tabs", "finetune:\n\tepochs: 3", "my.yaml: not valid YAML", "line 2"),
+    config("an unfinished list", "finetune: [epochs", "my.yaml: not valid YAML"),
+    config("no colon's space", "finetune:\n  epochs:3\n  seed: 1", "my.yaml: not valid YAML"),
+    config("another encoding", "finetune: {epochs: 3} # für".encode("utf-16"), "not a text file in UTF-8"),
+    config("a checkpoint for a config", lambda: Path("base.pth").read_bytes(), "not a text file in UTF-8"),
+    config("a control code", "finetune: {epochs: \x1b[2J}", "my.yaml: not valid YAML"),
+    config("a NUL in a path", 'data: {data_dir: "a\\0b"}', "data.data_dir: expected text without a NUL character"),
+    config("two documents", "finetune:\n---\nfinetune:", "my.yaml: not valid YAML"),
+    config("a date in month 13", "finetune: {epochs: 2020-13-01}", "my.yaml: not valid YAML"),
+    config("a tag without sense", "finetune: {epochs: !!timestamp x}", "my.yaml: not valid YAML"),
+    config("a huge whole number", f"finetune: {{epochs: {'9' * 5000}}}", "my.yaml: not valid YAML"),
+    config("a huge number in base 16", f"finetune: {{epochs: 0x{'f' * 9000}}}", "finetune.epochs: invalid value"),
+    config("a huge number for a key", f"finetune:\n  ? 0x{'f' * 9000}\n  : 1", "finetune.a number too long"),
+    config("a bomb of aliases", bomb(12), "aliases are not read"),
+    config("a bomb of merges", "a: &a {x: 1}\nb: {<<: [*a, *a]}", "aliases are not read"),
+    config("a list that holds itself", "finetune: &f {target_modules: [*f]}", "aliases are not read"),
+    config("deep nesting", nested(5000), "my.yaml: not valid YAML: RecursionError"),
+    config("a novel", "# and so on\n" * 20_000, "longer than 100,000 characters"),
+    config("a tag that would run code", "finetune: !!python/object/apply:os.mkdir [ran]", "run code", "os.mkdir"),
+    config("a tag that would import", "finetune: !!python/module:antigravity x", "run code"),
+    config("another tag", "finetune: !ruby/object {}", "the tag !ruby/object is not read"),
+    config("everything wrong", "finetune: {epochs: 0, rank: 3}\nmodle:\ndata: 3", "finetune.epochs", "finetune.rank",
+           "modle: no such section", "data: expected a section"),
+    config("pretraining's file has errors too", "moco: {epochs: 0, optimiser: sgd}", "moco.epochs: expected",
+           "moco.optimiser: no such key", "did you mean optimizer?", script="pretrain"),
+    case("a missing config", "finetune --config gone.yaml", "--config gone.yaml", "No such file"),
+    case("a folder for a config", "finetune --config images", "--config images", "Is a directory"),
+    case("a device for a config", "finetune --config /dev/zero", "--config /dev/zero: longer than"),
+]  # fmt: skip
+
+TRUNCATED = picture(size=(64, 64), suffix="jpg")[:-400]
+HTML = "<!DOCTYPE html><html><body>404 not found</body></html>"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+IMAGES = [
+    case("a missing folder", "finetune --data-dir absent", "--data-dir absent: no such folder"),
+    case("a file for a folder", "finetune --data-dir base.pth", "--data-dir base.pth: a file"),
+    case("a name too long for a folder", f"finetune --data-dir {'x' * 300}", "no such folder"),
+    case("no folder", "plain-finetune --dataset imagefolder", "imagefolder needs --data-dir"),
+    case("a folder for the digits", "finetune --dataset digits", "the digits need no --data-dir", "imagefolder"),
+    images("an empty folder", {"mine/": None}, "mine", "found none"),
+    images("a folder of images without classes", {"mine/a.png": PNG, "mine/b.png": PNG}, "mine", "found none"),
+    images("one class", classes("cat"), "found only cat"),
+    images("an empty class", classes("cat", "dog") | {"mine/eel/": None}, "no images in eel"),
+    images("a class of other files", classes("cat", "dog") | {"mine/eel/a.txt": "x"}, "no images in eel", ".png"),
+    images("one image of each class", classes("cat", "dog", count=1), "too few images"),
+    images("train without val", classes("cat", "dog", folder="mine/train"), "train/ but no val/"),
+    images("val without train", classes("cat", "dog", folder="mine/val"), "val are parts, not classes"),
+    images("parts under other names", classes("cat", folder="mine/Train") | classes("cat", folder="mine/Test"),
+           "Test, Train are parts, not classes", "lower case"),
+    images("one class in train", split(("cat",), ("cat",)), "train", "found only cat"),
+    images("an empty val", split(("cat", "dog"), ()) | {"mine/val/": None}, "val", "found none"),
+    images("a class only in val", split(("cat", "dog"), ("cat", "eel")), "val has classes that", "lacks: eel"),
+    images("val's classes spelt otherwise", split(("cat", "dog"), ("Cat", "dog")), "lacks: Cat"),
+    images("no image in val", split(("cat", "dog"), ()) | {"mine/val/cat/": None}, "mine/val: no images"),
+    images("an empty image", classes("cat", "dog") | {"mine/cat/0.png": b""}, "mine/cat/0.png: not a readable image"),
+    images("a web page for an image", classes("cat", "dog") | {"mine/cat/0.png": HTML}, "0.png: not a readable image"),
+    images("a pointer for an image", classes("cat", "dog") | {"mine/dog/1.png": LFS}, "1.png: not a readable image"),
+    images("a truncated image", classes("cat", "dog") | {"mine/dog/z.jpg": TRUNCATED}, "z.jpg: not a readable image"),
+    images("a truncated image, with workers", classes("cat", "dog") | {"mine/dog/z.jpg": TRUNCATED},
+           "z.jpg: not a readable image", options="--workers 1"),
+    images("an image that unfolds to gigabytes", classes("cat", "dog") | {"mine/dog/0.png": lambda: huge_png()},
+           "0.png: not a readable image", "bomb"),
+    case("pretraining on a truncated image", "pretrain --data-dir mine --batch-size 2", "z.jpg: not a readable image",
+         files=classes("cat", "dog", count=3) | {"mine/dog/z.jpg": TRUNCATED}),
+    case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
+    case("pretraining without a folder", "pretrain --data-dir absent", "--data-dir absent: no such folder"),
+]  # fmt: skip
+
+
+def huge_png() -> bytes:
+    """A PNG that declares 40000 x 40000 pixels and holds a few."""
+    header = b"IHDR" + (40_000).to_bytes(4, "big") * 2 + PNG[24:29]
+    return PNG[:12] + header + zlib.crc32(header).to_bytes(4, "big") + PNG[33:]
+
+
+CHECKPOINTS = [
+    case("a missing checkpoint", "finetune --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
+    case("a folder for a checkpoint", "finetune --checkpoint images", "images: not a file"),
+    checkpoint("an empty checkpoint", b"", "theirs.pth", "it is empty"),
+    checkpoint("a web page saved as a checkpoint", HTML, "theirs.pth", "a web page", "download the file itself"),
+    checkpoint("a pointer of git-lfs", LFS, "theirs.pth", "git-lfs", "git lfs pull"),
+    checkpoint("half a checkpoint", lambda: Path("base.pth").read_bytes()[:-5000], "theirs.pth", "cut short"),
+    checkpoint("an image for a checkpoint", PNG, "theirs.pth: not a PyTorch checkpoint"),
+    checkpoint("numpy's arrays", lambda: np_file(), "theirs.pth", "not a PyTorch checkpoint"),
+    checkpoint("a whole model", lambda: torch_file(torch.nn.Linear(2, 2)), "Linear", "may run code", "state_dict"),
+    checkpoint("a checkpoint of a list", torch_file([1, 2]), "theirs.pth: holds a list"),
+    checkpoint("nothing", torch_file({}), "no state_dict"),
+    checkpoint("another network", torch_file({"w": torch.zeros(3)}), "none of its 1 tensors belongs to a known"),
+    checkpoint("an arch that disagrees", resnet, "does not hold a resnet50", "looks like resnet18",
+               options="--arch resnet50"),
+    checkpoint("another kind of arch", resnet, "does not hold a vit_mini", "resnet18", options="--arch vit_mini"),
+    checkpoint("a checkpoint that diverged", changed("base.pth", lambda c: next(iter(c["state_dict"].values())).fill_(
+        float("nan"))), "NaN", "use an earlier epoch"),
+    checkpoint("a dictionary whose key would be hashed for ever", lambda: tuple_bomb(), "a tuple in it unfolds"),
+    checkpoint("lists that unfold to more than fits", lambda: list_bomb(), "unfolds to more than"),
+    case("an adapter for a checkpoint", "finetune --checkpoint lora.pth", "lora.pth", "no state_dict"),
+    case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
+    case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
+         "--gradient-checkpointing selective", "finds nothing to recompute in ResNet", files={"r.pth": resnet}),
+]  # fmt: skip
+
+
+def np_file() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, a=np.zeros(3))
+    return file.getvalue()
+
+
+def with_pickle(pickled: bytes) -> bytes:
+    """A torch file whose content is this pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("theirs/data.pkl", pickled)
+        archive.writestr("theirs/version", b"3\n")
+    return file.getvalue()
+
+
+def tuple_bomb() -> bytes:
+    """{((...), (...)): 1}, each pair twice the same pair: 2**100 parts to hash, from 500 bytes."""
+    doubled = b"q\x000h\x00h\x00\x86" * 100
+    return with_pickle(b"\x80\x02}(" + b"N" + doubled + b"K\x01u.")
+
+
+def list_bomb() -> bytes:
+    content = ["lol"]
+    for _ in range(60):
+        content = [content, content]
+    return with_pickle(pickle.dumps({"state_dict": content}, protocol=2))
+
+
+ADAPTERS = [
+    case("a checkpoint for an adapter", "finetune --eval-only base.pth", "base.pth is not an adapter file"),
+    case("a missing adapter", "finetune --eval-only gone.pth", "gone.pth: file not found"),
+    case("no adapter in the output folder yet", "finetune --eval-only", "out/lora.pth: file not found"),
+    case("no run to resume yet", "finetune --resume", "out/last.pth: file not found"),
+    case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this script"),
+    case("a checkpoint to resume", "finetune --resume base.pth", "base.pth is not a last.pth of this script"),
+    case("another run to resume", "finetune --resume last.pth", "last.pth belongs to a run with other settings",
+         "lora_rank was 2, is 8"),
+    case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a checkpoint of python -m moco.pretrain"),
+    case("pretraining resumes a list", "pretrain --resume theirs.pth", "not a checkpoint of python -m moco.pretrain",
+         files={"theirs.pth": torch_file([1])}),
+    case("pretraining resumes nothing", "pretrain --resume gone.pth", "gone.pth: file not found"),
+    case("an adapter over another base", "finetune --eval-only lora.pth --checkpoint o.pth", "over another base",
+         files={"o.pth": other_base}),
+    case("an adapter over another arch", "lora_utils merge lora.pth --output m.pth --checkpoint r.pth",
+         "r.pth", "does not hold a vit_mini", files={"r.pth": resnet}),
+    case("an adapter of other classes", "finetune --eval-only lora.pth --data-dir mine", "knows the classes",
+         "bright", "cat", files=classes("cat", "dog")),
+    adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth",
+            command="plain-finetune --data-dir images --eval-only theirs.pth"),
+    adapter("half an adapter", lambda: Path("lora.pth").read_bytes()[:-900], "theirs.pth", "cut short"),
+    adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
+    adapter("a rank for no memory", recorded(r=10**9), "rank 1000000000 is above 192"),
+    adapter("a rank of 0", recorded(r=0), "theirs.pth is damaged", "impossible"),
+    adapter("alpha that is not a number", recorded(lora_alpha=float("nan")), "theirs.pth is damaged"),
+    adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),
+    adapter("another kind of layer", recorded(kind="LoRAConv2d"), "has kind LoRAConv2d in the file, LoRALinear here"),
+    adapter("layers that the model lacks", changed("lora.pth", lambda c: c.update(layers={"a.b": next(iter(
+        c["layers"].values()))})), "none of the adapted layers is in this model", "a.b"),
+    adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
+        c["layers"].values()))})), "(a+)+$ is adapted in the file but not here"),
+    adapter("a surplus tensor", changed("lora.pth", lambda c: c["tensors"].update(more=torch.zeros(1))), "tensor more"),
+    adapter("a missing tensor", changed("lora.pth", lambda c: c["tensors"].pop(
+        "encoder.layers.encoder_layer_0.mlp.0.lora_A")), "lora_A is missing in the file"),
+    adapter("an adapter that diverged", changed("lora.pth", lambda c: c["tensors"]["heads.head.bias"].fill_(
+        float("inf"))), "NaN or infinite numbers in heads.head.bias"),
+    adapter("another hash", changed("lora.pth", lambda c: c.update(base_hash="0" * 64)), "trained over another base"),
+    adapter("a class too many", described(class_names=list("abcd")), "for its 4 classes heads.head.weight is (3, 192)"),
+    adapter("no classes", described(class_names=[]), "num_classes is 0"),
+    adapter("classes that are numbers", described(class_names=[1, 2, 3]), "class_names in its metadata"),
+    adapter("classes for no memory", described(class_names=["a"] * 100_000), "for its 100000 classes"),
+    adapter("an image size of an adapter for no memory", described(image_size=2**40), "at most 4096"),
+    adapter("an image size of an adapter between patches", described(image_size=17), "not a multiple"),
+    adapter("an unknown arch", described(arch="resnet51"), "unknown arch 'resnet51'", "did you mean resnet50?"),
+    adapter("metadata of wrong types", described(arch=3, image_size="16"), "arch, image_size in its metadata"),
+    adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
+    adapter("a later format", changed("lora.pth", lambda c: c.update(format_version=2)), "has format version 2"),
+    case("info of nothing", "lora_utils info gone.pth", "gone.pth: file not found"),
+    case("info of a folder", "lora_utils info images", "images: not a file"),
+    case("info of a checkpoint", "lora_utils info base.pth", "base.pth is not an adapter file of this toolkit"),
+    case("info of an empty file", "lora_utils info a.safetensors", "a.safetensors", "it is empty",
+         files={"a.safetensors": b""}),
+    case("info of a pointer", "lora_utils info a.safetensors", "git lfs pull", files={"a.safetensors": LFS}),
+    case("info of others' safetensors", "lora_utils info a.safetensors", "is not an adapter file of this toolkit",
+         files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)})}),
+    case("info of JSON nested too deeply", "lora_utils info a.safetensors", "no readable safetensors file",
+         files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)}, {"adapter": nested(100_000)})}),
+    case("an unknown flag of info", "lora_utils info lora.pth --verbose", "--verbose: no such option"),
+    case("a misspelt flag of merge", "lora_utils merge lora.pth --outptu m.pth", "--outptu", "did you mean --output?",
+         "--output: expected a value"),
+    case("merge without output", "lora_utils merge lora.pth", "--output: expected a value"),
+    case("merge of a checkpoint", "lora_utils merge base.pth --output m.pth", "base.pth is not an adapter file"),
+    case("merge onto the adapter itself", "lora_utils merge lora.pth --output ./lora.pth", "name another file"),
+    case("merge onto the base", "lora_utils merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
+    case("merge onto a folder", "lora_utils merge lora.pth --output folder", "Is a directory",
+         files={"folder/": None}),
+    case("merge into a folder that is not there", "lora_utils merge lora.pth --output no/m.pth", "No such file"),
+    case("merge into another format", "lora_utils merge lora.pth --output m.safetensors", "end in .pth"),
+    case("no command", "lora_utils", "error:", "command"),
+    case("an unknown command", "lora_utils mrege lora.pth", "error:", "mrege"),
+]  # fmt: skip
+
+OUTPUTS = [
+    case("an output folder that is a file", "finetune --output-dir base.pth", "base.pth is a file; name a folder"),
+    case("an output folder inside a file", "finetune --output-dir base.pth/out", "base.pth is a file; name a folder"),
+    case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
+    case("an output folder with too long a name", f"finetune --output-dir {'x' * 300}", "File name too long"),
+    case("pretraining into a file", "pretrain --output-dir base.pth", "base.pth is a file; name a folder"),
+    case("a misspelt flag of pretraining", "pretrain --epoch 3", "--epoch", "did you mean --epochs?"),
+    case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
+         "--momentum: expected a number", "--temperature: expected", "4' is none of 1, 2, 3", "'gpu'"),
+    case("a queue smaller than a batch", "pretrain --moco-version 2 --queue-size 4", "--queue-size 4 is smaller"),
+    case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
+]  # fmt: skip
+
+TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS]
+
+
+def everything_in(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): None if path.is_dir() else path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.title)
+def test_a_mistake_is_one_message_and_nothing_is_written(case, workplace, capsys):
+    write(workplace, case.files)
+    before = everything_in(workplace)
+    name, *words = shlex.split(case.command)
+    main, given = COMMANDS[name]
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main([*given.split(), *words]))
+    printed = capsys.readouterr()
+    message = printed.err.rpartition("error: ")[2]
+    assert ended.value.code == 2
+    assert "error: " in printed.err and "Traceback" not in printed.err
+    assert [part for part in case.names if part not in printed.err] == [], message
+    assert all(line.isprintable() and len(line) < 1000 for line in message.splitlines())
+    assert everything_in(workplace) == before
+
+
+def test_titles_are_distinct():
+    assert len({case.title for case in TABLE}) == len(TABLE)
+
+
+# -------------------------------------------------------------------------------------------- as a user's shell sees it
+
+
+@pytest.mark.parametrize(
+    "script, options, names",
+    [
+        ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+        ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
+        ("lora_utils.py", "info gone.pth", ["gone.pth: file not found"]),
+        ("finetune_lora.py", "--config my.yaml --device cpu", ["the tag", "os.mkdir", "may run code"]),
+    ],
+)
+def test_the_scripts_themselves(script, options, names, tmp_path):
+    (tmp_path / "my.yaml").write_text("finetune: !!python/object/apply:os.mkdir [ran]")
+    script = [str(ROOT / script)] if script.endswith(".py") else script.split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *script, *options.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert all(name in done.stderr for name in names)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
+
+
+# --------------------------------------------------------------------------------------------- odd input that must work
+
+PALETTE = Image.new("P", (3, 2), 1)
+PALETTE.putpalette([0, 0, 0, 10, 20, 30])
+
+
+def transparent_palette() -> bytes:
+    file = io.BytesIO()
+    PALETTE.save(file, "png", transparency=1)
+    return file.getvalue()
+
+
+ODD_IMAGES = {
+    "1.png": picture("1"),
+    "L.png": picture("L", (1, 1)),
+    "LA.png": picture("LA", (1, 9)),
+    "P.png": transparent_palette(),
+    "RGBA.png": picture("RGBA", (9, 1)),
+    "CMYK.jpg": picture("CMYK", (5, 5), "jpg"),
+    "I16.png": picture("I;16", (2, 3)),
+    "F.tif": picture("F", (4, 4), "tif"),
+    "pixel.png": picture("RGB", (1, 1)),
+    "CAPITALS.PNG": PNG,
+    "wide.jpg": picture("RGB", (300, 2), "jpg"),
+    "sub/folder/a b ü.webp": picture("RGB", (7, 7), "webp"),
+    "animated.webp": picture("RGB", (6, 6), "webp", save_all=True, append_images=[Image.new("RGB", (6, 6))]),
+}
+NO_IMAGES = {
+    "readme.txt": "cats",
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "Thumbs.db": b"\xd0\xcf",
+    "._L.png": b"\0\5\x16\7",  # as macOS leaves them on other file systems
+    ".ipynb_checkpoints/L-checkpoint.png": b"",
+    "labels.csv": "",
+}
+
+
+@pytest.mark.parametrize("script", ["finetune --workers 1", "pretrain --batch-size 4"])
+def test_images_of_every_mode_and_size_beside_other_files(script, workplace):
+    """Down to one pixel, in folders with what computers leave beside images."""
+    for name in ("cat", "dög"):
+        write(workplace / "mine" / name, ODD_IMAGES | NO_IMAGES)
+    write(workplace / "mine", {".hidden/x.txt": "", "notes.txt": ""})
+    name, *words = script.split()
+    main, given = COMMANDS[name]
+    results = main([*given.split(), *words, "--data-dir", "mine"])
+    assert results["epochs"] == 1
+    if name == "finetune":
+        assert list(results["accuracy_per_class"]) == ["cat", "dög"]
+
+
+def finetune(options: str) -> dict:
+    return finetune_lora.main([*COMMANDS["finetune"][1].split(), *options.split()])
+
+
+def test_the_last_of_two_equal_flags_counts(workplace):
+    assert finetune("--seed 3 --seed 4 --batch-size 21")["config"]["finetune"]["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing\n", "finetune:\n", "\ufefffinetune: {epochs: 1}", "finetune: {epochs: 1}\r\n", "moco: {epochs: 9}"],
+    ids=["empty", "a comment", "an empty section", "a byte order mark", "Windows' line ends", "the other script's"],
+)
+def test_configs_that_are_odd_and_good(text, workplace):
+    write(workplace, {"my.yaml": text})
+    argv = "--config my.yaml --checkpoint base.pth --data-dir images --device cpu --output-dir out"
+    assert finetune_lora.read_options(argv.split())[0].epochs == (1 if "{epochs: 1}" in text else 10)
+
+
+def test_more_accumulation_than_batches_and_a_batch_larger_than_the_data(workplace):
+    assert finetune("--accumulation-steps 1000 --batch-size 500")["epochs"] == 1
+
+
+def test_an_adapter_whose_base_has_moved_is_evaluated_with_the_base_that_is_named(workplace):
+    write(workplace, {"moved.pth": described(checkpoint="gone.pth")})
+    assert 0 <= finetune("--eval-only moved.pth --checkpoint base.pth")["val_accuracy"] <= 1
+
+
+def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
+    write(workplace, {"theirs.pth": described(note="\x1b[2Jgone", class_names=["a", "ß"])})
+    lora_utils.main(["info", "theirs.pth"])
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\\x1b[2Jgone" in printed and "ß" in printed
+
+
+# --------------------------------------------------------------------------------------------------- files that do harm
+
+
+class RunsCode:
+    """A pickle of this makes the folder `ran` when it is loaded."""
+
+    def __reduce__(self):
+        return os.system, ("mkdir ran",)
+
+
+def hostile(content, legacy: bool = False) -> bytes:
+    return torch_file(content, _use_new_zipfile_serialization=not legacy)
+
+
+HOSTILE = {
+    "checkpoint": ("finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
+    "adapter": ("finetune --eval-only theirs.pth", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
+    "adapter, info": ("lora_utils info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
+    "adapter, merge": ("lora_utils merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
+    "base of an adapter": ("lora_utils merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
+    "file to resume": ("finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
+    "file to resume, pretraining": ("pretrain --resume theirs.pth", {"model": {}, "optimizer": RunsCode()}),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(kind, legacy, workplace, capsys):
+    command, content = HOSTILE[kind]
+    write(workplace, {"theirs.pth": hostile(content, legacy)})
+    before = everything_in(workplace)
+    name, *words = command.split()
+    main, given = COMMANDS[name]
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: main([*given.split(), *words]))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "it needs posix.system" in message and "may run code" in message and "save a state_dict" in message
+    assert everything_in(workplace) == before
+    torch.load("theirs.pth", weights_only=False)  # the danger is real
+    assert Path("ran").exists()
+
+
+def test_a_tag_that_would_run_code_does_so_elsewhere(workplace):
+    """The danger of the two tags in the table is real."""
+    yaml.unsafe_load("!!python/object/apply:os.mkdir [ran]")
+    assert Path("ran").exists()
+
+
+def declared_safetensors() -> bytes:
+    """A header that declares 2**40 numbers, with no number behind it."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+def long_header() -> bytes:
+    return (2**40).to_bytes(8, "little") + b"{}"
+
+
+def declared_storage(legacy: bool) -> bytes:
+    """A tensor of 2**31 - 1 numbers, of which 8 are there."""
+    data = torch_file({"w": torch.arange(8.0)}, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        return data.replace(b"K\x08N", b"J\xff\xff\xff\x7fN").replace(b"K\x08\x85", b"J\xff\xff\xff\x7f\x85")
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            record = old.read(name)
+            if name.endswith("data.pkl"):
+                record = record.replace(b"K\x08t", b"J\xff\xff\xff\x7ft").replace(
+                    b"K\x08\x85", b"J\xff\xff\xff\x7f\x85"
+                )
+            new.writestr(name, record)
+    return file.getvalue()
+
+
+def zip_bomb() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("theirs/data.pkl", bytes(2**29))
+    return file.getvalue()
+
+
+GREEDY = {
+    "a.safetensors": declared_safetensors,
+    "header.safetensors": long_header,
+    "zip.pth": lambda: declared_storage(False),
+    "legacy.pth": lambda: declared_storage(True),
+    "bomb.pth": zip_bomb,
+    "rank.pth": recorded(r=2**31),
+    "classes.pth": described(class_names=["a"] * 1_000_000),
+    "size.pth": described(image_size=2**20),
+    "tuples.pth": tuple_bomb,
+}
+# Runs info and then merge on each file, with room for 300 MB beyond what Python and its libraries take.
+GREEDY_SCRIPT = """
+import pathlib, resource, sys
+import finetune_lora, lora_utils
+from moco import InputError
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+for name in sys.argv[1:]:
+    try:
+        finetune_lora.load_finetuned(name)
+    except InputError as error:
+        print(name, "refused:", error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_what_files_declare_takes_no_memory(workplace):
+    write(workplace, GREEDY)
+    done = subprocess.run(
+        [sys.executable, "-c", GREEDY_SCRIPT, *GREEDY],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" refused:")[0] for line in done.stdout.splitlines()] == list(GREEDY)
+    assert "memory" not in done.stdout
