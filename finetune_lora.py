@@ -90,7 +90,6 @@ from moco.training import (
     rng_state,
     run_script,
     seed_everything,
-    seed_number,
     select_device,
     select_precision,
     worker_count,
@@ -1127,7 +1126,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     modes = ("none", "selective", "full")
     tune.add_argument("--gradient-checkpointing", choices=modes, default="none", help="compute again, to save memory")
-    tune.add_argument("--seed", type=seed_number, default=0, help="of everything random")
+    tune.add_argument("--seed", type=non_negative_int, default=0, help="of everything random")
     return parser
 
 

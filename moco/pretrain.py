@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--scale", type=training.fraction, default=0.2, help="digits: so much larger or smaller than 1")
     moco.add_argument("--shift", type=training.fraction, default=0.15, help="digits: at most so much of the side")
     moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
-    moco.add_argument("--seed", type=training.seed_number, default=0)
+    moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
     moco.add_argument("--save-every", type=positive_int, default=20, help="epochs between checkpoints")
     return parser

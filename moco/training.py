@@ -36,15 +36,20 @@ SECTIONS = {
 # Option values: argparse `type=` functions, used for flags and YAML values alike
 
 
+# What tensors, loaders and generators can take, and what stays finite when float32 multiplies a few of them.
+LARGEST = {int: 2**31 - 1, float: 1_000_000}
+
+
 def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        # Refuses nan too, and whole numbers that no tensor, loader or generator could take.
-        if not (abs(value) < (2**31 if kind is int else math.inf) and accepts(value)):
+        if not (abs(value) < math.inf and accepts(value)):  # refuses nan too
             raise argparse.ArgumentTypeError(f"expected {expected}, got '{printable(text)}'")
+        if value > LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{printable(text)} is too large; the largest is {LARGEST[kind]}")
         return value
 
     return convert
@@ -54,7 +59,6 @@ positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
-seed_number = _number(int, lambda x: x >= 0, "a whole number from 0 to below 2**31")
 worker_count = _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 

@@ -1,0 +1,349 @@
+"""Mutated, truncated and invented files: the toolkit's own error or success, and a model that is whole or untouched.
+
+The few examples of a normal run are always the same. A longer search with new ones:
+
+    FUZZ_EXAMPLES=3000 python -m pytest -n 0 tests/test_fuzz.py
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_options
+from lora_utils import LoRAManager, read_adapter_file
+from moco import InputError, pretrain
+from moco.backbones import build_backbone
+from moco.checkpoints import load_backbone, read_checkpoint
+from moco.training import parse_args
+
+ROOT = Path(__file__).parents[1]
+LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:.*torch.jit")
+
+
+def fuzz(examples: int, **strategies):
+    """So many examples; more, and new ones each time, where FUZZ_EXAMPLES asks for them. A hang fails the deadline."""
+    options = settings(
+        max_examples=LONG or examples,
+        derandomize=not LONG,
+        database=None,
+        deadline=20_000,
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda test: options(given(**strategies)(test))
+
+
+@contextlib.contextmanager
+def only_our_error():
+    """Lets an InputError of one printable line pass; anything else is a failure of the test."""
+    try:
+        yield
+    except InputError as error:
+        assert str(error) and str(error).isprintable(), error
+
+
+# ------------------------------------------------------------------------------------------------ mutations of any file
+
+
+def mutate(data: bytes, edits: list[tuple[float, bytes, int]], kept: float) -> bytes:
+    """Overwrites, inserts or deletes a few bytes, then cuts the end off."""
+    data = bytearray(data)
+    for place, new, replaced in edits:
+        start = int(place * len(data))
+        data[start : start + replaced] = new
+    return bytes(data[: math.ceil(kept * len(data))])
+
+
+PLACES = st.floats(0, 1, exclude_max=True)
+EDITS = st.lists(st.tuples(PLACES, st.binary(max_size=6), st.integers(0, 6)), max_size=3)
+KEPT = st.one_of(st.just(1.0), st.floats(0, 1))
+
+
+def in_zip(data: bytes, change) -> bytes:
+    """A torch file whose pickle is changed behind the checksums, as an attacker would."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
+        for name in old.namelist():
+            record = old.read(name)
+            new.writestr(name, change(record) if name.endswith("data.pkl") else record)
+    return file.getvalue()
+
+
+def torch_file(content, zipped: bool = True) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+# What stands where something else was expected.
+NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.sampled_from([0, -1, 2**31, 2**63]))
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=4,
+)
+TENSORS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 6), max_size=4),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.half, torch.long, torch.uint8, torch.bool]),
+    st.sampled_from([0.0, 1.0, 1e4, math.nan, math.inf]),
+)
+ODD = st.one_of(PLAIN, TENSORS)
+
+
+def places_in(content, path=()) -> list[tuple]:
+    """The path to every entry of nested dictionaries."""
+    found = []
+    for key, value in content.items():
+        found.append((*path, key))
+        if isinstance(value, dict):
+            found += places_in(value, (*path, key))
+    return found
+
+
+def edited(content: dict, changes) -> dict:
+    """A copy with some entries replaced, renamed or removed. A change: where (0 to 1), what, the new value."""
+    content = {key: edited(value, []) if isinstance(value, dict) else value for key, value in content.items()}
+    for place, kind, value in changes:
+        places = places_in(content)
+        if not places:
+            break
+        *path, key = places[int(place * len(places))]
+        parent = content
+        for step in path:
+            parent = parent[step]
+        old = parent.pop(key) if kind != "replace" else None
+        if kind == "replace":
+            parent[key] = value
+        elif kind == "rename":
+            parent[value if isinstance(value, str | int | float | bool | None) else "renamed"] = old
+    return content
+
+
+def changes(values=ODD):
+    return st.lists(st.tuples(PLACES, st.sampled_from(["replace", "rename", "remove"]), values), min_size=1, max_size=3)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> dict[str, bytes]:
+    """Files of a few kB in both formats, with every kind of content that is read."""
+    content = {
+        "model": OrderedDict({"encoder_q.conv1.weight": torch.randn(4, 3), "queue": torch.randn(2, 2)}),
+        "args": argparse.Namespace(schedule=[120, 160], lr=0.03),
+        "best_acc1": np.float64(1.5),
+        "epoch": 3,
+    }
+    return {"zip": torch_file(content), "legacy": torch_file(content, zipped=False)}
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "legacy"])
+@fuzz(100, edits=EDITS, kept=KEPT)
+def test_bytes_of_a_checkpoint(checkpoints, tmp_path_factory, kind, edits, kept):
+    path = tmp_path_factory.getbasetemp() / "mutated.pth"
+    if kind == "pickle in a sound zip":
+        path.write_bytes(in_zip(checkpoints["zip"], lambda data: mutate(data, edits, kept)))
+    else:
+        path.write_bytes(mutate(checkpoints[kind], edits, kept))
+    with only_our_error():
+        read_checkpoint(path)
+    with pytest.raises(InputError) as raised:  # no mutation makes a whole backbone of it
+        load_backbone(path, num_classes=2)
+    assert str(raised.value).isprintable()
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> dict:
+    """What stage 1 writes."""
+    state = build_backbone("vit_mini", 1, 16).state_dict()
+    model = {f"encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("heads")}
+    return {"arch": "vit_mini", "epoch": 3, "config": {"image_size": 16, "seed": 0}, "model": model}
+
+
+@fuzz(25, changes=changes())
+def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "edited.pth"
+    path.write_bytes(torch_file(edited(pretrained, changes)))
+    with warnings.catch_warnings(), only_our_error():
+        warnings.simplefilter("ignore")
+        model, _ = load_backbone(path, num_classes=2)
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(4, 5), "norm": nn.BatchNorm1d(5), "fc": nn.Linear(5, 3)}
+    return add_lora_to_model(nn.Sequential(OrderedDict(parts)), r=2, target_modules=["body"])
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, bytes]:
+    """The adapter of `small_model` in both formats."""
+    folder, files = tmp_path_factory.mktemp("adapters"), {}
+    for suffix in ("pth", "safetensors"):
+        path = folder / f"adapter.{suffix}"
+        LoRAManager(small_model()).save_lora_checkpoint(path, {"class_names": ["a", "b", "c"], "nested": {"lr": 1e-4}})
+        files[suffix] = path.read_bytes()
+    return files
+
+
+def whole_state(model: nn.Module):
+    """Every bit of a model, and what it is made of."""
+    bits = {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+    kinds = [(name, type(module), module.training) for name, module in model.named_modules()]
+    return bits, kinds, repr(model), LoRAManager(model).get_lora_info()
+
+
+def check_load(path: Path) -> None:
+    model = small_model()
+    before = whole_state(model)
+    try:
+        LoRAManager(model).load_lora_checkpoint(path)
+    except InputError as error:
+        assert str(error).isprintable()
+        assert whole_state(model) == before
+    else:
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        assert whole_state(model)[1] == before[1]
+
+
+@pytest.mark.parametrize("kind", ["pth", "pickle in a sound zip", "safetensors"])
+@fuzz(100, edits=EDITS, kept=KEPT)
+def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
+    path = tmp_path_factory.getbasetemp() / ("mutated.safetensors" if kind == "safetensors" else "mutated.pth")
+    if kind == "pickle in a sound zip":
+        path.write_bytes(in_zip(adapters["pth"], lambda data: mutate(data, edits, kept)))
+    else:
+        path.write_bytes(mutate(adapters[kind], edits, kept))
+    check_load(path)
+
+
+@fuzz(150, changes=changes())
+def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "edited.pth"
+    content = torch.load(io.BytesIO(adapters["pth"]), weights_only=True)
+    path.write_bytes(torch_file(edited(content, changes)))
+    check_load(path)
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+DTYPES = st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"])
+
+
+@fuzz(150, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
+def test_header_of_a_safetensors_adapter(adapters, tmp_path_factory, changes):
+    """Declared types, shapes and places of the tensors, and the description inside."""
+    path = tmp_path_factory.getbasetemp() / "edited.safetensors"
+    header, tensors = header_of(adapters["safetensors"])
+    header["__metadata__"] = {"adapter": json.loads(header["__metadata__"]["adapter"])}
+    header = edited(header, changes)
+    if isinstance(header.get("__metadata__"), dict):
+        header["__metadata__"] = {key: json.dumps(value) for key, value in header["__metadata__"].items()}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    check_load(path)
+
+
+@pytest.fixture(scope="module")
+def described(base, tmp_path_factory) -> dict:
+    """The content of an adapter file that `load_finetuned` reads."""
+    path = tmp_path_factory.mktemp("described") / "lora.pth"
+    model, report = load_backbone(base, 3)
+    add_lora_to_model(model, r=2, target_modules=["mlp.0"])
+    about = {"arch": report["arch"], "class_names": ["a", "b", "c"], "image_size": 16, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(path, {**about, "lora": {"r": 2}})
+    return read_adapter_file(path)
+
+
+@fuzz(25, changes=changes(), everywhere=st.booleans())
+def test_description_of_an_adapter(described, tmp_path_factory, changes, everywhere):
+    """Through `load_finetuned`, which builds the model that the file describes."""
+    path = tmp_path_factory.getbasetemp() / "described.pth"
+    metadata = edited(described["metadata"], changes)
+    content = edited(described, changes) if everywhere else {**described, "metadata": metadata}
+    path.write_bytes(torch_file(content))
+    with only_our_error():
+        load_finetuned(path)
+
+
+# ------------------------------------------------------------------------------------------------ configs and arguments
+
+
+CONFIGS = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+KEYS = [action.dest for parser in (make_parser(), pretrain.make_parser()) for action in parser._actions]
+SECTIONS = st.dictionaries(
+    st.one_of(st.sampled_from(["model", "data", "moco", "finetune"]), st.text(max_size=5)),
+    st.one_of(PLAIN, st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), PLAIN, max_size=4)),
+    max_size=3,
+)
+YAML_WORDS = st.sampled_from(
+    [*"[]{}:,?-&*!|>%@`'\"#\n\t ", "&a", "*a", "<<", "!!int ", "!!python/name:os.system", "0x"]
+)
+
+
+def check_config(path: Path) -> None:
+    """Both scripts read it or name what is wrong, a line for each problem."""
+    for read in (read_options, lambda argv: parse_args(pretrain.make_parser(), argv)):
+        try:
+            read(["--config", str(path), "--device", "cpu"])
+        except InputError as error:
+            assert str(error) and all(line.isprintable() for line in str(error).split("\n")), error
+
+
+@fuzz(80, config=st.sampled_from(CONFIGS), edits=EDITS, kept=KEPT)
+def test_bytes_of_a_config(tmp_path_factory, config, edits, kept):
+    path = tmp_path_factory.getbasetemp() / "mutated.yaml"
+    path.write_bytes(mutate(config, edits, kept))
+    check_config(path)
+
+
+@fuzz(80, content=st.one_of(st.binary(max_size=40), st.text(max_size=40), st.lists(YAML_WORDS, max_size=12)))
+def test_a_config_of_anything(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "anything.yaml"
+    text = "".join(content) if isinstance(content, list) else content
+    path.write_bytes(text.encode(errors="replace") if isinstance(text, str) else text)
+    check_config(path)
+
+
+@fuzz(80, sections=SECTIONS)
+def test_a_config_of_any_values(tmp_path_factory, sections):
+    path = tmp_path_factory.getbasetemp() / "values.yaml"
+    path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8", errors="replace")
+    check_config(path)
+
+
+FLAGS = st.sampled_from(
+    [flag for action in make_parser()._actions for flag in action.option_strings if "h" not in flag]
+)
+WORDS = st.one_of(FLAGS, st.text(max_size=6), NUMBERS.map(str), FLAGS.map(lambda flag: f"{flag}=1"))
+
+
+@fuzz(150, words=st.lists(WORDS, max_size=6))
+def test_any_command_line(words):
+    with contextlib.suppress(InputError):
+        read_options([word for word in words if word not in ("-h", "--help", "--config")])
