@@ -131,3 +131,14 @@ def test_every_file_in_the_layout_exists():
     layout = next(block for block in blocks("text") if "lora_functional.py" in block)
     names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_every_link_and_picture_leads_to_a_file():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    targets = re.findall(r"\]\(([^)#]+)\)", prose)
+    assert targets
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def test_a_picture_is_on_the_first_screen():
+    assert "![" in README.split("\n## ")[0]
