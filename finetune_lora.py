@@ -4,6 +4,7 @@
     python finetune_lora.py --use-qlora --lora-rank 4                # the frozen weights in 4 bits
     python finetune_lora.py --checkpoint moco_v2_800ep.pth.tar --data-dir my_images --epochs 20
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone       # full fine-tuning, for comparison
+    torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
 the training loop with its command line. The tensor arithmetic under the layers is in `lora_functional.py`, adapter
@@ -19,13 +20,11 @@ import json
 import math
 import os
 import re
-import signal
-import sys
 import textwrap
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +55,7 @@ from lora_functional import (
     max_pool2d_relu,
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
-from moco import InputError, printable
+from moco import InputError, distributed, printable
 from moco.backbones import ARCHS, build_backbone, head_name
 from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
 from moco.data import (
@@ -74,12 +73,16 @@ from moco.data import (
 )
 from moco.training import (
     SCHEDULES,
+    Stopped,
+    StopRequests,
     autocast,
     check_places,
     extract_features,
+    faults_explained,
     fraction,
     knn_accuracy,
     lr_schedule,
+    make_folder,
     non_negative_float,
     non_negative_int,
     parse_args,
@@ -99,6 +102,11 @@ HERE = Path(__file__).resolve().parent
 DEFAULT_CHECKPOINT = HERE / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = HERE / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training
+
+SAVES_MEMORY = (
+    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
+    "--precision bf16 or --use-qlora"
+)
 
 PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4)
 
@@ -1051,7 +1059,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, dtype=torch.float32) -> Evaluation:
-    """Loss, accuracy and predictions of a classifier over a loader, in eval mode; its mode is as before afterwards."""
+    """Loss, accuracy and predictions of a classifier over a loader, in eval mode; its mode is as before afterwards.
+
+    Of several processes each evaluates its share, and all return the result over the whole.
+    """
     was_training = model.training
     model.eval()
     loss, predictions, labels = 0.0, [], []
@@ -1063,9 +1074,9 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, dtype=t
         predictions.append(logits.argmax(1))
         labels.append(targets)
     model.train(was_training)
-    predictions, labels = torch.cat(predictions).cpu(), torch.cat(labels).cpu()
+    predictions, labels = (distributed.interleave(torch.cat(share)).cpu() for share in (predictions, labels))
     accuracy = (predictions == labels).float().mean().item()
-    return Evaluation(loss / len(labels), accuracy, predictions, labels)
+    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels)
 
 
 def _to_device(images: Tensor, device: torch.device) -> Tensor:
@@ -1085,7 +1096,13 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
     run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
-    run.add_argument("--resume", type=Path, nargs="?", const=Path(), help="go on; default: the output folder's")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="go on where a run stopped; default: the output folder's",
+    )
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     model = parser.add_argument_group("model")
@@ -1113,7 +1130,7 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument("--learning-rate", type=positive_float, default=1e-4, help="of AdamW, at its highest")
     tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    tune.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+    tune.add_argument("--batch-size", type=positive_int, default=32, help="images at a time, of all processes together")
     tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
     tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW")
     tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="course of the learning rate")
@@ -1198,6 +1215,8 @@ def resolved_config(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 # ----------------------------------------------------------------------------------------------------------- training
 
+NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
+
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Fine-tune, or evaluate with --eval-only, as the options say.
@@ -1212,6 +1231,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, sources = read_options(argv)
     device = select_device(args.device)
     dtype = select_precision(args.precision, device)
+    distributed.join(device)
     if args.eval_only:
         base = args.checkpoint if sources["checkpoint"] != "default" else None
         return evaluate_adapter(args, base, device, dtype)
@@ -1219,18 +1239,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seed_everything(args.seed)
     splits, model, report = prepare(args)
     run = FineTuning(args, model.to(device), report, splits, device, dtype)
-    if args.resume:
-        run.resume(args.resume)
-    else:
-        run.measure_start()
-    try:
+    with faults_explained(device, SAVES_MEMORY, run.loaders):
+        if args.resume:
+            run.resume(args.resume)
+        else:
+            run.measure_start()
         run.train()
-    except torch.OutOfMemoryError:
-        raise InputError(
-            f"out of memory on {device}: lower --batch-size and raise --accumulation-steps by as much, or use "
-            "--gradient-checkpointing full, --precision bf16 or --use-qlora"
-        ) from None
-    return run.finish()
+        return run.finish()
 
 
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
@@ -1271,22 +1286,35 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{option: getattr(args, option) for option in options}}
 
 
+@dataclass
+class Progress:
+    """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
+
+    learning_rate: float  # of its first step
+    steps: int = 0
+    images: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
 class FineTuning:
     """One run: the model, its optimizer, its data, and how far it has come."""
 
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("data_dir", "checkpoint")
+    FREE_TO_CHANGE = ("data_dir", "checkpoint", "workers")
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device: torch.device, dtype: torch.dtype):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.class_names, self.config = splits.class_names, resolved_config(args)
+        self.splits = splits
+        check_shares(model, splits, args)
         size = report["image_size"]
         self.transforms = eval_transform(size), train_transform(size, args.augmentation)
-        self.splits = splits
-        loading = {"batch_size": args.batch_size, "seed": args.seed, "workers": args.workers, "device": device}
-        self.train_loader = build_loader(Transformed(splits.train, self.transforms[1]), shuffle=True, **loading)
-        self.val_loader = build_loader(Transformed(splits.val, self.transforms[0]), **loading)
+        self.loaders: list[DataLoader] = []
+        self.val_loader = self.add_loader(splits.val, self.transforms[0])
+        self.train_loader = self.add_loader(splits.train, self.transforms[1], shuffle=True, seed=args.seed)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=args.learning_rate, weight_decay=args.weight_decay)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
@@ -1297,67 +1325,115 @@ class FineTuning:
             args.schedule,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.parallel = distributed.parallel(model, device)
+        # Until here all processes drew the same; from here on each draws its own dropout.
+        if distributed.rank() > 0:
+            seed_everything(args.seed + distributed.rank())
+        self.stop = StopRequests()
+        self.progress: Progress | None = None  # of the epoch that has begun
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.accuracy_before = math.nan
+
+    def add_loader(self, images, transform, **options) -> DataLoader:
+        options |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        self.loaders.append(build_loader(Transformed(images, transform), **options))
+        return self.loaders[-1]
 
     def measure_start(self) -> None:
         """What the backbone knows before any training: k-NN accuracy of its features."""
         images = self.splits.train
         if len(images) > KNN_IMAGES:
             images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:KNN_IMAGES])
-        loading = {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
-        loader = build_loader(Transformed(images, self.transforms[0]), **loading)
-        features = [
-            extract_features(self.model, tqdm(part, "features", leave=False), self.device, self.dtype)
-            for part in (loader, self.val_loader)
-        ]
-        self.accuracy_before = knn_accuracy(*features[0], *features[1])
+        bank, queries = (
+            [
+                distributed.interleave(share)
+                for share in extract_features(self.model, self.bar(loader, "features"), self.device, self.dtype)
+            ]
+            for loader in (self.add_loader(images, self.transforms[0]), self.val_loader)
+        )
+        self.accuracy_before = knn_accuracy(*bank, *queries)
+
+    def bar(self, batches=None, title: str = "", **options) -> tqdm:
+        return tqdm(batches, title, leave=batches is None, disable=not distributed.is_main(), **options)
 
     def train(self) -> None:
-        """The remaining epochs; after each, `lora.pth` if it is the best, and `last.pth` to go on from."""
-        make_folder(self.args.output_dir)
-        with open_atomically(self.path("config.yaml")) as file:
-            file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
-        with terminable():
+        """The remaining epochs; after each, `lora.pth` if it is the best, and `last.pth` to go on from.
+
+        Raises:
+            Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+        """
+        if distributed.is_main():
+            make_folder(self.args.output_dir)
+            with open_atomically(self.path("config.yaml")) as file:
+                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+        if not self.args.resume:
+            self.save_state()  # whenever the run is killed from here on, it can be resumed
+        with self.stop:
             try:
                 while len(self.history) < self.args.epochs:
                     self.train_epoch()
-            except KeyboardInterrupt:
-                saved = f"{len(self.history)} of {self.args.epochs} epochs are saved"
-                print(f"\nInterrupted; {saved}. To go on: the same command with --resume", file=sys.stderr)
-                raise
+            except Stopped as stopped:
+                self.save_state()
+                done = f"{len(self.history)} of {self.args.epochs} epochs"
+                done += f" and {self.progress.steps} of {self.steps_per_epoch} steps" if self.progress else ""
+                how = "To go on: the same command with --resume"
+                raise Stopped(stopped.signum, f"Stopped; {done} are saved in {self.path('last.pth')}. {how}") from None
 
     def train_epoch(self) -> None:
-        started, epoch = time.perf_counter(), len(self.history) + 1
+        """What is left of the epoch, its evaluation, and its files."""
+        epoch = len(self.history) + 1
+        self.progress = now = self.progress or Progress(self.optimizer.param_groups[0]["lr"])
+        started = time.perf_counter() - now.seconds
         self.model.train()
-        images_seen, correct, loss_sum = 0, 0, 0.0
-        rate = self.optimizer.param_groups[0]["lr"]
-        with tqdm(total=len(self.splits.train), desc=f"epoch {epoch}/{self.args.epochs}", unit="img") as bar:
-            for window in _windows(self.train_loader, self.args.accumulation_steps):
-                loss, right, count = self.step(window)
-                images_seen, correct, loss_sum = images_seen + count, correct + right, loss_sum + loss * count
+        with self.bar(total=len(self.splits.train), title=f"epoch {epoch}/{self.args.epochs}", unit="img") as bar:
+            bar.update(now.images)
+            for window in self.windows(epoch, now.steps):
+                loss, correct, count = self.step(window)
+                now.steps, now.images, now.correct = now.steps + 1, now.images + count, now.correct + correct
+                now.loss_sum, now.seconds = now.loss_sum + loss * count, time.perf_counter() - started
                 bar.update(count)
-                bar.set_postfix(loss=f"{loss_sum / images_seen:.3f}", acc=f"{correct / images_seen:.3f}")
-        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
-        row = (epoch, loss_sum / images_seen, result.loss, result.accuracy, rate, time.perf_counter() - started)
+                bar.set_postfix(loss=f"{now.loss_sum / now.images:.3f}", acc=f"{now.correct / now.images:.3f}")
+                self.stop.check()
+        result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+        seconds = time.perf_counter() - started
+        row = (epoch, now.loss_sum / now.images, result.loss, result.accuracy, now.learning_rate, seconds)
         self.history.append(dict(zip(self.METRICS, row, strict=True)))
+        self.progress = None
         print(f"epoch {epoch}: val loss {result.loss:.4f}, val accuracy {result.accuracy:.4f}")
         self.save(result)
 
+    def windows(self, epoch: int, start: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The batches of each optimizer step from `start` on; the epoch's last step may have fewer than the others."""
+        batches, size = self.train_loader.batch_sampler, self.args.accumulation_steps
+        batches.epoch, batches.start = epoch - 1, start * size
+        shares = (
+            (images, labels if batches.has_share(number) else torch.full_like(labels, NO_LABEL))
+            for number, (images, labels) in enumerate(self.train_loader, start * size)
+        )
+        while window := list(itertools.islice(shares, size)):
+            yield window
+
     def step(self, window: list[tuple[Tensor, Tensor]]) -> tuple[float, int, int]:
-        """One optimizer step on some batches, exactly as if they were one: mean loss, right answers and images."""
-        count, loss_sum, correct = sum(len(labels) for _, labels in window), 0.0, 0
+        """One optimizer step on some batches, exactly as if they were one: mean loss, right answers and images.
+
+        Of several processes each computes its share of the batches; gradients and results are those of the whole.
+        """
+        count = int(distributed.all_sum(sum((labels != NO_LABEL).sum().item() for _, labels in window))[0])
+        loss_sum, correct = 0.0, 0
         self.optimizer.zero_grad(set_to_none=True)
-        for images, labels in window:
+        for i, (images, labels) in enumerate(window, 1):
             images, labels = _to_device(images, self.device), labels.to(self.device, non_blocking=True)
-            with autocast(self.device, self.dtype):
-                logits = self.model(images)
-            smoothing = self.args.label_smoothing
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / count
-            self.scaler.scale(loss).backward()
+            with distributed.not_yet_averaged(self.parallel) if i < len(window) else contextlib.nullcontext():
+                with autocast(self.device, self.dtype):
+                    logits = self.parallel(images)
+                smoothing = self.args.label_smoothing
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / count
+                # The gradients are averaged over the processes; it is their sum that belongs to the whole.
+                self.scaler.scale(loss * distributed.world_size()).backward()
             loss_sum += loss.item()
             correct += (logits.argmax(1) == labels).sum().item()
+        loss_sum, correct = distributed.all_sum(loss_sum, correct)
         if not math.isfinite(loss_sum):
             self._stop_diverged(loss_sum)
         if self.args.clip_grad_norm is not None:
@@ -1366,7 +1442,7 @@ class FineTuning:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        return loss_sum, correct, count
+        return loss_sum, int(correct), count
 
     def _stop_diverged(self, loss: float) -> None:
         step, rate = self.scheduler.last_epoch + 1, self.optimizer.param_groups[0]["lr"]
@@ -1385,10 +1461,17 @@ class FineTuning:
         row = self.history[-1]
         if not self.best or (result.accuracy, -result.loss) > (self.best["val_accuracy"], -self.best["val_loss"]):
             self.best = row
-            LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
+            if distributed.is_main():
+                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
-        save_atomically(self.state(), self.path("last.pth"))
-        write_metrics(self.history, self.METRICS, self.path("metrics.csv"))
+        self.save_state()
+        if distributed.is_main():
+            write_metrics(self.history, self.METRICS, self.path("metrics.csv"))
+
+    def save_state(self) -> None:
+        state = self.state()  # to which every process contributes
+        if distributed.is_main():
+            save_atomically(state, self.path("last.pth"))
 
     def metadata(self) -> dict[str, Any]:
         """What `load_finetuned` needs, and what a reader of the file would ask."""
@@ -1412,8 +1495,8 @@ class FineTuning:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": rng_state(),
-            "sampler": self.train_loader.generator.get_state(),
+            "rng": distributed.gather(rng_state()),  # by rank
+            "progress": vars(self.progress) if self.progress else None,
             "history": self.history,
             "best": self.best,
             "accuracy_before": self.accuracy_before,
@@ -1425,7 +1508,7 @@ class FineTuning:
         """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
         state = read_checkpoint(path)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
-            raise InputError(f"{path} is not a last.pth of this script")
+            raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
         theirs, ours = (
             {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
             for config in (state["config"], self.config)
@@ -1439,16 +1522,22 @@ class FineTuning:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.history, self.best, self.accuracy_before = state["history"], state["best"], state["accuracy_before"]
-        self.train_loader.generator.set_state(state["sampler"])
-        restore_rng_state(state["rng"])
-        print(f"resuming {path} after epoch {len(self.history)}")
+        self.progress = Progress(**state["progress"]) if state["progress"] else None
+        if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
+            restore_rng_state(state["rng"][distributed.rank()])
+        steps = f" and {self.progress.steps} steps" if self.progress else ""
+        print(f"resuming {path} after {len(self.history)} epochs{steps}")
 
     # ------------------------------------------------------------------------------------------------------ the end
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the best adapter once more, from its file, and write and print the results."""
-        LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
+        if distributed.is_main():
+            LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
+        distributed.broadcast(trained_state(self.model).values())
         result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+        if not distributed.is_main():
+            return {}
         results = self.results(result)
         with open_atomically(self.path("results.json")) as file:
             file.write(json.dumps(results, indent=2).encode())
@@ -1508,31 +1597,16 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def _windows(loader: DataLoader, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Batches in groups of `size`; the last may be smaller."""
-    batches = iter(loader)
-    while window := list(itertools.islice(batches, size)):
-        yield window
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM, which job schedulers send before they kill, ends the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output-dir {path}: cannot make this folder: {error.strerror}") from None
+def check_shares(model: nn.Module, splits: Splits, args: argparse.Namespace) -> None:
+    """Raises InputError where several processes would not compute what one does."""
+    processes = distributed.world_size()
+    if processes > min(len(splits.train), len(splits.val)):
+        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
+    if processes > 1 and any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules()):
+        raise InputError(
+            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
+            "freeze it (--freeze-backbone)"
+        )
 
 
 def write_metrics(history: list[dict[str, float]], columns: Sequence[str], path: Path) -> None:
@@ -1566,7 +1640,8 @@ def plot_curves(history: list[dict[str, float]], accuracy_before: float, path: P
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
@@ -1583,7 +1658,8 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
         axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
     axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right")
-    figure.savefig(path, dpi=150)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:

@@ -2,6 +2,8 @@
 
 v1 and v2 (arXiv 1911.05722, 2003.04297) keep the other keys in a queue, v3 (2104.02057) takes them from the batch.
 In both, the encoder of the keys follows that of the queries as a moving average. Written from the papers.
+
+Of several processes (`moco.distributed`) each has its share of the images, and all contrast with everybody's keys.
 """
 
 import copy
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VisionTransformer
 
+from moco import distributed
 from moco.backbones import head_name
 
 
@@ -48,8 +51,9 @@ class MomentumContrast(nn.Module):
 class MoCo(MomentumContrast):
     """v1 and, with `mlp`, v2: InfoNCE against a queue of keys (1911.05722, algorithm 1).
 
-    The paper shuffles the keys between GPUs, so that BatchNorm's statistics cannot tell which key belongs to which
-    query. In one process there is nowhere to shuffle them to: BatchNorm sees the whole batch in any order.
+    BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
+    the keys are computed in another order than the queries (section 3.3, shuffling BN). In one process there is nowhere
+    to shuffle them to: BatchNorm sees the whole batch in any order.
 
     Args:
         backbone: as in MomentumContrast.
@@ -74,13 +78,14 @@ class MoCo(MomentumContrast):
         q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, dim)
         with torch.no_grad():
             self.update_encoder_k(m)
-            k = F.normalize(self.encoder_k(im_k).float(), dim=1)  # (N, dim)
+            keys = F.normalize(shuffled(self.encoder_k, im_k).float(), dim=1)  # (W N, dim), of all W processes
+            k = keys[distributed.rank() :: distributed.world_size()]  # (N, dim)
         with torch.autocast(q.device.type, enabled=False):  # similarities over T lose too much in half precision
             l_pos = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
             l_neg = q @ self.queue.clone()  # (N, dim) @ (dim, K) -> (N, K)
         logits = torch.cat([l_pos, l_neg], dim=1) / self.T  # (N, 1 + K)
         labels = torch.zeros(len(q), dtype=torch.long, device=q.device)  # the positive comes first
-        self.dequeue_and_enqueue(k)
+        self.dequeue_and_enqueue(keys)
         return F.cross_entropy(logits, labels)
 
     @torch.no_grad()
@@ -127,10 +132,22 @@ class MoCoV3(MomentumContrast):
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """InfoNCE with the other keys of the batch as negatives, times 2T as in the paper's ctr()."""
-        q, k = F.normalize(q.float(), dim=1), F.normalize(k.float(), dim=1)
+        q, k = F.normalize(q.float(), dim=1), F.normalize(distributed.interleave(k.float()), dim=1)
         with torch.autocast(q.device.type, enabled=False):
-            logits = q @ k.T / self.T  # (N, dim) @ (dim, N) -> (N, N)
-        return 2 * self.T * F.cross_entropy(logits, torch.arange(len(q), device=q.device))
+            logits = q @ k.T / self.T  # (N, dim) @ (dim, W N) -> (N, W N), W processes
+        labels = torch.arange(len(q), device=q.device) * distributed.world_size() + distributed.rank()
+        return 2 * self.T * F.cross_entropy(logits, labels)
+
+
+def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process."""
+    if distributed.world_size() == 1:
+        return encoder(images)
+    everyones = distributed.interleave(images)
+    order = torch.randperm(len(everyones)).to(images.device)
+    distributed.broadcast([order])
+    mine = order[distributed.rank() :: distributed.world_size()]
+    return distributed.interleave(encoder(everyones[mine]))[order.argsort()]
 
 
 def feature_dim(backbone: nn.Module) -> int:

@@ -1,20 +1,21 @@
 """Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
 
+import contextlib
 import os
-import random
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from moco import InputError, printable
+from moco import InputError, distributed, printable
 
 # The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,6 +63,11 @@ class LabelledImages(Dataset):
         images.indices = [self.indices[i] for i in positions]
         images.labels = [self.labels[i] for i in positions]
         return images
+
+    def name(self, i: int) -> str:
+        """What to call an image in a message: its file, if it is one."""
+        position = self.indices[i]
+        return self.source.samples[position][0] if isinstance(self.source, ImageFiles) else f"image {position}"
 
 
 class Splits(NamedTuple):
@@ -283,18 +289,45 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 class Transformed(Dataset):
-    """(transform(image), label) of a data set of (image, label)."""
+    """(transform(image), label) of a data set of (image, label).
+
+    An index may come with a seed, as (i, seed): what the transform draws from PyTorch then depends on that alone, and
+    nobody else's draws depend on the transform's.
+    """
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Any]):
         self.dataset = dataset
         self.transform = transform
+        self.being_read: torch.Tensor | None = None  # by each worker, in memory that the processes share; -1: nothing
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        image, label = self.dataset[i]
-        return self.transform(image), label
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
+        i, seed = index if isinstance(index, tuple) else (index, None)
+        with self._noted(i):
+            image, label = self.dataset[i]
+            if seed is None:
+                return self.transform(image), label
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
+                return self.transform(image), label
+
+    @contextlib.contextmanager
+    def _noted(self, i: int) -> Iterator[None]:
+        """A worker that is killed leaves behind what it was reading."""
+        worker = get_worker_info()
+        if worker is None or self.being_read is None:
+            yield
+            return
+        self.being_read[worker.id] = i
+        yield
+        self.being_read[worker.id] = -1
+
+    def names_being_read(self) -> list[str]:
+        """The images that workers are reading now, or were when they were killed."""
+        reading = [] if self.being_read is None else [i for i in self.being_read.tolist() if i >= 0]
+        return [self.dataset.name(i) if isinstance(self.dataset, LabelledImages) else f"image {i}" for i in reading]
 
 
 def _tensor() -> list[Callable]:
@@ -406,8 +439,51 @@ class GaussianNoise:
 # Loaders
 
 
+class Batches(Sampler):
+    """This process's share of the positions of each batch, in an order that depends on (seed, epoch) alone.
+
+    In shuffled order, which is for training, positions come with a seed each, as `Transformed` takes them, that depends
+    on (seed, epoch, position): neither the number of workers or processes nor where a run was interrupted changes what
+    an epoch consists of. Every pass is the next epoch. Set `epoch` and `start` to choose: `start` batches are left out.
+
+    A share is every W-th position of a batch. Where W processes do not all get one, a process without has no such batch
+    in fixed order, and in shuffled order the batch's first image as a stand-in (`has_share` tells).
+    """
+
+    def __init__(self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, drop_last: bool = False):
+        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.epoch = self.start = 0
+        self.number = count // batch_size if drop_last else -(-count // batch_size)
+
+    def __len__(self) -> int:
+        return self.number
+
+    def has_share(self, number: int) -> bool:
+        """Does this process get a share of this batch (0 is the first)?"""
+        return min(self.batch_size, self.count - number * self.batch_size) > distributed.rank()
+
+    def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
+        epoch, start = self.epoch, self.start
+        self.epoch, self.start = epoch + 1, 0
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(_mixed(self.seed, epoch)))
+        for number in range(start, self.number):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+            share = batch[distributed.rank() :: distributed.world_size()]
+            if self.shuffle:
+                yield [(i, _mixed(self.seed, epoch, i)) for i in share or batch[:1]]
+            elif share:
+                yield share
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def build_loader(
-    dataset: Dataset,
+    dataset: Transformed,
     batch_size: int,
     *,
     shuffle: bool = False,
@@ -416,23 +492,29 @@ def build_loader(
     drop_last: bool = False,
     device: torch.device | None = None,
 ) -> DataLoader:
-    """A DataLoader whose order depends on `seed` alone; `loader.generator` holds where it is, for resuming.
+    """A DataLoader over `Batches`, which is its `batch_sampler`: what it yields depends on `seed` and the epoch alone.
 
-    Workers' augmentations depend on `seed` too; without workers they draw from the global generators.
+    Args:
+        batch_size: images at a time, of all processes together. In fixed order it is rounded up to a multiple of their
+            number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
+        shuffle: a new order each epoch, and augmentations that can be repeated.
+        device: what the batches are for.
     """
+    if not shuffle:
+        batch_size = -(-batch_size // distributed.world_size()) * distributed.world_size()
+    if workers > 0:
+        dataset.being_read = torch.full((workers,), -1).share_memory_()
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last),
         num_workers=workers,
-        drop_last=drop_last,
         pin_memory=device is not None and device.type == "cuda",
-        worker_init_fn=_seed_worker,
-        generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_leave_stopping_to_the_main_process,
+        generator=torch.Generator(),  # an iterator draws a number nobody needs: not from the global generator
     )
 
 
-def _seed_worker(worker: int) -> None:
-    seed = torch.initial_seed() % 2**32  # PyTorch gave this worker its own; NumPy and Python need it as well
-    np.random.seed(seed)
-    random.seed(seed)
+def _leave_stopping_to_the_main_process(worker: int) -> None:
+    # A terminal sends Ctrl-C, and some schedulers SIGTERM, to every process; workers end with the one they work for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,14 +2,16 @@
 
     python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 18 minutes on 2 cores
     python -m moco.pretrain --config configs/stage1.yaml --epochs 1      # does it run?
-    python -m moco.pretrain --config configs/stage1.yaml --resume checkpoints/pretrain/moco_stage1_epoch_20.pth
+    python -m moco.pretrain --config configs/stage1.yaml --resume        # go on where it was stopped
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
+    torchrun --nproc-per-node=8 -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet # on eight
 
 Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
 
 import argparse
 import csv
+import io
 import math
 import time
 from pathlib import Path
@@ -20,16 +22,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moco import InputError, data, training
+from moco import InputError, data, distributed, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
-from moco.checkpoints import read_checkpoint, save_atomically
-from moco.training import non_negative_float, non_negative_int, positive_float, positive_int
+from moco.checkpoints import open_atomically, read_checkpoint, save_atomically
+from moco.training import Stopped, non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = {"config", "output_dir", "resume", "data_dir", "device", "knn_every", "save_every"}
+FREE_TO_CHANGE = {"config", "output_dir", "resume", "data_dir", "device", "workers", "knn_every", "save_every"}
 METRICS = ("epoch", "loss", "knn_accuracy", "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
+SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -42,22 +45,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args, _ = training.parse_args(make_parser(), argv, check=_complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
+    distributed.join(device)
     training.seed_everything(args.seed)
     run = Pretraining(args, device, dtype)
     if args.resume:
         run.resume(args.resume)
     images = len(run.loader.dataset)
     print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
-    while run.epoch < args.epochs:
-        run.train_epoch()
-        run.finish_epoch()
-    plot_curves(run.history, run.path("pretraining_curves.png"))
+    with training.faults_explained(device, SAVES_MEMORY, [run.loader, *run.knn_loaders]):
+        run.train()
+    if distributed.is_main():
+        plot_curves(run.history, run.path("pretraining_curves.png"))
     return run.results()
 
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
+    if args.resume == Path():  # the flag alone
+        args.resume = args.output_dir / "last.pth"
     problems = list(training.check_places(args))
     if args.moco_version != 3 and args.queue_size < args.batch_size:
         problems.append(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
@@ -74,7 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file with values for the options below")
     run.add_argument("--output-dir", type=Path, default=Path("checkpoints/pretrain"))
-    run.add_argument("--resume", type=Path, help="a checkpoint of an interrupted run of the same configuration")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="go on where a run stopped, or from a checkpoint of it; default: the output folder's last.pth",
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
@@ -87,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco = parser.add_argument_group("moco")
     moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), default=3)
     moco.add_argument("--epochs", type=positive_int, default=100)
-    moco.add_argument("--batch-size", type=positive_int, default=256)
+    moco.add_argument("--batch-size", type=positive_int, default=256, help="of all processes together")
     moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     moco.add_argument("--learning-rate", type=positive_float, default=1e-3)
     moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
@@ -119,80 +131,128 @@ class Pretraining:
         args.image_size = args.image_size or default_image_size(args.arch)
         self.loader, self.knn_loaders = load_data(args, device)
         self.model = build_model(args).to(device)
+        if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
+            # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.optimizer = build_optimizer(self.model, args)
         steps = len(self.loader)
         self.schedule = training.lr_schedule(
             self.optimizer, args.epochs * steps, args.warmup_epochs * steps, args.schedule
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.parallel = distributed.parallel(self.model, device)
+        if distributed.rank() > 0:  # until here all processes drew the same
+            training.seed_everything(args.seed + distributed.rank())
+        self.stop = training.StopRequests()
         self.epoch = self.global_steps = 0
+        # Of the epoch that has begun: the sum of its losses, its seconds, the learning rate of its first step.
+        self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
         self.history: list[dict[str, Any]] = []
 
+    def train(self) -> None:
+        """The remaining epochs. While they last, `last.pth` is what to go on from.
+
+        Raises:
+            Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+        """
+        if distributed.is_main():
+            training.make_folder(self.args.output_dir)
+        if self.global_steps == 0:
+            self.save("last.pth")  # whenever the run is killed from here on, it can be resumed
+        with self.stop:
+            try:
+                while self.epoch < self.args.epochs:
+                    self.train_epoch()
+                    self.finish_epoch()
+            except Stopped as stopped:
+                self.save("last.pth")
+                done = f"{self.epoch} of {self.args.epochs} epochs ({self.global_steps} steps)"
+                how = "To go on: the same command with --resume"
+                raise Stopped(stopped.signum, f"Stopped; {done} are saved in {self.path('last.pth')}. {how}") from None
+        if distributed.is_main():
+            self.path("last.pth").unlink(missing_ok=True)
+
     def train_epoch(self) -> None:
-        """One pass over the images; adds a row to the history."""
+        """What is left of a pass over the images; adds a row to the history."""
         self.model.train()
-        start, total, learning_rate = time.perf_counter(), 0.0, self.schedule.get_last_lr()[0]
-        bar = tqdm(self.loader, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False, mininterval=1.0)
-        for (x1, x2), _ in bar:
-            loss = self.step(x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True))
-            total += loss
-            bar.set_postfix(loss=f"{loss:.3f}")
+        now, batches = self.progress, self.loader.batch_sampler
+        batches.epoch, batches.start = self.epoch, self.global_steps - self.epoch * len(self.loader)
+        if batches.start == 0:
+            now["learning_rate"] = self.schedule.get_last_lr()[0]
+        start, title = time.perf_counter() - now["seconds"], f"epoch {self.epoch + 1}/{self.args.epochs}"
+        options = {"initial": batches.start, "leave": False, "mininterval": 1.0, "disable": not distributed.is_main()}
+        with tqdm(self.loader, title, **options) as bar:
+            for (x1, x2), _ in bar:
+                loss = self.step(x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True))
+                now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
+                bar.set_postfix(loss=f"{loss:.3f}")
+                self.stop.check()
         self.epoch += 1
-        loss, seconds = total / len(self.loader), time.perf_counter() - start
-        self.history.append(dict(zip(METRICS, (self.epoch, loss, None, learning_rate, seconds), strict=True)))
+        row = (self.epoch, now["loss_sum"] / len(self.loader), None, now["learning_rate"], now["seconds"])
+        self.history.append(dict(zip(METRICS, row, strict=True)))
+        self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
 
     def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
-        """One optimizer step on two views (N, 3, S, S); returns the loss."""
+        """One optimizer step on two views (N, 3, S, S); returns the loss, the mean of all processes'."""
         m = self.model.momentum(self.global_steps / (self.args.epochs * len(self.loader)))
         with training.autocast(self.device, self.dtype):
-            loss = self.model(x1, x2, m)
-        if not math.isfinite(loss.item()):
-            raise InputError(
-                f"the loss is {loss.item()} at epoch {self.epoch + 1}, step {self.global_steps}: "
-                "lower --learning-rate, warm up longer or use --precision fp32"
-            )
+            loss = self.parallel(x1, x2, m)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        loss = distributed.all_sum(loss.item())[0] / distributed.world_size()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
+                f"{self.schedule.get_last_lr()[0]:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.global_steps += 1
-        return loss.item()
+        return loss
 
     def finish_epoch(self) -> None:
         """k-NN accuracy, files and a line of output, whichever are due."""
-        self.make_folder()  # not before: an unreadable image, found in the first epoch, leaves nothing behind
         row, last = self.history[-1], self.epoch == self.args.epochs
         if last or self.epoch % self.args.knn_every == 0:
             row["knn_accuracy"] = self.knn_accuracy()
         if last or self.epoch % self.args.save_every == 0:
-            self.save(last)
-        self.write_metrics()
+            self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
+        if not last:
+            self.save("last.pth")
+        if distributed.is_main():
+            self.write_metrics()
         knn = "" if row["knn_accuracy"] is None else f"  k-NN {row['knn_accuracy']:.3f}"
         print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}", flush=True)
 
     def knn_accuracy(self) -> float:
         """How well the backbone's features, before the projector, sort images that it saw without labels at most."""
         encoder = self.model.encoder_q
-        bank, queries = (training.extract_features(encoder, x, self.device, self.dtype) for x in self.knn_loaders)
+        distributed.broadcast(encoder.buffers())  # BatchNorm's statistics, which each process keeps of its own images
+        bank, queries = (
+            map(distributed.interleave, training.extract_features(encoder, loader, self.device, self.dtype))
+            for loader in self.knn_loaders
+        )
         return training.knn_accuracy(*bank, *queries)
 
-    def save(self, last: bool) -> None:
+    def save(self, name: str, complete: bool = False) -> None:
         """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": {} if last else self.optimizer.state_dict(),
+            "optimizer": {} if complete else self.optimizer.state_dict(),
             "epoch": self.epoch,
             "global_steps": self.global_steps,
             "arch": self.args.arch,
             "config": self.config(),
             "history": self.history,
         }
-        if not last:
+        if not complete:
             state["schedule"] = self.schedule.state_dict()
             state["scaler"] = self.scaler.state_dict()
-            state["rng"] = training.rng_state() | {"loader": self.loader.generator.get_state()}
-        save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
+            state["progress"] = self.progress
+            state["rng"] = distributed.gather(training.rng_state())  # by rank
+        if distributed.is_main():
+            save_atomically(state, self.path(name))
 
     def resume(self, path: Path) -> None:
         """Go on where the run that wrote `path` was; on the CPU to the same bits as without the interruption.
@@ -203,8 +263,10 @@ class Pretraining:
         wanted = {"model", "optimizer", "epoch", "global_steps", "config", "history"}
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
-        if not state["optimizer"]:
+        if not state["optimizer"] and state["epoch"]:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
+        if "progress" not in state:
+            raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
         then, now = state["config"], self.config()
         changed = [f"{k} (was {then.get(k)}, is {now[k]})" for k in now if now[k] != then.get(k)]
         changed = [text for text in changed if text.split()[0] not in FREE_TO_CHANGE]
@@ -215,8 +277,9 @@ class Pretraining:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
-        self.loader.generator.set_state(state["rng"]["loader"].cpu())
-        training.restore_rng_state(state["rng"])
+        self.progress = state["progress"]
+        if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
+            training.restore_rng_state(state["rng"][distributed.rank()])
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
@@ -225,18 +288,14 @@ class Pretraining:
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
 
-    def make_folder(self) -> None:
-        try:
-            self.args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--output-dir {self.args.output_dir}: cannot make it: {error.strerror}") from None
-
     def write_metrics(self) -> None:
         """metrics.csv, whole: after a resume it then has every epoch once. No k-NN accuracy is an empty field."""
-        with open(self.path("metrics.csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            writer.writerows(self.history)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, METRICS)
+        writer.writeheader()
+        writer.writerows(self.history)
+        with open_atomically(self.path("metrics.csv")) as file:
+            file.write(text.getvalue().encode())
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
@@ -258,6 +317,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     images = data.load_splits(args.dataset, args.data_dir, args.eval_split).train
     if len(images) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
+    if args.batch_size % distributed.world_size():
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     views = data.two_crops(
         args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
     )
@@ -322,7 +383,8 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     right.plot([r["epoch"] for r in measured], [r["knn_accuracy"] for r in measured], "o-", color="tab:orange")
     right.set_ylabel("k-NN accuracy (validation part)")
     figure.legend(["loss", "k-NN accuracy"], loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

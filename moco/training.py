@@ -1,4 +1,4 @@
-"""What both training loops share: options and configuration, seeding, device, precision, schedule, k-NN accuracy."""
+"""What both training loops share: options, stopping and faults, seeding, device, precision, schedule, k-NN accuracy."""
 
 import argparse
 import contextlib
@@ -8,7 +8,9 @@ import math
 import os
 import random
 import re
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,8 +21,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.utils.data import DataLoader
 
-from moco import InputError, printable
+from moco import InputError, distributed, printable
 from moco.backbones import forward_features
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
@@ -305,17 +308,110 @@ def check_places(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output-dir {args.output_dir}: no permission to write to {existing}; name another folder"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run ends
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and did so in an orderly way. `signum` is the signal."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopRequests:
+    """Within its `with` block the first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self) -> "StopRequests":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be caught
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def check(self) -> None:
+        """Raise Stopped if this process was asked to stop, or any other: all check together, so all stop together."""
+        if distributed.all_sum(self.signum)[0]:
+            raise Stopped(self.signum or signal.SIGTERM)
+
+    def watched(self, batches: Iterable) -> Iterable:
+        """The batches, with a check before each; without, where the processes' numbers of batches may differ."""
+        for batch in batches:
+            if distributed.world_size() == 1:
+                self.check()
+            yield batch
+
+
+@contextlib.contextmanager
+def faults_explained(device: torch.device, saves_memory: str, loaders: Iterable[DataLoader]) -> Iterator[None]:
+    """Within this block it is an InputError if memory runs out or a worker is killed.
+
+    Args:
+        device: where the memory is.
+        saves_memory: what helps if it runs out.
+        loaders: those whose workers may be killed, with `moco.data.Transformed` data sets.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise InputError(f"out of memory on {device}: {saves_memory}") from None
+        if distributed.is_lost_peer(error):
+            raise InputError(
+                "another process of this run has ended: look for its message, or whether it was killed"
+            ) from None
+        if "DataLoader worker" not in str(error):
+            raise
+        names = [name for loader in loaders for name in loader.dataset.names_being_read()]
+        reading = f" while images were read: {', '.join(names)}" if names else ""
+        raise InputError(
+            f"a process that loads images was killed{reading} ({str(error).splitlines()[0].rstrip('. ')}): if memory "
+            "ran out, use fewer --workers or --workers 0; else look at these images"
+        ) from None
+
+
 def run_script(main: Callable[[], Any]) -> None:
-    """Call main; an InputError becomes one `error:` message and exit code 2, Ctrl-C exit code 130."""
+    """Call main; its end is the script's: an `error:` message and exit code 2 for an InputError, 128 plus the signal's
+    number where the run was stopped. Of several processes that fail together one speaks.
+    """
     try:
         main()
+        distributed.leave()
     except InputError as error:
-        # A DataLoader worker's error arrives with the worker's traceback as text before the message.
-        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        if distributed.first_to_fail():
+            # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        if distributed.is_main():
+            print(f"{stop}" or "interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        # At once: Python would wait for loading processes, however long they read.
+        os._exit(128 + getattr(stop, "signum", signal.SIGINT))
+    except Exception:
+        if distributed.first_to_fail():
+            raise
+        sys.exit(2)
+
+
+def make_folder(path: Path) -> None:
+    """The folder of --output-dir, made if need be. Raises InputError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {path}: cannot make this folder: {error.strerror}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,14 +452,23 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that is there. Raises InputError for a device that is not."""
+    """'auto' is the first of cuda, mps and cpu that is there; of several processes each gets its own GPU, or the CPU.
+
+    Raises InputError for a device that is not there.
+    """
+    several = distributed.launched()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and not several
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):  # such as meta, on which nothing is computed
             raise NotImplementedError
         torch.empty(0, device=device)
+        if several and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"--device {name!r} is not available here; use --device auto or --device cpu") from None
     return device

@@ -1,7 +1,5 @@
 """moco/data.py: splits, image modes, augmentations, loaders."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -247,33 +245,70 @@ def test_digits_views_without_strength_are_the_image(digits):
     torch.testing.assert_close(still(image)[0], data.eval_transform(32)(image))
 
 
-def numbers(workers: int = 0, **options) -> list:
-    class Random(torch.utils.data.Dataset):
-        def __len__(self):
-            return 6
-
-        def __getitem__(self, i):
-            return i, torch.rand(1).item(), np.random.rand(), random.random()
-
-    loader = data.build_loader(Random(), 4, workers=workers, **options)
-    return [torch.stack([column.double() for column in batch]).tolist() for batch in loader]
-
-
-def test_loaders_repeat_with_the_seed():
-    order = [numbers(shuffle=True, seed=seed)[0][0] for seed in (0, 0, 1)]
-    assert order[0] == order[1] != order[2]
-    assert [len(batch[0]) for batch in numbers(drop_last=True)] == [4]
-    first, again, other = (numbers(workers=2, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other
-    for draws in zip(*first, strict=False):  # no two workers draw the same
-        assert not set(draws[0]) & set(draws[1])
+def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
+    """Per batch, for each of its items, its number and what its transform drew."""
+    numbered = data.Transformed([(i, i) for i in range(10)], lambda i: (i, torch.rand(1), torch.randn(1)))
+    loader = data.build_loader(numbered, 4, **options)
+    loader.batch_sampler.start = start
+    return [
+        [tuple(item) for item in torch.stack([column.double().flatten() for column in columns], dim=1).tolist()]
+        for _ in range(epochs)
+        for columns, _ in loader
+    ]
 
 
-def test_a_loader_goes_on_from_its_generators_state():
-    straight = data.build_loader(range(20), 5, shuffle=True)
-    epochs = [torch.cat(list(straight)).tolist() for _ in range(2)]
-    broken = data.build_loader(range(20), 5, shuffle=True)
-    list(broken)
-    resumed = data.build_loader(range(20), 5, shuffle=True)
-    resumed.generator.set_state(broken.generator.get_state())
-    assert torch.cat(list(resumed)).tolist() == epochs[1]
+def test_what_is_drawn_for_an_image_depends_on_seed_and_epoch_alone():
+    first = draws(epochs=2, shuffle=True)
+    torch.rand(5)  # the state of the global generator has no part in it
+    assert draws(epochs=2, shuffle=True, workers=2) == draws(epochs=2, shuffle=True) == first
+    epochs = [sorted(item for batch in first[k : k + 3] for item in batch) for k in (0, 3)]
+    assert [[i for i, *_ in epoch] for epoch in epochs] == [list(range(10))] * 2
+    assert draws(shuffle=True, seed=1)[0] != first[0]
+    for column in (1, 2):  # no two images, nor one image in two epochs, get the same
+        assert len({item[column] for epoch in epochs for item in epoch}) == 20
+
+
+def test_drawing_for_images_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    for workers in (0, 1):
+        draws(shuffle=True, workers=workers)
+    assert torch.rand(1) == expected
+
+
+def test_an_epoch_can_begin_in_the_middle():
+    whole = draws(epochs=2, shuffle=True)
+    assert draws(epochs=2, start=2, shuffle=True) == whole[2:]
+    assert [len(batch) for batch in draws(shuffle=True, drop_last=True)] == [4, 4]
+
+
+@pytest.mark.parametrize(("count", "size"), [(11, 4), (9, 4), (8, 4), (3, 8), (7, 2)])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size, processes):
+    alone = list(data.Batches(count, size, shuffle=True))
+    shares, stand_ins = [], 0
+    for rank in range(processes):
+        monkeypatch.setattr(data.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data.distributed, "world_size", lambda: processes)
+        batches = data.Batches(count, size, shuffle=True)
+        shares.append([share if batches.has_share(n) else [] for n, share in enumerate(batches)])
+        stand_ins += sum(not batches.has_share(n) for n in range(len(batches)))
+    assert stand_ins == sum(max(0, processes - len(batch)) for batch in alone)
+    for batch, parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert [batch[rank::processes] for rank in range(processes)] == list(parts)
+
+
+def test_an_image_knows_its_file_and_workers_say_what_they_read(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for name in "abc":
+            Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
+    images = data.load_splits("imagefolder", tmp_path).train
+    assert sorted(images.name(i) for i in range(4))[0].startswith(str(tmp_path / "cat"))
+    transformed = data.Transformed(images, data.eval_transform(2))
+    assert transformed.names_being_read() == []
+    list(data.build_loader(transformed, 2, workers=2))
+    assert transformed.names_being_read() == []  # they have finished
+    transformed.being_read[1] = 3
+    assert transformed.names_being_read() == [images.name(3)]

@@ -110,7 +110,9 @@ def test_bfloat16(run):
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
     monkeypatch.setattr(pretrain.MoCoV3, "contrast", lambda self, q, k: q.sum() * float("nan"))
-    with pytest.raises(InputError, match="the loss is nan at epoch 1, step 0: lower --learning-rate"):
+    with pytest.raises(
+        InputError, match=r"the loss is nan at epoch 1, step 0, learning rate 1\.00e-03: lower --learning-rate"
+    ):
         run()
 
 

@@ -1,0 +1,140 @@
+"""Several processes of one run, as `torchrun` starts them: each takes its share of every batch.
+
+    torchrun --nproc-per-node=2 finetune_lora.py --data-dir my_images        # a GPU each, or two processes on the CPU
+
+A share is every W-th image, beginning with the process's rank: of W processes, process k has the images k, k + W,
+k + 2 W, ... In a run of one process every function here leaves things as they are.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import InputError
+
+_store: dist.Store | None = None  # where processes leave word for each other
+
+
+def launched() -> bool:
+    """Did torchrun start this process, and others with it?"""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, if torchrun started any; from here on only that of rank 0 prints.
+
+    Raises InputError if they cannot be reached.
+    """
+    global _store
+    if not launched() or dist.is_initialized():
+        return
+    try:
+        _store, rank, world_size = next(dist.rendezvous("env://"))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"cannot reach the other processes of torchrun: {' '.join(str(error).split())}") from None
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def leave() -> None:
+    """The orderly end of what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Asked by a process that stops on a fault: shall it report it?
+
+    One that fails takes the others with it, at their next exchange; their errors say nothing more.
+    """
+    if not launched():
+        return True
+    if _store is None:  # before they have met, all find the same fault
+        return os.environ["LOCAL_RANK"] == "0"
+    try:
+        return _store.add("faults", 1) == 1
+    except RuntimeError:  # the store is gone, with the process that kept it
+        return False
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Is this what an exchange with a process that has ended raises?"""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def rank() -> int:
+    """This process's number, 0 to world_size() - 1. The one of rank 0 prints and writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Is this the process that prints and writes the files?"""
+    return rank() == 0
+
+
+def all_sum(*values: float) -> list[float]:
+    """The sum of each value over the processes, in float64."""
+    if world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """The plain values or CPU tensors of all processes, by rank."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def interleave(share: Tensor) -> Tensor:
+    """What all processes have of something, in its order: shares (n_k, ...) -> (sum of n_k, ...), no element twice."""
+    if world_size() == 1:
+        return share
+    total = int(all_sum(len(share))[0])
+    longest = -(-total // world_size())
+    padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])]).contiguous()
+    shares = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(shares, padded)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]  # the padding, where there is any, comes last
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every process the values that the tensors have in that of rank 0."""
+    if world_size() > 1:
+        for tensor in tensors:
+            values = tensor.contiguous()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as it is to be called in training: the gradients of what trains are averaged over the processes."""
+    if world_size() == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def not_yet_averaged(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Within this block a backward pass of what `parallel` returned only adds to the process's own gradients."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
