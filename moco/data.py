@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -515,6 +516,15 @@ def build_loader(
 
 
 def _leave_stopping_to_the_main_process(worker: int) -> None:
-    # A terminal sends Ctrl-C, and some schedulers SIGTERM, to every process; workers end with the one they work for.
+    # A terminal sends Ctrl-C, and some schedulers SIGTERM, to every process. The main process then finishes its step,
+    # in which the sudden end of a worker would be an error; so a worker ends on its main process's SIGTERM alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(process: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != process:
+        pass
+    os._exit(0)

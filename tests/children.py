@@ -1,0 +1,81 @@
+"""The scripts in processes of their own, which tests can signal, kill, starve, and let work together.
+
+They are forked from a server that has imported the scripts already: a run begins at once and is real in all else.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["finetune_lora", "moco.pretrain", "bitsandbytes.functional"])
+
+
+class Child:
+    """A run of `finetune_lora` or `moco.pretrain`, leader of its own process group, with its output in a file.
+
+    `before` is called in it first: a function of a test module.
+    """
+
+    def __init__(self, module: str, options: str, log: Path, before: Callable | None = None, environment=None):
+        os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which starts with the first child
+        self.log = log
+        self.process = SERVER.Process(target=_run, args=(module, options.split(), log, before, environment or {}))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, seconds: float = 60) -> int:
+        """Its exit code, minus the signal's number if one killed it."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.send(signal.SIGKILL)
+            raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        return self.process.exitcode
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 30) -> None:
+        """Return when the condition holds; it must do so before the child ends."""
+        until = time.monotonic() + seconds
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > until:
+                raise TimeoutError(f"it never happened (exit code {self.process.exitcode}):\n{self.output}")
+            time.sleep(0.005)
+
+    def send(self, signum: int) -> None:
+        """A signal to its whole process group, as a terminal sends Ctrl-C."""
+        os.killpg(self.process.pid, signum)
+
+
+def _run(module: str, argv: list[str], log: Path, before: Callable | None, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from moco.training import run_script
+
+    __import__(module)
+    if before:
+        before()
+    run_script(lambda: sys.modules[module].main(argv))
+
+
+def together(module: str, options: str, log: Path, processes: int = 2, before: Callable | None = None) -> list[Child]:
+    """Several processes of one run, with the environment that torchrun gives them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["TORCHELASTIC_RUN_ID"] = "test"
+    return [
+        Child(module, options, log.with_suffix(f".{k}.log"), before, shared | {"RANK": str(k), "LOCAL_RANK": str(k)})
+        for k in range(processes)
+    ]

@@ -1,0 +1,267 @@
+"""Runs that are killed, interrupted, starved: real processes, real signals, a real full disk."""
+
+import contextlib
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from children import Child
+
+import finetune_lora
+from lora_utils import read_adapter_file
+from moco import InputError, pretrain
+from moco.checkpoints import read_checkpoint
+
+WAYS = {
+    "lora": "--lora-rank 2 --lora-dropout 0.1 --accumulation-steps 2",
+    "qlora": "--lora-rank 2 --use-qlora --target-modules mlp.0",
+    "full": "--lora-rank 0 --no-freeze-backbone",
+    "pretrain": "--moco-version 2 --queue-size 16 --knn-every 1",
+}
+
+
+@pytest.fixture
+def start(base, images, tmp_path):
+    """start("lora", "--epochs 1", "out") begins a run of one of the ways; a Child with its output folder."""
+
+    def start(way: str = "lora", options: str = "", output: str = "out", log: str = "", before=None) -> Child:
+        folder = tmp_path / output
+        common = f"--data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 3"
+        if way == "pretrain":
+            module, common = "moco.pretrain", f"{common} --image-size 8 --dim 8 --two-crops digits"
+        else:
+            module, common = "finetune_lora", f"{common} --checkpoint {base} --learning-rate 1e-2"
+        child = Child(module, f"{common} {WAYS[way]} {options}", tmp_path / f"{log or Path(output).name}.log", before)
+        child.folder = folder
+        return child
+
+    return start
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run leaves behind but times: every tensor and every number."""
+    with open(folder / "metrics.csv", newline="") as file:
+        found = {"metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]}
+    if (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text())
+        free = ("seconds", "peak_memory_bytes", "config", "adapter_bytes")
+        found["results"] = {key: value for key, value in results.items() if key not in free}
+        found["adapter"] = read_adapter_file(folder / "lora.pth")["tensors"]
+        state = read_checkpoint(folder / "last.pth")
+        found["optimizer"], found["rng"] = state["optimizer"]["state"], state["rng"]
+    else:
+        found["model"] = read_checkpoint(folder / "moco_stage1_epoch_2.pth")["model"]
+    return found
+
+
+def assert_same(ours, theirs, where: str = "") -> None:
+    """Bitwise."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs, where
+
+
+# ------------------------------------------------------------------------------------------------- killed and resumed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
+    whole, killed, when = start(way, output="whole"), start(way), random.Random(way)
+    kills = 0
+    for _ in range(2):
+        steps = when.randrange(1, 7)  # an epoch has 4 or 7
+        killed.wait_for(lambda child=killed, steps=steps: child.output.count("loss=") >= steps)
+        time.sleep(when.uniform(0, 0.05))
+        killed.send(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+        killed, kills = start(way, "--resume", log=f"resumed {kills}"), kills + 1
+    assert killed.wait() == 0, killed.output
+    assert whole.wait() == 0, whole.output
+    assert_same(outcome(killed.folder), outcome(whole.folder))
+
+
+# ------------------------------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize(
+    ("way", "signum", "workers"),
+    [("lora", signal.SIGTERM, 1), ("full", signal.SIGINT, 0), ("pretrain", signal.SIGINT, 0)],
+)
+def test_an_interrupted_run_saves_where_it_is_and_goes_on(start, way, signum, workers):
+    whole, stopped = start(way, output="whole"), start(way, f"--workers {workers}")
+    stopped.wait_for(lambda: stopped.output.count("loss=") >= 3)
+    stopped.send(signum)  # to its workers too
+    assert stopped.wait() == 128 + signum, stopped.output
+    *_, message = stopped.output.strip().splitlines()
+    assert message.startswith("Stopped; 0 of 2 epochs") and str(stopped.folder / "last.pth") in message
+    assert message.endswith("To go on: the same command with --resume") and "Traceback" not in stopped.output
+    state = read_checkpoint(stopped.folder / "last.pth")
+    assert state["progress"]["loss_sum"] > 0  # within the first epoch
+    resumed = start(way, "--resume", log="resumed")
+    assert resumed.wait() == 0, resumed.output
+    assert whole.wait() == 0, whole.output
+    assert_same(outcome(resumed.folder), outcome(whole.folder))
+
+
+def never_ending_step():
+    step = torch.optim.AdamW.step
+    torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(60), step(*args, **kwargs))
+
+
+def test_a_second_ctrl_c_stops_at_once(start):
+    child = start(before=never_ending_step)
+    child.wait_for(lambda: "epoch 1/2" in child.output)
+    before = read_checkpoint(child.folder / "last.pth")
+    time.sleep(0.5)
+    child.send(signal.SIGINT)
+    time.sleep(0.5)
+    assert child.process.exitcode is None  # it finishes its step
+    child.send(signal.SIGINT)
+    assert child.wait(5) == 130
+    assert child.output.strip().splitlines()[-1] == "interrupted"
+    assert_same(read_checkpoint(child.folder / "last.pth"), before)
+    assert not list(child.folder.glob(".*"))
+
+
+# ---------------------------------------------------------------------------------------------- places to write to
+
+
+@contextlib.contextmanager
+def file_system(folder: Path, size: str):
+    """A file system of its own at `folder`, of so many bytes."""
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("mounting a file system takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def assert_one_line(child: Child, *parts: str) -> None:
+    """It ended with exit code 2 and one line that says these things."""
+    assert child.wait() == 2, child.output
+    message = child.output.strip().splitlines()[-1]
+    assert message.startswith("error: ") and all(part in message for part in parts), message
+    assert "Traceback" not in child.output
+
+
+@pytest.mark.parametrize("way", ["lora", "pretrain"])
+def test_a_full_disk(start, tmp_path, way):
+    with file_system(tmp_path / "out", "160m"):
+        child = start(way)
+        child.wait_for((child.folder / "last.pth").exists)
+        with open(child.folder / "ballast", "wb") as ballast, pytest.raises(OSError):
+            while True:
+                ballast.write(bytes(2**20))
+                ballast.flush()
+        assert_one_line(child, f"cannot write {child.folder}", "No space left on device", "free space")
+        assert not list(child.folder.glob(".*"))
+        (child.folder / "ballast").unlink()
+        state = read_checkpoint(child.folder / "last.pth")  # whole
+        resumed = start(way, "--resume", log="resumed")
+        assert resumed.wait() == 0, resumed.output
+        assert len(state["history"]) < 2 == len(outcome(child.folder)["metrics"])
+
+
+def test_a_disk_that_becomes_read_only(start, tmp_path):
+    with file_system(tmp_path / "out", "64m"):
+        child = start()
+        child.wait_for((child.folder / "last.pth").exists)
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "out"], check=True)
+        assert_one_line(child, f"cannot write {child.folder}", "Read-only file system")
+        read_checkpoint(child.folder / "last.pth")
+
+
+def test_a_folder_that_cannot_be_made(start, tmp_path):
+    with file_system(tmp_path / "out", "64m"):
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "out"], check=True)
+        assert_one_line(start(output="out/deeper"), f"--output-dir {tmp_path}/out/deeper: cannot make this folder")
+
+
+@pytest.mark.parametrize("way", ["lora", "pretrain"])
+def test_a_folder_that_vanishes(start, tmp_path, way):
+    child = start(way)
+    child.wait_for((child.folder / "last.pth").exists)
+    child.folder.rename(tmp_path / "elsewhere")
+    assert_one_line(child, f"cannot write {child.folder}", "No such file or directory", "check the folder")
+    read_checkpoint(tmp_path / "elsewhere" / "last.pth")
+
+
+# --------------------------------------------------------------------------------------------- images, workers, memory
+
+
+@pytest.fixture
+def own_images(tmp_path, images):
+    """A copy of the images that may be damaged."""
+    shutil.copytree(images, tmp_path / "own")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(start, own_images, workers):
+    broken = own_images / "val" / "dark" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    child = start(options=f"--data-dir {own_images} --workers {workers}")
+    assert_one_line(child, f"{broken}: not a readable image", "repair or remove it")
+
+
+@pytest.mark.parametrize("way", ["lora", "pretrain"])
+def test_a_killed_worker_names_the_image_that_it_was_reading(start, own_images, way):
+    stuck = own_images / "train" / "dark" / "3.png"
+    stuck.unlink()
+    os.mkfifo(stuck)  # whoever reads it waits
+    child = start(way, f"--data-dir {own_images} --workers 1")
+
+    def readers() -> list[int]:
+        fds = Path("/proc").glob("[0-9]*/fd/*")
+        return [int(fd.parts[2]) for fd in fds if os.path.realpath(fd) == str(stuck)]
+
+    def opened() -> int | None:
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            return os.open(stuck, os.O_WRONLY | os.O_NONBLOCK)
+
+    child.wait_for(opened)
+    [worker] = {*readers()} - {os.getpid()}
+    os.kill(worker, signal.SIGKILL)
+    assert_one_line(child, "a process that loads images was killed", str(stuck), "--workers 0")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
+    monkeypatch.setattr(finetune_lora.FineTuning, "step", full)
+    with pytest.raises(InputError, match="^out of memory on cpu: lower --batch-size .* --gradient-checkpointing full"):
+        finetune_lora.main(f"--checkpoint {base} {common}".split())
+    monkeypatch.setattr(pretrain.Pretraining, "step", full)
+    with pytest.raises(InputError, match="^out of memory on cpu: lower --batch-size .* --precision bf16"):
+        pretrain.main(f"--image-size 8 --batch-size 8 --two-crops digits {common}".split())
+
+
+def test_files_of_earlier_versions_are_refused(base, images, tmp_path):
+    torch.save({"model": {}, "history": []}, tmp_path / "last.pth")
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --resume"
+    with pytest.raises(InputError, match="not a last.pth of this version"):
+        finetune_lora.main(argv.split())
