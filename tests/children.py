@@ -68,14 +68,14 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
     run_script(lambda: sys.modules[module].main(argv))
 
 
-def together(module: str, options: str, log: Path, processes: int = 2, before: Callable | None = None) -> list[Child]:
-    """Several processes of one run, with the environment that torchrun gives them."""
+def together(module: str, options: str, log: Path, before: Callable | None = None, environment=None) -> list[Child]:
+    """Two processes of one run, with the environment that torchrun gives them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared["TORCHELASTIC_RUN_ID"] = "test"
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"TORCHELASTIC_RUN_ID": "test", **(environment or {})}
     return [
         Child(module, options, log.with_suffix(f".{k}.log"), before, shared | {"RANK": str(k), "LOCAL_RANK": str(k)})
-        for k in range(processes)
+        for k in range(2)
     ]

@@ -1,0 +1,201 @@
+"""Two real processes compute what one does: the same adapters to rounding, every image once, and faults stop both."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from children import ROOT, together
+from torch import nn
+
+import finetune_lora
+from lora_utils import read_adapter_file
+from moco import distributed, pretrain
+from moco.checkpoints import read_checkpoint
+
+# 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
+TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-3 --lora-rank 2 --clip-grad-norm 1"
+WAYS = {
+    "lora": "--label-smoothing 0.1",
+    "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
+}
+PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
+
+
+@pytest.fixture
+def options(base, images, tmp_path):
+    """options("lora") are those of a run with its files in `out`; options("pretrain", "alone") in `alone`."""
+
+    def options(way: str, output: str = "out") -> str:
+        common = f"--data-dir {images} --output-dir {tmp_path / output} --device cpu"
+        return f"{common} {PRETRAINING}" if way == "pretrain" else f"{common} --checkpoint {base} {TUNING} {WAYS[way]}"
+
+    return options
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v and k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_close(ours: dict, theirs: dict) -> None:
+    """Tensors by name, to the rounding of sums in another order."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=2e-3, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_fine_tune_as_one(options, tmp_path, way):
+    if way == "lora":  # by torchrun itself
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*torchrun, "finetune_lora.py", *options(way).split()], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        output = done.stdout
+    else:
+        children = together("finetune_lora", options(way), tmp_path / "log")
+        assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+        output = children[0].output
+        assert "epoch" not in children[1].output  # one of the two speaks
+    assert output.count("epoch 1: val loss") == 1
+    alone = finetune_lora.main(options(way, "alone").split())
+    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
+    assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
+    assert_close(ours, theirs)
+    for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["val_accuracy"] == alone["val_accuracy"] and results["epochs"] == 2
+    assert results["knn_accuracy_before"] == alone["knn_accuracy_before"]
+    assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def note_images() -> None:
+    """Each process writes down which images it trained on, and the gradients that it exchanged."""
+    real_step, real_parallel = finetune_lora.FineTuning.step, distributed.parallel
+    log = Path(os.environ["NOTES"]).with_suffix(f".{os.environ['RANK']}.txt")
+
+    def step(self, window):
+        for images, labels in window:
+            seen = [round(image.double().sum().item(), 3) for image, label in zip(images, labels, strict=True) if label >= 0]
+            with open(log, "a") as file:
+                file.write("".join(f"{number}\n" for number in seen))
+        return real_step(self, window)
+
+    finetune_lora.FineTuning.step = step
+
+    def parallel(model: nn.Module, device):
+        module = real_parallel(model, device)
+
+        def hook(_, bucket):
+            with open(log.with_suffix(".travelled"), "a") as file:
+                file.write(f"{bucket.buffer().numel()}\n")
+            return (
+                distributed.dist.all_reduce(bucket.buffer(), async_op=True)
+                .get_future()
+                .then(lambda done: done.value()[0] / 2)
+            )
+
+        module.register_comm_hook(None, hook)
+        return module
+
+    distributed.parallel = parallel
+
+
+def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp_path):
+    environment = {"NOTES": str(tmp_path / "notes")}
+    argv = options("lora") + " --augmentation none --epochs 1 --accumulation-steps 1"
+    children = together("finetune_lora", argv, tmp_path / "log", before=note_images, environment=environment)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    parts = [(tmp_path / f"notes.{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert [len(part) for part in parts] == [13, 8]  # of four batches of 5 and one of 1
+    splits = finetune_lora.load_splits("imagefolder", argv.split()[1])
+    transform = finetune_lora.eval_transform(16)
+    assert sorted(parts[0] + parts[1]) == sorted(
+        str(round(transform(image).double().sum().item(), 3)) for image, _ in splits.train
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    travelled = [int(line) for line in (tmp_path / "notes.0.travelled").read_text().split()]
+    assert sum(travelled) == 5 * results["trainable_parameters"]
+
+
+def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
+    children = together("moco.pretrain", options("pretrain"), tmp_path / "log", before=keep_every_queue)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    pretrain.main(options("pretrain", "alone").split())
+    ours, theirs = (read_checkpoint(tmp_path / name / "moco_stage1_epoch_2.pth")["model"] for name in ("out", "alone"))
+    assert_close(ours, theirs)  # a ViT has no BatchNorm: the queue, its order included, is that of one process
+    queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
+    assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
+    for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def keep_every_queue() -> None:
+    real = pretrain.Pretraining.results
+
+    def results(self):
+        torch.save(self.model.queue, self.path(f"queue_{os.environ['RANK']}.pth"))
+        return real(self)
+
+    pretrain.Pretraining.results = results
+
+
+def test_a_fault_in_one_process_stops_both_with_its_line(options, tmp_path, images):
+    broken = tmp_path / "own" / "train" / "dark" / "3.png"
+    shutil.copytree(images, tmp_path / "own")
+    broken.write_bytes(broken.read_bytes()[:60])
+    children = together("finetune_lora", f"{options('lora')} --data-dir {tmp_path / 'own'}", tmp_path / "log")
+    assert [child.wait(60) for child in children] == [2, 2], [child.output for child in children]
+    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and f"{broken}: not a readable image" in lines[0]
+    assert not any("Traceback" in child.output for child in children)
+
+
+def test_a_killed_process_stops_the_other(options, tmp_path):
+    first, second = together("finetune_lora", options("lora"), tmp_path / "log")
+    first.wait_for(lambda: "loss=" in first.output)
+    second.send(signal.SIGKILL)
+    assert first.wait(60) == 2
+    assert "error: another process of this run has ended" in first.output and "Traceback" not in first.output
+    read_checkpoint(tmp_path / "out" / "last.pth")
+
+
+def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path):
+    """The signal reaches one process alone; with dropout, whose state each process has."""
+    dropout = " --lora-dropout 0.2"
+    first, second = together("finetune_lora", options("lora") + dropout, tmp_path / "log")
+    first.wait_for(lambda: "loss=" in first.output)
+    second.send(signal.SIGTERM)
+    assert (first.wait(60), second.wait(60)) == (143, 143), first.output + second.output
+    assert "To go on: the same command with --resume" in first.output and "Stopped" not in second.output
+    resumed = together("finetune_lora", options("lora") + dropout + " --resume", tmp_path / "resumed")
+    whole = together("finetune_lora", options("lora", "whole") + dropout, tmp_path / "whole")
+    assert [child.wait(120) for child in resumed + whole] == [0] * 4, resumed[0].output
+    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("way", "more", "message"),
+    [
+        ("lora", "--lora-rank 0 --epochs -1", "--epochs: expected a whole number above 0"),
+        ("pretrain", "--batch-size 5", "--batch-size 5: not a multiple of the 2 processes"),
+    ],
+)
+def test_what_all_find_wrong_is_said_once(options, tmp_path, way, more, message):
+    module = "moco.pretrain" if way == "pretrain" else "finetune_lora"
+    children = together(module, f"{options(way)} {more}", tmp_path / "log")
+    assert [child.wait(60) for child in children] == [2, 2]
+    lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
