@@ -9,6 +9,7 @@ k + 2 W, ... In a run of one process every function here leaves things as they a
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -132,7 +133,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames broadcast_buffers, which older ones need
+        return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def not_yet_averaged(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -33,7 +33,7 @@ class Child:
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """Its exit code, minus the signal's number if one killed it."""
         self.process.join(seconds)
         if self.process.exitcode is None:
@@ -41,7 +41,7 @@ class Child:
             raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
         return self.process.exitcode
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 100) -> None:
         """Return when the condition holds; it must do so before the child ends."""
         until = time.monotonic() + seconds
         while not condition():

@@ -155,7 +155,7 @@ def test_a_fault_in_one_process_stops_both_with_its_line(options, tmp_path, imag
     shutil.copytree(images, tmp_path / "own")
     broken.write_bytes(broken.read_bytes()[:60])
     children = together("finetune_lora", f"{options('lora')} --data-dir {tmp_path / 'own'}", tmp_path / "log")
-    assert [child.wait(60) for child in children] == [2, 2], [child.output for child in children]
+    assert [child.wait(120) for child in children] == [2, 2], [child.output for child in children]
     lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"{broken}: not a readable image" in lines[0]
     assert not any("Traceback" in child.output for child in children)
@@ -165,7 +165,7 @@ def test_a_killed_process_stops_the_other(options, tmp_path):
     first, second = together("finetune_lora", options("lora"), tmp_path / "log")
     first.wait_for(lambda: "loss=" in first.output)
     second.send(signal.SIGKILL)
-    assert first.wait(60) == 2
+    assert first.wait(120) == 2
     assert "error: another process of this run has ended" in first.output and "Traceback" not in first.output
     read_checkpoint(tmp_path / "out" / "last.pth")
 
@@ -176,7 +176,7 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
     first, second = together("finetune_lora", options("lora") + dropout, tmp_path / "log")
     first.wait_for(lambda: "loss=" in first.output)
     second.send(signal.SIGTERM)
-    assert (first.wait(60), second.wait(60)) == (143, 143), first.output + second.output
+    assert (first.wait(120), second.wait(120)) == (143, 143), first.output + second.output
     assert "To go on: the same command with --resume" in first.output and "Stopped" not in second.output
     resumed = together("finetune_lora", options("lora") + dropout + " --resume", tmp_path / "resumed")
     whole = together("finetune_lora", options("lora", "whole") + dropout, tmp_path / "whole")
@@ -196,6 +196,6 @@ def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path
 def test_what_all_find_wrong_is_said_once(options, tmp_path, way, more, message):
     module = "moco.pretrain" if way == "pretrain" else "finetune_lora"
     children = together(module, f"{options(way)} {more}", tmp_path / "log")
-    assert [child.wait(60) for child in children] == [2, 2]
+    assert [child.wait(120) for child in children] == [2, 2]
     lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
