@@ -1,6 +1,7 @@
 """Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -521,7 +522,7 @@ def _leave_stopping_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(multiprocessing.parent_process().pid,), daemon=True).start()
 
 
 def _end_when_told_by(process: int) -> None:

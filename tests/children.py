@@ -56,6 +56,7 @@ class Child:
 
 def _run(module: str, argv: list[str], log: Path, before: Callable | None, environment: dict[str, str]) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of its own workers: Linux's default, not the server's
     os.environ.update(environment)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)

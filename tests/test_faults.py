@@ -165,9 +165,9 @@ def assert_one_line(child: Child, *parts: str) -> None:
     assert "Traceback" not in child.output
 
 
-@pytest.mark.parametrize("way", ["lora", "pretrain"])
-def test_a_full_disk(start, tmp_path, way):
-    with file_system(tmp_path / "out", "160m"):
+@pytest.mark.parametrize(("way", "size"), [("lora", "8m"), ("pretrain", "160m")])
+def test_a_full_disk(start, tmp_path, way, size):
+    with file_system(tmp_path / "out", size):
         child = start(way)
         child.wait_for((child.folder / "last.pth").exists)
         with open(child.folder / "ballast", "wb") as ballast, pytest.raises(OSError):
@@ -177,10 +177,10 @@ def test_a_full_disk(start, tmp_path, way):
         assert_one_line(child, f"cannot write {child.folder}", "No space left on device", "free space")
         assert not list(child.folder.glob(".*"))
         (child.folder / "ballast").unlink()
-        state = read_checkpoint(child.folder / "last.pth")  # whole
+        read_checkpoint(child.folder / "last.pth")  # whole
         resumed = start(way, "--resume", log="resumed")
         assert resumed.wait() == 0, resumed.output
-        assert len(state["history"]) < 2 == len(outcome(child.folder)["metrics"])
+        assert len(outcome(child.folder)["metrics"]) == 2
 
 
 def test_a_disk_that_becomes_read_only(start, tmp_path):
@@ -232,16 +232,19 @@ def test_a_killed_worker_names_the_image_that_it_was_reading(start, own_images, 
     os.mkfifo(stuck)  # whoever reads it waits
     child = start(way, f"--data-dir {own_images} --workers 1")
 
-    def readers() -> list[int]:
-        fds = Path("/proc").glob("[0-9]*/fd/*")
-        return [int(fd.parts[2]) for fd in fds if os.path.realpath(fd) == str(stuck)]
+    def readers() -> set[int]:
+        found = set()
+        for fd in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # a process that has ended meanwhile, or is not ours
+                found |= {int(fd.parts[2])} if os.readlink(fd) == str(stuck) else set()
+        return found - {os.getpid()}
 
     def opened() -> int | None:
         with contextlib.suppress(OSError):  # nobody reads it yet
             return os.open(stuck, os.O_WRONLY | os.O_NONBLOCK)
 
     child.wait_for(opened)
-    [worker] = {*readers()} - {os.getpid()}
+    [worker] = readers()
     os.kill(worker, signal.SIGKILL)
     assert_one_line(child, "a process that loads images was killed", str(stuck), "--workers 0")
 
@@ -253,15 +256,15 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
 
     common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
     monkeypatch.setattr(finetune_lora.FineTuning, "step", full)
-    with pytest.raises(InputError, match="^out of memory on cpu: lower --batch-size .* --gradient-checkpointing full"):
+    with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --gradient-checkpointing full"):
         finetune_lora.main(f"--checkpoint {base} {common}".split())
     monkeypatch.setattr(pretrain.Pretraining, "step", full)
-    with pytest.raises(InputError, match="^out of memory on cpu: lower --batch-size .* --precision bf16"):
+    with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
         pretrain.main(f"--image-size 8 --batch-size 8 --two-crops digits {common}".split())
 
 
 def test_files_of_earlier_versions_are_refused(base, images, tmp_path):
     torch.save({"model": {}, "history": []}, tmp_path / "last.pth")
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --resume"
-    with pytest.raises(InputError, match="not a last.pth of this version"):
+    with pytest.raises(InputError, match=r"not a last.pth of this version"):
         finetune_lora.main(argv.split())

@@ -87,7 +87,9 @@ def note_images() -> None:
 
     def step(self, window):
         for images, labels in window:
-            seen = [round(image.double().sum().item(), 3) for image, label in zip(images, labels, strict=True) if label >= 0]
+            seen = [
+                round(image.double().sum().item(), 3) for image, label in zip(images, labels, strict=True) if label >= 0
+            ]
             with open(log, "a") as file:
                 file.write("".join(f"{number}\n" for number in seen))
         return real_step(self, window)
