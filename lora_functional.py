@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
+PARTS = 8  # in which the gradient of an absorbed operation is computed
 # What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way.
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
@@ -185,9 +186,9 @@ class _LoRALinear(torch.autograd.Function):
         low, A, B = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_dropped, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        pull_back = None
+        x = low
         if ctx.before is not None:
-            low, pull_back = _recompute(ctx, low, need_x)
+            low = _recompute(ctx, x)
 
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
@@ -199,9 +200,10 @@ class _LoRALinear(torch.autograd.Function):
             h = A @ low.T  # (groups r, N)
             gB = [(h_g @ gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
             gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
+        del low  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
-        if pull_back is not None and need_x:
-            gx = pull_back(gx)
+        if ctx.before is not None and need_x:
+            gx = _pull_back(ctx, gx, x.flatten(0, -2))
         return (
             None if gx is None else gx.view(ctx.shape),
             (gh.T @ A).view(ctx.shape) if need_dropped else None,
@@ -222,12 +224,25 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return _linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-def _recompute(ctx, x: Tensor, need_grad: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The absorbed operation once more: its output as rows, and what takes that output's gradient back to x."""
-    with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
-        x = x.detach().requires_grad_(need_grad)
-        rows = ctx.before(x).to(ctx.dtype).flatten(0, -2)
-    return rows.detach(), lambda gradient: torch.autograd.grad(rows, x, gradient)[0]
+def _recompute(ctx, x: Tensor) -> Tensor:
+    """The output of the absorbed operation once more, as rows."""
+    with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
+        return ctx.before(x).to(ctx.dtype).flatten(0, -2)
+
+
+def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
+    """From the gradient of the absorbed operation's output to that of x, both (N, in), in the same memory if it fits.
+
+    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass.
+    """
+    result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
+    size = max(1, math.ceil(len(x) / PARTS))
+    for x_part, gradient_part, result_part in zip(x.split(size), gradient.split(size), result.split(size), strict=True):
+        with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
+            x_part = x_part.detach().requires_grad_()
+            y = ctx.before(x_part)
+        result_part.copy_(torch.autograd.grad(y, x_part, gradient_part.to(y.dtype))[0])
+    return result
 
 
 def lora_linear(
@@ -251,7 +266,7 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on one input ``weight`` holds, one below the other.
         dropped: what the adapter sees in place of x, (..., in): x after dropout.
-        before: a pointwise operation to apply to x first. Its output is recomputed in backward, not saved.
+        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not saved.
 
     Raises:
         ValueError: both of the last two. Dropout would act on an output that is not kept.
