@@ -365,19 +365,21 @@ def faults_explained(device: torch.device, saves_memory: str, loaders: Iterable[
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device}: {saves_memory}") from None
         if distributed.is_lost_peer(error):
             raise InputError(
                 "another process of this run has ended: look for its message, or whether it was killed"
             ) from None
-        if "DataLoader worker" not in str(error):
+        # A worker that ends while it hands over a batch breaks the connection.
+        if "DataLoader worker" not in str(error) and not isinstance(error, ConnectionError | EOFError):
             raise
         names = [name for loader in loaders for name in loader.dataset.names_being_read()]
+        reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
         reading = f" while images were read: {', '.join(names)}" if names else ""
         raise InputError(
-            f"a process that loads images was killed{reading} ({str(error).splitlines()[0].rstrip('. ')}): if memory "
+            f"a process that loads images was killed{reading} ({reason}): if memory "
             "ran out, use fewer --workers or --workers 0; else look at these images"
         ) from None
 
