@@ -266,7 +266,7 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on one input ``weight`` holds, one below the other.
         dropped: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not saved.
+        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not kept.
 
     Raises:
         ValueError: both of the last two. Dropout would act on an output that is not kept.
