@@ -244,6 +244,7 @@ def test_a_killed_worker_names_the_image_that_it_was_reading(start, own_images, 
             return os.open(stuck, os.O_WRONLY | os.O_NONBLOCK)
 
     child.wait_for(opened)
+    child.wait_for(readers)  # its open() returns a moment after ours
     [worker] = readers()
     os.kill(worker, signal.SIGKILL)
     assert_one_line(child, "a process that loads images was killed", str(stuck), "--workers 0")
