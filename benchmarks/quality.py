@@ -36,11 +36,18 @@ from moco.training import positive_int, run_script
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+
+
+def adapters(r: int) -> list[str]:
+    """With alpha / r = 2 at every rank, so that the ranks differ in their size alone."""
+    return ["--lora-rank", str(r), "--lora-alpha", str(2 * r)]
+
+
 # title, flags, the learning rate where the search begins
 METHODS = {
     "probe": ("linear probe", PROBE, 3e-2),
-    **{f"lora_{r}": (f"LoRA r={r}", ["--lora-rank", str(r)], 3e-3) for r in (4, 8, 16, 32)},
-    **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", "--lora-rank", str(r)], 3e-3) for r in (4, 8, 16)},
+    **{f"lora_{r}": (f"LoRA r={r}", adapters(r), 3e-3) for r in (4, 8, 16, 32)},
+    **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", *adapters(r)], 3e-3) for r in (4, 8, 16)},
     "full": ("full fine-tuning", FULL, 3e-4),
     "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
 }

@@ -12,6 +12,7 @@ from PIL import Image
 
 import finetune_lora
 from moco.backbones import build_backbone
+from moco.data import LabelledImages, load_splits
 
 CLASSES = ("bright", "dark", "striped")
 
@@ -52,3 +53,17 @@ def finetune(base, images, tmp_path):
         return finetune_lora.main([*argv.split(), *options.split()]) | {"folder": tmp_path / output}
 
     return run
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """`finetune_lora` finds one image of each class in each split: for commands that only have to run."""
+
+    def few(part: LabelledImages) -> LabelledImages:
+        return part.subset([part.labels.index(label) for label in sorted(set(part.labels))])
+
+    def load_few(*args):
+        splits = load_splits(*args)
+        return splits._replace(train=few(splits.train), val=few(splits.val))
+
+    monkeypatch.setattr(finetune_lora, "load_splits", load_few)

@@ -23,7 +23,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone, read_checkpoint
-from moco.data import LabelledImages, load_splits
+from moco.data import load_splits
 from moco.training import seed_everything
 
 ROOT = Path(__file__).parents[1]
@@ -537,7 +537,7 @@ GUIDE = [
 
 @pytest.fixture
 def fresh_clone(tmp_path, monkeypatch):
-    """A folder with the shipped files in their places, of which two images of each class are used."""
+    """A folder with the shipped files in their places."""
     checkpoint = tmp_path / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
     checkpoint.parent.mkdir(parents=True)
     torch.manual_seed(0)
@@ -547,22 +547,14 @@ def fresh_clone(tmp_path, monkeypatch):
     config = (ROOT / "configs/stage1.yaml").read_text()
     (tmp_path / "configs/stage1.yaml").write_text(config)
 
-    def few_images(*args):
-        splits = load_splits(*args)
-
-        def few(part: LabelledImages) -> LabelledImages:
-            return part.subset([part.labels.index(label) for label in range(10)])
-
-        return splits._replace(train=few(splits.train), val=few(splits.val))
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune_lora, "HERE", tmp_path)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
-    monkeypatch.setattr(finetune_lora, "load_splits", few_images)
     return yaml.safe_load(config)["finetune"]
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("command", GUIDE)
 def test_every_command_of_the_guide_runs(command, fresh_clone):
     results = finetune_lora.main(command.split())

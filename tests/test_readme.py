@@ -66,6 +66,7 @@ def test_the_first_two_commands_are_those_of_the_gate():
         assert command.replace("pip install", "pip install --quiet") in gate or command in gate
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python finetune_lora.py")])
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path):
     monkeypatch.chdir(newcomer)
