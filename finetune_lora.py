@@ -18,12 +18,13 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 from torchvision.models.vision_transformer import EncoderBlock
 from tqdm import tqdm
 
@@ -56,7 +58,7 @@ from lora_functional import (
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
 from moco import InputError, distributed, printable
-from moco.backbones import ARCHS, build_backbone, head_name
+from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
 from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
 from moco.data import (
     AUGMENTATIONS,
@@ -77,6 +79,7 @@ from moco.training import (
     StopRequests,
     autocast,
     check_places,
+    eval_mode,
     extract_features,
     faults_explained,
     fraction,
@@ -111,6 +114,20 @@ SAVES_MEMORY = (
 PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4)
 
 # ------------------------------------------------------------------------------------------------------- the layers
+
+
+def checked_settings(r, lora_alpha, lora_dropout, use_rslora) -> tuple[int, float, float, bool]:
+    """The settings of an adapter as plain numbers, of whatever kind they come. Raises InputError for bad ones."""
+    problems = []
+    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
+        problems.append(f"r is {r!r}; give a rank of 1 or more")
+    if not isinstance(lora_alpha, numbers.Real) or not 0 < lora_alpha < math.inf:
+        problems.append(f"lora_alpha is {lora_alpha!r}; give a number above 0")
+    if not isinstance(lora_dropout, numbers.Real) or not 0 <= lora_dropout < 1:
+        problems.append(f"lora_dropout is {lora_dropout!r}; give a number from 0 to below 1")
+    if problems:
+        raise InputError("; ".join(problems))
+    return int(r), float(lora_alpha), float(lora_dropout), bool(use_rslora)
 
 
 class LoRALayer:
@@ -151,8 +168,9 @@ class LoRALayer:
         return layer
 
     def _start(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = settings
+        self.scaling = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._neighbours: tuple[nn.Module, ...] = ()  # operations taken in; a tuple, so they stay out of the tree
@@ -235,6 +253,7 @@ class LoRALayer:
         return (
             self._is_active
             and not any(getattr(self, name).requires_grad for name in self.weight_names)
+            and neighbour.is_in_place()
             and neighbour.can_be_absorbed(by_dropout=self.training and self.lora_dropout > 0)
         )
 
@@ -242,6 +261,15 @@ class LoRALayer:
         super()._apply(fn, recurse)
         self._base_data = {name: fn(weight) for name, weight in self._base_data.items()}
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self.merged:  # the base that is kept would not know of what is loaded
+            errors.append(f"{prefix}weight is merged: call unmerge_lora_weights() before load_state_dict()")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def _replicate_for_data_parallel(self):
+        raise InputError("nn.DataParallel cannot copy adapted layers: start a process per GPU with torchrun")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -570,15 +598,21 @@ class Absorbable:
     """
 
     @classmethod
-    def attach(cls, module: nn.Module, layer: LoRALayer) -> None:
+    def attach(cls, module: nn.Module, layer: LoRALayer, parent: nn.Module, *paths: str) -> None:
         module.stock_class = FREEZABLE.get(type(module), type(module))  # one that is frozen now stays so
         module.__class__ = cls
         module._absorber = (layer,)  # a tuple, so it stays out of the tree
+        module._places = parent, dict(zip(paths, (module, layer), strict=True))
         layer._neighbours = (module,)
 
     def release(self) -> None:
         self.__class__ = self.stock_class
-        del self.stock_class, self._absorber
+        del self.stock_class, self._absorber, self._places
+
+    def is_in_place(self) -> bool:
+        """Are both still where they were paired? Somebody may have put another module in the place of one."""
+        parent, places = self._places
+        return all(parent.get_submodule(path) is module for path, module in places.items())
 
     def can_be_absorbed(self, by_dropout: bool) -> bool:
         # Dropout acts on what the adapter sees, which then has to exist.
@@ -642,17 +676,17 @@ def _fold_batch_norms(model: nn.Module) -> None:
     """Pair adapted convolutions with the BatchNorm right behind them: in torchvision's ResNets and in Sequentials."""
     uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     for parent in model.modules():
-        children = dict(parent.named_children())
         pairs = []
         if _runs_as(parent, ResNet, BasicBlock, Bottleneck):
-            pairs = [(children.get(f"conv{i}"), children.get(f"bn{i}")) for i in (1, 2, 3)]
+            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
         elif _runs_as(parent, nn.Sequential):
-            pairs = itertools.pairwise(parent)  # not its named_children, which name a module once
-        for conv, norm in pairs:
+            pairs = itertools.pairwise(parent._modules)  # not its named_children, which name a module once
+        for paths in pairs:
+            conv, norm = (parent._modules.get(path) for path in paths)
             is_pair = isinstance(conv, LoRAConv2d) and type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
             # One that is used twice stands behind two convolutions, or behind none for the second time.
             if is_pair and uses[id(conv)] == uses[id(norm)] == 1:
-                FoldedBatchNorm2d.attach(norm, conv)
+                FoldedBatchNorm2d.attach(norm, conv, parent, *reversed(paths))
 
 
 class PooledStemResNet(ResNet):
@@ -724,19 +758,13 @@ def add_lora_to_model(
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
 
     Raises:
-        InputError: a bad value, a target that matches nothing, or 4-bit layers asked to become float again. The model
-            is then as it was.
+        InputError: a bad value, a target that matches nothing, a weight that two layers share, or 4-bit layers asked
+            to become float again. The model is then as it was.
     """
-    problems = []
-    if not isinstance(r, int) or r < 1:
-        problems.append(f"r is {r}; give a rank of 1 or more")
-    if not lora_alpha > 0:
-        problems.append(f"lora_alpha is {lora_alpha}; give a number above 0")
-    if not 0 <= lora_dropout < 1:
-        problems.append(f"lora_dropout is {lora_dropout}; give a number from 0 to below 1")
-    if problems:
-        raise InputError("; ".join(problems))
+    settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
+    wrapped, model = model, unwrapped(model)
     chosen = _choose_layers(model, target_modules, exclude_modules)
+    _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
     stuck = [name for name, layer in _outermost(model, _FourBits) if not use_qlora or name not in chosen]
@@ -752,12 +780,12 @@ def add_lora_to_model(
             layer.remove_lora()
     for layer in chosen.values():
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # one that is in 4 bits keeps its kind
-        kinds[use_qlora].adapt(layer, r, lora_alpha, lora_dropout, use_rslora)
+        kinds[use_qlora].adapt(layer, *settings)
     _fold_batch_norms(model)
     _pool_stems(model)
     _absorb(model, AbsorbedLayerNorm)
     _close_fast_paths(model)
-    return model
+    return wrapped
 
 
 def check_rank(model: nn.Module, r: int) -> None:
@@ -773,13 +801,14 @@ def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if id(module) not in inside and isinstance(module, kind):
             yield name, module
-        if isinstance(module, nn.MultiheadAttention):
+        # Swin's attention reads the weights of its layers and never calls them.
+        if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
             inside.update(id(m) for m in module.modules())
 
 
 def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
     layers = _outermost(model, (*ADAPTED, LoRALayer))
-    candidates = {name: m for name, m in layers if type(m) in ADAPTED or isinstance(m, LoRALayer)}
+    candidates = {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
     targets, excluded = ([x] if isinstance(x, str) else x for x in (targets, excluded))
     if targets is None:
         chosen = {n: m for n, m in candidates.items() if not _in_head(model, n) and not _in_patch_embedding(n)}
@@ -793,6 +822,11 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {_listed(candidates)}")
     return chosen
+
+
+def _has_adapted_kind(layer: nn.Module) -> bool:
+    """Of exactly a type that has an adapted kind, and with its weights, which pruning and weight_norm take away."""
+    return type(layer) in ADAPTED and not {"weight", "in_proj_weight"}.isdisjoint(layer._parameters)
 
 
 def _in_head(model: nn.Module, name: str) -> bool:
@@ -817,12 +851,22 @@ def _listed(names, shown: int = 12) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") or "none"
 
 
+def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    shared = [name for name, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
+    if shared:
+        raise InputError(f"{shared[0]} shares its weight with another layer, which an adapter would change too")
+
+
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     in_head = [name for name in chosen if _in_head(model, name)]
     if in_head:
         raise InputError(
             f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out of the targets"
         )
+    double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
+    if double:
+        raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
     try:
         bitsandbytes_functional()
     except ImportError as error:
@@ -846,7 +890,13 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
 
     BatchNorm of a frozen backbone stays in eval mode whatever `model.train()` says: its statistics belong to the base.
     Weights in 4 bits do not train in either case.
+
+    Raises:
+        InputError: merged weights would train; the manager takes them out again, and what they learned would be lost.
     """
+    model = unwrapped(model)
+    if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
+        raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
         in_head = _in_head(model, name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -960,10 +1010,10 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
 def _absorb(model: nn.Module, kind: type[Absorbable]) -> list[nn.Module]:
     """Let adapted layers take in the operations of one kind in front of them; those operations."""
-    pairs = [(operation, layer) for operation, layer, absorbed in _pointwise_pairs(model) if absorbed is kind]
-    for operation, layer in pairs:
-        kind.attach(operation, layer)
-    return [operation for operation, _ in pairs]
+    pairs = [pair for *pair, absorbed in _pointwise_pairs(model) if absorbed is kind]
+    for operation, layer, block, paths in pairs:
+        kind.attach(operation, layer, block, *paths)
+    return [operation for operation, *_ in pairs]
 
 
 def _pointwise_pairs(model: nn.Module):
@@ -971,14 +1021,14 @@ def _pointwise_pairs(model: nn.Module):
     for block in model.modules():
         if not _runs_as(block, EncoderBlock):
             continue
-        first, activation, dropout, second, *_ = block.mlp
-        pairs = [(block.ln_1, block.self_attention), (block.ln_2, first)]
-        if dropout.p == 0:  # it stands between the two
-            pairs.append((activation, second))
-        for operation, layer in pairs:
+        pairs = [("ln_1", "self_attention"), ("ln_2", "mlp.0")]
+        if block.mlp[2].p == 0:  # the dropout stands between the two
+            pairs.append(("mlp.1", "mlp.3"))
+        for paths in pairs:
+            operation, layer = map(block.get_submodule, paths)
             kind = {nn.LayerNorm: AbsorbedLayerNorm, nn.GELU: AbsorbedGELU}.get(type(operation))
             if kind is not None and isinstance(layer, LoRALayer):
-                yield operation, layer, kind
+                yield operation, layer, block, paths, kind
 
 
 # --------------------------------------------------------------------------------------------------------- predicting
@@ -1063,17 +1113,16 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, dtype=t
 
     Of several processes each evaluates its share, and all return the result over the whole.
     """
-    was_training = model.training
-    model.eval()
-    loss, predictions, labels = 0.0, [], []
-    for images, targets in loader:
-        images, targets = _to_device(images, device), targets.to(device)
-        with autocast(device, dtype):
-            logits = model(images)
-        loss += F.cross_entropy(logits.float(), targets, reduction="sum").item()
-        predictions.append(logits.argmax(1))
-        labels.append(targets)
-    model.train(was_training)
+    losses, predictions, labels = [], [], []
+    with eval_mode(model):
+        for images, targets in loader:
+            images, targets = _to_device(images, device), targets.to(device)
+            with autocast(device, dtype):
+                logits = model(images)
+            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            predictions.append(logits.argmax(1))
+            labels.append(targets)
+    loss = sum(torch.stack(losses).tolist())
     predictions, labels = (distributed.interleave(torch.cat(share)).cpu() for share in (predictions, labels))
     accuracy = (predictions == labels).float().mean().item()
     return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels)
@@ -1170,6 +1219,8 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
     problems = list(check_places(args))
+    if not os.path.exists(args.checkpoint) and os.path.exists(HERE / args.checkpoint):
+        args.checkpoint = HERE / args.checkpoint  # config.yaml names paths inside the toolkit from there
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
@@ -1218,8 +1269,14 @@ def resolved_config(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(
+    argv: Sequence[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None
+) -> dict[str, Any]:
     """Fine-tune, or evaluate with --eval-only, as the options say.
+
+    Args:
+        argv: the command line, `sys.argv[1:]` when None.
+        after_epoch: called with the run after each of its epochs, to log or to draw its `history`.
 
     Returns:
         The content of `results.json`: `val_accuracy` (best, 0 to 1), `best_epoch`, `epochs`, `seconds`,
@@ -1232,26 +1289,37 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = select_device(args.device)
     dtype = select_precision(args.precision, device)
     distributed.join(device)
-    if args.eval_only:
-        base = args.checkpoint if sources["checkpoint"] != "default" else None
-        return evaluate_adapter(args, base, device, dtype)
-    print(describe_options(args, sources))
-    seed_everything(args.seed)
-    splits, model, report = prepare(args)
-    run = FineTuning(args, model.to(device), report, splits, device, dtype)
-    with faults_explained(device, SAVES_MEMORY, run.loaders):
+    with faults_explained(device, SAVES_MEMORY) as loaders:
+        if args.eval_only:
+            base = args.checkpoint if sources["checkpoint"] != "default" else None
+            return evaluate_adapter(args, base, device, dtype, loaders)
+        print(describe_options(args, sources))
+        seed_everything(args.seed)
+        splits, model, report = prepare(args)
+        print(describe_base(report))
+        run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume:
             run.resume(args.resume)
         else:
             run.measure_start()
-        run.train()
+        run.train(after_epoch)
         return run.finish()
+
+
+def describe_base(report: dict[str, Any]) -> str:
+    """What was recognised in the checkpoint, in a line."""
+    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
+    return (
+        f"backbone: {report['arch']} for {report['image_size']} pixels from a {report['family']} checkpoint{epoch}; "
+        f"{len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
+    )
 
 
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Trouble with the images does not hide the model's."""
     try:
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        with distributed.main_first():  # it may have to download
+            splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
     except InputError as error:
         try:
             build_model(args, num_classes=2)
@@ -1305,14 +1373,14 @@ class FineTuning:
     # What may differ between a run and its continuation without changing what is computed.
     FREE_TO_CHANGE = ("data_dir", "checkpoint", "workers")
 
-    def __init__(self, args, model: nn.Module, report, splits: Splits, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.class_names, self.config = splits.class_names, resolved_config(args)
         self.splits = splits
         check_shares(model, splits, args)
         size = report["image_size"]
         self.transforms = eval_transform(size), train_transform(size, args.augmentation)
-        self.loaders: list[DataLoader] = []
+        self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.transforms[0])
         self.train_loader = self.add_loader(splits.train, self.transforms[1], shuffle=True, seed=args.seed)
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -1357,8 +1425,8 @@ class FineTuning:
     def bar(self, batches=None, title: str = "", **options) -> tqdm:
         return tqdm(batches, title, leave=batches is None, disable=not distributed.is_main(), **options)
 
-    def train(self) -> None:
-        """The remaining epochs; after each, `lora.pth` if it is the best, and `last.pth` to go on from.
+    def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
+        """The remaining epochs; after each, `lora.pth` if it is the best, `last.pth` to go on from, and `after_epoch`.
 
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
@@ -1373,6 +1441,8 @@ class FineTuning:
             try:
                 while len(self.history) < self.args.epochs:
                     self.train_epoch()
+                    if after_epoch is not None:
+                        after_epoch(self)
             except Stopped as stopped:
                 self.save_state()
                 done = f"{len(self.history)} of {self.args.epochs} epochs"
@@ -1420,7 +1490,7 @@ class FineTuning:
         Of several processes each computes its share of the batches; gradients and results are those of the whole.
         """
         count = int(distributed.all_sum(sum((labels != NO_LABEL).sum().item() for _, labels in window))[0])
-        loss_sum, correct = 0.0, 0
+        losses, hits = [], []
         self.optimizer.zero_grad(set_to_none=True)
         for i, (images, labels) in enumerate(window, 1):
             images, labels = _to_device(images, self.device), labels.to(self.device, non_blocking=True)
@@ -1431,9 +1501,9 @@ class FineTuning:
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / count
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.
                 self.scaler.scale(loss * distributed.world_size()).backward()
-            loss_sum += loss.item()
-            correct += (logits.argmax(1) == labels).sum().item()
-        loss_sum, correct = distributed.all_sum(loss_sum, correct)
+            losses.append(loss.detach())  # read together, so that the GPU is waited for once
+            hits.append((logits.argmax(1) == labels).sum())
+        loss_sum, correct = distributed.all_sum(*(sum(torch.stack(values).tolist()) for values in (losses, hits)))
         if not math.isfinite(loss_sum):
             self._stop_diverged(loss_sum)
         if self.args.clip_grad_norm is not None:
@@ -1501,6 +1571,7 @@ class FineTuning:
             "best": self.best,
             "accuracy_before": self.accuracy_before,
             "class_names": list(self.class_names),
+            "base": self.model.base_digests,
             "config": self.config,
         }
 
@@ -1517,10 +1588,13 @@ class FineTuning:
         if changed or state["class_names"] != list(self.class_names):
             what = ", ".join(f"{key} was {theirs.get(key)}, is {ours[key]}" for key in changed) or "other classes"
             raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+        if state["base"] != self.model.base_digests:
+            raise InputError(f"{path} was trained over another base than {self.args.checkpoint}; resume with the same")
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
+            self.scaler.load_state_dict(state["scaler"])
         self.history, self.best, self.accuracy_before = state["history"], state["best"], state["accuracy_before"]
         self.progress = Progress(**state["progress"]) if state["progress"] else None
         if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
@@ -1541,7 +1615,7 @@ class FineTuning:
         results = self.results(result)
         with open_atomically(self.path("results.json")) as file:
             file.write(json.dumps(results, indent=2).encode())
-        plot_curves(self.history, self.accuracy_before, self.path("training_curves.png"))
+        plot_curves(self.history, self.accuracy_before, self.args.eval_split, self.path("training_curves.png"))
         plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
         print(summary(results, self.args.output_dir, self.best["epoch"]))
         return results
@@ -1574,15 +1648,19 @@ class FineTuning:
 
 
 def evaluate_adapter(
-    args: argparse.Namespace, base: Path | None, device: torch.device, dtype: torch.dtype
+    args: argparse.Namespace, base: Path | None, device: torch.device, dtype: torch.dtype, loaders: list[DataLoader]
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base)
     splits = load_splits(args.dataset, args.data_dir, args.eval_split)
     if splits.class_names != info["class_names"]:
-        raise InputError(f"{args.eval_only} knows the classes {info['class_names']}, the data has {splits.class_names}")
+        raise InputError(
+            f"{args.eval_only} knows the classes {_listed(info['class_names'])}, the data has "
+            f"{_listed(splits.class_names)}: give its --data-dir or --dataset, or its config.yaml as --config"
+        )
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     loader = build_loader(Transformed(splits.val, info["transform"]), **loading)
+    loaders.append(loader)
     result = evaluate(model.to(device), loader, device, dtype)
     print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
@@ -1623,16 +1701,16 @@ def write_metrics(history: list[dict[str, float]], columns: Sequence[str], path:
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
 
 
-def plot_curves(history: list[dict[str, float]], accuracy_before: float, path: Path) -> None:
+def plot_curves(history: list[dict[str, float]], accuracy_before: float, eval_split: str, path: Path) -> None:
     """Losses and accuracy by epoch."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
-    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="validation")
+    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label=eval_split)
     losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     values = [100 * row["val_accuracy"] for row in history]
-    accuracies.plot(epochs, values, "s--", color=ORANGE, label="validation")
+    accuracies.plot(epochs, values, "s--", color=ORANGE, label=eval_split)
     if math.isfinite(accuracy_before):
         accuracies.axhline(100 * accuracy_before, color="0.4", linestyle=":", label="k-NN before training")
     accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
@@ -1678,7 +1756,7 @@ def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png"),
         ("merge it", f"python lora_utils.py merge {folder / 'lora.pth'} --output merged.pth"),
-        ("evaluate it", f"python finetune_lora.py --eval-only {folder / 'lora.pth'}"),
+        ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
     ]
     return "\n" + "\n".join(f"{name:<22}{value}" for name, value in rows)
 

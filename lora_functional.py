@@ -21,6 +21,7 @@ Second derivatives are not defined (`once_differentiable`).
 """
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -158,6 +159,17 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, W, bias)
 
 
+def _in_its_own_dtype(backward):
+    """A backward pass inside somebody's autocast region computes in the dtype of its forward pass all the same."""
+
+    @functools.wraps(backward)
+    def run(ctx, gy):
+        with torch.autocast(gy.device.type, enabled=False):
+            return backward(ctx, gy)
+
+    return run
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dropped, A, B, weight, bias, scaling, groups, before, dtype):
@@ -178,10 +190,12 @@ class _LoRALinear(torch.autograd.Function):
             h = F.linear(low, A)  # (N, in) -> (N, groups r)
             for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
                 y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
-        return y.view(*x.shape[:-1], len(W))
+        # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
     @staticmethod
     @once_differentiable
+    @_in_its_own_dtype
     def backward(ctx, gy):
         low, A, B = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
@@ -356,6 +370,7 @@ class _LoRAConv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_its_own_dtype
     def backward(ctx, gy):
         low, A, B, row_scale = ctx.saved_tensors
         need_x, need_dropped, _, _, _, need_bias = ctx.needs_input_grad[:6]

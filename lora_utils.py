@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import InputError, printable
-from moco.backbones import head_name
+from moco.backbones import head_name, unwrapped
 from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, what_starts_so
 from moco.training import run_script, unknown_words
 
@@ -44,14 +44,16 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Digest of every parameter and buffer that belongs to the base: all but the adapters and the classifier head."""
-    return {name: known or tensor_digest(tensor) for name, tensor, known in _base_tensors(model)}
+    return {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Name, tensor and, of a weight in 4 bits, the digest that it had before. A merged layer still has its base."""
+def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
+    """What is not of the adapters, in the classifier head or in all but the head: name, tensor and, of a weight in
+    4 bits, the digest that it had before. A merged layer still has its base.
+    """
     head = head_name(model)
     for prefix, module in model.named_modules():
-        if head is not None and f"{prefix}.".startswith(f"{head}."):
+        if of_head != (head is not None and f"{prefix}.".startswith(f"{head}.")):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
@@ -74,24 +76,20 @@ class LoRAManager:
     """Saves, loads, merges and switches the adapters of a model (see `finetune_lora.add_lora_to_model`)."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = unwrapped(model)
 
     def _layers(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.model.named_modules() if _is_lora(module)}
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
-        head = head_name(self.model)
         tensors = {
             f"{prefix}.{name}".lstrip("."): parameter
             for prefix, module in self._layers().items()
             for name, parameter in module.named_parameters(recurse=False)
             if _is_adapter(module, name)
         }
-        if head is not None:
-            state = getattr(self.model, head).state_dict(prefix=f"{head}.", keep_vars=True)
-            tensors.update({name: tensor for name, tensor in state.items() if name not in tensors})
-        return tensors
+        return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
 
     # ------------------------------------------------------------------------------------------------- merge, switch
 
@@ -147,7 +145,7 @@ class LoRAManager:
         start = getattr(self.model, "base_digests", now)
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result.
-        tensors |= {name: tensor for name, tensor, _ in _base_tensors(self.model) if now[name] != start.get(name)}
+        tensors |= {name: tensor for name, tensor, _ in _stock_tensors(self.model) if now[name] != start.get(name)}
         content = {
             "format_version": FORMAT_VERSION,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},

@@ -5,6 +5,7 @@ import difflib
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
@@ -68,6 +69,17 @@ def head_name(model: nn.Module) -> str | None:
     """Name of the direct child that is the classifier head: 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'."""
     children = dict(model.named_children())
     return next((name for name in HEAD_NAMES if name in children), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
+            model = model._orig_mod
+        else:
+            return model
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

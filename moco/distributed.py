@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -95,6 +95,18 @@ def all_sum(*values: float) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The first process is through this block before the others enter it, so that what it downloads is there."""
+    if not is_main():
+        all_sum(0)
+    try:
+        yield
+    finally:
+        if is_main():
+            all_sum(0)
 
 
 def gather(value: Any) -> list[Any]:

@@ -47,12 +47,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
     training.seed_everything(args.seed)
-    run = Pretraining(args, device, dtype)
-    if args.resume:
-        run.resume(args.resume)
-    images = len(run.loader.dataset)
-    print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
-    with training.faults_explained(device, SAVES_MEMORY, [run.loader, *run.knn_loaders]):
+    with training.faults_explained(device, SAVES_MEMORY) as loaders:
+        run = Pretraining(args, device, dtype)
+        loaders += [run.loader, *run.knn_loaders]
+        if args.resume:
+            run.resume(args.resume)
+        images = len(run.loader.dataset)
+        print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
         run.train()
     if distributed.is_main():
         plot_curves(run.history, run.path("pretraining_curves.png"))
@@ -275,7 +276,8 @@ class Pretraining:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
         self.progress = state["progress"]
         if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes

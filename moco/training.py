@@ -355,16 +355,19 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def faults_explained(device: torch.device, saves_memory: str, loaders: Iterable[DataLoader]) -> Iterator[None]:
+def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Within this block it is an InputError if memory runs out or a worker is killed.
 
     Args:
         device: where the memory is.
         saves_memory: what helps if it runs out.
-        loaders: those whose workers may be killed, with `moco.data.Transformed` data sets.
+
+    Yields:
+        An empty list for the loaders whose workers may be killed, with `moco.data.Transformed` data sets.
     """
+    loaders: list[DataLoader] = []
     try:
-        yield
+        yield loaders
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise InputError(f"out of memory on {device}: {saves_memory}") from None
@@ -373,7 +376,7 @@ def faults_explained(device: torch.device, saves_memory: str, loaders: Iterable[
                 "another process of this run has ended: look for its message, or whether it was killed"
             ) from None
         # A worker that ends while it hands over a batch breaks the connection.
-        if "DataLoader worker" not in str(error) and not isinstance(error, ConnectionError | EOFError):
+        if "DataLoader worker" not in str(error) and not (loaders and isinstance(error, ConnectionError | EOFError)):
             raise
         names = [name for loader in loaders for name in loader.dataset.names_being_read()]
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
@@ -540,6 +543,18 @@ def lr_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within this block the model is in eval mode; each of its modules is then in the mode in which it was."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
 @torch.no_grad()
 def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
@@ -549,15 +564,12 @@ def extract_features(
     Returns:
         float32 features of shape (N, D) and labels of shape (N,), both on `device`.
     """
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     features, labels = [], []
-    for images, targets in loader:
-        with autocast(device, dtype):
-            features.append(forward_features(model, images.to(device, non_blocking=True)).float())
-        labels.append(targets.to(device))
-    for module, training in was_training.items():
-        module.training = training
+    with eval_mode(model):
+        for images, targets in loader:
+            with autocast(device, dtype):
+                features.append(forward_features(model, images.to(device, non_blocking=True)).float())
+            labels.append(targets.to(device))
     return torch.cat(features), torch.cat(labels)
 
 

@@ -141,6 +141,30 @@ def test_an_adapted_head_is_in_the_file_once(path):
     assert torch.equal(fresh(x), model(x))
 
 
+def test_a_merged_head_is_saved_as_its_base_and_its_adapter(path):
+    model, x = adapted(base(), target_modules=["heads", "mlp"]), images()
+    expected, manager = model(x), LoRAManager(model)
+    manager.merge_lora_weights()
+    manager.save_lora_checkpoint(path)
+    fresh = adapted(base(), target_modules=["heads", "mlp"])
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), expected)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_the_model_inside(path, wrap):
+    """Wrappers prefix every name; the head must be found all the same."""
+    model, x = base(), images()
+    wrapped = wrap(model)
+    assert add_lora_to_model(wrapped, r=2) is wrapped
+    freeze_backbone_params(wrapped)
+    assert model.heads.head.weight.requires_grad and not hasattr(model.heads.head, "lora_A")
+    LoRAManager(wrapped).save_lora_checkpoint(path)
+    fresh = adapted(base())
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert torch.equal(fresh(x), model(x))
+
+
 def test_two_stage_training_travels_in_the_file(path):
     """After stage 2 the base is another one: what moved is in the file, and only that."""
     model, x = adapted(base()), images()

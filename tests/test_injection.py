@@ -16,8 +16,10 @@ from dense import (
     randomize_adapters,
 )
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 import finetune_lora
@@ -168,6 +170,8 @@ def test_attention_s_out_proj_is_never_adapted_alone(target):
         ({"r": 0, "lora_alpha": -1, "lora_dropout": 1.0}, "r is 0.*lora_alpha is -1.*lora_dropout is 1.0"),
         ({"r": 2.5}, "r is 2.5"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"lora_alpha": "16", "lora_dropout": None}, "lora_alpha is '16'.*lora_dropout is None"),
         ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
     ],
     ids=str,
@@ -195,6 +199,56 @@ def test_subclasses_that_may_compute_something_else_are_left_alone():
     assert adapted_names(model) == {"0"}
     with pytest.raises(InputError, match="no layer matches 1; there are: 0"):
         add_lora_to_model(model, target_modules="1")
+
+
+def test_layers_whose_weight_is_computed_are_left_alone():
+    """Pruning and weight_norm keep another parameter, and set `weight` before every call."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[1], "weight", amount=0.5)
+    add_lora_to_model(model)
+    assert adapted_names(model) == {"0"}
+
+
+def test_layers_that_a_block_reads_without_calling_them_are_left_alone():
+    """Swin's attention gives the weights of qkv and proj to a function; an adapter there would never learn."""
+    model = SwinTransformer([4, 4], 24, [2], [2], [4, 4], num_classes=5)
+    freeze_backbone_params(add_lora_to_model(model, r=2))
+    randomize_adapters(model)
+    model(images()).sum().backward()
+    assert not any("attn" in name for name in adapted_names(model))
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_weight_that_layers_share_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(InputError, match="0 shares its weight with another layer"):
+        add_lora_to_model(model)
+    assert not adapted_names(model)
+
+
+def test_float64_has_no_4_bit_form():
+    model = vit().double()
+    with pytest.raises(InputError, match="is in float64, which has no 4-bit form"):
+        add_lora_to_model(model, use_qlora=True)
+    assert not adapted_names(model)
+
+
+def test_merged_weights_do_not_train():
+    """unmerge_lora_weights() puts the base back; what they had learned would be gone."""
+    model = add_lora_to_model(vit())
+    manager = LoRAManager(model)
+    manager.merge_lora_weights()
+    with pytest.raises(InputError, match="call unmerge_lora_weights"):
+        freeze_backbone_params(model, freeze=False)
+    manager.unmerge_lora_weights()
+    freeze_backbone_params(model, freeze=False)
+
+
+def test_data_parallel_names_what_to_use_instead():
+    layer = LoRALinear(4, 4)
+    with pytest.raises(InputError, match="torchrun"):
+        layer._replicate_for_data_parallel()
 
 
 def test_a_layer_used_twice_is_adapted_once():
@@ -432,6 +486,31 @@ def test_a_hook_on_the_stem_s_activation_sees_what_it_always_saw():
     assert len(seen["stock"]) == 2
     for ours, expected in zip(seen["adapted"], seen["stock"], strict=True):
         assert_close(ours, expected, FP32)
+
+
+def grey_stem(model: nn.Module) -> None:
+    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+
+
+def no_norm(model: nn.Module) -> None:
+    model.bn1 = nn.Identity()
+
+
+def other_norm(model: nn.Module) -> None:
+    model.layer1[0].conv2 = nn.Identity()
+    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
+
+
+@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_modules_may_be_replaced_beside_those_folded_into_them(change):
+    """An operation is taken in only for as long as both stand where they were paired."""
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    for network in (stock, model):
+        torch.manual_seed(5)
+        change(network)
+        network.double()
+    assert_close(model(x), dense_twin(stock, model)(x), EXACT)
 
 
 def test_a_stem_without_pooling_stays_as_it_is():

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,27 @@ def test_linear(device, precision, shape, bias):
         compare_with_dense(stock, layer, [x], tolerance, autocast=autocast)
 
 
+def test_what_follows_a_layer_may_work_in_place():
+    """As nn.ReLU(inplace=True) does in VGG's classifier and in MoCo's projectors."""
+    images = torch.randn(2, 8, 9, 8)
+    for layer, x in ((nn.Linear(8, 5), images), (nn.Linear(8, 5), images[0, 0]), (nn.Conv2d(8, 5, 3), images)):
+        stock = nn.Sequential(layer, nn.ReLU(inplace=True), nn.Tanh())
+        model = copy.deepcopy(stock)
+        model[0] = adapted(stock[0])
+        compare_with_dense(stock, model, [x], FP32)
+
+
+def test_backward_inside_autocast_computes_as_forward_did():
+    """A block in float32 inside an autocast region, or a backward() that the region encloses as well."""
+    for stock, shape in ((nn.Linear(4, 300), (2, 4)), (nn.Linear(4, 6), (200, 4)), (nn.Conv2d(4, 6, 3), (2, 4, 5, 5))):
+        layer, x = adapted(stock), torch.randn(shape)
+        expected = torch.autograd.grad(layer(x).square().sum(), [layer.lora_A, layer.lora_B])
+        y = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            gradients = torch.autograd.grad(y.square().sum(), [layer.lora_A, layer.lora_B])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
+
+
 def test_an_untrained_adapter_changes_nothing():
     """B starts as zero, A does not: else neither would ever move."""
     x = torch.randn(2, 8, 8, 8)
@@ -104,6 +126,17 @@ def test_scaling():
     assert adapted(stock, r=4, alpha=16).scaling == 4
     assert adapted(stock, r=4, alpha=16, use_rslora=True).scaling == 8
     compare_with_dense(stock, adapted(stock, r=3, alpha=7, use_rslora=True), [torch.randn(5, 8)], FP32)
+
+
+def test_settings_of_any_kind_of_number():
+    """They come from NumPy as well; what the layer keeps is what an adapter file can hold."""
+    layer = LoRALinear(8, 5, r=np.int64(4), lora_alpha=np.float32(6), lora_dropout=0, use_rslora=1)
+    kept = (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora)
+    assert [type(value) for value in kept] == [int, float, float, bool]
+    wrong = [("r", 0), ("r", True), ("r", 2.0), ("lora_alpha", "16"), ("lora_alpha", math.inf), ("lora_dropout", 1)]
+    for name, value in wrong:
+        with pytest.raises(InputError, match=f"{name} is "):
+            LoRALinear(8, 5, **{name: value})
 
 
 def test_a_layer_can_be_built_as_an_adapted_one():
@@ -611,6 +644,19 @@ def test_merging(case, dtype):
         assert_close(a, b, FP32 if dtype == torch.float32 else 2 * BF16)
     manager.unmerge_lora_weights()
     assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_a_merged_layer_takes_no_state():
+    """Its base, which is kept aside, would not know."""
+    layer = adapted(nn.Linear(8, 8))
+    state = layer.state_dict()
+    layer.merge()
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="weight is merged: call unmerge_lora_weights"):
+        layer.load_state_dict(state)
+    assert torch.equal(layer.weight, before)
+    layer.unmerge()
+    layer.load_state_dict(state)
 
 
 def test_a_merged_layer_converts_with_its_base():
