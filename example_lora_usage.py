@@ -22,14 +22,19 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from finetune_lora import DEFAULT_CHECKPOINT, add_lora_to_model, count_parameters, evaluate, freeze_backbone_params
+from finetune_lora import (
+    DEFAULT_CHECKPOINT,
+    add_lora_to_model,
+    count_parameters,
+    evaluate,
+    freeze_backbone_params,
+    load_finetuned,
+)
 from lora_utils import LoRAManager
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.data import Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.training import run_script, select_device
-
-DEVICE = select_device("auto")
 
 
 def example_1_setup() -> nn.Module:
@@ -54,27 +59,28 @@ def example_1_setup() -> nn.Module:
 def example_2_training(epochs: int = 5) -> nn.Module:
     """A training loop of your own: nothing but PyTorch around the adapted model."""
     torch.manual_seed(0)
-    splits = load_splits("digits")
-    train = build_loader(Transformed(splits.train, train_transform(32, "affine")), 32, shuffle=True)
-    held_out = build_loader(Transformed(splits.val, eval_transform(32)), 256)
+    device = select_device("auto")
+    splits = load_splits("digits")  # your own: load_splits("imagefolder", "my_images")
+    model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(splits.class_names))
+    size = report["image_size"]
+    train = build_loader(Transformed(splits.train, train_transform(size, "affine")), 32, shuffle=True)  # photos: "crop"
+    held_out = build_loader(Transformed(splits.val, eval_transform(size)), 256)
 
-    model, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(splits.class_names))
     add_lora_to_model(model, r=8, lora_alpha=16)
     freeze_backbone_params(model)  # adapters and classifier head train, nothing else
-    model.to(DEVICE).train()
+    model.to(device).train()
 
-    # Adapters bear a higher learning rate than full fine-tuning does, and the fresh head a higher one still.
-    adapters = [p for name, p in model.named_parameters() if "lora" in name]
-    optimizer = torch.optim.AdamW([{"params": adapters, "lr": 2e-3}, {"params": model.heads.parameters(), "lr": 5e-3}])
+    # Adapters tolerate, and need, a higher learning rate than full fine-tuning; larger backbones want a lower one.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     for epoch in range(epochs):
         for images, labels in tqdm(train, desc=f"epoch {epoch + 1}/{epochs}", leave=False):
-            loss = F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        result = evaluate(model, held_out, DEVICE)
+        result = evaluate(model, held_out, device)
         print(f"  epoch {epoch + 1}: held-out accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
     if result.accuracy < 0.9:
         raise RuntimeError(f"the adapters learned too little: {result.accuracy:.2%}")
@@ -83,22 +89,30 @@ def example_2_training(epochs: int = 5) -> nn.Module:
 
 def example_3_checkpoints(model: nn.Module) -> None:
     """Save the adapters, load them into a fresh model, and merge them into a file for plain torchvision."""
-    model.eval()
-    images = torch.stack([eval_transform(32)(image) for image, _ in _some_digits(16)]).to(DEVICE)
+    device = next(model.eval().parameters()).device
+    images = torch.stack([eval_transform(32)(image) for image, _ in _some_digits(16)]).to(device)
     with torch.no_grad():
         expected = model(images)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits_lora.pth"
-        LoRAManager(model).save_lora_checkpoint(path, metadata={"data": "digits", "note": "example 3"})
+        # With these four in its metadata, load_finetuned and `python lora_utils.py merge` can rebuild the model.
+        metadata = {"arch": "vit_mini", "image_size": 32, "class_names": [str(digit) for digit in range(10)]}
+        metadata["checkpoint"] = str(DEFAULT_CHECKPOINT)
+        LoRAManager(model).save_lora_checkpoint(path, metadata)
         full = Path(folder) / "full.pth"
         torch.save(model.state_dict(), full)
         print(f"  adapter file {_megabytes(path):.2f} MB, full state_dict {_megabytes(full):.2f} MB")
 
+        rebuilt, _ = load_finetuned(path)
+        with torch.no_grad():
+            _check_equal("load_finetuned", rebuilt.to(device)(images), expected)
+
+        # The same by hand, for a model that you build yourself:
         fresh, _ = load_backbone(DEFAULT_CHECKPOINT, num_classes=10)
         add_lora_to_model(fresh, r=8, lora_alpha=16)
-        manager = LoRAManager(fresh.to(DEVICE).eval())
-        print(f"  loaded, with metadata {manager.load_lora_checkpoint(path)}")
+        manager = LoRAManager(fresh.to(device).eval())
+        manager.load_lora_checkpoint(path)
         with torch.no_grad():
             _check_equal("a fresh model with the adapter file", fresh(images), expected)
 
@@ -106,24 +120,24 @@ def example_3_checkpoints(model: nn.Module) -> None:
         merged = Path(folder) / "merged.pth"
         torch.save(fresh.state_dict(), merged)
 
-        plain = build_backbone("vit_mini", num_classes=10).to(DEVICE).eval()  # torchvision's VisionTransformer
-        plain.load_state_dict(torch.load(merged, weights_only=True, map_location=DEVICE))
+        plain = build_backbone("vit_mini", num_classes=10).to(device).eval()  # torchvision's VisionTransformer
+        plain.load_state_dict(torch.load(merged, weights_only=True, map_location=device))
         with torch.no_grad():
             _check_equal("plain torchvision with the merged file", plain(images), expected)
 
 
 def example_4_inference(model: nn.Module) -> None:
     """Predict single images, and compare with the backbone without its adapters."""
-    model.eval()
+    device = next(model.eval().parameters()).device
     manager, transform = LoRAManager(model), eval_transform(32)
     with torch.inference_mode():
         for image, label in _some_digits(3):
-            probabilities = model(transform(image)[None].to(DEVICE)).softmax(-1)[0]
+            probabilities = model(transform(image)[None].to(device)).softmax(-1)[0]
             best = probabilities.argmax().item()
             print(f"  true class {label}, predicted {best} with probability {probabilities[best]:.3f}")
 
         images, labels = zip(*[(transform(image), label) for image, label in _some_digits(200)], strict=True)
-        images, labels = torch.stack(images).to(DEVICE), torch.tensor(labels, device=DEVICE)
+        images, labels = torch.stack(images).to(device), torch.tensor(labels, device=device)
         adapted = (model(images).argmax(1) == labels).float().mean().item()
         with manager.disable_lora():
             bare = (model(images).argmax(1) == labels).float().mean().item()
@@ -202,10 +216,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, choices=range(1, 6), help="run one example")
     only = parser.parse_args(argv).only
+    titles = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk")
     trained = None
     for number in range(1, 6) if only is None else (only,):
         started = time.perf_counter()
-        print(f"\nExample {number}: {TITLES[number - 1]}")
+        print(f"\nExample {number}: {titles[number - 1]}")
         if number in (3, 4) and trained is None:
             print("  first a short training, as in example 2")
             trained = example_2_training(epochs=2)
@@ -221,8 +236,6 @@ def main(argv: list[str] | None = None) -> None:
             example_5_sizes()
         print(f"  done in {time.perf_counter() - started:.1f} s")
 
-
-TITLES = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk")
 
 if __name__ == "__main__":
     run_script(main)

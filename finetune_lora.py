@@ -1144,7 +1144,12 @@ def make_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
-    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
+    run.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("checkpoints/lora"),
+        help="folder for all results",
+    )
     run.add_argument(
         "--resume",
         type=Path,
@@ -1163,36 +1168,47 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", choices=DATASETS, help="default: imagefolder with --data-dir, else digits")
     source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
     source.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
-    source.add_argument("--labels-per-class", type=positive_int, help="train on so few images of each class")
+    source.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     source.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits, documents"
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        default="crop",
+        help="crop: photographs; affine: digits; none",
     )
     source.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     tune = parser.add_argument_group("finetune")
-    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
+    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters, a linear probe")
     tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
-    tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="probability, on what the adapters see")
+    tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
     tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
     tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
-    tune.add_argument("--learning-rate", type=positive_float, default=1e-4, help="of AdamW, at its highest")
+    tune.add_argument("--learning-rate", type=positive_float, default=1e-4, help="of AdamW, at its peak")
     tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    tune.add_argument("--batch-size", type=positive_int, default=32, help="images at a time, of all processes together")
+    tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
     tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
     tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW")
-    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="course of the learning rate")
-    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="in which the rate rises from 0")
-    tune.add_argument(
-        "--label-smoothing", type=fraction, default=0.0, help="share of the target spread over all classes"
-    )
-    tune.add_argument("--clip-grad-norm", type=positive_float, help="largest norm of a step's gradient")
+    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
+    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
+    tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
+    tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     precisions = ("auto", "fp32", "bf16", "fp16")
-    tune.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
+    tune.add_argument(
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="auto: bf16 or fp16 on CUDA, else fp32",
+    )
     modes = ("none", "selective", "full")
-    tune.add_argument("--gradient-checkpointing", choices=modes, default="none", help="compute again, to save memory")
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="of everything random")
+    tune.add_argument(
+        "--gradient-checkpointing",
+        choices=modes,
+        default="none",
+        help="none, selective (GELU) or full (blocks)",
+    )
+    tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return parser
 
 

@@ -50,7 +50,15 @@ from lora_functional import bitsandbytes_functional
 from lora_utils import LoRAManager
 from moco import InputError
 from moco.backbones import build_backbone, default_image_size, head_name
-from moco.training import autocast, peak_memory_bytes, positive_int, run_script, select_device, select_precision
+from moco.training import (
+    autocast,
+    make_folder,
+    peak_memory_bytes,
+    positive_int,
+    run_script,
+    select_device,
+    select_precision,
+)
 
 MODELS = ("resnet18", "resnet50", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -400,7 +408,7 @@ def plot(result: dict, path: Path) -> None:
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xlabel("training steps per second, full fine-tuning = 1\n(median and quartiles of paired ratios)")
     right.barh(titles, [v["memory_bytes"] / 1e6 for _, v in variants], color=colours)
-    right.set_xlabel("peak memory of the tensors while training, MB\n(above the imports)")
+    right.set_xlabel("peak memory of the tensors in training, MB\n(imports not counted)")
     machine = result["machine"]
     figure.suptitle(
         f"{result['model']}, batch {result['batch_size']}, {result['image_size']} px, {result['precision']}, "
@@ -499,6 +507,9 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(memory))
         return memory
     names = choose_variants(args)
+    make_folder(args.output_dir)
+    with torch.device("meta"):  # an image size that does not fit shows now, not after the first measurement
+        build_backbone(args.model, NUM_CLASSES, args.image_size)
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.compare_peers", *command]),
         "commit": current_commit(),
@@ -511,7 +522,6 @@ def main(argv: list[str] | None = None) -> dict:
     result["variants"] = {name: {**timed[name], **memory[name]} for name in names}
     summarise(result)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / f"{args.model}_b{args.batch_size}_{args.device.type}_{args.precision}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     if "full" in names:

@@ -22,6 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +108,11 @@ class Log:
 
     def __init__(self, path: Path, options: list[str]):
         self.path, self.options = path, options
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = [json.loads(line) for line in lines]
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a line that was being written when everything stopped has no end
+        if whole != text:
+            path.write_text(whole)
+        self.runs = [json.loads(line) for line in whole.splitlines()]
         other = [run for run in self.runs if run["options"] != options]
         if other:
             raise InputError(f"{path} has runs with other options ({other[0]['options']}): give another --output-dir")
@@ -154,10 +160,22 @@ class Log:
 
 def run_missing(runs: list[Run], log: Log, workers: int) -> None:
     jobs = [(run, log.options, max(1, torch.get_num_threads() // workers)) for run in runs if log.find(run) is None]
-    # A process for each run: its peak memory is then its own.
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        for record in tqdm(pool.imap_unordered(train, jobs), total=len(jobs), desc="runs", disable=not jobs):
+    with ThreadPool(workers) as threads:
+        for record in tqdm(threads.imap_unordered(apart, jobs), total=len(jobs), desc="runs", disable=not jobs):
             log.add(record)
+
+
+def apart(job: tuple[Run, list[str], int]) -> dict[str, Any]:
+    """`train` in a process for this run alone: its peak memory is then its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(train, job).result()
+        except BrokenProcessPool:
+            method, budget, rate, seed, _ = job[0]
+            raise InputError(
+                f"the run {method}, {budget or 'all'} labels, learning rate {rate:g}, seed {seed} was killed, perhaps "
+                "for want of memory: fewer --workers need less; the same command goes on where it stopped"
+            ) from None
 
 
 def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:

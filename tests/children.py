@@ -80,3 +80,8 @@ def together(module: str, options: str, log: Path, before: Callable | None = Non
         Child(module, options, log.with_suffix(f".{k}.log"), before, shared | {"RANK": str(k), "LOCAL_RANK": str(k)})
         for k in range(2)
     ]
+
+
+def kill_yourself(_) -> None:
+    """What the system does to a process when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -256,12 +257,42 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
         raise error
 
     common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
-    monkeypatch.setattr(finetune_lora.FineTuning, "step", full)
-    with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --gradient-checkpointing full"):
-        finetune_lora.main(f"--checkpoint {base} {common}".split())
+    finetune_lora.main(f"--checkpoint {base} {common} --epochs 1".split())
+    for place, flags in (
+        *(("prepare", ""), ("FineTuning.__init__", ""), ("FineTuning.step", "")),
+        ("evaluate", f"--eval-only {tmp_path / 'lora.pth'}"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
+            patch.setattr(f"finetune_lora.{place}", full)
+            finetune_lora.main(f"--checkpoint {base} {common} {flags}".split())
+        assert re.match(r"out of memory on cpu: lower --batch-size .* --gradient-checkpointing full", str(caught.value))
     monkeypatch.setattr(pretrain.Pretraining, "step", full)
     with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
         pretrain.main(f"--image-size 8 --batch-size 8 --two-crops digits {common}".split())
+
+
+def test_a_run_is_not_resumed_over_another_base(base, images, tmp_path):
+    """The checkpoint may lie elsewhere now, but it must be the same."""
+    argv = f"--data-dir {images} --output-dir {tmp_path / 'out'} --device cpu --epochs 1 --lora-rank 2".split()
+    finetune_lora.main([*argv, "--checkpoint", str(base)])
+    content = torch.load(base)
+    moved, other = tmp_path / "moved.pth", tmp_path / "other.pth"
+    torch.save(content, moved)
+    content["state_dict"] = {name: 1.01 * tensor for name, tensor in content["state_dict"].items()}
+    torch.save(content, other)
+    finetune_lora.main([*argv, "--resume", "--checkpoint", str(moved)])
+    with pytest.raises(InputError, match=r"trained over another base than .*other\.pth"):
+        finetune_lora.main([*argv, "--resume", "--checkpoint", str(other)])
+
+
+def test_a_run_goes_on_where_float16_is_automatic(base, images, tmp_path, monkeypatch):
+    """Its last.pth, written on a CPU, has no state of the loss scaler that float16 wants."""
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 1".split()
+    finetune_lora.main(argv)
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **options: scaler)
+    finetune_lora.main([*argv, "--resume"])
+    assert scaler.is_enabled() and scaler.get_scale() == 65536
 
 
 def test_files_of_earlier_versions_are_refused(base, images, tmp_path):

@@ -51,7 +51,7 @@ def start(base, images, tmp_path):
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
         model, report = build_model(args, len(splits.class_names))
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        return FineTuning(args, model.train(), report, splits, CPU, dtype)
+        return FineTuning(args, model.train(), report, splits, CPU, dtype, [])
 
     return start
 
@@ -148,6 +148,18 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     for name in ("confusion_matrix.png", "training_curves.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_it_says_what_was_recognised(finished):
+    *_, printed = finished
+    assert "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7; 78 tensors loaded, 0" in printed
+
+
+def test_a_function_of_the_caller_s_sees_every_epoch(base, images, tmp_path):
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 2 --lora-rank 2"
+    seen = []
+    finetune_lora.main(argv.split(), after_epoch=lambda run: seen.append(run.history[-1]["epoch"]))
+    assert seen == [1, 2]
 
 
 def test_metrics_has_a_row_per_epoch(finished):
@@ -513,8 +525,11 @@ def test_eval_only_writes_nothing_and_wants_the_same_classes(finished, images, t
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     argv = ["--eval-only", "--output-dir", str(folder), "--device", "cpu"]
     assert finetune_lora.main([*argv, "--data-dir", str(images)])["val_accuracy"] == results["val_accuracy"]
+    # As the run's last line has it: the run's own configuration says where its images are.
+    again = finetune_lora.main(["--config", str(folder / "config.yaml"), *argv])
+    assert again["val_accuracy"] == results["val_accuracy"]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    with pytest.raises(InputError, match=r"knows the classes \['bright', 'dark', 'striped'\], the data has"):
+    with pytest.raises(InputError, match=r"knows the classes bright, dark, striped, the data has 0, 1.*--data-dir"):
         finetune_lora.main([*argv, "--dataset", "digits"])
 
 

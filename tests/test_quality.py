@@ -2,6 +2,7 @@
 
 import json
 
+import children
 import pytest
 
 from benchmarks import quality
@@ -47,6 +48,22 @@ def test_finished_runs_are_found_again_and_other_options_are_refused(tmp_path):
     assert again.find(("full", 10, 1e-3, 0, "held-out")) is None
     with pytest.raises(InputError, match="other options"):
         quality.Log(path, ["--epochs", "4"])
+
+
+def test_a_line_that_was_cut_short_is_forgotten(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    quality.Log(path, []).add(record("full", None, 1e-3, 0, "held-out", 0.98))
+    whole = path.read_text()
+    path.write_text(whole + whole[:50])
+    log = quality.Log(path, [])
+    assert len(log.runs) == 1 and path.read_text() == whole
+
+
+def test_a_killed_run_ends_the_command_and_is_named(monkeypatch):
+    """A Pool would wait for it for ever."""
+    monkeypatch.setattr(quality, "train", children.kill_yourself)
+    with pytest.raises(InputError, match="run lora_8, 10 labels"):
+        quality.apart((("lora_8", 10, 3e-3, 4, "held-out"), [], 1))
 
 
 def test_rows_state_mean_spread_and_share_of_full_fine_tuning(tmp_path):

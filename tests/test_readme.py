@@ -16,14 +16,15 @@ from moco.backbones import build_backbone
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
+TO_A_SERVER = README.split("## From an official checkpoint")[1].split("\n## ")[0]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def commands(text: str = README) -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
@@ -41,13 +42,19 @@ def newcomer(tmp_path_factory):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (40, 30), colour).save(path)
     Image.new("L", (8, 8), 200).save(folder / "image.png")
-    backbone = build_backbone("resnet18", 10).state_dict()
-    keys = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
-    head = {"module.encoder_q.fc.0.weight": torch.zeros(512, 512), "module.encoder_q.fc.0.bias": torch.zeros(512)}
-    head |= {"module.encoder_q.fc.2.weight": torch.zeros(128, 512), "module.encoder_q.fc.2.bias": torch.zeros(128)}
-    content = {"epoch": 800, "arch": "resnet18", "state_dict": {**keys, **head}}
-    torch.save(content, folder / "moco_v2_800ep_pretrain.pth.tar")
+    save_moco_v2("resnet18", 512, folder)
     return folder
+
+
+def save_moco_v2(arch: str, width: int, folder: Path) -> None:
+    """A random backbone in the layout of the official file, under its name."""
+    backbone = build_backbone(arch, 10).state_dict()
+    keys = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
+    for layer, rows in ((0, width), (2, 128)):
+        keys[f"module.encoder_q.fc.{layer}.weight"] = torch.zeros(rows, width)
+        keys[f"module.encoder_q.fc.{layer}.bias"] = torch.zeros(rows)
+    content = {"epoch": 800, "arch": arch, "state_dict": keys}
+    torch.save(content, folder / "moco_v2_800ep_pretrain.pth.tar")
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +103,33 @@ def test_every_pretraining_command_is_understood(command, monkeypatch):
     assert args.arch
 
 
-@pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_python_block_runs_as_it_stands(number, newcomer, first_run, monkeypatch):
+@pytest.mark.parametrize("block", [block for block in blocks("python") if block not in TO_A_SERVER])
+def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, monkeypatch):
     monkeypatch.chdir(newcomer)
-    exec(compile(blocks("python")[number], f"README block {number}", "exec"), {})
+    exec(compile(block, "README", "exec"), {})
+
+
+def test_the_configuration_is_one(tmp_path):
+    (block,) = blocks("yaml")
+    (tmp_path / "my.yaml").write_text(block)
+    args, sources = finetune_lora.read_options(["--config", str(tmp_path / "my.yaml")])
+    assert args.lora_rank == 16 and sources["augmentation"] == "config"
+
+
+def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, monkeypatch, capsys):
+    """The section from top to bottom: a ResNet-50, the newcomer's images, and plain torchvision in the end."""
+    monkeypatch.chdir(tmp_path)
+    save_moco_v2("resnet50", 2048, tmp_path)
+    for name in ("my_images", "image.png"):
+        (tmp_path / name).symlink_to(newcomer / name)
+    tune, info, merge = (shlex.split(command)[2:] for command in commands(TO_A_SERVER))
+    finetune_lora.main([*tune, "--labels-per-class", "1", "--epochs", "1"])
+    lora_utils.main(info)
+    assert "class_names: ['cat', 'dog']" in capsys.readouterr().out
+    lora_utils.main(merge)
+    (block,) = blocks("python", TO_A_SERVER)
+    exec(compile(block, "README", "exec"), {})
+    assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
 
 
 def test_no_command_is_left_out_of_these_tests():
