@@ -2,7 +2,7 @@
 
     python finetune_lora.py                                          # shipped backbone, embedded digits, CPU, a minute
     python finetune_lora.py --use-qlora --lora-rank 4                # the frozen weights in 4 bits
-    python finetune_lora.py --checkpoint moco_v2_800ep.pth.tar --data-dir my_images --epochs 20
+    python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone       # full fine-tuning, for comparison
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
@@ -13,8 +13,6 @@ files in `lora_utils.py`.
 
 import argparse
 import contextlib
-import csv
-import io
 import itertools
 import json
 import math
@@ -57,9 +55,9 @@ from lora_functional import (
     max_pool2d_relu,
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
-from moco import InputError, distributed, printable
+from moco import InputError, distributed, listed
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
-from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically
+from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.data import (
     AUGMENTATIONS,
     DATASETS,
@@ -816,11 +814,11 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
         matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
         if unmatched:
-            raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {_listed(candidates)}")
+            raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
         chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
     chosen = {n: layer for n, layer in chosen.items() if not any(_matches(n, target) for target in excluded or ())}
     if not chosen:
-        raise InputError(f"no layer is left to adapt; there are: {_listed(candidates)}")
+        raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
 
 
@@ -844,11 +842,6 @@ def _matches(name: str, target: str) -> bool:
         return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
-
-
-def _listed(names, shown: int = 12) -> str:
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "") or "none"
 
 
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -1095,7 +1088,7 @@ def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> No
     first = next(iter(layers.values()))
     options = {option: first[option] for option in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     if not targets:
-        raise InputError(f"none of the adapted layers is in this model: {_listed(map(printable, layers))}")
+        raise InputError(f"none of the adapted layers is in this model: {listed(layers)}")
     check_rank(model, first["r"])
     add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
 
@@ -1247,6 +1240,11 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         )
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
+    if args.warmup_epochs > args.epochs:
+        problems.append(
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
+            "would never get to its peak; lower it"
+        )
     if args.resume and args.eval_only:
         problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
     return problems
@@ -1552,7 +1550,7 @@ class FineTuning:
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         if distributed.is_main():
-            write_metrics(self.history, self.METRICS, self.path("metrics.csv"))
+            write_csv(self.history, self.METRICS, self.path("metrics.csv"))
 
     def save_state(self) -> None:
         state = self.state()  # to which every process contributes
@@ -1671,8 +1669,8 @@ def evaluate_adapter(
     splits = load_splits(args.dataset, args.data_dir, args.eval_split)
     if splits.class_names != info["class_names"]:
         raise InputError(
-            f"{args.eval_only} knows the classes {_listed(info['class_names'])}, the data has "
-            f"{_listed(splits.class_names)}: give its --data-dir or --dataset, or its config.yaml as --config"
+            f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
+            f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
         )
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     loader = build_loader(Transformed(splits.val, info["transform"]), **loading)
@@ -1701,15 +1699,6 @@ def check_shares(model: nn.Module, splits: Splits, args: argparse.Namespace) -> 
             "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
             "freeze it (--freeze-backbone)"
         )
-
-
-def write_metrics(history: list[dict[str, float]], columns: Sequence[str], path: Path) -> None:
-    with open_atomically(path) as file:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(history)
-        file.write(text.getvalue().encode())
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
@@ -1759,6 +1748,7 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
 def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
     """The short table at the end of a run."""
     trained, total = results["trainable_parameters"], results["total_parameters"]
+    whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     rows = [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         ("accuracy after", f"{results['val_accuracy']:.2%} (epoch {best_epoch} of {results['epochs']})"),
@@ -1768,7 +1758,7 @@ def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
             f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)",
         ),
         ("training time", f"{results['seconds']:.1f} s"),
-        ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']})"),
+        ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png"),
         ("merge it", f"python lora_utils.py merge {folder / 'lora.pth'} --output merged.pth"),

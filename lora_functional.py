@@ -12,7 +12,8 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
 The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
 for backward is the layer's input, which full fine-tuning saves as well.
 
-Two ways lead to y and gx, and `_merge_pays` alone chooses between them:
+Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution in full precision, whose kernel is small
+beside what it reads, is always merged:
 - *merged*: one product with ``W + s B A``, which is built for the call and dropped after it;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
   of bfloat16 a small delta added to a weight would vanish.

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from moco import InputError, printable
+from moco import InputError, listed, printable
 from moco.backbones import head_name, unwrapped
 from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, what_starts_so
 from moco.training import run_script, unknown_words
@@ -253,19 +253,14 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         wrong = [name for name, tensor in content["tensors"].items() if not _is_named_tensor(name, tensor)]
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
-        raise InputError(f"{path} is damaged: {_some(wrong)} is missing, of the wrong type or impossible")
+        raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
     if content["format_version"] > FORMAT_VERSION:
         version = printable(content["format_version"])
         raise InputError(f"{path} has format version {version}, this toolkit reads {FORMAT_VERSION}")
     broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
     if broken:
-        raise InputError(f"{path} has NaN or infinite numbers in {_some(broken)}; use that of an earlier epoch")
+        raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
     return content
-
-
-def _some(names: list[Any], shown: int = 4) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(map(printable, names[:shown])) + more
 
 
 # What copies into a parameter; safetensors knows stranger ones.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality                                            # shipped backbone, embedded digits; hours
     python -m benchmarks.quality --seeds 2 --labels 10 --methods probe lora_8 full
-    python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep.pth.tar --config my.yaml
+    python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep_pretrain.pth.tar --config my.yaml
     python -m benchmarks.quality --workers 2                                # two runs at a time, a thread each
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of

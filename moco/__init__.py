@@ -1,5 +1,6 @@
 """Stage 1: where the backbone comes from (MoCo v1/v2, arXiv 1911.05722 and 2003.04297; v3, arXiv 2104.02057)."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -14,3 +15,10 @@ def printable(text: Any, longest: int = 120) -> str:
     except ValueError:
         return "a number too long to write out"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def listed(names: Iterable[Any], shown: int = 4) -> str:
+    """The first few names, printable, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(map(printable, names[:shown])) or "none") + more

@@ -6,7 +6,9 @@ v1 and v2 (arXiv 1911.05722, 2003.04297), v3 (2104.02057), and what their users 
 
 import argparse
 import contextlib
+import csv
 import functools
+import io
 import math
 import os
 import pickle
@@ -15,7 +17,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from moco import InputError, printable
+from moco import InputError, listed, printable
 from moco.backbones import ARCHS, HEAD_NAMES, build_backbone, default_image_size, head_name, patch_size
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -61,6 +63,16 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
     """`torch.save(obj, path)`, but whole or not at all; raises InputError as `open_atomically`."""
     with open_atomically(path) as file:
         torch.save(obj, file)
+
+
+def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os.PathLike) -> None:
+    """A table with a header, whole or not at all; raises InputError as `open_atomically`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    with open_atomically(path) as file:
+        file.write(text.getvalue().encode())
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -178,7 +190,7 @@ def _take_inventory(file: IO[bytes], file_size: int) -> dict[str, int]:
     inventory.load()
     if inventory.refused:
         raise _Refused(
-            f"it needs {_some(sorted(inventory.refused))}, and only tensors and plain data are read, because anything "
+            f"it needs {listed(sorted(inventory.refused))}, and only tensors and plain data are read, because anything "
             "else may run code; save a state_dict from where the file was made"
         )
     return inventory.storages
@@ -420,7 +432,7 @@ def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[str, dict[s
     tensors = content[wrapper] if wrapper else content
     foreign = [str(key) for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
-        found = f"; {_some(foreign)} hold no tensors" if foreign else ""
+        found = f"; {listed(foreign)} hold no tensors" if foreign else ""
         raise InputError(f"{path}: no state_dict at its top, at 'state_dict' or at 'model'{found}")
     return wrapper, dict(tensors)
 
@@ -432,7 +444,7 @@ def _split(path: str | os.PathLike, tensors: Iterable[str]) -> tuple[str, dict[s
     prefix = next((p for p in _LAYOUTS if any(key.startswith(p) for key in keys)), "")
     unknown = [key for key in keys if not key.startswith((prefix, *_LAYOUTS.get(prefix, ())))]
     if unknown:
-        raise InputError(f"{path}: beside the backbone at {prefix}* it holds tensors of unknown use: {_some(unknown)}")
+        raise InputError(f"{path}: beside the backbone at {prefix}* it holds tensors of unknown use: {listed(unknown)}")
     encoder = {key.removeprefix(prefix): full for key, full in keys.items() if key.startswith(prefix)}
     return prefix, encoder, [full for key, full in keys.items() if not key.startswith(prefix)]
 
@@ -488,7 +500,7 @@ def _find_arch(source: _Source) -> str:
     if not found & _shapes(best):
         raise InputError(
             f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "
-            f"({_some(source.weights)}); known are {', '.join(ARCHS)}"
+            f"({listed(source.weights)}); known are {', '.join(ARCHS)}"
         )
     return best
 
@@ -570,14 +582,14 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
     ]
     if missing or surplus or misshapen:
         problems = {"missing": missing, "not expected": surplus, "of another shape": misshapen}
-        listed = "; ".join(f"{len(keys)} {problem}: {_some(keys)}" for problem, keys in problems.items() if keys)
+        found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
             f"{source.path} ({source.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
-            f"{len(expected)} backbone tensors match; {listed}{_better_arch(source, arch)}"
+            f"{len(expected)} backbone tensors match; {found}{_better_arch(source, arch)}"
         )
     broken = [key for key in common if not _is_usable(weights[key], expected[key])]
     if broken:
-        raise InputError(f"{source.path}: NaN, infinite or not real numbers in {_some(broken)}; use an earlier epoch")
+        raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
 
 
 def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -589,10 +601,3 @@ def _better_arch(source: _Source, arch: str) -> str:
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
     fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
     return f"; it looks like {fitting}: give that as the arch" if fitting != arch else ""
-
-
-def _some(names: Iterable[Any], shown: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(map(printable, names[:shown])) + more

@@ -145,6 +145,8 @@ class ImageFiles(Dataset):
         try:
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image).copy(), label
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file fails in a hundred places of Pillow
             raise InputError(f"{path}: not a readable image ({printable(error)}); repair or remove it") from None
 
@@ -176,7 +178,11 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "test
 
 
 def _class_folders(folder: Path, at_least: int = 2) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
+    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if names and {name.lower() for name in names} <= _SPLIT_NAMES:
         raise InputError(f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case")
     if len(names) < at_least:

@@ -10,8 +10,6 @@ Every option is a flag and a key of the configuration file, whose sections are t
 """
 
 import argparse
-import csv
-import io
 import math
 import time
 from pathlib import Path
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from moco import InputError, data, distributed, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
-from moco.checkpoints import open_atomically, read_checkpoint, save_atomically
+from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.training import Stopped, non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
@@ -222,7 +220,8 @@ class Pretraining:
         if not last:
             self.save("last.pth")
         if distributed.is_main():
-            self.write_metrics()
+            # After a resume too it has every epoch once. No k-NN accuracy is an empty field.
+            write_csv(self.history, METRICS, self.path("metrics.csv"))
         knn = "" if row["knn_accuracy"] is None else f"  k-NN {row['knn_accuracy']:.3f}"
         print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}", flush=True)
 
@@ -290,15 +289,6 @@ class Pretraining:
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
 
-    def write_metrics(self) -> None:
-        """metrics.csv, whole: after a resume it then has every epoch once. No k-NN accuracy is an empty field."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, METRICS)
-        writer.writeheader()
-        writer.writerows(self.history)
-        with open_atomically(self.path("metrics.csv")) as file:
-            file.write(text.getvalue().encode())
-
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
         return {
@@ -361,7 +351,9 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 update = p.grad if p.ndim == 1 else self.scaled(p, group)
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                if "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+                velocity = self.state[p]["velocity"]
                 velocity.mul_(group["momentum"]).add_(update)
                 p.sub_(velocity, alpha=group["lr"])
 

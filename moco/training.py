@@ -465,6 +465,8 @@ def select_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available() and not several
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if several and name.startswith("cuda:"):
+        raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

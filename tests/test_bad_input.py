@@ -218,6 +218,7 @@ FLAGS = [
     case("a decimal comma", "finetune --learning-rate 0,01", "--learning-rate", "got '0,01'"),
     case("negative weight decay", "finetune --weight-decay -1", "--weight-decay: expected a number, 0 or more"),
     case("negative warm-up", "finetune --warmup-epochs -1", "--warmup-epochs: expected a number, 0 or more"),
+    case("a warm-up longer than the run", "finetune --warmup-epochs 50", "--warmup-epochs 50 is more than --epochs"),
     case("dropout of everything", "finetune --lora-dropout 1", "--lora-dropout: expected a number from 0 to below 1"),
     case("only label smoothing", "finetune --label-smoothing 1", "--label-smoothing: expected a number from 0"),
     case("no gradient left", "finetune --clip-grad-norm 0", "--clip-grad-norm: expected a number above 0"),
