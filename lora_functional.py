@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
-PARTS = 8  # in which the gradient of an absorbed operation is computed
+# The gradient of an absorbed operation is computed in so many parts at most, each of so many numbers at least.
+PARTS, PART_NUMEL = 8, 2**17
 # What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way.
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
@@ -248,10 +249,12 @@ def _recompute(ctx, x: Tensor) -> Tensor:
 def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
     """From the gradient of the absorbed operation's output to that of x, both (N, in), in the same memory if it fits.
 
-    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass.
+    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass. A GPU takes the rows at
+    once, since the calls would cost more than the memory is worth there.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
-    size = max(1, math.ceil(len(x) / PARTS))
+    parts = PARTS if x.device.type == "cpu" else 1
+    size = max(math.ceil(len(x) / parts), PART_NUMEL // max(x.shape[1], 1), 1)
     for x_part, gradient_part, result_part in zip(x.split(size), gradient.split(size), result.split(size), strict=True):
         with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
             x_part = x_part.detach().requires_grad_()

@@ -70,7 +70,9 @@ def test_linear_gradients_with_dropout(groups):
 
 
 @pytest.mark.parametrize("before", [F.gelu, lambda x: F.layer_norm(x, (4,))], ids=["gelu", "layer norm"])
-def test_linear_gradients_through_an_absorbed_operation(path, before):
+@pytest.mark.parametrize("part", [1, lora_functional.PART_NUMEL], ids=["row by row", "at once"])
+def test_linear_gradients_through_an_absorbed_operation(path, before, part, monkeypatch):
+    monkeypatch.setattr(lora_functional, "PART_NUMEL", part)
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, A, B):
