@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
 import finetune_lora
@@ -101,6 +102,19 @@ def test_every_pretraining_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     args, _ = pretrain.training.parse_args(pretrain.make_parser(), shlex.split(command)[3:])
     assert args.arch
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("torchrun")])
+def test_every_torchrun_command_is_understood(command, monkeypatch):
+    """By torchrun and by the script that it starts; tests/test_processes.py runs two processes."""
+    monkeypatch.chdir(ROOT)
+    launch = torch.distributed.run.get_args_parser().parse_args(shlex.split(command)[1:])
+    assert int(launch.nproc_per_node) > 1
+    if launch.training_script == "finetune_lora.py":
+        finetune_lora.read_options(launch.training_script_args)
+    else:
+        assert launch.module and launch.training_script == "moco.pretrain"
+        pretrain.training.parse_args(pretrain.make_parser(), launch.training_script_args)
 
 
 @pytest.mark.parametrize("block", [block for block in blocks("python") if block not in TO_A_SERVER])
