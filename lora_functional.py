@@ -249,8 +249,8 @@ def _recompute(ctx, x: Tensor) -> Tensor:
 def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
     """From the gradient of the absorbed operation's output to that of x, both (N, in), in the same memory if it fits.
 
-    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass. On a GPU at once all the
-    same, since there the calls would cost more than the memory is worth.
+    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass. Not so on a GPU, as
+    the calls would cost more than the memory is worth there.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     parts = PARTS if x.device.type == "cpu" else 1
