@@ -1,9 +1,9 @@
 """Fine-tune a MoCo-pretrained backbone with LoRA or QLoRA.
 
     python finetune_lora.py                                          # shipped backbone, embedded digits, CPU, a minute
-    python finetune_lora.py --use-qlora --lora-rank 4                # the frozen weights in 4 bits
+    python finetune_lora.py --use-qlora                              # the frozen weights in 4 bits
     python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
-    python finetune_lora.py --lora-rank 0 --no-freeze-backbone       # full fine-tuning, for comparison
+    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --learning-rate 3e-4    # full, for comparison
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
@@ -36,6 +36,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -157,6 +158,7 @@ class LoRALayer:
     @classmethod
     def adapt(cls, layer: nn.Module, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
+        checked_settings(r, lora_alpha, lora_dropout, use_rslora)  # before anything changes
         if isinstance(layer, LoRALayer):
             layer._stand_alone()
         if type(layer) is not cls:
@@ -262,7 +264,8 @@ class LoRALayer:
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self.merged:  # the base that is kept would not know of what is loaded
-            errors.append(f"{prefix}weight is merged: call unmerge_lora_weights() before load_state_dict()")
+            name = prefix + self.weight_names[0]
+            errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
@@ -544,6 +547,8 @@ class _FourBits:
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.merged:  # refused
+            return
         for name, (state, shape) in list(self._nf4_state.items()):
             start = f"{prefix}{name}."
             known = [start + key for key in state.as_dict(packed=True)]
@@ -610,7 +615,7 @@ class Absorbable:
     def is_in_place(self) -> bool:
         """Are both still where they were paired? Somebody may have put another module in the place of one."""
         parent, places = self._places
-        return all(parent.get_submodule(path) is module for path, module in places.items())
+        return all(_descendant(parent, path) is module for path, module in places.items())
 
     def can_be_absorbed(self, by_dropout: bool) -> bool:
         # Dropout acts on what the adapter sees, which then has to exist.
@@ -637,6 +642,12 @@ class FreezableBatchNorm3d(Freezable, nn.BatchNorm3d):
 
 class FreezableSyncBatchNorm(Freezable, nn.SyncBatchNorm):
     pass
+
+
+def _descendant(module: nn.Module | None, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 class FoldedBatchNorm2d(Absorbable, FreezableBatchNorm2d):
@@ -760,7 +771,7 @@ def add_lora_to_model(
             to become float again. The model is then as it was.
     """
     settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
-    wrapped, model = model, unwrapped(model)
+    wrapped, model = model, _to_change(model)
     chosen = _choose_layers(model, target_modules, exclude_modules)
     _check_shared_weights(model, chosen)
     if use_qlora:
@@ -784,6 +795,13 @@ def add_lora_to_model(
     _absorb(model, AbsorbedLayerNorm)
     _close_fast_paths(model)
     return wrapped
+
+
+def _to_change(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper. Raises InputError where it is too late to change what trains."""
+    if isinstance(model, DistributedDataParallel):
+        raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
+    return unwrapped(model)
 
 
 def check_rank(model: nn.Module, r: int) -> None:
@@ -824,7 +842,10 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
 
 def _has_adapted_kind(layer: nn.Module) -> bool:
     """Of exactly a type that has an adapted kind, and with its weights, which pruning and weight_norm take away."""
-    return type(layer) in ADAPTED and not {"weight", "in_proj_weight"}.isdisjoint(layer._parameters)
+    if type(layer) is nn.MultiheadAttention:
+        names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+        return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
+    return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
 def _in_head(model: nn.Module, name: str) -> bool:
@@ -846,9 +867,12 @@ def _matches(name: str, target: str) -> bool:
 
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    shared = [name for name, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters())]
+    shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
     if shared:
-        raise InputError(f"{shared[0]} shares its weight with another layer, which an adapter would change too")
+        raise InputError(
+            f"{shared[0]} shares its weight with another layer, which an adapter would change too: leave it out with "
+            "exclude_modules"
+        )
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -887,7 +911,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     Raises:
         InputError: merged weights would train; the manager takes them out again, and what they learned would be lost.
     """
-    model = unwrapped(model)
+    model = _to_change(model)
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
@@ -1170,7 +1194,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     tune = parser.add_argument_group("finetune")
-    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters, a linear probe")
+    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
     tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
     tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
@@ -1228,8 +1252,9 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
     problems = list(check_places(args))
-    if not os.path.exists(args.checkpoint) and os.path.exists(HERE / args.checkpoint):
-        args.checkpoint = HERE / args.checkpoint  # config.yaml names paths inside the toolkit from there
+    if sources["checkpoint"] == "config" and not os.path.exists(args.checkpoint):
+        inside = HERE / args.checkpoint  # as config.yaml names what belongs to the toolkit
+        args.checkpoint = inside if os.path.exists(inside) else args.checkpoint
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
@@ -1290,7 +1315,8 @@ def main(
 
     Args:
         argv: the command line, `sys.argv[1:]` when None.
-        after_epoch: called with the run after each of its epochs, to log or to draw its `history`.
+        after_epoch: called with the run after each of its epochs, to log or to draw its `history`; of several processes
+            in each.
 
     Returns:
         The content of `results.json`: `val_accuracy` (best, 0 to 1), `best_epoch`, `epochs`, `seconds`,
@@ -1303,14 +1329,14 @@ def main(
     device = select_device(args.device)
     dtype = select_precision(args.precision, device)
     distributed.join(device)
-    with faults_explained(device, SAVES_MEMORY) as loaders:
+    with faults_explained(device, "lower --batch-size" if args.eval_only else SAVES_MEMORY) as loaders:
         if args.eval_only:
             base = args.checkpoint if sources["checkpoint"] != "default" else None
             return evaluate_adapter(args, base, device, dtype, loaders)
         print(describe_options(args, sources))
         seed_everything(args.seed)
         splits, model, report = prepare(args)
-        print(describe_base(report))
+        print(describe_base(report, args.from_scratch))
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume:
             run.resume(args.resume)
@@ -1320,8 +1346,10 @@ def main(
         return run.finish()
 
 
-def describe_base(report: dict[str, Any]) -> str:
-    """What was recognised in the checkpoint, in a line."""
+def describe_base(report: dict[str, Any], from_scratch: bool) -> str:
+    """What the backbone is and what was recognised in its checkpoint, in a line."""
+    if from_scratch:
+        return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
     return (
         f"backbone: {report['arch']} for {report['image_size']} pixels from a {report['family']} checkpoint{epoch}; "
@@ -1332,8 +1360,7 @@ def describe_base(report: dict[str, Any]) -> str:
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Trouble with the images does not hide the model's."""
     try:
-        with distributed.main_first():  # it may have to download
-            splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
     except InputError as error:
         try:
             build_model(args, num_classes=2)

@@ -12,8 +12,8 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
 The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
 for backward is the layer's input, which full fine-tuning saves as well.
 
-Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution in full precision, whose kernel is small
-beside what it reads, is always merged:
+Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution's kernel, small beside what it reads, is
+merged in full precision. Dropout, which acts on the adapter's share alone, takes the side path:
 - *merged*: one product with ``W + s B A``, which is built for the call and dropped after it;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
   of bfloat16 a small delta added to a weight would vanish.
@@ -259,7 +259,10 @@ def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
         with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
             x_part = x_part.detach().requires_grad_()
             y = ctx.before(x_part)
-        result_part.copy_(torch.autograd.grad(y, x_part, gradient_part.to(y.dtype))[0])
+        pulled_back = torch.autograd.grad(y, x_part, gradient_part.to(y.dtype))[0]
+        if len(x_part) == len(x):
+            return pulled_back
+        result_part.copy_(pulled_back)
     return result
 
 

@@ -21,9 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,9 @@ class Log:
         whole = text[: text.rfind("\n") + 1]  # a line that was being written when everything stopped has no end
         if whole != text:
             path.write_text(whole)
-        self.runs = [json.loads(line) for line in whole.splitlines()]
+        runs = [json.loads(line) for line in whole.splitlines()]
+        # A method may have had other flags when it ran.
+        self.runs = [run for run in runs if run["flags"] == METHODS[run["run"][0]][1]]
         other = [run for run in self.runs if run["options"] != options]
         if other:
             raise InputError(f"{path} has runs with other options ({other[0]['options']}): give another --output-dir")
@@ -167,15 +168,31 @@ def run_missing(runs: list[Run], log: Log, workers: int) -> None:
 
 def apart(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     """`train` in a process for this run alone: its peak memory is then its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(train, job).result()
-        except BrokenProcessPool:
-            method, budget, rate, seed, _ = job[0]
-            raise InputError(
-                f"the run {method}, {budget or 'all'} labels, learning rate {rate:g}, seed {seed} was killed, perhaps "
-                "for want of memory: fewer --workers need less; the same command goes on where it stopped"
-            ) from None
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send_result, args=(train, job, theirs), daemon=True)
+    process.start()
+    theirs.close()  # else its end would not be seen
+    try:
+        result = ours.recv()
+    except EOFError:
+        method, budget, rate, seed, _ = job[0]
+        raise InputError(
+            f"the run {method}, {budget or 'all'} labels, learning rate {rate:g}, seed {seed} was killed, perhaps for "
+            "want of memory: fewer --workers need less; the same command goes on where it stopped"
+        ) from None
+    finally:
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send_result(function: Callable, argument: Any, pipe: Connection) -> None:
+    try:
+        pipe.send(function(argument))
+    except Exception as error:
+        pipe.send(error)
 
 
 def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
@@ -192,6 +209,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
         last = Path(folder, "metrics.csv").read_text().splitlines()[-1].split(",")
     return {
         "run": job[0],
+        "flags": METHODS[method][1],
         "accuracy": results["last_val_accuracy"],
         "loss": float(last[2]),
         "seconds": results["seconds"],

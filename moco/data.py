@@ -179,10 +179,9 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "test
 
 def _class_folders(folder: Path, at_least: int = 2) -> list[str]:
     try:
-        entries = list(os.scandir(folder))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
-    names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if names and {name.lower() for name in names} <= _SPLIT_NAMES:
         raise InputError(f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case")
     if len(names) < at_least:
@@ -223,6 +222,7 @@ def _torchvision(name: str, root: Path) -> Splits:
     return Splits(train, LabelledImages(held_out, _labels_of(held_out)), class_names)
 
 
+@distributed.main_first()
 def _present_or_downloaded(name: str, make: Callable[..., Dataset], root: Path, part: dict[str, Any]) -> Dataset:
     try:
         return make(str(root), **part)

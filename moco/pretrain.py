@@ -64,6 +64,8 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems = list(training.check_places(args))
+    if args.warmup_epochs > args.epochs:
+        problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     if args.moco_version != 3 and args.queue_size < args.batch_size:
         problems.append(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     return problems

@@ -370,13 +370,16 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         yield loaders
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise InputError(f"out of memory on {device}: {saves_memory}") from None
+            where = device if isinstance(error, torch.OutOfMemoryError) else "cpu"
+            raise InputError(f"out of memory on {where}: {saves_memory}") from None
         if distributed.is_lost_peer(error):
             raise InputError(
                 "another process of this run has ended: look for its message, or whether it was killed"
             ) from None
         # A worker that ends while it hands over a batch breaks the connection.
-        if "DataLoader worker" not in str(error) and not (loaders and isinstance(error, ConnectionError | EOFError)):
+        if "DataLoader worker" not in str(error) and not (
+            any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
+        ):
             raise
         names = [name for loader in loaders for name in loader.dataset.names_being_read()]
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from moco import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["finetune_lora", "moco.pretrain", "bitsandbytes.functional"])
@@ -85,3 +87,13 @@ def together(module: str, options: str, log: Path, before: Callable | None = Non
 def kill_yourself(_) -> None:
     """What the system does to a process when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_yourself(_) -> None:
+    """What a run does on SIGTERM or Ctrl-C."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - of its traceback nobody would learn anything
+    raise KeyboardInterrupt
+
+
+def fail(_) -> None:
+    raise InputError("out of images")

@@ -203,8 +203,9 @@ def test_subclasses_that_may_compute_something_else_are_left_alone():
 
 def test_layers_whose_weight_is_computed_are_left_alone():
     """Pruning and weight_norm keep another parameter, and set `weight` before every call."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     prune.l1_unstructured(model[1], "weight", amount=0.5)
+    prune.l1_unstructured(model[2].out_proj, "weight", amount=0.5)
     add_lora_to_model(model)
     assert adapted_names(model) == {"0"}
 
@@ -225,6 +226,24 @@ def test_a_weight_that_layers_share_is_refused():
     with pytest.raises(InputError, match="0 shares its weight with another layer"):
         add_lora_to_model(model)
     assert not adapted_names(model)
+
+
+def test_a_bias_that_layers_share_is_none_of_ours():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    assert adapted_names(add_lora_to_model(model)) == {"0", "1"}
+
+
+def test_adapters_come_before_distributed_data_parallel(tmp_path):
+    """It exchanges the gradients that it knew of when it was made; new adapters would drift apart without a word."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(vit())
+        for change in (add_lora_to_model, freeze_backbone_params):
+            with pytest.raises(InputError, match="add adapters and freeze before it wraps"):
+                change(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_float64_has_no_4_bit_form():
@@ -511,6 +530,16 @@ def test_modules_may_be_replaced_beside_those_folded_into_them(change):
         change(network)
         network.double()
     assert_close(model(x), dense_twin(stock, model)(x), EXACT)
+
+
+def test_modules_may_be_removed_beside_those_folded_into_them():
+    stock = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    stock[2].running_mean.normal_()
+    model = frozen(copy.deepcopy(stock))
+    for network in (stock, model):
+        del network[0]
+    x = images()
+    assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
 
 
 def test_a_stem_without_pooling_stays_as_it_is():

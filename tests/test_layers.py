@@ -97,11 +97,11 @@ def test_what_follows_a_layer_may_work_in_place():
 def test_backward_inside_autocast_computes_as_forward_did():
     """A block in float32 inside an autocast region, or a backward() that the region encloses as well."""
     for stock, shape in ((nn.Linear(4, 300), (2, 4)), (nn.Linear(4, 6), (200, 4)), (nn.Conv2d(4, 6, 3), (2, 4, 5, 5))):
-        layer, x = adapted(stock), torch.randn(shape)
-        expected = torch.autograd.grad(layer(x).square().sum(), [layer.lora_A, layer.lora_B])
+        layer, x = adapted(stock), torch.randn(shape, requires_grad=True)
+        expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.lora_A, layer.lora_B])
         y = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
-            gradients = torch.autograd.grad(y.square().sum(), [layer.lora_A, layer.lora_B])
+            gradients = torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B])
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, expected, strict=True))
 
 
@@ -646,17 +646,19 @@ def test_merging(case, dtype):
     assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
 
 
-def test_a_merged_layer_takes_no_state():
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_merged_layer_takes_no_state(four_bits):
     """Its base, which is kept aside, would not know."""
-    layer = adapted(nn.Linear(8, 8))
-    state = layer.state_dict()
+    layer, x = adapted(nn.Linear(64, 8), four_bits), torch.randn(2, 64)
+    other, expected = adapted(nn.Linear(64, 8), four_bits), layer(x)
     layer.merge()
-    before = layer.weight.clone()
     with pytest.raises(RuntimeError, match="weight is merged: call unmerge_lora_weights"):
-        layer.load_state_dict(state)
-    assert torch.equal(layer.weight, before)
+        layer.load_state_dict(other.state_dict())
+    assert_close(layer(x), expected, FP32)
     layer.unmerge()
-    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
 
 
 def test_a_merged_layer_converts_with_its_base():

@@ -17,12 +17,13 @@ def record(method, budget, rate, seed, split, accuracy, loss=0.5):
         "peak_memory_bytes": 5e8,
         "adapter_bytes": 4e5,
     }
-    return {"run": (method, budget, rate, seed, split), "accuracy": accuracy, "loss": loss, **costs}
+    run, flags = (method, budget, rate, seed, split), quality.METHODS[method][1]
+    return {"run": run, "flags": flags, "accuracy": accuracy, "loss": loss, **costs}
 
 
 def test_a_run_is_a_run_of_the_command_line():
     options = ["--epochs", "1", "--batch-size", "10"]
-    result = quality.train((("probe", 2, 0.01, 3, "validation"), options, 1))
+    result = quality.apart((("probe", 2, 0.01, 3, "validation"), options, 1))
     assert 0 <= result["accuracy"] <= 1 and result["loss"] > 0 and result["adapter_bytes"] > 0
     assert result["run"] == ("probe", 2, 0.01, 3, "validation")
 
@@ -61,9 +62,26 @@ def test_a_line_that_was_cut_short_is_forgotten(tmp_path):
 
 def test_a_killed_run_ends_the_command_and_is_named(monkeypatch):
     """A Pool would wait for it for ever."""
-    monkeypatch.setattr(quality, "train", children.kill_yourself)
-    with pytest.raises(InputError, match="run lora_8, 10 labels"):
+    job = ("lora_8", 10, 3e-3, 4, "held-out"), [], 1
+    for end in (children.kill_yourself, children.stop_yourself):
+        monkeypatch.setattr(quality, "train", end)
+        with pytest.raises(InputError, match="run lora_8, 10 labels"):
+            quality.apart(job)
+
+
+def test_an_error_in_a_run_is_the_command_s(monkeypatch):
+    monkeypatch.setattr(quality, "train", children.fail)
+    with pytest.raises(InputError, match="out of images"):
         quality.apart((("lora_8", 10, 3e-3, 4, "held-out"), [], 1))
+
+
+def test_runs_of_a_method_that_has_other_flags_now_are_forgotten(tmp_path):
+    path, run = tmp_path / "runs.jsonl", record("lora_4", 10, 1e-3, 0, "held-out", 0.9)
+    log = quality.Log(path, [])
+    log.add({**run, "flags": ["--lora-rank", "4"]})
+    assert not quality.Log(path, []).runs
+    log.add(run)
+    assert len(quality.Log(path, []).runs) == 1
 
 
 def test_rows_state_mean_spread_and_share_of_full_fine_tuning(tmp_path):

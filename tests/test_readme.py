@@ -142,8 +142,12 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
     assert "class_names: ['cat', 'dog']" in capsys.readouterr().out
     lora_utils.main(merge)
     (block,) = blocks("python", TO_A_SERVER)
-    exec(compile(block, "README", "exec"), {})
+    exec(compile(block, "README", "exec"), served := {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
+    model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
+    with Image.open("image.png") as image:
+        expected = model(info["transform"](image.convert("RGB"))[None])
+    torch.testing.assert_close(served["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_no_command_is_left_out_of_these_tests():
