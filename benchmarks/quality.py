@@ -279,7 +279,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             fmt=MARKERS[i % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
             capsize=3,
-            label=f"{budget or 'all'} labels per class",
+            label=f"{budget} labels per class" if budget else "all labels",
         )
     axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
