@@ -1161,18 +1161,9 @@ def make_parser() -> argparse.ArgumentParser:
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
+    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
     run.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("checkpoints/lora"),
-        help="folder for all results",
-    )
-    run.add_argument(
-        "--resume",
-        type=Path,
-        nargs="?",
-        const=Path(),
-        help="go on where a run stopped; default: the output folder's",
+        "--resume", type=Path, nargs="?", const=Path(), help="go on where a run stopped; default: the output folder's"
     )
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -1187,10 +1178,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
     source.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     source.add_argument(
-        "--augmentation",
-        choices=AUGMENTATIONS,
-        default="crop",
-        help="crop: photographs; affine: digits; none",
+        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
     )
     source.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     tune = parser.add_argument_group("finetune")
@@ -1212,18 +1200,10 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     precisions = ("auto", "fp32", "bf16", "fp16")
-    tune.add_argument(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="auto: bf16 or fp16 on CUDA, else fp32",
-    )
+    tune.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     modes = ("none", "selective", "full")
     tune.add_argument(
-        "--gradient-checkpointing",
-        choices=modes,
-        default="none",
-        help="none, selective (GELU) or full (blocks)",
+        "--gradient-checkpointing", choices=modes, default="none", help="none, selective (GELU) or full (blocks)"
     )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return parser
