@@ -96,7 +96,7 @@ def example_3_checkpoints(model: nn.Module) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "digits_lora.pth"
-        # With these four in its metadata, load_finetuned and `python lora_utils.py merge` can rebuild the model.
+        # With these four in its metadata, load_finetuned and `python deploy_lora.py merge` can rebuild the model.
         metadata = {"arch": "vit_mini", "image_size": 32, "class_names": [str(digit) for digit in range(10)]}
         metadata["checkpoint"] = str(DEFAULT_CHECKPOINT)
         LoRAManager(model).save_lora_checkpoint(path, metadata)

@@ -8,7 +8,7 @@
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
 the training loop with its command line. The tensor arithmetic under the layers is in `lora_functional.py`, adapter
-files in `lora_utils.py`.
+files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 """
 
 import argparse
@@ -55,10 +55,10 @@ from lora_functional import (
     lora_linear,
     max_pool2d_relu,
 )
-from lora_utils import LoRAManager, base_digests, read_adapter_file, tensor_digest
+from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, distributed, listed
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
-from moco.checkpoints import load_backbone, open_atomically, read_checkpoint, save_atomically, write_csv
+from moco.checkpoints import load_backbone, tensor_digest
 from moco.data import (
     AUGMENTATIONS,
     DATASETS,
@@ -72,6 +72,7 @@ from moco.data import (
     load_splits,
     train_transform,
 )
+from moco.files import found_path, open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.training import (
     SCHEDULES,
     Stopped,
@@ -1055,7 +1056,7 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     """A fine-tuned model, in eval mode, ready to predict:
 
         model, info = load_finetuned("checkpoints/lora/lora.pth")
-        logits = model(info["transform"](Image.open("image.png").convert("RGB"))[None])
+        logits = model(info["transform"](Image.open("image.png"))[None])
         print(info["class_names"][logits.argmax()])
 
     Args:
@@ -1070,10 +1071,8 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     """
     content = read_adapter_file(adapter_path)
     metadata, layers = content["metadata"], content["layers"]
-    _check_description(adapter_path, metadata, content["tensors"])
-    base = Path(checkpoint or metadata["checkpoint"])
-    if checkpoint is None and not os.path.exists(base):
-        base = HERE / base
+    check_metadata(adapter_path, metadata, content["tensors"])
+    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not os.path.exists(base):
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
@@ -1081,25 +1080,6 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         adapt_as_recorded(model, layers)
     LoRAManager(model).load_lora_checkpoint(adapter_path)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
-
-
-def _check_description(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises InputError if the metadata does not describe a model, or another one than the tensors are of."""
-    kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
-    lacking = [key for key in kinds if key not in metadata]
-    if lacking:
-        raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
-    wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
-    if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
-        raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
-    with torch.device("meta"):  # takes no memory, whatever a file asks for
-        model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
-    head = head_name(model)
-    for name, wanted in getattr(model, head).state_dict(prefix=f"{head}.").items():
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != tuple(wanted.shape):
-            classes = len(metadata["class_names"])
-            raise InputError(f"{path} is damaged: for its {classes} classes {name} is {found}, not {(*wanted.shape,)}")
 
 
 def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
@@ -1687,15 +1667,6 @@ def evaluate_adapter(
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name in the model: parameters that train, and statistics that are not frozen."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for prefix, module in model.named_modules():
-        if not getattr(module, "frozen", False):
-            names.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
-
-
 def check_shares(model: nn.Module, splits: Splits, args: argparse.Namespace) -> None:
     """Raises InputError where several processes would not compute what one does."""
     processes = distributed.world_size()
@@ -1768,7 +1739,7 @@ def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
         ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png"),
-        ("merge it", f"python lora_utils.py merge {folder / 'lora.pth'} --output merged.pth"),
+        ("merge it", f"python deploy_lora.py merge {folder / 'lora.pth'} --output merged.pth"),
         ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
     ]
     return "\n" + "\n".join(f"{name:<22}{value}" for name, value in rows)

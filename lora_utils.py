@@ -1,55 +1,58 @@
-"""Adapter files: save, load and merge what LoRA trained, and nothing else.
-
-    python lora_utils.py info checkpoints/lora/lora.pth                        # what is in the file
-    python lora_utils.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
+"""LoRAManager and the adapter file: save, load, merge, switch off and take out what LoRA trained.
 
 An adapter file holds the adapters, the classifier head, whatever else trained, and what is needed to put them back:
 rank, scaling and kind of every adapted layer, and a hash of the base weights that they belong to. It is a `.pth`, read
-with `weights_only=True`, or a `.safetensors` where the name ends so.
-
-The manager works on any model whose layers offer what `finetune_lora.LoRALayer` offers; it does not import them.
+with `weights_only=True`, or a `.safetensors` where the name ends so. `deploy_lora.py` has the command line.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from moco import InputError, listed, printable
-from moco.backbones import head_name, unwrapped
-from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, what_starts_so
-from moco.training import run_script, unknown_words
+from moco.backbones import build_backbone, head_name, unwrapped
+from moco.checkpoints import tensor_digest
+from moco.files import open_atomically, read_checkpoint, read_safetensors, save_atomically
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and values, in whatever memory format and on whatever device they lie."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+# ------------------------------------------------------------------------------------------------ what a model holds
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """Digest of every parameter and buffer that belongs to the base: all but the adapters and the classifier head."""
-    return {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
+    """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head.
+
+    A weight in 4 bits is known by its values before quantisation, and an interpolated position embedding by what the
+    checkpoint holds: both come out alike on every machine.
+    """
+    digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
+    for name, resized in getattr(model, "resized_digests", {}).items():  # see moco.checkpoints.load_backbone
+        if digests[name] == resized:
+            digests[name] = model.base_digests[name]
+    return digests
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes, by name in the model: trainable parameters, and buffers not frozen."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for prefix, module in model.named_modules():
+        if not getattr(module, "frozen", False):
+            names.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
-    """What is not of the adapters, in the classifier head or in all but the head: name, tensor and, of a weight in
-    4 bits, the digest that it had before. A merged layer still has its base.
+    """Yields (name, tensor, digest before quantisation or None) of all tensors except the adapters: those of the
+    classifier head if `of_head`, else all others. A merged weight is yielded as it was before merging.
     """
     head = head_name(model)
     for prefix, module in model.named_modules():
@@ -72,8 +75,11 @@ def _is_adapter(module: nn.Module, name: str) -> bool:
     return _is_lora(module) and name.startswith("lora_")
 
 
+# ----------------------------------------------------------------------------------------------------------- manager
+
+
 class LoRAManager:
-    """Saves, loads, merges and switches the adapters of a model (see `finetune_lora.add_lora_to_model`)."""
+    """Saves, loads, merges, disables and removes the adapters of a model (see `finetune_lora.add_lora_to_model`)."""
 
     def __init__(self, model: nn.Module):
         self.model = unwrapped(model)
@@ -91,7 +97,7 @@ class LoRAManager:
         }
         return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
 
-    # ------------------------------------------------------------------------------------------------- merge, switch
+    # ----------------------------------------------------------------------------------------- merge, switch, remove
 
     def merge_lora_weights(self) -> None:
         """Put ``W + s B A`` in the place of every adapted weight: `state_dict()` then has the base model's own keys."""
@@ -114,6 +120,25 @@ class LoRAManager:
         finally:
             for layer, enabled in before.items():
                 layer.lora_enabled = enabled
+
+    def unload(self) -> nn.Module:
+        """Turn every adapted layer back into the stock layer that it was, and return the model.
+
+        A merged layer keeps its merged weights; one that is not merged gets its base weights back. `torch.fx` and
+        torchvision's `create_feature_extractor` then find what they expect.
+
+        Raises:
+            InputError: a layer in 4 bits that is not merged has no float weights to give back.
+        """
+        layers = list(self._layers().values())
+        merged = [(layer, {n: getattr(layer, n).data for n in layer.weight_names}) for layer in layers if layer.merged]
+        for layer in layers:
+            if _is_lora(layer):  # attention removes its output projection's adapter with its own
+                layer.remove_lora()
+        for layer, weights in merged:
+            for name, weight in weights.items():
+                getattr(layer, name).data = weight
+        return self.model
 
     def get_lora_info(self) -> dict[str, Any]:
         """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters."""
@@ -141,11 +166,15 @@ class LoRAManager:
         Raises:
             InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
         """
-        now = base_digests(self.model)
-        start = getattr(self.model, "base_digests", now)
+        now, start = base_digests(self.model), getattr(self.model, "base_digests", {})
         tensors = self._own_tensors()
-        # Two-stage and full fine-tuning move the base itself: what moved belongs to the result.
-        tensors |= {name: tensor for name, tensor, _ in _stock_tensors(self.model) if now[name] != start.get(name)}
+        # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
+        # cannot move, and without a record of the start everything counts as moved.
+        tensors |= {
+            name: tensor
+            for name, tensor, quantised in _stock_tensors(self.model)
+            if not quantised and now[name] != start.get(name)
+        }
         content = {
             "format_version": FORMAT_VERSION,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
@@ -201,9 +230,20 @@ class LoRAManager:
                 problems.append(f"{name} is {tuple(theirs.shape)} in the file, {tuple(ours.shape)} here")
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
-        if not problems and content["base_hash"] != _hash(base_digests(self.model), without=tensors):
+        if not problems and content["base_hash"] not in self._base_hashes(tensors):
             problems.append("it was trained over another base: load the checkpoint that it names")
         return _abbreviated(problems)
+
+    def _base_hashes(self, without: Collection[str]) -> list[str]:
+        """The hash that a file over this base has, and the one that it had before interpolated positions were known
+        by what the checkpoint holds.
+        """
+        digests = base_digests(self.model)
+        earlier = digests | getattr(self.model, "resized_digests", {})
+        return [_hash(digests, without), _hash(earlier, without)]
+
+
+# -------------------------------------------------------------------------------------------------------------- file
 
 
 def _abbreviated(problems: list[str], shown: int = 4) -> list[str]:
@@ -215,7 +255,7 @@ def _layer_record(layer: nn.Module) -> dict[str, Any]:
     return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
 
 
-def _hash(digests: dict[str, str], without) -> str:
+def _hash(digests: dict[str, str], without: Collection[str]) -> str:
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items()) if name not in without]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -244,8 +284,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not an adapter file, or one of a later version.
     """
-    path = Path(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    content = _read_described(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
@@ -261,6 +300,16 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     if broken:
         raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
     return content
+
+
+def _read_described(path: str | Path) -> dict[str, Any]:
+    """The content of a `.safetensors` adapter file; empty if nothing in it describes adapters."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        described = json.loads(metadata.get("adapter", "null"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
+    return {**described, "tensors": tensors} if isinstance(described, dict) else {}
 
 
 # What copies into a parameter; safetensors knows stranger ones.
@@ -283,78 +332,20 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file: give the path of an adapter file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get("adapter", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # beside its own errors: no JSON, JSON nested too deeply, a type unknown to PyTorch
-        with open(path, "rb") as file:
-            start = what_starts_so(file.read(12))
-        reason = f"{printable(error)}; {start}"
-        raise InputError(f"{path} is no readable safetensors file: {reason}; download or copy it again") from None
-    return {**described, "tensors": tensors} if isinstance(described, dict) else {}
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """The command line: `info FILE`, or `merge FILE --output FILE`."""
-    parser = argparse.ArgumentParser(description="Look into an adapter file, or merge it into one state_dict.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="what is in the file", allow_abbrev=False)
-    merge = commands.add_parser(
-        "merge", help="base and adapter as one state_dict that plain torchvision loads", allow_abbrev=False
-    )
-    for command in (info, merge):
-        command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
-    merge.add_argument("--output", type=Path, help="file to write")
-    merge.add_argument("--checkpoint", type=Path, help="the base, if it is not where it was at training")
-    args, rest = parser.parse_known_args(argv)
-    problems = unknown_words(merge if args.command == "merge" else info, rest)
-    if args.command == "merge":
-        problems += _output_problems(args.output, args.adapter, args.checkpoint)
-    if problems:
-        raise InputError("\n".join(problems))
-    return _info(args.adapter) if args.command == "info" else _merge(args.adapter, args.output, args.checkpoint)
-
-
-def _output_problems(output: Path | None, *inputs: Path | None) -> list[str]:
-    if output is None:
-        return ["--output: expected a value, the file to write"]
-    problems = [
-        f"--output {output} is what is to be merged; name another file"
-        for path in inputs
-        if path is not None and os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path)
-    ]
-    if output.suffix == ".safetensors":
-        problems.append(f"--output {output}: a merged file is written by torch.save; let its name end in .pth")
-    return problems
-
-
-def _info(path: Path) -> dict[str, Any]:
-    content = read_adapter_file(path)
-    numel = sum(tensor.numel() for tensor in content["tensors"].values())
-    print(f"{path}: {len(content['layers'])} adapted layers, {numel:,} parameters, {path.stat().st_size / 1e6:.2f} MB")
-    for key, value in content["metadata"].items():
-        print(f"  {printable(key)}: {printable(value, 1000)}")
-    for name, record in content["layers"].items():
-        print(f"  {printable(name)}: {printable(record['kind'])}, r={record['r']}, scaling={record['scaling']:g}")
-    return content
-
-
-def _merge(adapter: Path, output: Path, checkpoint: Path | None) -> dict[str, Any]:
-    from finetune_lora import load_finetuned  # here, because it imports this file
-
-    model, info = load_finetuned(adapter, checkpoint)
-    LoRAManager(model).merge_lora_weights()
-    save_atomically(model.state_dict(), output)
-    print(f"wrote {output}: a state_dict for torchvision's {info['arch']} with {len(info['class_names'])} classes")
-    return info
-
-
-if __name__ == "__main__":
-    run_script(main)
+def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError if an adapter file's metadata describes no model, or one that its tensors do not fit."""
+    kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
+    lacking = [key for key in kinds if key not in metadata]
+    if lacking:
+        raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
+    wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
+    if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
+        raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
+    with torch.device("meta"):  # takes no memory, whatever a file asks for
+        model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
+    head = head_name(model)
+    for name, wanted in getattr(model, head).state_dict(prefix=f"{head}.").items():
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != tuple(wanted.shape):
+            classes = len(metadata["class_names"])
+            raise InputError(f"{path} is damaged: for its {classes} classes {name} is {found}, not {(*wanted.shape,)}")

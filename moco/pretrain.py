@@ -23,7 +23,7 @@ from tqdm import tqdm
 from moco import InputError, data, distributed, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
-from moco.checkpoints import open_atomically, read_checkpoint, save_atomically, write_csv
+from moco.files import open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.training import Stopped, non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.

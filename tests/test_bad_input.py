@@ -23,8 +23,8 @@ import torch
 import yaml
 from PIL import Image
 
+import deploy_lora
 import finetune_lora
-import lora_utils
 from moco import pretrain
 from moco.backbones import build_backbone
 from moco.training import run_script
@@ -42,7 +42,7 @@ COMMANDS = {
         pretrain.main,
         "--data-dir images --output-dir out --device cpu --epochs 1 --batch-size 8 --image-size 16 --dim 8 --mlp-dim 8",
     ),
-    "lora_utils": (lora_utils.main, ""),
+    "deploy_lora": (deploy_lora.main, ""),
 }
 
 
@@ -420,7 +420,7 @@ ADAPTERS = [
     case("pretraining resumes nothing", "pretrain --resume gone.pth", "gone.pth: file not found"),
     case("an adapter over another base", "finetune --eval-only lora.pth --checkpoint o.pth", "over another base",
          files={"o.pth": other_base}),
-    case("an adapter over another arch", "lora_utils merge lora.pth --output m.pth --checkpoint r.pth",
+    case("an adapter over another arch", "deploy_lora merge lora.pth --output m.pth --checkpoint r.pth",
          "r.pth", "does not hold a vit_mini", files={"r.pth": resnet}),
     case("an adapter of other classes", "finetune --eval-only lora.pth --data-dir mine", "knows the classes",
          "bright", "cat", files=classes("cat", "dog")),
@@ -453,29 +453,29 @@ ADAPTERS = [
     adapter("metadata of wrong types", described(arch=3, image_size="16"), "arch, image_size in its metadata"),
     adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
     adapter("a later format", changed("lora.pth", lambda c: c.update(format_version=2)), "has format version 2"),
-    case("info of nothing", "lora_utils info gone.pth", "gone.pth: file not found"),
-    case("info of a folder", "lora_utils info images", "images: not a file"),
-    case("info of a checkpoint", "lora_utils info base.pth", "base.pth is not an adapter file of this toolkit"),
-    case("info of an empty file", "lora_utils info a.safetensors", "a.safetensors", "it is empty",
+    case("info of nothing", "deploy_lora info gone.pth", "gone.pth: file not found"),
+    case("info of a folder", "deploy_lora info images", "images: not a file"),
+    case("info of a checkpoint", "deploy_lora info base.pth", "base.pth is not an adapter file of this toolkit"),
+    case("info of an empty file", "deploy_lora info a.safetensors", "a.safetensors", "it is empty",
          files={"a.safetensors": b""}),
-    case("info of a pointer", "lora_utils info a.safetensors", "git lfs pull", files={"a.safetensors": LFS}),
-    case("info of others' safetensors", "lora_utils info a.safetensors", "is not an adapter file of this toolkit",
+    case("info of a pointer", "deploy_lora info a.safetensors", "git lfs pull", files={"a.safetensors": LFS}),
+    case("info of others' safetensors", "deploy_lora info a.safetensors", "is not an adapter file of this toolkit",
          files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)})}),
-    case("info of JSON nested too deeply", "lora_utils info a.safetensors", "no readable safetensors file",
+    case("info of JSON nested too deeply", "deploy_lora info a.safetensors", "no readable safetensors file",
          files={"a.safetensors": safetensors.torch.save({"w": torch.zeros(2)}, {"adapter": nested(100_000)})}),
-    case("an unknown flag of info", "lora_utils info lora.pth --verbose", "--verbose: no such option"),
-    case("a misspelt flag of merge", "lora_utils merge lora.pth --outptu m.pth", "--outptu", "did you mean --output?",
+    case("an unknown flag of info", "deploy_lora info lora.pth --verbose", "--verbose: no such option"),
+    case("a misspelt flag of merge", "deploy_lora merge lora.pth --outptu m.pth", "--outptu", "did you mean --output?",
          "--output: expected a value"),
-    case("merge without output", "lora_utils merge lora.pth", "--output: expected a value"),
-    case("merge of a checkpoint", "lora_utils merge base.pth --output m.pth", "base.pth is not an adapter file"),
-    case("merge onto the adapter itself", "lora_utils merge lora.pth --output ./lora.pth", "name another file"),
-    case("merge onto the base", "lora_utils merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
-    case("merge onto a folder", "lora_utils merge lora.pth --output folder", "Is a directory",
+    case("merge without output", "deploy_lora merge lora.pth", "--output: expected a value"),
+    case("merge of a checkpoint", "deploy_lora merge base.pth --output m.pth", "base.pth is not an adapter file"),
+    case("merge onto the adapter itself", "deploy_lora merge lora.pth --output ./lora.pth", "name another file"),
+    case("merge onto the base", "deploy_lora merge lora.pth --checkpoint base.pth --output base.pth", "another file"),
+    case("merge onto a folder", "deploy_lora merge lora.pth --output folder", "Is a directory",
          files={"folder/": None}),
-    case("merge into a folder that is not there", "lora_utils merge lora.pth --output no/m.pth", "No such file"),
-    case("merge into another format", "lora_utils merge lora.pth --output m.safetensors", "end in .pth"),
-    case("no command", "lora_utils", "error:", "command"),
-    case("an unknown command", "lora_utils mrege lora.pth", "error:", "mrege"),
+    case("merge into a folder that is not there", "deploy_lora merge lora.pth --output no/m.pth", "No such file"),
+    case("merge into another format", "deploy_lora merge lora.pth --output m.safetensors", "end in .pth"),
+    case("no command", "deploy_lora", "error:", "command"),
+    case("an unknown command", "deploy_lora mrege lora.pth", "error:", "mrege"),
 ]  # fmt: skip
 
 OUTPUTS = [
@@ -538,7 +538,7 @@ def test_titles_are_distinct():
     [
         ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
         ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
-        ("lora_utils.py", "info gone.pth", ["gone.pth: file not found"]),
+        ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
         ("finetune_lora.py", "--config my.yaml --device cpu", ["the tag", "os.mkdir", "may run code"]),
     ],
 )
@@ -636,7 +636,7 @@ def test_an_adapter_whose_base_has_moved_is_evaluated_with_the_base_that_is_name
 
 def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
     write(workplace, {"theirs.pth": described(note="\x1b[2Jgone", class_names=["a", "ß"])})
-    lora_utils.main(["info", "theirs.pth"])
+    deploy_lora.main(["info", "theirs.pth"])
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "\\x1b[2Jgone" in printed and "ß" in printed
 
@@ -658,9 +658,9 @@ def hostile(content, legacy: bool = False) -> bytes:
 HOSTILE = {
     "checkpoint": ("finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
     "adapter": ("finetune --eval-only theirs.pth", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
-    "adapter, info": ("lora_utils info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
-    "adapter, merge": ("lora_utils merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
-    "base of an adapter": ("lora_utils merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
+    "adapter, info": ("deploy_lora info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
+    "adapter, merge": ("deploy_lora merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
+    "base of an adapter": ("deploy_lora merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
     "file to resume": ("finetune --resume theirs.pth", {"model": {}, "rng": RunsCode()}),
     "file to resume, pretraining": ("pretrain --resume theirs.pth", {"model": {}, "optimizer": RunsCode()}),
 }
@@ -738,7 +738,7 @@ GREEDY = {
 # Runs info and then merge on each file, with room for 300 MB beyond what Python and its libraries take.
 GREEDY_SCRIPT = """
 import pathlib, resource, sys
-import finetune_lora, lora_utils
+import finetune_lora
 from moco import InputError
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)

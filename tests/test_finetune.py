@@ -16,14 +16,15 @@ import yaml
 from PIL import Image
 from torch import nn
 
+import deploy_lora
 import finetune_lora
-import lora_utils
 from finetune_lora import FineTuning, build_model, count_parameters, evaluate, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError
 from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone, read_checkpoint
+from moco.checkpoints import load_backbone
 from moco.data import load_splits
+from moco.files import read_checkpoint
 from moco.training import seed_everything
 
 ROOT = Path(__file__).parents[1]
@@ -216,7 +217,7 @@ def test_the_summary_is_short_and_its_commands_work(finished, images, tmp_path, 
     for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
         assert expected in "\n".join(table)
     monkeypatch.chdir(tmp_path)
-    for script, main in (("lora_utils.py", lora_utils.main), ("finetune_lora.py", finetune_lora.main)):
+    for script, main in (("deploy_lora.py", deploy_lora.main), ("finetune_lora.py", finetune_lora.main)):
         command = shlex.split(next(line for line in table if script in line).partition(script)[2])
         main([*command, "--data-dir", str(images)] if script == "finetune_lora.py" else command)
     assert f"accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
@@ -439,7 +440,7 @@ def test_every_way_comes_back_from_its_file(ways, way, images):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_merges_into_plain_torchvision(ways, way, tmp_path):
     adapter, merged = ways[way]["folder"] / "lora.pth", tmp_path / "merged.pth"
-    lora_utils.main(["merge", str(adapter), "--output", str(merged)])
+    deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
     plain = build_backbone("vit_mini", 3, 16).eval()
     plain.load_state_dict(torch.load(merged, weights_only=True), strict=True)
     assert not any("lora" in type(module).__module__ for module in plain.modules())
@@ -456,7 +457,7 @@ def test_a_resnet_goes_the_same_way(images, tmp_path):
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
     results = finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8".split())
-    lora_utils.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
     plain = build_backbone("resnet18", 3).eval()
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
     model, info = load_finetuned(tmp_path / "out/lora.pth")

@@ -28,7 +28,8 @@ from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_o
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, pretrain
 from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone, read_checkpoint
+from moco.checkpoints import load_backbone
+from moco.files import read_checkpoint
 from moco.training import parse_args
 
 ROOT = Path(__file__).parents[1]

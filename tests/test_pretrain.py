@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 from moco import InputError, pretrain, training
-from moco.checkpoints import load_backbone, read_checkpoint
+from moco.checkpoints import load_backbone
+from moco.files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

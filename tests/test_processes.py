@@ -17,7 +17,7 @@ from torch import nn
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import distributed, pretrain
-from moco.checkpoints import read_checkpoint
+from moco.files import read_checkpoint
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-3 --lora-rank 2 --clip-grad-norm 1"

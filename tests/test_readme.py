@@ -9,8 +9,8 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
+import deploy_lora
 import finetune_lora
-import lora_utils
 from moco import pretrain
 from moco.backbones import build_backbone
 
@@ -63,7 +63,7 @@ def first_run(newcomer):
     """What the first command and the merge leave behind, on less data."""
     folder = newcomer / "checkpoints/lora"
     finetune_lora.main([*SMALL, "--output-dir", str(folder)])
-    lora_utils.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
+    deploy_lora.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
     return folder
 
 
@@ -89,10 +89,10 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python lora_utils.py")])
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python deploy_lora.py")])
 def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch):
     monkeypatch.chdir(newcomer)
-    lora_utils.main(shlex.split(command)[2:])
+    deploy_lora.main(shlex.split(command)[2:])
     if "merge" in command:
         build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
@@ -138,9 +138,9 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
         (tmp_path / name).symlink_to(newcomer / name)
     tune, info, merge = (shlex.split(command)[2:] for command in commands(TO_A_SERVER))
     finetune_lora.main([*tune, "--labels-per-class", "1", "--epochs", "1"])
-    lora_utils.main(info)
+    deploy_lora.main(info)
     assert "class_names: ['cat', 'dog']" in capsys.readouterr().out
-    lora_utils.main(merge)
+    deploy_lora.main(merge)
     (block,) = blocks("python", TO_A_SERVER)
     exec(compile(block, "README", "exec"), served := {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
@@ -151,7 +151,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
 
 
 def test_no_command_is_left_out_of_these_tests():
-    known = ("pip install", "python finetune_lora.py", "python lora_utils.py", "python -m moco.pretrain")
+    known = ("pip install", "python finetune_lora.py", "python deploy_lora.py", "python -m moco.pretrain")
     elsewhere = ("python -m pytest", "python example_lora_usage.py", "python -m benchmarks.", "torchrun", "jupyter")
     assert [c for c in commands() if not c.startswith(known + elsewhere)] == []
 

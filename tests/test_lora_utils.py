@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora_utils import LoRAManager, main, read_adapter_file, write_adapter_file
+from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from moco import InputError
 from moco.backbones import build_backbone
 
@@ -426,11 +426,3 @@ def test_information():
     assert not info["merged"]
     LoRAManager(model).merge_lora_weights()
     assert LoRAManager(model).get_lora_info()["merged"]
-
-
-def test_the_command_line_tells_what_is_in_a_file(path, capsys):
-    LoRAManager(adapted(base())).save_lora_checkpoint(path, METADATA)
-    main(["info", str(path)])
-    printed = capsys.readouterr().out
-    assert "24 adapted layers" in printed and "arch: vit_mini" in printed
-    assert f"{LAYER}: LoRALinear, r=2, scaling=8" in printed

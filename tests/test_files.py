@@ -1,0 +1,309 @@
+"""Files: read without running code or taking more memory than they hold, and written whole or not at all."""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import struct
+import time
+import tracemalloc
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco import InputError
+from moco.checkpoints import load_backbone
+from moco.files import open_atomically, read_checkpoint, save_atomically
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a content as a file, returns its path."""
+
+    def save(content, name="checkpoint.pth", **options):
+        torch.save(content, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_plain_data_of_official_files_is_read(saved):
+    content = {
+        "tensor": torch.arange(6.0).reshape(2, 3).T,
+        "bfloat16": torch.ones(2, dtype=torch.bfloat16),
+        "parameter": nn.Parameter(torch.ones(2)),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3),
+        "ordered": OrderedDict(a=1),
+        "args": argparse.Namespace(lr=0.1, milestones=[120, 160]),
+        "best_acc1": np.float64(71.5),
+        "rank": np.int64(3),
+        "done": np.bool_(True),
+        "loss": np.float32(0.5),
+        "label": np.uint8(200),
+        "state": (1, None, True, 2**70, b"bytes", "text", {1, 2}, 1e-300, torch.Size([2, 3])),
+    }
+    for zipped in (True, False):
+        read = read_checkpoint(saved(content, _use_new_zipfile_serialization=zipped))
+        assert list(read) == list(content)
+        for key, value in content.items():
+            if torch.is_tensor(value):
+                assert torch.equal(read[key], value)
+            else:
+                assert read[key] == value
+        assert type(read["best_acc1"]) is float
+
+
+def test_optimizer_and_generator_states_come_back(saved):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    path = saved({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+    read = read_checkpoint(path)
+    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    torch.set_rng_state(read["rng"])
+
+
+def html(path):
+    path.write_text("<!DOCTYPE html><html>404</html>" * 40)
+
+
+def truncated(path, zipped=True):
+    torch.save({"weight": torch.randn(100)}, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def flipped(path):
+    """One bit of a weight, as bad storage or a bad copy would."""
+    torch.save({"weight": torch.zeros(100)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(400)) + 200] ^= 64
+    path.write_bytes(content)
+
+
+def zipped_text(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+
+
+def scripted(path):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+UNREADABLE = {
+    "empty": (lambda path: path.write_bytes(b""), "it is empty"),
+    "one byte": (lambda path: path.write_bytes(b"P"), "not a PyTorch checkpoint"),
+    "a web page": (html, "not a PyTorch checkpoint.*DOCTYPE"),
+    "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
+    "another zip": (zipped_text, "not a PyTorch checkpoint"),
+    "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
+    "truncated": (truncated, "damaged or cut short"),
+    "truncated, legacy": (lambda path: truncated(path, False), "cut short"),
+    "one bit flipped": (flipped, "does not match its checksum"),
+    "a whole model": (lambda path: torch.save(nn.Linear(2, 2), path), r"needs.*torch\.nn\.modules\.linear\.Linear"),
+    "a whole model, legacy": (
+        lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
+        "whole module",
+    ),
+    "an array": (lambda path: torch.save(np.zeros(3), path), "needs numpy.*_reconstruct"),
+    "TorchScript": (scripted, "as torch.save writes it"),
+    "a folder": (lambda path: path.mkdir(), "not a file"),
+    "missing": (lambda path: None, "not found"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "not a file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_files_are_one_clear_line(case, tmp_path):
+    write, complaint = UNREADABLE[case]
+    path = tmp_path / "checkpoint.pth"
+    write(path)
+    with pytest.raises(InputError, match=complaint) as raised:
+        load_backbone(path, num_classes=2)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_too_long_for_a_file(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        read_checkpoint(tmp_path / ("x" * 300))
+
+
+class RunsCode:
+    """A pickle of this creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(legacy, tmp_path):
+    path, trace = tmp_path / "malicious.pth", tmp_path / "ran"
+    content = {"state_dict": {"conv1.weight": torch.zeros(3)}, "optimizer": RunsCode(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match=r"needs (posix|nt)\.mkdir.*may run code"):
+        load_backbone(path, num_classes=2)
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # the danger is real
+    assert trace.exists()
+
+
+def test_a_legacy_header_that_would_run_code_is_refused(tmp_path):
+    path, trace = tmp_path / "malicious.pth", tmp_path / "ran"
+    magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+    path.write_bytes(magic + pickle.dumps(RunsCode(trace), protocol=2))
+    with pytest.raises(InputError, match="may run code"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def rezipped(source, target, change=lambda name, data: data, **options):
+    """Copies a torch file record by record, changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
+    return target
+
+
+ONE_TENSOR = {"w": torch.arange(8.0)}
+HUGE = b"J" + struct.pack("<i", 2**31 - 1)
+DECLARED_8 = {"storage": rb"K\x08(?=N?t)", "shape": rb"K\x08(?=\x85)"}  # pickled: the last in a tuple, the only one
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("places", [["storage"], ["shape"], ["storage", "shape"]], ids="+".join)
+def test_a_huge_declared_tensor_is_refused_before_memory_is_taken(zipped, places, saved, tmp_path, monkeypatch):
+    def enlarge(name, data):
+        for place in places if name.endswith("data.pkl") else ():
+            data, count = re.subn(DECLARED_8[place], lambda _: HUGE, data)
+            assert count == 1
+        return data
+
+    path, target = saved(ONE_TENSOR, _use_new_zipfile_serialization=zipped), tmp_path / "huge.pth"
+    if zipped:
+        rezipped(path, target, enlarge)
+    else:
+        target.write_bytes(enlarge("data.pkl", path.read_bytes()))
+    monkeypatch.setattr(torch, "load", None)  # which would take 8 GB for the legacy file
+    with pytest.raises(InputError, match=r"declares|does not fit into its storage"):
+        read_checkpoint(target)
+
+
+def test_a_zip_bomb_is_refused_before_it_unfolds(saved, tmp_path):
+    path = saved({"w": torch.zeros(10_000_000)})
+    bomb = rezipped(path, tmp_path / "bomb.pth", compression=zipfile.ZIP_DEFLATED)
+    path.unlink()
+    assert bomb.stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(InputError, match="compressed"):
+        read_checkpoint(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_two_records_of_one_name_are_refused(saved, tmp_path):
+    path = rezipped(saved(ONE_TENSOR), tmp_path / "double.pth")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("checkpoint/DATA.pkl", b"other")
+    with pytest.raises(InputError, match="overlap"):
+        read_checkpoint(path)
+
+
+def test_an_expanded_view_cannot_claim_more_than_the_file_holds(saved):
+    with pytest.raises(InputError, match="does not fit into its storage"):
+        read_checkpoint(saved(torch.zeros(1).expand(10**9)))
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def files_in(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_save_is_a_torch_file_and_leaves_nothing_else(tmp_path):
+    save_atomically({"w": torch.ones(3)}, tmp_path / "last.pth")
+    save_atomically({"w": torch.zeros(3)}, tmp_path / "last.pth")
+    assert torch.equal(torch.load(tmp_path / "last.pth")["w"], torch.zeros(3))
+    assert files_in(tmp_path) == ["last.pth"]
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process can grow beyond 1 MB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path, full_disk):
+    path = tmp_path / "last.pth"
+    save_atomically({"epoch": 1}, path)
+    with pytest.raises(InputError, match=r"cannot write .*last.pth.*the previous file is intact") as raised:
+        save_atomically({"epoch": 2, "w": torch.zeros(1_000_000)}, path)
+    assert "\n" not in str(raised.value)
+    assert read_checkpoint(path) == {"epoch": 1}
+    assert files_in(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [
+        ("vanished/last.pth", "No such file or directory"),
+        ("a_file/last.pth", "Not a directory"),
+        ("a_folder", "Is a directory"),
+        pytest.param("read_only/last.pth", "denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_path):
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "read_only").mkdir(mode=0o500)
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match=f"cannot write .*{reason}"):
+        save_atomically({"epoch": 1}, tmp_path / path)
+    assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_write_leaves_the_previous_file(interruption, tmp_path):
+    (tmp_path / "lora.safetensors").write_bytes(b"previous")
+    with pytest.raises(interruption), open_atomically(tmp_path / "lora.safetensors") as file:
+        file.write(b"half")
+        raise interruption
+    assert (tmp_path / "lora.safetensors").read_bytes() == b"previous"
+    assert files_in(tmp_path) == ["lora.safetensors"]
+
+
+def save_forever(path):
+    for epoch in itertools.count(1):
+        save_atomically({"epoch": epoch, "w": torch.full((250_000,), float(epoch))}, path)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.pth"
+    for delay in (0.05, 0.07, 0.11):
+        save_atomically({"epoch": 0, "w": torch.zeros(250_000)}, path)
+        child = multiprocessing.get_context("fork").Process(target=save_forever, args=(path,))
+        child.start()
+        time.sleep(delay)
+        child.kill()
+        child.join()
+        content = read_checkpoint(path)
+        assert (content["w"] == content["epoch"]).all()
