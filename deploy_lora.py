@@ -18,7 +18,8 @@ from finetune_lora import load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, printable
 from moco.files import open_atomically, save_atomically
-from moco.training import run_script, unknown_words
+from moco.options import unknown_words
+from moco.runs import run_script
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:

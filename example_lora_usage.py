@@ -34,7 +34,8 @@ from lora_utils import LoRAManager
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.data import Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.training import run_script, select_device
+from moco.runs import run_script
+from moco.training import select_device
 
 
 def example_1_setup() -> nn.Module:

@@ -19,7 +19,6 @@ import math
 import numbers
 import os
 import re
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +30,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +38,6 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 from torchvision.models.vision_transformer import EncoderBlock
-from tqdm import tqdm
 
 from lora_functional import (
     Geometry,
@@ -56,54 +51,30 @@ from lora_functional import (
     max_pool2d_relu,
 )
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
-from moco import InputError, distributed, listed
+from moco import InputError, data, distributed, listed, options, reports, runs
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
 from moco.checkpoints import load_backbone, tensor_digest
-from moco.data import (
-    AUGMENTATIONS,
-    DATASETS,
-    EVAL_SPLITS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Splits,
-    Transformed,
-    build_loader,
-    eval_transform,
-    load_splits,
-    train_transform,
-)
-from moco.files import found_path, open_atomically, read_checkpoint, save_atomically, write_csv
+from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
+from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
+from moco.options import fraction, non_negative_float, non_negative_int, positive_float, positive_int
 from moco.training import (
+    PRECISIONS,
     SCHEDULES,
-    Stopped,
-    StopRequests,
+    Evaluation,
     autocast,
-    check_places,
-    eval_mode,
+    evaluate,
     extract_features,
-    faults_explained,
-    fraction,
     knn_accuracy,
     lr_schedule,
-    make_folder,
-    non_negative_float,
-    non_negative_int,
-    parse_args,
     peak_memory_bytes,
-    positive_float,
-    positive_int,
-    restore_rng_state,
-    rng_state,
-    run_script,
     seed_everything,
     select_device,
     select_precision,
-    worker_count,
+    to_device,
 )
 
-HERE = Path(__file__).resolve().parent
-DEFAULT_CHECKPOINT = HERE / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
-DEFAULT_CONFIG = HERE / "configs/stage1.yaml"
+DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training
 
 SAVES_MEMORY = (
@@ -1097,39 +1068,6 @@ def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> No
     add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
 
 
-class Evaluation(NamedTuple):
-    loss: float  # mean cross-entropy
-    accuracy: float  # 0 to 1
-    predictions: Tensor  # (N,), class indices
-    labels: Tensor  # (N,)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, dtype=torch.float32) -> Evaluation:
-    """Loss, accuracy and predictions of a classifier over a loader, in eval mode; its mode is as before afterwards.
-
-    Of several processes each evaluates its share, and all return the result over the whole.
-    """
-    losses, predictions, labels = [], [], []
-    with eval_mode(model):
-        for images, targets in loader:
-            images, targets = _to_device(images, device), targets.to(device)
-            with autocast(device, dtype):
-                logits = model(images)
-            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
-            predictions.append(logits.argmax(1))
-            labels.append(targets)
-    loss = sum(torch.stack(losses).tolist())
-    predictions, labels = (distributed.interleave(torch.cat(share)).cpu() for share in (predictions, labels))
-    accuracy = (predictions == labels).float().mean().item()
-    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels)
-
-
-def _to_device(images: Tensor, device: torch.device) -> Tensor:
-    # A ResNet in channels_last is up to twice as fast with its input so; to a ViT it makes no difference.
-    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
-
-
 # ------------------------------------------------------------------------------------------------------------ options
 
 
@@ -1139,28 +1077,18 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     switch = argparse.BooleanOptionalAction
-    run = parser.add_argument_group("run")
-    run.add_argument("--config", type=Path, help="YAML file; default: configs/stage1.yaml with the shipped checkpoint")
-    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/lora"), help="folder for all results")
-    run.add_argument(
-        "--resume", type=Path, nargs="?", const=Path(), help="go on where a run stopped; default: the output folder's"
-    )
+    run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
     model.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     model.add_argument("--from-scratch", action=switch, default=False, help="the same architecture, random weights")
-    source = parser.add_argument_group("data")
-    source.add_argument("--dataset", choices=DATASETS, help="default: imagefolder with --data-dir, else digits")
-    source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
-    source.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
+    source = options.add_data_options(parser)
     source.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     source.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
+        "--augmentation", choices=data.AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
     )
-    source.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     tune = parser.add_argument_group("finetune")
     tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
     tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
@@ -1179,11 +1107,12 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
     tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
-    precisions = ("auto", "fp32", "bf16", "fp16")
-    tune.add_argument("--precision", choices=precisions, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
-    modes = ("none", "selective", "full")
+    tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
-        "--gradient-checkpointing", choices=modes, default="none", help="none, selective (GELU) or full (blocks)"
+        "--gradient-checkpointing",
+        choices=("none", "selective", "full"),
+        default="none",
+        help="none, selective (GELU) or full (blocks)",
     )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return parser
@@ -1196,13 +1125,11 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         # Its values suit the shipped backbone; another one gets the flags' defaults.
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
-    return parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies, _complete)
+    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies, _complete)
 
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    if args.data_dir is not None and sources["dataset"] != "command line" and sources["data_dir"] == "command line":
-        args.dataset, sources["dataset"] = "imagefolder", "command line"
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir is not None else "digits"
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
@@ -1211,10 +1138,9 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / name)
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    problems = list(check_places(args))
-    if sources["checkpoint"] == "config" and not os.path.exists(args.checkpoint):
-        inside = HERE / args.checkpoint  # as config.yaml names what belongs to the toolkit
-        args.checkpoint = inside if os.path.exists(inside) else args.checkpoint
+    if sources["checkpoint"] == "config":
+        args.checkpoint = found_path(args.checkpoint)
+    problems = list(runs.environment_problems(args))
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
@@ -1235,34 +1161,6 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     return problems
 
 
-def describe_options(args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """What a run uses and where each value came from, a line per source."""
-    names = {"command line": "command line", "config": str(_shown_path(args.config)), "default": "defaults"}
-    lines = []
-    for source, title in names.items():
-        values = [f"{key} {_shown_path(getattr(args, key))}" for key, origin in sources.items() if origin == source]
-        if values:
-            lines.append(textwrap.fill(f"{title}: " + ", ".join(values), 110, subsequent_indent="    "))
-    return "\n".join(lines)
-
-
-def _shown_path(value: Any) -> Any:
-    """Paths inside the toolkit are shown, and stored in files, relative to it: they hold on other machines too."""
-    if isinstance(value, Path) and value.is_absolute() and value.is_relative_to(HERE):
-        return value.relative_to(HERE)
-    return value
-
-
-def resolved_config(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file: one that repeats the run."""
-    sections = {}
-    for group in make_parser()._action_groups:
-        if group.title in ("model", "data", "finetune"):
-            values = {action.dest: _shown_path(getattr(args, action.dest)) for action in group._group_actions}
-            sections[group.title] = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-    return sections
-
-
 # ----------------------------------------------------------------------------------------------------------- training
 
 NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
@@ -1275,11 +1173,10 @@ def main(
 
     Args:
         argv: the command line, `sys.argv[1:]` when None.
-        after_epoch: called with the run after each of its epochs, to log or to draw its `history`; of several processes
-            in each.
+        after_epoch: called with the run after each of its epochs, in every process: to log, or to draw its `history`.
 
     Returns:
-        The content of `results.json`: `val_accuracy` (best, 0 to 1), `best_epoch`, `epochs`, `seconds`,
+        The content of `results.json`: `val_accuracy` (of the saved adapter, 0 to 1), `epochs`, `seconds`,
         `trainable_parameters`, `total_parameters`, `peak_memory_bytes`, `adapter_bytes` and more.
 
     Raises:
@@ -1289,14 +1186,15 @@ def main(
     device = select_device(args.device)
     dtype = select_precision(args.precision, device)
     distributed.join(device)
-    with faults_explained(device, "lower --batch-size" if args.eval_only else SAVES_MEMORY) as loaders:
+    with runs.faults_explained(device, "lower --batch-size" if args.eval_only else SAVES_MEMORY) as loaders:
         if args.eval_only:
             base = args.checkpoint if sources["checkpoint"] != "default" else None
             return evaluate_adapter(args, base, device, dtype, loaders)
-        print(describe_options(args, sources))
+        print(options.describe_options(args, sources))
         seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(describe_base(report, args.from_scratch))
+        print(f"device: {device}, precision: {dtype}")
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume:
             run.resume(args.resume)
@@ -1318,7 +1216,7 @@ def describe_base(report: dict[str, Any], from_scratch: bool) -> str:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
-    """The images, the model for their classes and its report. Trouble with the images does not hide the model's."""
+    """The images, the model for their classes and its report. Problems with both are told in one message."""
     try:
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
     except InputError as error:
@@ -1333,13 +1231,11 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
     model, report = load_backbone(args.checkpoint, num_classes, args.arch, args.image_size)
-    if args.from_scratch:
+    if args.from_scratch:  # the file told the architecture alone
         model = build_backbone(report["arch"], num_classes, report["image_size"])
-    model.base_digests = {} if args.from_scratch else base_digests(model)  # of a random base everything is to be saved
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        check_rank(model, args.lora_rank)
         add_lora_to_model(model, **lora_options(args))
     if args.freeze_backbone:
         freeze_backbone_params(model)
@@ -1351,8 +1247,22 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    options = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
-    return {"r": args.lora_rank, **{option: getattr(args, option) for option in options}}
+    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
+    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over everything that trains."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+
+
+class MicroBatches(NamedTuple):
+    """The batches of one optimizer step, read one at a time."""
+
+    batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
+    number: int
+    images: int  # of all processes together
 
 
 @dataclass
@@ -1363,93 +1273,75 @@ class Progress:
     steps: int = 0
     images: int = 0
     correct: int = 0
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
     seconds: float = 0.0
 
 
 class FineTuning:
-    """One run: the model, its optimizer, its data, and how far it has come."""
+    """One run: the model, its optimizer, its data, and how far it has come.
+
+    A study changes the loss in `loss`, the optimizer in `build_optimizer` and the augmentation in
+    `moco.data.train_transform`, and nothing else.
+    """
 
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
+    FILES = ("lora.pth", "last.pth", "metrics.csv", "results.json", "training_curves.png", "confusion_matrix.png")
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("data_dir", "checkpoint", "workers")
+    FREE_TO_CHANGE = ("data.data_dir", "model.checkpoint", "data.workers")
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
-        self.class_names, self.config = splits.class_names, resolved_config(args)
-        self.splits = splits
-        check_shares(model, splits, args)
+        self.splits, self.class_names = splits, splits.class_names
+        self.config = options.resolved_config(make_parser(), args)
+        norms_train = batch_norm_trains(model)
+        check_batches(splits, args, norms_train)
         size = report["image_size"]
-        self.transforms = eval_transform(size), train_transform(size, args.augmentation)
+        self.eval_transform, augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
-        self.val_loader = self.add_loader(splits.val, self.transforms[0])
-        self.train_loader = self.add_loader(splits.train, self.transforms[1], shuffle=True, seed=args.seed)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+        self.val_loader = self.add_loader(splits.val, self.eval_transform)
+        # BatchNorm cannot normalise a last batch of one image.
+        lone = norms_train and len(splits.train) % args.batch_size == 1
+        self.train_loader = self.add_loader(splits.train, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        self.optimizer = build_optimizer(model, args)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
-        self.scheduler = lr_schedule(
-            self.optimizer,
-            self.steps_per_epoch * args.epochs,
-            round(self.steps_per_epoch * args.warmup_epochs),
-            args.schedule,
-        )
+        total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
+        self.schedule = lr_schedule(self.optimizer, total, warmup, args.schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.parallel = distributed.parallel(model, device)
         # Until here all processes drew the same; from here on each draws its own dropout.
         if distributed.rank() > 0:
             seed_everything(args.seed + distributed.rank())
-        self.stop = StopRequests()
+        self.stop = runs.StopRequests()
         self.progress: Progress | None = None  # of the epoch that has begun
         self.history: list[dict[str, float]] = []
-        self.best: dict[str, float] = {}
         self.accuracy_before = math.nan
 
-    def add_loader(self, images, transform, **options) -> DataLoader:
-        options |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
-        self.loaders.append(build_loader(Transformed(images, transform), **options))
+    def add_loader(self, images, transform, **loading) -> DataLoader:
+        loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        self.loaders.append(build_loader(Transformed(images, transform), **loading))
         return self.loaders[-1]
 
     def measure_start(self) -> None:
-        """What the backbone knows before any training: k-NN accuracy of its features."""
-        images = self.splits.train
-        if len(images) > KNN_IMAGES:
-            images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:KNN_IMAGES])
+        """What the backbone knows before any training: the k-NN accuracy of its features."""
+        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform)
         bank, queries = (
-            [
-                distributed.interleave(share)
-                for share in extract_features(self.model, self.bar(loader, "features"), self.device, self.dtype)
-            ]
-            for loader in (self.add_loader(images, self.transforms[0]), self.val_loader)
+            extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
+            for loader in (bank, self.val_loader)
         )
         self.accuracy_before = knn_accuracy(*bank, *queries)
 
-    def bar(self, batches=None, title: str = "", **options) -> tqdm:
-        return tqdm(batches, title, leave=batches is None, disable=not distributed.is_main(), **options)
-
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
-        """The remaining epochs; after each, `lora.pth` if it is the best, `last.pth` to go on from, and `after_epoch`.
+        """Train the remaining epochs; after each, write its files and call `after_epoch`.
 
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
-        if distributed.is_main():
-            make_folder(self.args.output_dir)
-            with open_atomically(self.path("config.yaml")) as file:
-                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
-        if not self.args.resume:
-            self.save_state()  # whenever the run is killed from here on, it can be resumed
-        with self.stop:
-            try:
-                while len(self.history) < self.args.epochs:
-                    self.train_epoch()
-                    if after_epoch is not None:
-                        after_epoch(self)
-            except Stopped as stopped:
-                self.save_state()
-                done = f"{len(self.history)} of {self.args.epochs} epochs"
-                done += f" and {self.progress.steps} of {self.steps_per_epoch} steps" if self.progress else ""
-                how = "To go on: the same command with --resume"
-                raise Stopped(stopped.signum, f"Stopped; {done} are saved in {self.path('last.pth')}. {how}") from None
+        self.begin_files()
+        with runs.saved_when_stopped(self.stop, self.path("last.pth"), self.save_state, self.done):
+            while len(self.history) < self.args.epochs:
+                self.train_epoch()
+                if after_epoch is not None:
+                    after_epoch(self)
 
     def train_epoch(self) -> None:
         """What is left of the epoch, its evaluation, and its files."""
@@ -1457,14 +1349,19 @@ class FineTuning:
         self.progress = now = self.progress or Progress(self.optimizer.param_groups[0]["lr"])
         started = time.perf_counter() - now.seconds
         self.model.train()
-        with self.bar(total=len(self.splits.train), title=f"epoch {epoch}/{self.args.epochs}", unit="img") as bar:
-            bar.update(now.images)
-            for window in self.windows(epoch, now.steps):
-                loss, correct, count = self.step(window)
-                now.steps, now.images, now.correct = now.steps + 1, now.images + count, now.correct + correct
-                now.loss_sum, now.seconds = now.loss_sum + loss * count, time.perf_counter() - started
-                bar.update(count)
-                bar.set_postfix(loss=f"{now.loss_sum / now.images:.3f}", acc=f"{now.correct / now.images:.3f}")
+        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img"}
+        with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
+            for micro_batches in self.steps(epoch, now.steps):
+                loss_sum, correct = self.step(micro_batches)
+                now.steps, now.images, now.correct = (
+                    now.steps + 1,
+                    now.images + micro_batches.images,
+                    now.correct + correct,
+                )
+                now.loss_sum, now.seconds = now.loss_sum + loss_sum, time.perf_counter() - started
+                means = {"loss": f"{now.loss_sum / now.images:.3f}", "acc": f"{now.correct / now.images:.3f}"}
+                bar.set_postfix(means, refresh=False)
+                bar.update(micro_batches.images)
                 self.stop.check()
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         seconds = time.perf_counter() - started
@@ -1472,52 +1369,58 @@ class FineTuning:
         self.history.append(dict(zip(self.METRICS, row, strict=True)))
         self.progress = None
         print(f"epoch {epoch}: val loss {result.loss:.4f}, val accuracy {result.accuracy:.4f}")
-        self.save(result)
+        self.save()
 
-    def windows(self, epoch: int, start: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The batches of each optimizer step from `start` on; the epoch's last step may have fewer than the others."""
-        batches, size = self.train_loader.batch_sampler, self.args.accumulation_steps
-        batches.epoch, batches.start = epoch - 1, start * size
+    def steps(self, epoch: int, start: int) -> Iterator[MicroBatches]:
+        """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
+        sampler, size = self.train_loader.batch_sampler, self.args.accumulation_steps
+        sampler.epoch, sampler.start = epoch - 1, start * size
         shares = (
-            (images, labels if batches.has_share(number) else torch.full_like(labels, NO_LABEL))
+            (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
             for number, (images, labels) in enumerate(self.train_loader, start * size)
         )
-        while window := list(itertools.islice(shares, size)):
-            yield window
+        for first in range(start * size, len(sampler), size):
+            number = min(size, len(sampler) - first)
+            images = min(number * self.args.batch_size, len(self.splits.train) - first * self.args.batch_size)
+            yield MicroBatches(itertools.islice(shares, number), number, images)
 
-    def step(self, window: list[tuple[Tensor, Tensor]]) -> tuple[float, int, int]:
-        """One optimizer step on some batches, exactly as if they were one: mean loss, right answers and images.
+    def step(self, micro_batches: MicroBatches) -> tuple[float, int]:
+        """One optimizer step, as if its batches were one: the sum of the images' losses, and the number of hits.
 
-        Of several processes each computes its share of the batches; gradients and results are those of the whole.
+        With several processes, each computes its share; gradients and results are those of the whole.
         """
-        count = int(distributed.all_sum(sum((labels != NO_LABEL).sum().item() for _, labels in window))[0])
-        losses, hits = [], []
+        measured = []
         self.optimizer.zero_grad(set_to_none=True)
-        for i, (images, labels) in enumerate(window, 1):
-            images, labels = _to_device(images, self.device), labels.to(self.device, non_blocking=True)
-            with distributed.not_yet_averaged(self.parallel) if i < len(window) else contextlib.nullcontext():
+        for number, (images, labels) in enumerate(micro_batches.batches, 1):
+            images, labels = to_device(images, self.device), to_device(labels, self.device)
+            is_last = number == micro_batches.number  # only then do the processes exchange gradients
+            with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
                 with autocast(self.device, self.dtype):
                     logits = self.parallel(images)
-                smoothing = self.args.label_smoothing
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing) / count
+                loss = self.loss(logits.float(), labels) / micro_batches.images
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.
                 self.scaler.scale(loss * distributed.world_size()).backward()
-            losses.append(loss.detach())  # read together, so that the GPU is waited for once
-            hits.append((logits.argmax(1) == labels).sum())
-        loss_sum, correct = distributed.all_sum(*(sum(torch.stack(values).tolist()) for values in (losses, hits)))
-        if not math.isfinite(loss_sum):
-            self._stop_diverged(loss_sum)
+            plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
+            measured.append(torch.stack([loss.detach(), plain, (logits.argmax(1) == labels).sum().float()]))
+        sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
+        loss, plain, correct = distributed.all_sum(*map(sum, zip(*sums, strict=True)))
+        if not math.isfinite(loss):
+            self._stop_diverged(loss)
         if self.args.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.trained, self.args.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
-        return loss_sum, int(correct), count
+        self.schedule.step()
+        return plain, int(correct)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is minimised, summed over the images: cross-entropy of logits (N, classes) and labels (N,)."""
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing)
 
     def _stop_diverged(self, loss: float) -> None:
-        step, rate = self.scheduler.last_epoch + 1, self.optimizer.param_groups[0]["lr"]
-        kept = f"; the best adapter so far is in {self.path('lora.pth')}" if self.best else ""
+        step, rate = self.schedule.last_epoch + 1, self.optimizer.param_groups[0]["lr"]
+        kept = f"; the adapter of epoch {len(self.history)} is in {self.path('lora.pth')}" if self.history else ""
         raise InputError(
             f"the loss is {loss} at step {step} with learning rate {rate:.2e}: try a lower --learning-rate, "
             f"--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32{kept}"
@@ -1528,12 +1431,25 @@ class FineTuning:
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
 
-    def save(self, result: Evaluation) -> None:
-        row = self.history[-1]
-        if not self.best or (result.accuracy, -result.loss) > (self.best["val_accuracy"], -self.best["val_loss"]):
-            self.best = row
-            if distributed.is_main():
-                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
+    def done(self) -> str:
+        steps = f" and {self.progress.steps} of {self.steps_per_epoch} steps" if self.progress else ""
+        return f"{len(self.history)} of {self.args.epochs} epochs{steps}"
+
+    def begin_files(self) -> None:
+        """Make the output folder this run's own, and the run one that can be resumed whenever it is killed."""
+        if distributed.is_main():
+            runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
+            with open_atomically(self.path("config.yaml")) as file:
+                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
+        if self.progress is None and self.history:
+            self.save()  # perhaps into another folder than it was resumed from
+        else:
+            self.save_state()
+
+    def save(self) -> None:
+        """The files of a finished epoch."""
+        if distributed.is_main():
+            LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         if distributed.is_main():
@@ -1550,12 +1466,12 @@ class FineTuning:
             "arch": self.report["arch"],
             "class_names": list(self.class_names),
             "image_size": self.report["image_size"],
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
-            "checkpoint": str(_shown_path(Path(self.args.checkpoint).absolute())),
+            "mean": list(data.IMAGENET_MEAN),
+            "std": list(data.IMAGENET_STD),
+            "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
             "lora": lora_options(self.args),
-            "epoch": self.best["epoch"],
-            "val_accuracy": self.best["val_accuracy"],
+            "epoch": self.history[-1]["epoch"],
+            "val_accuracy": self.history[-1]["val_accuracy"],
             "config": self.config,
         }
 
@@ -1563,75 +1479,67 @@ class FineTuning:
         """Everything from which the run goes on bit for bit."""
         return {
             "model": trained_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": distributed.gather(rng_state()),  # by rank
+            **runs.training_state(self.optimizer, self.schedule, self.scaler),
             "progress": vars(self.progress) if self.progress else None,
             "history": self.history,
-            "best": self.best,
             "accuracy_before": self.accuracy_before,
+            "images": self.splits.digest(),
             "class_names": list(self.class_names),
-            "base": self.model.base_digests,
+            "base": getattr(self.model, "base_digests", {}),
             "config": self.config,
         }
 
     def resume(self, path: Path) -> None:
         """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
-        state = read_checkpoint(path)
-        if not isinstance(state, dict) or state.keys() != self.state().keys():
+        state, now = read_checkpoint(path, mapped=False), self.state()
+        if not isinstance(state, dict) or state.keys() != now.keys():
             raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-        theirs, ours = (
-            {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-            for config in (state["config"], self.config)
-        )
-        changed = [key for key in ours if ours[key] != theirs.get(key) and key.split(".")[1] not in self.FREE_TO_CHANGE]
-        if changed or state["class_names"] != list(self.class_names):
-            what = ", ".join(f"{key} was {theirs.get(key)}, is {ours[key]}" for key in changed) or "other classes"
+        changed = runs.changed_settings(_flat(state["config"]), _flat(self.config), self.FREE_TO_CHANGE)
+        if changed or state["class_names"] != now["class_names"]:
+            what = ", ".join(changed) or "other classes"
             raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-        if state["base"] != self.model.base_digests:
+        if state["images"] != now["images"]:
+            raise InputError(
+                f"{path} was trained on other images than {self.args.data_dir or 'the data set'} holds now: put back "
+                "those that were there, or start without --resume"
+            )
+        if state["base"] != now["base"]:
             raise InputError(f"{path} was trained over another base than {self.args.checkpoint}; resume with the same")
         self.model.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
-            self.scaler.load_state_dict(state["scaler"])
-        self.history, self.best, self.accuracy_before = state["history"], state["best"], state["accuracy_before"]
+        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
+        self.history, self.accuracy_before = state["history"], state["accuracy_before"]
         self.progress = Progress(**state["progress"]) if state["progress"] else None
-        if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
-            restore_rng_state(state["rng"][distributed.rank()])
-        steps = f" and {self.progress.steps} steps" if self.progress else ""
-        print(f"resuming {path} after {len(self.history)} epochs{steps}")
+        print(f"resuming {path} after {self.done()}")
 
     # ------------------------------------------------------------------------------------------------------ the end
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best adapter once more, from its file, and write and print the results."""
-        if distributed.is_main():
-            LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
-        distributed.broadcast(trained_state(self.model).values())
+        """Evaluate the adapter once more, and write and print the results."""
         result = evaluate(self.model, self.val_loader, self.device, self.dtype)
         if not distributed.is_main():
             return {}
         results = self.results(result)
         with open_atomically(self.path("results.json")) as file:
             file.write(json.dumps(results, indent=2).encode())
-        plot_curves(self.history, self.accuracy_before, self.args.eval_split, self.path("training_curves.png"))
-        plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
-        print(summary(results, self.args.output_dir, self.best["epoch"]))
+        curves = self.path("training_curves.png")
+        reports.plot_finetuning(self.history, self.accuracy_before, self.args.eval_split, curves)
+        reports.plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
+        print(reports.summary(results, self.args.output_dir))
         return results
 
     def results(self, result: Evaluation) -> dict[str, Any]:
         counts = count_parameters(self.model)
-        hits = [(result.predictions[result.labels == i] == i).float() for i in range(len(self.class_names))]
-        # A class may have no image to evaluate on; NaN would not be JSON.
-        per_class = [hit.mean().item() if len(hit) else None for hit in hits]
+        best = max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         return {
             "val_accuracy": result.accuracy,
             "val_loss": result.loss,
-            "best_epoch": self.best["epoch"],
-            "last_val_accuracy": self.history[-1]["val_accuracy"],
+            "val_images": len(result.labels),
+            "eval_split": self.args.eval_split,
+            # Chosen on the very images that it was measured on: no number to publish.
+            "best_epoch": best["epoch"],
+            "best_val_accuracy": best["val_accuracy"],
             "knn_accuracy_before": self.accuracy_before,
+            "accuracy_per_class": reports.accuracy_per_class(result, self.class_names),
             "epochs": len(self.history),
             "seconds": sum(row["seconds"] for row in self.history),
             "trainable_parameters": counts["trainable"],
@@ -1640,12 +1548,35 @@ class FineTuning:
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "adapter_bytes": self.path("lora.pth").stat().st_size,
             "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
-            "accuracy_per_class": dict(zip(self.class_names, per_class, strict=True)),
-            "eval_split": self.args.eval_split,
             "device": str(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
+            "images": self.splits.digest(),
             "config": self.config,
         }
+
+
+def _flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{'section.key': value} of the sections of a configuration."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
+def batch_norm_trains(model: nn.Module) -> bool:
+    """Does any BatchNorm take statistics of the batch in training?"""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.train().modules())
+
+
+def check_batches(splits: Splits, args: argparse.Namespace, norms_train: bool) -> None:
+    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch."""
+    processes = distributed.world_size()
+    if processes > min(len(splits.train), len(splits.val)):
+        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
+    if norms_train and processes > 1:
+        raise InputError(
+            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
+            "freeze it (--freeze-backbone)"
+        )
+    if norms_train and min(args.batch_size, len(splits.train)) == 1:
+        raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
 
 
 def evaluate_adapter(
@@ -1667,87 +1598,9 @@ def evaluate_adapter(
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 
 
-def check_shares(model: nn.Module, splits: Splits, args: argparse.Namespace) -> None:
-    """Raises InputError where several processes would not compute what one does."""
-    processes = distributed.world_size()
-    if processes > min(len(splits.train), len(splits.val)):
-        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
-    if processes > 1 and any(isinstance(m, _BatchNorm) and m.training for m in model.train().modules()):
-        raise InputError(
-            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
-            "freeze it (--freeze-backbone)"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------- reporting
-
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
-
-
-def plot_curves(history: list[dict[str, float]], accuracy_before: float, eval_split: str, path: Path) -> None:
-    """Losses and accuracy by epoch."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
-    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label=eval_split)
-    losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
-    values = [100 * row["val_accuracy"] for row in history]
-    accuracies.plot(epochs, values, "s--", color=ORANGE, label=eval_split)
-    if math.isfinite(accuracy_before):
-        accuracies.axhline(100 * accuracy_before, color="0.4", linestyle=":", label="k-NN before training")
-    accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
-    for axes in (losses, accuracies):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=150)
-
-
-def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
-    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes."""
-    matrix = confusion_matrix(result.labels, result.predictions, labels=range(len(class_names)))
-    few = len(class_names) <= 20
-    side = min(12, 3 + 0.4 * len(class_names))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.subplots()
-    display = ConfusionMatrixDisplay(matrix, display_labels=class_names if few else None)
-    rotation = 45 if few and max(map(len, class_names)) > 3 else "horizontal"
-    display.plot(ax=axes, include_values=few, cmap="Blues", xticks_rotation=rotation)
-    if not few:
-        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-    axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right")
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=150)
-
-
-def summary(results: dict[str, Any], folder: Path, best_epoch: int) -> str:
-    """The short table at the end of a run."""
-    trained, total = results["trainable_parameters"], results["total_parameters"]
-    whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
-    rows = [
-        ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
-        ("accuracy after", f"{results['val_accuracy']:.2%} (epoch {best_epoch} of {results['epochs']})"),
-        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
-        (
-            "adapter file",
-            f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)",
-        ),
-        ("training time", f"{results['seconds']:.1f} s"),
-        ("peak memory", f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"),
-        ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
-        ("", "training_curves.png, confusion_matrix.png"),
-        ("merge it", f"python deploy_lora.py merge {folder / 'lora.pth'} --output merged.pth"),
-        ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
-    ]
-    return "\n" + "\n".join(f"{name:<22}{value}" for name, value in rows)
-
-
 if __name__ == "__main__":
     # As `__main__` this file's classes would exist a second time beside those of the module `finetune_lora`, which
     # `lora_utils` and saved files mean; isinstance would then fail without a word.
     from finetune_lora import main as module_main
 
-    run_script(module_main)
+    runs.run_script(module_main)

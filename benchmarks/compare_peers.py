@@ -50,15 +50,9 @@ from lora_functional import bitsandbytes_functional
 from lora_utils import LoRAManager
 from moco import InputError
 from moco.backbones import build_backbone, default_image_size, head_name
-from moco.training import (
-    autocast,
-    make_folder,
-    peak_memory_bytes,
-    positive_int,
-    run_script,
-    select_device,
-    select_precision,
-)
+from moco.options import positive_int
+from moco.runs import begin_folder, run_script
+from moco.training import autocast, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -507,7 +501,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(json.dumps(memory))
         return memory
     names = choose_variants(args)
-    make_folder(args.output_dir)
+    begin_folder(args.output_dir)
     with torch.device("meta"):  # an image size that does not fit shows now, not after the first measurement
         build_backbone(args.model, NUM_CLASSES, args.image_size)
     result = {

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import finetune_lora
 from moco import InputError
-from moco.training import positive_int, run_script
+from moco.options import positive_int
+from moco.runs import run_script
 
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
@@ -210,7 +211,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     return {
         "run": job[0],
         "flags": METHODS[method][1],
-        "accuracy": results["last_val_accuracy"],
+        "accuracy": results["val_accuracy"],
         "loss": float(last[2]),
         "seconds": results["seconds"],
         "cpu_seconds": cpu_seconds,

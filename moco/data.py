@@ -66,6 +66,12 @@ class LabelledImages(Dataset):
         images.labels = [self.labels[i] for i in positions]
         return images
 
+    def at_most(self, count: int) -> "LabelledImages":
+        """All of the images, or so many drawn at random, always the same ones."""
+        if len(self) <= count:
+            return self
+        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].tolist())
+
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
         position = self.indices[i]
@@ -76,6 +82,9 @@ class Splits(NamedTuple):
     train: LabelledImages
     val: LabelledImages
     class_names: list[str]
+
+    def digest(self) -> str:
+        return str([(part.name(0).split("/")[-3:], len(part)) for part in (self.train, self.val)])
 
 
 def load_splits(

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from moco import InputError, data, distributed, training
+from moco import InputError, data, distributed, options, reports, runs, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
-from moco.files import open_atomically, read_checkpoint, save_atomically, write_csv
-from moco.training import Stopped, non_negative_float, non_negative_int, positive_float, positive_int
+from moco.files import read_checkpoint, save_atomically, write_csv
+from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "data_dir", "device", "workers", "knn_every", "save_every"}
 METRICS = ("epoch", "loss", "knn_accuracy", "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
+# Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
+KNN_BANK, KNN_QUERIES = 50_000, 10_000
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -40,12 +41,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         `loss` and `knn_accuracy` (0 to 1, of the last epoch), `epochs`, `seconds` and the paths `checkpoint` and
         `metrics`.
     """
-    args, _ = training.parse_args(make_parser(), argv, check=_complete)
+    args, _ = options.parse_args(make_parser(), argv, check=_complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
     training.seed_everything(args.seed)
-    with training.faults_explained(device, SAVES_MEMORY) as loaders:
+    with runs.faults_explained(device, SAVES_MEMORY) as loaders:
         run = Pretraining(args, device, dtype)
         loaders += [run.loader, *run.knn_loaders]
         if args.resume:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
         run.train()
     if distributed.is_main():
-        plot_curves(run.history, run.path("pretraining_curves.png"))
+        reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
     return run.results()
 
 
@@ -63,7 +64,7 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
-    problems = list(training.check_places(args))
+    problems = list(runs.environment_problems(args))
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     if args.moco_version != 3 and args.queue_size < args.batch_size:
@@ -78,25 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("--config", type=Path, help="YAML file with values for the options below")
-    run.add_argument("--output-dir", type=Path, default=Path("checkpoints/pretrain"))
-    run.add_argument(
-        "--resume",
-        type=Path,
-        nargs="?",
-        const=Path(),
-        help="go on where a run stopped, or from a checkpoint of it; default: the output folder's last.pth",
-    )
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
-    source = parser.add_argument_group("data")
-    source.add_argument("--dataset", choices=data.DATASETS, help="default: imagefolder with --data-dir, else digits")
-    source.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
-    source.add_argument("--eval-split", choices=data.EVAL_SPLITS, default="held-out", help="validation: train on less")
-    source.add_argument("--workers", type=training.worker_count, default=0, help="processes that load images")
+    options.add_data_options(parser)
     moco = parser.add_argument_group("moco")
     moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), default=3)
     moco.add_argument("--epochs", type=positive_int, default=100)
@@ -106,17 +93,17 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
     moco.add_argument("--schedule", choices=training.SCHEDULES, default="cosine")
     moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
-    moco.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    moco.add_argument("--momentum", type=training.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
+    moco.add_argument("--precision", choices=training.PRECISIONS, default="auto")
+    moco.add_argument("--momentum", type=options.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
     moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
     moco.add_argument("--dim", type=positive_int, default=256, help="width of queries and keys")
     moco.add_argument("--mlp-dim", type=positive_int, default=4096, help="v3: hidden width of projector and predictor")
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=data.TWO_CROPS, default="moco_v3", help="how the views are made")
-    moco.add_argument("--crop-min", type=training.fraction, default=0.2, help="smallest share of the area in a crop")
+    moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
     moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
-    moco.add_argument("--scale", type=training.fraction, default=0.2, help="digits: so much larger or smaller than 1")
-    moco.add_argument("--shift", type=training.fraction, default=0.15, help="digits: at most so much of the side")
+    moco.add_argument("--scale", type=options.fraction, default=0.2, help="digits: so much larger or smaller than 1")
+    moco.add_argument("--shift", type=options.fraction, default=0.15, help="digits: at most so much of the side")
     moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
     moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
@@ -126,6 +113,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 class Pretraining:
     """A run: the model, its optimizer, its data and how far it is."""
+
+    FILES = ("last.pth", "metrics.csv", "pretraining_curves.png")
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
@@ -144,7 +133,7 @@ class Pretraining:
         self.parallel = distributed.parallel(self.model, device)
         if distributed.rank() > 0:  # until here all processes drew the same
             training.seed_everything(args.seed + distributed.rank())
-        self.stop = training.StopRequests()
+        self.stop = runs.StopRequests()
         self.epoch = self.global_steps = 0
         # Of the epoch that has begun: the sum of its losses, its seconds, the learning rate of its first step.
         self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
@@ -157,21 +146,19 @@ class Pretraining:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
         if distributed.is_main():
-            training.make_folder(self.args.output_dir)
+            # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
+            runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
         if self.global_steps == 0:
             self.save("last.pth")  # whenever the run is killed from here on, it can be resumed
-        with self.stop:
-            try:
-                while self.epoch < self.args.epochs:
-                    self.train_epoch()
-                    self.finish_epoch()
-            except Stopped as stopped:
-                self.save("last.pth")
-                done = f"{self.epoch} of {self.args.epochs} epochs ({self.global_steps} steps)"
-                how = "To go on: the same command with --resume"
-                raise Stopped(stopped.signum, f"Stopped; {done} are saved in {self.path('last.pth')}. {how}") from None
+        with runs.saved_when_stopped(self.stop, self.path("last.pth"), lambda: self.save("last.pth"), self.done):
+            while self.epoch < self.args.epochs:
+                self.train_epoch()
+                self.finish_epoch()
         if distributed.is_main():
             self.path("last.pth").unlink(missing_ok=True)
+
+    def done(self) -> str:
+        return f"{self.epoch} of {self.args.epochs} epochs ({self.global_steps} steps)"
 
     def train_epoch(self) -> None:
         """What is left of a pass over the images; adds a row to the history."""
@@ -181,12 +168,11 @@ class Pretraining:
         if batches.start == 0:
             now["learning_rate"] = self.schedule.get_last_lr()[0]
         start, title = time.perf_counter() - now["seconds"], f"epoch {self.epoch + 1}/{self.args.epochs}"
-        options = {"initial": batches.start, "leave": False, "mininterval": 1.0, "disable": not distributed.is_main()}
-        with tqdm(self.loader, title, **options) as bar:
+        with runs.progress_bar(self.loader, title, initial=batches.start) as bar:
             for (x1, x2), _ in bar:
-                loss = self.step(x1.to(self.device, non_blocking=True), x2.to(self.device, non_blocking=True))
+                loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
-                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 self.stop.check()
         self.epoch += 1
         row = (self.epoch, now["loss_sum"] / len(self.loader), None, now["learning_rate"], now["seconds"])
@@ -213,27 +199,31 @@ class Pretraining:
         return loss
 
     def finish_epoch(self) -> None:
-        """k-NN accuracy, files and a line of output, whichever are due."""
+        """The files, the k-NN accuracy and a line of output, whichever are due."""
         row, last = self.history[-1], self.epoch == self.args.epochs
+        self.save_epoch()
         if last or self.epoch % self.args.knn_every == 0:
             row["knn_accuracy"] = self.knn_accuracy()
-        if last or self.epoch % self.args.save_every == 0:
-            self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
-        if not last:
-            self.save("last.pth")
+            self.save_epoch()  # once more, with the accuracy: had that run out of memory, the epoch would not be lost
         if distributed.is_main():
             # After a resume too it has every epoch once. No k-NN accuracy is an empty field.
             write_csv(self.history, METRICS, self.path("metrics.csv"))
         knn = "" if row["knn_accuracy"] is None else f"  k-NN {row['knn_accuracy']:.3f}"
-        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}", flush=True)
+        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}")
+
+    def save_epoch(self) -> None:
+        last = self.epoch == self.args.epochs
+        if last or self.epoch % self.args.save_every == 0:
+            self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
+        if not last:
+            self.save("last.pth")
 
     def knn_accuracy(self) -> float:
-        """How well the backbone's features, before the projector, sort images that it saw without labels at most."""
+        """How well the features before the projector tell the classes, whose labels training never sees, apart."""
         encoder = self.model.encoder_q
         distributed.broadcast(encoder.buffers())  # BatchNorm's statistics, which each process keeps of its own images
         bank, queries = (
-            map(distributed.interleave, training.extract_features(encoder, loader, self.device, self.dtype))
-            for loader in self.knn_loaders
+            training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
         )
         return training.knn_accuracy(*bank, *queries)
 
@@ -241,18 +231,17 @@ class Pretraining:
         """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
         state = {
             "model": self.model.state_dict(),
-            "optimizer": {} if complete else self.optimizer.state_dict(),
             "epoch": self.epoch,
             "global_steps": self.global_steps,
             "arch": self.args.arch,
             "config": self.config(),
             "history": self.history,
         }
-        if not complete:
-            state["schedule"] = self.schedule.state_dict()
-            state["scaler"] = self.scaler.state_dict()
+        if complete:
+            state["optimizer"] = {}
+        else:
+            state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
             state["progress"] = self.progress
-            state["rng"] = distributed.gather(training.rng_state())  # by rank
         if distributed.is_main():
             save_atomically(state, self.path(name))
 
@@ -261,7 +250,7 @@ class Pretraining:
 
         Raises InputError where that run was configured otherwise or is complete.
         """
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, mapped=False)
         wanted = {"model", "optimizer", "epoch", "global_steps", "config", "history"}
         if not isinstance(state, dict) or not wanted <= state.keys():
             raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
@@ -269,20 +258,13 @@ class Pretraining:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
         if "progress" not in state:
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        then, now = state["config"], self.config()
-        changed = [f"{k} (was {then.get(k)}, is {now[k]})" for k in now if now[k] != then.get(k)]
-        changed = [text for text in changed if text.split()[0] not in FREE_TO_CHANGE]
+        changed = runs.changed_settings(state["config"], self.config(), FREE_TO_CHANGE)
         if changed:
             raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
-            self.scaler.load_state_dict(state["scaler"])
+        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
         self.progress = state["progress"]
-        if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
-            training.restore_rng_state(state["rng"][distributed.rank()])
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
@@ -320,6 +302,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
     bank, queries, _ = data.load_splits(args.dataset, args.data_dir, "validation")
+    bank, queries = bank.at_most(KNN_BANK), queries.at_most(KNN_QUERIES)
     transform = data.eval_transform(args.image_size)
     return loader, [data.build_loader(data.Transformed(x, transform), **common) for x in (bank, queries)]
 
@@ -366,22 +349,5 @@ class LARS(torch.optim.Optimizer):
         return update * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
 
 
-def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and k-NN accuracy by epoch, as a picture."""
-    from matplotlib.figure import Figure  # here, because it takes a second to import
-
-    figure = Figure(figsize=(7, 4))
-    axis = figure.subplots()
-    axis.plot([row["epoch"] for row in history], [row["loss"] for row in history], color="tab:blue")
-    axis.set(xlabel="epoch", ylabel="contrastive loss")
-    measured = [row for row in history if row["knn_accuracy"] is not None]
-    right = axis.twinx()
-    right.plot([r["epoch"] for r in measured], [r["knn_accuracy"] for r in measured], "o-", color="tab:orange")
-    right.set_ylabel("k-NN accuracy (validation part)")
-    figure.legend(["loss", "k-NN accuracy"], loc="outside upper center", ncols=2)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120, bbox_inches="tight")
-
-
 if __name__ == "__main__":
-    training.run_script(main)
+    runs.run_script(main)

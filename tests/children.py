@@ -59,11 +59,11 @@ class Child:
 def _run(module: str, argv: list[str], log: Path, before: Callable | None, environment: dict[str, str]) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of its own workers: Linux's default, not the server's
-    os.environ.update(environment)
+    os.environ.update({"TQDM_MININTERVAL": "0"} | environment)  # bars draw each step, which tests wait for
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from moco.training import run_script
+    from moco.runs import run_script
 
     __import__(module)
     if before:

@@ -27,7 +27,7 @@ import deploy_lora
 import finetune_lora
 from moco import pretrain
 from moco.backbones import build_backbone
-from moco.training import run_script
+from moco.runs import run_script
 
 ROOT = Path(__file__).parents[1]
 

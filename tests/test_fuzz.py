@@ -30,7 +30,7 @@ from moco import InputError, pretrain
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.files import read_checkpoint
-from moco.training import parse_args
+from moco.options import parse_args
 
 ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from moco import InputError, pretrain, training
+from moco import InputError, options, pretrain
 from moco.checkpoints import load_backbone
 from moco.files import read_checkpoint
 
@@ -84,6 +84,28 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, options):
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkeypatch):
+    """Of ImageNet the features may take more memory than there is; hours of training are not to go with them."""
+
+    def too_large(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(pretrain.training, "extract_features", too_large)
+    with pytest.raises(InputError, match="out of memory"):
+        run("--knn-every 2")
+    assert read_checkpoint(tmp_path / "out/moco_stage1_epoch_2.pth")["epoch"] == 2
+    load_backbone(tmp_path / "out/moco_stage1_epoch_2.pth", num_classes=3)
+
+
+def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
+    monkeypatch.setattr(pretrain, "KNN_BANK", 6)
+    monkeypatch.setattr(pretrain, "KNN_QUERIES", 2)
+    seen, measure = [], pretrain.training.knn_accuracy
+    monkeypatch.setattr(pretrain.training, "knn_accuracy", lambda *x: seen.append([len(t) for t in x]) or measure(*x))
+    run("--epochs 1")
+    assert seen == [[6, 6, 2, 2]]
+
+
 def test_training_learns_and_leaves_what_is_frozen(run):
     results = run("--epochs 8 --save-every 1 --learning-rate 3e-3 --knn-every 8")
     first, last = (torch.load(results["checkpoint"].with_name(f"moco_stage1_epoch_{n}.pth")) for n in (1, 8))
@@ -136,9 +158,7 @@ def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
     run()
     with pytest.raises(InputError, match="that run is complete"):
         run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_2.pth'}")
-    with pytest.raises(
-        InputError, match=r"options differ from that run's: epochs \(was 2, is 3\), seed \(was 0, is 5\)"
-    ):
+    with pytest.raises(InputError, match=r"options differ from that run's: epochs was 2, is 3, seed was 0, is 5"):
         run(f"--epochs 3 --seed 5 --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}")
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a checkpoint of python"):
@@ -147,11 +167,11 @@ def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
-    args, sources = training.parse_args(pretrain.make_parser(), ["--config", str(path)])
+    args, sources = options.parse_args(pretrain.make_parser(), ["--config", str(path)])
     assert sources["moco_version"] == "config"
     if path.stem != "stage1":
         assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
-    assert yaml.safe_load(path.read_text()).keys() <= set(training.SECTIONS)
+    assert yaml.safe_load(path.read_text()).keys() <= set(options.SECTIONS)
 
 
 def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():

@@ -1,8 +1,6 @@
-"""moco/training.py: options, configuration, randomness, precision, schedule, k-NN accuracy."""
+"""moco/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
-import argparse
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,180 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco import InputError, training
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="script", description="What it does.")
-    parser.add_argument_group("run").add_argument("--config", type=Path)
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=("resnet18", "vit_mini"), default="vit_mini")
-    finetune = parser.add_argument_group("finetune")
-    finetune.add_argument("--epochs", type=training.positive_int, default=10)
-    finetune.add_argument("--learning-rate", type=training.positive_float, default=1e-4)
-    finetune.add_argument("--target-modules", nargs="+")
-    finetune.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction, default=True)
-    finetune.add_argument("--use-qlora", action="store_true")
-    return parser
-
-
-@pytest.fixture
-def parse(tmp_path):
-    def parse(command_line: str = "", yaml: str | None = None, **options):
-        argv = command_line.split()
-        if yaml is not None:
-            path = tmp_path / "config.yaml"
-            path.write_text(yaml)
-            argv += ["--config", str(path)]
-        return training.parse_args(make_parser(), argv, **options)
-
-    return parse
-
-
-def problems(parse, *args) -> list[str]:
-    with pytest.raises(InputError) as error:
-        parse(*args)
-    return str(error.value).splitlines()
-
-
-def test_defaults(parse):
-    args, sources = parse()
-    assert args.config is None
-    assert (args.arch, args.epochs, args.learning_rate, args.target_modules) == ("vit_mini", 10, 1e-4, None)
-    assert args.freeze_backbone is True and args.use_qlora is False
-    assert set(sources.values()) == {"default"}
-
-
-def test_the_command_line_overrides_the_file_which_overrides_the_defaults(parse):
-    args, sources = parse("--epochs 3", "finetune:\n  epochs: 5\n  learning_rate: 1e-3\n")
-    assert args.epochs == 3 and sources["epochs"] == "command line"
-    assert args.learning_rate == 1e-3 and sources["learning_rate"] == "config"
-    assert sources["arch"] == "default" and sources["config"] == "command line"
-
-
-def test_switches_and_lists_work_on_the_command_line(parse):
-    args, _ = parse("--no-freeze-backbone --use-qlora --target-modules q k")
-    assert args.freeze_backbone is False and args.use_qlora is True and args.target_modules == ["q", "k"]
-
-
-def test_switches_and_lists_work_in_the_file(parse):
-    args, sources = parse("", "finetune: {freeze_backbone: false, use_qlora: true, target_modules: [q, k]}")
-    assert args.freeze_backbone is False and args.use_qlora is True and args.target_modules == ["q", "k"]
-    assert sources["freeze_backbone"] == "config"
-
-
-def test_null_is_allowed_where_it_is_the_default(parse):
-    assert parse("", "finetune: {target_modules: null}")[0].target_modules is None
-    assert problems(parse, "", "finetune: {epochs: null}") == ["finetune.epochs: expected a value, got none"]
-
-
-def test_the_other_scripts_section_is_passed_over(parse):
-    assert parse("", "moco:\n  anything: 1\nmodel:\nfinetune: {epochs: 2}")[0].epochs == 2
-    assert parse("", "model: {checkpoint: moco.pth, arch: resnet18}")[0].arch == "resnet18"
-    assert parse("", "")[0].epochs == 10  # an empty file is a file without settings
-
-
-def test_the_default_config_is_used_unless_another_is_named_or_it_does_not_apply(parse, tmp_path):
-    default = tmp_path / "default.yaml"
-    default.write_text("finetune: {epochs: 7}")
-    args, sources = parse(default_config=default)
-    assert args.epochs == 7 and args.config == default and sources["config"] == "default"
-    assert parse("", "finetune: {epochs: 2}", default_config=default)[0].epochs == 2
-    seen = []
-    args, _ = parse("--arch resnet18", default_config=default, default_config_applies=seen.append)
-    assert args.epochs == 10 and args.config is None and seen == [{"arch": "resnet18"}]
-
-
-def test_all_problems_come_in_one_message(parse):
-    found = problems(
-        parse,
-        "--epoch 5 --learning-rate fast --arch vit_mimi",
-        "finetune: {learning_rate: [1], epochs: true, frze_backbone: no, use_qlora: 1}\nmodle: {}\nmodel: 3",
-    )
-    text = "\n".join(found)
-    assert len(found) == 9
-    for expected in (
-        "--epoch: no such option (did you mean --epochs?)",
-        "--learning-rate: expected a number above 0, got 'fast'",
-        "--arch: 'vit_mimi' is none of resnet18, vit_mini (did you mean vit_mini?)",
-        "finetune.learning_rate: expected a value, got [1]",
-        "finetune.epochs: expected a value, got true",
-        "finetune.frze_backbone: no such key",
-        "(did you mean freeze_backbone?)",
-        "finetune.use_qlora: expected true or false, got 1",
-        "modle: no such section",
-        "model: expected a section",
-    ):
-        assert expected in text
-
-
-@pytest.mark.parametrize(
-    ("command_line", "problem"),
-    [
-        ("--epochs", "--epochs: expected a value, got none"),
-        ("--epochs 2.5", "--epochs: expected a whole number above 0, got '2.5'"),
-        ("--epochs 0", "--epochs: expected a whole number above 0, got '0'"),
-        ("--learning-rate nan", "--learning-rate: expected a number above 0, got 'nan'"),
-        ("--target-modules", "--target-modules: expected at least one value"),
-        ("--lear 1", "--lear: no such option (did you mean --learning-rate?); see --help"),
-        ("5", "5: unexpected argument; see --help"),
-        ("--use-qlora=yes", "--use-qlora=yes: write --use-qlora alone; it takes no value"),
-    ],
-)
-def test_bad_command_lines(parse, command_line, problem):
-    assert problems(parse, command_line) == [problem]
-
-
-@pytest.mark.parametrize("yaml", ["a: [b", "- a list", "just text"])
-def test_a_file_that_is_not_a_mapping(parse, yaml):
-    (problem,) = problems(parse, "", yaml)
-    assert problem.startswith("--config") and "config.yaml" in problem
-
-
-def test_a_missing_file(parse):
-    assert problems(parse, "--config absent.yaml") == [
-        "--config absent.yaml: cannot read it: No such file or directory"
-    ]
-
-
-def test_help_shows_the_choices(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        training.parse_args(make_parser(), ["--help"])
-    assert exit_.value.code == 0
-    assert "{resnet18,vit_mini}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("convert", "good", "bad"),
-    [
-        (training.positive_int, {"1": 1}, ["0", "-1", "1.0", "", "1" * 5000]),
-        (training.non_negative_int, {"0": 0}, ["-1", "x"]),
-        (training.positive_float, {"1e-3": 1e-3}, ["0", "inf", "nan", "-1"]),
-        (training.non_negative_float, {"0": 0.0}, ["-1e-9", "inf"]),
-        (training.fraction, {"0": 0.0, "0.5": 0.5}, ["1", "-0.1"]),
-        (training.boolean, {"true": True, "False": False}, ["1", "yes"]),
-    ],
-)
-def test_option_types(convert, good, bad):
-    assert {text: convert(text) for text in good} == good
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError):
-            convert(text)
-
-
-def test_run_script_ends_bad_input_with_one_message_and_exit_code_2(capsys):
-    def main():
-        raise InputError("no such thing")
-
-    with pytest.raises(SystemExit) as exit_:
-        training.run_script(main)
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err == "error: no such thing\n"
-
-
-def test_run_script_ends_an_interruption_with_exit_code_130():
-    code = "from moco.training import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def draw() -> tuple:
@@ -279,3 +103,35 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
     assert training.knn_accuracy(bank, labels, queries, targets, k=7, temperature=0.1) == correct / 30
     assert training.knn_accuracy(bank, labels, bank * 3, labels, k=1) == 1.0
     assert 0 <= training.knn_accuracy(bank, labels, queries, targets, k=1000) <= 1
+
+
+def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
+    data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
+    inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
+    logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
+    result = training.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
+    assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
+    assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert model.training and model[1].training and model[2].weight.grad is None
+
+
+def test_images_travel_as_each_device_wants_them(monkeypatch):
+    images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    moved = training.to_device(images, torch.device("cpu"))
+    assert torch.equal(moved, images) and moved.is_contiguous(memory_format=torch.channels_last)
+    assert training.to_device(labels, torch.device("cpu")) is labels
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: calls.append((device.type, how)) or self)
+    for device in ("cuda", "mps"):
+        training.to_device(images, torch.device(device))
+    plain = {"non_blocking": False, "memory_format": torch.preserve_format}
+    assert calls == [("cuda", {"non_blocking": True, "memory_format": torch.channels_last}), ("mps", plain)]
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda self: False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: its import fails
+    assert training.peak_memory_bytes(torch.device("cpu")) is None

@@ -1,0 +1,331 @@
+"""Options of both scripts: argparse is the schema, a YAML file and the command line give the values.
+
+An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name; its options' names
+(`dest`) are the keys. Precedence: defaults < YAML < command line. All problems are reported in one message.
+"""
+
+import argparse
+import copy
+import difflib
+import math
+import re
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moco import InputError, printable
+from moco.data import DATASETS, EVAL_SPLITS
+from moco.files import stored_path
+
+# One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
+# keys that only fine-tuning has.
+SECTIONS = {
+    "model": ("checkpoint", "from_scratch"),
+    "data": ("labels_per_class", "augmentation"),
+    "moco": (),
+    "finetune": (),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Option values: argparse `type=` functions, used for flags and YAML values alike
+
+
+# What tensors, loaders and generators can take, and what stays finite when float32 multiplies a few of them.
+LARGEST = {int: 2**31 - 1, float: 1_000_000}
+
+
+def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (abs(value) < math.inf and accepts(value)):  # refuses nan too
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{printable(text)}'")
+        if value > LARGEST[kind]:
+            raise argparse.ArgumentTypeError(f"{printable(text)} is too large; the largest is {LARGEST[kind]}")
+        return value
+
+    return convert
+
+
+positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
+positive_float = _number(float, lambda x: x > 0, "a number above 0")
+non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
+worker_count = _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256")
+fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+
+
+def boolean(text: str) -> bool:
+    """`true` or `false`, as YAML writes them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options: defaults < YAML < command line
+
+
+def parse_args(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+    default_config: Path | None = None,
+    default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
+    check: Callable[[argparse.Namespace, dict[str, str]], Iterable[str]] | None = None,
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
+
+    Options outside the groups of the YAML sections are for the command line only.
+
+    Args:
+        parser: has `--config`.
+        argv: the command line, `sys.argv[1:]` when None.
+        default_config: the YAML file used when the command line names none.
+        default_config_applies: is given what the command line says (unconverted, by `dest`) and answers whether
+            `default_config` suits it. None: always.
+        check: is given what is returned and may complete it; answers what is wrong with the options together. An option
+            whose own value is wrong has its default there.
+
+    Returns:
+        The options (`config` is the path of the file used, or None) and, for every option, where its value came
+        from: 'default', 'config' or 'command line'.
+
+    Raises:
+        InputError: one message with every problem of both the command line and the file, one per line.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    typed, problems = _read_command_line(parser, argv)
+    values, sources = {}, dict.fromkeys(actions, "default")
+    for dest, action in actions.items():
+        default = action.default
+        values[dest] = action.type(default) if isinstance(default, str) and action.type else default
+
+    def take(dest: str, value: Any, source: str, name: str) -> None:
+        try:
+            values[dest], sources[dest] = _convert(actions[dest], value), source
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+
+    if "config" in typed:
+        take("config", typed.pop("config"), "command line", "--config")
+    elif default_config and (not default_config_applies or default_config_applies(typed)):
+        values["config"] = default_config
+    if values["config"] is not None:
+        for section, dest, value in _read_config(parser, Path(values["config"]), problems):
+            take(dest, value, "config", f"{section}.{dest}")
+    for dest, value in typed.items():
+        take(dest, value, "command line", actions[dest].option_strings[0])
+    args = argparse.Namespace(**values)
+    problems += check(args, sources) if check else []
+    if problems:
+        raise InputError("\n".join(problems))
+    return args, sources
+
+
+def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
+    """What was typed, unconverted, and what is wrong with its names. argparse alone would stop at the first problem."""
+    lenient = copy.deepcopy(parser)
+    lenient.allow_abbrev = False
+    lenient.print_help = parser.print_help
+    lenient.error = _raise_input_error
+    lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
+    for action in lenient._actions:
+        action.default, action.type, action.choices = argparse.SUPPRESS, None, None
+        if action.nargs is None:
+            action.nargs, action.const = "?", ""  # `--epochs` without its value, which _convert_one refuses
+        elif action.nargs == "+":
+            action.nargs = "*"
+    words = list(sys.argv[1:] if argv is None else argv)
+    switches = [flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings]
+    valued = [word for word in words if "=" in word and word.split("=")[0] in switches]
+    typed, rest = lenient.parse_known_args([word for word in words if word not in valued])
+    problems = [f"{printable(word)}: write {word.split('=')[0]} alone; it takes no value" for word in valued]
+    return vars(typed), problems + unknown_words(parser, rest)
+
+
+def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
+    """What is wrong with the words that `parse_known_args` left over."""
+    problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
+    for before, word in zip(["", *rest], rest, strict=False):
+        if word.startswith("-"):
+            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see --help")
+        elif not before.startswith("-"):  # a word after an unknown option is most likely its value
+            problems.append(f"{printable(word)}: unexpected argument; see --help")
+    return problems
+
+
+def _raise_input_error(message: str) -> None:
+    raise InputError(message)
+
+
+LONGEST_CONFIG = 100_000  # characters; PyYAML takes a second for them
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """YAML of plain values in which no key stands twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = next((key for key, count in keys.items() if count > 1), "one of them")
+            raise yaml.MarkedYAMLError(problem=f"the key {twice} is there twice", problem_mark=node.start_mark)
+        return mapping
+
+
+def _load_yaml(path: Path) -> Any:
+    """The content of a YAML file. Raises InputError, in one line, for a file that is none or is too long for one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST_CONFIG + 1)
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config {path}: not a text file in UTF-8; give a YAML file") from None
+    if len(text) > LONGEST_CONFIG:
+        raise InputError(f"--config {path}: longer than {LONGEST_CONFIG:,} characters; give a YAML file of options")
+    try:
+        return yaml.load(text, _ConfigLoader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+    except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
+        reason = f"{type(error).__name__}: {printable(error)}"
+    raise InputError(f"--config {path}: not valid YAML: {reason}")
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of every key of the file that is this parser's; the others are added to problems."""
+    try:
+        content = _load_yaml(path)
+    except InputError as error:
+        problems.append(str(error))
+        return
+    if not isinstance(content, dict | None):
+        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
+        return
+    own = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups}
+    own = {section: own[section] for section in SECTIONS if section in own}
+    for section, entries in (content or {}).items():
+        if section not in SECTIONS:
+            hint = _nearest(section, SECTIONS) or _right_section(section, own)
+            problems.append(f"{printable(section)}: no such section in {path}{hint}")
+        elif not isinstance(entries, dict | None):
+            problems.append(f"{section}: expected a section with `key: value` lines in {path}")
+        elif section in own:
+            for key, value in (entries or {}).items():
+                if key in own[section]:
+                    yield section, key, value
+                elif key not in SECTIONS[section]:
+                    hint = _right_section(key, own) or _nearest(key, own[section])
+                    problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
+
+
+def _right_section(key: Any, own: dict[str, list[str]]) -> str:
+    section = next((section for section, keys in own.items() if key in keys), None)
+    return f" (it belongs into the section {section})" if section else ""
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    name, known = printable(name), list(known)
+    match = [full for full in known if full.startswith(name)] or difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _convert(action: argparse.Action, value: Any) -> Any:
+    """A flag's words or a YAML value -> the option's value, checked alike."""
+    if value is None and action.default is None:  # `key: null`
+        return None
+    if action.nargs == 0:  # a switch such as --freeze-backbone
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, got {printable(repr(value))}")
+        return value
+    if action.nargs is None or action.nargs == "?":
+        return _convert_one(action, value)
+    if not isinstance(value, list) or (action.nargs == "+" and not value):
+        raise ValueError(f"expected a list, got {printable(repr(value))}" if value else "expected at least one value")
+    return [_convert_one(action, item) for item in value]
+
+
+def _convert_one(action: argparse.Action, value: Any) -> Any:
+    kind = action.type or str
+    if value is None or value == "" or not isinstance(value, str | int | float | Path):
+        raise ValueError(f"expected a value, got {'none' if value in (None, '') else printable(value)}")
+    if isinstance(value, bool) and kind is not boolean:
+        raise ValueError(f"expected a value, got {str(value).lower()}")
+    # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
+    try:
+        text = str(value)
+        converted = kind(text)
+    except ValueError:
+        raise ValueError(f"invalid value {printable(value)}") from None
+    if "\0" in text:
+        raise ValueError("expected text without a NUL character")
+    if action.choices is not None and converted not in action.choices:
+        names = [str(choice) for choice in action.choices]
+        raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_nearest(text, names)}")
+    return converted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options that both scripts have
+
+
+def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
+    """The group `run`, which is for the command line only."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", type=Path, help="YAML file with values for the options below")
+    run.add_argument("--output-dir", type=Path, default=output_dir, help="folder for all results")
+    run.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="go on where a run stopped; alone, or with the path of its last.pth",
+    )
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return run
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group and YAML section `data`."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder with --data-dir, else digits")
+    group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
+    group.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
+    group.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
+    return group
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run used
+
+
+def describe_options(args: argparse.Namespace, sources: dict[str, str]) -> str:
+    """The values of a run's options by where they came from, one paragraph per source."""
+    titles = {"command line": "command line", "config": str(_stored(args.config)), "default": "defaults"}
+    lines = []
+    for source, title in titles.items():
+        values = [f"{key} {_stored(getattr(args, key))}" for key, origin in sources.items() if origin == source]
+        if values:
+            lines.append(textwrap.fill(f"{title}: " + ", ".join(values), 110, subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def resolved_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The options in the sections of a YAML file that repeats the run."""
+    sections = {}
+    for group in parser._action_groups:
+        if group.title in SECTIONS:
+            sections[group.title] = {a.dest: _stored(getattr(args, a.dest)) for a in group._group_actions}
+    return sections
+
+
+def _stored(value: Any) -> Any:
+    return str(stored_path(value)) if isinstance(value, Path) else value

@@ -1,0 +1,221 @@
+"""How a run of either script begins, stops, goes on and fails: folders, signals, states, faults and exit codes."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from moco import InputError, distributed
+from moco.training import restore_rng_state, rng_state, select_device, select_precision
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run begins
+
+
+def environment_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the device, the precision and the folders that the options name, a line each."""
+    try:
+        select_precision(args.precision, select_device(args.device))
+    except InputError as error:
+        yield str(error)
+    # os.path and not Path: that raises an error for a name too long for the file system.
+    if args.data_dir is not None and not os.path.exists(args.data_dir):
+        yield f"--data-dir {args.data_dir}: no such folder"
+    existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
+        yield f"--output-dir {args.output_dir}: {existing} is a file; name a folder"
+    elif not os.access(existing, os.W_OK):
+        yield f"--output-dir {args.output_dir}: no permission to write to {existing}; name another folder"
+
+
+def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
+    """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are removed.
+
+    They stay if this run goes on from a file in it, `resumed`. Raises InputError if the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resumed is None or resumed.resolve().parent != folder.resolve():
+            for name in files:
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: cannot make this folder: {error.strerror}") from None
+
+
+def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:
+    """A bar that the first process draws; in a log, where each drawing stays, every ten seconds at most.
+
+    TQDM_MININTERVAL in the environment, as tqdm defines it, sets another interval in seconds.
+    """
+    redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
+    interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
+    options = {"mininterval": interval, "leave": batches is None, "disable": not distributed.is_main(), **options}
+    return tqdm(batches, title, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run stops and goes on
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and did so in an orderly way. `signum` is the signal."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopRequests:
+    """Within its `with` block the first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self) -> "StopRequests":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be caught
+            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    def check(self) -> None:
+        """Raise Stopped if this process was asked to stop, or any other: all check together, so all stop together."""
+        if distributed.all_sum(self.signum)[0]:
+            raise Stopped(self.signum or signal.SIGTERM)
+
+    def watched(self, batches: Iterable) -> Iterable:
+        """The batches, with a check before each; without, where the processes' numbers of batches may differ."""
+        for batch in batches:
+            if distributed.world_size() == 1:
+                self.check()
+            yield batch
+
+
+@contextlib.contextmanager
+def saved_when_stopped(stop: StopRequests, path: Path, save: Callable[[], None], done: Callable[[], str]):
+    """Within this block a stop request is noted; once it is raised, the state is saved and told.
+
+    Args:
+        path: the file that `save` writes.
+        done: what the run has done so far, for the message.
+
+    Raises:
+        Stopped: with that message.
+    """
+    with stop:
+        try:
+            yield
+        except Stopped as stopped:
+            save()
+            told = f"Stopped; {done()} are saved in {path}. To go on: the same command with --resume"
+            raise Stopped(stopped.signum, told) from None
+
+
+def training_state(optimizer, schedule, scaler) -> dict[str, Any]:
+    """What training needs beside the model to go on bit for bit. All processes contribute their random states."""
+    return {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": distributed.gather(rng_state()),  # by rank
+    }
+
+
+def restore_training_state(state: dict[str, Any], optimizer, schedule, scaler) -> None:
+    """Undo everything that happened since `training_state` returned this."""
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
+        scaler.load_state_dict(state["scaler"])
+    if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
+        restore_rng_state(state["rng"][distributed.rank()])
+
+
+def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
+    """How the settings of a resumed run differ, except for those that are free to change what is not computed."""
+    return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run fails
+
+
+@contextlib.contextmanager
+def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
+    """Within this block running out of memory, a killed worker and a lost process are an InputError.
+
+    Args:
+        device: where the memory is.
+        saves_memory: what helps if it runs out.
+
+    Yields:
+        An empty list for the loaders whose workers may be killed, with `moco.data.Transformed` data sets.
+    """
+    loaders: list[DataLoader] = []
+    try:
+        yield loaders
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            where = device if isinstance(error, torch.OutOfMemoryError) else "cpu"
+            raise InputError(f"out of memory on {where}: {saves_memory}") from None
+        if distributed.is_lost_peer(error):
+            raise InputError(
+                "another process of this run has ended: look for its message, or whether it was killed"
+            ) from None
+        # A worker that ends while it hands over a batch breaks the connection.
+        if "DataLoader worker" not in str(error) and not (
+            any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
+        ):
+            raise
+        names = [name for loader in loaders for name in loader.dataset.names_being_read()]
+        reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
+        reading = f" while images were read: {', '.join(names)}" if names else ""
+        raise InputError(
+            f"a process that loads images was killed{reading} ({reason}): if memory "
+            "ran out, use fewer --workers or --workers 0; else look at these images"
+        ) from None
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run main and exit: 0, 2 for an InputError, 128 + signal if stopped. Of several failing processes only one prints.
+
+    Output reaches a log in the order in which it is printed, and the error is its last line.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+        distributed.leave()
+    except InputError as error:
+        sys.stdout.flush()
+        if distributed.first_to_fail():
+            # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        sys.stdout.flush()
+        if distributed.is_main():
+            print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
+        # At once: Python would wait for loading processes, however long they read.
+        os._exit(128 + getattr(stop, "signum", signal.SIGINT))
+    except Exception:
+        if distributed.first_to_fail():
+            raise
+        sys.exit(2)

@@ -1,0 +1,59 @@
+"""moco/runs.py: how a run begins, stops and fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moco import InputError, runs
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_run_script_ends_bad_input_with_one_message_and_exit_code_2(capsys):
+    def main():
+        raise InputError("no such thing")
+
+    with pytest.raises(SystemExit) as exit_:
+        runs.run_script(main)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
+
+
+def test_run_script_ends_an_interruption_with_exit_code_130():
+    code = "from moco.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
+    """In a newcomer's environment Python buffers what it prints into a file."""
+    code = """
+import sys
+from moco import InputError, runs
+def main():
+    print("epoch 1")
+    print("a warning", file=sys.stderr)
+    print("epoch 2")
+    raise InputError("disk full")
+runs.run_script(main)
+"""
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    with open(tmp_path / "run.log", "wb") as log:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
+    assert done.returncode == 2
+    assert (tmp_path / "run.log").read_text().splitlines() == ["epoch 1", "a warning", "epoch 2", "error: disk full"]
+
+
+def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_path):
+    def left(resumed: Path | None) -> set[str]:
+        for name in ("lora.pth", "last.pth", "notes.txt"):
+            (tmp_path / name).touch()
+        runs.begin_folder(tmp_path, ("lora.pth", "last.pth", "results.json"), resumed)
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert left(None) == left(tmp_path / "other" / "last.pth") == {"notes.txt"}
+    assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
