@@ -257,10 +257,10 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
         raise error
 
     common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
-    finetune_lora.main(f"--checkpoint {base} {common} --epochs 1".split())
+    finetune_lora.main(f"--checkpoint {base} {common} --output-dir {tmp_path / 'trained'} --epochs 1".split())
     for place, flags in (
         *(("prepare", ""), ("FineTuning.__init__", ""), ("FineTuning.step", "")),
-        ("evaluate", f"--eval-only {tmp_path / 'lora.pth'}"),
+        ("evaluate", f"--eval-only {tmp_path / 'trained/lora.pth'}"),
     ):
         with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
             patch.setattr(f"finetune_lora.{place}", full)

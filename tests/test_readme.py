@@ -13,6 +13,7 @@ import deploy_lora
 import finetune_lora
 from moco import pretrain
 from moco.backbones import build_backbone
+from moco.files import stored_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,9 +75,8 @@ def test_the_first_two_commands_are_those_of_the_gate():
         assert command.replace("pip install", "pip install --quiet") in gate or command in gate
 
 
-@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python finetune_lora.py")])
-def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path):
+def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
     argv = shlex.split(command)[2:]
     if "--eval-only" in argv:
@@ -85,6 +85,7 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     if "--resume" in argv:
         assert finetune_lora.main([*argv, *SMALL, "--output-dir", str(first_run)])["epochs"] == 1
         return
+    request.getfixturevalue("few_images")
     results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])
     assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
 
@@ -146,7 +147,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
     model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
     with Image.open("image.png") as image:
-        expected = model(info["transform"](image.convert("RGB"))[None])
+        expected = model(info["transform"](image)[None])
     torch.testing.assert_close(served["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
@@ -173,7 +174,7 @@ def shown(default) -> str:
     """A default as the README writes it."""
     if default is None or isinstance(default, bool):
         return {None: "", True: "on", False: "off"}[default]
-    return f"{default:g}" if isinstance(default, int | float) else str(finetune_lora._shown_path(default))
+    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
 
 
 def test_every_file_in_the_layout_exists():
