@@ -19,6 +19,7 @@ import math
 import numbers
 import os
 import re
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ from moco.checkpoints import load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
 from moco.options import fraction, non_negative_float, non_negative_int, positive_float, positive_int
+from moco.probe import head_accuracy, init_head_from_probe
 from moco.training import (
     PRECISIONS,
     SCHEDULES,
@@ -65,6 +67,7 @@ from moco.training import (
     evaluate,
     extract_features,
     knn_accuracy,
+    lower_rates,
     lr_schedule,
     peak_memory_bytes,
     seed_everything,
@@ -75,7 +78,9 @@ from moco.training import (
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
-KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training
+KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
+START_IMAGES = 1_000  # on at most so many the loss before training is measured
+RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
@@ -1099,6 +1104,13 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument("--learning-rate", type=positive_float, default=1e-4, help="of AdamW, at its peak")
+    tune.add_argument(
+        "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
+    )
+    tune.add_argument("--head-learning-rate", type=positive_float, help="default: a tenth of --learning-rate")
+    tune.add_argument(
+        "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
+    )
     tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
     tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
@@ -1130,6 +1142,10 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
+    if args.from_scratch:
+        args.head_init = "random"  # there is nothing yet that a probe could find
+    if args.head_learning_rate is None:
+        args.head_learning_rate = args.learning_rate / 10
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir is not None else "digits"
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
@@ -1252,9 +1268,16 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over everything that trains."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    """AdamW over everything that trains: the head at a rate of its own, biases and norms without weight decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = args.head_learning_rate if _in_head(model, name) else args.learning_rate
+            decay = args.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+    )
 
 
 class MicroBatches(NamedTuple):
@@ -1276,6 +1299,16 @@ class Progress:
     loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
     seconds: float = 0.0
 
+    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
+        """Count one more optimizer step; `seconds` are those of the epoch so far."""
+        self.steps, self.seconds = self.steps + 1, seconds
+        self.images, self.correct = self.images + images, self.correct + correct
+        self.loss_sum += loss_sum
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.images
+
 
 class FineTuning:
     """One run: the model, its optimizer, its data, and how far it has come.
@@ -1296,13 +1329,20 @@ class FineTuning:
         norms_train = batch_norm_trains(model)
         check_batches(splits, args, norms_train)
         size = report["image_size"]
-        self.eval_transform, augmentation = eval_transform(size), train_transform(size, args.augmentation)
+        self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         # BatchNorm cannot normalise a last batch of one image.
         lone = norms_train and len(splits.train) % args.batch_size == 1
-        self.train_loader = self.add_loader(splits.train, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        self.train_loader = self.add_loader(
+            splits.train, self.augmentation, shuffle=True, seed=args.seed, drop_last=lone
+        )
         self.optimizer = build_optimizer(model, args)
+        counts = torch.bincount(torch.tensor(splits.train.labels), minlength=len(splits.class_names)).float()
+        self.constant_loss = torch.distributions.Categorical(counts).entropy().item()  # of the best constant answer
+        self.class_weights = None
+        if args.class_weights == "balanced":  # 1 on average over the training images
+            self.class_weights = (len(splits.train) / (counts > 0).sum() / counts.clamp(min=1)).to(device)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
         self.schedule = lr_schedule(self.optimizer, total, warmup, args.schedule)
@@ -1313,8 +1353,10 @@ class FineTuning:
             seed_everything(args.seed + distributed.rank())
         self.stop = runs.StopRequests()
         self.progress: Progress | None = None  # of the epoch that has begun
+        self.epoch_start: dict[str, Any] | None = None  # what it began from
         self.history: list[dict[str, float]] = []
-        self.accuracy_before = math.nan
+        self.before: dict[str, float | None] = {}  # what `measure_start` finds
+        self.retreats: list[dict[str, float]] = []
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -1322,54 +1364,85 @@ class FineTuning:
         return self.loaders[-1]
 
     def measure_start(self) -> None:
-        """What the backbone knows before any training: the k-NN accuracy of its features."""
+        """What the backbone knows before any training, and the head that makes use of it."""
         bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform)
         bank, queries = (
             extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
             for loader in (bank, self.val_loader)
         )
-        self.accuracy_before = knn_accuracy(*bank, *queries)
+        self.before = {"knn_accuracy": knn_accuracy(*bank, *queries), "probe_accuracy": None}
+        if self.args.head_init == "probe":
+            init_head_from_probe(self.model, *bank, self.args.class_weights)
+            self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
+        print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in self.before.items() if v is not None))
+        augmented = self.add_loader(self.splits.train.at_most(START_IMAGES), self.augmentation)
+        with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
+            self.before["train_loss"] = evaluate(self.model, augmented, self.device, self.dtype).loss
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
 
         Raises:
+            InputError: the loss has collapsed RETREATS times and does so again.
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
         self.begin_files()
         with runs.saved_when_stopped(self.stop, self.path("last.pth"), self.save_state, self.done):
             while len(self.history) < self.args.epochs:
-                self.train_epoch()
-                if after_epoch is not None:
+                if not self.train_epoch():
+                    self.retreat()
+                elif after_epoch is not None:
                     after_epoch(self)
 
-    def train_epoch(self) -> None:
-        """What is left of the epoch, its evaluation, and its files."""
+    def train_epoch(self) -> bool:
+        """What is left of the epoch, its evaluation, and its files; False and none of these if the loss collapses."""
         epoch = len(self.history) + 1
-        self.progress = now = self.progress or Progress(self.optimizer.param_groups[0]["lr"])
+        if self.progress is None:
+            self.progress = Progress(self.optimizer.param_groups[0]["lr"])
+            self.epoch_start = runs.copy_to_cpu(self.trained())
+        now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
         counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img"}
         with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
-                now.steps, now.images, now.correct = (
-                    now.steps + 1,
-                    now.images + micro_batches.images,
-                    now.correct + correct,
-                )
-                now.loss_sum, now.seconds = now.loss_sum + loss_sum, time.perf_counter() - started
-                means = {"loss": f"{now.loss_sum / now.images:.3f}", "acc": f"{now.correct / now.images:.3f}"}
-                bar.set_postfix(means, refresh=False)
+                now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
+                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.correct / now.images:.3f}", refresh=False)
                 bar.update(micro_batches.images)
+                if not math.isfinite(now.loss):
+                    return False
                 self.stop.check()
+        if self.has_collapsed(now.loss):
+            return False
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         seconds = time.perf_counter() - started
-        row = (epoch, now.loss_sum / now.images, result.loss, result.accuracy, now.learning_rate, seconds)
+        row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
         self.history.append(dict(zip(self.METRICS, row, strict=True)))
         self.progress = None
         print(f"epoch {epoch}: val loss {result.loss:.4f}, val accuracy {result.accuracy:.4f}")
         self.save()
+        return True
+
+    def has_collapsed(self, train_loss: float) -> bool:
+        """Is the epoch's loss a quarter of the way, or more, from the best one so far to that of a constant answer?"""
+        best = min(row["train_loss"] for row in [self.before, *self.history])
+        return train_loss > best + (max(self.constant_loss, 2 * best) - best) / 4
+
+    def retreat(self) -> None:
+        """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
+        epoch, loss, rate = len(self.history) + 1, self.progress.loss, self.schedule.base_lrs[0]
+        if len(self.retreats) == RETREATS:
+            raise InputError(
+                f"the loss rose to {loss:.3f} in epoch {epoch} even at learning rate {rate:.1e}: try a lower "
+                "--learning-rate, --warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
+                f"{len(self.history)} is in {self.path('lora.pth')}"
+            )
+        self.restore(runs.copy_to_cpu(self.epoch_start))
+        lower_rates(self.schedule, RETREAT_FACTOR)
+        self.progress = None
+        self.retreats.append({"epoch": epoch, "train_loss": loss, "learning_rate": rate})
+        print(f"epoch {epoch}: the loss rose to {loss:.3f}; back to its start at {1 / RETREAT_FACTOR:.2f} of the rate")
 
     def steps(self, epoch: int, start: int) -> Iterator[MicroBatches]:
         """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
@@ -1405,7 +1478,7 @@ class FineTuning:
         sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
         loss, plain, correct = distributed.all_sum(*map(sum, zip(*sums, strict=True)))
         if not math.isfinite(loss):
-            self._stop_diverged(loss)
+            return loss, 0
         if self.args.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
@@ -1416,15 +1489,8 @@ class FineTuning:
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is minimised, summed over the images: cross-entropy of logits (N, classes) and labels (N,)."""
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.args.label_smoothing)
-
-    def _stop_diverged(self, loss: float) -> None:
-        step, rate = self.schedule.last_epoch + 1, self.optimizer.param_groups[0]["lr"]
-        kept = f"; the adapter of epoch {len(self.history)} is in {self.path('lora.pth')}" if self.history else ""
-        raise InputError(
-            f"the loss is {loss} at step {step} with learning rate {rate:.2e}: try a lower --learning-rate, "
-            f"--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32{kept}"
-        )
+        smoothing = self.args.label_smoothing
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing)
 
     # ----------------------------------------------------------------------------------------------- files of a run
 
@@ -1441,8 +1507,8 @@ class FineTuning:
             runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
             with open_atomically(self.path("config.yaml")) as file:
                 file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
-        if self.progress is None and self.history:
-            self.save()  # perhaps into another folder than it was resumed from
+        if self.progress is None:
+            self.save()  # the adapter of epoch 0 is the probe
         else:
             self.save_state()
 
@@ -1470,24 +1536,37 @@ class FineTuning:
             "std": list(data.IMAGENET_STD),
             "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
             "lora": lora_options(self.args),
-            "epoch": self.history[-1]["epoch"],
-            "val_accuracy": self.history[-1]["val_accuracy"],
+            "epoch": len(self.history),
+            "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
             "config": self.config,
         }
 
     def state(self) -> dict[str, Any]:
         """Everything from which the run goes on bit for bit."""
         return {
-            "model": trained_state(self.model),
-            **runs.training_state(self.optimizer, self.schedule, self.scaler),
+            **self.trained(),
             "progress": vars(self.progress) if self.progress else None,
+            "epoch_start": self.epoch_start if self.progress else None,
             "history": self.history,
-            "accuracy_before": self.accuracy_before,
+            "before": self.before,
+            "retreats": self.retreats,
             "images": self.splits.digest(),
             "class_names": list(self.class_names),
             "base": getattr(self.model, "base_digests", {}),
             "config": self.config,
         }
+
+    def trained(self) -> dict[str, Any]:
+        """What training changes."""
+        return {
+            "model": trained_state(self.model),
+            **runs.training_state(self.optimizer, self.schedule, self.scaler),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo everything that happened since `trained` returned this."""
+        self.model.load_state_dict(state["model"], strict=False)
+        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
 
     def resume(self, path: Path) -> None:
         """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
@@ -1505,9 +1584,9 @@ class FineTuning:
             )
         if state["base"] != now["base"]:
             raise InputError(f"{path} was trained over another base than {self.args.checkpoint}; resume with the same")
-        self.model.load_state_dict(state["model"], strict=False)
-        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
-        self.history, self.accuracy_before = state["history"], state["accuracy_before"]
+        self.restore(state)
+        self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
+        self.epoch_start = state["epoch_start"]
         self.progress = Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 
@@ -1522,13 +1601,15 @@ class FineTuning:
         with open_atomically(self.path("results.json")) as file:
             file.write(json.dumps(results, indent=2).encode())
         curves = self.path("training_curves.png")
-        reports.plot_finetuning(self.history, self.accuracy_before, self.args.eval_split, curves)
+        before = {"k-NN": self.before["knn_accuracy"], "linear probe": self.before["probe_accuracy"]}
+        reports.plot_finetuning(self.history, before, self.args.eval_split, curves)
         reports.plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
+        reports.plot_mistakes(result, self.splits.val, self.class_names, self.path("mistakes.png"))
         print(reports.summary(results, self.args.output_dir))
         return results
 
     def results(self, result: Evaluation) -> dict[str, Any]:
-        counts = count_parameters(self.model)
+        counts, per_class = count_parameters(self.model), reports.accuracy_per_class(result, self.class_names)
         best = max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
         return {
             "val_accuracy": result.accuracy,
@@ -1538,8 +1619,12 @@ class FineTuning:
             # Chosen on the very images that it was measured on: no number to publish.
             "best_epoch": best["epoch"],
             "best_val_accuracy": best["val_accuracy"],
-            "knn_accuracy_before": self.accuracy_before,
-            "accuracy_per_class": reports.accuracy_per_class(result, self.class_names),
+            "knn_accuracy_before": self.before["knn_accuracy"],
+            "probe_accuracy_before": self.before["probe_accuracy"],
+            "accuracy_per_class": per_class,
+            "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
+            "macro_f1": reports.macro_f1(result),
+            "retreats": self.retreats,
             "epochs": len(self.history),
             "seconds": sum(row["seconds"] for row in self.history),
             "trainable_parameters": counts["trainable"],

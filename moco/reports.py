@@ -1,10 +1,11 @@
 """What a run leaves for people to open: pictures of its curves and confusions, and the table printed at its end."""
 
-import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moco.data import LabelledImages
 from moco.files import open_atomically
 from moco.training import Evaluation
 
@@ -13,8 +14,10 @@ from moco.training import Evaluation
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
 
 
-def plot_finetuning(history: list[dict[str, float]], accuracy_before: float, eval_split: str, path: Path) -> None:
-    """Losses and accuracy by epoch, both losses without label smoothing."""
+def plot_finetuning(
+    history: list[dict[str, float]], accuracies_before: dict[str, float | None], eval_split: str, path: Path
+) -> None:
+    """Losses and accuracy by epoch, both losses without label smoothing, and the named accuracies before training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -24,8 +27,9 @@ def plot_finetuning(history: list[dict[str, float]], accuracy_before: float, eva
     losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label=eval_split)
     losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     accuracies.plot(epochs, [100 * row["val_accuracy"] for row in history], "s--", color=ORANGE, label=eval_split)
-    if math.isfinite(accuracy_before):
-        accuracies.axhline(100 * accuracy_before, color="0.4", linestyle=":", label="k-NN before training")
+    measured = {name: value for name, value in accuracies_before.items() if value is not None}
+    for (name, value), style in zip(measured.items(), (":", "-."), strict=False):
+        accuracies.axhline(100 * value, color="0.4", linestyle=style, label=f"{name} before training")
     accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     for axes in (losses, accuracies):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -74,14 +78,49 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
         figure.savefig(file, dpi=150)
 
 
+def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Sequence[str], path: Path) -> None:
+    """Pictures: the wrong answers that were given with most confidence, and the right ones with least."""
+    from matplotlib.figure import Figure
+
+    columns, wrong = 6, result.predictions != result.labels
+    ranked = result.confidences.argsort(descending=True, stable=True)
+    shown = {
+        "Wrong, most confident first": ranked[wrong[ranked]][: 2 * columns],
+        "Right, least confident first": ranked[~wrong[ranked]].flip(0)[:columns],
+    }
+    rows = [max(1, -(-len(chosen) // columns)) for chosen in shown.values()]
+    figure = Figure(figsize=(1.7 * columns, 2.2 * sum(rows)), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=rows)
+    for part, (title, chosen), height in zip(parts, shown.items(), rows, strict=True):
+        part.suptitle(title if len(chosen) else f"{title}: none")
+        axes = part.subplots(height, columns, squeeze=False).flat
+        for place in axes:
+            place.axis("off")
+        for i, place in zip(chosen.tolist(), axes, strict=False):
+            said, true = (class_names[labels[i]] for labels in (result.predictions, result.labels))
+            told = true if said == true else f"{true}, taken for {said}"
+            place.imshow(images[i][0])
+            place.set_title("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"]), fontsize=8)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
 def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[str, float | None]:
     """The share of each class's images that are right; None for a class without any (NaN would not be JSON)."""
     hits = [(result.predictions[result.labels == i] == i).float() for i in range(len(class_names))]
     return dict(zip(class_names, [hit.mean().item() if len(hit) else None for hit in hits], strict=True))
 
 
+def macro_f1(result: Evaluation) -> float:
+    """The mean over the classes of the harmonic mean of precision and recall."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(result.labels, result.predictions, average="macro", zero_division=0))
+
+
 def summary(results: dict[str, Any], folder: Path) -> str:
     """The table printed at the end of a fine-tuning run."""
+    probe = results["probe_accuracy_before"]
     trained, total = results["trainable_parameters"], results["total_parameters"]
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
@@ -89,13 +128,15 @@ def summary(results: dict[str, Any], folder: Path) -> str:
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     rows = [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
+        *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
         ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
+        ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
         ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         ("adapter file", sizes),
         ("training time", f"{results['seconds']:.1f} s"),
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
-        ("", "training_curves.png, confusion_matrix.png"),
+        ("", "training_curves.png, confusion_matrix.png, mistakes.png"),
         ("merge it", f"python deploy_lora.py merge {folder / 'lora.pth'} --output merged.pth"),
         ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
     ]

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -146,6 +147,14 @@ def restore_training_state(state: dict[str, Any], optimizer, schedule, scaler) -
         scaler.load_state_dict(state["scaler"])
     if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
         restore_rng_state(state["rng"][distributed.rank()])
+
+
+def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what `torch.save` can write, that shares no memory with the original."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:

@@ -160,6 +160,14 @@ def lr_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> None:
+    """Divide the learning rates of every parameter group by this, now and for the rest of the schedule."""
+    schedule.base_lrs = [rate / divisor for rate in schedule.base_lrs]
+    for group in schedule.optimizer.param_groups:
+        group["initial_lr"] /= divisor
+        group["lr"] /= divisor
+
+
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within this block the model is in eval mode; each of its modules is then in the mode in which it was."""
@@ -221,6 +229,7 @@ class Evaluation(NamedTuple):
     accuracy: float  # 0 to 1
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
+    confidences: Tensor  # (N,), probability of the predicted class
 
 
 @torch.no_grad()
@@ -229,16 +238,19 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=tor
 
     With several processes, each evaluates its share and all of them return the result over the full set.
     """
-    losses, predictions, labels = [], [], []
+    losses, labels, confidences, predictions = [], [], [], []
     with eval_mode(model):
         for images, targets in loader:
             images, targets = to_device(images, device), to_device(targets, device)
             with autocast(device, dtype):
                 logits = model(images)
             losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
-            predictions.append(logits.argmax(1))
             labels.append(targets)
+            most_probable = logits.float().softmax(1).max(1)
+            confidences.append(most_probable.values)
+            predictions.append(most_probable.indices)
     loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
-    predictions, labels = (distributed.interleave(torch.cat(share)).cpu() for share in (predictions, labels))
+    shares = (torch.cat(share) for share in (predictions, labels, confidences))
+    predictions, labels, confidences = (distributed.interleave(share).cpu() for share in shares)
     accuracy = (predictions == labels).float().mean().item()
-    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels)
+    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels, confidences)

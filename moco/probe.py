@@ -1,0 +1,84 @@
+"""Start a classifier head as a linear probe: a regularised logistic regression on the frozen backbone's features.
+
+Probing first and fine-tuning then keeps what the backbone knows; a random head's gradients distort it before the head
+has learnt anything (Kumar et al., arXiv 2202.10054).
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.backbones import head_name
+
+STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
+FOLDS = 3
+
+
+def init_head_from_probe(model: nn.Module, features: Tensor, labels: Tensor, class_weights: str = "none") -> float:
+    """Set the head of `model` to the linear probe of its features; returns the probe's C.
+
+    Args:
+        model: its head is a linear layer from D features to K classes.
+        features: (N, D), as `moco.training.extract_features` returns them.
+        labels: (N,), from 0 to K - 1.
+        class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
+    """
+    [head] = (m for m in getattr(model, head_name(model)).modules() if isinstance(m, nn.Linear))
+    weight, bias, strength = fit_linear_probe(features, labels, head.out_features, class_weights)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
+    return strength
+
+
+@torch.no_grad()
+def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
+    """The accuracy (0 to 1) of the head of `model` on features (N, D) with labels (N,)."""
+    return (getattr(model, head_name(model))(features).argmax(1) == labels).float().mean().item()
+
+
+def fit_linear_probe(
+    features: Tensor, labels: Tensor, num_classes: int, class_weights: str = "none"
+) -> tuple[Tensor, Tensor, float]:
+    """A multinomial logistic regression on standardised features, as weight (K, D), bias (K,) and its C.
+
+    C has the smallest cross-validated log loss; larger ones than the first that is worse are not tried. A class with a
+    single image leaves nothing to validate on: C is then 1. A class without any gets zeros.
+
+    The time grows with N * D * K: 14 s on a core for 10,000 images with 2,048 features of 100 classes.
+    """
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    weights = None if class_weights == "none" else class_weights
+    X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
+    folds, best = min(FOLDS, int(np.bincount(y)[np.unique(y)].min())), 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit that has not converged is a fair start all the same
+        if folds > 1:
+            smallest, splits = np.inf, StratifiedKFold(folds, shuffle=True, random_state=0)
+            for strength in STRENGTHS:
+                loss = -cross_val_score(_regression(strength, weights), X, y, cv=splits, scoring="neg_log_loss").mean()
+                if loss >= smallest:
+                    break
+                smallest, best = loss, float(strength)
+        scaler, regression = (step for _, step in _regression(best, weights).fit(X, y).steps)
+    # w (x - mean) / std + b  =  (w / std) x + (b - (w / std) mean)
+    rows = regression.coef_ / scaler.scale_
+    shifts = regression.intercept_ - rows @ scaler.mean_
+    if len(rows) == 1:  # of two classes scikit-learn gives the difference
+        rows, shifts = np.concatenate([-rows, rows]) / 2, np.concatenate([-shifts, shifts]) / 2
+    weight, bias = torch.zeros(num_classes, X.shape[1]), torch.zeros(num_classes)
+    weight[regression.classes_], bias[regression.classes_] = torch.tensor(rows).float(), torch.tensor(shifts).float()
+    return weight, bias, best
+
+
+def _regression(strength: float, class_weight: str | None):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=class_weight, max_iter=200))
