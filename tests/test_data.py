@@ -1,5 +1,8 @@
 """moco/data.py: splits, image modes, augmentations, loaders."""
 
+import os
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +49,8 @@ def test_the_validation_part_comes_out_of_the_training_split(digits):
 
 def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
     few = [data.load_splits("digits", labels_per_class=3, seed=seed) for seed in (0, 0, 1)]
-    assert all(splits.val.indices == digits[0].val.indices for splits in few)
-    assert few[0].train.indices == few[1].train.indices != few[2].train.indices
+    assert all(indices(splits.val) == indices(digits[0].val) for splits in few)
+    assert indices(few[0].train) == indices(few[1].train) != indices(few[2].train)
     assert np.bincount(few[0].train.labels).tolist() == [3] * 10
     assert indices(few[2].train) <= indices(digits[0].train)
     with pytest.raises(InputError, match="class 0 has only"):
@@ -71,10 +74,57 @@ def test_a_folder_with_train_and_val(tmp_path):
 
 def test_one_set_of_class_folders_is_split_the_same_each_time(tmp_path):
     for label in ("cat", "dog"):
-        write_images(tmp_path / label, "abcdefghij")
+        write_images(tmp_path / label, [str(i) for i in range(50)])
     first, second = (data.load_splits("imagefolder", tmp_path, seed=seed) for seed in (0, 1))
-    assert (len(first.train), len(first.val)) == (16, 4) and sorted(first.val.labels) == [0, 0, 1, 1]
-    assert first.val.indices == second.val.indices
+    assert list(first.val.keys()) == list(second.val.keys()) and first.digest() == second.digest()
+    assert set(first.train.keys()) | set(first.val.keys()) == {
+        f"{c}/{i}.png" for c in ("cat", "dog") for i in range(50)
+    }
+    assert set(first.train.keys()).isdisjoint(first.val.keys())
+    assert np.bincount(first.val.labels) == pytest.approx(10, abs=6)
+
+
+def test_an_added_image_moves_no_other(tmp_path):
+    for label in ("cat", "dog"):
+        write_images(tmp_path / label, [str(i) for i in range(20)])
+    before = data.load_splits("imagefolder", tmp_path)
+    write_images(tmp_path / "cat", ["0a", "more", "zz"])
+    write_images(tmp_path / "ant", "abcdef")  # the other classes have other numbers now
+    after = data.load_splits("imagefolder", tmp_path)
+    for part in ("train", "val"):
+        assert set(getattr(before, part).keys()) <= set(getattr(after, part).keys())
+    assert after.digest() != before.digest()
+
+
+def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
+    def digest(**files) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, letters in files.items():
+            write_images(folder / name.replace("_", "/"), letters)
+        return data.load_splits("imagefolder", folder).digest()
+
+    one = {"train_cat": "ab", "train_dog": "cd", "val_cat": "ef"}
+    assert digest(**one) == digest(**one)
+    others = [
+        one | {"train_cat": "abx"},
+        one | {"train_cat": "a"},
+        one | {"train_cat": "ax"},
+        one | {"val_dog": "f"},
+        {"train_cat": "ab", "train_cow": "x", "train_dog": "cd", "val_cat": "ef"},
+        {"train_cat": "ef", "train_dog": "cd", "val_cat": "ab"},
+    ]
+    assert len({digest(**files) for files in (one, *others)}) == 1 + len(others)
+
+
+def test_the_digest_of_a_set_without_files_is_that_of_its_indices(digits):
+    splits, validation = digits
+    assert splits.digest() == data.load_splits("digits").digest() != validation.digest()
+    # Labels alone are not enough: another choice of images of the same classes is another set.
+    swapped = (
+        data.LabelledImages([("a", 0), ("b", 0)], [0, 0], [1]),
+        data.LabelledImages([("a", 0), ("b", 0)], [0, 0], [0]),
+    )
+    assert swapped[0].labels == swapped[1].labels and swapped[0].digest != swapped[1].digest
 
 
 def test_a_class_may_lack_validation_images_but_not_training_images(tmp_path):
@@ -154,11 +204,43 @@ def test_a_failing_download_is_one_clear_error(tmp_path):
             data.load_splits("absent", tmp_path)
 
 
-def test_stratified_split_takes_at_least_one_and_never_all():
-    labels = [0] * 10 + [1] * 2 + [2]
-    rest, part = data.stratified_split(labels, 0.2, seed=0)
-    assert sorted(rest + part) == list(range(13))
-    assert np.bincount([labels[i] for i in part], minlength=3).tolist() == [2, 1, 0]
+def set_of(folder, **classes: int) -> data.LabelledImages:
+    """So many files of each class, which need not be there."""
+    names = [f"{name}/{i}.png" for name, count in classes.items() for i in range(count)]
+    labels = [label for label, count in enumerate(classes.values()) for _ in range(count)]
+    return data.LabelledImages(data.ImageFiles(folder, names, labels), labels)
+
+
+@pytest.mark.parametrize("make", [set_of, lambda _, **counts: data.LabelledImages(
+    [("image", i) for i, n in enumerate(counts.values()) for _ in range(n)],
+    [i for i, n in enumerate(counts.values()) for _ in range(n)],
+)], ids=["files", "others"])  # fmt: skip
+def test_a_validation_part_has_some_of_each_class_and_never_all(make, tmp_path):
+    images = make(tmp_path, many=1000, few=4, two=2, one=1)
+    for share in (1e-9, 0.2, 0.7, 1 - 1e-9):
+        rest, part = data.validation_part(images, share)
+        assert indices(rest) | indices(part) == set(range(1007)) and indices(rest).isdisjoint(indices(part))
+        counts = np.bincount(part.labels, minlength=4)
+        assert counts[0] == pytest.approx(1000 * share, abs=40) and 0 < counts[0] < 1000
+        assert 0 < counts[1] < 4 and counts[2] == 1 and counts[3] == 0
+        assert [images.labels[i] for i in part.indices] == part.labels
+
+
+def test_a_part_is_taken_off_again_and_again(tmp_path):
+    images, seen = set_of(tmp_path, many=2000, more=2000), set()
+    for turn in range(3):
+        expected = len(images) / 5
+        images, part = data.validation_part(images)
+        assert len(part) == pytest.approx(expected, rel=0.15), turn
+        assert seen.isdisjoint(indices(part))
+        seen |= indices(part)
+    _, part = data.validation_part(images.subset(range(100)))  # which remembers what was taken off before
+    assert 10 < len(part) < 30
+
+
+def test_a_set_of_lone_images_has_no_validation_part(tmp_path):
+    with pytest.raises(InputError, match="every class has only one"):
+        data.validation_part(set_of(tmp_path, cat=1, dog=1))
 
 
 def pixel(image: Image.Image) -> tuple[int, int, int]:
@@ -192,12 +274,71 @@ def test_transparency_is_over_white():
     assert pixel(palette) == (255, 255, 255)
 
 
-def test_a_16_bit_png_file(tmp_path):
+def odd_files(folder) -> dict:
+    """Image files whose pixels Image.open alone does not give as evaluation sees them, by what is odd about them."""
+    rng, exif = np.random.RandomState(0), Image.Exif()
+    levels = rng.randint(0, 256, (40, 30, 3)).astype(np.uint8)
+    exif[274] = 6  # lies on its side
+    transparent = np.dstack([levels, rng.randint(0, 256, (40, 30)).astype(np.uint8)])
+    palette = Image.fromarray(levels).quantize(16)
+    files = {
+        "plain.png": (Image.fromarray(levels), {}),
+        "rotated.jpg": (Image.fromarray(levels), {"exif": exif}),
+        "rotated.png": (Image.fromarray(levels), {"exif": exif}),
+        "rotated.tif": (Image.fromarray(levels), {"exif": exif}),
+        "rgba.png": (Image.fromarray(transparent), {}),
+        "palette.png": (palette, {}),
+        "transparent palette.png": (palette, {"transparency": 3}),
+        "16 bits.png": (Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
+        "cmyk.jpg": (Image.fromarray(levels).convert("CMYK"), {}),
+    }
+    folder.mkdir(parents=True)
+    for name, (image, options) in files.items():
+        image.save(folder / name, **options)
+    return files
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_transform_takes_what_image_open_returns(tmp_path, size):
+    """As `load_finetuned` gives it to those who predict: the same bits as in evaluation."""
     for label in ("cat", "dog"):
-        (tmp_path / label).mkdir()
-        for name in "ab":
-            Image.fromarray(np.full((3, 2), 257 * 90, dtype=np.uint16)).save(tmp_path / label / f"{name}.png")
-    assert data.load_splits("imagefolder", tmp_path).train[0][0].getpixel((0, 0)) == (90, 90, 90)
+        odd_files(tmp_path / "train" / label)
+        odd_files(tmp_path / "val" / label)
+    images, transform = data.load_splits("imagefolder", tmp_path).val, data.eval_transform(size)
+    for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
+        assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
+
+
+def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
+    files = odd_files(tmp_path / "all")
+    seen = {name: data.to_rgb(Image.open(tmp_path / "all" / name)) for name in files}
+    assert {image.mode for image in seen.values()} == {"RGB"}
+    upright = seen["plain.png"].transpose(Image.Transpose.ROTATE_270)
+    for name in ("rotated.png", "rotated.tif"):
+        assert np.array_equal(seen[name], upright), name
+    assert seen["rotated.jpg"].size == (40, 30)
+    for image in seen.values():
+        assert data.to_rgb(image) is image  # nothing is done twice
+    alpha = np.asarray(files["rgba.png"][0])[..., 3:] / 255
+    over_white = np.asarray(files["plain.png"][0]) * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(seen["rgba.png"]) - over_white).max() <= 1
+    assert np.array_equal(np.asarray(seen["16 bits.png"])[..., 0], np.asarray(files["plain.png"][0])[..., 0])
+    assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
+
+
+def test_levels_of_12_bits_in_a_16_bit_file_are_told_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_warned_of_12_bits", False)
+    for name, top in (("dark", 4095), ("bright", 4096)):
+        Image.fromarray(np.array([[0, top]], dtype=np.uint16)).save(tmp_path / f"{name}.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.to_rgb(Image.open(tmp_path / "bright.png"))
+        data.to_rgb(Image.new("I", (2, 2), 200))  # of 8 bits
+        assert caught == []
+        for _ in range(2):
+            data.to_rgb(Image.open(tmp_path / "dark.png"))
+    [message] = [str(warning.message) for warning in caught]
+    assert str(tmp_path / "dark.png") in message and "multiply them by 16" in message and "\n" not in message
 
 
 def all_transforms(size: int):
@@ -275,6 +416,28 @@ def test_drawing_for_images_leaves_the_global_generator_alone():
     for workers in (0, 1):
         draws(shuffle=True, workers=workers)
     assert torch.rand(1) == expected
+
+
+def test_workers_stay_for_the_next_pass():
+    def processes(keep: bool) -> list[set[int]]:
+        loader = data.build_loader(
+            data.Transformed([(None, 0)] * 8, lambda _: os.getpid()), 2, workers=2, keep_workers=keep
+        )
+        return [{int(pid) for pids, _ in loader for pid in pids} for _ in range(2)]
+
+    first, second = processes(keep=True)
+    assert first == second and len(first) == 2
+    first, second = processes(keep=False)
+    assert first.isdisjoint(second)
+
+
+def test_a_pass_that_was_left_does_not_show_in_the_next():
+    numbered = data.Transformed([(i, i) for i in range(40)], lambda i: (i, torch.rand(1)))
+    left, whole = (data.build_loader(numbered, 4, shuffle=True, workers=workers) for workers in (2, 0))
+    next(iter(left))
+    left.batch_sampler.epoch = whole.batch_sampler.epoch = 5
+    for ours, theirs in zip(left, whole, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours[0], theirs[0], strict=True))
 
 
 def test_an_epoch_can_begin_in_the_middle():
