@@ -1,7 +1,11 @@
 """moco/data.py: splits, image modes, augmentations, loaders."""
 
 import os
+import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,8 @@ from PIL import Image
 from torchvision import datasets
 
 from moco import InputError, data
+
+ROOT = Path(__file__).parents[1]
 
 
 def write_images(folder, names="abc", colour=(200, 100, 50), size=(6, 5)) -> None:
@@ -416,6 +422,17 @@ def test_drawing_for_images_leaves_the_global_generator_alone():
     for workers in (0, 1):
         draws(shuffle=True, workers=workers)
     assert torch.rand(1) == expected
+
+
+def test_what_workers_receive_and_import_is_little(digits):
+    """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
+    for transform in all_transforms(32):
+        loaded = pickle.loads(pickle.dumps(data.Transformed(digits[0].val.subset(range(3)), transform)))
+        assert len(loaded) == 3
+    heavy = "{'matplotlib', 'sklearn', 'scipy', 'bitsandbytes'} & {name.split('.')[0] for name in sys.modules}"
+    program = f"import sys, finetune_lora, moco.pretrain; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_workers_stay_for_the_next_pass():
