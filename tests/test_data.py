@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from torchvision import datasets
+from torchvision import transforms as T
 
 from moco import InputError, data
 
@@ -82,11 +83,11 @@ def test_one_set_of_class_folders_is_split_the_same_each_time(tmp_path):
     for label in ("cat", "dog"):
         write_images(tmp_path / label, [str(i) for i in range(50)])
     first, second = (data.load_splits("imagefolder", tmp_path, seed=seed) for seed in (0, 1))
-    assert list(first.val.keys()) == list(second.val.keys()) and first.digest() == second.digest()
-    assert set(first.train.keys()) | set(first.val.keys()) == {
+    assert list(first.val.relative_names()) == list(second.val.relative_names()) and first.digest() == second.digest()
+    assert set(first.train.relative_names()) | set(first.val.relative_names()) == {
         f"{c}/{i}.png" for c in ("cat", "dog") for i in range(50)
     }
-    assert set(first.train.keys()).isdisjoint(first.val.keys())
+    assert set(first.train.relative_names()).isdisjoint(first.val.relative_names())
     assert np.bincount(first.val.labels) == pytest.approx(10, abs=6)
 
 
@@ -98,7 +99,7 @@ def test_an_added_image_moves_no_other(tmp_path):
     write_images(tmp_path / "ant", "abcdef")  # the other classes have other numbers now
     after = data.load_splits("imagefolder", tmp_path)
     for part in ("train", "val"):
-        assert set(getattr(before, part).keys()) <= set(getattr(after, part).keys())
+        assert set(getattr(before, part).relative_names()) <= set(getattr(after, part).relative_names())
     assert after.digest() != before.digest()
 
 
@@ -125,12 +126,9 @@ def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
 def test_the_digest_of_a_set_without_files_is_that_of_its_indices(digits):
     splits, validation = digits
     assert splits.digest() == data.load_splits("digits").digest() != validation.digest()
-    # Labels alone are not enough: another choice of images of the same classes is another set.
-    swapped = (
-        data.LabelledImages([("a", 0), ("b", 0)], [0, 0], [1]),
-        data.LabelledImages([("a", 0), ("b", 0)], [0, 0], [0]),
-    )
-    assert swapped[0].labels == swapped[1].labels and swapped[0].digest != swapped[1].digest
+    two = [("image", 0), ("image", 0)]
+    sets = [([0, 0], [0]), ([0, 0], [1]), ([1, 0], [0]), ([0, 0], [0, 1]), ([0, 0], [1, 0])]
+    assert len({data.LabelledImages(two, labels, indices).digest for labels, indices in sets}) == len(sets)
 
 
 def test_a_class_may_lack_validation_images_but_not_training_images(tmp_path):
@@ -343,6 +341,8 @@ def test_levels_of_12_bits_in_a_16_bit_file_are_told_once(tmp_path, monkeypatch)
         assert caught == []
         for _ in range(2):
             data.to_rgb(Image.open(tmp_path / "dark.png"))
+        assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)  # the type tells the width
+        assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
     [message] = [str(warning.message) for warning in caught]
     assert str(tmp_path / "dark.png") in message and "multiply them by 16" in message and "\n" not in message
 
@@ -352,8 +352,7 @@ def all_transforms(size: int):
     for name in data.AUGMENTATIONS:
         yield data.train_transform(size, name)
     for name in data.TWO_CROPS:
-        yield data.two_crops(size, name).first
-        yield data.two_crops(size, name).second
+        yield from data.two_crops(size, name).views
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -373,6 +372,123 @@ def test_normalisation_and_central_crop():
     gradient = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)))
     rows = data.eval_transform(224)(gradient)[0, :, 0] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0]
     assert (rows * 255).round()[[0, -1]].tolist() == [16, 239]
+
+
+def stock(name: str, size: int) -> list[T.Compose]:
+    """torchvision's transforms for what the data module does itself: one transform, or those of both views."""
+    tensor = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
+    crop, flip, grey = T.RandomResizedCrop(size, scale=(0.2, 1)), T.RandomHorizontalFlip(), T.RandomGrayscale(0.2)
+    blur = T.GaussianBlur(max(3, size // 10 | 1), sigma=(0.1, 2.0))
+    if name == "eval":
+        resize = [T.Resize((size, size))] if size <= 64 else [T.Resize(round(size * 256 / 224)), T.CenterCrop(size)]
+        return [T.Compose([*resize, *tensor])]
+    if name == "crop":
+        return [T.Compose([T.RandomResizedCrop(size), flip, *tensor])]
+    if name == "moco_v1":
+        return 2 * [T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor])]
+    if name == "moco_v2":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        return 2 * [T.Compose([crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *tensor])]
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    ends = [T.RandomApply([blur], p=0.1), T.RandomSolarize(128, p=0.2), flip, *tensor]
+    return [T.Compose([crop, jitter, grey, blur, flip, *tensor]), T.Compose([crop, jitter, grey, *ends])]
+
+
+def views_of(name: str, size: int) -> list[data.View]:
+    if name == "eval":
+        return [data.eval_transform(size)]
+    return [data.train_transform(size)] if name == "crop" else list(data.two_crops(size, name).views)
+
+
+@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1", "moco_v2", "moco_v3"])
+@pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200))])
+def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
+    """From the same draws; bit for bit, except that the blur may round to the next of 256 levels."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
+    level = 1.01 / 255 / min(data.IMAGENET_STD) if name in ("moco_v2", "moco_v3") else 0
+    for ours, theirs in zip(views_of(name, size), stock(name, size), strict=True):
+        for seed in range(8):
+            views = []
+            for transform in (ours, theirs):
+                torch.manual_seed(seed)
+                views.append(transform(image))
+            torch.testing.assert_close(*views, rtol=0, atol=level)
+            assert (views[0] != views[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("kernel", [3, 9, 23])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_the_blur_is_torchvisions(kernel, sigma):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 25, 3)).astype(np.uint8))
+    ours, theirs = (kind(kernel, (sigma, sigma))(image) for kind in (data.GaussianBlur, T.GaussianBlur))
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+    assert (np.asarray(ours) != np.asarray(theirs)).mean() < 0.005
+
+
+def photograph(path, size=(1210, 900), **options) -> Image.Image:
+    """A JPEG of smooth and of sharp parts."""
+    y, x = np.mgrid[: size[1], : size[0]] / 60
+    levels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.sign(np.sin(x * y / 9))], axis=2)
+    image = Image.fromarray((127.5 + 100 * levels).astype(np.uint8))
+    image.save(path, quality=95, **options)
+    return image
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+@pytest.mark.parametrize(("name", "levels"), [("eval", 1.0), ("crop", 2.5), ("moco_v1", 2.5)])
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
+    tmp_path, monkeypatch, name, levels, format, orientation
+):
+    exif = Image.Exif()
+    exif[274] = orientation
+    photograph(tmp_path / "large.jpg", exif=exif, format=format)
+    decoded, load = [], data.to_rgb
+    monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.size) or load(image))
+    for seed in range(4):
+        for view in views_of(name, 96):
+            views = []
+            for image in (Image.open(tmp_path / "large.jpg"), load(Image.open(tmp_path / "large.jpg"))):
+                torch.manual_seed(seed)
+                views.append(view(image))
+            assert (views[0] - views[1]).abs().mean() * 255 * min(data.IMAGENET_STD) < levels
+    assert any(max(size) <= 605 for size in decoded)
+
+
+@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1"])
+@pytest.mark.parametrize("size", [20, 96])
+def test_no_view_is_made_of_fewer_pixels_than_it_has(tmp_path, monkeypatch, name, size):
+    photograph(tmp_path / "large.jpg")
+    ratios, resize = [], Image.Image.resize
+
+    def noted(self, target, *args, box, **options):
+        ratios.extend([(box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]])
+        return resize(self, target, *args, box=box, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image = Image.open(tmp_path / "large.jpg")
+        data.two_crops(size, name)(image) if name == "moco_v1" else views_of(name, size)[0](image)
+    assert min(ratios) >= (2 if name == "eval" else 1)
+    assert min(ratios) < 6  # nor of many more
+
+
+def test_a_file_is_decoded_once_for_both_views(tmp_path, monkeypatch):
+    photograph(tmp_path / "large.jpg")
+    loads, load = [], JpegImagePlugin.JpegImageFile.load
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda self: loads.append(len(self.tile)) or load(self))
+    images = data.LabelledImages(data.ImageFiles(tmp_path, ["large.jpg"], [0]), [0])
+    (first, second), _ = data.Transformed(images, data.two_crops(32, "moco_v1"))[0]
+    assert first.shape == second.shape == (3, 32, 32)
+    assert sum(loads) == 1  # with something left to decode
+
+
+def test_a_transform_of_ones_own_gets_decoded_rgb_images(tmp_path):
+    odd_files(tmp_path / "all")
+    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
+    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
+    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
 
 
 def test_two_crops_differ_from_each_other_and_repeat_with_the_seed(digits):
@@ -485,7 +601,7 @@ def test_an_image_knows_its_file_and_workers_say_what_they_read(tmp_path):
         for name in "abc":
             Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
     images = data.load_splits("imagefolder", tmp_path).train
-    assert sorted(images.name(i) for i in range(4))[0].startswith(str(tmp_path / "cat"))
+    assert [images.name(i) for i in range(4)] == [f"{tmp_path}/{key}" for key in images.relative_names()]
     transformed = data.Transformed(images, data.eval_transform(2))
     assert transformed.names_being_read() == []
     list(data.build_loader(transformed, 2, workers=2))

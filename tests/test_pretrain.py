@@ -194,9 +194,9 @@ def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folde
     assert len(asked) == 2
     splits = load("imagefolder", folder)
     for train, bank, queries in (loaders[:3], loaders[3:]):
-        sets = [set(images.keys()) for images in (train, bank, queries)]
-        assert sets[1].isdisjoint(sets[2]) and sets[1] | sets[2] == set(splits.train.keys())
-        assert sets[0] in (sets[1], set(splits.train.keys()))
+        sets = [set(images.relative_names()) for images in (train, bank, queries)]
+        assert sets[1].isdisjoint(sets[2]) and sets[1] | sets[2] == set(splits.train.relative_names())
+        assert sets[0] in (sets[1], set(splits.train.relative_names()))
     assert sets[0] == sets[1]  # a run to choose settings does not train on what it chooses by
 
 
