@@ -7,6 +7,8 @@ k + 2 W, ... In a run of one process every function here leaves things as they a
 """
 
 import contextlib
+import datetime
+import itertools
 import os
 import sys
 import warnings
@@ -20,7 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco import InputError
 
+LONGEST_WAIT = datetime.timedelta(days=1)  # for the first process to download a data set
+
 _store: dist.Store | None = None  # where processes leave word for each other
+_blocks = itertools.count()  # in which the first process went first
 
 
 def launched() -> bool:
@@ -99,14 +104,18 @@ def all_sum(*values: float) -> list[float]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The first process is through this block before the others enter it, so that what it downloads is there."""
+    """The first process is through this block before the others enter it, so that what it downloads is there.
+
+    They wait at the store, not in an exchange: those have a time limit (10 minutes with NCCL).
+    """
+    through = f"first through block {next(_blocks)}"
     if not is_main():
-        all_sum(0)
+        _store.wait([through], LONGEST_WAIT)
     try:
         yield
     finally:
-        if is_main():
-            all_sum(0)
+        if is_main() and world_size() > 1:
+            _store.set(through, "yes")
 
 
 def gather(value: Any) -> list[Any]:

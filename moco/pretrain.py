@@ -120,6 +120,7 @@ class Pretraining:
         self.args, self.device, self.dtype = args, device, dtype
         args.image_size = args.image_size or default_image_size(args.arch)
         self.loader, self.knn_loaders = load_data(args, device)
+        self.images = self.loader.dataset.dataset.digest
         self.model = build_model(args).to(device)
         if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
@@ -234,6 +235,7 @@ class Pretraining:
             "epoch": self.epoch,
             "global_steps": self.global_steps,
             "arch": self.args.arch,
+            "images": self.images,
             "config": self.config(),
             "history": self.history,
         }
@@ -256,11 +258,16 @@ class Pretraining:
             raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
         if not state["optimizer"] and state["epoch"]:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
-        if "progress" not in state:
+        if not {"progress", "images"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
         changed = runs.changed_settings(state["config"], self.config(), FREE_TO_CHANGE)
         if changed:
             raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
+        if state["images"] != self.images:
+            raise InputError(
+                f"--resume {path}: trained on other images than {self.args.data_dir or 'the data set'} holds now: put "
+                "back those that were there, or start without --resume"
+            )
         self.model.load_state_dict(state["model"])
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
@@ -288,9 +295,11 @@ class Pretraining:
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader]]:
     """The loader of two views of each training image, and those of the k-NN accuracy: bank and queries.
 
-    The queries are a fifth of the training split: the held-out split has no part in stage 1, not even to watch it.
+    The queries are the validation part of the training split: the held-out split has no part in stage 1, not even to
+    watch it.
     """
-    images = data.load_splits(args.dataset, args.data_dir, args.eval_split).train
+    splits = data.load_splits(args.dataset, args.data_dir, args.eval_split)
+    images = splits.train
     if len(images) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
     if args.batch_size % distributed.world_size():
@@ -301,9 +310,10 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
-    bank, queries, _ = data.load_splits(args.dataset, args.data_dir, "validation")
+    bank, queries = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
     bank, queries = bank.at_most(KNN_BANK), queries.at_most(KNN_QUERIES)
     transform = data.eval_transform(args.image_size)
+    common["keep_workers"] = False  # they would idle for many epochs
     return loader, [data.build_loader(data.Transformed(x, transform), **common) for x in (bank, queries)]
 
 

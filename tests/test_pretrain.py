@@ -1,6 +1,7 @@
 """moco/pretrain.py as a user runs it: main(argv), then the files."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from moco import InputError, options, pretrain
+from moco import InputError, data, options, pretrain
 from moco.checkpoints import load_backbone
 from moco.files import read_checkpoint
 
@@ -163,6 +164,40 @@ def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a checkpoint of python"):
         run(f"--resume {tmp_path / 'other.pth'}")
+
+
+def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    run(f"--data-dir {mine}")
+    half = f"--data-dir {mine} --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}"
+    run(half, "same")
+    shutil.copy(mine / "dark" / "0.png", mine / "dark" / "another.png")
+    with pytest.raises(InputError, match=rf"moco_stage1_epoch_1\.pth: trained on other images than {mine} holds now"):
+        run(half, "other")
+    (mine / "dark" / "another.png").unlink()
+    run(half, "again")
+    state = torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")
+    del state["images"]
+    torch.save(state, tmp_path / "old.pth")
+    with pytest.raises(InputError, match="written by an earlier version"):
+        run(f"--data-dir {mine} --resume {tmp_path / 'old.pth'}")
+
+
+def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
+    asked, loaders = [], []
+    load, build = data.load_splits, data.build_loader
+    monkeypatch.setattr(data, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
+    monkeypatch.setattr(data, "build_loader", lambda *args, **kw: loaders.append(args[0].dataset) or build(*args, **kw))
+    run("--epochs 1")
+    run("--epochs 1 --eval-split validation --batch-size 4")
+    assert len(asked) == 2
+    splits = load("imagefolder", folder)
+    for train, bank, queries in (loaders[:3], loaders[3:]):
+        sets = [set(images.relative_names()) for images in (train, bank, queries)]
+        assert sets[1].isdisjoint(sets[2]) and sets[1] | sets[2] == set(splits.train.relative_names())
+        assert sets[0] in (sets[1], set(splits.train.relative_names()))
+    assert sets[0] == sets[1]  # a run to choose settings does not train on what it chooses by
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

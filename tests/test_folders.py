@@ -1,0 +1,82 @@
+"""moco/folders.py: which files are found, in which order, and what is said where there are none."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moco import InputError, folders
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_names_are_kept_as_they_are():
+    names = ["", "a", "cat/ä.png", "dog/\udcff.png", "cat/a/b.jpg"]  # \udcff: a byte that is no UTF-8
+    kept = folders.FileNames(names)
+    assert list(kept) == names and len(kept) == 5 and kept[-1] == names[-1]
+    assert len(folders.FileNames([])) == 0
+
+
+def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
+    touch(tmp_path / "cat", "b.png", "a.JPG", "deep/er/c.webp", "deep/d.TIFF", "z.jpeg")
+    touch(tmp_path / "elsewhere", "e.png", "linked/f.bmp")
+    touch(tmp_path / "cat", "notes.txt", ".hidden.png", ".cache/g.png", "png", "deep/._c.webp")
+    (tmp_path / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "cat" / "h.png").symlink_to(tmp_path / "elsewhere" / "e.png")
+    assert folders.image_names(tmp_path, "cat") == [
+        "cat/a.JPG",
+        "cat/b.png",
+        "cat/h.png",
+        "cat/z.jpeg",
+        "cat/deep/d.TIFF",
+        "cat/deep/er/c.webp",
+        "cat/more/e.png",
+        "cat/more/linked/f.bmp",
+    ]
+    assert folders.image_names(tmp_path / "cat")[:2] == ["a.JPG", "b.png"]
+
+
+def test_a_link_that_leads_back_is_not_followed_for_ever(tmp_path):
+    touch(tmp_path / "cat", "a.png", "deep/b.png")
+    (tmp_path / "cat" / "deep" / "back").symlink_to(tmp_path / "cat")
+    assert folders.image_names(tmp_path, "cat") == ["cat/a.png", "cat/deep/b.png"]
+
+
+def test_a_folder_without_rights_is_named(tmp_path, monkeypatch):
+    touch(tmp_path, "cat/a.png", "cat/secret/b.png")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "secret":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+    with pytest.raises(InputError, match=r"cat/secret: cannot be listed: Permission denied"):
+        folders.image_names(tmp_path, "cat")
+    with pytest.raises(InputError, match=r"secret: cannot be listed: Permission denied"):
+        folders.class_folders(tmp_path / "cat" / "secret")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_no_utf8_is_opened(tmp_path):
+    path = os.path.join(tmp_path, os.fsdecode(b"\xff.png"))
+    Image.new("RGB", (2, 2)).save(path)
+    files = folders.ImageFiles(tmp_path, folders.image_names(tmp_path), [3])
+    image, label = files[0]
+    assert image.size == (2, 2) and label == 3 and files.path(0) == path
+
+
+def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
+    touch(tmp_path, "cat/a.png", "dog/notes.txt")
+    assert folders.labelled_files(tmp_path, ["cat", "dog", "eel"], every=False).labels == [0]
+    with pytest.raises(InputError, match=r"no images in dog, eel \(looked for \.jpg"):
+        folders.labelled_files(tmp_path, ["cat", "dog", "eel"])
+    with pytest.raises(InputError, match="no images in dog"):
+        folders.labelled_files(tmp_path, ["dog"], every=False)
