@@ -57,8 +57,16 @@ from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
 from moco.checkpoints import load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
-from moco.options import fraction, non_negative_float, non_negative_int, positive_float, positive_int
-from moco.probe import head_accuracy, init_head_from_probe
+from moco.options import (
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_float_or_auto,
+    positive_int,
+)
+from moco.probe import head_accuracy, init_head_from_probe, soften_head
+from moco.search import EPOCHS, Trial, find_learning_rate
 from moco.training import (
     PRECISIONS,
     SCHEDULES,
@@ -79,6 +87,7 @@ from moco.training import (
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
+SEARCH_IMAGES = 2_000  # at most so many train, and as many validate, when a learning rate is searched for
 START_IMAGES = 1_000  # on at most so many the loss before training is measured
 RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
 
@@ -1103,11 +1112,13 @@ def make_parser() -> argparse.ArgumentParser:
     tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
-    tune.add_argument("--learning-rate", type=positive_float, default=1e-4, help="of AdamW, at its peak")
+    tune.add_argument(
+        "--learning-rate", type=positive_float_or_auto, default=1e-4, help="of AdamW, at its peak; auto: search for it"
+    )
     tune.add_argument(
         "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
     )
-    tune.add_argument("--head-learning-rate", type=positive_float, help="default: a tenth of --learning-rate")
+    tune.add_argument("--head-learning-rate", type=positive_float, help="default: --learning-rate")
     tune.add_argument(
         "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
     )
@@ -1144,8 +1155,6 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     if args.from_scratch:
         args.head_init = "random"  # there is nothing yet that a probe could find
-    if args.head_learning_rate is None:
-        args.head_learning_rate = args.learning_rate / 10
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir is not None else "digits"
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
@@ -1211,11 +1220,16 @@ def main(
         splits, model, report = prepare(args)
         print(describe_base(report, args.from_scratch))
         print(f"device: {device}, precision: {dtype}")
+        if distributed.is_main():
+            runs.begin_folder(args.output_dir, FineTuning.FILES, args.resume)
+        if args.learning_rate == "auto":
+            choose_learning_rate(args, splits, device, dtype, loaders)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume:
             run.resume(args.resume)
         else:
-            run.measure_start()
+            run.start_head(run.features())
+            print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
         run.train(after_epoch)
         return run.finish()
 
@@ -1241,7 +1255,9 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
         except InputError as another:
             raise InputError(f"{error}\n{another}") from None
         raise
-    return splits, *build_model(args, len(splits.class_names))
+    model, report = build_model(args, len(splits.class_names))
+    check_batches(splits, args, batch_norm_trains(model))
+    return splits, model, report
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -1267,12 +1283,59 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
+def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders: list[DataLoader]) -> None:
+    """`--learning-rate auto`: set args.learning_rate to the best on a validation part of the training images.
+
+    The trials are saved as they are made; a run that is resumed goes on with them, or recalls the rate it has found.
+    """
+    config, digest, known = options.resolved_config(make_parser(), args), splits.digest(), []
+    if args.resume:
+        state = read_checkpoint(args.resume)
+        if "trials" not in state:
+            args.learning_rate = state["config"]["finetune"]["learning_rate"]
+            return
+        if state["config"] != config or state["images"] != digest:
+            raise InputError(f"{args.resume} is of a search with other settings or images; start without --resume")
+        known, args.resume = [Trial(*trial) for trial in state["trials"]], None
+    rest, part = data.validation_part(splits.train)
+    parts = Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+    print(f"searching for a learning rate: {EPOCHS} epochs in all over {len(parts.train)} images")
+    features = []
+
+    def trial(rate: float, epochs: int) -> tuple[float, float]:
+        seed_everything(args.seed)
+        own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs / 3)}
+        model, report = build_model(args, len(splits.class_names))
+        run = FineTuning(
+            argparse.Namespace(**vars(args) | own), model.to(device), report, parts, device, dtype, loaders
+        )
+        features[:] = features or run.features()
+        run.start_head(features)
+        while len(run.history) < epochs:
+            if not run.train_epoch():
+                return 0.0, math.inf
+        return run.history[-1]["val_accuracy"], run.history[-1]["val_loss"]
+
+    def tried(trials: list[Trial]) -> None:
+        print("  learning rate {:.0e}, {} epochs: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
+        if distributed.is_main():
+            state = {"trials": [tuple(trial) for trial in trials], "config": config, "images": digest}
+            save_atomically(state, args.output_dir / "last.pth")
+            write_csv([trial._asdict() for trial in trials], Trial._fields, args.output_dir / "learning_rates.csv")
+
+    args.learning_rate, trials = find_learning_rate(trial, known, tried)
+    if distributed.is_main():
+        reports.plot_learning_rates(trials, args.output_dir / "learning_rates.png")
+    print(f"learning rate {args.learning_rate:.0e}")
+    seed_everything(args.seed)
+
+
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW over everything that trains: the head at a rate of its own, biases and norms without weight decay."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = args.head_learning_rate if _in_head(model, name) else args.learning_rate
+            rate = (_in_head(model, name) and args.head_learning_rate) or args.learning_rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -1298,9 +1361,11 @@ class Progress:
     correct: int = 0
     loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
     seconds: float = 0.0
+    recent: float = 0.0  # accuracy on the images of the last steps
 
-    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
-        """Count one more optimizer step; `seconds` are those of the epoch so far."""
+    def add(self, images: int, correct: int, loss_sum: float, seconds: float, window: float) -> None:
+        """Count one more optimizer step; `seconds` are those of the epoch so far, `window` the steps that are recent."""
+        self.recent += (correct / images - self.recent) / min(self.steps + 1, window)
         self.steps, self.seconds = self.steps + 1, seconds
         self.images, self.correct = self.images + images, self.correct + correct
         self.loss_sum += loss_sum
@@ -1308,6 +1373,10 @@ class Progress:
     @property
     def loss(self) -> float:
         return self.loss_sum / self.images
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.images
 
 
 class FineTuning:
@@ -1317,8 +1386,11 @@ class FineTuning:
     `moco.data.train_transform`, and nothing else.
     """
 
-    METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
-    FILES = ("lora.pth", "last.pth", "metrics.csv", "results.json", "training_curves.png", "confusion_matrix.png")
+    METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
+    FILES = (
+        *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
+        *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
+    )
     # What may differ between a run and its continuation without changing what is computed.
     FREE_TO_CHANGE = ("data.data_dir", "model.checkpoint", "data.workers")
 
@@ -1327,7 +1399,6 @@ class FineTuning:
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
         norms_train = batch_norm_trains(model)
-        check_batches(splits, args, norms_train)
         size = report["image_size"]
         self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
@@ -1339,7 +1410,7 @@ class FineTuning:
         )
         self.optimizer = build_optimizer(model, args)
         counts = torch.bincount(torch.tensor(splits.train.labels), minlength=len(splits.class_names)).float()
-        self.constant_loss = torch.distributions.Categorical(counts).entropy().item()  # of the best constant answer
+        self.constant_accuracy = (counts.max() / counts.sum()).item()  # of always the most frequent class
         self.class_weights = None
         if args.class_weights == "balanced":  # 1 on average over the training images
             self.class_weights = (len(splits.train) / (counts > 0).sum() / counts.clamp(min=1)).to(device)
@@ -1363,21 +1434,29 @@ class FineTuning:
         self.loaders.append(build_loader(Transformed(images, transform), **loading))
         return self.loaders[-1]
 
-    def measure_start(self) -> None:
-        """What the backbone knows before any training, and the head that makes use of it."""
-        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform)
-        bank, queries = (
-            extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
-            for loader in (bank, self.val_loader)
+    def features(self) -> list[tuple[Tensor, Tensor]]:
+        """Features (N, D) and labels (N,) of training images, of the evaluation images, and of augmented ones."""
+        train = self.splits.train
+        loaders = (
+            self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform),
+            self.val_loader,
+            self.add_loader(train.at_most(START_IMAGES), self.augmentation),
         )
+        with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
+            return [
+                extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
+                for loader in loaders
+            ]
+
+    def start_head(self, features: list[tuple[Tensor, Tensor]]) -> None:
+        """Measure what the backbone knows before any training, and start the head from it."""
+        bank, queries, augmented = features
         self.before = {"knn_accuracy": knn_accuracy(*bank, *queries), "probe_accuracy": None}
         if self.args.head_init == "probe":
             init_head_from_probe(self.model, *bank, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
-        print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in self.before.items() if v is not None))
-        augmented = self.add_loader(self.splits.train.at_most(START_IMAGES), self.augmentation)
-        with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
-            self.before["train_loss"] = evaluate(self.model, augmented, self.device, self.dtype).loss
+            soften_head(self.model, *augmented, self.args.learning_rate, self.args.label_smoothing)
+        self.before["train_accuracy"] = head_accuracy(self.model, *augmented)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -1391,11 +1470,16 @@ class FineTuning:
             while len(self.history) < self.args.epochs:
                 if not self.train_epoch():
                     self.retreat()
-                elif after_epoch is not None:
+                    continue
+                print(
+                    "epoch {epoch}: val loss {val_loss:.4f}, val accuracy {val_accuracy:.4f}".format(**self.history[-1])
+                )
+                self.save()
+                if after_epoch is not None:
                     after_epoch(self)
 
     def train_epoch(self) -> bool:
-        """What is left of the epoch, its evaluation, and its files; False and none of these if the loss collapses."""
+        """What is left of the epoch, and its evaluation; False, and none of that, if the training collapses."""
         epoch = len(self.history) + 1
         if self.progress is None:
             self.progress = Progress(self.optimizer.param_groups[0]["lr"])
@@ -1407,42 +1491,45 @@ class FineTuning:
         with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
-                now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
-                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.correct / now.images:.3f}", refresh=False)
+                seconds = time.perf_counter() - started
+                now.add(micro_batches.images, correct, loss_sum, seconds, max(1.0, self.steps_per_epoch / 4))
+                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.accuracy:.3f}", refresh=False)
                 bar.update(micro_batches.images)
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
-        if self.has_collapsed(now.loss):
+        if self.has_collapsed(now.recent):
             return False
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         seconds = time.perf_counter() - started
-        row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
+        row = (epoch, now.loss, now.accuracy, result.loss, result.accuracy, now.learning_rate, seconds)
         self.history.append(dict(zip(self.METRICS, row, strict=True)))
         self.progress = None
-        print(f"epoch {epoch}: val loss {result.loss:.4f}, val accuracy {result.accuracy:.4f}")
-        self.save()
         return True
 
-    def has_collapsed(self, train_loss: float) -> bool:
-        """Is the epoch's loss a quarter of the way, or more, from the best one so far to that of a constant answer?"""
-        best = min(row["train_loss"] for row in [self.before, *self.history])
-        return train_loss > best + (max(self.constant_loss, 2 * best) - best) / 4
+    def has_collapsed(self, train_accuracy: float) -> bool:
+        """Is half or more of what the best epoch, or the start, was better than a constant answer lost?"""
+        best = max(row["train_accuracy"] for row in [self.before, *self.history])
+        return train_accuracy < best - (best - self.constant_accuracy) / 2
 
     def retreat(self) -> None:
         """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
-        epoch, loss, rate = len(self.history) + 1, self.progress.loss, self.schedule.base_lrs[0]
+        epoch, rate, now = len(self.history) + 1, self.schedule.base_lrs[0], self.progress
+        found = f"{now.recent:.1%} of the last training images right" if math.isfinite(now.loss) else f"loss {now.loss}"
         if len(self.retreats) == RETREATS:
             raise InputError(
-                f"the loss rose to {loss:.3f} in epoch {epoch} even at learning rate {rate:.1e}: try a lower "
+                f"training collapsed in epoch {epoch} ({found}) even at learning rate {rate:.1e}: try a lower "
                 "--learning-rate, --warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
                 f"{len(self.history)} is in {self.path('lora.pth')}"
             )
         self.restore(runs.copy_to_cpu(self.epoch_start))
         lower_rates(self.schedule, RETREAT_FACTOR)
         self.progress = None
-        self.retreats.append({"epoch": epoch, "train_loss": loss, "learning_rate": rate})
-        print(f"epoch {epoch}: the loss rose to {loss:.3f}; back to its start at {1 / RETREAT_FACTOR:.2f} of the rate")
+        self.retreats.append({"epoch": epoch, "learning_rate": rate})
+        print(
+            f"epoch {epoch}: training collapsed ({found}); back to the start of the epoch with learning rate "
+            f"{self.schedule.base_lrs[0]:.1e} in place of {rate:.1e}"
+        )
 
     def steps(self, epoch: int, start: int) -> Iterator[MicroBatches]:
         """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
@@ -1502,9 +1589,8 @@ class FineTuning:
         return f"{len(self.history)} of {self.args.epochs} epochs{steps}"
 
     def begin_files(self) -> None:
-        """Make the output folder this run's own, and the run one that can be resumed whenever it is killed."""
+        """What the folder has from the first moment on: however soon the run is killed, it can be resumed."""
         if distributed.is_main():
-            runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
             with open_atomically(self.path("config.yaml")) as file:
                 file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
         if self.progress is None:

@@ -62,6 +62,11 @@ worker_count = _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 2
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
+def positive_float_or_auto(text: str) -> float | str:
+    """A number above 0, or 'auto'."""
+    return text if text == "auto" else positive_float(text)
+
+
 def boolean(text: str) -> bool:
     """`true` or `false`, as YAML writes them."""
     if text.lower() not in ("true", "false"):

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
@@ -15,6 +16,8 @@ from moco.backbones import head_name
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
+TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
+GENTLE = 7e-4  # measured, see benchmarks/RESULTS.md
 
 
 def init_head_from_probe(model: nn.Module, features: Tensor, labels: Tensor, class_weights: str = "none") -> float:
@@ -26,13 +29,45 @@ def init_head_from_probe(model: nn.Module, features: Tensor, labels: Tensor, cla
         labels: (N,), from 0 to K - 1.
         class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
     """
-    [head] = (m for m in getattr(model, head_name(model)).modules() if isinstance(m, nn.Linear))
+    head = _linear_head(model)
     weight, bias, strength = fit_linear_probe(features, labels, head.out_features, class_weights)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
     return strength
+
+
+@torch.no_grad()
+def soften_head(
+    model: nn.Module, features: Tensor, labels: Tensor, learning_rate: float, label_smoothing: float = 0.0
+) -> float:
+    """Divide the head's weight and bias by a temperature, which is returned: its answers stay, its confidence falls.
+
+    The temperature is at least 1 and no less than
+    - the one with the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
+      confidence that the probe has in images without augmentation, or that label smoothing forbids;
+    - learning_rate * (standard deviation of the logits) / GENTLE: Adam moves every weight of the adapters by about the
+      learning rate in each step, whatever the gradient. What that does to the loss grows with the head's weights.
+
+    Args:
+        features, labels: (N, D) and (N,), of training images with their augmentation.
+        learning_rate: that of the adapters.
+    """
+    head = _linear_head(model)
+    logits = head(features)
+    losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
+    calibrated = TEMPERATURES[losses.index(min(losses))]
+    temperature = max(calibrated, learning_rate * logits.std().item() / GENTLE)
+    for parameter in (head.weight, head.bias):
+        parameter.div_(temperature)
+    distributed.broadcast([head.weight, head.bias])
+    return temperature
+
+
+def _linear_head(model: nn.Module) -> nn.Linear:
+    [head] = (m for m in getattr(model, head_name(model)).modules() if isinstance(m, nn.Linear))
+    return head
 
 
 @torch.no_grad()

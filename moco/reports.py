@@ -7,6 +7,7 @@ from typing import Any
 
 from moco.data import LabelledImages
 from moco.files import open_atomically
+from moco.search import Trial
 from moco.training import Evaluation
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
@@ -37,6 +38,22 @@ def plot_finetuning(
         axes.legend()
     with open_atomically(path) as file:
         figure.savefig(file, dpi=150)
+
+
+def plot_learning_rates(trials: Sequence[Trial], path: Path) -> None:
+    """Validation accuracy by learning rate, a line for each number of epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for epochs, style in zip(sorted({trial.epochs for trial in trials}), ("o--", "s-"), strict=False):
+        points = sorted((t.learning_rate, 100 * t.val_accuracy) for t in trials if t.epochs == epochs)
+        axes.plot(*zip(*points, strict=True), style, label=f"{epochs} epoch{'s' * (epochs > 1)}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the validation part (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
