@@ -1364,7 +1364,7 @@ class Progress:
     recent: float = 0.0  # accuracy on the images of the last steps
 
     def add(self, images: int, correct: int, loss_sum: float, seconds: float, window: float) -> None:
-        """Count one more optimizer step; `seconds` are those of the epoch so far, `window` the steps that are recent."""
+        """Count an optimizer step; `seconds` are those of the epoch so far, `window` how many steps are recent."""
         self.recent += (correct / images - self.recent) / min(self.steps + 1, window)
         self.steps, self.seconds = self.steps + 1, seconds
         self.images, self.correct = self.images + images, self.correct + correct
