@@ -1361,11 +1361,9 @@ class Progress:
     correct: int = 0
     loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
     seconds: float = 0.0
-    recent: float = 0.0  # accuracy on the images of the last steps
 
-    def add(self, images: int, correct: int, loss_sum: float, seconds: float, window: float) -> None:
-        """Count an optimizer step; `seconds` are those of the epoch so far, `window` how many steps are recent."""
-        self.recent += (correct / images - self.recent) / min(self.steps + 1, window)
+    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
+        """Count an optimizer step; `seconds` are those of the epoch so far."""
         self.steps, self.seconds = self.steps + 1, seconds
         self.images, self.correct = self.images + images, self.correct + correct
         self.loss_sum += loss_sum
@@ -1373,10 +1371,6 @@ class Progress:
     @property
     def loss(self) -> float:
         return self.loss_sum / self.images
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.images
 
 
 class FineTuning:
@@ -1386,7 +1380,7 @@ class FineTuning:
     `moco.data.train_transform`, and nothing else.
     """
 
-    METRICS = ("epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
+    METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = (
         *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
         *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
@@ -1455,8 +1449,8 @@ class FineTuning:
         if self.args.head_init == "probe":
             init_head_from_probe(self.model, *bank, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
-            soften_head(self.model, *augmented, self.args.learning_rate, self.args.label_smoothing)
-        self.before["train_accuracy"] = head_accuracy(self.model, *augmented)
+            steps = self.steps_per_epoch * self.args.epochs
+            soften_head(self.model, *augmented, self.args.learning_rate, steps, self.args.label_smoothing)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -1491,43 +1485,41 @@ class FineTuning:
         with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
-                seconds = time.perf_counter() - started
-                now.add(micro_batches.images, correct, loss_sum, seconds, max(1.0, self.steps_per_epoch / 4))
-                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.accuracy:.3f}", refresh=False)
+                now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
+                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.correct / now.images:.3f}", refresh=False)
                 bar.update(micro_batches.images)
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
-        if self.has_collapsed(now.recent):
-            return False
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+        if self.has_collapsed(result.accuracy):
+            return False
         seconds = time.perf_counter() - started
-        row = (epoch, now.loss, now.accuracy, result.loss, result.accuracy, now.learning_rate, seconds)
+        row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
         self.history.append(dict(zip(self.METRICS, row, strict=True)))
         self.progress = None
         return True
 
-    def has_collapsed(self, train_accuracy: float) -> bool:
-        """Is half or more of what the best epoch, or the start, was better than a constant answer lost?"""
-        best = max(row["train_accuracy"] for row in [self.before, *self.history])
-        return train_accuracy < best - (best - self.constant_accuracy) / 2
+    def has_collapsed(self, accuracy: float) -> bool:
+        """Is half or more of what the best epoch, or the probe, was better than a constant answer lost?"""
+        best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
+        return accuracy < best - (best - self.constant_accuracy) / 2
 
     def retreat(self) -> None:
         """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
-        epoch, rate, now = len(self.history) + 1, self.schedule.base_lrs[0], self.progress
-        found = f"{now.recent:.1%} of the last training images right" if math.isfinite(now.loss) else f"loss {now.loss}"
+        epoch, rate = len(self.history) + 1, self.schedule.base_lrs[0]
         if len(self.retreats) == RETREATS:
             raise InputError(
-                f"training collapsed in epoch {epoch} ({found}) even at learning rate {rate:.1e}: try a lower "
-                "--learning-rate, --warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
-                f"{len(self.history)} is in {self.path('lora.pth')}"
+                f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
+                "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
+                f"{epoch - 1} is in {self.path('lora.pth')}"
             )
         self.restore(runs.copy_to_cpu(self.epoch_start))
         lower_rates(self.schedule, RETREAT_FACTOR)
         self.progress = None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
         print(
-            f"epoch {epoch}: training collapsed ({found}); back to the start of the epoch with learning rate "
+            f"epoch {epoch}: training collapsed; once more from its start, with learning rate "
             f"{self.schedule.base_lrs[0]:.1e} in place of {rate:.1e}"
         )
 

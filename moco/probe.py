@@ -17,7 +17,9 @@ from moco.backbones import head_name
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
 TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
-GENTLE = 7e-4  # measured, see benchmarks/RESULTS.md
+# Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of at most so many steps
+# may change logits of standard deviation 1.
+GENTLE, STEPS = 0.3, 500
 
 
 def init_head_from_probe(model: nn.Module, features: Tensor, labels: Tensor, class_weights: str = "none") -> float:
@@ -40,25 +42,26 @@ def init_head_from_probe(model: nn.Module, features: Tensor, labels: Tensor, cla
 
 @torch.no_grad()
 def soften_head(
-    model: nn.Module, features: Tensor, labels: Tensor, learning_rate: float, label_smoothing: float = 0.0
+    model: nn.Module, features: Tensor, labels: Tensor, learning_rate: float, steps: int, label_smoothing: float = 0.0
 ) -> float:
     """Divide the head's weight and bias by a temperature, which is returned: its answers stay, its confidence falls.
 
     The temperature is at least 1 and no less than
     - the one with the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
       confidence that the probe has in images without augmentation, or that label smoothing forbids;
-    - learning_rate * (standard deviation of the logits) / GENTLE: Adam moves every weight of the adapters by about the
-      learning rate in each step, whatever the gradient. What that does to the loss grows with the head's weights.
+    - learning_rate * min(steps, STEPS) * (standard deviation of the logits) / GENTLE: Adam moves every weight of the
+      adapters by about the learning rate in each step, whatever the gradient, and the larger the head's weights, the
+      more that does to the loss.
 
     Args:
         features, labels: (N, D) and (N,), of training images with their augmentation.
-        learning_rate: that of the adapters.
+        learning_rate: that of the adapters, over so many optimizer steps.
     """
     head = _linear_head(model)
     logits = head(features)
     losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
     calibrated = TEMPERATURES[losses.index(min(losses))]
-    temperature = max(calibrated, learning_rate * logits.std().item() / GENTLE)
+    temperature = max(calibrated, learning_rate * min(steps, STEPS) * logits.std().item() / GENTLE)
     for parameter in (head.weight, head.bias):
         parameter.div_(temperature)
     distributed.broadcast([head.weight, head.bias])

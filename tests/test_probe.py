@@ -71,10 +71,10 @@ def test_a_softened_head_answers_the_same():
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
     before = model.fc(features)
-    temperature = soften_head(model, features, labels, learning_rate=1e-2)
+    temperature = soften_head(model, features, labels, learning_rate=1e-2, steps=200)
     torch.testing.assert_close(model.fc(features) * temperature, before, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.fc(features).argmax(1), before.argmax(1))
-    assert temperature == pytest.approx(1e-2 * before.std().item() / GENTLE)
+    assert temperature == pytest.approx(1e-2 * 200 * before.std().item() / GENTLE)
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
@@ -82,8 +82,8 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
-    assert soften_head(model, features, labels, learning_rate=1e-7) == 1
-    temperature = soften_head(model, features, labels, learning_rate=1e-7, label_smoothing=0.1)
+    assert soften_head(model, features, labels, learning_rate=1e-7, steps=200) == 1
+    temperature = soften_head(model, features, labels, learning_rate=1e-7, steps=200, label_smoothing=0.1)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)
     ]
