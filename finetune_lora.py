@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,18 +87,41 @@ PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch e
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
-def checked_settings(r, lora_alpha, lora_dropout, use_rslora) -> tuple[int, float, float, bool]:
-    """The settings of an adapter as plain numbers, of whatever kind they come. Raises InputError for bad ones."""
-    problems = []
-    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
-        problems.append(f"r is {r!r}; give a rank of 1 or more")
-    if not isinstance(lora_alpha, numbers.Real) or not 0 < lora_alpha < math.inf:
-        problems.append(f"lora_alpha is {lora_alpha!r}; give a number above 0")
-    if not isinstance(lora_dropout, numbers.Real) or not 0 <= lora_dropout < 1:
-        problems.append(f"lora_dropout is {lora_dropout!r}; give a number from 0 to below 1")
-    if problems:
-        raise InputError("; ".join(problems))
-    return int(r), float(lora_alpha), float(lora_dropout), bool(use_rslora)
+@dataclass(frozen=True)
+class LoRASettings:
+    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by alpha / r.
+        lora_dropout: 0 <= p < 1, on the adapter's input.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+
+    Raises:
+        InputError: values out of these ranges, all of them in one message.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        problems = []
+        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
+            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
+        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
+            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
+        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
+        if problems:
+            raise InputError("; ".join(problems))
+        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class LoRALayer:
@@ -124,25 +147,23 @@ class LoRALayer:
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
+        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(*args, **kwargs)
-        self._start(r, lora_alpha, lora_dropout, use_rslora)
+        self._init_adapters(settings)
 
     @classmethod
-    def adapt(cls, layer: nn.Module, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False) -> "LoRALayer":
+    def adapt(cls, layer: nn.Module, settings: LoRASettings) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
-        checked_settings(r, lora_alpha, lora_dropout, use_rslora)  # before anything changes
         if isinstance(layer, LoRALayer):
             layer._stand_alone()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
-        layer._start(r, lora_alpha, lora_dropout, use_rslora)
+        layer._init_adapters(settings)
         return layer
 
-    def _start(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = settings
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._neighbours: tuple[nn.Module, ...] = ()  # operations taken in; a tuple, so they stay out of the tree
@@ -172,8 +193,11 @@ class LoRALayer:
             neighbour.release()
         self._neighbours = ()
 
-    def remove_lora(self) -> None:
-        """Back to the stock layer, its weights as they were."""
+    def remove_lora(self, merge: bool = False) -> None:
+        """Back to the stock layer, its weights as they were, or with the adapter added if `merge`."""
+        if merge:
+            self.merge()
+            self._base_data = {}  # nothing to go back to
         self._stand_alone()
         for name in [name for name in self._parameters if name.startswith("lora_")]:
             delattr(self, name)
@@ -333,11 +357,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         for i, projection in enumerate("qkv"):
             self._add_adapter(self.weight_names[0 if packed else i], f"_{projection}", self.embed_dim)
-        self._linear_kind.adapt(self.out_proj, self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
+        self._linear_kind.adapt(
+            self.out_proj, LoRASettings(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
+        )
 
-    def remove_lora(self) -> None:
-        self.out_proj.remove_lora()
-        super().remove_lora()
+    def remove_lora(self, merge: bool = False) -> None:
+        self.out_proj.remove_lora(merge)
+        super().remove_lora(merge)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
         return [getattr(self, f"lora_A_{p}") for p in "qkv"], [getattr(self, f"lora_B_{p}") for p in "qkv"]
@@ -486,8 +512,8 @@ class _FourBits:
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
-    def _start(self, *lora) -> None:
-        super()._start(*lora)
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        super()._init_adapters(settings)
         if not self._nf4_state:
             # The adapter file identifies its base by the weights as they were before rounding.
             self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
@@ -499,8 +525,11 @@ class _FourBits:
         base = super().base(name)
         return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
 
-    def remove_lora(self) -> None:
-        raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+    def remove_lora(self, merge: bool = False) -> None:
+        if not merge:
+            raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+        super().remove_lora(merge)
+        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -742,9 +771,44 @@ def add_lora_to_model(
         InputError: a bad value, a target that matches nothing, a weight that two layers share, or 4-bit layers asked
             to become float again. The model is then as it was.
     """
-    settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
-    wrapped, model = model, _to_change(model)
-    chosen = _choose_layers(model, target_modules, exclude_modules)
+    settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
+    chosen = choose_layers(model, target_modules, exclude_modules)
+    if settings.r > (highest := _full_rank(_unwrap(model))):
+        raise InputError(
+            f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
+        )
+    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora)
+
+
+def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
+    """Put adapters on exactly these layers, in place; any other layer that has one becomes a stock layer again.
+
+    Args:
+        settings: by the layers' names, those of `choose_layers`. The output projection of an attention is adapted with
+            the attention; a name of its own gives it settings of its own.
+        use_qlora: store the adapted weights in 4 bits.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: a name that is no layer to adapt, a rank above the full rank of the model's largest layer, a weight
+            that two layers share, or 4-bit layers asked to become float again. The model is then as it was.
+    """
+    wrapped, model = model, _unwrap(model)
+    candidates = _candidates(model)
+    chosen = {name: layer for name, layer in candidates.items() if name in settings}
+    projections = {_projection(name) for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)}
+    unknown = settings.keys() - chosen.keys() - projections
+    if unknown:
+        raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
+    highest = _full_rank(model)
+    too_high = [name for name, own in settings.items() if own.r > highest]
+    if too_high:
+        raise InputError(
+            f"{too_high[0]} has rank {settings[too_high[0]].r}, above {highest}, the full rank of this model's largest "
+            "layer"
+        )
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
@@ -759,9 +823,12 @@ def add_lora_to_model(
     for _, layer in _outermost(model, LoRALayer):
         if not isinstance(layer, _FourBits):
             layer.remove_lora()
-    for layer in chosen.values():
+    for name, layer in chosen.items():
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # one that is in 4 bits keeps its kind
-        kinds[use_qlora].adapt(layer, *settings)
+        kinds[use_qlora].adapt(layer, settings[name])
+        own = settings.get(_projection(name), settings[name])
+        if own != settings[name]:
+            type(layer.out_proj).adapt(layer.out_proj, own)
     _fold_batch_norms(model)
     _pool_stems(model)
     _absorb(model, AbsorbedLayerNorm)
@@ -769,18 +836,50 @@ def add_lora_to_model(
     return wrapped
 
 
-def _to_change(model: nn.Module) -> nn.Module:
+def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Turn every adapted layer, and every block and BatchNorm changed with it, back into its stock class, in place.
+
+    What needs stock modules works again: `torch.fx.symbolic_trace`, torchvision's `create_feature_extractor`. What is
+    frozen stays frozen, but a BatchNorm follows `model.train()` again.
+
+    Args:
+        merge: keep ``W + s B A`` as the weights. Without it the base weights come back, bit for bit, merged or not.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
+    """
+    wrapped, model = model, _unwrap(model)
+    four_bits = [name for name, _ in _outermost(model, _FourBits)]
+    if four_bits and not merge:
+        raise InputError(
+            f"{four_bits[0]} is in 4 bits, its float weight is gone: give merge=True to keep the merged weights, or "
+            "load the checkpoint again"
+        )
+    for _, layer in list(_outermost(model, LoRALayer)):
+        layer.remove_lora(merge)
+    return wrapped
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError where it is too late to change what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
 
 
-def check_rank(model: nn.Module, r: int) -> None:
-    """Raises InputError for a rank above that of every weight: it adds nothing but memory, and may ask for any."""
-    highest = max(min(len(p), p[0].numel()) for p in model.parameters() if p.dim() > 1)
-    if r > highest:
-        raise InputError(f"rank {r} is above {highest}, the full rank of this model's largest layer; lower --lora-rank")
+def _full_rank(model: nn.Module) -> int:
+    """The full rank of the largest layer: an adapter of a higher rank adds nothing but memory, and may ask for any."""
+    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    return max(min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1)
+
+
+def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
+    """A parameter's shape, and of a weight in 4 bits the one that it had."""
+    packed = isinstance(module, _FourBits) and name in module.weight_names
+    return module.base(name).shape if packed else parameter.shape
 
 
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
@@ -794,10 +893,30 @@ def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
             inside.update(id(m) for m in module.modules())
 
 
-def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
+def _projection(name: str) -> str:
+    """The name of an attention's output projection."""
+    return f"{name}.out_proj".lstrip(".")
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be adapted, and those that are, by name."""
     layers = _outermost(model, (*ADAPTED, LoRALayer))
-    candidates = {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
-    targets, excluded = ([x] if isinstance(x, str) else x for x in (targets, excluded))
+    return {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
+
+
+def choose_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, nn.Module]:
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
+
+    Raises:
+        InputError: a target that is no regular expression or matches nothing, or no layer left.
+    """
+    model = _unwrap(model)
+    candidates = _candidates(model)
+    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
         chosen = {n: m for n, m in candidates.items() if not _in_head(model, n) and not _in_patch_embedding(n)}
     else:
@@ -883,7 +1002,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     Raises:
         InputError: merged weights would train; the manager takes them out again, and what they learned would be lost.
     """
-    model = _to_change(model)
+    model = _unwrap(model)
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
@@ -908,8 +1027,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
                 continue
             seen.add(id(parameter))
             is_lora = isinstance(module, LoRALayer) and name.startswith("lora_")
-            packed = isinstance(module, _FourBits) and name in module.weight_names
-            numel = math.prod(module.base(name).shape) if packed else parameter.numel()
+            numel = math.prod(_stock_shape(module, name, parameter))
             counts["total"] += numel
             counts["trainable" if parameter.requires_grad else "frozen"] += numel
             counts["lora"] += numel if is_lora else 0
@@ -1064,7 +1182,6 @@ def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> No
     options = {option: first[option] for option in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
     if not targets:
         raise InputError(f"none of the adapted layers is in this model: {listed(layers)}")
-    check_rank(model, first["r"])
     add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
 
 

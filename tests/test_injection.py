@@ -105,7 +105,7 @@ def test_a_vit_is_adapted_but_for_its_head_and_patch_embedding():
 
 def test_a_model_without_a_head_is_adapted_altogether():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 5))
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0", "2"}
     freeze_backbone_params(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -114,7 +114,7 @@ def test_a_model_without_a_head_is_adapted_altogether():
 
 
 def test_a_single_layer_is_a_model_too():
-    model = add_lora_to_model(nn.Linear(4, 5))
+    model = add_lora_to_model(nn.Linear(4, 5), r=2)
     assert isinstance(model, LoRALinear)
     freeze_backbone_params(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
@@ -141,7 +141,7 @@ def test_targets(targets, excluded, expected):
 def test_a_name_is_not_matched_by_its_beginning():
     """encoder_layer_1 is not encoder_layer_11."""
     model = nn.ModuleDict({"block_1": nn.Linear(2, 2), "block_11": nn.Linear(2, 2)})
-    assert adapted_names(add_lora_to_model(model, target_modules="block_1")) == {"block_1"}
+    assert adapted_names(add_lora_to_model(model, r=2, target_modules="block_1")) == {"block_1"}
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_subclasses_that_may_compute_something_else_are_left_alone():
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.ModuleDict({"own": Own(4, 2)}))
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0"}
     with pytest.raises(InputError, match="no layer matches 1; there are: 0"):
-        add_lora_to_model(model, target_modules="1")
+        add_lora_to_model(model, r=2, target_modules="1")
 
 
 def test_layers_whose_weight_is_computed_are_left_alone():
@@ -206,7 +206,7 @@ def test_layers_whose_weight_is_computed_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     prune.l1_unstructured(model[1], "weight", amount=0.5)
     prune.l1_unstructured(model[2].out_proj, "weight", amount=0.5)
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0"}
 
 
@@ -224,14 +224,14 @@ def test_a_weight_that_layers_share_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     with pytest.raises(InputError, match="0 shares its weight with another layer"):
-        add_lora_to_model(model)
+        add_lora_to_model(model, r=2)
     assert not adapted_names(model)
 
 
 def test_a_bias_that_layers_share_is_none_of_ours():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].bias = model[0].bias
-    assert adapted_names(add_lora_to_model(model)) == {"0", "1"}
+    assert adapted_names(add_lora_to_model(model, r=2)) == {"0", "1"}
 
 
 def test_adapters_come_before_distributed_data_parallel(tmp_path):
@@ -274,8 +274,8 @@ def test_a_layer_used_twice_is_adapted_once():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     stock = copy.deepcopy(model)
-    randomize_adapters(add_lora_to_model(model))
-    assert count_parameters(model)["lora"] == 8 * (4 + 4)
+    randomize_adapters(add_lora_to_model(model, r=2))
+    assert count_parameters(model)["lora"] == 2 * (4 + 4)
     compare_with_dense(stock, model, [torch.randn(3, 4)], FP32)
 
 
@@ -450,7 +450,7 @@ def test_statistics_of_a_frozen_batch_norm_stay():
 def test_a_batch_norm_in_the_head_trains():
     model = nn.Module()
     model.backbone, model.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    freeze_backbone_params(add_lora_to_model(model))
+    freeze_backbone_params(add_lora_to_model(model, r=2))
     assert model.train().head[0].training and model.head[0].weight.requires_grad
 
 

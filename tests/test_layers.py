@@ -14,6 +14,7 @@ from finetune_lora import (
     LoRAConv2d,
     LoRALinear,
     LoRAMultiheadAttention,
+    LoRASettings,
     QLoRAConv2d,
     QLoRALinear,
     QLoRAMultiheadAttention,
@@ -53,7 +54,7 @@ def memory_format(request):
 
 def adapted(stock: nn.Module, four_bits: bool = False, r: int = 4, alpha: float = 6, **options) -> nn.Module:
     """The layer with a random update; what is not an adapter is frozen, but for biases, which show their gradients."""
-    layer = KINDS[type(stock)][four_bits].adapt(copy.deepcopy(stock), r, alpha, **options)
+    layer = KINDS[type(stock)][four_bits].adapt(copy.deepcopy(stock), LoRASettings(r, alpha, **options))
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_("lora_" in name or "bias" in name)
     return randomize_adapters(layer)
@@ -113,7 +114,7 @@ def test_an_untrained_adapter_changes_nothing():
         (nn.Conv2d(8, 5, 3), (x,)),
         (nn.MultiheadAttention(8, 2), (x[0],) * 3),
     ):
-        layer = KINDS[type(stock)][0].adapt(copy.deepcopy(stock))
+        layer = KINDS[type(stock)][0].adapt(copy.deepcopy(stock), LoRASettings())
         for y, z in zip(layer(*inputs), stock(*inputs), strict=True):
             assert torch.equal(y, z)
         for _, _, A, B in adapters(layer):
