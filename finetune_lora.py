@@ -33,12 +33,11 @@ import yaml
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
-from torchvision.models.vision_transformer import EncoderBlock
 
+import lora_functional
 from lora_functional import (
     Geometry,
     NF4Weight,
@@ -48,8 +47,8 @@ from lora_functional import (
     effective_weight,
     lora_conv2d,
     lora_linear,
-    max_pool2d_relu,
 )
+from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, unfuse
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
@@ -140,10 +139,10 @@ class LoRALayer:
         use_rslora: scale by alpha / sqrt(r) instead.
     """
 
-    # What an adapted layer has and a stock layer has not. `stock_class` is that of a layer built as an adapted one.
+    # Attributes that `remove_lora` deletes. `stock_class` is the class of a layer that is built as an adapted one.
     _STATE = (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "lora_enabled"),
-        *("_base_data", "_neighbours", "weight_names", "stock_class"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
+        *("lora_enabled", "_base_data", "weight_names", "stock_class"),
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -155,7 +154,7 @@ class LoRALayer:
     def adapt(cls, layer: nn.Module, settings: LoRASettings) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
         if isinstance(layer, LoRALayer):
-            layer._stand_alone()
+            layer.unmerge()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
@@ -166,7 +165,6 @@ class LoRALayer:
         vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
-        self._neighbours: tuple[nn.Module, ...] = ()  # operations taken in; a tuple, so they stay out of the tree
         self._create_adapters()
         self.reset_lora_parameters()
 
@@ -186,19 +184,12 @@ class LoRALayer:
             elif name.startswith("lora_B"):
                 nn.init.zeros_(parameter)
 
-    def _stand_alone(self) -> None:
-        """The base weights in their place, and no neighbour's work taken over."""
-        self.unmerge()
-        for neighbour in self._neighbours:
-            neighbour.release()
-        self._neighbours = ()
-
     def remove_lora(self, merge: bool = False) -> None:
-        """Back to the stock layer, its weights as they were, or with the adapter added if `merge`."""
+        """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
         if merge:
             self.merge()
-            self._base_data = {}  # nothing to go back to
-        self._stand_alone()
+        else:
+            self.unmerge()
         for name in [name for name in self._parameters if name.startswith("lora_")]:
             delattr(self, name)
         stock_class = self.stock_class
@@ -236,22 +227,23 @@ class LoRALayer:
     def _is_active(self) -> bool:
         return self.lora_enabled and not self.merged
 
-    def _plain(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense weight of a layer whose adapter is merged or switched off."""
         weight = self._parameters[name] if self.lora_enabled else self.base(name)
         return weight if isinstance(weight, Tensor) else dense_weight(weight, dtype)
 
-    def _dropped(self, x: Tensor) -> Tensor | None:
-        return F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.lora_dropout > 0
 
-    def absorbs(self, neighbour: "Absorbable") -> bool:
-        """Is the operation next to this layer computed inside it? Both modules ask, so that it happens exactly once."""
-        return (
-            self._is_active
-            and not any(getattr(self, name).requires_grad for name in self.weight_names)
-            and neighbour.is_in_place()
-            and neighbour.can_be_absorbed(by_dropout=self.training and self.lora_dropout > 0)
-        )
+    def _adapter_input(self, x: Tensor) -> Tensor | None:
+        """What the adapter sees in place of x, if it is not x."""
+        return F.dropout(x, self.lora_dropout) if self._drops else None
+
+    @property
+    def _recomputes(self) -> bool:
+        """Is an operation in front of the layer recomputed in backward? Dropout needs its output in memory."""
+        return self._is_active and not self._drops
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -288,21 +280,20 @@ class LoRALinear(LoRALayer, nn.Linear):
         """The dense weights that a merge puts in place, in the base's dtype."""
         return {"weight": _merged_rows(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        before = _absorbed_before(self)
+    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``layer(before(x))``; see `lora_linear` for `before`."""
+        if before is not None and not self._recomputes:
+            x, before = before(x), None
         if not self._is_active:
-            return F.linear(x, self._plain("weight", x.dtype), self.bias)
-        return lora_linear(
-            x, self.base(), self.lora_A, self.lora_B, self.bias, self.scaling, dropped=self._dropped(x), before=before
-        )
+            return F.linear(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+        A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
+        return lora_linear(x, self.base(), A, B, self.bias, self.scaling, adapter_x=adapter_x, before=before)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with an adapter, for any geometry. x: (N, in, H, W) or (in, H, W).
 
-    The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw. A frozen BatchNorm right behind
-    is folded in: its scale g and shift become the kernel's and the bias's, and the normalisation pass, with the
-    activation that it would save, disappears.
+    The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
 
     stock_class = nn.Conv2d
@@ -325,21 +316,21 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None) -> Tensor:
+        """``batch_norm(layer(x))``, with the scale and the shift of a constant BatchNorm in the kernel and the bias."""
         if not self._is_active:
-            return self._conv_forward(x, self._plain("weight", x.dtype), self.bias)
+            y = self._conv_forward(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+            return y if batch_norm is None else batch_norm(y)
         if x.dim() == 3:
-            return self.forward(x[None])[0]
-        row_scale, bias = None, self.bias
-        for batch_norm in self._neighbours:
-            if self.absorbs(batch_norm):
-                row_scale, bias = batch_norm.scale_and_shift(bias)
-        dropped = self._dropped(x)
+            return self.forward(x[None], batch_norm)[0]
+        row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
+        adapter_x = self._adapter_input(x)
         x, padding = self._numeric_padding(x)
-        if dropped is not None:
-            dropped, _ = self._numeric_padding(dropped)
+        if adapter_x is not None:
+            adapter_x, _ = self._numeric_padding(adapter_x)
         geometry = Geometry(self.stride, padding, self.dilation, self.groups)
-        return lora_conv2d(x, self.base(), self.lora_A, self.lora_B, bias, self.scaling, geometry, row_scale, dropped)
+        A, B = self.lora_A, self.lora_B
+        return lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -377,30 +368,29 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
         """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
         packed = self.weight_names == ("in_proj_weight",)
-        before = _absorbed_before(self)
-        if packed and self._is_active and query is key and key is value:
+        one_product = packed and self._is_active and query is key and key is value
+        if before is not None and not (one_product and self._recomputes):
+            (query, key, value), before = _once_each(before, query, key, value), None
+        if one_product:
+            W, bias, adapter_x = self.base("in_proj_weight"), self.in_proj_bias, self._adapter_input(query)
             A, B = (torch.cat(factors) for factors in self._factors())
-            dropped = self._dropped(query)
-            qkv = lora_linear(
-                query, self.base("in_proj_weight"), A, B, self.in_proj_bias, self.scaling, 3, dropped, before
-            )  # (N, L, E) -> (N, L, 3 E)
+            qkv = lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)  # (N, L, E) -> (N, L, 3 E)
             return list(qkv.chunk(3, -1))
-        inputs = {id(x): x if before is None else before(x) for x in (query, key, value)}
-        dropped = {name: self._dropped(x) for name, x in inputs.items()}
+        inputs = zip((query, key, value), _once_each(self._adapter_input, query, key, value), strict=True)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = []
-        for i, (x, A, B) in enumerate(zip((query, key, value), *self._factors(), strict=True)):
+        for i, ((x, adapter_x), A, B) in enumerate(zip(inputs, *self._factors(), strict=True)):
             name = "in_proj_weight" if packed else self.weight_names[i]
             rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim) if packed else slice(0, self.embed_dim)
             if self._is_active:
                 W = self.base(name)
                 W = W.rows(rows.start, rows.stop) if isinstance(W, NF4Weight) else W[rows]
-                y = lora_linear(inputs[id(x)], W, A, B, biases[i], self.scaling, dropped=dropped[id(x)])
+                y = lora_linear(x, W, A, B, biases[i], self.scaling, adapter_x=adapter_x)
             else:
-                y = F.linear(inputs[id(x)], self._plain(name, x.dtype)[rows], biases[i])
+                y = F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], biases[i])
             projected.append(y)
         return projected
 
@@ -414,20 +404,25 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        before: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same."""
+        """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same.
+
+        `before` is applied to query, key and value first; see `lora_linear`.
+        """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask as well")
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        arrange = _batch_first(self.batch_first, is_batched)
-        arranged = {id(x): arrange(x) for x in (query, key, value)}  # what was one tensor stays one
-        q, k, v = self._project(*(arranged[id(x)] for x in (query, key, value)))
+        q, k, v = _once_each(_to_batch_first(self.batch_first, is_batched), query, key, value)
+        q, k, v = self._project(q, k, v, before)
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
-        k, v, mask = self._extend_and_mask(q, k, v, attn_mask, key_padding_mask)
-        attended, weights = self._attend(q, k, v, mask, need_weights)
+        mask = lora_functional.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
+        k, v, mask = lora_functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+        dropout = self.dropout if self.training else 0.0
+        attended, weights = lora_functional.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
@@ -435,58 +430,18 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _extend_and_mask(self, q, k, v, attn_mask, key_padding_mask):
-        """bias_k, bias_v and the zero position behind the sequence, and both masks as one additive mask or None."""
-        N, masks = len(q), []
-        L, S = q.shape[1], k.shape[1]
-        _check_shape("attn_mask", attn_mask, (L, S), (N * self.num_heads, L, S))
-        _check_shape("key_padding_mask", key_padding_mask, (N, S))
-        if attn_mask is not None:
-            mask = _additive(attn_mask, q)
-            masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, self.num_heads)))
-        if key_padding_mask is not None:
-            masks.append(_additive(key_padding_mask, q)[:, None, None])  # (N, 1, 1, S)
-        extra_k, extra_v = [], []
-        if self.bias_k is not None:
-            extra_k.append(self.bias_k.expand(N, -1, -1)), extra_v.append(self.bias_v.expand(N, -1, -1))
-        if self.add_zero_attn:
-            zero = k.new_zeros(N, 1, self.embed_dim)
-            extra_k.append(zero), extra_v.append(zero)
-        if extra_k:
-            k, v = (torch.cat([t, *(e.to(t.dtype) for e in extra)], 1) for t, extra in ((k, extra_k), (v, extra_v)))
-        mask = sum(masks[1:], masks[0]) if masks else None
-        return k, v, None if mask is None else F.pad(mask, (0, len(extra_k)))  # what was added is visible to all
 
-    def _attend(self, q, k, v, mask, need_weights):
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # (N, H, ., D)
-        p = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)  # (N, H, L, S)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
-            attended = weights.to(v.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, p)
-        return attended.transpose(1, 2).flatten(-2), weights  # (N, L, E)
-
-
-def _batch_first(already: bool, is_batched: bool):
+def _to_batch_first(already: bool, is_batched: bool) -> Callable[[Tensor], Tensor]:
     """What brings (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
     if not is_batched:
         return lambda x: x[None]
     return (lambda x: x) if already else (lambda x: x.transpose(0, 1))
 
 
-def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if mask is not None and tuple(mask.shape) not in allowed:  # it might broadcast, and mask something else
-        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A boolean mask (True blocks) or an additive one, as an additive one of the scores' dtype."""
-    if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+def _once_each(function: Callable, *tensors: Tensor) -> list:
+    """``function(t)`` of each tensor, called once for each distinct one: what was one tensor stays one."""
+    results = {key: function(tensor) for key, tensor in {id(t): t for t in tensors}.items()}
+    return [results[id(tensor)] for tensor in tensors]
 
 
 def _merged_rows(base: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
@@ -497,11 +452,6 @@ def _merged_rows(base: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float,
 def _as_base(weight: Tensor, base: Tensor | NF4Weight) -> Tensor:
     """A merged weight has the dtype of its base; 4 bits merge into float."""
     return weight.to(base.dtype) if isinstance(base, Tensor) else weight
-
-
-def _absorbed_before(layer: LoRALayer):
-    """The pointwise operation that this layer has taken over from the module in front of it, or None."""
-    return next((neighbour.operation for neighbour in layer._neighbours if layer.absorbs(neighbour)), None)
 
 
 class _FourBits:
@@ -582,164 +532,6 @@ ADAPTED = {
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
     nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
 }
-
-# ---------------------------------------------------------------------------------------------- the layers' neighbours
-
-
-class Freezable:
-    """A BatchNorm whose running statistics stay as they are while it is frozen, whatever `train()` says."""
-
-    frozen = False
-
-    def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
-
-
-class Absorbable:
-    """An operation next to an adapted layer, which computes it in its own stead where `LoRALayer.absorbs` says so.
-
-    It stays in the tree with its keys, and passes its input on for as long as it is absorbed.
-    """
-
-    @classmethod
-    def attach(cls, module: nn.Module, layer: LoRALayer, parent: nn.Module, *paths: str) -> None:
-        module.stock_class = FREEZABLE.get(type(module), type(module))  # one that is frozen now stays so
-        module.__class__ = cls
-        module._absorber = (layer,)  # a tuple, so it stays out of the tree
-        module._places = parent, dict(zip(paths, (module, layer), strict=True))
-        layer._neighbours = (module,)
-
-    def release(self) -> None:
-        self.__class__ = self.stock_class
-        del self.stock_class, self._absorber, self._places
-
-    def is_in_place(self) -> bool:
-        """Are both still where they were paired? Somebody may have put another module in the place of one."""
-        parent, places = self._places
-        return all(_descendant(parent, path) is module for path, module in places.items())
-
-    def can_be_absorbed(self, by_dropout: bool) -> bool:
-        # Dropout acts on what the adapter sees, which then has to exist.
-        return not by_dropout and not any(parameter.requires_grad for parameter in self.parameters())
-
-    def operation(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self._absorber[0].absorbs(self) else self.operation(x)
-
-
-class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
-    pass
-
-
-class FreezableBatchNorm2d(Freezable, nn.BatchNorm2d):
-    pass
-
-
-class FreezableBatchNorm3d(Freezable, nn.BatchNorm3d):
-    pass
-
-
-class FreezableSyncBatchNorm(Freezable, nn.SyncBatchNorm):
-    pass
-
-
-def _descendant(module: nn.Module | None, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
-class FoldedBatchNorm2d(Absorbable, FreezableBatchNorm2d):
-    """Behind an adapted convolution: in eval mode ``g x + (beta - mean g)``, where ``g = gamma / sqrt(var + eps)``."""
-
-    def can_be_absorbed(self, by_dropout: bool) -> bool:
-        constant = not self.training and self.running_mean is not None
-        return constant and not any(parameter.requires_grad for parameter in self.parameters())
-
-    def scale_and_shift(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """g and the bias of the convolution with this BatchNorm behind it, both (num_features,)."""
-        scale = torch.rsqrt(self.running_var + self.eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -self.running_mean if bias is None else bias - self.running_mean
-        return scale, shift * scale if self.bias is None else torch.addcmul(self.bias, shift, scale)
-
-
-class AbsorbedLayerNorm(Absorbable, nn.LayerNorm):
-    pass
-
-
-class AbsorbedGELU(Absorbable, nn.GELU):
-    pass
-
-
-FREEZABLE = {
-    nn.BatchNorm1d: FreezableBatchNorm1d,
-    nn.BatchNorm2d: FreezableBatchNorm2d,
-    nn.BatchNorm3d: FreezableBatchNorm3d,
-    nn.SyncBatchNorm: FreezableSyncBatchNorm,
-}
-
-
-def _fold_batch_norms(model: nn.Module) -> None:
-    """Pair adapted convolutions with the BatchNorm right behind them: in torchvision's ResNets and in Sequentials."""
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    for parent in model.modules():
-        pairs = []
-        if _runs_as(parent, ResNet, BasicBlock, Bottleneck):
-            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        elif _runs_as(parent, nn.Sequential):
-            pairs = itertools.pairwise(parent._modules)  # not its named_children, which name a module once
-        for paths in pairs:
-            conv, norm = (parent._modules.get(path) for path in paths)
-            is_pair = isinstance(conv, LoRAConv2d) and type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
-            # One that is used twice stands behind two convolutions, or behind none for the second time.
-            if is_pair and uses[id(conv)] == uses[id(norm)] == 1:
-                FoldedBatchNorm2d.attach(norm, conv, parent, *reversed(paths))
-
-
-class PooledStemResNet(ResNet):
-    """torchvision's ResNet, its stem pooled first and rectified after.
-
-    The values are the same to the bit, and the largest activation of the network is not kept for backward. The ReLU and
-    the pooling that stay in the tree run where somebody listens to them with a hook, or where they are of other kinds.
-    """
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        pool = self.maxpool
-        if not (_is_stock(self.relu, nn.ReLU) and _is_stock(pool, nn.MaxPool2d) and not pool.return_indices):
-            return super()._forward_impl(x)
-        x = self.bn1(self.conv1(x))
-        x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(self.avgpool(x).flatten(1))
-
-
-def _is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
-
-
-def _pool_stems(model: nn.Module) -> None:
-    """Where the stem is adapted; otherwise nothing of it is kept for backward."""
-    for module in model.modules():
-        if type(module) in (ResNet, PooledStemResNet):
-            module.__class__ = PooledStemResNet if isinstance(module.conv1, LoRALayer) else ResNet
-
-
-def _runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Does it compute what one of these does? A subclass with a forward of its own may do anything in between."""
-    methods = ("forward", "_forward_impl")  # a ResNet's two
-    return any(
-        isinstance(module, kind)
-        and (
-            isinstance(module, _Checkpointed | PooledStemResNet)
-            or all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
-        )
-        for kind in kinds
-    )
-
 
 # -------------------------------------------------------------------------------------------------- into a model
 
@@ -829,10 +621,7 @@ def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlo
         own = settings.get(_projection(name), settings[name])
         if own != settings[name]:
             type(layer.out_proj).adapt(layer.out_proj, own)
-    _fold_batch_norms(model)
-    _pool_stems(model)
-    _absorb(model, AbsorbedLayerNorm)
-    _close_fast_paths(model)
+    fuse(model)
     return wrapped
 
 
@@ -860,6 +649,7 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
         )
     for _, layer in list(_outermost(model, LoRALayer)):
         layer.remove_lora(merge)
+    unfuse(model)
     return wrapped
 
 
@@ -981,15 +771,6 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         raise InputError(str(error)) from None
 
 
-def _close_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoder layers read raw weights, past every adapter; these flags serve that alone."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
 # ------------------------------------------------------------------------------------ what trains, and what is counted
 
 
@@ -1010,11 +791,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point())
-        if type(module) in FREEZABLE:
-            module.__class__ = FREEZABLE[type(module)]
-        if isinstance(module, Freezable):
-            module.frozen = freeze and not in_head
-            module.train(model.training)
+        freeze_statistics(module, freeze and not in_head, model.training)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -1032,110 +809,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
             counts["trainable" if parameter.requires_grad else "frozen"] += numel
             counts["lora"] += numel if is_lora else 0
     return counts
-
-
-# --------------------------------------------------------------------------------------------- gradient checkpointing
-
-
-class _Checkpointed:
-    def forward(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        if norms:
-            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        # The reentrant kind gives no gradients where the block's input needs none, as the first block's here.
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
-
-
-@contextlib.contextmanager
-def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """For the second computation: BatchNorms that train normalise by the batch, and have counted it already."""
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-class CheckpointedEncoderBlock(_Checkpointed, EncoderBlock):
-    pass
-
-
-class CheckpointedBasicBlock(_Checkpointed, BasicBlock):
-    pass
-
-
-class CheckpointedBottleneck(_Checkpointed, Bottleneck):
-    pass
-
-
-class CheckpointedEncoderLayer(_Checkpointed, nn.TransformerEncoderLayer):
-    pass
-
-
-CHECKPOINTED = {
-    EncoderBlock: CheckpointedEncoderBlock,
-    BasicBlock: CheckpointedBasicBlock,
-    Bottleneck: CheckpointedBottleneck,
-    nn.TransformerEncoderLayer: CheckpointedEncoderLayer,
-}
-
-
-def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
-    """Trade time for memory: which activations are computed again in backward instead of saved.
-
-    Args:
-        mode: 'none'; 'selective': the outputs of GELU, which the adapted layer behind recomputes from their inputs;
-            'full': whole blocks, of which only the input is kept. The outputs of LayerNorm are recomputed in every
-            mode: that is an eighth of a block's activations for less than a hundredth of its time.
-
-    Raises:
-        InputError: a mode that does not exist, or a model without anything to recompute.
-    """
-    if mode not in ("none", "selective", "full"):
-        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
-    for module in list(model.modules()):
-        if isinstance(module, AbsorbedLayerNorm | AbsorbedGELU):
-            module._absorber[0]._neighbours = ()
-            module.release()
-        if isinstance(module, _Checkpointed):
-            module.__class__ = next(stock for stock, kind in CHECKPOINTED.items() if isinstance(module, kind))
-    found = [module for module in model.modules() if type(module) in CHECKPOINTED]
-    norms = _absorb(model, AbsorbedLayerNorm)
-    if mode == "full":
-        for block in found:
-            block.__class__ = CHECKPOINTED[type(block)]
-    elif mode == "selective":
-        found = norms + _absorb(model, AbsorbedGELU)
-    if mode != "none" and not found:
-        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
-
-
-def _absorb(model: nn.Module, kind: type[Absorbable]) -> list[nn.Module]:
-    """Let adapted layers take in the operations of one kind in front of them; those operations."""
-    pairs = [pair for *pair, absorbed in _pointwise_pairs(model) if absorbed is kind]
-    for operation, layer, block, paths in pairs:
-        kind.attach(operation, layer, block, *paths)
-    return [operation for operation, *_ in pairs]
-
-
-def _pointwise_pairs(model: nn.Module):
-    """(operation, the adapted layer that alone reads its output, its absorbed kind) in torchvision's encoder blocks."""
-    for block in model.modules():
-        if not _runs_as(block, EncoderBlock):
-            continue
-        pairs = [("ln_1", "self_attention"), ("ln_2", "mlp.0")]
-        if block.mlp[2].p == 0:  # the dropout stands between the two
-            pairs.append(("mlp.1", "mlp.3"))
-        for paths in pairs:
-            operation, layer = map(block.get_submodule, paths)
-            kind = {nn.LayerNorm: AbsorbedLayerNorm, nn.GELU: AbsorbedGELU}.get(type(operation))
-            if kind is not None and isinstance(layer, LoRALayer):
-                yield operation, layer, block, paths, kind
 
 
 # --------------------------------------------------------------------------------------------------------- predicting

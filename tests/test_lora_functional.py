@@ -64,7 +64,7 @@ def test_linear_gradients_with_dropout(groups):
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, dropped, A, B):
-        return lora_linear(x, W, A, B, None, SCALING, groups, dropped=dropped)
+        return lora_linear(x, W, A, B, None, SCALING, groups, adapter_x=dropped)
 
     assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
 
@@ -84,7 +84,7 @@ def test_linear_gradients_through_an_absorbed_operation(path, before, part, monk
 def test_dropout_and_an_absorbed_operation_exclude_each_other():
     x = random(3, 4)
     with pytest.raises(ValueError, match="exclude each other"):
-        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), dropped=x, before=F.gelu)
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=F.gelu)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -148,7 +148,7 @@ def test_the_weight_s_gradient_is_dense_where_it_trains(path):
         low = F.dropout(x, 0.5) if dropped else x
         delta = torch.cat([b @ a for b, a in zip(B.chunk(3), A.chunk(3), strict=True)])
         upstream = random(5, 6)
-        y = lora_linear(x, W, A, B, None, SCALING, groups=3, dropped=low if dropped else None)
+        y = lora_linear(x, W, A, B, None, SCALING, groups=3, adapter_x=low if dropped else None)
         expected = x @ W.T + SCALING * low @ delta.T
         assert_close(y, expected, FP32)
         actual = torch.autograd.grad(y, (x, W, A, B), upstream, retain_graph=True)
