@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import math
-import numbers
 import os
 import re
 import time
@@ -37,17 +36,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-import lora_functional
-from lora_functional import (
-    Geometry,
-    NF4Weight,
-    bitsandbytes_functional,
-    dense_weight,
-    effective_kernel,
-    effective_weight,
-    lora_conv2d,
-    lora_linear,
-)
+import lora_functional as functional
+from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, unfuse
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs
@@ -86,43 +76,6 @@ PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch e
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
-@dataclass(frozen=True)
-class LoRASettings:
-    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
-
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        problems = []
-        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
-            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
-        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
-        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
-        if problems:
-            raise InputError("; ".join(problems))
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
 class LoRALayer:
     """What every adapted layer shares: a frozen weight plus a trained low-rank update (LoRA, arXiv 2106.09685, eq. 3),
 
@@ -132,11 +85,9 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    Args (beyond those of the layer adapted):
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1.
-        use_rslora: scale by alpha / sqrt(r) instead.
+    Built as an adapted layer, it takes the arguments of `LoRASettings` beside those of the stock layer. A kind of layer
+    says which weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become
+    (`effective_weights`).
     """
 
     # Attributes that `remove_lora` deletes. `stock_class` is the class of a layer that is built as an adapted one.
@@ -176,29 +127,26 @@ class LoRALayer:
             tensor = torch.empty(shape, dtype=dtype, device=self._parameters[weight_name].device)
             self.register_parameter(name + suffix, nn.Parameter(tensor))
 
+    def _adapter_names(self) -> list[str]:
+        return [name for name in self._parameters if name.startswith("lora_")]
+
     def reset_lora_parameters(self) -> None:
         """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name, parameter in self.named_parameters(recurse=False):
+        for name in self._adapter_names():
             if name.startswith("lora_A"):
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-            elif name.startswith("lora_B"):
-                nn.init.zeros_(parameter)
+                nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self._parameters[name])
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
-        if merge:
-            self.merge()
-        else:
-            self.unmerge()
-        for name in [name for name in self._parameters if name.startswith("lora_")]:
+        self.merge() if merge else self.unmerge()
+        for name in self._adapter_names():
             delattr(self, name)
         stock_class = self.stock_class
         for name in self._STATE:
-            self.__dict__.pop(name, None)
+            vars(self).pop(name, None)
         self.__class__ = stock_class
-
-    # A kind of layer says which weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become
-    # (`effective_weights`).
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
@@ -230,7 +178,7 @@ class LoRALayer:
     def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense weight of a layer whose adapter is merged or switched off."""
         weight = self._parameters[name] if self.lora_enabled else self.base(name)
-        return weight if isinstance(weight, Tensor) else dense_weight(weight, dtype)
+        return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
     @property
     def _drops(self) -> bool:
@@ -239,11 +187,6 @@ class LoRALayer:
     def _adapter_input(self, x: Tensor) -> Tensor | None:
         """What the adapter sees in place of x, if it is not x."""
         return F.dropout(x, self.lora_dropout) if self._drops else None
-
-    @property
-    def _recomputes(self) -> bool:
-        """Is an operation in front of the layer recomputed in backward? Dropout needs its output in memory."""
-        return self._is_active and not self._drops
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -263,7 +206,7 @@ class LoRALayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a merged layer has exactly the keys of the layer it adapts
-            for name in [name for name in self._parameters if name.startswith("lora_")]:
+            for name in self._adapter_names():
                 destination.pop(prefix + name)
 
 
@@ -278,16 +221,16 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place, in the base's dtype."""
-        return {"weight": _merged_rows(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_weight(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``layer(before(x))``; see `lora_linear` for `before`."""
-        if before is not None and not self._recomputes:
+        if before is not None and (self._drops or not self._is_active):  # dropout needs the output of `before`
             x, before = before(x), None
         if not self._is_active:
             return F.linear(x, self._weight_without_adapter("weight", x.dtype), self.bias)
         A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
-        return lora_linear(x, self.base(), A, B, self.bias, self.scaling, adapter_x=adapter_x, before=before)
+        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, before)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -303,18 +246,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         self._add_adapter("weight")
 
     def effective_weights(self) -> dict[str, Tensor]:
-        W = dense_weight(self.base(), self.lora_B.dtype)
-        return {"weight": _as_base(effective_kernel(W, self.lora_A, self.lora_B, self.scaling), self.base())}
-
-    def _numeric_padding(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input padded where `conv2d` cannot do it (circular, a lopsided 'same'), and the rest as numbers."""
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return x, self.padding
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+        return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None) -> Tensor:
         """``batch_norm(layer(x))``, with the scale and the shift of a constant BatchNorm in the kernel and the bias."""
@@ -325,12 +257,13 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             return self.forward(x[None], batch_norm)[0]
         row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
         adapter_x = self._adapter_input(x)
-        x, padding = self._numeric_padding(x)
+        mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
+        x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
-            adapter_x, _ = self._numeric_padding(adapter_x)
-        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
+            adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
+        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
         A, B = self.lora_A, self.lora_B
-        return lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
+        return functional.lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -364,7 +297,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if self.weight_names == ("in_proj_weight",):
             A, B = [torch.cat(A)], [torch.cat(B)]
         return {
-            name: _merged_rows(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
+            name: functional.merged_weight(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
@@ -372,26 +305,25 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
         packed = self.weight_names == ("in_proj_weight",)
         one_product = packed and self._is_active and query is key and key is value
-        if before is not None and not (one_product and self._recomputes):
-            (query, key, value), before = _once_each(before, query, key, value), None
+        if before is not None and (self._drops or not one_product):
+            (query, key, value), before = functional.once_each(before, query, key, value), None
         if one_product:
             W, bias, adapter_x = self.base("in_proj_weight"), self.in_proj_bias, self._adapter_input(query)
             A, B = (torch.cat(factors) for factors in self._factors())
-            qkv = lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)  # (N, L, E) -> (N, L, 3 E)
-            return list(qkv.chunk(3, -1))
-        inputs = zip((query, key, value), _once_each(self._adapter_input, query, key, value), strict=True)
+            qkv = functional.lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)
+            return list(qkv.chunk(3, -1))  # (N, L, 3 E) -> (N, L, E)
+        adapter_inputs = functional.once_each(self._adapter_input, query, key, value)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         projected = []
-        for i, ((x, adapter_x), A, B) in enumerate(zip(inputs, *self._factors(), strict=True)):
+        per_projection = zip((query, key, value), adapter_inputs, *self._factors(), strict=True)
+        for i, (x, adapter_x, A, B) in enumerate(per_projection):
             name = "in_proj_weight" if packed else self.weight_names[i]
-            rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim) if packed else slice(0, self.embed_dim)
+            rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim) if packed else slice(None)
             if self._is_active:
-                W = self.base(name)
-                W = W.rows(rows.start, rows.stop) if isinstance(W, NF4Weight) else W[rows]
-                y = lora_linear(x, W, A, B, biases[i], self.scaling, adapter_x=adapter_x)
+                W = self.base(name)[rows]
+                projected.append(functional.lora_linear(x, W, A, B, biases[i], self.scaling, 1, adapter_x))
             else:
-                y = F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], biases[i])
-            projected.append(y)
+                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], biases[i]))
         return projected
 
     def forward(
@@ -415,14 +347,14 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        q, k, v = _once_each(_to_batch_first(self.batch_first, is_batched), query, key, value)
-        q, k, v = self._project(q, k, v, before)
+        to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
+        q, k, v = self._project(*functional.once_each(to_batch_first, query, key, value), before)
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
-        mask = lora_functional.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-        k, v, mask = lora_functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
-        dropout = self.dropout if self.training else 0.0
-        attended, weights = lora_functional.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
+        mask = functional.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
+        k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+        p = self.dropout if self.training else 0.0
+        attended, weights = functional.attend(q, k, v, self.num_heads, mask, p, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
@@ -431,33 +363,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
 
-def _to_batch_first(already: bool, is_batched: bool) -> Callable[[Tensor], Tensor]:
-    """What brings (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
-    if not is_batched:
-        return lambda x: x[None]
-    return (lambda x: x) if already else (lambda x: x.transpose(0, 1))
-
-
-def _once_each(function: Callable, *tensors: Tensor) -> list:
-    """``function(t)`` of each tensor, called once for each distinct one: what was one tensor stays one."""
-    results = {key: function(tensor) for key, tensor in {id(t): t for t in tensors}.items()}
-    return [results[id(tensor)] for tensor in tensors]
-
-
-def _merged_rows(base: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
-    # In the adapters' precision: added on a bfloat16 grid, a small update would vanish before it is rounded once.
-    return _as_base(effective_weight(dense_weight(base, B.dtype), A, B, scaling, groups), base)
-
-
-def _as_base(weight: Tensor, base: Tensor | NF4Weight) -> Tensor:
-    """A merged weight has the dtype of its base; 4 bits merge into float."""
-    return weight.to(base.dtype) if isinstance(base, Tensor) else weight
-
-
 class _FourBits:
     """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` holds the packed bytes, no float copy of it is kept.
 
-    The weight is dequantised for each product, forward and backward, and dropped. Merging gives a float weight.
+    The weight is dequantised for each product, forward and backward, and not kept. Merging gives a float weight.
     """
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
@@ -501,15 +410,14 @@ class _FourBits:
         if self.merged:  # refused
             return
         for name, (state, shape) in list(self._nf4_state.items()):
-            start = f"{prefix}{name}."
-            known = [start + key for key in state.as_dict(packed=True)]
-            constants = {key.removeprefix(start): state_dict[key] for key in known if key in state_dict}
-            if len(constants) == len(known):
-                device = self._parameters[name].device
-                self._nf4_state[name] = type(state).from_dict(constants, device), shape
+            keys = {f"{prefix}{name}.{key}": key for key in state.as_dict(packed=True)}
+            absent = [key for key in keys if key not in state_dict]
+            if not absent:
+                constants = {key: state_dict[full] for full, key in keys.items()}
+                self._nf4_state[name] = type(state).from_dict(constants, self._parameters[name].device), shape
             elif strict:
-                missing += [key for key in known if key not in state_dict]
-            unexpected[:] = [key for key in unexpected if key not in known]
+                missing += absent
+            unexpected[:] = [key for key in unexpected if key not in keys]
 
 
 class QLoRALinear(_FourBits, LoRALinear):
@@ -546,13 +454,13 @@ def add_lora_to_model(
     use_qlora: bool = False,
     use_rslora: bool = False,
 ) -> nn.Module:
-    """Put adapters on a model's layers, in place; a model that has some gets new ones in their stead.
+    """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention layers.
-        r, lora_alpha, lora_dropout, use_rslora: see `LoRALayer`.
+        r, lora_alpha, lora_dropout, use_rslora: see `LoRASettings`.
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
-            one except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
+            layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits.
 
@@ -560,8 +468,8 @@ def add_lora_to_model(
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
 
     Raises:
-        InputError: a bad value, a target that matches nothing, a weight that two layers share, or 4-bit layers asked
-            to become float again. The model is then as it was.
+        InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
+            a weight that two layers share, or layers in 4 bits that would become float. The model is then as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     chosen = choose_layers(model, target_modules, exclude_modules)
@@ -573,34 +481,34 @@ def add_lora_to_model(
 
 
 def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
-    """Put adapters on exactly these layers, in place; any other layer that has one becomes a stock layer again.
+    """Put adapters on exactly the layers named, in place. Any other adapted layer becomes a stock layer again.
 
     Args:
-        settings: by the layers' names, those of `choose_layers`. The output projection of an attention is adapted with
-            the attention; a name of its own gives it settings of its own.
+        settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
+            attention, with the same settings unless its own name is among these.
         use_qlora: store the adapted weights in 4 bits.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: a name that is no layer to adapt, a rank above the full rank of the model's largest layer, a weight
-            that two layers share, or 4-bit layers asked to become float again. The model is then as it was.
+        InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
     wrapped, model = model, _unwrap(model)
     candidates = _candidates(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
-    projections = {_projection(name) for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)}
-    unknown = settings.keys() - chosen.keys() - projections
+    projections = {
+        f"{name}.out_proj".lstrip("."): name
+        for name, layer in chosen.items()
+        if isinstance(layer, nn.MultiheadAttention)
+    }
+    unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
     highest = _full_rank(model)
-    too_high = [name for name, own in settings.items() if own.r > highest]
-    if too_high:
-        raise InputError(
-            f"{too_high[0]} has rank {settings[too_high[0]].r}, above {highest}, the full rank of this model's largest "
-            "layer"
-        )
+    for name, own in settings.items():
+        if own.r > highest:
+            raise InputError(f"{name} has rank {own.r}, above {highest}, the full rank of this model's largest layer")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
@@ -616,36 +524,37 @@ def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlo
         if not isinstance(layer, _FourBits):
             layer.remove_lora()
     for name, layer in chosen.items():
-        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # one that is in 4 bits keeps its kind
+        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in 4 bits keeps its kind
         kinds[use_qlora].adapt(layer, settings[name])
-        own = settings.get(_projection(name), settings[name])
-        if own != settings[name]:
-            type(layer.out_proj).adapt(layer.out_proj, own)
+    for projection, name in projections.items():
+        if settings.get(projection, settings[name]) != settings[name]:
+            layer = chosen[name].out_proj
+            type(layer).adapt(layer, settings[projection])
     fuse(model)
     return wrapped
 
 
 def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Turn every adapted layer, and every block and BatchNorm changed with it, back into its stock class, in place.
+    """Make every module a stock module again, in place: for `torch.fx`, or torchvision's `create_feature_extractor`.
 
-    What needs stock modules works again: `torch.fx.symbolic_trace`, torchvision's `create_feature_extractor`. What is
-    frozen stays frozen, but a BatchNorm follows `model.train()` again.
+    What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
     Args:
-        merge: keep ``W + s B A`` as the weights. Without it the base weights come back, bit for bit, merged or not.
+        merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
+            too.
 
     Returns:
         The same model.
 
     Raises:
-        InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
+        InputError: layers in 4 bits, without `merge`: their float weights are gone. The model is then as it was.
     """
     wrapped, model = model, _unwrap(model)
     four_bits = [name for name, _ in _outermost(model, _FourBits)]
     if four_bits and not merge:
         raise InputError(
-            f"{four_bits[0]} is in 4 bits, its float weight is gone: give merge=True to keep the merged weights, or "
-            "load the checkpoint again"
+            f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
+            "the checkpoint again"
         )
     for _, layer in list(_outermost(model, LoRALayer)):
         layer.remove_lora(merge)
@@ -654,26 +563,26 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper. Raises InputError where it is too late to change what trains."""
+    """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
 
 
 def _full_rank(model: nn.Module) -> int:
-    """The full rank of the largest layer: an adapter of a higher rank adds nothing but memory, and may ask for any."""
+    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
     shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
     return max(min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1)
 
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
-    """A parameter's shape, and of a weight in 4 bits the one that it had."""
+    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
     packed = isinstance(module, _FourBits) and name in module.weight_names
     return module.base(name).shape if packed else parameter.shape
 
 
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules of a kind; what lies inside attention belongs to it."""
+    """Yields (name, module) of a kind, except modules inside attention, which belong to it."""
     inside = set()
     for name, module in model.named_modules():
         if id(module) not in inside and isinstance(module, kind):
@@ -681,11 +590,6 @@ def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
         # Swin's attention reads the weights of its layers and never calls them.
         if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
             inside.update(id(m) for m in module.modules())
-
-
-def _projection(name: str) -> str:
-    """The name of an attention's output projection."""
-    return f"{name}.out_proj".lstrip(".")
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -708,7 +612,8 @@ def choose_layers(
     candidates = _candidates(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
-        chosen = {n: m for n, m in candidates.items() if not _in_head(model, n) and not _in_patch_embedding(n)}
+        kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
         matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
@@ -722,7 +627,7 @@ def choose_layers(
 
 
 def _has_adapted_kind(layer: nn.Module) -> bool:
-    """Of exactly a type that has an adapted kind, and with its weights, which pruning and weight_norm take away."""
+    """Has it exactly a type in `ADAPTED`, and weights? Pruning and weight_norm replace these by other parameters."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
@@ -734,12 +639,8 @@ def _in_head(model: nn.Module, name: str) -> bool:
     return head is not None and f"{name}.".startswith(f"{head}.")
 
 
-def _in_patch_embedding(name: str) -> bool:
-    return any(part in PATCH_EMBEDDINGS for part in name.split("."))
-
-
 def _matches(name: str, target: str) -> bool:
-    """Is the target the layer's name, a part of it between dots (a suffix, a containing module), or a pattern of it?"""
+    """Is the target the name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
     try:
         return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
     except (re.error, OverflowError, RecursionError) as error:
@@ -766,7 +667,7 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
     try:
-        bitsandbytes_functional()
+        functional.bitsandbytes_functional()
     except ImportError as error:
         raise InputError(str(error)) from None
 
@@ -777,11 +678,11 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
 def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
-    BatchNorm of a frozen backbone stays in eval mode whatever `model.train()` says: its statistics belong to the base.
-    Weights in 4 bits do not train in either case.
+    The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
+    base. Weights in 4 bits do not train in either case.
 
     Raises:
-        InputError: merged weights would train; the manager takes them out again, and what they learned would be lost.
+        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
     """
     model = _unwrap(model)
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
@@ -795,7 +696,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of elements, however few bits hold each: {'total', 'trainable', 'frozen', 'lora'}."""
+    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
     counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
     seen = set()
     for module in model.modules():

@@ -25,13 +25,17 @@ import copy
 import functools
 import logging
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moco import InputError
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
@@ -41,6 +45,43 @@ PARTS, PART_NUMEL = 8, 2**17
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by alpha / r.
+        lora_dropout: 0 <= p < 1, on the adapter's input.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+
+    Raises:
+        InputError: values out of these ranges, all of them in one message.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        problems = []
+        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
+            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
+        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
+            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
+        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
+        if problems:
+            raise InputError("; ".join(problems))
+        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class NF4Weight:
@@ -76,9 +117,9 @@ class NF4Weight:
         out, *fan_in = self._full_shape
         return torch.Size([len(range(*self._rows.indices(out))), *fan_in])
 
-    def rows(self, start: int, stop: int) -> "NF4Weight":
-        """The same storage seen as some of its rows."""
-        return NF4Weight(self.packed, self.state, self._full_shape, slice(start, stop))
+    def __getitem__(self, rows: slice) -> "NF4Weight":
+        """The same storage seen as some of the whole weight's rows."""
+        return NF4Weight(self.packed, self.state, self._full_shape, rows)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
@@ -146,6 +187,18 @@ def effective_weight(
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
     add = W.baddbmm_ if in_place else W.baddbmm
     return add(B, A, alpha=scaling).flatten(0, 1)
+
+
+def merged_weight(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """What merging makes of a weight: `effective_weight` in the adapter's precision, rounded once to the weight's.
+
+    Added on the grid of bfloat16, a small update would vanish. 4 bits merge into float.
+    """
+    return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
+
+
+def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
+    return merged.to(base.dtype) if isinstance(base, Tensor) else merged
 
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -339,6 +392,28 @@ def effective_kernel(
     return W.view(weight.shape)
 
 
+def merged_kernel(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """As `merged_weight`, for the kernel of a convolution."""
+    return _rounded(effective_kernel(dense_weight(weight, B.dtype), A, B, scaling), weight)
+
+
+def pad_for_conv2d(
+    x: Tensor, padding: str | tuple[int, int], mode: str, explicit: Sequence[int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """x, padded if `conv2d` cannot do it (circular, a lopsided 'same'), and the padding left to it, in numbers.
+
+    Args:
+        padding, mode: `padding` and `padding_mode` of `nn.Conv2d`.
+        explicit: the same padding as (left, right, top, bottom).
+    """
+    if mode == "zeros" and not isinstance(padding, str):
+        return x, padding
+    left, right, top, bottom = explicit
+    if mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), mode="constant" if mode == "zeros" else mode), (0, 0)
+
+
 class Geometry(NamedTuple):
     """What `torch.nn.functional.conv2d` takes after the bias; the padding is numbers, the input padded otherwise."""
 
@@ -363,7 +438,7 @@ class _LoRAConv2d(torch.autograd.Function):
 
         A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
         if not ctx.side_path:
-            kernel = _merged_kernel(weight, A, B.to(dtype), scaling, row_scale)
+            kernel = _folded_kernel(weight, A, B.to(dtype), scaling, row_scale)
             return F.conv2d(x, kernel, bias, *geometry)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
         sB = _scale_rows(B, scaling, row_scale).to(dtype)
@@ -388,7 +463,7 @@ class _LoRAConv2d(torch.autograd.Function):
             if ctx.side_path:
                 kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
             else:
-                kernel = _merged_kernel(ctx.weight, A, B, ctx.scaling, row_scale)
+                kernel = _folded_kernel(ctx.weight, A, B, ctx.scaling, row_scale)
             gx = _conv_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
@@ -428,9 +503,10 @@ def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Ten
     return matrix if row_scale is None else matrix * row_scale.to(matrix.dtype)[:, None]
 
 
-def _merged_kernel(
+def _folded_kernel(
     weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None
 ) -> Tensor:
+    """``g (W + s B A)`` in the dtype of B."""
     W = dense_weight(weight, B.dtype)
     return effective_kernel(W, A, B, scaling, row_scale, in_place=W is not weight)
 
@@ -485,6 +561,19 @@ def lora_conv2d(
 
 
 # ------------------------------------------------------------------------------------------------------- attention
+
+
+def once_each(function: Callable, *tensors: Tensor) -> list:
+    """``function(t)`` of each tensor, called once for each distinct one: what was one tensor stays one."""
+    results = {key: function(tensor) for key, tensor in {id(t): t for t in tensors}.items()}
+    return [results[id(tensor)] for tensor in tensors]
+
+
+def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor], Tensor]:
+    """The function from (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
+    if not is_batched:
+        return lambda x: x[None]
+    return (lambda x: x) if is_batch_first else (lambda x: x.transpose(0, 1))
 
 
 def attention_mask(
