@@ -1,4 +1,67 @@
-"""lora_fusion.py"""
+"""lora_fusion.py: blocks whose neighbours are computed together, against the stock blocks, layer by layer."""
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import (
+    EXACT,
+    FP32,
+    adapters,
+    assert_close,
+    assert_equals_dense,
+    compare_with_dense,
+    dense_twin,
+    frozen,
+    images,
+    randomize_adapters,
+    resnet,
+    vit,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, MLPBlock
+
+import lora_fusion
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
+from lora_utils import LoRAManager
+from moco import InputError
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch runs within the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def count(self, part: str) -> int:
+        return sum(part in name for name in self.names)
+
+
+def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
+    with Operations() as operations:
+        model(x)
+    return operations.count("batch_norm")
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
 
 
 # ---------------------------------------------------------------------------------------------- folded BatchNorm
@@ -12,66 +75,9 @@ def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, channels
     if channels_last:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     frozen(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(type(m) is finetune_lora.FoldedBatchNorm2d for m in norms)
+    assert batch_norms_computed(model, x) == 0
     assert [k for k in model.state_dict() if "lora_" not in k] == list(stock.state_dict())
     assert_equals_dense(stock, model, x, EXACT)
-
-
-def test_a_hook_on_the_stem_s_activation_sees_what_it_always_saw():
-    """Pooled first and rectified after, the stem is faster; who listens to one of the two gets the usual order."""
-    stock = resnet(Bottleneck).eval()
-    model = add_lora_to_model(copy.deepcopy(stock))
-    x, seen = images(), {}
-    for key, network in (("stock", stock), ("adapted", model)):
-        for module in (network.relu, network.maxpool):
-            module.register_forward_hook(lambda m, x, y, key=key: seen.setdefault(key, []).append(y))
-        network(x)
-    assert len(seen["stock"]) == 2
-    for ours, expected in zip(seen["adapted"], seen["stock"], strict=True):
-        assert_close(ours, expected, FP32)
-
-
-def grey_stem(model: nn.Module) -> None:
-    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-
-
-def no_norm(model: nn.Module) -> None:
-    model.bn1 = nn.Identity()
-
-
-def other_norm(model: nn.Module) -> None:
-    model.layer1[0].conv2 = nn.Identity()
-    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
-
-
-@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
-def test_modules_may_be_replaced_beside_those_folded_into_them(change):
-    """An operation is taken in only for as long as both stand where they were paired."""
-    stock, x = resnet().double().eval(), images(dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock)).eval()
-    for network in (stock, model):
-        torch.manual_seed(5)
-        change(network)
-        network.double()
-    assert_close(model(x), dense_twin(stock, model)(x), EXACT)
-
-
-def test_modules_may_be_removed_beside_those_folded_into_them():
-    stock = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    stock[2].running_mean.normal_()
-    model = frozen(copy.deepcopy(stock))
-    for network in (stock, model):
-        del network[0]
-    x = images()
-    assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
-
-
-def test_a_stem_without_pooling_stays_as_it_is():
-    stock = resnet(Bottleneck).eval()
-    stock.maxpool = nn.Identity()  # as for images of 32 pixels
-    x = images()
-    assert_close(add_lora_to_model(copy.deepcopy(stock))(x), stock(x), FP32)
 
 
 def test_folding_in_low_precision():
@@ -85,6 +91,30 @@ def test_folding_in_low_precision():
     stock.bfloat16()
     model = frozen(copy.deepcopy(stock))
     assert_close(model(x.bfloat16()), dense_twin(stock, model)(x.bfloat16().double()), 1e-2)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+def test_a_batch_norm_folds_into_a_kernel_that_trains(channels_last):
+    """The BatchNorm is constant: what is behind the convolution's weight does not depend on whether the weight trains."""
+    stock, x = resnet(Bottleneck).double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    if channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("conv2.weight"))
+    assert batch_norms_computed(model, x) == 0
+    compare_with_dense(stock, model, [x], EXACT)
+
+
+def test_a_convolutional_stem_as_moco_v3_s_is_folded():
+    stem = [ConvStemConfig(8, 3, 2), ConvStemConfig(16, 3, 2)]
+    stock = vit(conv_stem_configs=stem, patch_size=4).double().eval()
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    model = frozen(copy.deepcopy(stock), target_modules=["conv_proj", "mlp"])
+    assert batch_norms_computed(model, images(16, dtype=torch.float64)) == 0
+    assert_equals_dense(stock, model, images(16, dtype=torch.float64), EXACT)
 
 
 def test_a_folded_batch_norm_unfolds_when_it_trains():
@@ -135,30 +165,36 @@ class PreActivation(BasicBlock):
         return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
 
 
-def unfoldable():
+def chains() -> Iterator[tuple[str, nn.Module, int]]:
+    """What stands in which order, and how many BatchNorms of it cannot be folded."""
     relu, norm, conv = nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-    yield "something between", nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
-    yield "something between that is used before", nn.Sequential(relu, nn.Conv2d(4, 4, 3), relu, nn.BatchNorm2d(4))
-    yield "a shared BatchNorm", nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), norm)
-    yield "a shared convolution", nn.Sequential(conv, nn.BatchNorm2d(4), conv)
-    yield "a BatchNorm before", nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
-    yield "a forward of its own", PreActivation(4, 4)
+    yield "a pair", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), 0
+    yield "something between", nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), 1
+    yield "something between that is used before", nn.Sequential(relu, nn.Conv2d(4, 4, 3), relu, nn.BatchNorm2d(4)), 1
+    yield "a shared BatchNorm", nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), norm), 0
+    yield "a shared convolution", nn.Sequential(conv, nn.BatchNorm2d(4), conv), 0
+    yield "a BatchNorm before", nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)), 1
+    yield "two BatchNorms", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), 1
+    yield "a linear layer before", nn.Sequential(nn.Linear(9, 9), nn.BatchNorm2d(4)), 1
+    yield "a forward of its own", PreActivation(4, 4), 2
 
 
-@pytest.mark.parametrize("case", list(unfoldable()), ids=lambda case: case[0])
-def test_a_batch_norm_that_does_not_follow_one_convolution_is_not_folded(case):
-    stock = copy.deepcopy(case[1]).eval()
+@pytest.mark.parametrize("case", list(chains()), ids=lambda case: case[0])
+def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case):
+    stock, x = copy.deepcopy(case[1]).eval(), torch.randn(2, 4, 9, 9)
     for module in stock.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), torch.randn(2, 4, 9, 9), FP32)
+    model = frozen(copy.deepcopy(stock))
+    assert batch_norms_computed(model, x) == case[2]
+    assert_equals_dense(stock, model, x, FP32)
 
 
 def test_a_batch_norm_behind_a_convolution_without_adapter_is_not_folded():
     stock = resnet().double().eval()
     model = frozen(copy.deepcopy(stock), target_modules="conv2")
-    folded = {n for n, m in model.named_modules() if isinstance(m, finetune_lora.FoldedBatchNorm2d)}
-    assert folded == {f"layer{i}.0.bn2" for i in (1, 2, 3, 4)}
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert batch_norms_computed(model, images(dtype=torch.float64)) == norms - 4  # one of each layer's is folded
     assert_equals_dense(stock, model, images(dtype=torch.float64), EXACT)
 
 
@@ -191,7 +227,7 @@ def test_folding_with_dropout_keeps_its_meaning():
     assert_close(y, stock[1](stock[0](x) + F.conv2d(F.dropout(x, 0.4), delta)), FP32)
 
 
-# ------------------------------------------------------------------------------------------ gradient checkpointing
+# ------------------------------------------------------------------------------------- recomputed LayerNorm and GELU
 
 
 def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
@@ -216,6 +252,329 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     return sum(size for size, _ in saved.values())
+
+
+def test_a_vit_equals_the_stock_model():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
+
+
+@pytest.mark.parametrize("targets, norms", [(None, 2), ("self_attention", 1), ("mlp.0", 1), ("mlp.3", 0)], ids=str)
+def test_a_layer_norm_s_output_is_not_saved(targets, norms):
+    """In front of adapted layers. A hook brings it back."""
+    model, x = frozen(vit(), target_modules=targets), images(16, 8)
+    without = saved_bytes(model, x)
+    blocks = [m for m in model.modules() if isinstance(m, EncoderBlock)]
+    for block in blocks:
+        block.ln_1.register_forward_hook(lambda *_: None)
+        block.ln_2.register_forward_hook(lambda *_: None)
+    output = 8 * 5 * 16 * 4  # (N, L, E) floats
+    # With its output, LayerNorm saves a mean and a reciprocal deviation for each row.
+    assert saved_bytes(model, x) - without >= (2 * norms - 1) * output
+
+
+def test_a_layer_norm_that_trains_gets_its_gradients():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    for name in ("ln_1.weight", "ln_2.bias"):
+        model = frozen(copy.deepcopy(stock))
+        for full_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or full_name.endswith(name))
+        compare_with_dense(stock, model, [x], EXACT)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_weights_that_train_behind_a_layer_norm_that_does_not(mode):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, mode)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith(("proj_weight", "mlp.0.weight", "mlp.3.weight")))
+    compare_with_dense(stock, model, [x], EXACT)
+
+
+class NormUsedTwice(EncoderBlock):
+    def forward(self, input):
+        x = self.ln_1(input)
+        return x + self.self_attention(x, x, x, need_weights=False)[0]
+
+
+def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
+    stock = nn.Sequential(NormUsedTwice(2, 16, 32, 0.0, 0.0))
+    model = frozen(copy.deepcopy(stock))
+    assert type(model[0]) is NormUsedTwice
+    compare_with_dense(stock, model, [torch.randn(2, 5, 16)], FP32)
+
+
+# ---------------------------------------------------------------------------------------------------- the pooled stem
+
+
+def test_the_largest_activation_of_a_resnet_is_not_saved():
+    """Pooled first and rectified after. Who listens to one of the two gets the usual order."""
+    model, x = frozen(resnet(Bottleneck)), images()
+    without = saved_bytes(model, x)
+    model.relu.register_forward_hook(lambda *_: None)
+    assert saved_bytes(model, x) > without + 2 * 64 * 16 * 16 * 4  # (N, 64, H / 2, W / 2) floats
+
+
+@pytest.mark.parametrize(
+    "change", ["relu", "maxpool", "return_indices"], ids=["other activation", "no pooling", "pooling with indices"]
+)
+def test_other_stems_stay_as_they_are(change):
+    """Without pooling, as for images of 32 pixels."""
+
+    class First(nn.MaxPool2d):
+        def forward(self, x):
+            return super().forward(x)[0] if self.return_indices else super().forward(x)
+
+    stock = resnet(Bottleneck).double().eval()
+    if change == "return_indices":
+        stock.maxpool = First(3, 2, 1, return_indices=True)
+    else:
+        setattr(stock, change, nn.ELU() if change == "relu" else nn.Identity())
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
+
+
+# ----------------------------------------------------------------------- children that are replaced, hooked or copied
+
+
+def grey_stem(model: nn.Module) -> None:
+    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+
+
+def no_norm(model: nn.Module) -> None:
+    model.bn1 = nn.Identity()
+
+
+def other_norm(model: nn.Module) -> None:
+    model.layer1[0].conv2 = nn.Identity()
+    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
+
+
+def trained_norm(model: nn.Module) -> None:
+    model.layer1[0].bn1 = nn.BatchNorm2d(64)
+    model.train()
+
+
+@pytest.mark.parametrize(
+    "change", [grey_stem, no_norm, other_norm, trained_norm, nn.SyncBatchNorm.convert_sync_batchnorm]
+)
+def test_replaced_modules_in_a_resnet(change):
+    """A block looks its children up at each call."""
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network)
+        network.double()
+    if change is trained_norm:  # in the twin, all the others would train as well
+        for module in twin.modules():
+            module.training = module is twin.layer1[0].bn1 or not isinstance(module, nn.BatchNorm2d)
+    assert_close(model(x), dense_twin(twin, model)(x) if change is None else twin(x), EXACT)
+
+
+def no_layer_norm(block: EncoderBlock) -> None:
+    block.ln_1 = block.ln_2 = nn.Identity()
+
+
+def norm_of_a_sequence(block: EncoderBlock) -> None:
+    block.ln_1 = nn.LayerNorm((5, 16), elementwise_affine=False)
+
+
+def other_activation(block: EncoderBlock) -> None:
+    block.mlp[1] = nn.Tanh()
+
+
+def stock_layers(block: EncoderBlock) -> None:
+    block.self_attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    block.mlp[0] = nn.Linear(16, 32)
+
+
+def other_mlp(block: EncoderBlock) -> None:
+    block.mlp = nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))
+
+
+def shorter_mlp(block: EncoderBlock) -> None:
+    del block.mlp[2]
+
+
+def dropped_before(block: EncoderBlock) -> None:
+    block.mlp[2] = nn.Hardtanh(-0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_layer_norm, norm_of_a_sequence, other_activation, stock_layers, other_mlp, shorter_mlp, dropped_before],
+)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_replaced_modules_in_a_vit(change, mode):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, mode)
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network.encoder.layers[1])
+        network.double()
+    y, z = model(x), twin(x)
+    assert_close(y, z, EXACT)
+    gradients = [torch.autograd.grad(t.square().sum(), n.encoder.pos_embedding) for t, n in ((y, model), (z, twin))] \
+        if model.encoder.pos_embedding.requires_grad else ()
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs, EXACT)
+
+
+def test_modules_may_be_removed_from_a_sequence():
+    stock = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    stock[2].running_mean.normal_()
+    model = frozen(copy.deepcopy(stock))
+    for network in (stock, model):
+        del network[0]
+    x = images()
+    assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
+
+
+def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
+    return module.register_forward_hook(lambda m, inputs, y: seen.append((*inputs[:1], y)))
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
+    """On any module, alone or on all at once: both the input and the output."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    if not (mode == "selective" and build is resnet):
+        set_gradient_checkpointing(model, mode)
+    twin = dense_twin(stock, model)
+    inside = {f"{name}." for name, m in twin.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    names = [name for name, _ in twin.named_modules() if not any(name.startswith(prefix) for prefix in inside)]
+    for chosen in (*([name] for name in names), names):
+        seen = []
+        for network in (twin, model):
+            recorded = []
+            handles = [watch(network.get_submodule(name), recorded) for name in chosen]
+            network(x)
+            [handle.remove() for handle in handles]
+            seen.append(recorded)
+        assert len(seen[0]) == len(seen[1]) >= len(chosen)
+        for ours, theirs in zip(seen[1], seen[0], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                a, b = (t[0] if isinstance(t, tuple) else t for t in (a, b))
+                assert_close(a, b, EXACT, str(chosen))
+
+
+def listeners():
+    yield "forward", lambda m, seen: m.register_forward_hook(lambda *_: seen.append(1))
+    yield "forward_pre", lambda m, seen: m.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield "backward", lambda m, seen: m.register_full_backward_hook(lambda *_: seen.append(1))
+    yield "backward_pre", lambda m, seen: m.register_full_backward_pre_hook(lambda *_: seen.append(1))
+
+
+@pytest.mark.parametrize("register", list(listeners()), ids=lambda case: case[0])
+@pytest.mark.parametrize("name", ["bn1", "relu", "layer1.0.bn2", "layer2.0.downsample.1"])
+def test_hooks_of_every_kind_are_called(register, name):
+    model, seen = frozen(resnet()), []
+    register[1](model.get_submodule(name), seen)
+    model(images()).sum().backward()
+    assert seen
+
+
+@pytest.mark.parametrize("register", list(listeners()), ids=lambda case: case[0])
+@pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
+def test_hooks_of_every_kind_are_called_in_a_vit(register, name):
+    model, seen = frozen(vit()), []
+    set_gradient_checkpointing(model, "selective")
+    register[1](model.encoder.layers[1].get_submodule(name), seen)
+    model(images(16)).sum().backward()
+    assert seen
+
+
+def test_a_hook_on_every_module_of_the_process_is_called():
+    model, seen = frozen(resnet()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(images())
+    finally:
+        handle.remove()
+    assert {m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.ReLU)} <= set(seen)
+
+
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_a_copied_layer_is_a_layer(build):
+    """And not the model around it: nothing of the model can be reached from one of its layers."""
+    model = frozen(build())
+    for layer in model.modules():
+        if not list(layer.children()):
+            file = io.BytesIO()
+            torch.save(layer, file)
+            held = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+            assert file.tell() < held + 10_000
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_deleted_model_is_gone(build, side, mode):
+    """At once, without the garbage collector: on a GPU the next model needs the memory."""
+    model = frozen(build(), use_qlora=True)
+    if not (mode == "selective" and build is resnet):
+        set_gradient_checkpointing(model, mode)
+    model(images(side)).sum().backward()
+    remembered = [weakref.ref(module) for module in model.modules()]
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() for reference in remembered)
+    finally:
+        gc.enable()
+
+
+def test_only_blocks_around_adapted_layers_are_fused():
+    model, stock = resnet(), resnet()
+    add_lora_to_model(model, target_modules="layer2")
+    changed = {n for n, m in model.named_modules() if type(m) is not type(stock.get_submodule(n))}
+    layers = {"layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0"}
+    assert changed == layers | {"layer2.0", "layer2.0.downsample"}
+    add_lora_to_model(model, target_modules="layer3.0.conv1")
+    changed = {n for n, m in model.named_modules() if type(m) is not type(stock.get_submodule(n))}
+    assert changed == {"layer3.0.conv1", "layer3.0"}
+
+
+def test_fused_blocks_can_be_saved_whole(tmp_path):
+    model, x = frozen(resnet()), images()
+    torch.save(model, tmp_path / "model.pth")
+    again = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert classes(again) == classes(model) and torch.equal(again(x), model(x))
+
+
+# ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_fast_path_is_closed_around_adapters_only(activation):
+    """And open again without them."""
+
+    def encoder() -> nn.TransformerEncoder:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, activation, batch_first=True), 2)
+
+    def flags(model: nn.Module) -> list:
+        return [model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)]
+
+    model = encoder()
+    before = flags(model)
+    assert all(before)
+    add_lora_to_model(model, target_modules="layers.1")
+    add_lora_to_model(model, target_modules="layers.1")  # again
+    assert flags(model) == [False, before[1], 0]
+    LoRAManager(model)
+    for layer in (model.layers[1].self_attn, model.layers[1].linear1, model.layers[1].linear2):
+        layer.remove_lora()
+    lora_fusion.unfuse(model)
+    assert flags(model) == before and classes(model) == classes(encoder())
+    assert set(vars(model.layers[1])) == set(vars(encoder().layers[1]))
+
+
+# ------------------------------------------------------------------------------------------ gradient checkpointing
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -326,14 +685,40 @@ def test_new_adapters_in_a_checkpointed_model_stay_exact():
                 assert_close(expected[name], gradient, 1e-6, name)
 
 
-def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
-    """One may use the LayerNorm's output twice."""
-
-    class Own(EncoderBlock):
-        def forward(self, input):
-            x = self.ln_1(input)
-            return x + self.self_attention(x, x, x, need_weights=False)[0]
-
-    model = frozen(nn.Sequential(Own(2, 16, 32, 0.0, 0.0)))
-    with pytest.raises(InputError, match="finds nothing to recompute"):
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_checkpointing_without_adapters(build):
+    """Full fine-tuning. Afterwards the model is a stock model again."""
+    model, x = build(), images(32 if build is resnet else 16, 8)
+    stock = copy.deepcopy(model)
+    expected, before = loss_and_gradients(copy.deepcopy(model), x), saved_bytes(copy.deepcopy(model), x)
+    set_gradient_checkpointing(model, "full")
+    loss, gradients = loss_and_gradients(model, x)
+    assert torch.equal(loss, expected[0])
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], 1e-5, name)
+    assert saved_bytes(model, x) < 0.6 * before
+    with pytest.raises(InputError, match="selective finds nothing"):
         set_gradient_checkpointing(model, "selective")
+    set_gradient_checkpointing(model, "none")
+    assert classes(model) == classes(stock)
+    assert all(set(vars(ours)) == set(vars(theirs)) for ours, theirs in zip(model.modules(), stock.modules(), strict=True))
+
+
+def test_evaluation_recomputes_nothing():
+    model, x = frozen(vit()), images(16)
+    set_gradient_checkpointing(model, "full")
+    calls = []
+    model.encoder.layers[1].dropout.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == 1
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
+    """It acts on the GELU's output, which then has to exist."""
+    model, x = frozen(vit(dropout=0.3)).train(), images(16, 8)
+    before = saved_bytes(model, x)
+    set_gradient_checkpointing(model, "selective")
+    assert saved_bytes(model, x) == before
