@@ -21,6 +21,7 @@ from dense import (
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import EncoderBlock
@@ -31,12 +32,14 @@ from finetune_lora import (
     LoRAMultiheadAttention,
     LoRASettings,
     QLoRALinear,
+    QLoRAMultiheadAttention,
     adapt_layers,
     add_lora_to_model,
     choose_layers,
     count_parameters,
     freeze_backbone_params,
     remove_lora_from_model,
+    set_gradient_checkpointing,
 )
 from lora_utils import LoRAManager
 from moco import InputError
@@ -261,6 +264,83 @@ def test_a_layer_used_twice_is_adapted_once():
     compare_with_dense(stock, model, [torch.randn(3, 4)], FP32)
 
 
+# ------------------------------------------------------------------------------------------- settings of each layer
+
+
+def test_layers_are_chosen_without_being_changed():
+    model = vit()
+    kinds = [type(m) for m in model.modules()]
+    layers = choose_layers(model, target_modules=["mlp", "heads"], exclude_modules="encoder_layer_1")
+    assert list(layers) == [
+        "encoder.layers.encoder_layer_0.mlp.0",
+        "encoder.layers.encoder_layer_0.mlp.3",
+        "heads.head",
+    ]
+    assert all(layer is model.get_submodule(name) for name, layer in layers.items())
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_each_layer_may_have_settings_of_its_own(four_bits):
+    model, block = vit(), "encoder.layers.encoder_layer_0."
+    settings = {
+        block + "mlp.3": LoRASettings(r=2),
+        block + "self_attention": LoRASettings(r=3, lora_alpha=6, lora_dropout=0.1),
+        block + "self_attention.out_proj": LoRASettings(r=5, lora_alpha=1, use_rslora=True),
+    }
+    for _ in range(2):  # adapters that are there are replaced
+        assert adapt_layers(model, settings, four_bits) is model
+        assert adapted_names(model) == set(settings)
+        for name, own in settings.items():
+            layer = model.get_submodule(name)
+            assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
+            assert (
+                layer.scaling == own.scaling and isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
+            )
+            assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in adapters(layer))
+    del settings[block + "self_attention.out_proj"]  # then it follows its attention
+    adapt_layers(model, settings, four_bits)
+    assert model.get_submodule(block + "self_attention.out_proj").r == 3
+
+
+def test_no_settings_leave_a_stock_model():
+    model = add_lora_to_model(vit())
+    adapt_layers(model, {})
+    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere", "no layer to adapt is named nowhere; there are: conv_proj, encoder"),
+        ("mlp", "no layer to adapt is named mlp;"),  # names, not patterns
+        ("encoder.layers.encoder_layer_0.ln_1", "no layer to adapt is named encoder.layers.encoder_layer_0.ln_1;"),
+        ("encoder.layers.encoder_layer_0.self_attention.out_proj", "no layer to adapt is named .*out_proj;"),
+    ],
+)
+def test_names_that_are_no_layers_are_refused(name, message):
+    for model in (vit(), add_lora_to_model(vit(), r=3)):
+        before, kinds = snapshot(model), [type(m) for m in model.modules()]
+        with pytest.raises(InputError, match=message):
+            adapt_layers(model, {"heads.head": LoRASettings(r=2), name: LoRASettings()})
+        assert [type(m) for m in model.modules()] == kinds
+        assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
+    """It adds nothing but memory. 16 is the rank of a full matrix in this model's MLPs."""
+    model, name = vit(), "encoder.layers.encoder_layer_0.mlp.3"
+    for _ in range(2):  # a weight in 4 bits keeps its rank
+        with pytest.raises(InputError, match=r"rank 17 is above 16, the full rank .* lower r \(--lora-rank\)"):
+            add_lora_to_model(model, r=17, use_qlora=four_bits)
+        with pytest.raises(
+            InputError, match=f"^{name} has rank 17, above 16, the full rank of this model's largest layer$"
+        ):
+            adapt_layers(model, {name: LoRASettings(r=17)}, four_bits)
+        add_lora_to_model(model, r=16, use_qlora=four_bits)
+
+
 # ------------------------------------------------------------------------------------------------- again, and removed
 
 
@@ -295,7 +375,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         name = max(name for name in adapted_names(model) if "out_proj" not in name)
         randomize_adapters(add_lora_to_model(model, target_modules=name))
         target = model.get_submodule(name)
-        around = {target, *(block for block in model.modules() if target in block.children())}
+        around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
             if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock):
                 assert type(ours) is type(theirs)
@@ -341,6 +421,56 @@ def test_float_adapters_become_4_bit_ones():
     model = add_lora_to_model(vit())
     add_lora_to_model(model, use_qlora=True)
     assert bare(model, "encoder.layers.encoder_layer_0.mlp.0") is QLoRALinear
+
+
+@pytest.mark.parametrize("build, side", [(partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("merge", [False, True], ids=["base", "merged"])
+@pytest.mark.parametrize("merged_before", [False, True], ids=["", "merged before"])
+def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before):
+    """Same classes, same attributes, same keys; with its base weights bit for bit, or with the merged ones."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock), lora_dropout=0.1)
+    set_gradient_checkpointing(model, "full")
+    twin, trains = dense_twin(stock, model), {n for n, p in model.named_parameters() if p.requires_grad}
+    if merged_before:
+        LoRAManager(model).merge_lora_weights()
+    assert remove_lora_from_model(model, merge) is model
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in trains if "lora_" not in n}
+    if merge:
+        assert_close(model.eval()(x), twin(x), 1e-12)
+    else:
+        assert_unchanged(snapshot(stock), model)
+        assert_close(model.eval()(x), stock(x), 1e-12)
+    assert all(module.training for module in model.train().modules())
+
+
+def test_layers_in_4_bits_keep_their_merged_weights_or_stay():
+    model, x = frozen(vit(), use_qlora=True).eval(), images(16)
+    before, kinds, expected = snapshot(model), [type(m) for m in model.modules()], model(x)
+    with pytest.raises(InputError, match=r"self_attention is in 4 bits.*merge=True"):
+        remove_lora_from_model(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert_unchanged(before, model)
+    remove_lora_from_model(model, merge=True)
+    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert list(model.state_dict()) == list(vit().state_dict())
+    assert_close(model(x), expected, FP32)
+    for ours, theirs in zip(model.modules(), vit().modules(), strict=True):
+        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+    add_lora_to_model(model, r=2, use_qlora=True)  # and may be quantised again
+
+
+@pytest.mark.parametrize("build, node, side", [(resnet, "layer2", 32), (vit, "encoder", 16)], ids=["resnet", "vit"])
+def test_tools_that_need_stock_modules_work_after_removal(build, node, side):
+    model = remove_lora_from_model(frozen(build()), merge=True).eval()
+    traced, x = torch.fx.symbolic_trace(model), images(side)
+    assert torch.equal(traced(x), model(x))
+    assert create_feature_extractor(model, [node])(x)[node].shape[0] == len(x)
 
 
 # --------------------------------------------------------------------------------------------------- what trains
