@@ -85,12 +85,13 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    Built as an adapted layer, it takes the arguments of `LoRASettings` beside those of the stock layer. A kind of layer
-    says which weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become
-    (`effective_weights`).
+    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
+    weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
     """
 
-    # Attributes that `remove_lora` deletes. `stock_class` is the class of a layer that is built as an adapted one.
+    stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
+    weight_names: tuple[str, ...] = ("weight",)
+    # Attributes that `remove_lora` deletes.
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
         *("lora_enabled", "_base_data", "weight_names", "stock_class"),
@@ -118,6 +119,9 @@ class LoRALayer:
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
         self.reset_lora_parameters()
+
+    def _create_adapters(self) -> None:
+        self._add_adapter("weight")
 
     def _add_adapter(self, weight_name: str, suffix: str = "", fan_out: int | None = None) -> None:
         base = self.base(weight_name)
@@ -214,10 +218,6 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
     stock_class = nn.Linear
-    weight_names = ("weight",)
-
-    def _create_adapters(self) -> None:
-        self._add_adapter("weight")
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place, in the base's dtype."""
@@ -240,10 +240,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     """
 
     stock_class = nn.Conv2d
-    weight_names = ("weight",)
-
-    def _create_adapters(self) -> None:
-        self._add_adapter("weight")
 
     def effective_weights(self) -> dict[str, Tensor]:
         return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
@@ -276,14 +272,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     stock_class = nn.MultiheadAttention
     _linear_kind = LoRALinear
 
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        self._linear_kind.adapt(self.out_proj, settings)
+        super()._init_adapters(settings)
+
     def _create_adapters(self) -> None:
         packed = self.in_proj_weight is not None
         self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         for i, projection in enumerate("qkv"):
             self._add_adapter(self.weight_names[0 if packed else i], f"_{projection}", self.embed_dim)
-        self._linear_kind.adapt(
-            self.out_proj, LoRASettings(self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
-        )
 
     def remove_lora(self, merge: bool = False) -> None:
         self.out_proj.remove_lora(merge)

@@ -1,18 +1,18 @@
 """Blocks in which an adapted layer and its neighbour are one computation, and what is recomputed in backward.
 
-An adapted layer saves time and memory where it does its neighbour's work too:
-- a frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations, and
-  the copy of them that it would save for backward, disappear;
-- a LayerNorm in front of attention or of the MLP is recomputed in backward: of its input and its output, only the input
-  is saved. In the mode 'selective' so is a GELU;
-- the stem of a ResNet is pooled before its ReLU, so that its largest activation need not be saved.
+An adapted layer saves time and memory if it does its neighbour's work too:
+- A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
+  disappears, and so does the copy of them that it would save for backward.
+- A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
+  With selective gradient checkpointing the same is done to GELU.
+- A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
 
-Who does what is decided by the block that holds both, at each call: its children may have been replaced, shared,
-unfrozen, or hooked, and then it computes what the stock block does. `fuse` swaps a stock block's class for its fused
-class, as `torch.nn.utils.parametrize` does: object, children and keys stay as they are, and no module refers to its
-parent. Types must match exactly, since the forward of a subclass may do something else in between.
+The block that holds both decides, at each call: if a child was replaced, trains, or has a hook, the block computes what
+the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
+their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
+subclass may do something else in its forward.
 
-The layers themselves are in `finetune_lora.py`. Here they are known by what they offer: see `AdaptedLayer`.
+This file knows the layers of `finetune_lora.py` only by what they offer: see `AdaptedLayer`.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ from moco import InputError
 
 @runtime_checkable
 class AdaptedLayer(Protocol):
-    """What a layer with an adapter offers, and a stock layer does not.
+    """What a layer with an adapter offers and a stock layer does not.
 
-    Its `forward` takes an argument more than the stock layer's:
-    - `before` (linear layers, attention): an operation on each row of the input, to apply to the input first;
-    - `batch_norm` (convolutions): a BatchNorm with constant statistics, to apply to the output.
+    Its `forward` takes one more argument than the stock layer's:
+    - linear layers and attention take `before`, an operation on each row of the input, to apply first;
+    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output.
     """
 
     def merge(self) -> None: ...
@@ -55,7 +55,7 @@ class AdaptedLayer(Protocol):
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Does a hook listen to one of these, which must see what it would see in the stock model?"""
+    """Has one of these a hook? It must see what it would see in the stock model."""
     return _has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
@@ -67,7 +67,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
-    """Is ``norm(conv(x))`` one convolution? Yes if the BatchNorm is constant and the convolution adapted."""
+    """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
     return (
         type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
         and not norm.training
@@ -80,9 +80,9 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """g and the bias of a convolution with this BatchNorm behind it, both (num_features,).
+    """The row scale g of the kernel and the bias that make a convolution compute this BatchNorm too, both (out,).
 
-    In eval mode it computes ``g x + (beta - mean g)``, where ``g = gamma / sqrt(var + eps)``.
+    In eval mode BatchNorm computes ``g x + (beta - mean g)`` with ``g = gamma / sqrt(var + eps)``.
     """
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
@@ -96,9 +96,9 @@ def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """May ``layer(operation(x))`` be computed as ``layer(x, before=operation)``, without saving the operation's output?
+    """May ``layer(operation(x))`` be ``layer(x, before=operation)``, which saves x and not the operation's output?
 
-    Yes if the layer is adapted and the operation works on each row by itself, with nothing in it that trains.
+    Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
     return (
         (type(operation) is nn.GELU or (type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1))
@@ -112,7 +112,7 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """A block's forward which, if the block is `recomputed`, saves its input alone and runs once more in backward."""
+    """Make the forward of a `recomputed` block save only its input and run once more in backward."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
@@ -121,7 +121,7 @@ def recomputable(forward: Callable) -> Callable:
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        # The reentrant kind gives no gradients if the block's input needs none, as is so for the first block.
+        # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
         return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
     return run
@@ -129,7 +129,7 @@ def recomputable(forward: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """For the second run: BatchNorms that train normalise by the batch again, but have counted it already."""
+    """For the second run: BatchNorms in training normalise by the batch again, but do not count it twice."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -141,7 +141,7 @@ def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
 
 
 class FusedBasicBlock(BasicBlock):
-    """torchvision's block of ResNet-18 and 34 with its BatchNorms folded."""
+    """The block of ResNet-18 and 34, with its BatchNorms folded."""
 
     recomputed = False
 
@@ -154,7 +154,7 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneck(Bottleneck):
-    """torchvision's block of ResNet-50 and larger with its BatchNorms folded."""
+    """The block of ResNet-50 and larger, with its BatchNorms folded."""
 
     recomputed = False
 
@@ -168,7 +168,7 @@ class FusedBottleneck(Bottleneck):
 
 
 class FusedSequential(nn.Sequential):
-    """Modules one after another, each BatchNorm folded into the convolution that it follows."""
+    """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
 
     def forward(self, input: Tensor) -> Tensor:
         x, modules = input, list(self)
@@ -179,11 +179,11 @@ class FusedSequential(nn.Sequential):
 
 
 class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
-    """The convolution, BatchNorm and ReLU of MoCo v3's convolutional stem and of many torchvision models."""
+    """Convolution, BatchNorm and activation: in MoCo v3's convolutional stem, and in many torchvision models."""
 
 
 class FusedResNet(ResNet):
-    """torchvision's ResNet, its stem folded, pooled first and rectified after: the same values to the bit."""
+    """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         relu, pool = self.relu, self.maxpool
@@ -198,12 +198,12 @@ class FusedResNet(ResNet):
 
 
 class FusedMLPBlock(MLPBlock):
-    """torchvision's MLP block: linear layer, GELU, dropout, linear layer, dropout. `recomputed` means the GELU."""
+    """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. If `recomputed`, the GELU is."""
 
     recomputed = False
 
     def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
-        """``mlp(before(input))``; the block that gives `before` has asked `recomputes`. input: (..., in)."""
+        """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
         x = linear(input) if before is None else linear(input, before=before)
         if self.recomputed and len(rest) > 2:
@@ -217,7 +217,7 @@ class FusedMLPBlock(MLPBlock):
 
 
 class FusedEncoderBlock(EncoderBlock):
-    """torchvision's transformer block. Its LayerNorms are recomputed inside the layers that they precede."""
+    """The block of a ViT. Each LayerNorm is recomputed in backward by the layer behind it."""
 
     recomputed = False
 
@@ -237,7 +237,7 @@ class FusedEncoderBlock(EncoderBlock):
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's transformer layer. Nothing in it is fused."""
+    """PyTorch's transformer layer, with nothing fused: it can be `recomputed`."""
 
     recomputed = False
     forward = recomputable(nn.TransformerEncoderLayer.forward)
@@ -257,8 +257,9 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block the class that fits it: the fused one if a layer in it is adapted or it is recomputed, else the
-    stock one. To be called after layers have got adapters or lost them.
+    """Give each block its fused class if a layer in it is adapted or the block is `recomputed`, else its stock class.
+
+    Call it after layers have got or lost their adapters.
     """
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
@@ -269,9 +270,9 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every block and every BatchNorm its stock class again. To be called when all adapters are removed.
+    """Give every block and every BatchNorm its stock class again, once all adapters are removed.
 
-    Nothing is recomputed any more, and a BatchNorm that was frozen follows `train()` as any other.
+    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` like any other.
     """
     for module in model.modules():
         vars(module).pop("recomputed", None)
@@ -282,7 +283,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless these flags forbid it."""
+    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless one of these flags is off."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             flag = "activation_relu_or_gelu"
@@ -335,7 +336,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
 
 class Freezable:
-    """A BatchNorm whose running statistics stay as they are while it is `frozen`, whatever `train()` says."""
+    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
 
     frozen = False
 
@@ -368,7 +369,7 @@ FREEZABLE = {
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
-    """Keep a BatchNorm in eval mode, or let it follow `train()` again; any other module is left alone."""
+    """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
     if type(norm) in FREEZABLE:
         norm.__class__ = FREEZABLE[type(norm)]
     if isinstance(norm, Freezable):
