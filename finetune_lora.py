@@ -309,18 +309,18 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             A, B = (torch.cat(factors) for factors in self._factors())
             qkv = functional.lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)
             return list(qkv.chunk(3, -1))  # (N, L, 3 E) -> (N, L, E)
-        adapter_inputs = functional.once_each(self._adapter_input, query, key, value)
+        E, adapter_inputs = self.embed_dim, functional.once_each(self._adapter_input, query, key, value)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projections = zip((query, key, value), *self._factors(), biases, adapter_inputs, strict=True)
         projected = []
-        per_projection = zip((query, key, value), adapter_inputs, *self._factors(), strict=True)
-        for i, (x, adapter_x, A, B) in enumerate(per_projection):
-            name = "in_proj_weight" if packed else self.weight_names[i]
-            rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim) if packed else slice(None)
+        for i, (x, A, B, bias, adapter_x) in enumerate(projections):
+            name = self.weight_names[0 if packed else i]
+            rows = slice(i * E, (i + 1) * E) if packed else slice(None)
             if self._is_active:
                 W = self.base(name)[rows]
-                projected.append(functional.lora_linear(x, W, A, B, biases[i], self.scaling, 1, adapter_x))
+                projected.append(functional.lora_linear(x, W, A, B, bias, self.scaling, 1, adapter_x))
             else:
-                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], biases[i]))
+                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], bias))
         return projected
 
     def forward(
@@ -569,7 +569,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _full_rank(model: nn.Module) -> int:
     """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
     shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    return max(min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1)
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
 
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
@@ -695,17 +695,13 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
     counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    seen = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            is_lora = isinstance(module, LoRALayer) and name.startswith("lora_")
-            numel = math.prod(_stock_shape(module, name, parameter))
-            counts["total"] += numel
-            counts["trainable" if parameter.requires_grad else "frozen"] += numel
-            counts["lora"] += numel if is_lora else 0
+    for full_name, parameter in model.named_parameters():  # a shared one comes once
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        numel = math.prod(_stock_shape(module, name, parameter))
+        counts["total"] += numel
+        counts["trainable" if parameter.requires_grad else "frozen"] += numel
+        counts["lora"] += numel if isinstance(module, LoRALayer) and name.startswith("lora_") else 0
     return counts
 
 

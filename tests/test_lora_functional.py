@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import BF16, DEVICES, FP32, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_functional
@@ -384,6 +385,34 @@ def test_a_folded_scale_beside_a_trained_kernel(dtype):
         wanted = torch.autograd.grad(expected, theirs, upstream.to(dtype).double())
         for gradient, want in zip(actual, wanted, strict=True):
             assert_close(gradient, want, FP32 if dtype == torch.float32 else 2 * BF16)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Remembers the results of a size that operations compute within the `with` block."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.results = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel:
+            self.results.append(result)
+        return result
+
+
+def test_a_folded_kernel_is_the_only_temporary_of_its_size():
+    with LargeTensors(6 * 4 * 3 * 3) as large:
+        effective_kernel(random(6, 4, 3, 3), random(2, 36), random(6, 2), SCALING, random(6))
+    # The weight and the temporary.
+    assert len({t.untyped_storage().data_ptr() for t in large.results}) == 2
+
+
+def test_4_bit_weights_become_low_precision_without_a_float_copy():
+    stored = NF4Weight.quantize(random(64, 24))
+    with LargeTensors(64 * 24) as large:
+        stored.dequantize(torch.bfloat16)
+    assert large.results and all(t.dtype == torch.bfloat16 for t in large.results)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
