@@ -542,6 +542,17 @@ def test_fused_blocks_can_be_saved_whole(tmp_path):
     assert classes(again) == classes(model) and torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_a_compiled_model_is_one_graph_and_computes_the_same(build, side):
+    model, x = frozen(build()), images(side)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(f(x).square().sum(), trained) for f in (model, compiled)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(theirs, ours, FP32)
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
 
 
