@@ -94,7 +94,7 @@ class NF4Weight:
         packed: uint8, two values each.
         state: the `QuantState` of bitsandbytes.
         shape: the weight's own.
-        rows: the part of the weight that is meant.
+        rows: which rows of that weight this is.
     """
 
     BLOCK = 64
@@ -133,10 +133,10 @@ class NF4Weight:
 
 
 def bitsandbytes_functional():
-    """`bitsandbytes.functional`, imported when first asked for: float-only users need not have it.
+    """`bitsandbytes.functional`, imported at the first call: whoever uses no 4-bit weights need not have it.
 
     Raises:
-        ImportError: where it is missing, with the remedy.
+        ImportError: it is missing. The message says how to install it.
     """
     # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
@@ -149,7 +149,7 @@ def bitsandbytes_functional():
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of ``x`` runs in: autocast's where that is on, else x's own."""
+    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -157,7 +157,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a dense tensor of ``dtype``: itself where it is one already, a temporary otherwise."""
+    """The weight as a dense tensor of ``dtype``: itself if it is one already, else a temporary."""
     return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
 
 
@@ -215,7 +215,7 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _in_its_own_dtype(backward):
-    """A backward pass inside somebody's autocast region computes in the dtype of its forward pass all the same."""
+    """Make a backward pass compute in the dtype of its forward pass, even inside an autocast region."""
 
     @functools.wraps(backward)
     def run(ctx, gy):
@@ -299,8 +299,8 @@ def _recompute(ctx, x: Tensor) -> Tensor:
 def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
     """From the gradient of the output of `before` to that of x, both (N, in), in the same memory if it fits.
 
-    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass. Not so on a GPU, as
-    the calls would cost more than the memory is worth there.
+    On a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at once, as more
+    calls would cost more than the memory is worth.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     parts = PARTS if x.device.type == "cpu" else 1
@@ -335,12 +335,12 @@ def lora_linear(
         A: (groups * r, in).
         B: (out, r).
         bias: (out,).
-        groups: how many layers on one input ``weight`` holds, one below the other.
+        groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not kept.
+        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not saved.
 
     Raises:
-        ValueError: both of the last two. Dropout would act on an output that is not kept.
+        ValueError: both of the last two are given. Dropout would need the output that is not saved.
     """
     if adapter_x is not None and before is not None:
         raise ValueError("adapter_x and before exclude each other: apply the operation first")
@@ -415,7 +415,7 @@ def pad_for_conv2d(
 
 
 class Geometry(NamedTuple):
-    """What `torch.nn.functional.conv2d` takes after the bias; the padding is numbers, the input padded otherwise."""
+    """What `torch.nn.functional.conv2d` takes after the bias, with the padding as `pad_for_conv2d` returns it."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -472,7 +472,7 @@ class _LoRAConv2d(torch.autograd.Function):
 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
-    """Gradients of A, of sB and, where asked for, of the adapter's input; all through r channels."""
+    """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
     A4 = A.view(len(A), *kernel_shape[1:])
     gh = F.conv2d(gy, sB.T[:, :, None, None])  # (N, out, H', W') -> (N, r, H', W')
     gA = _conv_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
@@ -482,7 +482,7 @@ def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input)
 
 
 def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
-    """The same for groups > 1. Each group has an h of its own, groups * r channels: the dense gradient is smaller."""
+    """The same for groups > 1. There h has groups * r channels: the dense gradient is smaller."""
     delta = (sB @ A).view(kernel_shape)
     dense = _conv_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
     g_adapter_x = _conv_gradient(gy, adapter_x, delta, geometry, of_weight=False) if need_input else None
@@ -692,7 +692,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
     """``max_pool2d(relu(x))``, without keeping x or relu(x) for backward.
 
-    The two commute, since both only ever pick or raise values: ``relu(max_pool2d(x))`` is the same to the bit. It
-    rectifies a fraction of the elements, and its backward needs the output and the positions of the maxima alone.
+    ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
+    its backward needs only the output and the positions of the maxima.
     """
     return _MaxPool2dReLU.apply(x, kernel_size, stride, padding, dilation, ceil_mode)
