@@ -337,7 +337,7 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not saved.
+        before: an operation on each row of x by itself, to apply first. Its output is not saved but recomputed.
 
     Raises:
         ValueError: both of the last two are given. Dropout would need the output that is not saved.
