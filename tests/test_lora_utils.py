@@ -1,6 +1,7 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -284,6 +285,15 @@ def test_a_position_embedding_that_learned_is_another_base_or_in_the_file(path, 
     write_adapter_file(content, path)
     with pytest.raises(InputError, match="another base"):
         load_finetuned(path)
+
+
+def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, checkpoint):
+    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
+    base = {n: checkpoints.tensor_digest(t) for n, t in model.state_dict().items() if not n.startswith("heads")}
+    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(base.items()))
+    write_adapter_file(read_adapter_file(path) | {"base_hash": hashlib.sha256(lines.encode()).hexdigest()}, path)
+    assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
 
 
 def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:
