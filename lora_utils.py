@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_fusion import AdaptedLayer, unfuse
 from moco import InputError, listed, printable
 from moco.backbones import build_backbone, head_name, unwrapped
 from moco.checkpoints import tensor_digest
@@ -63,16 +64,14 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            tensor = module.base(name) if known is None and _is_lora(module) and module.merged else tensor
+            tensor = (
+                module.base(name) if known is None and isinstance(module, AdaptedLayer) and module.merged else tensor
+            )
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 
-def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "lora_enabled")
-
-
 def _is_adapter(module: nn.Module, name: str) -> bool:
-    return _is_lora(module) and name.startswith("lora_")
+    return isinstance(module, AdaptedLayer) and name.startswith("lora_")
 
 
 # ----------------------------------------------------------------------------------------------------------- manager
@@ -85,7 +84,7 @@ class LoRAManager:
         self.model = unwrapped(model)
 
     def _layers(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.model.named_modules() if _is_lora(module)}
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)}
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
@@ -121,23 +120,28 @@ class LoRAManager:
             for layer, enabled in before.items():
                 layer.lora_enabled = enabled
 
-    def unload(self) -> nn.Module:
-        """Turn every adapted layer back into the stock layer that it was, and return the model.
+    def unload(self, merge: bool = False) -> nn.Module:
+        """Take the adapters out, and return the model with its stock layers and blocks.
 
-        A merged layer keeps its merged weights; one that is not merged gets its base weights back. `torch.fx` and
-        torchvision's `create_feature_extractor` then find what they expect.
+        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect.
+
+        Args:
+            merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.
 
         Raises:
-            InputError: a layer in 4 bits that is not merged has no float weights to give back.
+            InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
         """
-        layers = list(self._layers().values())
-        merged = [(layer, {n: getattr(layer, n).data for n in layer.weight_names}) for layer in layers if layer.merged]
-        for layer in layers:
-            if _is_lora(layer):  # attention removes its output projection's adapter with its own
-                layer.remove_lora()
-        for layer, weights in merged:
-            for name, weight in weights.items():
-                getattr(layer, name).data = weight
+        layers = self._layers()
+        four_bits = [name for name, layer in layers.items() if hasattr(layer, "float_digests")]
+        if four_bits and not merge:
+            raise InputError(
+                f"{four_bits[0]} is in 4 bits, its float weight is gone: give merge=True to keep the merged weights, "
+                "or load the checkpoint again"
+            )
+        for layer in layers.values():
+            if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own
+                layer.remove_lora(merge)
+        unfuse(self.model)
         return self.model
 
     def get_lora_info(self) -> dict[str, Any]:

@@ -420,15 +420,15 @@ ADAPTERS = [
             command="plain-finetune --data-dir images --eval-only theirs.pth"),
     adapter("half an adapter", lambda: Path("lora.pth").read_bytes()[:-900], "theirs.pth", "cut short"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
-    adapter("a rank for no memory", recorded(r=10**9), "rank 1000000000 is above 192"),
+    adapter("a rank for no memory", recorded(r=10**9), "theirs.pth does not fit", "has rank 1000000000, above 192"),
     adapter("a rank of 0", recorded(r=0), "theirs.pth is damaged", "impossible"),
     adapter("alpha that is not a number", recorded(lora_alpha=float("nan")), "theirs.pth is damaged"),
     adapter("a scaling beyond all numbers", recorded(scaling=10**400), "theirs.pth is damaged"),
     adapter("another kind of layer", recorded(kind="LoRAConv2d"), "has kind LoRAConv2d in the file, LoRALinear here"),
     adapter("layers that the model lacks", changed("lora.pth", lambda c: c.update(layers={"a.b": next(iter(
-        c["layers"].values()))})), "none of the adapted layers is in this model", "a.b"),
+        c["layers"].values()))})), "theirs.pth does not fit", "no layer to adapt is named a.b"),
     adapter("a surplus layer", changed("lora.pth", lambda c: c["layers"].update({"(a+)+$": next(iter(
-        c["layers"].values()))})), "(a+)+$ is adapted in the file but not here"),
+        c["layers"].values()))})), "no layer to adapt is named (a+)+$"),
     adapter("a surplus tensor", changed("lora.pth", lambda c: c["tensors"].update(more=torch.zeros(1))), "tensor more"),
     adapter("a missing tensor", changed("lora.pth", lambda c: c["tensors"].pop(
         "encoder.layers.encoder_layer_0.mlp.0.lora_A")), "lora_A is missing in the file"),

@@ -13,8 +13,9 @@ import torch
 from dense import FP32, assert_close, dense_twin, randomize_adapters
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
+from finetune_lora import LoRASettings, adapt_layers, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
 from moco import InputError, checkpoints
 from moco.backbones import build_backbone
@@ -296,6 +297,25 @@ def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, chec
     assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
 
 
+def test_each_layer_has_its_own_rank_and_scaling(path, checkpoint):
+    model, _ = checkpoints.load_backbone(checkpoint, 2)
+    block = "encoder.layers.encoder_layer_1"
+    settings = {
+        f"{block}.mlp.0": LoRASettings(r=1, lora_alpha=3),
+        f"{block}.mlp.3": LoRASettings(r=5, use_rslora=True, lora_dropout=0.5),
+        f"{block}.self_attention": LoRASettings(r=2),
+        f"{block}.self_attention.out_proj": LoRASettings(r=7, lora_alpha=1),
+    }
+    randomize_adapters(adapt_layers(model, settings), std=0.1)
+    LoRAManager(model).save_lora_checkpoint(path, about(checkpoint))
+    loaded, _ = load_finetuned(path)
+    records = LoRAManager(loaded).get_lora_info()["layers"]
+    assert {name: record["r"] for name, record in records.items()} == {name: own.r for name, own in settings.items()}
+    assert records == LoRAManager(model).get_lora_info()["layers"]
+    x = images()
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
 def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:
     """Numbers that are the same on every machine."""
     return ((torch.arange(math.prod(shape)) + start) % 257 - 128).reshape(shape) * step
@@ -523,6 +543,45 @@ def test_merging_a_model(arch, four_bits):
     manager.unmerge_lora_weights()
     assert_bitwise(before, model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
+def test_unloading_gives_the_stock_model_back(arch, merged_before):
+    """Its classes, its keys, and its weights to the bit."""
+    stock = build_backbone(arch, 5).eval()
+    model = adapted(copy.deepcopy(stock))
+    if merged_before:
+        LoRAManager(model).merge_lora_weights()
+    assert LoRAManager(model).unload() is model
+    assert_bitwise(snapshot(stock), model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    nodes, x = ["layer4" if arch == "resnet18" else "encoder"], torch.randn(2, 3, 32, 32)
+    ours, theirs = (create_feature_extractor(m, nodes)(x)[nodes[0]] for m in (model, stock))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
+def test_unloading_keeps_the_merged_weights_if_asked(arch, four_bits, merged_before):
+    stock = build_backbone(arch, 5).eval()
+    model, x = adapted(copy.deepcopy(stock), use_qlora=four_bits), torch.randn(2, 3, 32, 32)
+    expected, manager = model(x), LoRAManager(model)
+    if merged_before:
+        manager.merge_lora_weights()
+    manager.unload(merge=True)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_close(model(x), expected, FP32)
+
+
+def test_four_bits_have_no_float_weights_to_give_back():
+    model = adapted(base(), use_qlora=True)
+    before = snapshot(model)
+    with pytest.raises(InputError, match="in 4 bits, its float weight is gone: give merge=True"):
+        LoRAManager(model).unload()
+    assert_bitwise(before, model)
 
 
 def test_information():
