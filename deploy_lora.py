@@ -38,7 +38,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 # Lists may hold the same list many times over: written out in full, a few hundred bytes could fill the memory.
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 20, 30, 200, 200
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100, 200, 200
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
