@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from torch import nn
 
 from moco import InputError
 from moco.checkpoints import load_backbone
-from moco.files import open_atomically, read_checkpoint, save_atomically
+from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path
 
 
 @pytest.fixture
@@ -33,6 +34,24 @@ def saved(tmp_path):
         return tmp_path / name
 
     return save
+
+
+# --- Paths -----------------------------------------------------------------------------------------------------------
+
+
+def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = Path("checkpoints/moco_stage1/README.md")
+    assert stored_path(TOOLKIT / inside) == inside
+    assert found_path(inside) == TOOLKIT / inside
+    assert stored_path(tmp_path / "base.pth") == tmp_path / "base.pth"
+    assert stored_path("base.pth") == found_path("base.pth") == Path("base.pth")  # which is nowhere
+
+
+def test_the_current_folder_comes_before_the_toolkit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    assert found_path("README.md").read_text() == "mine"
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -72,6 +91,15 @@ def test_plain_data_of_official_files_is_read(saved):
             else:
                 assert read[key] == value
         assert type(read["best_acc1"]) is float
+
+
+def test_numpy_numbers_of_a_big_endian_machine(saved, tmp_path):
+    def turned(name, data):
+        assert not name.endswith("data.pkl") or data.count(b"X\x01\x00\x00\x00<") == 1
+        return data.replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00>")
+
+    path = rezipped(saved({"best_acc1": np.float64(71.5).byteswap()}), tmp_path / "turned.pth", turned)
+    assert read_checkpoint(path) == {"best_acc1": 71.5}
 
 
 def test_optimizer_and_generator_states_come_back(saved):
@@ -118,6 +146,11 @@ UNREADABLE = {
     "a plain pickle": (lambda path: path.write_bytes(pickle.dumps({"a": 1})), "not a PyTorch checkpoint"),
     "another zip": (zipped_text, "not a PyTorch checkpoint"),
     "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
+    "a web page with a line before it": (lambda path: path.write_text("\n<html>"), "a web page"),
+    "no pickle": (
+        lambda path: pickled(path, b"\x80\x02\x95.", True),
+        r"damaged or cut short \(\w+: [^;]{1,70}\); download",
+    ),
     "truncated": (truncated, "damaged or cut short"),
     "truncated, legacy": (lambda path: truncated(path, False), "cut short"),
     "one bit flipped": (flipped, "does not match its checksum"),
@@ -257,6 +290,15 @@ KEYS = {
 def test_a_key_whose_hash_ends_the_process_or_never_ends_is_refused(key, zipped, tmp_path):
     path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}" + KEYS[key] + b"K\x01s.", zipped)
     with pytest.raises(InputError, match="a tuple in it is nested too deeply, or holds the same values too often"):
+        read_checkpoint(path)
+
+
+def test_a_legacy_file_names_its_storages_by_no_such_key(tmp_path):
+    path = pickled(tmp_path / "checkpoint.pth", b"\x80\x02}.", zipped=False)
+    path.write_bytes(
+        path.read_bytes().removesuffix(pickle.dumps([], protocol=2)) + b"\x80\x02]" + KEYS["nested"] + b"a."
+    )
+    with pytest.raises(InputError, match="a tuple in it is nested too deeply"):
         read_checkpoint(path)
 
 
