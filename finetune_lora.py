@@ -1058,8 +1058,10 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
 
 def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
     """Put adapters on the layers that an adapter file lists by name, each with its own rank and scaling."""
-    options = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-    settings = {name: LoRASettings(**{option: record[option] for option in options}) for name, record in layers.items()}
+    settings = {
+        name: LoRASettings(**{key: value for key, value in record.items() if key not in ("kind", "scaling")})
+        for name, record in layers.items()
+    }
     adapt_layers(model, settings, use_qlora=any(record["kind"].startswith("QLoRA") for record in layers.values()))
 
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import pickletools
 import re
+import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -110,8 +111,9 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
         InputError: the file cannot be read, is damaged, or holds something else.
     """
     path = Path(path)
+    _check_exists(path)
     try:
-        is_zip = _check_file(path)
+        is_zip = _check_format(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and mapped)
     except _Refused as error:
@@ -133,8 +135,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a `.safetensors` file, on the CPU, and its metadata. Raises InputError if it cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"cannot read {path}: {_MISSING if not path.exists() else _NO_FILE}")
+    _check_exists(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
@@ -158,7 +159,7 @@ def describe_header(header: bytes) -> str:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Can it be copied into a parameter or buffer? 8-bit floats mean nothing without their scales."""
+    """Can it be copied into a parameter or buffer? A tensor of 8-bit floats cannot: it means nothing without scales."""
     return (
         isinstance(value, torch.Tensor)
         and value.dtype in _PLAIN_DTYPES
@@ -175,17 +176,24 @@ class _Refused(Exception):
     """A file that is understood and not accepted."""
 
 
-_MISSING = "file not found; give the path of an existing file"
-_NO_FILE = "not a file; give the path of a file"
+def _check_exists(path: Path) -> None:
+    """Raises InputError for a path that leads to no file."""
+    try:
+        problem = "" if stat.S_ISREG(path.stat().st_mode) else "not a file"
+    except FileNotFoundError:
+        problem = "file not found"
+    except OSError as error:  # such as a name that is too long
+        problem = error.strerror
+    if problem:
+        raise InputError(f"cannot read {path}: {problem}; give the path of an existing file")
+
 
 # torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
-def _check_file(path: Path) -> bool:
-    """Whether a torch file is of the zip format. Raises _Refused for what `torch.load` should not be given."""
-    if not path.is_file():
-        raise _Refused(_MISSING if not path.exists() else _NO_FILE)
+def _check_format(path: Path) -> bool:
+    """Is it a zip file, and no legacy one? Raises _Refused for what `torch.load` should not be given."""
     with open(path, "rb") as file:
         header = file.read(len(_LEGACY_MAGIC))
         file.seek(0)
@@ -252,7 +260,7 @@ def _check_tuples(file: IO[bytes]) -> None:
 
 
 class _NumpyDtype:
-    """In place of numpy.dtype, whose own unpickling trusts what it is given."""
+    """Stands in for numpy.dtype, which takes sizes and flags out of a file unchecked."""
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code)

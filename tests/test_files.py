@@ -28,6 +28,7 @@ from moco.files import (
     is_plain_tensor,
     open_atomically,
     read_checkpoint,
+    read_safetensors,
     save_atomically,
     stored_path,
 )
@@ -187,9 +188,17 @@ def test_unreadable_files_are_one_clear_line(case, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_a_name_too_long_for_a_file(tmp_path):
-    with pytest.raises(InputError, match="File name too long"):
-        read_checkpoint(tmp_path / ("x" * 300))
+@pytest.mark.parametrize("read", [read_checkpoint, read_safetensors])
+def test_a_path_that_leads_nowhere_is_one_clear_line(read, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, problem in {
+        "gone.pth": "file not found",
+        "": "not a file",
+        "file/model.pth": "Not a directory",
+        "x" * 300: "File name too long",
+    }.items():
+        with pytest.raises(InputError, match=f"cannot read .*: {problem}; give the path of an existing file"):
+            read(tmp_path / name)
 
 
 class RunsCode:
