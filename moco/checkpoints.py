@@ -117,9 +117,6 @@ _LAYOUTS = {
 }
 _HEADS = tuple(f"{name}." for name in HEAD_NAMES)
 
-# The names of the same models in the official code.
-_ARCH_ALIASES = {"vit_base": "vit_b_16"}
-
 
 def _identify(path: str | os.PathLike, content: Any) -> _Source:
     """Finds the family by where the backbone lies and takes it from there."""
@@ -132,11 +129,10 @@ def _identify(path: str | os.PathLike, content: Any) -> _Source:
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: some tensors are there twice, under timm's and torchvision's names")
     arch, epoch = info.get("arch"), info.get("epoch")
-    arch = _ARCH_ALIASES.get(arch, arch) if isinstance(arch, str) else None
     return _Source(
         path=path,
         family=_family(prefix, wrapper, encoder, info),
-        arch=arch if arch in ARCHS else None,
+        arch=arch if arch in ARCHS else None,  # the official code's vit_base, say, is found by its shapes
         epoch=epoch if isinstance(epoch, int) else None,
         image_size=_declared_image_size(info),
         weights={name: tensors[full] for full, name in names.items()},

@@ -127,7 +127,9 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
                 "run code; save a state_dict from where the file was made"
             )
         else:
-            told = str(error).rpartition("WeightsUnpickler error: ")[2]  # without torch's advice to trust the file
+            told = (
+                str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+            )  # without torch's advice
             reason = f"damaged or cut short ({type(error).__name__}: {printable(told)}); download or copy it again"
     raise InputError(f"cannot read {path}: {reason}")
 

@@ -240,6 +240,12 @@ def test_arch_is_found_by_shapes_alone(arch, saved):
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
 
 
+@pytest.mark.parametrize("told", [{"arch": "unheard of", "epoch": "last"}, {"arch": ["resnet18"], "epoch": [3]}, {}])
+def test_what_a_file_tells_of_itself_is_used_only_if_it_makes_sense(told, resnet, saved):
+    _, report = load_backbone(saved({"state_dict": resnet, **told}), num_classes=2)
+    assert (report["arch"], report["epoch"]) == ("resnet18", None)
+
+
 def test_batchnorm_counters_may_be_missing_as_in_files_of_old_pytorch(resnet, saved):
     old = {key: value for key, value in resnet.items() if not key.endswith("num_batches_tracked")}
     model, report = load_backbone(saved(old), num_classes=2)

@@ -157,7 +157,7 @@ UNREADABLE = {
     "an empty zip": (lambda path: zipfile.ZipFile(path, "w").close(), "not a PyTorch checkpoint"),
     "a web page with a line before it": (lambda path: path.write_text("\n<html>"), "a web page"),
     "no pickle": (
-        lambda path: pickled(path, b"\x80\x02\x95.", True),
+        lambda path: pickled(path, b"\x80\x02I1\n.", True),
         r"damaged or cut short \(\w+: [^;]{1,70}\); download",
     ),
     "truncated": (truncated, "damaged or cut short"),
