@@ -223,7 +223,7 @@ def _find_arch(source: _Source) -> str:
     if source.arch:
         return source.arch
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
-    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)) / len(found | _shapes(arch)))
+    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
         raise InputError(
             f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "

@@ -5,6 +5,7 @@ The files are built here in the layout that the official code writes, with rando
 
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -398,6 +399,8 @@ def test_timms_vit_small_with_6_heads_is_refused(vit_small, saved):
         load_backbone(saved({"model": learned | classifier}), num_classes=2)
     with pytest.warns(UserWarning, match="6 heads"):
         load_backbone(saved({"model": learned}), num_classes=2)
+    with warnings.catch_warnings(action="error"):  # by that name only MoCo v3's is known
+        load_backbone(saved({"model": learned, "arch": "vit_small"}), num_classes=2)
 
 
 # --- Strictness ------------------------------------------------------------------------------------------------------
