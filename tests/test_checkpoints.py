@@ -399,7 +399,8 @@ def test_timms_vit_small_with_6_heads_is_refused(vit_small, saved):
         load_backbone(saved({"model": learned | classifier}), num_classes=2)
     with pytest.warns(UserWarning, match="6 heads"):
         load_backbone(saved({"model": learned}), num_classes=2)
-    with warnings.catch_warnings(action="error"):  # by that name only MoCo v3's is known
+    with warnings.catch_warnings():  # by that name only MoCo v3's is known
+        warnings.simplefilter("error")
         load_backbone(saved({"model": learned, "arch": "vit_small"}), num_classes=2)
 
 
