@@ -733,23 +733,21 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     if layers:
-        adapt_as_recorded(model, layers)
+        try:
+            adapt_as_recorded(model, layers)
+        except InputError as error:
+            raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(adapter_path)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
 
 
 def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Put adapters on the layers that an adapter file lists, with the rank that it gives.
-
-    By their names and not by the patterns that once chose them: a stranger's pattern may take for ever to match.
-    """
-    candidates = {name for name, module in _outermost(model, tuple(ADAPTED)) if type(module) in ADAPTED}
-    targets = [f"^{re.escape(name)}$" for name in candidates if name in layers]
-    first = next(iter(layers.values()))
-    options = {option: first[option] for option in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    if not targets:
-        raise InputError(f"none of the adapted layers is in this model: {listed(layers)}")
-    add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
+    """Put adapters on the layers that an adapter file lists by name, each with its own rank and scaling."""
+    settings = {
+        name: LoRASettings(**{key: value for key, value in record.items() if key not in ("kind", "scaling")})
+        for name, record in layers.items()
+    }
+    adapt_layers(model, settings, use_qlora=any(record["kind"].startswith("QLoRA") for record in layers.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------ options
