@@ -8,6 +8,7 @@ Each command is a function of the parsed options; the table COMMANDS lists them 
 
 import argparse
 import os
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,15 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     size = args.adapter.stat().st_size / 1e6
     print(f"{args.adapter}: {len(content['layers'])} adapted layers, {numel:,} parameters, {size:.2f} MB")
     for key, value in content["metadata"].items():
-        print(f"  {printable(key)}: {printable(value, 1000)}")
+        print(f"  {printable(key)}: {printable(_SHORT.repr(value), 1000)}")
     for name, record in content["layers"].items():
         print(f"  {printable(name)}: {printable(record['kind'])}, r={record['r']}, scaling={record['scaling']:g}")
     return content
+
+
+# Lists may hold the same list many times over: written out in full, a few hundred bytes could fill the memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100, 200, 200
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:

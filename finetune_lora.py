@@ -16,13 +16,12 @@ import contextlib
 import itertools
 import json
 import math
-import numbers
 import os
 import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,23 +33,13 @@ import yaml
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
-from torchvision.models.vision_transformer import EncoderBlock
 
-from lora_functional import (
-    Geometry,
-    NF4Weight,
-    bitsandbytes_functional,
-    dense_weight,
-    effective_kernel,
-    effective_weight,
-    lora_conv2d,
-    lora_linear,
-    max_pool2d_relu,
-)
+import lora_functional as functional
+from lora_functional import LoRASettings, NF4Weight
+from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, unfuse
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
@@ -101,20 +90,6 @@ PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch e
 # ------------------------------------------------------------------------------------------------------- the layers
 
 
-def checked_settings(r, lora_alpha, lora_dropout, use_rslora) -> tuple[int, float, float, bool]:
-    """The settings of an adapter as plain numbers, of whatever kind they come. Raises InputError for bad ones."""
-    problems = []
-    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
-        problems.append(f"r is {r!r}; give a rank of 1 or more")
-    if not isinstance(lora_alpha, numbers.Real) or not 0 < lora_alpha < math.inf:
-        problems.append(f"lora_alpha is {lora_alpha!r}; give a number above 0")
-    if not isinstance(lora_dropout, numbers.Real) or not 0 <= lora_dropout < 1:
-        problems.append(f"lora_dropout is {lora_dropout!r}; give a number from 0 to below 1")
-    if problems:
-        raise InputError("; ".join(problems))
-    return int(r), float(lora_alpha), float(lora_dropout), bool(use_rslora)
-
-
 class LoRALayer:
     """What every adapted layer shares: a frozen weight plus a trained low-rank update (LoRA, arXiv 2106.09685, eq. 3),
 
@@ -124,44 +99,43 @@ class LoRALayer:
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
     of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
 
-    Args (beyond those of the layer adapted):
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1.
-        use_rslora: scale by alpha / sqrt(r) instead.
+    The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
+    weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
     """
 
-    # What an adapted layer has and a stock layer has not. `stock_class` is that of a layer built as an adapted one.
+    stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
+    weight_names: tuple[str, ...] = ("weight",)
+    # Attributes that `remove_lora` deletes.
     _STATE = (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "lora_enabled"),
-        *("_base_data", "_neighbours", "weight_names", "stock_class"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
+        *("lora_enabled", "_base_data", "weight_names", "stock_class"),
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
+        settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
         super().__init__(*args, **kwargs)
-        self._start(r, lora_alpha, lora_dropout, use_rslora)
+        self._init_adapters(settings)
 
     @classmethod
-    def adapt(cls, layer: nn.Module, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False) -> "LoRALayer":
+    def adapt(cls, layer: nn.Module, settings: LoRASettings) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
-        checked_settings(r, lora_alpha, lora_dropout, use_rslora)  # before anything changes
         if isinstance(layer, LoRALayer):
-            layer._stand_alone()
+            layer.unmerge()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
-        layer._start(r, lora_alpha, lora_dropout, use_rslora)
+        layer._init_adapters(settings)
         return layer
 
-    def _start(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
-        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = settings
-        self.scaling = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
-        self._neighbours: tuple[nn.Module, ...] = ()  # operations taken in; a tuple, so they stay out of the tree
         self._create_adapters()
         self.reset_lora_parameters()
+
+    def _create_adapters(self) -> None:
+        self._add_adapter("weight")
 
     def _add_adapter(self, weight_name: str, suffix: str = "", fan_out: int | None = None) -> None:
         base = self.base(weight_name)
@@ -171,33 +145,26 @@ class LoRALayer:
             tensor = torch.empty(shape, dtype=dtype, device=self._parameters[weight_name].device)
             self.register_parameter(name + suffix, nn.Parameter(tensor))
 
+    def _adapter_names(self) -> list[str]:
+        return [name for name in self._parameters if name.startswith("lora_")]
+
     def reset_lora_parameters(self) -> None:
         """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name, parameter in self.named_parameters(recurse=False):
+        for name in self._adapter_names():
             if name.startswith("lora_A"):
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-            elif name.startswith("lora_B"):
-                nn.init.zeros_(parameter)
+                nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self._parameters[name])
 
-    def _stand_alone(self) -> None:
-        """The base weights in their place, and no neighbour's work taken over."""
-        self.unmerge()
-        for neighbour in self._neighbours:
-            neighbour.release()
-        self._neighbours = ()
-
-    def remove_lora(self) -> None:
-        """Back to the stock layer, its weights as they were."""
-        self._stand_alone()
-        for name in [name for name in self._parameters if name.startswith("lora_")]:
+    def remove_lora(self, merge: bool = False) -> None:
+        """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
+        self.merge() if merge else self.unmerge()
+        for name in self._adapter_names():
             delattr(self, name)
         stock_class = self.stock_class
         for name in self._STATE:
-            self.__dict__.pop(name, None)
+            vars(self).pop(name, None)
         self.__class__ = stock_class
-
-    # A kind of layer says which weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become
-    # (`effective_weights`).
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
@@ -226,22 +193,18 @@ class LoRALayer:
     def _is_active(self) -> bool:
         return self.lora_enabled and not self.merged
 
-    def _plain(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense weight of a layer whose adapter is merged or switched off."""
         weight = self._parameters[name] if self.lora_enabled else self.base(name)
-        return weight if isinstance(weight, Tensor) else dense_weight(weight, dtype)
+        return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
 
-    def _dropped(self, x: Tensor) -> Tensor | None:
-        return F.dropout(x, self.lora_dropout) if self.training and self.lora_dropout > 0 else None
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.lora_dropout > 0
 
-    def absorbs(self, neighbour: "Absorbable") -> bool:
-        """Is the operation next to this layer computed inside it? Both modules ask, so that it happens exactly once."""
-        return (
-            self._is_active
-            and not any(getattr(self, name).requires_grad for name in self.weight_names)
-            and neighbour.is_in_place()
-            and neighbour.can_be_absorbed(by_dropout=self.training and self.lora_dropout > 0)
-        )
+    def _adapter_input(self, x: Tensor) -> Tensor | None:
+        """What the adapter sees in place of x, if it is not x."""
+        return F.dropout(x, self.lora_dropout) if self._drops else None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -261,7 +224,7 @@ class LoRALayer:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a merged layer has exactly the keys of the layer it adapts
-            for name in [name for name in self._parameters if name.startswith("lora_")]:
+            for name in self._adapter_names():
                 destination.pop(prefix + name)
 
 
@@ -269,67 +232,48 @@ class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
     stock_class = nn.Linear
-    weight_names = ("weight",)
-
-    def _create_adapters(self) -> None:
-        self._add_adapter("weight")
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place, in the base's dtype."""
-        return {"weight": _merged_rows(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_weight(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        before = _absorbed_before(self)
+    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``layer(before(x))``; see `lora_linear` for `before`."""
+        if before is not None and (self._drops or not self._is_active):  # dropout needs the output of `before`
+            x, before = before(x), None
         if not self._is_active:
-            return F.linear(x, self._plain("weight", x.dtype), self.bias)
-        return lora_linear(
-            x, self.base(), self.lora_A, self.lora_B, self.bias, self.scaling, dropped=self._dropped(x), before=before
-        )
+            return F.linear(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+        A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
+        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, before)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
     """A convolution with an adapter, for any geometry. x: (N, in, H, W) or (in, H, W).
 
-    The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw. A frozen BatchNorm right behind
-    is folded in: its scale g and shift become the kernel's and the bias's, and the normalisation pass, with the
-    activation that it would save, disappears.
+    The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
 
     stock_class = nn.Conv2d
-    weight_names = ("weight",)
-
-    def _create_adapters(self) -> None:
-        self._add_adapter("weight")
 
     def effective_weights(self) -> dict[str, Tensor]:
-        W = dense_weight(self.base(), self.lora_B.dtype)
-        return {"weight": _as_base(effective_kernel(W, self.lora_A, self.lora_B, self.scaling), self.base())}
+        return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
-    def _numeric_padding(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input padded where `conv2d` cannot do it (circular, a lopsided 'same'), and the rest as numbers."""
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return x, self.padding
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None) -> Tensor:
+        """``batch_norm(layer(x))``, with the scale and the shift of a constant BatchNorm in the kernel and the bias."""
         if not self._is_active:
-            return self._conv_forward(x, self._plain("weight", x.dtype), self.bias)
+            y = self._conv_forward(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+            return y if batch_norm is None else batch_norm(y)
         if x.dim() == 3:
-            return self.forward(x[None])[0]
-        row_scale, bias = None, self.bias
-        for batch_norm in self._neighbours:
-            if self.absorbs(batch_norm):
-                row_scale, bias = batch_norm.scale_and_shift(bias)
-        dropped = self._dropped(x)
-        x, padding = self._numeric_padding(x)
-        if dropped is not None:
-            dropped, _ = self._numeric_padding(dropped)
-        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
-        return lora_conv2d(x, self.base(), self.lora_A, self.lora_B, bias, self.scaling, geometry, row_scale, dropped)
+            return self.forward(x[None], batch_norm)[0]
+        row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
+        adapter_x = self._adapter_input(x)
+        mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
+        x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
+        if adapter_x is not None:
+            adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
+        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        A, B = self.lora_A, self.lora_B
+        return functional.lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -342,16 +286,19 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     stock_class = nn.MultiheadAttention
     _linear_kind = LoRALinear
 
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        self._linear_kind.adapt(self.out_proj, settings)
+        super()._init_adapters(settings)
+
     def _create_adapters(self) -> None:
         packed = self.in_proj_weight is not None
         self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         for i, projection in enumerate("qkv"):
             self._add_adapter(self.weight_names[0 if packed else i], f"_{projection}", self.embed_dim)
-        self._linear_kind.adapt(self.out_proj, self.r, self.lora_alpha, self.lora_dropout, self.use_rslora)
 
-    def remove_lora(self) -> None:
-        self.out_proj.remove_lora()
-        super().remove_lora()
+    def remove_lora(self, merge: bool = False) -> None:
+        self.out_proj.remove_lora(merge)
+        super().remove_lora(merge)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
         return [getattr(self, f"lora_A_{p}") for p in "qkv"], [getattr(self, f"lora_B_{p}") for p in "qkv"]
@@ -361,35 +308,33 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if self.weight_names == ("in_proj_weight",):
             A, B = [torch.cat(A)], [torch.cat(B)]
         return {
-            name: _merged_rows(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
+            name: functional.merged_weight(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
         """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
         packed = self.weight_names == ("in_proj_weight",)
-        before = _absorbed_before(self)
-        if packed and self._is_active and query is key and key is value:
+        one_product = packed and self._is_active and query is key and key is value
+        if before is not None and (self._drops or not one_product):
+            (query, key, value), before = functional.once_each(before, query, key, value), None
+        if one_product:
+            W, bias, adapter_x = self.base("in_proj_weight"), self.in_proj_bias, self._adapter_input(query)
             A, B = (torch.cat(factors) for factors in self._factors())
-            dropped = self._dropped(query)
-            qkv = lora_linear(
-                query, self.base("in_proj_weight"), A, B, self.in_proj_bias, self.scaling, 3, dropped, before
-            )  # (N, L, E) -> (N, L, 3 E)
-            return list(qkv.chunk(3, -1))
-        inputs = {id(x): x if before is None else before(x) for x in (query, key, value)}
-        dropped = {name: self._dropped(x) for name, x in inputs.items()}
+            qkv = functional.lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)
+            return list(qkv.chunk(3, -1))  # (N, L, 3 E) -> (N, L, E)
+        E, adapter_inputs = self.embed_dim, functional.once_each(self._adapter_input, query, key, value)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projections = zip((query, key, value), *self._factors(), biases, adapter_inputs, strict=True)
         projected = []
-        for i, (x, A, B) in enumerate(zip((query, key, value), *self._factors(), strict=True)):
-            name = "in_proj_weight" if packed else self.weight_names[i]
-            rows = slice(i * self.embed_dim, (i + 1) * self.embed_dim) if packed else slice(0, self.embed_dim)
+        for i, (x, A, B, bias, adapter_x) in enumerate(projections):
+            name = self.weight_names[0 if packed else i]
+            rows = slice(i * E, (i + 1) * E) if packed else slice(None)
             if self._is_active:
-                W = self.base(name)
-                W = W.rows(rows.start, rows.stop) if isinstance(W, NF4Weight) else W[rows]
-                y = lora_linear(inputs[id(x)], W, A, B, biases[i], self.scaling, dropped=dropped[id(x)])
+                W = self.base(name)[rows]
+                projected.append(functional.lora_linear(x, W, A, B, bias, self.scaling, 1, adapter_x))
             else:
-                y = F.linear(inputs[id(x)], self._plain(name, x.dtype)[rows], biases[i])
-            projected.append(y)
+                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], bias))
         return projected
 
     def forward(
@@ -402,20 +347,25 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        before: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same."""
+        """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same.
+
+        `before` is applied to query, key and value first; see `lora_linear`.
+        """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask as well")
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        arrange = _batch_first(self.batch_first, is_batched)
-        arranged = {id(x): arrange(x) for x in (query, key, value)}  # what was one tensor stays one
-        q, k, v = self._project(*(arranged[id(x)] for x in (query, key, value)))
+        to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
+        q, k, v = self._project(*functional.once_each(to_batch_first, query, key, value), before)
         if not is_batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
-        k, v, mask = self._extend_and_mask(q, k, v, attn_mask, key_padding_mask)
-        attended, weights = self._attend(q, k, v, mask, need_weights)
+        mask = functional.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
+        k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+        p = self.dropout if self.training else 0.0
+        attended, weights = functional.attend(q, k, v, self.num_heads, mask, p, need_weights)
         output = self.out_proj(attended)  # (N, L, E)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
@@ -423,85 +373,17 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _extend_and_mask(self, q, k, v, attn_mask, key_padding_mask):
-        """bias_k, bias_v and the zero position behind the sequence, and both masks as one additive mask or None."""
-        N, masks = len(q), []
-        L, S = q.shape[1], k.shape[1]
-        _check_shape("attn_mask", attn_mask, (L, S), (N * self.num_heads, L, S))
-        _check_shape("key_padding_mask", key_padding_mask, (N, S))
-        if attn_mask is not None:
-            mask = _additive(attn_mask, q)
-            masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, self.num_heads)))
-        if key_padding_mask is not None:
-            masks.append(_additive(key_padding_mask, q)[:, None, None])  # (N, 1, 1, S)
-        extra_k, extra_v = [], []
-        if self.bias_k is not None:
-            extra_k.append(self.bias_k.expand(N, -1, -1)), extra_v.append(self.bias_v.expand(N, -1, -1))
-        if self.add_zero_attn:
-            zero = k.new_zeros(N, 1, self.embed_dim)
-            extra_k.append(zero), extra_v.append(zero)
-        if extra_k:
-            k, v = (torch.cat([t, *(e.to(t.dtype) for e in extra)], 1) for t, extra in ((k, extra_k), (v, extra_v)))
-        mask = sum(masks[1:], masks[0]) if masks else None
-        return k, v, None if mask is None else F.pad(mask, (0, len(extra_k)))  # what was added is visible to all
-
-    def _attend(self, q, k, v, mask, need_weights):
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # (N, H, ., D)
-        p = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)  # (N, H, L, S)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), p)
-            attended = weights.to(v.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v, mask, p)
-        return attended.transpose(1, 2).flatten(-2), weights  # (N, L, E)
-
-
-def _batch_first(already: bool, is_batched: bool):
-    """What brings (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
-    if not is_batched:
-        return lambda x: x[None]
-    return (lambda x: x) if already else (lambda x: x.transpose(0, 1))
-
-
-def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if mask is not None and tuple(mask.shape) not in allowed:  # it might broadcast, and mask something else
-        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
-
-
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """A boolean mask (True blocks) or an additive one, as an additive one of the scores' dtype."""
-    if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
-
-
-def _merged_rows(base: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
-    # In the adapters' precision: added on a bfloat16 grid, a small update would vanish before it is rounded once.
-    return _as_base(effective_weight(dense_weight(base, B.dtype), A, B, scaling, groups), base)
-
-
-def _as_base(weight: Tensor, base: Tensor | NF4Weight) -> Tensor:
-    """A merged weight has the dtype of its base; 4 bits merge into float."""
-    return weight.to(base.dtype) if isinstance(base, Tensor) else weight
-
-
-def _absorbed_before(layer: LoRALayer):
-    """The pointwise operation that this layer has taken over from the module in front of it, or None."""
-    return next((neighbour.operation for neighbour in layer._neighbours if layer.absorbs(neighbour)), None)
-
 
 class _FourBits:
     """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` holds the packed bytes, no float copy of it is kept.
 
-    The weight is dequantised for each product, forward and backward, and dropped. Merging gives a float weight.
+    The weight is dequantised for each product, forward and backward, and not kept. Merging gives a float weight.
     """
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
-    def _start(self, *lora) -> None:
-        super()._start(*lora)
+    def _init_adapters(self, settings: LoRASettings) -> None:
+        super()._init_adapters(settings)
         if not self._nf4_state:
             # The adapter file identifies its base by the weights as they were before rounding.
             self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
@@ -513,8 +395,11 @@ class _FourBits:
         base = super().base(name)
         return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
 
-    def remove_lora(self) -> None:
-        raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+    def remove_lora(self, merge: bool = False) -> None:
+        if not merge:
+            raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+        super().remove_lora(merge)
+        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -536,15 +421,14 @@ class _FourBits:
         if self.merged:  # refused
             return
         for name, (state, shape) in list(self._nf4_state.items()):
-            start = f"{prefix}{name}."
-            known = [start + key for key in state.as_dict(packed=True)]
-            constants = {key.removeprefix(start): state_dict[key] for key in known if key in state_dict}
-            if len(constants) == len(known):
-                device = self._parameters[name].device
-                self._nf4_state[name] = type(state).from_dict(constants, device), shape
+            keys = {f"{prefix}{name}.{key}": key for key in state.as_dict(packed=True)}
+            absent = [key for key in keys if key not in state_dict]
+            if not absent:
+                constants = {key: state_dict[full] for full, key in keys.items()}
+                self._nf4_state[name] = type(state).from_dict(constants, self._parameters[name].device), shape
             elif strict:
-                missing += [key for key in known if key not in state_dict]
-            unexpected[:] = [key for key in unexpected if key not in known]
+                missing += absent
+            unexpected[:] = [key for key in unexpected if key not in keys]
 
 
 class QLoRALinear(_FourBits, LoRALinear):
@@ -568,164 +452,6 @@ ADAPTED = {
     nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
 }
 
-# ---------------------------------------------------------------------------------------------- the layers' neighbours
-
-
-class Freezable:
-    """A BatchNorm whose running statistics stay as they are while it is frozen, whatever `train()` says."""
-
-    frozen = False
-
-    def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
-
-
-class Absorbable:
-    """An operation next to an adapted layer, which computes it in its own stead where `LoRALayer.absorbs` says so.
-
-    It stays in the tree with its keys, and passes its input on for as long as it is absorbed.
-    """
-
-    @classmethod
-    def attach(cls, module: nn.Module, layer: LoRALayer, parent: nn.Module, *paths: str) -> None:
-        module.stock_class = FREEZABLE.get(type(module), type(module))  # one that is frozen now stays so
-        module.__class__ = cls
-        module._absorber = (layer,)  # a tuple, so it stays out of the tree
-        module._places = parent, dict(zip(paths, (module, layer), strict=True))
-        layer._neighbours = (module,)
-
-    def release(self) -> None:
-        self.__class__ = self.stock_class
-        del self.stock_class, self._absorber, self._places
-
-    def is_in_place(self) -> bool:
-        """Are both still where they were paired? Somebody may have put another module in the place of one."""
-        parent, places = self._places
-        return all(_descendant(parent, path) is module for path, module in places.items())
-
-    def can_be_absorbed(self, by_dropout: bool) -> bool:
-        # Dropout acts on what the adapter sees, which then has to exist.
-        return not by_dropout and not any(parameter.requires_grad for parameter in self.parameters())
-
-    def operation(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self._absorber[0].absorbs(self) else self.operation(x)
-
-
-class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
-    pass
-
-
-class FreezableBatchNorm2d(Freezable, nn.BatchNorm2d):
-    pass
-
-
-class FreezableBatchNorm3d(Freezable, nn.BatchNorm3d):
-    pass
-
-
-class FreezableSyncBatchNorm(Freezable, nn.SyncBatchNorm):
-    pass
-
-
-def _descendant(module: nn.Module | None, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
-class FoldedBatchNorm2d(Absorbable, FreezableBatchNorm2d):
-    """Behind an adapted convolution: in eval mode ``g x + (beta - mean g)``, where ``g = gamma / sqrt(var + eps)``."""
-
-    def can_be_absorbed(self, by_dropout: bool) -> bool:
-        constant = not self.training and self.running_mean is not None
-        return constant and not any(parameter.requires_grad for parameter in self.parameters())
-
-    def scale_and_shift(self, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """g and the bias of the convolution with this BatchNorm behind it, both (num_features,)."""
-        scale = torch.rsqrt(self.running_var + self.eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -self.running_mean if bias is None else bias - self.running_mean
-        return scale, shift * scale if self.bias is None else torch.addcmul(self.bias, shift, scale)
-
-
-class AbsorbedLayerNorm(Absorbable, nn.LayerNorm):
-    pass
-
-
-class AbsorbedGELU(Absorbable, nn.GELU):
-    pass
-
-
-FREEZABLE = {
-    nn.BatchNorm1d: FreezableBatchNorm1d,
-    nn.BatchNorm2d: FreezableBatchNorm2d,
-    nn.BatchNorm3d: FreezableBatchNorm3d,
-    nn.SyncBatchNorm: FreezableSyncBatchNorm,
-}
-
-
-def _fold_batch_norms(model: nn.Module) -> None:
-    """Pair adapted convolutions with the BatchNorm right behind them: in torchvision's ResNets and in Sequentials."""
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    for parent in model.modules():
-        pairs = []
-        if _runs_as(parent, ResNet, BasicBlock, Bottleneck):
-            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-        elif _runs_as(parent, nn.Sequential):
-            pairs = itertools.pairwise(parent._modules)  # not its named_children, which name a module once
-        for paths in pairs:
-            conv, norm = (parent._modules.get(path) for path in paths)
-            is_pair = isinstance(conv, LoRAConv2d) and type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
-            # One that is used twice stands behind two convolutions, or behind none for the second time.
-            if is_pair and uses[id(conv)] == uses[id(norm)] == 1:
-                FoldedBatchNorm2d.attach(norm, conv, parent, *reversed(paths))
-
-
-class PooledStemResNet(ResNet):
-    """torchvision's ResNet, its stem pooled first and rectified after.
-
-    The values are the same to the bit, and the largest activation of the network is not kept for backward. The ReLU and
-    the pooling that stay in the tree run where somebody listens to them with a hook, or where they are of other kinds.
-    """
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        pool = self.maxpool
-        if not (_is_stock(self.relu, nn.ReLU) and _is_stock(pool, nn.MaxPool2d) and not pool.return_indices):
-            return super()._forward_impl(x)
-        x = self.bn1(self.conv1(x))
-        x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(self.avgpool(x).flatten(1))
-
-
-def _is_stock(module: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
-
-
-def _pool_stems(model: nn.Module) -> None:
-    """Where the stem is adapted; otherwise nothing of it is kept for backward."""
-    for module in model.modules():
-        if type(module) in (ResNet, PooledStemResNet):
-            module.__class__ = PooledStemResNet if isinstance(module.conv1, LoRALayer) else ResNet
-
-
-def _runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Does it compute what one of these does? A subclass with a forward of its own may do anything in between."""
-    methods = ("forward", "_forward_impl")  # a ResNet's two
-    return any(
-        isinstance(module, kind)
-        and (
-            isinstance(module, _Checkpointed | PooledStemResNet)
-            or all(getattr(type(module), name, None) is getattr(kind, name, None) for name in methods)
-        )
-        for kind in kinds
-    )
-
-
 # -------------------------------------------------------------------------------------------------- into a model
 
 
@@ -739,13 +465,13 @@ def add_lora_to_model(
     use_qlora: bool = False,
     use_rslora: bool = False,
 ) -> nn.Module:
-    """Put adapters on a model's layers, in place; a model that has some gets new ones in their stead.
+    """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention layers.
-        r, lora_alpha, lora_dropout, use_rslora: see `LoRALayer`.
+        r, lora_alpha, lora_dropout, use_rslora: see `LoRASettings`.
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
-            one except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
+            layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits.
 
@@ -753,12 +479,47 @@ def add_lora_to_model(
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
 
     Raises:
-        InputError: a bad value, a target that matches nothing, a weight that two layers share, or 4-bit layers asked
-            to become float again. The model is then as it was.
+        InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
+            a weight that two layers share, or layers in 4 bits that would become float. The model is then as it was.
     """
-    settings = checked_settings(r, lora_alpha, lora_dropout, use_rslora)
-    wrapped, model = model, _to_change(model)
-    chosen = _choose_layers(model, target_modules, exclude_modules)
+    settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
+    chosen = choose_layers(model, target_modules, exclude_modules)
+    if settings.r > (highest := _full_rank(_unwrap(model))):
+        raise InputError(
+            f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
+        )
+    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora)
+
+
+def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
+    """Put adapters on exactly the layers named, in place. Any other adapted layer becomes a stock layer again.
+
+    Args:
+        settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
+            attention, with the same settings unless its own name is among these.
+        use_qlora: store the adapted weights in 4 bits.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
+    """
+    wrapped, model = model, _unwrap(model)
+    candidates = _candidates(model)
+    chosen = {name: layer for name, layer in candidates.items() if name in settings}
+    projections = {
+        f"{name}.out_proj".lstrip("."): name
+        for name, layer in chosen.items()
+        if isinstance(layer, nn.MultiheadAttention)
+    }
+    unknown = settings.keys() - chosen.keys() - projections.keys()
+    if unknown:
+        raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
+    highest = _full_rank(model)
+    for name, own in settings.items():
+        if own.r > highest:
+            raise InputError(f"{name} has rank {own.r}, above {highest}, the full rank of this model's largest layer")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
@@ -773,32 +534,66 @@ def add_lora_to_model(
     for _, layer in _outermost(model, LoRALayer):
         if not isinstance(layer, _FourBits):
             layer.remove_lora()
-    for layer in chosen.values():
-        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # one that is in 4 bits keeps its kind
-        kinds[use_qlora].adapt(layer, *settings)
-    _fold_batch_norms(model)
-    _pool_stems(model)
-    _absorb(model, AbsorbedLayerNorm)
-    _close_fast_paths(model)
+    for name, layer in chosen.items():
+        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in 4 bits keeps its kind
+        kinds[use_qlora].adapt(layer, settings[name])
+    for projection, name in projections.items():
+        if settings.get(projection, settings[name]) != settings[name]:
+            layer = chosen[name].out_proj
+            type(layer).adapt(layer, settings[projection])
+    fuse(model)
     return wrapped
 
 
-def _to_change(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper. Raises InputError where it is too late to change what trains."""
+def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Make every module a stock module again, in place: for `torch.fx`, or torchvision's `create_feature_extractor`.
+
+    What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
+
+    Args:
+        merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
+            too.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputError: layers in 4 bits, without `merge`: their float weights are gone. The model is then as it was.
+    """
+    wrapped, model = model, _unwrap(model)
+    four_bits = [name for name, _ in _outermost(model, _FourBits)]
+    if four_bits and not merge:
+        raise InputError(
+            f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
+            "the checkpoint again"
+        )
+    for _, layer in list(_outermost(model, LoRALayer)):
+        layer.remove_lora(merge)
+    unfuse(model)
+    return wrapped
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
 
 
-def check_rank(model: nn.Module, r: int) -> None:
-    """Raises InputError for a rank above that of every weight: it adds nothing but memory, and may ask for any."""
-    highest = max(min(len(p), p[0].numel()) for p in model.parameters() if p.dim() > 1)
-    if r > highest:
-        raise InputError(f"rank {r} is above {highest}, the full rank of this model's largest layer; lower --lora-rank")
+def _full_rank(model: nn.Module) -> int:
+    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
+    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
+
+
+def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
+    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
+    packed = isinstance(module, _FourBits) and name in module.weight_names
+    return module.base(name).shape if packed else parameter.shape
 
 
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules of a kind; what lies inside attention belongs to it."""
+    """Yields (name, module) of a kind, except modules inside attention, which belong to it."""
     inside = set()
     for name, module in model.named_modules():
         if id(module) not in inside and isinstance(module, kind):
@@ -808,12 +603,28 @@ def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
             inside.update(id(m) for m in module.modules())
 
 
-def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be adapted, and those that are, by name."""
     layers = _outermost(model, (*ADAPTED, LoRALayer))
-    candidates = {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
-    targets, excluded = ([x] if isinstance(x, str) else x for x in (targets, excluded))
+    return {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
+
+
+def choose_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> dict[str, nn.Module]:
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
+
+    Raises:
+        InputError: a target that is no regular expression or matches nothing, or no layer left.
+    """
+    model = _unwrap(model)
+    candidates = _candidates(model)
+    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
-        chosen = {n: m for n, m in candidates.items() if not _in_head(model, n) and not _in_patch_embedding(n)}
+        kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
         matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
@@ -827,7 +638,7 @@ def _choose_layers(model: nn.Module, targets, excluded) -> dict[str, nn.Module]:
 
 
 def _has_adapted_kind(layer: nn.Module) -> bool:
-    """Of exactly a type that has an adapted kind, and with its weights, which pruning and weight_norm take away."""
+    """Has it exactly a type in `ADAPTED`, and weights? Pruning and weight_norm replace these by other parameters."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
@@ -839,12 +650,8 @@ def _in_head(model: nn.Module, name: str) -> bool:
     return head is not None and f"{name}.".startswith(f"{head}.")
 
 
-def _in_patch_embedding(name: str) -> bool:
-    return any(part in PATCH_EMBEDDINGS for part in name.split("."))
-
-
 def _matches(name: str, target: str) -> bool:
-    """Is the target the layer's name, a part of it between dots (a suffix, a containing module), or a pattern of it?"""
+    """Is the target the name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
     try:
         return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
     except (re.error, OverflowError, RecursionError) as error:
@@ -871,18 +678,9 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
     try:
-        bitsandbytes_functional()
+        functional.bitsandbytes_functional()
     except ImportError as error:
         raise InputError(str(error)) from None
-
-
-def _close_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoder layers read raw weights, past every adapter; these flags serve that alone."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 # ------------------------------------------------------------------------------------ what trains, and what is counted
@@ -891,13 +689,13 @@ def _close_fast_paths(model: nn.Module) -> None:
 def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
-    BatchNorm of a frozen backbone stays in eval mode whatever `model.train()` says: its statistics belong to the base.
-    Weights in 4 bits do not train in either case.
+    The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
+    base. Weights in 4 bits do not train in either case.
 
     Raises:
-        InputError: merged weights would train; the manager takes them out again, and what they learned would be lost.
+        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
     """
-    model = _to_change(model)
+    model = _unwrap(model)
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
@@ -905,133 +703,20 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point())
-        if type(module) in FREEZABLE:
-            module.__class__ = FREEZABLE[type(module)]
-        if isinstance(module, Freezable):
-            module.frozen = freeze and not in_head
-            module.train(model.training)
+        freeze_statistics(module, freeze and not in_head, model.training)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of elements, however few bits hold each: {'total', 'trainable', 'frozen', 'lora'}."""
+    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
     counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    seen = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            is_lora = isinstance(module, LoRALayer) and name.startswith("lora_")
-            packed = isinstance(module, _FourBits) and name in module.weight_names
-            numel = math.prod(module.base(name).shape) if packed else parameter.numel()
-            counts["total"] += numel
-            counts["trainable" if parameter.requires_grad else "frozen"] += numel
-            counts["lora"] += numel if is_lora else 0
+    for full_name, parameter in model.named_parameters():  # a shared one comes once
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        numel = math.prod(_stock_shape(module, name, parameter))
+        counts["total"] += numel
+        counts["trainable" if parameter.requires_grad else "frozen"] += numel
+        counts["lora"] += numel if isinstance(module, LoRALayer) and name.startswith("lora_") else 0
     return counts
-
-
-# --------------------------------------------------------------------------------------------- gradient checkpointing
-
-
-class _Checkpointed:
-    def forward(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        if norms:
-            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        # The reentrant kind gives no gradients where the block's input needs none, as the first block's here.
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
-
-
-@contextlib.contextmanager
-def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """For the second computation: BatchNorms that train normalise by the batch, and have counted it already."""
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-class CheckpointedEncoderBlock(_Checkpointed, EncoderBlock):
-    pass
-
-
-class CheckpointedBasicBlock(_Checkpointed, BasicBlock):
-    pass
-
-
-class CheckpointedBottleneck(_Checkpointed, Bottleneck):
-    pass
-
-
-class CheckpointedEncoderLayer(_Checkpointed, nn.TransformerEncoderLayer):
-    pass
-
-
-CHECKPOINTED = {
-    EncoderBlock: CheckpointedEncoderBlock,
-    BasicBlock: CheckpointedBasicBlock,
-    Bottleneck: CheckpointedBottleneck,
-    nn.TransformerEncoderLayer: CheckpointedEncoderLayer,
-}
-
-
-def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
-    """Trade time for memory: which activations are computed again in backward instead of saved.
-
-    Args:
-        mode: 'none'; 'selective': the outputs of GELU, which the adapted layer behind recomputes from their inputs;
-            'full': whole blocks, of which only the input is kept. The outputs of LayerNorm are recomputed in every
-            mode: that is an eighth of a block's activations for less than a hundredth of its time.
-
-    Raises:
-        InputError: a mode that does not exist, or a model without anything to recompute.
-    """
-    if mode not in ("none", "selective", "full"):
-        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
-    for module in list(model.modules()):
-        if isinstance(module, AbsorbedLayerNorm | AbsorbedGELU):
-            module._absorber[0]._neighbours = ()
-            module.release()
-        if isinstance(module, _Checkpointed):
-            module.__class__ = next(stock for stock, kind in CHECKPOINTED.items() if isinstance(module, kind))
-    found = [module for module in model.modules() if type(module) in CHECKPOINTED]
-    norms = _absorb(model, AbsorbedLayerNorm)
-    if mode == "full":
-        for block in found:
-            block.__class__ = CHECKPOINTED[type(block)]
-    elif mode == "selective":
-        found = norms + _absorb(model, AbsorbedGELU)
-    if mode != "none" and not found:
-        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
-
-
-def _absorb(model: nn.Module, kind: type[Absorbable]) -> list[nn.Module]:
-    """Let adapted layers take in the operations of one kind in front of them; those operations."""
-    pairs = [pair for *pair, absorbed in _pointwise_pairs(model) if absorbed is kind]
-    for operation, layer, block, paths in pairs:
-        kind.attach(operation, layer, block, *paths)
-    return [operation for operation, *_ in pairs]
-
-
-def _pointwise_pairs(model: nn.Module):
-    """(operation, the adapted layer that alone reads its output, its absorbed kind) in torchvision's encoder blocks."""
-    for block in model.modules():
-        if not _runs_as(block, EncoderBlock):
-            continue
-        pairs = [("ln_1", "self_attention"), ("ln_2", "mlp.0")]
-        if block.mlp[2].p == 0:  # the dropout stands between the two
-            pairs.append(("mlp.1", "mlp.3"))
-        for paths in pairs:
-            operation, layer = map(block.get_submodule, paths)
-            kind = {nn.LayerNorm: AbsorbedLayerNorm, nn.GELU: AbsorbedGELU}.get(type(operation))
-            if kind is not None and isinstance(layer, LoRALayer):
-                yield operation, layer, block, paths, kind
 
 
 # --------------------------------------------------------------------------------------------------------- predicting
@@ -1062,24 +747,21 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     if layers:
-        adapt_as_recorded(model, layers)
+        try:
+            adapt_as_recorded(model, layers)
+        except InputError as error:
+            raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(adapter_path)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
 
 
 def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Put adapters on the layers that an adapter file lists, with the rank that it gives.
-
-    By their names and not by the patterns that once chose them: a stranger's pattern may take for ever to match.
-    """
-    candidates = {name for name, module in _outermost(model, tuple(ADAPTED)) if type(module) in ADAPTED}
-    targets = [f"^{re.escape(name)}$" for name in candidates if name in layers]
-    first = next(iter(layers.values()))
-    options = {option: first[option] for option in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    if not targets:
-        raise InputError(f"none of the adapted layers is in this model: {listed(layers)}")
-    check_rank(model, first["r"])
-    add_lora_to_model(model, **options, target_modules=targets, use_qlora=first["kind"].startswith("QLoRA"))
+    """Put adapters on the layers that an adapter file lists by name, each with its own rank and scaling."""
+    settings = {
+        name: LoRASettings(**{key: value for key, value in record.items() if key not in ("kind", "scaling")})
+        for name, record in layers.items()
+    }
+    adapt_layers(model, settings, use_qlora=any(record["kind"].startswith("QLoRA") for record in layers.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------ options

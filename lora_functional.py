@@ -1,4 +1,4 @@
-"""Tensor functions under the LoRA layers: exact low-rank forward and backward, and 4-bit storage.
+"""Tensor functions under the LoRA layers: exact low-rank forward and backward, 4-bit storage, attention.
 
 Training a layer whose weight W is frozen needs one product forward and one for the input gradient. Automatic
 differentiation of ``W x + s B (A x)`` spends much of what that saves on extra passes over activations. The two
@@ -14,7 +14,7 @@ for backward is the layer's input, which full fine-tuning saves as well.
 
 Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution's kernel, small beside what it reads, is
 merged in full precision. Dropout, which acts on the adapter's share alone, takes the side path:
-- *merged*: one product with ``W + s B A``, which is built for the call and dropped after it;
+- *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
   of bfloat16 a small delta added to a weight would vanish.
 
@@ -25,7 +25,9 @@ import copy
 import functools
 import logging
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,14 +35,53 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moco import InputError
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
-# The gradient of an absorbed operation is computed in so many parts at most, each of so many numbers at least.
+# The gradient through a recomputed operation is computed in at most so many parts, each of at least so many numbers.
 PARTS, PART_NUMEL = 8, 2**17
 # What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way.
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by alpha / r.
+        lora_dropout: 0 <= p < 1, on the adapter's input.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+
+    Raises:
+        InputError: values out of these ranges, all of them in one message.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        problems = []
+        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
+            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
+        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
+            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
+        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
+        if problems:
+            raise InputError("; ".join(problems))
+        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class NF4Weight:
@@ -53,7 +94,7 @@ class NF4Weight:
         packed: uint8, two values each.
         state: the `QuantState` of bitsandbytes.
         shape: the weight's own.
-        rows: the part of the weight that is meant.
+        rows: which rows of that weight this is.
     """
 
     BLOCK = 64
@@ -76,9 +117,9 @@ class NF4Weight:
         out, *fan_in = self._full_shape
         return torch.Size([len(range(*self._rows.indices(out))), *fan_in])
 
-    def rows(self, start: int, stop: int) -> "NF4Weight":
-        """The same storage seen as some of its rows."""
-        return NF4Weight(self.packed, self.state, self._full_shape, slice(start, stop))
+    def __getitem__(self, rows: slice) -> "NF4Weight":
+        """The same storage seen as some of the whole weight's rows."""
+        return NF4Weight(self.packed, self.state, self._full_shape, rows)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
@@ -92,10 +133,10 @@ class NF4Weight:
 
 
 def bitsandbytes_functional():
-    """`bitsandbytes.functional`, imported when first asked for: float-only users need not have it.
+    """`bitsandbytes.functional`, imported at the first call: whoever uses no 4-bit weights need not have it.
 
     Raises:
-        ImportError: where it is missing, with the remedy.
+        ImportError: it is missing. The message says how to install it.
     """
     # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
@@ -108,7 +149,7 @@ def bitsandbytes_functional():
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of ``x`` runs in: autocast's where that is on, else x's own."""
+    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -116,7 +157,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a dense tensor of ``dtype``: itself where it is one already, a temporary otherwise."""
+    """The weight as a dense tensor of ``dtype``: itself if it is one already, else a temporary."""
     return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
 
 
@@ -148,6 +189,18 @@ def effective_weight(
     return add(B, A, alpha=scaling).flatten(0, 1)
 
 
+def merged_weight(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+    """What merging makes of a weight: `effective_weight` in the adapter's precision, rounded once to the weight's.
+
+    Added on the grid of bfloat16, a small update would vanish. 4 bits merge into float.
+    """
+    return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
+
+
+def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
+    return merged.to(base.dtype) if isinstance(base, Tensor) else merged
+
+
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 
@@ -162,7 +215,7 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _in_its_own_dtype(backward):
-    """A backward pass inside somebody's autocast region computes in the dtype of its forward pass all the same."""
+    """Make a backward pass compute in the dtype of its forward pass, even inside an autocast region."""
 
     @functools.wraps(backward)
     def run(ctx, gy):
@@ -174,22 +227,22 @@ def _in_its_own_dtype(backward):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dropped, A, B, weight, bias, scaling, groups, before, dtype):
+    def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
         rows = (x if before is None else before(x)).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
-        low = rows if dropped is None else dropped.to(dtype).flatten(0, -2)  # what the adapter sees
+        adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
         # With W frozen, the input is needed for the adapter's gradients alone.
-        ctx.save_for_backward(low if before is None else x, A, B)
+        ctx.save_for_backward(adapter_rows if before is None else x, A, B)
         ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
-        ctx.shape, ctx.is_dropped = x.shape, dropped is not None
+        ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
 
         W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        if dropped is None and _merge_pays(W, len(rows) * len(W)):
+        if adapter_x is None and _merge_pays(W, len(rows) * len(W)):
             y = _linear(rows, effective_weight(W, A, B, scaling, groups, in_place=W is not weight), bias)
         else:
             y = _linear(rows, W, bias)
-            h = F.linear(low, A)  # (N, in) -> (N, groups r)
+            h = F.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
             for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
                 y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
@@ -199,30 +252,27 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        low, A, B = ctx.saved_tensors
+        saved, A, B = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
-        need_x, need_dropped, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        x = low
-        if ctx.before is not None:
-            low = _recompute(ctx, x)
-
+        need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
+        adapter_rows = saved if ctx.before is None else _recompute(ctx, saved)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         gh = [B_g.T.contiguous() @ gy_g.T for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
         gh = torch.cat(gh).mul_(ctx.scaling)  # (groups r, N)
-        gA = gh @ low if need_A else None  # (groups r, in)
+        gA = gh @ adapter_rows if need_A else None  # (groups r, in)
         gB = None
         if need_B:
-            h = A @ low.T  # (groups r, N)
+            h = A @ adapter_rows.T  # (groups r, N)
             gB = [(h_g @ gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
             gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
-        del low  # of the output's size or more, and no longer needed
+        del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
         if ctx.before is not None and need_x:
-            gx = _pull_back(ctx, gx, x.flatten(0, -2))
+            gx = _pull_back(ctx, gx, saved.flatten(0, -2))
         return (
             None if gx is None else gx.view(ctx.shape),
-            (gh.T @ A).view(ctx.shape) if need_dropped else None,
+            (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
             gA,
             gB,
             None,
@@ -233,7 +283,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
     W = dense_weight(ctx.weight, ctx.dtype)
-    if ctx.is_dropped:  # the adapter's share reaches x through the dropout
+    if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
         return _linear(gy, W.T)
     if _merge_pays(W, len(gy) * W.shape[1]):
         return _linear(gy, effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight).T)
@@ -241,16 +291,16 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
 
 
 def _recompute(ctx, x: Tensor) -> Tensor:
-    """The output of the absorbed operation once more, as rows."""
+    """The output of `before` once more, as rows."""
     with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
         return ctx.before(x).to(ctx.dtype).flatten(0, -2)
 
 
 def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
-    """From the gradient of the absorbed operation's output to that of x, both (N, in), in the same memory if it fits.
+    """From the gradient of the output of `before` to that of x, both (N, in), in the same memory if it fits.
 
-    A part of the rows at a time: at once it would be the largest moment of a ViT's backward pass. Not so on a GPU, as
-    the calls would cost more than the memory is worth there.
+    On a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at once, as more
+    calls would cost more than the memory is worth.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     parts = PARTS if x.device.type == "cpu" else 1
@@ -274,7 +324,7 @@ def lora_linear(
     bias: Tensor | None = None,
     scaling: float = 1.0,
     groups: int = 1,
-    dropped: Tensor | None = None,
+    adapter_x: Tensor | None = None,
     before: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
@@ -285,30 +335,30 @@ def lora_linear(
         A: (groups * r, in).
         B: (out, r).
         bias: (out,).
-        groups: how many layers on one input ``weight`` holds, one below the other.
-        dropped: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is recomputed in backward, not kept.
+        groups: how many layers on the same input ``weight`` holds, one below the other.
+        adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
+        before: an operation on each row of x by itself, to apply first. Its output is not saved but recomputed.
 
     Raises:
-        ValueError: both of the last two. Dropout would act on an output that is not kept.
+        ValueError: both of the last two are given. Dropout would need the output that is not saved.
     """
-    if dropped is not None and before is not None:
-        raise ValueError("dropped and before exclude each other: apply the operation first")
+    if adapter_x is not None and before is not None:
+        raise ValueError("adapter_x and before exclude each other: apply the operation first")
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
     if before is not None and (_is_trainable(weight) or torch.compiler.is_compiling()):
         x, before = before(x), None
     if _is_trainable(weight):
         dtype = compute_dtype(x)
-        if dropped is None and dtype not in LOW_PRECISION:
+        if adapter_x is None and dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
-        low = (x if dropped is None else dropped).to(dtype)
-        low = F.linear(low, A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
-        delta = torch.einsum("...gr,gor->...go", low, B.to(dtype).unflatten(0, (groups, -1))).flatten(-2)
+        h = F.linear((x if adapter_x is None else adapter_x).to(dtype), A.to(dtype))  # (..., groups r)
+        h, B = h.unflatten(-1, (groups, -1)), B.to(dtype).unflatten(0, (groups, -1))
+        delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
         return F.linear(x, weight, bias) + scaling * delta
     if x.dim() == 1:
-        dropped = None if dropped is None else dropped[None]
-        return lora_linear(x[None], weight, A, B, bias, scaling, groups, dropped, before)[0]
-    return _LoRALinear.apply(x, dropped, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
+        adapter_x = None if adapter_x is None else adapter_x[None]
+        return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, before)[0]
+    return _LoRALinear.apply(x, adapter_x, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
@@ -342,8 +392,30 @@ def effective_kernel(
     return W.view(weight.shape)
 
 
+def merged_kernel(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """As `merged_weight`, for the kernel of a convolution."""
+    return _rounded(effective_kernel(dense_weight(weight, B.dtype), A, B, scaling), weight)
+
+
+def pad_for_conv2d(
+    x: Tensor, padding: str | tuple[int, int], mode: str, explicit: Sequence[int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """x, padded if `conv2d` cannot do it (circular, a lopsided 'same'), and the padding left to it, in numbers.
+
+    Args:
+        padding, mode: `padding` and `padding_mode` of `nn.Conv2d`.
+        explicit: the same padding as (left, right, top, bottom).
+    """
+    if mode == "zeros" and not isinstance(padding, str):
+        return x, padding
+    left, right, top, bottom = explicit
+    if mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), mode="constant" if mode == "zeros" else mode), (0, 0)
+
+
 class Geometry(NamedTuple):
-    """What `torch.nn.functional.conv2d` takes after the bias; the padding is numbers, the input padded otherwise."""
+    """What `torch.nn.functional.conv2d` takes after the bias, with the padding as `pad_for_conv2d` returns it."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -356,65 +428,65 @@ PLAIN = Geometry()
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dropped, A, B, weight, bias, row_scale, scaling, geometry, dtype):
+    def forward(ctx, x, adapter_x, A, B, weight, bias, row_scale, scaling, geometry, dtype):
         x = x.to(dtype)
-        low = x if dropped is None else dropped.to(dtype)  # what the adapter sees
-        ctx.save_for_backward(low, A, B, row_scale)
+        ctx.has_adapter_x = adapter_x is not None
+        adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
+        ctx.save_for_backward(adapter_x, A, B, row_scale)
         ctx.weight, ctx.scaling, ctx.geometry, ctx.dtype = weight, scaling, geometry, dtype
-        ctx.is_dropped = dropped is not None
-        ctx.side_path = ctx.is_dropped or dtype in LOW_PRECISION
+        ctx.side_path = ctx.has_adapter_x or dtype in LOW_PRECISION
 
         A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
         if not ctx.side_path:
-            kernel = _merged_kernel(weight, A, B.to(dtype), scaling, row_scale)
+            kernel = _folded_kernel(weight, A, B.to(dtype), scaling, row_scale)
             return F.conv2d(x, kernel, bias, *geometry)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
         sB = _scale_rows(B, scaling, row_scale).to(dtype)
         if geometry.groups > 1:
-            return y.add_(F.conv2d(low, (sB @ A).view(weight.shape), None, *geometry))
-        h = F.conv2d(low, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
+            return y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
+        h = F.conv2d(adapter_x, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
         return _add_pointwise_(y, h, sB)
 
     @staticmethod
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        low, A, B, row_scale = ctx.saved_tensors
-        need_x, need_dropped, _, _, _, need_bias = ctx.needs_input_grad[:6]
+        adapter_x, A, B, row_scale = ctx.saved_tensors
+        need_x, need_adapter_x, _, _, _, need_bias = ctx.needs_input_grad[:6]
         gy, A, B = gy.to(ctx.dtype), A.to(ctx.dtype), B.to(ctx.dtype)
         sB = _scale_rows(B, ctx.scaling, row_scale)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
-        need_low = need_dropped or (need_x and ctx.side_path and not ctx.is_dropped)
-        gA, gB, glow = adapter_gradients(gy, low, A, sB, ctx.weight.shape, ctx.geometry, need_low)
+        need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
+        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
         gx = None
         if need_x:
             if ctx.side_path:
                 kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
             else:
-                kernel = _merged_kernel(ctx.weight, A, B, ctx.scaling, row_scale)
-            gx = _conv_gradient(gy, low, kernel, ctx.geometry, of_weight=False)
-            if glow is not None and not ctx.is_dropped:
-                gx, glow = gx.add_(glow), None
+                kernel = _folded_kernel(ctx.weight, A, B, ctx.scaling, row_scale)
+            gx = _conv_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
+            if g_adapter_x is not None and not ctx.has_adapter_x:
+                gx, g_adapter_x = gx.add_(g_adapter_x), None
         gB = _scale_rows(gB, ctx.scaling, row_scale)
-        return gx, glow, gA, gB, None, gy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
+        return gx, g_adapter_x, gA, gB, None, gy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
 
 
-def _adapter_gradients(gy, low, A, sB, kernel_shape, geometry, need_low):
-    """Gradients of A, of sB and, where asked for, of the adapter's input; all through r channels."""
+def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
+    """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
     A4 = A.view(len(A), *kernel_shape[1:])
     gh = F.conv2d(gy, sB.T[:, :, None, None])  # (N, out, H', W') -> (N, r, H', W')
-    gA = _conv_gradient(gh, low, A4, geometry, of_weight=True).flatten(1)
-    h = F.conv2d(low, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
+    gA = _conv_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
+    h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
     gB = _conv_gradient(gy, h, sB[:, :, None, None], PLAIN, of_weight=True).flatten(1)
-    return gA, gB, _conv_gradient(gh, low, A4, geometry, of_weight=False) if need_low else None
+    return gA, gB, _conv_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
 
 
-def _grouped_adapter_gradients(gy, low, A, sB, kernel_shape, geometry, need_low):
-    """The same for groups > 1. Each group has an h of its own, groups * r channels: the dense gradient is smaller."""
+def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
+    """The same for groups > 1. There h has groups * r channels: the dense gradient is smaller."""
     delta = (sB @ A).view(kernel_shape)
-    dense = _conv_gradient(gy, low, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
-    glow = _conv_gradient(gy, low, delta, geometry, of_weight=False) if need_low else None
-    return sB.T @ dense, dense @ A.T, glow
+    dense = _conv_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
+    g_adapter_x = _conv_gradient(gy, adapter_x, delta, geometry, of_weight=False) if need_input else None
+    return sB.T @ dense, dense @ A.T, g_adapter_x
 
 
 def _conv_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry, of_weight: bool) -> Tensor:
@@ -431,9 +503,10 @@ def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Ten
     return matrix if row_scale is None else matrix * row_scale.to(matrix.dtype)[:, None]
 
 
-def _merged_kernel(
+def _folded_kernel(
     weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None
 ) -> Tensor:
+    """``g (W + s B A)`` in the dtype of B."""
     W = dense_weight(weight, B.dtype)
     return effective_kernel(W, A, B, scaling, row_scale, in_place=W is not weight)
 
@@ -463,7 +536,7 @@ def lora_conv2d(
     scaling: float = 1.0,
     geometry: Geometry = PLAIN,
     row_scale: Tensor | None = None,
-    dropped: Tensor | None = None,
+    adapter_x: Tensor | None = None,
 ) -> Tensor:
     """``conv2d(x, g (W + s B A), b)`` with exact gradients for x, A, B and b.
 
@@ -475,16 +548,115 @@ def lora_conv2d(
         B: (out, r).
         bias: (out,), added as it is: g does not scale it.
         row_scale: g, (out,), constant: the scale of a frozen BatchNorm behind the convolution.
-        dropped: what the adapter sees in place of x, of x's shape: x after dropout.
+        adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
     """
     if not _is_trainable(weight):
-        return _LoRAConv2d.apply(x, dropped, A, B, weight, bias, row_scale, scaling, geometry, compute_dtype(x))
+        return _LoRAConv2d.apply(x, adapter_x, A, B, weight, bias, row_scale, scaling, geometry, compute_dtype(x))
     dtype = compute_dtype(x)
-    if dropped is None and dtype not in LOW_PRECISION:
+    if adapter_x is None and dtype not in LOW_PRECISION:
         return F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
     y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
-    return y + F.conv2d((x if dropped is None else dropped).to(dtype), delta, None, *geometry)
+    return y + F.conv2d((x if adapter_x is None else adapter_x).to(dtype), delta, None, *geometry)
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+def once_each(function: Callable, *tensors: Tensor) -> list:
+    """``function(t)`` of each tensor, called once for each distinct one: what was one tensor stays one."""
+    results = {key: function(tensor) for key, tensor in {id(t): t for t in tensors}.items()}
+    return [results[id(tensor)] for tensor in tensors]
+
+
+def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor], Tensor]:
+    """The function from (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
+    if not is_batched:
+        return lambda x: x[None]
+    return (lambda x: x) if is_batch_first else (lambda x: x.transpose(0, 1))
+
+
+def attention_mask(
+    q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+) -> Tensor | None:
+    """Both masks of `nn.MultiheadAttention` as one to add to the scores, broadcastable to (N, H, L, S); None for none.
+
+    Args:
+        q: (N, L, E).
+        k: (N, S, E).
+        attn_mask: (L, S) or (N * H, L, S); True blocks, numbers are added.
+        key_padding_mask: (N, S), of the same two kinds.
+
+    Raises:
+        RuntimeError: a mask of another shape. It might broadcast, and mask something else.
+    """
+    N, L, S = len(q), q.shape[1], k.shape[1]
+    _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
+    _check_shape("key_padding_mask", key_padding_mask, (N, S))
+    masks = []
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q.dtype)
+        masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, num_heads)))
+    if key_padding_mask is not None:
+        masks.append(_additive(key_padding_mask, q.dtype)[:, None, None])  # (N, 1, 1, S)
+    return sum(masks[1:], masks[0]) if masks else None
+
+
+def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if mask is not None and tuple(mask.shape) not in allowed:
+        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def append_keys(
+    k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k, v and the mask with what `nn.MultiheadAttention` appends to the S keys: its biases and a position of zeros.
+
+    Args:
+        k, v: (N, S, E).
+        mask: as `attention_mask` returns it. What is appended, every query sees.
+        bias_k, bias_v: (1, 1, E), both or none.
+    """
+    N, S, E = k.shape
+    if bias_k is not None:
+        k, v = (torch.cat([t, bias.expand(N, 1, E).to(t.dtype)], 1) for t, bias in ((k, bias_k), (v, bias_v)))
+    if add_zero:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    return k, v, None if mask is None else F.pad(mask, (0, k.shape[1] - S))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
+
+    Args:
+        q: (N, L, E).
+        k, v: (N, S, E).
+        mask: as `attention_mask` returns it.
+        dropout: probability of dropping a weight.
+    """
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
+    weights = None
+    if need_weights:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        attended = weights.to(v.dtype) @ v
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return attended.transpose(1, 2).flatten(-2), weights
 
 
 # --------------------------------------------------------------------------------------------------------- pooling
@@ -520,7 +692,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
     """``max_pool2d(relu(x))``, without keeping x or relu(x) for backward.
 
-    The two commute, since both only ever pick or raise values: ``relu(max_pool2d(x))`` is the same to the bit. It
-    rectifies a fraction of the elements, and its backward needs the output and the positions of the maxima alone.
+    ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
+    its backward needs only the output and the positions of the maxima.
     """
     return _MaxPool2dReLU.apply(x, kernel_size, stride, padding, dilation, ceil_mode)

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_fusion import AdaptedLayer, unfuse
 from moco import InputError, listed, printable
 from moco.backbones import build_backbone, head_name, unwrapped
 from moco.checkpoints import tensor_digest
-from moco.files import open_atomically, read_checkpoint, read_safetensors, save_atomically
+from moco.files import is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -31,8 +32,8 @@ _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scali
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head.
 
-    A weight in 4 bits is known by its values before quantisation, and an interpolated position embedding by what the
-    checkpoint holds: both come out alike on every machine.
+    A weight in 4 bits counts with its values before quantisation, and an interpolated position embedding with those of
+    the checkpoint: the digests are then the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     for name, resized in getattr(model, "resized_digests", {}).items():  # see moco.checkpoints.load_backbone
@@ -63,16 +64,14 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            tensor = module.base(name) if known is None and _is_lora(module) and module.merged else tensor
+            tensor = (
+                module.base(name) if known is None and isinstance(module, AdaptedLayer) and module.merged else tensor
+            )
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 
-def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "lora_enabled")
-
-
 def _is_adapter(module: nn.Module, name: str) -> bool:
-    return _is_lora(module) and name.startswith("lora_")
+    return isinstance(module, AdaptedLayer) and name.startswith("lora_")
 
 
 # ----------------------------------------------------------------------------------------------------------- manager
@@ -85,7 +84,7 @@ class LoRAManager:
         self.model = unwrapped(model)
 
     def _layers(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.model.named_modules() if _is_lora(module)}
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)}
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
@@ -100,12 +99,12 @@ class LoRAManager:
     # ----------------------------------------------------------------------------------------- merge, switch, remove
 
     def merge_lora_weights(self) -> None:
-        """Put ``W + s B A`` in the place of every adapted weight: `state_dict()` then has the base model's own keys."""
+        """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
         for layer in self._layers().values():
             layer.merge()
 
     def unmerge_lora_weights(self) -> None:
-        """Take the adapters out again; the base weights come back bit for bit."""
+        """Undo `merge_lora_weights`; the base weights come back bit for bit."""
         for layer in self._layers().values():
             layer.unmerge()
 
@@ -121,23 +120,28 @@ class LoRAManager:
             for layer, enabled in before.items():
                 layer.lora_enabled = enabled
 
-    def unload(self) -> nn.Module:
-        """Turn every adapted layer back into the stock layer that it was, and return the model.
+    def unload(self, merge: bool = False) -> nn.Module:
+        """Take the adapters out, and return the model with its stock layers and blocks.
 
-        A merged layer keeps its merged weights; one that is not merged gets its base weights back. `torch.fx` and
-        torchvision's `create_feature_extractor` then find what they expect.
+        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect.
+
+        Args:
+            merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.
 
         Raises:
-            InputError: a layer in 4 bits that is not merged has no float weights to give back.
+            InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
         """
-        layers = list(self._layers().values())
-        merged = [(layer, {n: getattr(layer, n).data for n in layer.weight_names}) for layer in layers if layer.merged]
-        for layer in layers:
-            if _is_lora(layer):  # attention removes its output projection's adapter with its own
-                layer.remove_lora()
-        for layer, weights in merged:
-            for name, weight in weights.items():
-                getattr(layer, name).data = weight
+        layers = self._layers()
+        four_bits = [name for name, layer in layers.items() if hasattr(layer, "float_digests")]
+        if four_bits and not merge:
+            raise InputError(
+                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
+                "the checkpoint again"
+            )
+        for layer in layers.values():
+            if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own
+                layer.remove_lora(merge)
+        unfuse(self.model)
         return self.model
 
     def get_lora_info(self) -> dict[str, Any]:
@@ -189,12 +193,16 @@ class LoRAManager:
 
         Raises:
             InputError: anything that does not fit, by name: tensors missing, surplus or of another shape, another
-                rank, kind or set of adapted layers, another base. The model is then bitwise as it was.
+                rank, kind or set of adapted layers, another base, numbers that are not finite. The model is then
+                bitwise as it was.
         """
         content = read_adapter_file(path)
         problems = [printable(problem) for problem in self._differences(content)]
         if problems:
             raise InputError(f"{path} does not fit this model: {'; '.join(problems)}")
+        broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
+        if broken:
+            raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
         with torch.no_grad():
             for name, tensor in content["tensors"].items():
@@ -235,9 +243,7 @@ class LoRAManager:
         return _abbreviated(problems)
 
     def _base_hashes(self, without: Collection[str]) -> list[str]:
-        """The hash that a file over this base has, and the one that it had before interpolated positions were known
-        by what the checkpoint holds.
-        """
+        """The hashes that a file over this base may have: older files hash the position embedding as interpolated."""
         digests = base_digests(self.model)
         earlier = digests | getattr(self.model, "resized_digests", {})
         return [_hash(digests, without), _hash(earlier, without)]
@@ -289,16 +295,13 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
     if not wrong:
-        wrong = [name for name, tensor in content["tensors"].items() if not _is_named_tensor(name, tensor)]
+        wrong = [n for n, t in content["tensors"].items() if not isinstance(n, str) or not is_plain_tensor(t)]
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
     if content["format_version"] > FORMAT_VERSION:
         version = printable(content["format_version"])
         raise InputError(f"{path} has format version {version}, this toolkit reads {FORMAT_VERSION}")
-    broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
-    if broken:
-        raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
     return content
 
 
@@ -310,15 +313,6 @@ def _read_described(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
     return {**described, "tensors": tensors} if isinstance(described, dict) else {}
-
-
-# What copies into a parameter; safetensors knows stranger ones.
-_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
-
-
-def _is_named_tensor(name: Any, tensor: Any) -> bool:
-    return isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in _DTYPES
 
 
 def _is_layer_record(name: Any, record: Any) -> bool:

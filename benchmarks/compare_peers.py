@@ -41,8 +41,8 @@ from torch import nn
 
 from finetune_lora import (
     FreezableBatchNorm2d,
-    _choose_layers,
     add_lora_to_model,
+    choose_layers,
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
@@ -99,7 +99,7 @@ def peft_lora(model: nn.Module, args) -> nn.Module:
     """
     import peft
 
-    names = list(_choose_layers(model, None, None))
+    names = list(choose_layers(model))
     config = peft.LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, target_modules=names, modules_to_save=[head_name(model)]
     )
@@ -131,7 +131,7 @@ def loralib_lora(model: nn.Module, args) -> nn.Module:
     import loralib
 
     options = {"r": args.rank, "lora_alpha": 2 * args.rank, "merge_weights": False}
-    for name, layer in _choose_layers(model, None, None).items():
+    for name, layer in choose_layers(model).items():
         if isinstance(layer, nn.Conv2d):
             options_here = {"stride": layer.stride, "padding": layer.padding, "bias": layer.bias is not None}
             new = loralib.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0], **options, **options_here)

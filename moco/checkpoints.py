@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from moco import InputError, listed
+from moco import InputError, listed, printable
 from moco.backbones import ARCHS, HEAD_NAMES, build_backbone, default_image_size, head_name, patch_size
-from moco.files import read_checkpoint, read_safetensors
+from moco.files import is_plain_tensor, read_checkpoint, read_safetensors
 
 
 def load_backbone(
@@ -117,9 +117,6 @@ _LAYOUTS = {
 }
 _HEADS = tuple(f"{name}." for name in HEAD_NAMES)
 
-# The names of the same models in the official code.
-_ARCH_ALIASES = {"vit_base": "vit_b_16"}
-
 
 def _identify(path: str | os.PathLike, content: Any) -> _Source:
     """Finds the family by where the backbone lies and takes it from there."""
@@ -128,15 +125,14 @@ def _identify(path: str | os.PathLike, content: Any) -> _Source:
     prefix, encoder, dropped = _split(path, tensors)
     dropped += [full for key, full in encoder.items() if key.startswith(_HEADS)]
     names = {full: _torchvision_name(key) for key, full in encoder.items() if not key.startswith(_HEADS)}
-    _check_dtypes(path, {full: tensors[full] for full in names})
+    _check_tensors(path, {full: tensors[full] for full in names})
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: some tensors are there twice, under timm's and torchvision's names")
     arch, epoch = info.get("arch"), info.get("epoch")
-    arch = _ARCH_ALIASES.get(arch, arch) if isinstance(arch, str) else None
     return _Source(
         path=path,
         family=_family(prefix, wrapper, encoder, info),
-        arch=arch if arch in ARCHS else None,
+        arch=arch if arch in ARCHS else None,  # the official code's vit_base, say, is found by its shapes
         epoch=epoch if isinstance(epoch, int) else None,
         image_size=_declared_image_size(info),
         weights={name: tensors[full] for full, name in names.items()},
@@ -158,7 +154,7 @@ def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[str, dict[s
 
 
 def _split(path: str | os.PathLike, tensors: Iterable[str]) -> tuple[str, dict[str, str], list[str]]:
-    """The prefix of the backbone, its names without the prefix -> those in the file, and the names of all others."""
+    """Returns the backbone's prefix, its tensors' names without the prefix -> in the file, and all other names."""
     wrapped = all(key.startswith("module.") for key in tensors)  # by DistributedDataParallel
     keys = {key.removeprefix("module.") if wrapped else key: key for key in tensors}
     prefix = next((p for p in _LAYOUTS if any(key.startswith(p) for key in keys)), "")
@@ -169,16 +165,12 @@ def _split(path: str | os.PathLike, tensors: Iterable[str]) -> tuple[str, dict[s
     return prefix, encoder, [full for key, full in keys.items() if not key.startswith(prefix)]
 
 
-def _check_dtypes(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises InputError for 8-bit floats, which mean nothing without their scales, complex numbers and the like."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{path}: {listed([name])} is stored as {kind}; convert it to float32 and save again")
-
-
-_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+        if not is_plain_tensor(tensor):
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise InputError(f"{path}: {printable(name)} is stored as {kind}; save it as a dense tensor of float32")
 
 
 def _family(prefix: str, wrapper: str, encoder: Iterable[str], info: Mapping) -> str:
@@ -231,7 +223,7 @@ def _find_arch(source: _Source) -> str:
     if source.arch:
         return source.arch
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
-    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)) / len(found | _shapes(arch)))
+    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
         raise InputError(
             f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "
@@ -289,9 +281,10 @@ def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dic
 
 
 def _check_head_count(source: _Source, arch: str) -> None:
-    """MoCo v3's vit_small has 12 heads, timm's and DeiT's 6, and no shape tells: the wrong one would load in silence.
+    """Raises InputError, or warns, where a ViT-S may be timm's or DeiT's, with 6 heads: MoCo v3's has 12.
 
-    MoCo v3 never trains its positions and gives the class token none (section 4.4); learned ones are never zero.
+    All shapes are the same, so the wrong one would load in silence. What tells them apart is the position embedding:
+    MoCo v3 never trains it and gives the class token none (section 4.4); a trained one is never zero.
     """
     positions = source.weights.get(_POSITIONS)
     fixed = positions is not None and positions.dim() == 3 and not positions[:, 0].any()

@@ -1,20 +1,20 @@
 """Files: written whole or not at all, read without running anything in them, and named relative to the toolkit.
 
-`read_checkpoint` relies on `torch.load(weights_only=True)`, which runs no code, and on mapping a file instead of
-reading it, which takes memory only for what is used. It adds what these two leave open: see `_check_pickle` and
-`_check_size`.
+`read_checkpoint` relies on `torch.load(weights_only=True)`, which runs no code. It adds three things: one clear line
+for each kind of wrong file, checksums, which a mapped file is not compared with otherwise, and `_check_tuples`.
 """
 
 import argparse
 import contextlib
-import copy
 import csv
 import io
 import os
 import pickle
 import pickletools
+import re
+import stat
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import torch
 
-from moco import InputError, listed, printable
+from moco import InputError, printable
 
 TOOLKIT = Path(__file__).resolve().parents[1]
 
@@ -100,92 +100,121 @@ def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os
 def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
     """The content of a `torch.save` file, tensors on the CPU, without running anything in it.
 
-    Tensors, plain Python data, dtypes, devices, numpy numbers and argparse.Namespace are read.
+    Reads what `torch.load(weights_only=True)` reads, and numpy numbers and argparse.Namespace.
 
     Args:
         path: a file in the zip format, or in the one that PyTorch wrote before 1.6.
-        mapped: the tensors may stay in the file, which then cannot be replaced on Windows while they are in use.
+        mapped: leave the tensors of a zip file on disk until they are used. On Windows the file cannot be replaced
+            for as long as one of them lives.
 
     Raises:
         InputError: the file cannot be read, is damaged, or holds something else.
     """
     path = Path(path)
+    _check_exists(path)
     try:
-        zipped = _check_file(path)
+        is_zip = _check_format(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        _check_size(content, _most_values(path))
-        return content if mapped else copy.deepcopy(content)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and mapped)
     except _Refused as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+        reason = str(error)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or printable(error)}") from error
+        reason = error.strerror or printable(error)
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
-        reason = f"{type(error).__name__}: {printable(error)}"
-        raise InputError(f"cannot read {path}: damaged or cut short ({reason}); download or copy it again") from error
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
+            reason = (
+                f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
+                "run code; save a state_dict from where the file was made"
+            )
+        else:
+            told = (
+                str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+            )  # without torch's advice
+            reason = f"damaged or cut short ({type(error).__name__}: {printable(told)}); download or copy it again"
+    raise InputError(f"cannot read {path}: {reason}")
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a `.safetensors` file, on the CPU, and its metadata. Raises InputError if it cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give the path of an existing one")
+    _check_exists(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
     except Exception as error:  # its own errors, and those of types unknown to PyTorch
         with open(path, "rb") as file:
-            start = describe_header(file.read(12))
-        reason = f"{printable(error)}; {start}"
-        raise InputError(f"{path} is no readable safetensors file: {reason}; download or copy it again") from None
+            header = describe_header(file.read(12))
+        raise InputError(
+            f"{path} is no readable safetensors file: {printable(error)}; {header}; download or copy it again"
+        ) from None
 
 
-def describe_header(start: bytes) -> str:
+def describe_header(header: bytes) -> str:
     """What a file that is no checkpoint most likely is, by its first bytes."""
-    if not start:
+    if not header:
         return "it is empty"
-    if start.startswith(b"version http"):
+    if header.startswith(b"version http"):
         return "a pointer of git-lfs, not the file itself: run git lfs pull"
-    if start.lstrip().startswith(b"<"):
-        return f"a web page, it starts with {start[:12]!r}: download the file itself"
-    return f"it starts with {start[:12]!r}"
+    if header.lstrip().startswith(b"<"):
+        return f"a web page, it starts with {header[:12]!r}: download the file itself"
+    return f"it starts with {header[:12]!r}"
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Can it be copied into a parameter or buffer? A tensor of 8-bit floats cannot: it means nothing without scales."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype in _PLAIN_DTYPES
+        and value.layout == torch.strided
+        and value.device.type == "cpu"  # not meta, which holds no numbers
+    )
+
+
+_PLAIN_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_PLAIN_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
 class _Refused(Exception):
     """A file that is understood and not accepted."""
 
 
+def _check_exists(path: Path) -> None:
+    """Raises InputError for a path that leads to no file."""
+    try:
+        problem = "" if stat.S_ISREG(path.stat().st_mode) else "not a file"
+    except FileNotFoundError:
+        problem = "file not found"
+    except OSError as error:  # such as a name that is too long
+        problem = error.strerror
+    if problem:
+        raise InputError(f"cannot read {path}: {problem}; give the path of an existing file")
+
+
 # torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
-def _check_file(path: Path) -> bool:
-    """Whether a torch file is of the zip format. Raises _Refused for what `torch.load` should not be given."""
-    if not path.exists():
-        raise _Refused("file not found; give the path of an existing checkpoint")
-    if not path.is_file():
-        raise _Refused("not a file; give the path of a checkpoint")
+def _check_format(path: Path) -> bool:
+    """Is it a zip file, and no legacy one? Raises _Refused for what `torch.load` should not be given."""
     with open(path, "rb") as file:
-        start = file.read(len(_LEGACY_MAGIC))
+        header = file.read(len(_LEGACY_MAGIC))
         file.seek(0)
-        if start.startswith(b"PK\x03\x04"):
-            _check_zip(file, path)
+        if header.startswith(b"PK\x03\x04"):
+            _check_zip(file)
             return True
-        if start == _LEGACY_MAGIC:
+        if header == _LEGACY_MAGIC:
             for _ in range(5):  # magic number, format version, byte order, content, storage keys; then the storages
-                _check_pickle(file, _most_values(path))
+                _check_tuples(file)
             return False
-    raise _Refused(f"not a PyTorch checkpoint ({describe_header(start)}); give a file written by torch.save")
+    raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
-def _check_zip(file: IO[bytes], path: Path) -> None:
-    """Raises _Refused for records that are compressed, which cannot be mapped, ambiguous or damaged."""
+def _check_zip(file: IO[bytes]) -> None:
+    """Raises _Refused for records that are compressed, which cannot be mapped, or damaged."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise _Refused("its zip records are compressed; give a file as torch.save writes it")
-        if len({record.filename.lower() for record in records}) < len(records):  # torch ignores the case
-            raise _Refused("two of its zip records have one name; give a file as torch.save writes it")
         for record in records:
             record.CRC = record.CRC or None  # 0 if saved without checksums, and zipfile then compares nothing
         if damaged := archive.testzip():
@@ -194,55 +223,22 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
         if content not in archive.namelist():
             raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
         with archive.open(content) as pickled:
-            _check_pickle(pickled, _most_values(path))
+            _check_tuples(pickled)
 
 
-def _most_values(path: Path) -> int:
-    """A file of so many bytes has no honest reason to hold more values; views may repeat some of them."""
-    return 10_000 + 10 * path.stat().st_size
+_LARGEST_TUPLE = 10_000_000
 
 
-# What a pickle may name, beside dtypes and the classes of storages. PyTorch allows more, such as sparse tensors and
-# bytearray, which takes any amount of memory.
-_ALLOWED = {
-    "__builtin__ complex",
-    "__builtin__ set",
-    "_codecs encode",  # bytes, in pickle protocol 2
-    "argparse Namespace",
-    "collections Counter",
-    "collections OrderedDict",
-    "numpy dtype",
-    "numpy._core.multiarray scalar",
-    "numpy.core.multiarray scalar",
-    "torch Size",
-    "torch device",
-    "torch._utils _rebuild_parameter",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_tensor_v3",
-    "torch.serialization _get_layout",
-    "torch.storage UntypedStorage",
-}
+def _check_tuples(file: IO[bytes]) -> None:
+    """Goes through the next pickle in `file` without loading it. Raises _Refused for a tuple whose hash, as a key of a
+    dictionary, would overflow the stack and end the process, or take for ever.
 
-
-def _is_allowed(name: str) -> bool:
-    module, _, attribute = name.partition(" ")
-    of_torch = attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
-    return name in _ALLOWED or (module == "torch" and of_torch)
-
-
-def _check_pickle(file: IO[bytes], most: int) -> None:
-    """Goes through the next pickle in `file` without loading it. Raises _Refused if it names what is not allowed, or
-    for a tuple whose hash, as a dictionary's key, would take for ever or overflow the stack.
-
-    A tuple is given a size, which doubles with every level of nesting, and all that it repeats counts again. `stack`
-    holds the sizes of what an unpickler would have on its own; None is a mark.
+    A tuple's size doubles with every level of nesting, and all that it repeats counts again. `stack` holds the sizes of
+    what an unpickler would have on its own; None is a mark.
     """
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
-    refused = set()
     for op, argument, _ in pickletools.genops(file):
-        if op.name == "GLOBAL" and not _is_allowed(argument):
-            refused.add(argument.replace(" ", "."))
         if op.name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif op.name in ("BINGET", "LONG_BINGET"):
@@ -250,48 +246,23 @@ def _check_pickle(file: IO[bytes], most: int) -> None:
         elif op.name == "MARK":
             stack.append(None)
         else:
-            parts, below = [], len(op.stack_before)
-            if pickletools.markobject in op.stack_before:
-                below = op.stack_before.index(pickletools.markobject)
-                while (part := stack.pop()) is not None:
-                    parts.append(part)
-            parts += [stack.pop() for _ in range(below)]
+            parts = []
+            for kind in reversed(op.stack_before):
+                if kind is pickletools.stackslice:  # all down to the mark
+                    while stack[-1] is not None:
+                        parts.append(stack.pop())
+                elif kind is pickletools.markobject:
+                    stack.pop()
+                else:
+                    parts.append(stack.pop())
             size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
-            if size > most:
+            if size > _LARGEST_TUPLE:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
-    if refused:
-        raise _Refused(
-            f"it needs {listed(sorted(refused))}, and only tensors and plain data are read, because anything "
-            "else may run code; save a state_dict from where the file was made"
-        )
-
-
-def _check_size(content: Any, most: int) -> None:
-    """Raises _Refused if a file, by naming the same values again and again, holds more of them than its size allows.
-
-    Whoever copies, compares or prints what is in it would take memory and time for each of them.
-    """
-    pending, count = [(content, 0)], 0
-    while pending:
-        value, depth = pending.pop()
-        if isinstance(value, argparse.Namespace):
-            value = vars(value)
-        parts = ()
-        if isinstance(value, Mapping):
-            parts = (*value.keys(), *value.values())
-        elif isinstance(value, list | tuple | set):
-            parts = value
-        pending += [(part, depth + 1) for part in parts]
-        count += value.numel() if isinstance(value, torch.Tensor) else 1
-        if count + len(pending) > most:
-            raise _Refused(f"it unfolds to more than {most} values, far more than its bytes; a tensor may be expanded")
-        if depth > 100:
-            raise _Refused("its content is nested more than 100 levels deep")
 
 
 class _NumpyDtype:
-    """In place of numpy.dtype, whose own unpickling trusts what it is given."""
+    """Stands in for numpy.dtype, which takes sizes and flags out of a file unchecked."""
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code)

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+from finetune_lora import add_lora_to_model, freeze_backbone_params
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
 ]
 FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
+EXACT = 1e-9  # in float64, where a ReLU does not change its mind for a rounding error
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -107,3 +112,49 @@ def compare_with_dense(
         assert_close(ours[key].grad, theirs[key].grad, tolerance, f"gradient of input {i}")
     for name, gradient, wanted in expected_gradients(twin, adapted):
         assert_close(gradient, wanted, tolerance, f"gradient of {name}")
+
+
+# ------------------------------------------------------------------------------------------------- whole models
+
+
+def resnet(block=BasicBlock, layers=(1, 1, 1, 1)) -> ResNet:
+    """A ResNet as torchvision has it, of few layers, whose BatchNorms have seen something."""
+    model = ResNet(block, list(layers), num_classes=5, width_per_group=64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def vit(**options) -> VisionTransformer:
+    model = VisionTransformer(**{"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16,
+                                 "mlp_dim": 32, "num_classes": 5, **options})  # fmt: skip
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it as zero, and nothing below would get a gradient
+    return model
+
+
+def images(side: int = 32, count: int = 2, **kwargs) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, **kwargs)
+
+
+def assert_equals_dense(stock: nn.Module, model: nn.Module, x: torch.Tensor, tolerance: float) -> None:
+    """In training and in evaluation mode; the stock model's BatchNorms are frozen by hand."""
+    twin = dense_twin(stock, model).eval()
+    expected = twin(x.double())
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    for training in (True, False):
+        model.train(training).zero_grad()
+        y = model(x)
+        y.backward(upstream.to(y.dtype))
+        assert_close(y, expected, tolerance)
+        for name, gradient, wanted in expected_gradients(twin, model):
+            assert_close(gradient, wanted, tolerance, name)
+        with torch.no_grad():
+            assert_close(model(x), expected, tolerance)
+
+
+def frozen(model: nn.Module, **options) -> nn.Module:
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2, **options), std=0.05))
+    return model

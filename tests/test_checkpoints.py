@@ -5,16 +5,18 @@ The files are built here in the layout that the official code writes, with rando
 
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
 
 from moco import InputError
 from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone
+from moco.checkpoints import load_backbone, tensor_digest
 
 # --- Building files --------------------------------------------------------------------------------------------------
 
@@ -239,6 +241,12 @@ def test_arch_is_found_by_shapes_alone(arch, saved):
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in source.state_dict().items()}
 
 
+@pytest.mark.parametrize("told", [{"arch": "unheard of", "epoch": "last"}, {"arch": ["resnet18"], "epoch": [3]}, {}])
+def test_what_a_file_tells_of_itself_is_used_only_if_it_makes_sense(told, resnet, saved):
+    _, report = load_backbone(saved({"state_dict": resnet, **told}), num_classes=2)
+    assert (report["arch"], report["epoch"]) == ("resnet18", None)
+
+
 def test_batchnorm_counters_may_be_missing_as_in_files_of_old_pytorch(resnet, saved):
     old = {key: value for key, value in resnet.items() if not key.endswith("num_batches_tracked")}
     model, report = load_backbone(saved(old), num_classes=2)
@@ -251,6 +259,27 @@ def test_half_precision_files_load_into_float_models(resnet, saved):
     model, _ = load_backbone(saved(half), num_classes=2)
     assert model.conv1.weight.dtype == torch.float32
     assert torch.equal(model.conv1.weight, half["conv1.weight"].float())
+
+
+def test_safetensors_hold_a_backbone_as_well(resnet, tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(resnet, path, {"format": "pt"})
+    model, report = load_backbone(path, num_classes=2)
+    assert (report["arch"], report["family"]) == ("resnet18", "torchvision")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in resnet.items())
+
+
+def test_expanded_tensors_are_tensors(resnet, saved):
+    """Those of a BatchNorm that never trained, say: many equal numbers in one."""
+    content = resnet | {"bn1.weight": torch.ones(1).expand(64)}
+    model, _ = load_backbone(saved(content), num_classes=2)
+    assert torch.equal(model.bn1.weight, torch.ones(64))
+
+
+def test_what_lies_beside_the_weights_may_be_of_any_kind(resnet, saved):
+    beside = {"dtype": torch.float16, "device": torch.device("cuda"), "scales": torch.ones(2).to(torch.float8_e5m2)}
+    model, _ = load_backbone(saved({"state_dict": resnet, **beside}), num_classes=2)
+    assert torch.equal(model.conv1.weight, resnet["conv1.weight"])
 
 
 # --- ViTs: the mapped model computes what the original would ---------------------------------------------------------
@@ -324,6 +353,26 @@ def test_mapped_vit_computes_what_the_original_layout_does(family, arch, depth, 
     assert (expected - six_heads).abs().max() > 0.05  # the comparison would see timm's number of heads
 
 
+def test_torchvisions_own_vits_under_their_first_names(saved):
+    """Those of the files that torchvision publishes, which it maps itself when it loads them."""
+    source = build_backbone("vit_mini", 10)
+    places = {".mlp.0.": ".mlp.linear_1.", ".mlp.3.": ".mlp.linear_2."}
+    state = source.state_dict()
+    first = {re.sub(r"\.mlp\.[03]\.", lambda place: places[place[0]], key): value for key, value in state.items()}
+    assert len(first.keys() - state.keys()) == 4 * 6
+    model, report = load_backbone(saved(first), num_classes=2)
+    assert (report["arch"], report["family"]) == ("vit_mini", "torchvision")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in without_head(state).items())
+
+
+def test_the_digests_say_what_the_file_holds(saved):
+    """An interpolated position embedding rounds differently on other CPUs; the file's is the same everywhere."""
+    source = without_head(build_backbone("vit_mini", 2, image_size=32).state_dict())
+    path = saved(source)
+    digests = {size: load_backbone(path, 2, image_size=size)[0].base_digests for size in (32, 64)}
+    assert digests[32] == digests[64] == {name: tensor_digest(value) for name, value in source.items()}
+
+
 def test_position_embedding_is_interpolated_for_another_size(saved):
     state = build_backbone("vit_mini", 2).state_dict()
     ramp = torch.linspace(0, 1, 4)[:, None, None].expand(4, 4, 192).reshape(16, 192)  # from top to bottom
@@ -350,6 +399,9 @@ def test_timms_vit_small_with_6_heads_is_refused(vit_small, saved):
         load_backbone(saved({"model": learned | classifier}), num_classes=2)
     with pytest.warns(UserWarning, match="6 heads"):
         load_backbone(saved({"model": learned}), num_classes=2)
+    with warnings.catch_warnings():  # by that name only MoCo v3's is known
+        warnings.simplefilter("error")
+        load_backbone(saved({"model": learned, "arch": "vit_small"}), num_classes=2)
 
 
 # --- Strictness ------------------------------------------------------------------------------------------------------
@@ -386,6 +438,10 @@ BAD_CONTENTS = {
     "the same tensor twice": (lambda r: r | {"0.weight": r["conv1.weight"]}, "twice"),
     "diverged": (lambda r: r | {"bn1.bias": torch.full((64,), math.nan)}, "NaN.*bn1.bias"),
     "integers for weights": (lambda r: r | {"bn1.bias": torch.zeros(64, dtype=torch.long)}, "not real.*bn1.bias"),
+    "8-bit floats": (lambda r: r | {"bn1.bias": torch.zeros(64).to(torch.float8_e5m2)}, "bn1.bias.*float8_e5m2"),
+    "complex numbers": (lambda r: r | {"bn1.bias": torch.zeros(64) * 1j}, "bn1.bias.*complex64.*save it as a dense"),
+    "sparse weights": (lambda r: r | {"bn1.bias": torch.zeros(64).to_sparse()}, "bn1.bias.*sparse_coo"),
+    "weights without numbers": (lambda r: r | {"bn1.bias": torch.zeros(64, device="meta")}, "bn1.bias.*meta"),
     "a tensor": (lambda r: torch.zeros(3), "holds a Tensor"),
     "a list": (lambda r: [1, 2], "holds a list"),
     "nothing": (lambda r: {}, "no state_dict"),

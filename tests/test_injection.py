@@ -1,4 +1,4 @@
-"""Which layers get adapters, what trains, which BatchNorm folds, and what is recomputed: on whole models."""
+"""Which layers get adapters, how they are removed, what trains and what is counted: on whole models."""
 
 import copy
 from functools import partial
@@ -12,57 +12,42 @@ from dense import (
     assert_close,
     compare_with_dense,
     dense_twin,
-    expected_gradients,
+    frozen,
+    images,
     randomize_adapters,
+    resnet,
+    vit,
 )
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
+from torchvision.models.vision_transformer import EncoderBlock
 
-import finetune_lora
 from finetune_lora import (
     LoRAConv2d,
     LoRALinear,
     LoRAMultiheadAttention,
+    LoRASettings,
     QLoRALinear,
+    QLoRAMultiheadAttention,
+    adapt_layers,
     add_lora_to_model,
+    choose_layers,
     count_parameters,
     freeze_backbone_params,
+    remove_lora_from_model,
     set_gradient_checkpointing,
 )
 from lora_utils import LoRAManager
 from moco import InputError
 
-EXACT = 1e-9  # in float64, where a ReLU does not change its mind for a rounding error
-
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def resnet(block=BasicBlock, layers=(1, 1, 1, 1)) -> ResNet:
-    """A ResNet as torchvision has it, of few layers, whose BatchNorms have seen something."""
-    model = ResNet(block, list(layers), num_classes=5, width_per_group=64)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias)
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def vit(**options) -> VisionTransformer:
-    model = VisionTransformer(**{"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16,
-                                 "mlp_dim": 32, "num_classes": 5, **options})  # fmt: skip
-    nn.init.normal_(model.heads.head.weight)  # torchvision starts it as zero, and nothing below would get a gradient
-    return model
-
-
-def images(side: int = 32, count: int = 2, **kwargs) -> torch.Tensor:
-    return torch.randn(count, 3, side, side, **kwargs)
 
 
 def bare(model: nn.Module, name: str):
@@ -105,7 +90,7 @@ def test_a_vit_is_adapted_but_for_its_head_and_patch_embedding():
 
 def test_a_model_without_a_head_is_adapted_altogether():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 5))
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0", "2"}
     freeze_backbone_params(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -114,7 +99,7 @@ def test_a_model_without_a_head_is_adapted_altogether():
 
 
 def test_a_single_layer_is_a_model_too():
-    model = add_lora_to_model(nn.Linear(4, 5))
+    model = add_lora_to_model(nn.Linear(4, 5), r=2)
     assert isinstance(model, LoRALinear)
     freeze_backbone_params(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
@@ -141,7 +126,7 @@ def test_targets(targets, excluded, expected):
 def test_a_name_is_not_matched_by_its_beginning():
     """encoder_layer_1 is not encoder_layer_11."""
     model = nn.ModuleDict({"block_1": nn.Linear(2, 2), "block_11": nn.Linear(2, 2)})
-    assert adapted_names(add_lora_to_model(model, target_modules="block_1")) == {"block_1"}
+    assert adapted_names(add_lora_to_model(model, r=2, target_modules="block_1")) == {"block_1"}
 
 
 @pytest.mark.parametrize(
@@ -195,10 +180,10 @@ def test_subclasses_that_may_compute_something_else_are_left_alone():
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.ModuleDict({"own": Own(4, 2)}))
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0"}
     with pytest.raises(InputError, match="no layer matches 1; there are: 0"):
-        add_lora_to_model(model, target_modules="1")
+        add_lora_to_model(model, r=2, target_modules="1")
 
 
 def test_layers_whose_weight_is_computed_are_left_alone():
@@ -206,7 +191,7 @@ def test_layers_whose_weight_is_computed_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
     prune.l1_unstructured(model[1], "weight", amount=0.5)
     prune.l1_unstructured(model[2].out_proj, "weight", amount=0.5)
-    add_lora_to_model(model)
+    add_lora_to_model(model, r=2)
     assert adapted_names(model) == {"0"}
 
 
@@ -224,14 +209,14 @@ def test_a_weight_that_layers_share_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     with pytest.raises(InputError, match="0 shares its weight with another layer"):
-        add_lora_to_model(model)
+        add_lora_to_model(model, r=2)
     assert not adapted_names(model)
 
 
 def test_a_bias_that_layers_share_is_none_of_ours():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].bias = model[0].bias
-    assert adapted_names(add_lora_to_model(model)) == {"0", "1"}
+    assert adapted_names(add_lora_to_model(model, r=2)) == {"0", "1"}
 
 
 def test_adapters_come_before_distributed_data_parallel(tmp_path):
@@ -274,9 +259,86 @@ def test_a_layer_used_twice_is_adapted_once():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     stock = copy.deepcopy(model)
-    randomize_adapters(add_lora_to_model(model))
-    assert count_parameters(model)["lora"] == 8 * (4 + 4)
+    randomize_adapters(add_lora_to_model(model, r=2))
+    assert count_parameters(model)["lora"] == 2 * (4 + 4)
     compare_with_dense(stock, model, [torch.randn(3, 4)], FP32)
+
+
+# ------------------------------------------------------------------------------------------- settings of each layer
+
+
+def test_layers_are_chosen_without_being_changed():
+    model = vit()
+    kinds = [type(m) for m in model.modules()]
+    layers = choose_layers(model, target_modules=["mlp", "heads"], exclude_modules="encoder_layer_1")
+    assert list(layers) == [
+        "encoder.layers.encoder_layer_0.mlp.0",
+        "encoder.layers.encoder_layer_0.mlp.3",
+        "heads.head",
+    ]
+    assert all(layer is model.get_submodule(name) for name, layer in layers.items())
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_each_layer_may_have_settings_of_its_own(four_bits):
+    model, block = vit(), "encoder.layers.encoder_layer_0."
+    settings = {
+        block + "mlp.3": LoRASettings(r=2),
+        block + "self_attention": LoRASettings(r=3, lora_alpha=6, lora_dropout=0.1),
+        block + "self_attention.out_proj": LoRASettings(r=5, lora_alpha=1, use_rslora=True),
+    }
+    for _ in range(2):  # adapters that are there are replaced
+        assert adapt_layers(model, settings, four_bits) is model
+        assert adapted_names(model) == set(settings)
+        for name, own in settings.items():
+            layer = model.get_submodule(name)
+            assert LoRASettings(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) == own
+            assert (
+                layer.scaling == own.scaling and isinstance(layer, QLoRALinear | QLoRAMultiheadAttention) == four_bits
+            )
+            assert all(A.shape[0] == B.shape[1] == own.r for _, _, A, B in adapters(layer))
+    del settings[block + "self_attention.out_proj"]  # then it follows its attention
+    adapt_layers(model, settings, four_bits)
+    assert model.get_submodule(block + "self_attention.out_proj").r == 3
+
+
+def test_no_settings_leave_a_stock_model():
+    model = add_lora_to_model(vit())
+    adapt_layers(model, {})
+    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere", "no layer to adapt is named nowhere; there are: conv_proj, encoder"),
+        ("mlp", "no layer to adapt is named mlp;"),  # names, not patterns
+        ("encoder.layers.encoder_layer_0.ln_1", "no layer to adapt is named encoder.layers.encoder_layer_0.ln_1;"),
+        ("encoder.layers.encoder_layer_0.self_attention.out_proj", "no layer to adapt is named .*out_proj;"),
+    ],
+)
+def test_names_that_are_no_layers_are_refused(name, message):
+    for model in (vit(), add_lora_to_model(vit(), r=3)):
+        before, kinds = snapshot(model), [type(m) for m in model.modules()]
+        with pytest.raises(InputError, match=message):
+            adapt_layers(model, {"heads.head": LoRASettings(r=2), name: LoRASettings()})
+        assert [type(m) for m in model.modules()] == kinds
+        assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_rank_above_the_largest_layer_s_is_refused(four_bits):
+    """It adds nothing but memory. 16 is the rank of a full matrix in this model's MLPs."""
+    model, name = vit(), "encoder.layers.encoder_layer_0.mlp.3"
+    for _ in range(2):  # a weight in 4 bits keeps its rank
+        with pytest.raises(InputError, match=r"rank 17 is above 16, the full rank .* lower r \(--lora-rank\)"):
+            add_lora_to_model(model, r=17, use_qlora=four_bits)
+        with pytest.raises(
+            InputError, match=f"^{name} has rank 17, above 16, the full rank of this model's largest layer$"
+        ):
+            adapt_layers(model, {name: LoRASettings(r=17)}, four_bits)
+        add_lora_to_model(model, r=16, use_qlora=four_bits)
 
 
 # ------------------------------------------------------------------------------------------------- again, and removed
@@ -313,9 +375,9 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         name = max(name for name in adapted_names(model) if "out_proj" not in name)
         randomize_adapters(add_lora_to_model(model, target_modules=name))
         target = model.get_submodule(name)
-        touched = {*target.modules(), *target._neighbours}
+        around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in touched and not isinstance(ours, nn.BatchNorm2d):
+            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -359,6 +421,56 @@ def test_float_adapters_become_4_bit_ones():
     model = add_lora_to_model(vit())
     add_lora_to_model(model, use_qlora=True)
     assert bare(model, "encoder.layers.encoder_layer_0.mlp.0") is QLoRALinear
+
+
+@pytest.mark.parametrize("build, side", [(partial(resnet, Bottleneck), 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("merge", [False, True], ids=["base", "merged"])
+@pytest.mark.parametrize("merged_before", [False, True], ids=["", "merged before"])
+def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before):
+    """Same classes, same attributes, same keys; with its base weights bit for bit, or with the merged ones."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock), lora_dropout=0.1)
+    set_gradient_checkpointing(model, "full")
+    twin, trains = dense_twin(stock, model), {n for n, p in model.named_parameters() if p.requires_grad}
+    if merged_before:
+        LoRAManager(model).merge_lora_weights()
+    assert remove_lora_from_model(model, merge) is model
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n in trains if "lora_" not in n}
+    if merge:
+        assert_close(model.eval()(x), twin(x), 1e-12)
+    else:
+        assert_unchanged(snapshot(stock), model)
+        assert_close(model.eval()(x), stock(x), 1e-12)
+    assert all(module.training for module in model.train().modules())
+
+
+def test_layers_in_4_bits_keep_their_merged_weights_or_stay():
+    model, x = frozen(vit(), use_qlora=True).eval(), images(16)
+    before, kinds, expected = snapshot(model), [type(m) for m in model.modules()], model(x)
+    with pytest.raises(InputError, match=r"self_attention is in 4 bits.*merge=True"):
+        remove_lora_from_model(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert_unchanged(before, model)
+    remove_lora_from_model(model, merge=True)
+    assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert list(model.state_dict()) == list(vit().state_dict())
+    assert_close(model(x), expected, FP32)
+    for ours, theirs in zip(model.modules(), vit().modules(), strict=True):
+        assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
+    add_lora_to_model(model, r=2, use_qlora=True)  # and may be quantised again
+
+
+@pytest.mark.parametrize("build, node, side", [(resnet, "layer2", 32), (vit, "encoder", 16)], ids=["resnet", "vit"])
+def test_tools_that_need_stock_modules_work_after_removal(build, node, side):
+    model = remove_lora_from_model(frozen(build()), merge=True).eval()
+    traced, x = torch.fx.symbolic_trace(model), images(side)
+    assert torch.equal(traced(x), model(x))
+    assert create_feature_extractor(model, [node])(x)[node].shape[0] == len(x)
 
 
 # --------------------------------------------------------------------------------------------------- what trains
@@ -450,355 +562,8 @@ def test_statistics_of_a_frozen_batch_norm_stay():
 def test_a_batch_norm_in_the_head_trains():
     model = nn.Module()
     model.backbone, model.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
-    freeze_backbone_params(add_lora_to_model(model))
+    freeze_backbone_params(add_lora_to_model(model, r=2))
     assert model.train().head[0].training and model.head[0].weight.requires_grad
-
-
-# ---------------------------------------------------------------------------------------------- folded BatchNorm
-
-
-def assert_equals_dense(stock: nn.Module, model: nn.Module, x: torch.Tensor, tolerance: float) -> None:
-    """In training and in evaluation mode; the stock model's BatchNorms are frozen by hand."""
-    twin = dense_twin(stock, model).eval()
-    expected = twin(x.double())
-    upstream = torch.randn_like(expected)
-    expected.backward(upstream)
-    for training in (True, False):
-        model.train(training).zero_grad()
-        y = model(x)
-        y.backward(upstream.to(y.dtype))
-        assert_close(y, expected, tolerance)
-        for name, gradient, wanted in expected_gradients(twin, model):
-            assert_close(gradient, wanted, tolerance, name)
-        with torch.no_grad():
-            assert_close(model(x), expected, tolerance)
-
-
-def frozen(model: nn.Module, **options) -> nn.Module:
-    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2, **options), std=0.05))
-    return model
-
-
-@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
-def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, channels_last):
-    stock, x = resnet(block).double(), images(dtype=torch.float64)
-    model = copy.deepcopy(stock)
-    if channels_last:
-        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
-    frozen(model)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert norms and all(type(m) is finetune_lora.FoldedBatchNorm2d for m in norms)
-    assert [k for k in model.state_dict() if "lora_" not in k] == list(stock.state_dict())
-    assert_equals_dense(stock, model, x, EXACT)
-
-
-def test_a_hook_on_the_stem_s_activation_sees_what_it_always_saw():
-    """Pooled first and rectified after, the stem is faster; who listens to one of the two gets the usual order."""
-    stock = resnet(Bottleneck).eval()
-    model = add_lora_to_model(copy.deepcopy(stock))
-    x, seen = images(), {}
-    for key, network in (("stock", stock), ("adapted", model)):
-        for module in (network.relu, network.maxpool):
-            module.register_forward_hook(lambda m, x, y, key=key: seen.setdefault(key, []).append(y))
-        network(x)
-    assert len(seen["stock"]) == 2
-    for ours, expected in zip(seen["adapted"], seen["stock"], strict=True):
-        assert_close(ours, expected, FP32)
-
-
-def grey_stem(model: nn.Module) -> None:
-    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-
-
-def no_norm(model: nn.Module) -> None:
-    model.bn1 = nn.Identity()
-
-
-def other_norm(model: nn.Module) -> None:
-    model.layer1[0].conv2 = nn.Identity()
-    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
-
-
-@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
-def test_modules_may_be_replaced_beside_those_folded_into_them(change):
-    """An operation is taken in only for as long as both stand where they were paired."""
-    stock, x = resnet().double().eval(), images(dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock)).eval()
-    for network in (stock, model):
-        torch.manual_seed(5)
-        change(network)
-        network.double()
-    assert_close(model(x), dense_twin(stock, model)(x), EXACT)
-
-
-def test_modules_may_be_removed_beside_those_folded_into_them():
-    stock = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    stock[2].running_mean.normal_()
-    model = frozen(copy.deepcopy(stock))
-    for network in (stock, model):
-        del network[0]
-    x = images()
-    assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
-
-
-def test_a_stem_without_pooling_stays_as_it_is():
-    stock = resnet(Bottleneck).eval()
-    stock.maxpool = nn.Identity()  # as for images of 32 pixels
-    x = images()
-    assert_close(add_lora_to_model(copy.deepcopy(stock))(x), stock(x), FP32)
-
-
-def test_folding_in_low_precision():
-    """A BatchNorm's scale is no bfloat16."""
-    stock = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval()
-    stock[1].running_var.uniform_(0.1, 10), stock[1].running_mean.normal_()
-    x = torch.randn(2, 8, 9, 9)
-    model = frozen(copy.deepcopy(stock))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_close(model(x), dense_twin(stock, model)(x.double()), 1e-2)
-    stock.bfloat16()
-    model = frozen(copy.deepcopy(stock))
-    assert_close(model(x.bfloat16()), dense_twin(stock, model)(x.bfloat16().double()), 1e-2)
-
-
-def test_a_folded_batch_norm_unfolds_when_it_trains():
-    """Unfrozen, it normalises by the batch and counts it, as in the stock model; frozen again, it is folded again."""
-    stock, x = resnet().double(), images(count=4, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock))
-    assert_equals_dense(stock, model, x, EXACT)
-    freeze_backbone_params(model, freeze=False)
-    twin = dense_twin(stock, model).train()
-    compare_with_dense(stock.train(), model.train(), [x], EXACT)
-    twin(x)
-    for name, buffer in twin.named_buffers():
-        assert_close(model.get_buffer(name), buffer, EXACT, name)
-    stock.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
-    freeze_backbone_params(model)
-    assert_equals_dense(stock, model, x, EXACT)
-
-
-def test_a_trained_batch_norm_in_evaluation_mode_gets_its_gradients():
-    stock, x = resnet().double().eval(), images(dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock)).eval()
-    for name, parameter in model.named_parameters():
-        if "bn1" in name:
-            parameter.requires_grad_()
-    compare_with_dense(stock, model, [x], EXACT)
-
-
-def test_a_convolution_s_bias_trains_through_a_folded_batch_norm():
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
-    model = frozen(copy.deepcopy(stock))
-    model[0].bias.requires_grad_()
-    compare_with_dense(stock, model, [images(8)], FP32)
-
-
-@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": None}])
-def test_batch_norms_of_every_kind_stay_exact(options):
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options)).eval()
-    if stock[1].running_mean is not None:
-        stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(8), FP32)
-
-
-class PreActivation(BasicBlock):
-    """conv1 is followed by bn2, and conv2 by nothing."""
-
-    def forward(self, x):
-        return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
-
-
-def unfoldable():
-    relu, norm, conv = nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-    yield "something between", nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
-    yield "something between that is used before", nn.Sequential(relu, nn.Conv2d(4, 4, 3), relu, nn.BatchNorm2d(4))
-    yield "a shared BatchNorm", nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), norm)
-    yield "a shared convolution", nn.Sequential(conv, nn.BatchNorm2d(4), conv)
-    yield "a BatchNorm before", nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
-    yield "a forward of its own", PreActivation(4, 4)
-
-
-@pytest.mark.parametrize("case", list(unfoldable()), ids=lambda case: case[0])
-def test_a_batch_norm_that_does_not_follow_one_convolution_is_not_folded(case):
-    stock = copy.deepcopy(case[1]).eval()
-    for module in stock.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
-    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), torch.randn(2, 4, 9, 9), FP32)
-
-
-def test_a_batch_norm_behind_a_convolution_without_adapter_is_not_folded():
-    stock = resnet().double().eval()
-    model = frozen(copy.deepcopy(stock), target_modules="conv2")
-    folded = {n for n, m in model.named_modules() if isinstance(m, finetune_lora.FoldedBatchNorm2d)}
-    assert folded == {f"layer{i}.0.bn2" for i in (1, 2, 3, 4)}
-    assert_equals_dense(stock, model, images(dtype=torch.float64), EXACT)
-
-
-def test_a_folded_batch_norm_stays_exact_when_adapters_are_merged_or_off():
-    stock, x = resnet().double().eval(), images(dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock)).train()
-    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
-    with manager.disable_lora():
-        assert_close(model(x), stock(x), EXACT)
-    manager.merge_lora_weights()
-    assert_close(model(x), expected, EXACT)
-    with manager.disable_lora():
-        assert_close(model(x), stock(x), EXACT)
-    manager.unmerge_lora_weights()
-    assert_close(model(x), expected, EXACT)
-    assert_close(copy.deepcopy(model)(x), expected, EXACT)
-
-
-def test_folding_with_dropout_keeps_its_meaning():
-    """The BatchNorm is linear in eval mode: g (W x + s B A dropout(x)) + shift."""
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
-    x = images(8)
-    model = frozen(copy.deepcopy(stock), lora_dropout=0.4).train()
-    torch.manual_seed(7)
-    y = model(x)
-    torch.manual_seed(7)
-    _, _, A, B = next(adapters(model[0]))
-    delta = model[0].scaling * (B @ A).view_as(stock[0].weight)
-    assert_close(y, stock[1](stock[0](x) + F.conv2d(F.dropout(x, 0.4), delta)), FP32)
-
-
-# ------------------------------------------------------------------------------------------ gradient checkpointing
-
-
-def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
-    torch.manual_seed(seed)
-    model.zero_grad()
-    loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """What a forward keeps for backward, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(size for size, _ in saved.values())
-
-
-@pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
-def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout):
-    """With dropout the same values are dropped the second time; attention's and the MLP's own included."""
-    model = vit(dropout=dropout, attention_dropout=dropout)
-    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=dropout)
-    freeze_backbone_params(randomize_adapters(model))
-    model.train()
-    x, keys = images(16, 8), list(model.state_dict())
-    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
-    set_gradient_checkpointing(model, mode)
-    loss, gradients = loss_and_gradients(model, x)
-    assert list(model.state_dict()) == keys
-    assert torch.equal(loss, expected[0])
-    assert gradients.keys() == expected[1].keys()
-    for name, gradient in gradients.items():
-        assert_close(gradient, expected[1][name], 1e-6, name)
-    if not dropout:  # which keeps the LayerNorm's and GELU's output; without, LayerNorm's is kept in no mode
-        assert saved_bytes(model, x) < {"selective": 0.85, "full": 0.5}[mode] * before
-    set_gradient_checkpointing(model, "none")
-    assert saved_bytes(model, x) == before
-    assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
-
-
-def test_selective_checkpointing_equals_the_dense_stock_model():
-    stock, x = vit().double(), images(16, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock))
-    set_gradient_checkpointing(model, "selective")
-    assert_equals_dense(stock, model, x, EXACT)
-    freeze_backbone_params(model, freeze=False)  # a LayerNorm that trains gets its gradients
-    compare_with_dense(stock, model.train(), [x], EXACT)
-    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
-    freeze_backbone_params(model)
-    with manager.disable_lora():
-        assert_close(model(x), stock(x), EXACT)
-    manager.merge_lora_weights()
-    assert_close(model(x), expected, EXACT)
-
-
-def test_selective_checkpointing_under_autocast():
-    model, x = frozen(vit()), images(16, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, gradients = loss_and_gradients(model, x)
-        set_gradient_checkpointing(model, "selective")
-        again, others = loss_and_gradients(model, x)
-    assert torch.equal(loss, again)
-    for name, gradient in gradients.items():
-        assert_close(others[name], gradient, 1e-6, name)
-
-
-@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
-def test_checkpointing_a_resnet(freeze):
-    """A BatchNorm that trains counts a batch once, though it is computed twice."""
-    stock = add_lora_to_model(resnet(), r=2)
-    randomize_adapters(stock, std=0.05)
-    results, x = [], images(count=4)
-    for mode in ("none", "full"):
-        model = copy.deepcopy(stock)
-        freeze_backbone_params(model, freeze)
-        set_gradient_checkpointing(model.train(), mode)
-        results.append((*loss_and_gradients(model, x), dict(model.named_buffers())))
-    (loss, gradients, buffers), (again, others, counted) = results
-    assert torch.equal(loss, again)
-    for name, gradient in gradients.items():
-        assert_close(others[name], gradient, 1e-5, name)
-    for name, buffer in buffers.items():
-        assert torch.equal(buffer, counted[name]), name
-
-
-def test_checkpointing_pytorch_s_encoder_layer():
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-    freeze_backbone_params(randomize_adapters(add_lora_to_model(model)))
-    x = torch.randn(2, 5, 16)
-    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-
-    def run():
-        torch.manual_seed(7)
-        return model(x, src_key_padding_mask=mask)
-
-    expected = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
-    set_gradient_checkpointing(model, "full")
-    actual = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
-    for gradient, wanted in zip(actual, expected, strict=True):
-        assert_close(gradient, wanted, 1e-6)
-
-
-def test_checkpointing_where_there_is_nothing_to_recompute():
-    with pytest.raises(InputError, match="selective finds nothing to recompute"):
-        set_gradient_checkpointing(add_lora_to_model(resnet()), "selective")
-    with pytest.raises(InputError, match="full finds nothing to recompute"):
-        set_gradient_checkpointing(nn.Linear(2, 2), "full")
-    with pytest.raises(InputError, match="'some' is unknown"):
-        set_gradient_checkpointing(vit(), "some")
-
-
-def test_new_adapters_in_a_checkpointed_model_stay_exact():
-    for mode in ("selective", "full"):
-        for four_bits in (False, True):
-            model, x = frozen(vit(), use_qlora=four_bits), images(16)
-            set_gradient_checkpointing(model, mode)
-            frozen(model, use_qlora=four_bits)
-            expected = loss_and_gradients(model, x)[1]
-            set_gradient_checkpointing(model, "none")
-            for name, gradient in loss_and_gradients(model, x)[1].items():
-                assert_close(expected[name], gradient, 1e-6, name)
 
 
 # ------------------------------------------------------------------------------- what nobody needs is not computed
@@ -845,16 +610,3 @@ def test_nothing_below_the_encoder_of_a_vit_is_differentiated():
     model.encoder.layers[0].self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(images(16))
     assert not inputs[0].requires_grad
-
-
-def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
-    """One may use the LayerNorm's output twice."""
-
-    class Own(EncoderBlock):
-        def forward(self, input):
-            x = self.ln_1(input)
-            return x + self.self_attention(x, x, x, need_weights=False)[0]
-
-    model = frozen(nn.Sequential(Own(2, 16, 32, 0.0, 0.0)))
-    with pytest.raises(InputError, match="finds nothing to recompute"):
-        set_gradient_checkpointing(model, "selective")

@@ -1,8 +1,11 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
 import copy
+import hashlib
 import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -10,12 +13,14 @@ import torch
 from dense import FP32, assert_close, dense_twin, randomize_adapters
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params
+from finetune_lora import LoRASettings, adapt_layers, add_lora_to_model, freeze_backbone_params, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
-from moco import InputError
+from moco import InputError, checkpoints
 from moco.backbones import build_backbone
 
+FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")
 METADATA = {"arch": "vit_mini", "class_names": ["a", "ß"], "image_size": 16, "nested": {"lr": 1e-4, "none": None}}
 
@@ -216,6 +221,130 @@ def test_the_memory_format_makes_no_other_base(path):
     LoRAManager(adapted(stock.to(memory_format=torch.channels_last))).load_lora_checkpoint(path)
 
 
+def test_a_model_whose_start_is_unknown_saves_everything(path):
+    """No checkpoint and no adapters have recorded it."""
+    trained = base(seed=1)
+    LoRAManager(trained).save_lora_checkpoint(path)
+    other = base(seed=2)
+    LoRAManager(other).load_lora_checkpoint(path)
+    assert_bitwise(snapshot(trained), other)
+
+
+# ------------------------------------------------------------------------------------------------- over a checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A ViT for 16 pixels in a file."""
+    state = {name: tensor for name, tensor in base().state_dict().items() if not name.startswith("heads")}
+    torch.save(state, tmp_path / "base.pth")
+    return tmp_path / "base.pth"
+
+
+def about(checkpoint: Path, size: int = 16) -> dict:
+    """What `load_finetuned` asks of an adapter file."""
+    return {"arch": "vit_mini", "class_names": ["a", "b"], "image_size": size, "checkpoint": str(checkpoint)}
+
+
+def test_a_probe_that_is_trained_on_saves_all_that_it_learned(path, checkpoint):
+    """A file without adapters, loaded, unfrozen and trained: everything has moved away from the checkpoint."""
+    model, _ = checkpoints.load_backbone(checkpoint, 2)
+    LoRAManager(model).save_lora_checkpoint(path, about(checkpoint))
+    assert set(read_adapter_file(path)["tensors"]) == {"heads.head.weight", "heads.head.bias"}
+    model, info = load_finetuned(path)
+    freeze_backbone_params(model, freeze=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    LoRAManager(model).save_lora_checkpoint(path, {name: info[name] for name in about(checkpoint)})
+    assert_bitwise(snapshot(model), load_finetuned(path)[0])
+
+
+def test_a_file_at_another_image_size_fits_on_another_cpu(path, checkpoint, monkeypatch):
+    """Where the position embedding, interpolated again, rounds to other numbers."""
+    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
+    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+    interpolate = checkpoints.interpolate_embeddings
+
+    def interpolate_elsewhere(*args):
+        return {name: tensor.nextafter(torch.tensor(9.0)) for name, tensor in interpolate(*args).items()}
+
+    monkeypatch.setattr(checkpoints, "interpolate_embeddings", interpolate_elsewhere)
+    elsewhere, _ = load_finetuned(path)
+    assert not torch.equal(elsewhere.encoder.pos_embedding, model.encoder.pos_embedding)
+    assert torch.equal(elsewhere.heads.head.weight, model.heads.head.weight)
+
+
+def test_a_position_embedding_that_learned_is_another_base_or_in_the_file(path, checkpoint):
+    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
+    model.encoder.pos_embedding.data.add_(0.01)
+    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+    loaded, _ = load_finetuned(path)
+    assert torch.equal(loaded.encoder.pos_embedding, model.encoder.pos_embedding)
+    content = read_adapter_file(path)
+    del content["tensors"]["encoder.pos_embedding"]
+    write_adapter_file(content, path)
+    with pytest.raises(InputError, match="another base"):
+        load_finetuned(path)
+
+
+def test_older_files_hash_a_position_embedding_as_it_was_interpolated(path, checkpoint):
+    model, _ = checkpoints.load_backbone(checkpoint, 2, image_size=32)
+    base = {n: checkpoints.tensor_digest(t) for n, t in model.state_dict().items() if not n.startswith("heads")}
+    LoRAManager(adapted(model)).save_lora_checkpoint(path, about(checkpoint, 32))
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(base.items()))
+    write_adapter_file(read_adapter_file(path) | {"base_hash": hashlib.sha256(lines.encode()).hexdigest()}, path)
+    assert torch.equal(load_finetuned(path)[0].heads.head.weight, model.heads.head.weight)
+
+
+def test_each_layer_has_its_own_rank_and_scaling(path, checkpoint):
+    model, _ = checkpoints.load_backbone(checkpoint, 2)
+    block = "encoder.layers.encoder_layer_1"
+    settings = {
+        f"{block}.mlp.0": LoRASettings(r=1, lora_alpha=3),
+        f"{block}.mlp.3": LoRASettings(r=5, use_rslora=True, lora_dropout=0.5),
+        f"{block}.self_attention": LoRASettings(r=2),
+        f"{block}.self_attention.out_proj": LoRASettings(r=7, lora_alpha=1),
+    }
+    randomize_adapters(adapt_layers(model, settings), std=0.1)
+    LoRAManager(model).save_lora_checkpoint(path, about(checkpoint))
+    loaded, _ = load_finetuned(path)
+    records = LoRAManager(loaded).get_lora_info()["layers"]
+    assert {name: record["r"] for name, record in records.items()} == {name: own.r for name, own in settings.items()}
+    assert records == LoRAManager(model).get_lora_info()["layers"]
+    x = images()
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def ramp(shape, start: int, step: float = 1 / 4096) -> torch.Tensor:
+    """Numbers that are the same on every machine."""
+    return ((torch.arange(math.prod(shape)) + start) % 257 - 128).reshape(shape) * step
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_of_version_1_come_back_bit_for_bit(suffix, tmp_path):
+    """As this toolkit wrote them in November 2026; the .safetensors over a base in 4 bits.
+
+    Every tensor of base and adapters was a `ramp`, with rank 1, alpha 3 and dropout 0.25 on two layers.
+    """
+    stock = build_backbone("vit_mini", 2, 16).state_dict()
+    state = {name: ramp(t.shape, i) for i, (name, t) in enumerate(stock.items()) if not name.startswith("heads")}
+    torch.save(state, tmp_path / "base.pth")
+    model, info = load_finetuned(FILES / f"version_1{suffix}", tmp_path / "base.pth")
+    del info["transform"]
+    assert info == about("base.pth") | {"class_names": ["a", "ß"], "note": [1, 2]}
+    layer = "encoder.layers.encoder_layer"
+    adapted = {f"{layer}_1.mlp.0", f"{layer}_2.self_attention", f"{layer}_2.self_attention.out_proj"}
+    records = LoRAManager(model).get_lora_info()["layers"]
+    assert records.keys() == adapted
+    for record in records.values():
+        assert (record["r"], record["lora_alpha"], record["lora_dropout"], record["scaling"]) == (1, 3, 0.25, 3)
+        assert record["kind"].startswith("QLoRA" if suffix == ".safetensors" else "LoRA")
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name or name.startswith("heads")}
+    for i, (_, parameter) in enumerate(sorted(trained.items())):
+        assert torch.equal(parameter, ramp(parameter.shape, 7 * i))
+
+
 # --------------------------------------------------------------------------------------------------------- strictness
 
 
@@ -414,6 +543,47 @@ def test_merging_a_model(arch, four_bits):
     manager.unmerge_lora_weights()
     assert_bitwise(before, model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
+def test_unloading_gives_the_stock_model_back(arch, merged_before):
+    """Its classes, its keys, and its weights to the bit."""
+    stock = build_backbone(arch, 5).eval()
+    model = adapted(copy.deepcopy(stock))
+    if merged_before:
+        LoRAManager(model).merge_lora_weights()
+    assert LoRAManager(model).unload() is model
+    assert_bitwise(snapshot(stock), model)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    nodes, x = ["layer4" if arch == "resnet18" else "encoder"], torch.randn(2, 3, 32, 32)
+    for module in (model, stock):
+        module.requires_grad_(False)  # PyTorch's attention rounds differently where gradients are asked for
+    ours, theirs = (create_feature_extractor(module, nodes)(x)[nodes[0]] for module in (model, stock))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
+def test_unloading_keeps_the_merged_weights_if_asked(arch, four_bits, merged_before):
+    stock = build_backbone(arch, 5).eval()
+    model, x = adapted(copy.deepcopy(stock), use_qlora=four_bits), torch.randn(2, 3, 32, 32)
+    expected, manager = model(x), LoRAManager(model)
+    if merged_before:
+        manager.merge_lora_weights()
+    manager.unload(merge=True)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_close(model(x), expected, FP32)
+
+
+def test_four_bits_have_no_float_weights_to_give_back():
+    model = adapted(base(), use_qlora=True)
+    before = snapshot(model)
+    with pytest.raises(InputError, match=r"in 4 bits.*keep the merged weights with merge=True"):
+        LoRAManager(model).unload()
+    assert_bitwise(before, model)
 
 
 def test_information():

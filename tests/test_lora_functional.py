@@ -1,21 +1,37 @@
 """lora_functional.py: every gradient by finite differences, every path against dense stock operations."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from dense import BF16, DEVICES, FP32, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_functional
 from lora_functional import (
+    PLAIN,
     Geometry,
+    LoRASettings,
     NF4Weight,
+    append_keys,
+    attend,
+    attention_mask,
     effective_kernel,
     effective_weight,
     lora_conv2d,
     lora_linear,
     max_pool2d_relu,
+    merged_kernel,
+    merged_weight,
+    once_each,
+    pad_for_conv2d,
+    to_batch_first,
 )
+from moco import InputError
 
 SCALING = 1.7
 
@@ -44,6 +60,44 @@ def gradcheck(function, *tensors) -> bool:
     return torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_scaling():
+    """alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
+    assert LoRASettings() == LoRASettings(8, 16, 0, False)
+    assert LoRASettings(4, 16).scaling == 4
+    assert LoRASettings(4, 16, use_rslora=True).scaling == 8
+
+
+def test_settings_of_any_kind_of_number():
+    """They come from NumPy as well; what is kept is what an adapter file can hold."""
+    kept = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
+    assert [type(value) for value in kept.values()] == [int, float, float, bool]
+    assert list(kept.values()) == [4, 6, 0, True]
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("r", [0, -1, True, 2.0, "8", None]),
+        ("lora_alpha", [0, -16, "16", math.inf, math.nan, None]),
+        ("lora_dropout", [-0.1, 1, 1.5, math.nan, "0", None]),
+    ],
+)
+def test_impossible_settings(name, wrong):
+    for value in wrong:
+        with pytest.raises(InputError, match=f"^{name} is {value!r}; give"):
+            LoRASettings(**{name: value})
+    with pytest.raises(InputError, match=r"r is 0.*; lora_alpha is 0.*; lora_dropout is 1"):
+        LoRASettings(0, 0, 1)
+
+
+def test_settings_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoRASettings().r = 4
+
+
 # -------------------------------------------------------------------------------------------------------------- linear
 
 
@@ -64,14 +118,14 @@ def test_linear_gradients_with_dropout(groups):
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, dropped, A, B):
-        return lora_linear(x, W, A, B, None, SCALING, groups, dropped=dropped)
+        return lora_linear(x, W, A, B, None, SCALING, groups, adapter_x=dropped)
 
     assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
 
 
 @pytest.mark.parametrize("before", [F.gelu, lambda x: F.layer_norm(x, (4,))], ids=["gelu", "layer norm"])
 @pytest.mark.parametrize("part", [1, lora_functional.PART_NUMEL], ids=["row by row", "at once"])
-def test_linear_gradients_through_an_absorbed_operation(path, before, part, monkeypatch):
+def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
     monkeypatch.setattr(lora_functional, "PART_NUMEL", part)
     W = torch.randn(6, 4, dtype=torch.float64)
 
@@ -81,10 +135,10 @@ def test_linear_gradients_through_an_absorbed_operation(path, before, part, monk
     assert gradcheck(function, double(2, 3, 4), double(2, 4), double(6, 2))
 
 
-def test_dropout_and_an_absorbed_operation_exclude_each_other():
+def test_dropout_and_a_recomputed_operation_exclude_each_other():
     x = random(3, 4)
     with pytest.raises(ValueError, match="exclude each other"):
-        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), dropped=x, before=F.gelu)
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=F.gelu)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -148,7 +202,7 @@ def test_the_weight_s_gradient_is_dense_where_it_trains(path):
         low = F.dropout(x, 0.5) if dropped else x
         delta = torch.cat([b @ a for b, a in zip(B.chunk(3), A.chunk(3), strict=True)])
         upstream = random(5, 6)
-        y = lora_linear(x, W, A, B, None, SCALING, groups=3, dropped=low if dropped else None)
+        y = lora_linear(x, W, A, B, None, SCALING, groups=3, adapter_x=low if dropped else None)
         expected = x @ W.T + SCALING * low @ delta.T
         assert_close(y, expected, FP32)
         actual = torch.autograd.grad(y, (x, W, A, B), upstream, retain_graph=True)
@@ -179,11 +233,13 @@ def test_only_the_input_is_saved(path):
     assert sum(saved.values()) == x.numel() * 2 + (A.numel() + B.numel()) * 4
 
 
-def test_an_absorbed_operation_saves_its_input_not_its_output():
+def test_a_recomputed_operation_saves_its_input_not_its_output():
     x, W, A, B = random(50, 24, requires_grad=True), random(36, 24), random(4, 24), random(36, 4)
     A.requires_grad_(), B.requires_grad_()
-    saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=F.gelu))
-    assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
+    for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=F.gelu))
+        assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
 
 
 def flops(function) -> int:
@@ -298,6 +354,170 @@ def test_convolution_backward_forms_no_dense_kernel_gradient():
         assert needs_grad * dense <= work < (needs_grad + 0.3) * dense
 
 
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_a_folded_scale_is_rounded_with_the_kernel_once(four_bits):
+    """In bfloat16. Pixels of one channel each show the kernel in the output."""
+    W, scale = random(32, 8, 1, 1), random(32)
+    W = NF4Weight.quantize(W) if four_bits else W.bfloat16()
+    dense = W.dequantize(torch.float32) if four_bits else W.float()
+    x = torch.eye(8).bfloat16()[:, :, None, None].requires_grad_()
+    y = lora_conv2d(x, W, random(2, 8), torch.zeros(32, 2), None, SCALING, row_scale=scale)
+    kernel = (dense.flatten(1) * scale[:, None]).bfloat16()
+    assert torch.equal(y.flatten(1), kernel.T)
+    upstream = torch.eye(32).bfloat16()[:8, :, None, None]
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0].flatten(1), kernel[:8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folded_scale_beside_a_trained_kernel(dtype):
+    W, A, B, scale = random(6, 4, 3, 3), random(2, 36), random(6, 2), random(6)
+    tensors = [t.requires_grad_() for t in (random(2, 4, 5, 5).to(dtype), W.to(dtype), A, B)]
+    theirs = [t.detach().double().requires_grad_() for t in tensors]
+    for dropped in (False, True):
+        x = theirs[0]
+        y = lora_conv2d(*tensors, None, SCALING, PLAIN, scale, tensors[0] * 2 if dropped else None)
+        delta = SCALING * (theirs[3] @ theirs[2]).view(W.shape)
+        expected = F.conv2d(x, theirs[1]) + F.conv2d(x * 2 if dropped else x, delta)
+        expected = expected * scale.double()[:, None, None]
+        assert_close(y, expected, FP32 if dtype == torch.float32 else BF16)
+        upstream = random(*y.shape)
+        actual = torch.autograd.grad(y, tensors, upstream.to(dtype))
+        wanted = torch.autograd.grad(expected, theirs, upstream.to(dtype).double())
+        for gradient, want in zip(actual, wanted, strict=True):
+            assert_close(gradient, want, FP32 if dtype == torch.float32 else 2 * BF16)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Remembers the results of a size that operations compute within the `with` block."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.results = numel, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() == self.numel:
+            self.results.append(result)
+        return result
+
+
+def test_a_folded_kernel_is_the_only_temporary_of_its_size():
+    with LargeTensors(6 * 4 * 3 * 3) as large:
+        effective_kernel(random(6, 4, 3, 3), random(2, 36), random(6, 2), SCALING, random(6))
+    # The weight and the temporary.
+    assert len({t.untyped_storage().data_ptr() for t in large.results}) == 2
+
+
+def test_4_bit_weights_become_low_precision_without_a_float_copy():
+    stored = NF4Weight.quantize(random(64, 24))
+    with LargeTensors(64 * 24) as large:
+        stored.dequantize(torch.bfloat16)
+    assert large.results and all(t.dtype == torch.bfloat16 for t in large.results)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", [(1, 2), (0, 0), "valid", "same"], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 5), (4, 3), (2, 2)], ids=str)
+def test_padding_in_numbers(mode, padding, kernel):
+    """What is padded here and what is left to `conv2d` make the padding of `nn.Conv2d`."""
+    conv, x = torch.nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=mode), random(2, 3, 8, 9)
+    padded, rest = pad_for_conv2d(x, conv.padding, mode, conv._reversed_padding_repeated_twice)
+    assert_close(F.conv2d(padded, conv.weight, conv.bias, 1, rest), conv(x), FP32)
+    if mode == "zeros" and (padding != "same" or kernel == (3, 5)):
+        assert padded is x  # no copy
+
+
+def test_merging_rounds_once():
+    """In bfloat16 1 + 1/300 is 1: only in the adapter's precision do three such updates become visible."""
+    A, B = torch.ones(3, 8), torch.full((16, 3), 1 / 300)
+    W = torch.ones(16, 8).bfloat16()
+    expected = (W.float() + B @ A).bfloat16()
+    assert expected[0, 0] > 1
+    assert torch.equal(merged_weight(W, A, B, 1.0), expected)
+    assert torch.equal(merged_kernel(W[..., None, None], A, B, 1.0).flatten(1), expected)
+    stored = NF4Weight.quantize(random(16, 8))  # 4 bits merge into float
+    assert_close(merged_weight(stored, A, B, 2.0), stored.dequantize(torch.float32) + 2 * B @ A, FP32)
+    assert W.eq(1).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+N, H, L, S, E = 2, 3, 4, 5, 12
+
+
+def test_both_masks_become_one_to_add():
+    q, k = random(N, L, E), random(N, S, E)
+    assert attention_mask(q, k, H) is None
+    blocked, padded = random(L, S) > 0.5, random(N, S) > 0.5
+    mask = attention_mask(q.bfloat16(), k, H, blocked, padded)
+    assert mask.dtype == torch.bfloat16
+    mask = mask.expand(N, H, L, S)
+    assert torch.equal(mask == -math.inf, (blocked | padded[:, None]).unsqueeze(1).expand(N, H, L, S))
+    assert set(mask.unique().tolist()) == {-math.inf, 0}
+    per_head, added = random(N * H, L, S), random(N, S)
+    mask = attention_mask(q, k, H, per_head, added)
+    assert torch.equal(mask, per_head.view(N, H, L, S) + added[:, None, None])
+
+
+@pytest.mark.parametrize("shape", [(L, S + 1), (1, S), (H, L, S), (S,)], ids=str)
+def test_masks_of_another_shape_are_refused(shape):
+    with pytest.raises(RuntimeError, match=r"attn_mask has shape .* must be \(4, 5\) or \(6, 4, 5\)"):
+        attention_mask(random(N, L, E), random(N, S, E), H, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, S), (N, L), (S,)], ids=str)
+def test_padding_masks_of_another_shape_are_refused(shape):
+    with pytest.raises(RuntimeError, match=r"key_padding_mask has shape .* must be \(2, 5\)"):
+        attention_mask(random(N, L, E), random(N, S, E), H, None, torch.zeros(shape))
+
+
+def test_appended_keys_are_visible_to_all():
+    k, v, mask = random(N, S, E), random(N, S, E), random(L, S)
+    bias_k, bias_v = random(1, 1, E), random(1, 1, E)
+    unchanged = append_keys(k, v, None, None, None, False)
+    assert unchanged[0] is k and unchanged[1] is v and unchanged[2] is None
+    keys, values, longer = append_keys(k.bfloat16(), v.bfloat16(), mask, bias_k, bias_v, True)
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert torch.equal(keys[:, :S], k.bfloat16()) and torch.equal(values[:, :S], v.bfloat16())
+    assert torch.equal(keys[:, S], bias_k.bfloat16()[0].expand(N, E)) and not keys[:, S + 1].any()
+    assert torch.equal(values[:, S], bias_v.bfloat16()[0].expand(N, E)) and not values[:, S + 1].any()
+    assert torch.equal(longer, torch.cat([mask, torch.zeros(L, 2)], 1))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+def test_attention_head_by_head(need_weights, masked):
+    q, k, v, mask = random(N, L, E), random(N, S, E), random(N, S, E), random(L, S) if masked else None
+    attended, weights = attend(q, k, v, H, mask, 0.0, need_weights)
+    heads = [[t[..., h * E // H : (h + 1) * E // H] for t in (q, k, v)] for h in range(H)]
+    expected = []
+    for h, (q_h, k_h, v_h) in enumerate(heads):
+        scores = q_h @ k_h.mT / (E // H) ** 0.5 + (mask if masked else 0)
+        expected.append(scores.softmax(-1) @ v_h)
+        if need_weights:
+            assert_close(weights[:, h], scores.softmax(-1), FP32)
+    assert (weights is None) == (not need_weights)
+    assert_close(attended, torch.cat(expected, -1), FP32)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropped_attention_weights(need_weights):
+    q = random(N, 50, E)
+    without, _ = attend(q, q, torch.ones_like(q), H, None, 0.0, need_weights)
+    attended, _ = attend(q, q, torch.ones_like(q), H, None, 0.5, need_weights)
+    assert_close(without, torch.ones_like(q), FP32)
+    assert (attended - 1).abs().max() > 0.1 and abs(attended.mean() - 1) < 0.1  # those that stay are doubled
+
+
+def test_one_tensor_stays_one():
+    x, y, calls = random(L, N, E), random(L, N, E), []
+    a, b, c = once_each(lambda t: calls.append(t) or t + 1, x, y, x)
+    assert a is c and torch.equal(b, y + 1) and len(calls) == 2
+    assert to_batch_first(True, False)(x).shape == (N, L, E)
+    assert to_batch_first(True, True)(x) is x
+    assert to_batch_first(False, False)(x[:, 0]).shape == (1, L, E)
+
+
 # -------------------------------------------------------------------------------------------------------------- 4 bits
 
 
@@ -334,7 +554,7 @@ def test_nf4_takes_little_more_than_4_bits_a_value():
 
 def test_rows_of_a_4_bit_weight_are_views_of_one_storage():
     stored = NF4Weight.quantize(random(9, 7))
-    part = stored.rows(3, 6)
+    part = stored[3:6]
     assert part.shape == (3, 7) and part.packed is stored.packed
     assert torch.equal(part.dequantize(torch.float32), stored.dequantize(torch.float32)[3:6])
 
@@ -383,6 +603,15 @@ def test_pooling_and_rectifying_commute_to_the_bit(device, dtype, memory_format,
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(ours.grad, stock.grad, rtol=0, atol=0, equal_nan=True)
     assert ours.grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("shape", [(2, 40_000), (300, 200)], ids=str)
+def test_pooling_knows_positions_in_large_maps(shape):
+    """More positions than 16 bits count, as in maps above 181 x 181 (stems on images above 362 pixels)."""
+    ours, stock = (torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    for x, pool in ((ours.requires_grad_(), max_pool2d_relu), (stock.requires_grad_(), F.max_pool2d)):
+        pool(x, 2, 2).relu().sum().backward()
+    assert torch.equal(ours.grad, stock.grad)
 
 
 def test_pooling_keeps_nothing_of_the_input_s_size():

@@ -1,0 +1,377 @@
+"""Blocks in which an adapted layer and its neighbour are one computation, and what is recomputed in backward.
+
+An adapted layer saves time and memory if it does its neighbour's work too:
+- A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
+  disappears, and so does the copy of them that it would save for backward.
+- A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
+  With selective gradient checkpointing the same is done to GELU.
+- A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
+
+The block that holds both decides, at each call: if a child was replaced, trains, or has a hook, the block computes what
+the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
+their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
+subclass may do something else in its forward.
+
+This file knows the layers of `finetune_lora.py` only by what they offer: see `AdaptedLayer`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
+from torchvision.ops.misc import Conv2dNormActivation
+
+from lora_functional import max_pool2d_relu
+from moco import InputError
+
+
+@runtime_checkable
+class AdaptedLayer(Protocol):
+    """What a layer with an adapter offers and a stock layer does not.
+
+    Its `forward` takes one more argument than the stock layer's:
+    - linear layers and attention take `before`, an operation on each row of the input, to apply first;
+    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output.
+    """
+
+    def merge(self) -> None: ...
+
+    def unmerge(self) -> None: ...
+
+    def effective_weights(self) -> dict[str, Tensor]: ...
+
+    def remove_lora(self, merge: bool = False) -> None: ...
+
+
+# --------------------------------------------------------------------------------------------- what goes together
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Has one of these a hook? It must see what it would see in the stock model."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def folds(conv: nn.Module, norm: nn.Module) -> bool:
+    """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
+    return (
+        type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+        and isinstance(conv, nn.Conv2d)
+        and isinstance(conv, AdaptedLayer)
+        and not _trains(norm)
+        and not is_hooked(conv, norm)
+    )
+
+
+def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The row scale g of the kernel and the bias that make a convolution compute this BatchNorm too, both (out,).
+
+    In eval mode BatchNorm computes ``g x + (beta - mean g)`` with ``g = gamma / sqrt(var + eps)``.
+    """
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    return scale, shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+
+
+def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, as one convolution if possible."""
+    return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
+
+
+def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
+    """May ``layer(operation(x))`` be ``layer(x, before=operation)``, which saves x and not the operation's output?
+
+    Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
+    """
+    return (
+        (type(operation) is nn.GELU or (type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1))
+        and isinstance(layer, AdaptedLayer)
+        and not _trains(operation)
+        and not is_hooked(operation, layer)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ the blocks
+
+
+def recomputable(forward: Callable) -> Callable:
+    """Make the forward of a `recomputed` block save only its input and run once more in backward."""
+
+    @functools.wraps(forward)
+    def run(self, *args, **kwargs):
+        if not self.recomputed or not torch.is_grad_enabled():
+            return forward(self, *args, **kwargs)
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+        if norms:
+            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
+        # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
+    """For the second run: BatchNorms in training normalise by the batch again, but do not count it twice."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class FusedBasicBlock(BasicBlock):
+    """The block of ResNet-18 and 34, with its BatchNorms folded."""
+
+    recomputed = False
+
+    @recomputable
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_bn(self.conv1, self.bn1, x))
+        out = conv_bn(self.conv2, self.bn2, out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class FusedBottleneck(Bottleneck):
+    """The block of ResNet-50 and larger, with its BatchNorms folded."""
+
+    recomputed = False
+
+    @recomputable
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(conv_bn(self.conv1, self.bn1, x))
+        out = self.relu(conv_bn(self.conv2, self.bn2, out))
+        out = conv_bn(self.conv3, self.bn3, out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class FusedSequential(nn.Sequential):
+    """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, modules = input, list(self)
+        while modules:
+            module = modules.pop(0)
+            x = module(x, batch_norm=modules.pop(0)) if modules and folds(module, modules[0]) else module(x)
+        return x
+
+
+class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
+    """Convolution, BatchNorm and activation: in MoCo v3's convolutional stem, and in many torchvision models."""
+
+
+class FusedResNet(ResNet):
+    """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        relu, pool = self.relu, self.maxpool
+        x = conv_bn(self.conv1, self.bn1, x)
+        is_stock = type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not pool.return_indices
+        if is_stock and not is_hooked(relu, pool):
+            x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        else:
+            x = pool(relu(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class FusedMLPBlock(MLPBlock):
+    """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. If `recomputed`, the GELU is."""
+
+    recomputed = False
+
+    def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
+        """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
+        linear, *rest = self
+        x = linear(input) if before is None else linear(input, before=before)
+        if self.recomputed and len(rest) > 2:
+            gelu, dropout, linear, *after = rest
+            does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
+            if does_nothing and recomputes(gelu, linear):
+                x, rest = linear(x, before=gelu), after
+        for module in rest:
+            x = module(x)
+        return x
+
+
+class FusedEncoderBlock(EncoderBlock):
+    """The block of a ViT. Each LayerNorm is recomputed in backward by the layer behind it."""
+
+    recomputed = False
+
+    @recomputable
+    def forward(self, input: Tensor) -> Tensor:
+        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
+        attention, mlp = self.self_attention, self.mlp
+        if recomputes(self.ln_1, attention):
+            x, _ = attention(input, input, input, need_weights=False, before=self.ln_1)
+        else:
+            x = self.ln_1(input)
+            x, _ = attention(x, x, x, need_weights=False)
+        x = self.dropout(x) + input
+        if type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0]):
+            return x + mlp(x, before=self.ln_2)
+        return x + mlp(self.ln_2(x))
+
+
+class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
+    """PyTorch's transformer layer, with nothing fused: it can be `recomputed`."""
+
+    recomputed = False
+    forward = recomputable(nn.TransformerEncoderLayer.forward)
+
+
+FUSED = {
+    ResNet: FusedResNet,
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    nn.Sequential: FusedSequential,
+    Conv2dNormActivation: FusedConv2dNormActivation,
+    EncoderBlock: FusedEncoderBlock,
+    MLPBlock: FusedMLPBlock,
+    nn.TransformerEncoderLayer: RecomputedEncoderLayer,
+}
+STOCK = {fused: stock for stock, fused in FUSED.items()}
+
+
+def fuse(model: nn.Module) -> None:
+    """Give each block its fused class if a layer in it is adapted or the block is `recomputed`, else its stock class.
+
+    Call it after layers have got or lost their adapters.
+    """
+    for block in reversed(list(model.modules())):  # children before their parents
+        stock = STOCK.get(type(block), type(block))
+        if stock in FUSED:
+            has_adapted = any(isinstance(child, AdaptedLayer | FusedMLPBlock) for child in block.children())
+            block.__class__ = FUSED[stock] if has_adapted or vars(block).get("recomputed") else stock
+    _set_fast_paths(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every block and every BatchNorm its stock class again, once all adapters are removed.
+
+    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` like any other.
+    """
+    for module in model.modules():
+        vars(module).pop("recomputed", None)
+        if isinstance(module, Freezable):
+            module.__class__ = next(stock for stock, kind in FREEZABLE.items() if kind is type(module))
+            vars(module).pop("frozen", None)
+    fuse(model)
+
+
+def _set_fast_paths(model: nn.Module) -> None:
+    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless one of these flags is off."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            flag = "activation_relu_or_gelu"
+        elif isinstance(module, nn.TransformerEncoder):
+            flag = "use_nested_tensor"
+        else:
+            continue
+        if any(isinstance(m, AdaptedLayer) for m in module.modules()):
+            vars(module).setdefault("stock_fast_path", getattr(module, flag))
+            setattr(module, flag, False)
+        elif "stock_fast_path" in vars(module):
+            setattr(module, flag, vars(module).pop("stock_fast_path"))
+
+
+# --------------------------------------------------------------------------------------------- gradient checkpointing
+
+# Mode -> the blocks that are `recomputed`, as stock or as fused ones.
+RECOMPUTED = {
+    "none": (),
+    "selective": (FusedMLPBlock,),
+    "full": (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer),
+}
+
+
+def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
+    """Trade time for memory: which activations are computed again in backward instead of saved.
+
+    Args:
+        mode: 'none'; 'selective': the outputs of GELU, recomputed from their inputs by the adapted layer behind;
+            'full': whole blocks, of which only the input is saved. The outputs of LayerNorm are recomputed in every
+            mode: that is an eighth of a block's activations for less than a hundredth of its time.
+
+    Raises:
+        InputError: a mode that does not exist, or a model without anything to recompute.
+    """
+    if mode not in RECOMPUTED:
+        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
+    kinds = RECOMPUTED[mode]
+    blocks = [m for m in model.modules() if type(m) in kinds or STOCK.get(type(m)) in kinds]
+    if mode != "none" and not blocks:
+        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
+    for module in model.modules():
+        vars(module).pop("recomputed", None)
+    for block in blocks:
+        block.recomputed = True
+    fuse(model)
+
+
+# --------------------------------------------------------------------------------------------------- frozen BatchNorm
+
+
+class Freezable:
+    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
+
+    frozen = False
+
+    def train(self, mode: bool = True):
+        return super().train(mode and not self.frozen)
+
+
+class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
+    pass
+
+
+class FreezableBatchNorm2d(Freezable, nn.BatchNorm2d):
+    pass
+
+
+class FreezableBatchNorm3d(Freezable, nn.BatchNorm3d):
+    pass
+
+
+class FreezableSyncBatchNorm(Freezable, nn.SyncBatchNorm):
+    pass
+
+
+FREEZABLE = {
+    nn.BatchNorm1d: FreezableBatchNorm1d,
+    nn.BatchNorm2d: FreezableBatchNorm2d,
+    nn.BatchNorm3d: FreezableBatchNorm3d,
+    nn.SyncBatchNorm: FreezableSyncBatchNorm,
+}
+
+
+def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
+    """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
+    if type(norm) in FREEZABLE:
+        norm.__class__ = FREEZABLE[type(norm)]
+    if isinstance(norm, Freezable):
+        norm.frozen = freeze
+        norm.train(training)

@@ -1,0 +1,748 @@
+"""lora_fusion.py: blocks whose neighbours are computed together, against the stock blocks, layer by layer."""
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import (
+    EXACT,
+    FP32,
+    adapters,
+    assert_close,
+    assert_equals_dense,
+    compare_with_dense,
+    dense_twin,
+    frozen,
+    images,
+    randomize_adapters,
+    resnet,
+    vit,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
+
+import lora_fusion
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
+from lora_utils import LoRAManager
+from moco import InputError
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch runs within the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def count(self, part: str) -> int:
+        return sum(part in name for name in self.names)
+
+
+def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
+    with Operations() as operations:
+        model(x)
+    return operations.count("batch_norm")
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+# ---------------------------------------------------------------------------------------------- folded BatchNorm
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+def test_a_resnet_with_folded_batch_norms_equals_the_stock_model(block, channels_last):
+    stock, x = resnet(block).double(), images(dtype=torch.float64)
+    model = copy.deepcopy(stock)
+    if channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    frozen(model)
+    assert batch_norms_computed(model, x) == 0
+    assert [k for k in model.state_dict() if "lora_" not in k] == list(stock.state_dict())
+    assert_equals_dense(stock, model, x, EXACT)
+
+
+def test_folding_in_low_precision():
+    """A BatchNorm's scale is no bfloat16."""
+    stock = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16)).eval()
+    stock[1].running_var.uniform_(0.1, 10), stock[1].running_mean.normal_()
+    x = torch.randn(2, 8, 9, 9)
+    model = frozen(copy.deepcopy(stock))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(model(x), dense_twin(stock, model)(x.double()), 1e-2)
+    stock.bfloat16()
+    model = frozen(copy.deepcopy(stock))
+    assert_close(model(x.bfloat16()), dense_twin(stock, model)(x.bfloat16().double()), 1e-2)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+def test_a_batch_norm_folds_into_a_kernel_that_trains(channels_last):
+    """The BatchNorm is constant, whether the weight in front of it trains or not."""
+    stock, x = resnet(Bottleneck).double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    if channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("conv2.weight"))
+    assert batch_norms_computed(model, x) == 0
+    compare_with_dense(stock, model, [x], EXACT)
+
+
+def test_a_convolutional_stem_as_moco_v3_s_is_folded():
+    stem = [ConvStemConfig(8, 3, 2), ConvStemConfig(16, 3, 2)]
+    stock = vit(conv_stem_configs=stem, patch_size=4).double().eval()
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    model = frozen(copy.deepcopy(stock), target_modules=["conv_proj", "mlp"])
+    assert batch_norms_computed(model, images(16, dtype=torch.float64)) == 0
+    assert_equals_dense(stock, model, images(16, dtype=torch.float64), EXACT)
+
+
+def test_a_folded_batch_norm_unfolds_when_it_trains():
+    """Unfrozen, it normalises by the batch and counts it, as in the stock model; frozen again, it is folded again."""
+    stock, x = resnet().double(), images(count=4, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    assert_equals_dense(stock, model, x, EXACT)
+    freeze_backbone_params(model, freeze=False)
+    twin = dense_twin(stock, model).train()
+    compare_with_dense(stock.train(), model.train(), [x], EXACT)
+    twin(x)
+    for name, buffer in twin.named_buffers():
+        assert_close(model.get_buffer(name), buffer, EXACT, name)
+    stock.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
+    freeze_backbone_params(model)
+    assert_equals_dense(stock, model, x, EXACT)
+
+
+def test_a_batch_norm_that_normalises_by_the_batch_is_not_folded():
+    """Without parameters to train, only the mode tells it from a frozen one."""
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).double()
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
+    compare_with_dense(stock, model, [images(8, dtype=torch.float64)], EXACT)
+    assert model[1].num_batches_tracked == 1
+
+
+def test_a_trained_batch_norm_in_evaluation_mode_gets_its_gradients():
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    for name, parameter in model.named_parameters():
+        if "bn1" in name:
+            parameter.requires_grad_()
+    compare_with_dense(stock, model, [x], EXACT)
+
+
+def test_a_convolution_s_bias_trains_through_a_folded_batch_norm():
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
+    model = frozen(copy.deepcopy(stock))
+    model[0].bias.requires_grad_()
+    compare_with_dense(stock, model, [images(8)], FP32)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": None}])
+def test_batch_norms_of_every_kind_stay_exact(options):
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, **options)).eval()
+    if stock[1].running_mean is not None:
+        stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(8), FP32)
+
+
+class PreActivation(BasicBlock):
+    """conv1 is followed by bn2, and conv2 by nothing."""
+
+    def forward(self, x):
+        return x + self.conv2(self.relu(self.bn2(self.conv1(self.relu(self.bn1(x))))))
+
+
+class DoubledBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def chains() -> Iterator[tuple[str, nn.Module, int]]:
+    """What stands in which order, and how many BatchNorms of it cannot be folded."""
+    relu, norm, conv = nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+    yield "a pair", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), 0
+    yield "something between", nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), 1
+    yield "something between that is used before", nn.Sequential(relu, nn.Conv2d(4, 4, 3), relu, nn.BatchNorm2d(4)), 1
+    yield "a shared BatchNorm", nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.Conv2d(4, 4, 3), norm), 0
+    yield "a shared convolution", nn.Sequential(conv, nn.BatchNorm2d(4), conv), 0
+    yield "a BatchNorm before", nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)), 1
+    yield "two BatchNorms", nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)), 1
+    yield "a linear layer before", nn.Sequential(nn.Linear(9, 9), nn.BatchNorm2d(4)), 1
+    yield "a forward of its own", PreActivation(4, 4), 2
+    yield "a BatchNorm with a forward of its own", nn.Sequential(nn.Conv2d(4, 4, 3), DoubledBatchNorm(4)), 1
+
+
+@pytest.mark.parametrize("case", list(chains()), ids=lambda case: case[0])
+def test_a_batch_norm_is_folded_if_it_follows_a_convolution(case):
+    stock, x = copy.deepcopy(case[1]).eval(), torch.randn(2, 4, 9, 9)
+    for module in stock.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    model = frozen(copy.deepcopy(stock))
+    assert batch_norms_computed(model, x) == case[2]
+    assert_equals_dense(stock, model, x, FP32)
+
+
+def test_a_batch_norm_behind_a_convolution_without_adapter_is_not_folded():
+    stock = resnet().double().eval()
+    model = frozen(copy.deepcopy(stock), target_modules="conv2")
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert batch_norms_computed(model, images(dtype=torch.float64)) == norms - 4  # one of each layer's is folded
+    assert_equals_dense(stock, model, images(dtype=torch.float64), EXACT)
+
+
+def test_a_folded_batch_norm_stays_exact_when_adapters_are_merged_or_off():
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).train()
+    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
+    with manager.disable_lora():
+        assert_close(model(x), stock(x), EXACT)
+    manager.merge_lora_weights()
+    assert_close(model(x), expected, EXACT)
+    with manager.disable_lora():
+        assert_close(model(x), stock(x), EXACT)
+    manager.unmerge_lora_weights()
+    assert_close(model(x), expected, EXACT)
+    assert_close(copy.deepcopy(model)(x), expected, EXACT)
+
+
+def test_folding_with_dropout_keeps_its_meaning():
+    """The BatchNorm is linear in eval mode: g (W x + s B A dropout(x)) + shift."""
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    stock[1].running_mean.normal_(), stock[1].running_var.uniform_(0.5, 2)
+    x = images(8)
+    model = frozen(copy.deepcopy(stock), lora_dropout=0.4).train()
+    torch.manual_seed(7)
+    y = model(x)
+    torch.manual_seed(7)
+    _, _, A, B = next(adapters(model[0]))
+    delta = model[0].scaling * (B @ A).view_as(stock[0].weight)
+    assert_close(y, stock[1](stock[0](x) + F.conv2d(F.dropout(x, 0.4), delta)), FP32)
+
+
+# ------------------------------------------------------------------------------------- recomputed LayerNorm and GELU
+
+
+def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """What a forward keeps for backward, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(size for size, _ in saved.values())
+
+
+def test_a_vit_equals_the_stock_model():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
+
+
+@pytest.mark.parametrize("targets, norms", [(None, 2), ("self_attention", 1), ("mlp.0", 1), ("mlp.3", 0)], ids=str)
+def test_a_layer_norm_s_output_is_not_saved(targets, norms):
+    """In front of adapted layers. A hook brings it back."""
+    model, x = frozen(vit(), target_modules=targets), images(16, 8)
+    without = saved_bytes(model, x)
+    blocks = [m for m in model.modules() if isinstance(m, EncoderBlock)]
+    for block in blocks:
+        block.ln_1.register_forward_hook(lambda *_: None)
+        block.ln_2.register_forward_hook(lambda *_: None)
+    output = 8 * 5 * 16 * 4  # (N, L, E) floats
+    # With its output, LayerNorm saves a mean and a reciprocal deviation for each row.
+    assert saved_bytes(model, x) - without >= (2 * norms - 1) * output
+
+
+def test_a_layer_norm_that_trains_gets_its_gradients():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    for name in ("ln_1.weight", "ln_2.bias"):
+        model = frozen(copy.deepcopy(stock))
+        for full_name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or full_name.endswith(name))
+        compare_with_dense(stock, model, [x], EXACT)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_weights_that_train_behind_a_layer_norm_that_does_not(mode):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, mode)
+    for name, parameter in model.named_parameters():
+        is_weight = name.endswith(("in_proj_weight", "mlp.0.weight", "mlp.3.weight"))
+        parameter.requires_grad_(parameter.requires_grad or is_weight)
+    compare_with_dense(stock, model, [x], EXACT)
+
+
+class NormUsedTwice(EncoderBlock):
+    def forward(self, input):
+        x = self.ln_1(input)
+        return x + self.self_attention(x, x, x, need_weights=False)[0]
+
+
+def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
+    stock = nn.Sequential(NormUsedTwice(2, 16, 32, 0.0, 0.0))
+    model = frozen(copy.deepcopy(stock), target_modules="self_attention")
+    assert type(model[0]) is NormUsedTwice
+    compare_with_dense(stock, model, [torch.randn(2, 5, 16)], FP32)
+
+
+# ---------------------------------------------------------------------------------------------------- the pooled stem
+
+
+def test_the_largest_activation_of_a_resnet_is_not_saved():
+    """Pooled first and rectified after. Who listens to one of the two gets the usual order."""
+    model, x = frozen(resnet(Bottleneck)), images()
+    without = saved_bytes(model, x)
+    model.relu.register_forward_hook(lambda *_: None)
+    assert saved_bytes(model, x) > without + 2 * 64 * 16 * 16 * 4  # (N, 64, H / 2, W / 2) floats
+
+
+@pytest.mark.parametrize(
+    "change", ["relu", "maxpool", "return_indices"], ids=["other activation", "no pooling", "pooling with indices"]
+)
+def test_other_stems_stay_as_they_are(change):
+    """Without pooling, as for images of 32 pixels."""
+
+    class First(nn.MaxPool2d):
+        def forward(self, x):
+            return super().forward(x)[0] if self.return_indices else super().forward(x)
+
+    stock = resnet(Bottleneck).double().eval()
+    if change == "return_indices":
+        stock.maxpool = First(3, 2, 1, return_indices=True)
+    else:
+        setattr(stock, change, nn.ELU() if change == "relu" else nn.Identity())
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
+
+
+# ----------------------------------------------------------------------- children that are replaced, hooked or copied
+
+
+def grey_stem(model: nn.Module) -> None:
+    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+
+
+def no_norm(model: nn.Module) -> None:
+    model.bn1 = nn.Identity()
+
+
+def other_norm(model: nn.Module) -> None:
+    model.layer1[0].conv2 = nn.Identity()
+    model.layer1[0].bn1 = nn.GroupNorm(4, 64)
+
+
+@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_replaced_modules_in_a_resnet(change):
+    """A block looks its children up at each call."""
+    stock, x = resnet().double().eval(), images(dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network)
+        network.double()
+    assert_close(model(x), twin(x), EXACT)
+
+
+def no_layer_norm(block: EncoderBlock) -> None:
+    block.ln_1 = block.ln_2 = nn.Identity()
+
+
+def norm_of_a_sequence(block: EncoderBlock) -> None:
+    block.ln_1 = nn.LayerNorm((5, 16), elementwise_affine=False)
+
+
+def other_activation(block: EncoderBlock) -> None:
+    block.mlp[1] = nn.Tanh()
+
+
+def stock_layers(block: EncoderBlock) -> None:
+    block.self_attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    block.mlp[0] = nn.Linear(16, 32)
+
+
+def other_mlp(block: EncoderBlock) -> None:
+    block.mlp = nn.Sequential(nn.Linear(16, 7), nn.GELU(), nn.Linear(7, 16))
+
+
+def shorter_mlp(block: EncoderBlock) -> None:
+    del block.mlp[2]
+
+
+def dropped_before(block: EncoderBlock) -> None:
+    block.mlp[2] = nn.Hardtanh(-0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [no_layer_norm, norm_of_a_sequence, other_activation, stock_layers, other_mlp, shorter_mlp, dropped_before],
+)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_replaced_modules_in_a_vit(change, mode):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, mode)
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network.encoder.layers[1])
+        network.double()
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    y, z = model(ours), twin(theirs)
+    assert_close(y, z, EXACT)
+    y.square().sum().backward(), z.square().sum().backward()
+    assert_close(ours.grad, theirs.grad, EXACT)
+
+
+def test_modules_may_be_removed_from_a_sequence():
+    stock = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    stock[2].running_mean.normal_()
+    model = frozen(copy.deepcopy(stock))
+    for network in (stock, model):
+        del network[0]
+    x = images()
+    assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
+
+
+def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
+    """Keep copies of the first input and the output: what follows may work in place."""
+
+    def record(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        seen.append((inputs[0].detach().clone(), output.detach().clone()))
+
+    return module.register_forward_hook(record)
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_hook_sees_what_it_sees_in_the_stock_model(build, side, mode):
+    """On any module, alone or on all at once: both the input and the output."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock)).eval()
+    if not (mode == "selective" and build is resnet):
+        set_gradient_checkpointing(model, mode)
+    twin = dense_twin(stock, model)
+    inside = {f"{name}." for name, m in twin.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    names = [name for name, _ in twin.named_modules() if not any(name.startswith(prefix) for prefix in inside)]
+    for chosen in (*([name] for name in names), names):
+        seen = []
+        for network in (twin, model):
+            recorded = []
+            handles = [watch(network.get_submodule(name), recorded) for name in chosen]
+            network(x)
+            [handle.remove() for handle in handles]
+            seen.append(recorded)
+        assert len(seen[0]) == len(seen[1]) >= len(chosen)
+        for ours, theirs in zip(seen[1], seen[0], strict=True):
+            for actual, expected in zip(ours, theirs, strict=True):
+                assert_close(actual, expected, EXACT, str(chosen))
+
+
+def listeners():
+    yield "forward", lambda m, seen: m.register_forward_hook(lambda *_: seen.append(1))
+    yield "forward_pre", lambda m, seen: m.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield "backward", lambda m, seen: m.register_full_backward_hook(lambda *_: seen.append(1))
+    yield "backward_pre", lambda m, seen: m.register_full_backward_pre_hook(lambda *_: seen.append(1))
+
+
+@pytest.mark.parametrize("register", list(listeners()), ids=lambda case: case[0])
+@pytest.mark.parametrize("name", ["bn1", "maxpool", "layer1.0.conv2", "layer2.0.downsample.1"])
+def test_hooks_of_every_kind_are_called(register, name):
+    model, seen = frozen(resnet()), []
+    register[1](model.get_submodule(name), seen)
+    model(images()).sum().backward()
+    assert seen
+
+
+@pytest.mark.parametrize("register", list(listeners()), ids=lambda case: case[0])
+@pytest.mark.parametrize("name", ["ln_1", "ln_2", "mlp", "mlp.1", "mlp.2"])
+def test_hooks_of_every_kind_are_called_in_a_vit(register, name):
+    model, seen = frozen(vit()), []
+    set_gradient_checkpointing(model, "selective")
+    register[1](model.encoder.layers[1].get_submodule(name), seen)
+    model(images(16)).sum().backward()
+    assert seen
+
+
+def test_a_hook_on_every_module_of_the_process_is_called():
+    model, seen = frozen(resnet()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(images())
+    finally:
+        handle.remove()
+    assert {m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.ReLU)} <= set(seen)
+
+
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_a_copied_layer_is_a_layer(build):
+    """And not the model around it: nothing of the model can be reached from one of its layers."""
+    model = frozen(build())
+    for layer in model.modules():
+        if not list(layer.children()):
+            file = io.BytesIO()
+            torch.save(layer, file)
+            held = sum(t.numel() * t.element_size() for t in (*layer.parameters(), *layer.buffers()))
+            assert file.tell() < held + 10_000
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_deleted_model_is_gone(build, side, mode):
+    """At once, without the garbage collector: on a GPU the next model needs the memory."""
+    model = frozen(build(), use_qlora=True)
+    if not (mode == "selective" and build is resnet):
+        set_gradient_checkpointing(model, mode)
+    model(images(side)).sum().backward()
+    remembered = [weakref.ref(module) for module in model.modules()]
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() for reference in remembered)
+    finally:
+        gc.enable()
+
+
+def test_only_blocks_around_adapted_layers_are_fused():
+    model, stock = resnet(), resnet()
+    add_lora_to_model(model, target_modules="layer2")
+    changed = {n for n, m in model.named_modules() if type(m) is not type(stock.get_submodule(n))}
+    layers = {"layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0"}
+    assert changed == layers | {"layer2.0", "layer2.0.downsample"}
+    add_lora_to_model(model, target_modules="layer3.0.conv1")
+    changed = {n for n, m in model.named_modules() if type(m) is not type(stock.get_submodule(n))}
+    assert changed == {"layer3.0.conv1", "layer3.0"}
+
+
+def test_fused_blocks_can_be_saved_whole(tmp_path):
+    model, x = frozen(resnet()), images()
+    torch.save(model, tmp_path / "model.pth")
+    again = torch.load(tmp_path / "model.pth", weights_only=False)
+    assert classes(again) == classes(model) and torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "block, shape",
+    [(BasicBlock(4, 4), (2, 4, 8, 8)), (EncoderBlock(2, 16, 32, 0.0, 0.0), (2, 5, 16))],
+    ids=["resnet", "vit"],
+)
+def test_a_compiled_block_is_one_graph_and_computes_the_same(block, shape):
+    model, x = frozen(copy.deepcopy(block)), torch.randn(shape)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(f(x).square().sum(), trained) for f in (model, compiled)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(theirs, ours, FP32)
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_fast_path_is_closed_around_adapters_only(activation):
+    """And open again without them."""
+
+    def encoder() -> nn.TransformerEncoder:
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, activation, batch_first=True), 2)
+
+    def flags(model: nn.Module) -> list:
+        return [model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)]
+
+    model = encoder()
+    before = flags(model)
+    assert all(before)
+    add_lora_to_model(model, target_modules="layers.1")
+    add_lora_to_model(model, target_modules="layers.1")  # again
+    assert flags(model) == [False, before[1], 0]
+    for layer in (model.layers[1].self_attn, model.layers[1].linear1, model.layers[1].linear2):
+        layer.remove_lora()
+    lora_fusion.unfuse(model)
+    assert flags(model) == before and classes(model) == classes(encoder())
+    assert set(vars(model.layers[1])) == set(vars(encoder().layers[1]))
+
+
+# ------------------------------------------------------------------------------------------ gradient checkpointing
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout):
+    """With dropout the same values are dropped the second time; attention's and the MLP's own included."""
+    model = vit(dropout=dropout, attention_dropout=dropout)
+    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=dropout)
+    freeze_backbone_params(randomize_adapters(model))
+    model.train()
+    x, keys = images(16, 8), list(model.state_dict())
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    set_gradient_checkpointing(model, mode)
+    loss, gradients = loss_and_gradients(model, x)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(loss, expected[0])
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], 1e-6, name)
+    if not dropout:  # which keeps the LayerNorm's and GELU's output; without, LayerNorm's is kept in no mode
+        assert saved_bytes(model, x) < {"selective": 0.85, "full": 0.5}[mode] * before
+    set_gradient_checkpointing(model, "none")
+    assert saved_bytes(model, x) == before
+    assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
+
+
+def test_selective_checkpointing_equals_the_dense_stock_model():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, "selective")
+    assert_equals_dense(stock, model, x, EXACT)
+    freeze_backbone_params(model, freeze=False)  # a LayerNorm that trains gets its gradients
+    compare_with_dense(stock, model.train(), [x], EXACT)
+    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
+    freeze_backbone_params(model)
+    with manager.disable_lora():
+        assert_close(model(x), stock(x), EXACT)
+    manager.merge_lora_weights()
+    assert_close(model(x), expected, EXACT)
+
+
+def test_selective_checkpointing_under_autocast():
+    model, x = frozen(vit()), images(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, x)
+        set_gradient_checkpointing(model, "selective")
+        again, others = loss_and_gradients(model, x)
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, 1e-6, name)
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
+def test_checkpointing_a_resnet(freeze):
+    """A BatchNorm that trains counts a batch once, though it is computed twice."""
+    stock = add_lora_to_model(resnet(), r=2)
+    randomize_adapters(stock, std=0.05)
+    results, x = [], images(count=4)
+    for mode in ("none", "full"):
+        model = copy.deepcopy(stock)
+        freeze_backbone_params(model, freeze)
+        set_gradient_checkpointing(model.train(), mode)
+        results.append((*loss_and_gradients(model, x), dict(model.named_buffers())))
+    (loss, gradients, buffers), (again, others, counted) = results
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, 1e-5, name)
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, counted[name]), name
+
+
+def test_checkpointing_pytorch_s_encoder_layer():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model)))
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def run():
+        torch.manual_seed(7)
+        return model(x, src_key_padding_mask=mask)
+
+    expected = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
+    set_gradient_checkpointing(model, "full")
+    actual = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
+    for gradient, wanted in zip(actual, expected, strict=True):
+        assert_close(gradient, wanted, 1e-6)
+
+
+def test_checkpointing_where_there_is_nothing_to_recompute():
+    with pytest.raises(InputError, match="selective finds nothing to recompute"):
+        set_gradient_checkpointing(add_lora_to_model(resnet()), "selective")
+    with pytest.raises(InputError, match="full finds nothing to recompute"):
+        set_gradient_checkpointing(nn.Linear(2, 2), "full")
+    with pytest.raises(InputError, match="'some' is unknown"):
+        set_gradient_checkpointing(vit(), "some")
+
+
+def test_new_adapters_in_a_checkpointed_model_stay_exact():
+    for mode in ("selective", "full"):
+        for four_bits in (False, True):
+            model, x = frozen(vit(), use_qlora=four_bits), images(16)
+            set_gradient_checkpointing(model, mode)
+            frozen(model, use_qlora=four_bits)
+            expected = loss_and_gradients(model, x)[1]
+            set_gradient_checkpointing(model, "none")
+            for name, gradient in loss_and_gradients(model, x)[1].items():
+                assert_close(expected[name], gradient, 1e-6, name)
+
+
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_checkpointing_without_adapters(build):
+    """Full fine-tuning. Afterwards the model is a stock model again."""
+    model, x = build(), images(32 if build is resnet else 16, 8)
+    stock = copy.deepcopy(model)
+    expected, before = loss_and_gradients(copy.deepcopy(model), x), saved_bytes(copy.deepcopy(model), x)
+    set_gradient_checkpointing(model, "full")
+    loss, gradients = loss_and_gradients(model, x)
+    assert torch.equal(loss, expected[0])
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], 1e-5, name)
+    assert saved_bytes(model, x) < 0.7 * before
+    with pytest.raises(InputError, match="selective finds nothing"):
+        set_gradient_checkpointing(model, "selective")
+    set_gradient_checkpointing(model, "none")
+    assert classes(model) == classes(stock)
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs))
+
+
+def test_evaluation_recomputes_nothing():
+    model, x = frozen(vit()), images(16)
+    set_gradient_checkpointing(model, "full")
+    calls = []
+    model.encoder.layers[1].dropout.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == 1
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
+    """It acts on the GELU's output, which then has to exist."""
+    model, x = frozen(vit(dropout=0.3)).train(), images(16, 8)
+    before = saved_bytes(model, x)
+    set_gradient_checkpointing(model, "selective")
+    assert saved_bytes(model, x) == before
