@@ -14,24 +14,20 @@ files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
@@ -41,44 +37,19 @@ import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, unfuse
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
-from moco import InputError, data, distributed, listed, options, reports, runs
+from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
-from moco.checkpoints import load_backbone, tensor_digest
+from moco.checkpoints import describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
-from moco.options import (
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_float_or_auto,
-    positive_int,
-)
+from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
+from moco.options import positive_int
 from moco.probe import head_accuracy, init_head_from_probe, soften_head
-from moco.search import EPOCHS, Trial, find_learning_rate
-from moco.training import (
-    PRECISIONS,
-    SCHEDULES,
-    Evaluation,
-    autocast,
-    evaluate,
-    extract_features,
-    knn_accuracy,
-    lower_rates,
-    lr_schedule,
-    peak_memory_bytes,
-    seed_everything,
-    select_device,
-    select_precision,
-    to_device,
-)
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
-SEARCH_IMAGES = 2_000  # at most so many train, and as many validate, when a learning rate is searched for
-START_IMAGES = 1_000  # on at most so many the loss before training is measured
 RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
+START_IMAGES = 1_000  # on at most so many the loss before training is measured
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
@@ -785,41 +756,7 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--augmentation", choices=data.AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
     )
-    tune = parser.add_argument_group("finetune")
-    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
-    tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
-    tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
-    tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
-    tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
-    tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
-    tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
-    tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
-    tune.add_argument(
-        "--learning-rate", type=positive_float_or_auto, default=1e-4, help="of AdamW, at its peak; auto: search for it"
-    )
-    tune.add_argument(
-        "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
-    )
-    tune.add_argument("--head-learning-rate", type=positive_float, help="default: --learning-rate")
-    tune.add_argument(
-        "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
-    )
-    tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
-    tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
-    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW")
-    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
-    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
-    tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
-    tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
-    tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
-    tune.add_argument(
-        "--gradient-checkpointing",
-        choices=("none", "selective", "full"),
-        default="none",
-        help="none, selective (GELU) or full (blocks)",
-    )
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
+    options.add_finetune_options(parser)
     return parser
 
 
@@ -850,19 +787,7 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     problems = list(runs.environment_problems(args))
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
-    if args.use_qlora and not args.freeze_backbone:
-        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    if args.use_qlora and args.lora_rank == 0:
-        problems.append(
-            "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
-        )
-    if args.from_scratch and args.freeze_backbone:
-        problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
-    if args.warmup_epochs > args.epochs:
-        problems.append(
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
-            "would never get to its peak; lower it"
-        )
+    problems += options.finetune_problems(args)
     if args.resume and args.eval_only:
         problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
     return problems
@@ -890,41 +815,30 @@ def main(
         InputError: anything wrong with the options, the data or the files.
     """
     args, sources = read_options(argv)
-    device = select_device(args.device)
-    dtype = select_precision(args.precision, device)
+    device = training.select_device(args.device)
+    dtype = training.select_precision(args.precision, device)
     distributed.join(device)
     with runs.faults_explained(device, "lower --batch-size" if args.eval_only else SAVES_MEMORY) as loaders:
         if args.eval_only:
             base = args.checkpoint if sources["checkpoint"] != "default" else None
             return evaluate_adapter(args, base, device, dtype, loaders)
         print(options.describe_options(args, sources))
-        seed_everything(args.seed)
+        training.seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(describe_base(report, args.from_scratch))
         print(f"device: {device}, precision: {dtype}")
         if distributed.is_main():
             runs.begin_folder(args.output_dir, FineTuning.FILES, args.resume)
         if args.learning_rate == "auto":
-            choose_learning_rate(args, splits, device, dtype, loaders)
+            args.learning_rate = choose_learning_rate(args, splits, device, dtype, loaders)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
-        if args.resume:
+        if args.resume and not search.was_interrupted(args.resume):
             run.resume(args.resume)
         else:
             run.start_head(run.features())
             print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
         run.train(after_epoch)
         return run.finish()
-
-
-def describe_base(report: dict[str, Any], from_scratch: bool) -> str:
-    """What the backbone is and what was recognised in its checkpoint, in a line."""
-    if from_scratch:
-        return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
-    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
-    return (
-        f"backbone: {report['arch']} for {report['image_size']} pixels from a {report['family']} checkpoint{epoch}; "
-        f"{len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
-    )
 
 
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
@@ -938,7 +852,8 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
             raise InputError(f"{error}\n{another}") from None
         raise
     model, report = build_model(args, len(splits.class_names))
-    check_batches(splits, args, batch_norm_trains(model))
+    norms_train = training.batch_norm_trains(model)
+    training.check_batches(len(splits.train), len(splits.val), args.batch_size, norms_train)
     return splits, model, report
 
 
@@ -965,51 +880,24 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
-def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders: list[DataLoader]) -> None:
-    """`--learning-rate auto`: set args.learning_rate to the best on a validation part of the training images.
+def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders: list[DataLoader]) -> float:
+    """`--learning-rate auto`: the best rate of short runs on a part of the training images."""
+    parts, features = search.parts_of(splits), []
 
-    The trials are saved as they are made; a run that is resumed goes on with them, or recalls the rate it has found.
-    """
-    config, digest, known = options.resolved_config(make_parser(), args), splits.digest(), []
-    if args.resume:
-        state = read_checkpoint(args.resume)
-        if "trials" not in state:
-            args.learning_rate = state["config"]["finetune"]["learning_rate"]
-            return
-        if state["config"] != config or state["images"] != digest:
-            raise InputError(f"{args.resume} is of a search with other settings or images; start without --resume")
-        known, args.resume = [Trial(*trial) for trial in state["trials"]], None
-    rest, part = data.validation_part(splits.train)
-    parts = Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
-    print(f"searching for a learning rate: {EPOCHS} epochs in all over {len(parts.train)} images")
-    features = []
-
-    def trial(rate: float, epochs: int) -> tuple[float, float]:
-        seed_everything(args.seed)
+    def short_run(rate: float, epochs: int) -> FineTuning:
+        training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs / 3)}
+        own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
-        run = FineTuning(
-            argparse.Namespace(**vars(args) | own), model.to(device), report, parts, device, dtype, loaders
-        )
+        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders)
         features[:] = features or run.features()
         run.start_head(features)
-        while len(run.history) < epochs:
-            if not run.train_epoch():
-                return 0.0, math.inf
-        return run.history[-1]["val_accuracy"], run.history[-1]["val_loss"]
+        return run
 
-    def tried(trials: list[Trial]) -> None:
-        print("  learning rate {:.0e}, {} epochs: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
-        if distributed.is_main():
-            state = {"trials": [tuple(trial) for trial in trials], "config": config, "images": digest}
-            save_atomically(state, args.output_dir / "last.pth")
-            write_csv([trial._asdict() for trial in trials], Trial._fields, args.output_dir / "learning_rates.csv")
-
-    args.learning_rate, trials = find_learning_rate(trial, known, tried)
-    if distributed.is_main():
-        reports.plot_learning_rates(trials, args.output_dir / "learning_rates.png")
-    print(f"learning rate {args.learning_rate:.0e}")
-    seed_everything(args.seed)
+    settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
+    rate = search.choose_learning_rate(short_run, args.output_dir, args.resume, settings)
+    training.seed_everything(args.seed)
+    return rate
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -1023,36 +911,6 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
     )
-
-
-class MicroBatches(NamedTuple):
-    """The batches of one optimizer step, read one at a time."""
-
-    batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
-    number: int
-    images: int  # of all processes together
-
-
-@dataclass
-class Progress:
-    """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
-
-    learning_rate: float  # of its first step
-    steps: int = 0
-    images: int = 0
-    correct: int = 0
-    loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
-    seconds: float = 0.0
-
-    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
-        """Count an optimizer step; `seconds` are those of the epoch so far."""
-        self.steps, self.seconds = self.steps + 1, seconds
-        self.images, self.correct = self.images + images, self.correct + correct
-        self.loss_sum += loss_sum
-
-    @property
-    def loss(self) -> float:
-        return self.loss_sum / self.images
 
 
 class FineTuning:
@@ -1074,36 +932,38 @@ class FineTuning:
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
-        norms_train = batch_norm_trains(model)
+        norms_train = training.batch_norm_trains(model)
         size = report["image_size"]
         self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         # BatchNorm cannot normalise a last batch of one image.
-        lone = norms_train and len(splits.train) % args.batch_size == 1
-        self.train_loader = self.add_loader(
-            splits.train, self.augmentation, shuffle=True, seed=args.seed, drop_last=lone
-        )
+        drop = norms_train and len(splits.train) % args.batch_size == 1
+        shuffled = {"shuffle": True, "seed": args.seed, "drop_last": drop}
+        self.train_loader = self.add_loader(splits.train, self.augmentation, **shuffled)
         self.optimizer = build_optimizer(model, args)
-        counts = torch.bincount(torch.tensor(splits.train.labels), minlength=len(splits.class_names)).float()
-        self.constant_accuracy = (counts.max() / counts.sum()).item()  # of always the most frequent class
+        images = Counter(splits.train.labels)
+        self.constant_accuracy = max(images.values()) / len(splits.train)  # of always the most frequent class
         self.class_weights = None
         if args.class_weights == "balanced":  # 1 on average over the training images
-            self.class_weights = (len(splits.train) / (counts > 0).sum() / counts.clamp(min=1)).to(device)
+            shares = [
+                len(images) * images[label] / len(splits.train) or 1.0 for label in range(len(splits.class_names))
+            ]
+            self.class_weights = 1 / torch.tensor(shares, device=device)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
-        self.schedule = lr_schedule(self.optimizer, total, warmup, args.schedule)
+        self.schedule = training.lr_schedule(self.optimizer, total, warmup, args.schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.parallel = distributed.parallel(model, device)
         # Until here all processes drew the same; from here on each draws its own dropout.
         if distributed.rank() > 0:
-            seed_everything(args.seed + distributed.rank())
+            training.seed_everything(args.seed + distributed.rank())
         self.stop = runs.StopRequests()
-        self.progress: Progress | None = None  # of the epoch that has begun
-        self.epoch_start: dict[str, Any] | None = None  # what it began from
+        self.progress: training.Progress | None = None  # of the epoch that has begun
+        self.epoch_start: dict[str, Any] | None = None  # `trained()` when it began
+        self.retreats: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {}  # what `measure_start` finds
-        self.retreats: list[dict[str, float]] = []
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -1120,14 +980,14 @@ class FineTuning:
         )
         with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
             return [
-                extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
+                training.extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
                 for loader in loaders
             ]
 
     def start_head(self, features: list[tuple[Tensor, Tensor]]) -> None:
         """Measure what the backbone knows before any training, and start the head from it."""
         bank, queries, augmented = features
-        self.before = {"knn_accuracy": knn_accuracy(*bank, *queries), "probe_accuracy": None}
+        self.before = {"knn_accuracy": training.knn_accuracy(*bank, *queries), "probe_accuracy": None}
         if self.args.head_init == "probe":
             init_head_from_probe(self.model, *bank, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
@@ -1147,9 +1007,8 @@ class FineTuning:
                 if not self.train_epoch():
                     self.retreat()
                     continue
-                print(
-                    "epoch {epoch}: val loss {val_loss:.4f}, val accuracy {val_accuracy:.4f}".format(**self.history[-1])
-                )
+                row = self.history[-1]
+                print(f"epoch {row['epoch']}: val loss {row['val_loss']:.4f}, val accuracy {row['val_accuracy']:.4f}")
                 self.save()
                 if after_epoch is not None:
                     after_epoch(self)
@@ -1158,7 +1017,7 @@ class FineTuning:
         """What is left of the epoch, and its evaluation; False, and none of that, if the training collapses."""
         epoch = len(self.history) + 1
         if self.progress is None:
-            self.progress = Progress(self.optimizer.param_groups[0]["lr"])
+            self.progress = training.Progress(self.optimizer.param_groups[0]["lr"])
             self.epoch_start = runs.copy_to_cpu(self.trained())
         now = self.progress
         started = time.perf_counter() - now.seconds
@@ -1173,7 +1032,7 @@ class FineTuning:
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
-        result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+        result = training.evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         if self.has_collapsed(result.accuracy):
             return False
         seconds = time.perf_counter() - started
@@ -1197,15 +1056,13 @@ class FineTuning:
                 f"{epoch - 1} is in {self.path('lora.pth')}"
             )
         self.restore(runs.copy_to_cpu(self.epoch_start))
-        lower_rates(self.schedule, RETREAT_FACTOR)
+        training.lower_rates(self.schedule, RETREAT_FACTOR)
         self.progress = None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        print(
-            f"epoch {epoch}: training collapsed; once more from its start, with learning rate "
-            f"{self.schedule.base_lrs[0]:.1e} in place of {rate:.1e}"
-        )
+        lower = self.schedule.base_lrs[0]
+        print(f"epoch {epoch}: training collapsed; once more with learning rate {lower:.1e} in place of {rate:.1e}")
 
-    def steps(self, epoch: int, start: int) -> Iterator[MicroBatches]:
+    def steps(self, epoch: int, start: int) -> Iterator[training.MicroBatches]:
         """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
         sampler, size = self.train_loader.batch_sampler, self.args.accumulation_steps
         sampler.epoch, sampler.start = epoch - 1, start * size
@@ -1216,9 +1073,9 @@ class FineTuning:
         for first in range(start * size, len(sampler), size):
             number = min(size, len(sampler) - first)
             images = min(number * self.args.batch_size, len(self.splits.train) - first * self.args.batch_size)
-            yield MicroBatches(itertools.islice(shares, number), number, images)
+            yield training.MicroBatches(itertools.islice(shares, number), number, images)
 
-    def step(self, micro_batches: MicroBatches) -> tuple[float, int]:
+    def step(self, micro_batches: training.MicroBatches) -> tuple[float, int]:
         """One optimizer step, as if its batches were one: the sum of the images' losses, and the number of hits.
 
         With several processes, each computes its share; gradients and results are those of the whole.
@@ -1226,10 +1083,10 @@ class FineTuning:
         measured = []
         self.optimizer.zero_grad(set_to_none=True)
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = to_device(images, self.device), to_device(labels, self.device)
+            images, labels = training.to_device(images, self.device), training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with autocast(self.device, self.dtype):
+                with training.autocast(self.device, self.dtype):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels) / micro_batches.images
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.
@@ -1265,12 +1122,8 @@ class FineTuning:
     def begin_files(self) -> None:
         """What the folder has from the first moment on: however soon the run is killed, it can be resumed."""
         if distributed.is_main():
-            with open_atomically(self.path("config.yaml")) as file:
-                file.write(yaml.safe_dump(self.config, sort_keys=False).encode())
-        if self.progress is None:
-            self.save()  # the adapter of epoch 0 is the probe
-        else:
-            self.save_state()
+            write_text(yaml.safe_dump(self.config, sort_keys=False), self.path("config.yaml"))
+        self.save_state() if self.progress else self.save()  # the adapter of epoch 0 is the probe
 
     def save(self) -> None:
         """The files of a finished epoch."""
@@ -1318,10 +1171,8 @@ class FineTuning:
 
     def trained(self) -> dict[str, Any]:
         """What training changes."""
-        return {
-            "model": trained_state(self.model),
-            **runs.training_state(self.optimizer, self.schedule, self.scaler),
-        }
+        changing = runs.training_state(self.optimizer, self.schedule, self.scaler)
+        return {"model": trained_state(self.model), **changing}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo everything that happened since `trained` returned this."""
@@ -1330,98 +1181,22 @@ class FineTuning:
 
     def resume(self, path: Path) -> None:
         """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
-        state, now = read_checkpoint(path, mapped=False), self.state()
-        if not isinstance(state, dict) or state.keys() != now.keys():
-            raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-        changed = runs.changed_settings(_flat(state["config"]), _flat(self.config), self.FREE_TO_CHANGE)
-        if changed or state["class_names"] != now["class_names"]:
-            what = ", ".join(changed) or "other classes"
-            raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-        if state["images"] != now["images"]:
-            raise InputError(
-                f"{path} was trained on other images than {self.args.data_dir or 'the data set'} holds now: put back "
-                "those that were there, or start without --resume"
-            )
-        if state["base"] != now["base"]:
-            raise InputError(f"{path} was trained over another base than {self.args.checkpoint}; resume with the same")
+        state = read_checkpoint(path, mapped=False)
+        runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
         self.epoch_start = state["epoch_start"]
-        self.progress = Progress(**state["progress"]) if state["progress"] else None
+        self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 
     # ------------------------------------------------------------------------------------------------------ the end
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
-        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+        result = training.evaluate(self.model, self.val_loader, self.device, self.dtype)
         if not distributed.is_main():
             return {}
-        results = self.results(result)
-        with open_atomically(self.path("results.json")) as file:
-            file.write(json.dumps(results, indent=2).encode())
-        curves = self.path("training_curves.png")
-        before = {"k-NN": self.before["knn_accuracy"], "linear probe": self.before["probe_accuracy"]}
-        reports.plot_finetuning(self.history, before, self.args.eval_split, curves)
-        reports.plot_confusion_matrix(result, self.class_names, self.path("confusion_matrix.png"))
-        reports.plot_mistakes(result, self.splits.val, self.class_names, self.path("mistakes.png"))
-        print(reports.summary(results, self.args.output_dir))
-        return results
-
-    def results(self, result: Evaluation) -> dict[str, Any]:
-        counts, per_class = count_parameters(self.model), reports.accuracy_per_class(result, self.class_names)
-        best = max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-        return {
-            "val_accuracy": result.accuracy,
-            "val_loss": result.loss,
-            "val_images": len(result.labels),
-            "eval_split": self.args.eval_split,
-            # Chosen on the very images that it was measured on: no number to publish.
-            "best_epoch": best["epoch"],
-            "best_val_accuracy": best["val_accuracy"],
-            "knn_accuracy_before": self.before["knn_accuracy"],
-            "probe_accuracy_before": self.before["probe_accuracy"],
-            "accuracy_per_class": per_class,
-            "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
-            "macro_f1": reports.macro_f1(result),
-            "retreats": self.retreats,
-            "epochs": len(self.history),
-            "seconds": sum(row["seconds"] for row in self.history),
-            "trainable_parameters": counts["trainable"],
-            "total_parameters": counts["total"],
-            "lora_parameters": counts["lora"],
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "adapter_bytes": self.path("lora.pth").stat().st_size,
-            "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
-            "device": str(self.device),
-            "precision": str(self.dtype).removeprefix("torch."),
-            "images": self.splits.digest(),
-            "config": self.config,
-        }
-
-
-def _flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{'section.key': value} of the sections of a configuration."""
-    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-
-
-def batch_norm_trains(model: nn.Module) -> bool:
-    """Does any BatchNorm take statistics of the batch in training?"""
-    return any(isinstance(module, _BatchNorm) and module.training for module in model.train().modules())
-
-
-def check_batches(splits: Splits, args: argparse.Namespace, norms_train: bool) -> None:
-    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch."""
-    processes = distributed.world_size()
-    if processes > min(len(splits.train), len(splits.val)):
-        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
-    if norms_train and processes > 1:
-        raise InputError(
-            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
-            "freeze it (--freeze-backbone)"
-        )
-    if norms_train and min(args.batch_size, len(splits.train)) == 1:
-        raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
+        return reports.write_finetuning(self, result, count_parameters(self.model))
 
 
 def evaluate_adapter(
@@ -1438,14 +1213,10 @@ def evaluate_adapter(
     loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     loader = build_loader(Transformed(splits.val, info["transform"]), **loading)
     loaders.append(loader)
-    result = evaluate(model.to(device), loader, device, dtype)
+    result = training.evaluate(model.to(device), loader, device, dtype)
     print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 
 
 if __name__ == "__main__":
-    # As `__main__` this file's classes would exist a second time beside those of the module `finetune_lora`, which
-    # `lora_utils` and saved files mean; isinstance would then fail without a word.
-    from finetune_lora import main as module_main
-
-    runs.run_script(module_main)
+    runs.run_script(main)

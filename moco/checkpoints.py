@@ -329,3 +329,14 @@ def _better_arch(source: _Source, arch: str) -> str:
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
     fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
     return f"; it looks like {fitting}: give that as the arch" if fitting != arch else ""
+
+
+def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
+    """What the backbone is and what was recognised in its checkpoint, in a line."""
+    if from_scratch:
+        return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
+    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
+    return (
+        f"backbone: {report['arch']} for {report['image_size']} pixels from a {report['family']} checkpoint{epoch}; "
+        f"{len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
+    )

@@ -84,6 +84,12 @@ def save_atomically(obj: Any, path: str | os.PathLike) -> None:
         torch.save(obj, file)
 
 
+def write_text(text: str, path: str | os.PathLike) -> None:
+    """A text file in UTF-8, written whole or not at all."""
+    with open_atomically(path) as file:
+        file.write(text.encode())
+
+
 def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os.PathLike) -> None:
     """A table with a header, whole or not at all; raises InputError as `open_atomically`."""
     text = io.StringIO(newline="")

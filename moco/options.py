@@ -21,6 +21,7 @@ import yaml
 from moco import InputError, printable
 from moco.data import DATASETS, EVAL_SPLITS
 from moco.files import stored_path
+from moco.training import PRECISIONS, SCHEDULES
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
 # keys that only fine-tuning has.
@@ -279,7 +280,7 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Options that both scripts have
+# The options that both scripts have, and those of fine-tuning
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
@@ -306,6 +307,69 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
     group.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
     return group
+
+
+def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The group and YAML section `finetune`."""
+    switch = argparse.BooleanOptionalAction
+    tune = parser.add_argument_group("finetune")
+    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
+    tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
+    tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
+    tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
+    tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
+    tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
+    tune.add_argument(
+        "--learning-rate",
+        type=positive_float_or_auto,
+        default=1e-4,
+        help="of AdamW, at its peak; auto: search for it",
+    )
+    tune.add_argument(
+        "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
+    )
+    tune.add_argument("--head-learning-rate", type=positive_float, help="default: --learning-rate")
+    tune.add_argument(
+        "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
+    )
+    tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
+    tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
+    tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
+    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW")
+    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
+    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
+    tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
+    tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
+    tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
+    tune.add_argument(
+        "--gradient-checkpointing",
+        choices=("none", "selective", "full"),
+        default="none",
+        help="none, selective (GELU) or full (blocks)",
+    )
+    tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
+    return tune
+
+
+def finetune_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of fine-tuning together, a line each."""
+    problems = []
+    if args.use_qlora and not args.freeze_backbone:
+        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
+    if args.use_qlora and args.lora_rank == 0:
+        problems.append(
+            "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
+        )
+    if args.from_scratch and args.freeze_backbone:
+        problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
+    if args.warmup_epochs > args.epochs:
+        problems.append(
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
+            "would never get to its peak; lower it"
+        )
+    return problems
 
 
 # ----------------------------------------------------------------------------------------------------------------------

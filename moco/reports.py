@@ -1,18 +1,65 @@
 """What a run leaves for people to open: pictures of its curves and confusions, and the table printed at its end."""
 
+import json
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moco.data import LabelledImages
-from moco.files import open_atomically
-from moco.search import Trial
-from moco.training import Evaluation
+from moco.files import open_atomically, write_text
+from moco.training import Evaluation, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
+
+
+def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> dict[str, Any]:
+    """Write and print the results of a `FineTuning`; returns what `results.json` has.
+
+    Args:
+        result: of the model as it was saved, on the evaluation images.
+        counts: its parameters, as `count_parameters` gives them.
+    """
+    names, per_class = run.class_names, accuracy_per_class(result, run.class_names)
+    best = max(run.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    results = {
+        "val_accuracy": result.accuracy,
+        "val_loss": result.loss,
+        "val_images": len(result.labels),
+        "eval_split": run.args.eval_split,
+        # Chosen on the very images that it was measured on: no number to publish.
+        "best_epoch": best["epoch"],
+        "best_val_accuracy": best["val_accuracy"],
+        "knn_accuracy_before": run.before["knn_accuracy"],
+        "probe_accuracy_before": run.before["probe_accuracy"],
+        "accuracy_per_class": per_class,
+        "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
+        "macro_f1": macro_f1(result),
+        "learning_rate": run.args.learning_rate,
+        "retreats": run.retreats,
+        "epochs": len(run.history),
+        "seconds": sum(row["seconds"] for row in run.history),
+        "trainable_parameters": counts["trainable"],
+        "total_parameters": counts["total"],
+        "lora_parameters": counts["lora"],
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "adapter_bytes": run.path("lora.pth").stat().st_size,
+        "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
+        "device": str(run.device),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "images": run.splits.digest(),
+        "config": run.config,
+    }
+    write_text(json.dumps(results, indent=2), run.path("results.json"))
+    before = {"k-NN": run.before["knn_accuracy"], "linear probe": run.before["probe_accuracy"]}
+    plot_finetuning(run.history, before, run.args.eval_split, run.path("training_curves.png"))
+    plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
+    plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
+    print(summary(results, run.args.output_dir))
+    return results
 
 
 def plot_finetuning(
@@ -40,8 +87,8 @@ def plot_finetuning(
         figure.savefig(file, dpi=150)
 
 
-def plot_learning_rates(trials: Sequence[Trial], path: Path) -> None:
-    """Validation accuracy by learning rate, a line for each number of epochs."""
+def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
+    """Validation accuracy by learning rate of `moco.search` trials, a line for each number of epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

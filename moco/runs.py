@@ -162,6 +162,36 @@ def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[
     return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
 
 
+def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[str], args: argparse.Namespace) -> None:
+    """Refuse to go on with a run of another version, under other settings, with other images, or over another base.
+
+    Args:
+        path: the file to go on from.
+        then, now: the state in it and that of the run to be, with `config` by section, `class_names`, `images`, `base`.
+        free: names of settings, as `section.key`, that may differ because they do not change what is computed.
+
+    Raises:
+        InputError: what differs.
+    """
+    if not isinstance(then, dict) or then.keys() != now.keys():
+        raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+    settings = [
+        {f"{section}.{key}": value for section, values in state["config"].items() for key, value in values.items()}
+        for state in (then, now)
+    ]
+    changed = changed_settings(*settings, free)
+    if changed or then["class_names"] != now["class_names"]:
+        what = ", ".join(changed) or "other classes"
+        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+    if then["images"] != now["images"]:
+        raise InputError(
+            f"{path} was trained on other images than {args.data_dir or 'the data set'} holds now: put back those that "
+            "were there, or start without --resume"
+        )
+    if then["base"] != now["base"]:
+        raise InputError(f"{path} was trained over another base than {args.checkpoint}; resume with the same")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # How a run fails
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco import InputError, distributed
 from moco.backbones import forward_features
@@ -129,6 +131,59 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     except ImportError:  # on Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches, and how far an epoch is in them
+
+
+def batch_norm_trains(model: nn.Module) -> bool:
+    """Does any BatchNorm take statistics of the batch in training?"""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.train().modules())
+
+
+def check_batches(train_images: int, val_images: int, batch_size: int, norms_train: bool) -> None:
+    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch."""
+    processes = distributed.world_size()
+    if processes > min(train_images, val_images):
+        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
+    if norms_train and processes > 1:
+        raise InputError(
+            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
+            "freeze it (--freeze-backbone)"
+        )
+    if norms_train and min(batch_size, train_images) == 1:
+        raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
+
+
+class MicroBatches(NamedTuple):
+    """The batches of one optimizer step, read one at a time."""
+
+    batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
+    number: int
+    images: int  # of all processes together
+
+
+@dataclass
+class Progress:
+    """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
+
+    learning_rate: float  # of its first step
+    steps: int = 0
+    images: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
+    seconds: float = 0.0
+
+    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
+        """Count an optimizer step; `seconds` are those of the epoch so far."""
+        self.steps, self.seconds = self.steps + 1, seconds
+        self.images, self.correct = self.images + images, self.correct + correct
+        self.loss_sum += loss_sum
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.images
 
 
 # ----------------------------------------------------------------------------------------------------------------------
