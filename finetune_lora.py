@@ -633,18 +633,13 @@ def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> Non
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
     if shared:
-        raise InputError(
-            f"{shared[0]} shares its weight with another layer, which an adapter would change too: leave it out with "
-            "exclude_modules"
-        )
+        raise InputError(f"{shared[0]} shares its weight with another layer: leave it out with exclude_modules")
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     in_head = [name for name in chosen if _in_head(model, name)]
     if in_head:
-        raise InputError(
-            f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out of the targets"
-        )
+        raise InputError(f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out")
     double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
@@ -718,21 +713,14 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     if layers:
+        fields = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+        settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
         try:
-            adapt_as_recorded(model, layers)
+            adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
         except InputError as error:
             raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(adapter_path)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
-
-
-def adapt_as_recorded(model: nn.Module, layers: dict[str, dict[str, Any]]) -> None:
-    """Put adapters on the layers that an adapter file lists by name, each with its own rank and scaling."""
-    settings = {
-        name: LoRASettings(**{key: value for key, value in record.items() if key not in ("kind", "scaling")})
-        for name, record in layers.items()
-    }
-    adapt_layers(model, settings, use_qlora=any(record["kind"].startswith("QLoRA") for record in layers.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -763,11 +751,10 @@ def make_parser() -> argparse.ArgumentParser:
 def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
-    def shipped_config_applies(typed: dict[str, Any]) -> bool:
-        # Its values suit the shipped backbone; another one gets the flags' defaults.
+    def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
-    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, shipped_config_applies, _complete)
+    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, _complete)
 
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
@@ -942,14 +929,10 @@ class FineTuning:
         shuffled = {"shuffle": True, "seed": args.seed, "drop_last": drop}
         self.train_loader = self.add_loader(splits.train, self.augmentation, **shuffled)
         self.optimizer = build_optimizer(model, args)
-        images = Counter(splits.train.labels)
+        images = Counter(splits.train.labels)  # per class
         self.constant_accuracy = max(images.values()) / len(splits.train)  # of always the most frequent class
-        self.class_weights = None
-        if args.class_weights == "balanced":  # 1 on average over the training images
-            shares = [
-                len(images) * images[label] / len(splits.train) or 1.0 for label in range(len(splits.class_names))
-            ]
-            self.class_weights = 1 / torch.tensor(shares, device=device)
+        balanced = args.class_weights == "balanced"
+        self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
         self.schedule = training.lr_schedule(self.optimizer, total, warmup, args.schedule)
@@ -1210,10 +1193,9 @@ def evaluate_adapter(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
             f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
         )
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
-    loader = build_loader(Transformed(splits.val, info["transform"]), **loading)
-    loaders.append(loader)
-    result = training.evaluate(model.to(device), loader, device, dtype)
+    images = Transformed(splits.val, info["transform"])
+    loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
+    result = training.evaluate(model.to(device), loaders[-1], device, dtype)
     print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +154,16 @@ def check_batches(train_images: int, val_images: int, batch_size: int, norms_tra
         )
     if norms_train and min(batch_size, train_images) == 1:
         raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
+
+
+def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
+    """A weight for each class, (num_classes,), that makes all count alike; over the images the weights average 1.
+
+    Args:
+        images: how many each class has, by its index.
+    """
+    shares = [len(images) * images[label] / sum(images.values()) or 1.0 for label in range(num_classes)]
+    return 1 / torch.tensor(shares)
 
 
 class MicroBatches(NamedTuple):
