@@ -919,13 +919,13 @@ class FineTuning:
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
-        norms_train = training.batch_norm_trains(model)
+        self.norms_train = training.batch_norm_trains(model)
         size = report["image_size"]
         self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         # BatchNorm cannot normalise a last batch of one image.
-        drop = norms_train and len(splits.train) % args.batch_size == 1
+        drop = self.norms_train and len(splits.train) % args.batch_size == 1
         shuffled = {"shuffle": True, "seed": args.seed, "drop_last": drop}
         self.train_loader = self.add_loader(splits.train, self.augmentation, **shuffled)
         self.optimizer = build_optimizer(model, args)
@@ -946,7 +946,7 @@ class FineTuning:
         self.epoch_start: dict[str, Any] | None = None  # `trained()` when it began
         self.retreats: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
-        self.before: dict[str, float | None] = {}  # what `measure_start` finds
+        self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}  # training
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -1027,7 +1027,9 @@ class FineTuning:
     def has_collapsed(self, accuracy: float) -> bool:
         """Is half or more of what the best epoch, or the probe, was better than a constant answer lost?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
-        return accuracy < best - (best - self.constant_accuracy) / 2
+        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
+        # BatchNorm that trains needs some epochs for its running statistics: until then evaluation tells nothing.
+        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) / 2, chance)
 
     def retreat(self) -> None:
         """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""

@@ -18,14 +18,14 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import FineTuning, MicroBatches, build_model, count_parameters, load_finetuned, read_options
+from finetune_lora import FineTuning, build_model, count_parameters, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, runs
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.data import Transformed, load_splits
 from moco.files import read_checkpoint
-from moco.training import evaluate, seed_everything
+from moco.training import MicroBatches, evaluate, seed_everything
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -144,9 +144,9 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     _, folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
-        *("metrics.csv", "results.json", "training_curves.png"),
+        *("metrics.csv", "mistakes.png", "results.json", "training_curves.png"),
     ]
-    for name in ("confusion_matrix.png", "training_curves.png"):
+    for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
 
@@ -196,7 +196,7 @@ def test_results_say_what_came_out(finished):
 def test_training_learns_what_can_be_learned(finished):
     results, folder, _ = finished
     rows = metrics(folder)
-    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"]
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
     assert results["val_accuracy"] >= 0.9
 
 
@@ -254,7 +254,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
         adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return evaluate(model, loader, device, dtype)._replace(accuracy=next(scripted, 0.8))
 
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted_evaluate)
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted_evaluate)
     results = finetune("--epochs 4")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.8, 2, 0.9)
     assert "accuracy after        80.00% of 15 held-out images" in capsys.readouterr().out
@@ -265,7 +265,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
 
 def test_the_curves_show_losses_that_can_be_compared(finetune):
     """Label smoothing raises the loss that is minimised, even of a perfect classifier; the table has the plain one."""
-    results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2")
+    results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2 --head-init random")
     assert metrics(results["folder"])[-1]["train_loss"] < 0.8  # what is minimised stays above 0.86
 
 
@@ -276,7 +276,10 @@ def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
     monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
     with pytest.raises(runs.Stopped):
         finetune("--epochs 1 --lora-rank 2")
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "last.pth", "notes.txt"]
+    begun = ["config.yaml", "last.pth", "lora.pth", "metrics.csv", "notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == begun
+    content = read_adapter_file(folder / "lora.pth")  # of the probe that it begins with
+    assert content["metadata"]["epoch"] == 0 and {layer["r"] for layer in content["layers"].values()} == {2}
 
 
 @pytest.mark.parametrize("done", ["within an epoch", "all epochs"])
@@ -391,7 +394,6 @@ def test_gradient_checkpointing_changes_nothing_but_memory(start, mode):
 
 def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
     run, seen = start("--batch-size 8 --accumulation-steps 2"), []
-    monkeypatch.setattr(run, "save", lambda: None)
     real_step = run.step
 
     def step(micro_batches):
@@ -411,7 +413,6 @@ def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
 
 def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
     run, events = start("--batch-size 3 --accumulation-steps 7"), []
-    monkeypatch.setattr(run, "save", lambda: None)
     run.model.register_forward_hook(lambda *_: events.append("forward"))
     read = Transformed.__getitem__
     monkeypatch.setattr(Transformed, "__getitem__", lambda self, i: events.append("read") or read(self, i))
