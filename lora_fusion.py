@@ -116,7 +116,7 @@ def recomputable(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if not self.recomputed or not torch.is_grad_enabled():
+        if not self.recomputed:
             return forward(self, *args, **kwargs)
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
