@@ -188,8 +188,7 @@ class FusedResNet(ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         relu, pool = self.relu, self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
-        is_stock = type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not pool.return_indices
-        if is_stock and not is_hooked(relu, pool):
+        if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         else:
             x = pool(relu(x))
