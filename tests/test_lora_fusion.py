@@ -313,7 +313,7 @@ def test_weights_that_train_behind_a_layer_norm_that_does_not(mode):
 def test_a_sequence_without_batch_dimension_is_refused():
     """As torchvision's block does, which attention alone would not."""
     for block in (vit().encoder.layers[0], frozen(vit()).encoder.layers[0]):
-        with pytest.raises(AssertionError, match="Expected .batch_size, seq_length, hidden_dim. got"):
+        with pytest.raises(AssertionError, match=r"Expected .batch_size, seq_length, hidden_dim. got"):
             block(torch.randn(5, 16))
 
 
