@@ -116,7 +116,7 @@ def recomputable(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if not self.recomputed or not torch.is_grad_enabled():
+        if not self.recomputed:
             return forward(self, *args, **kwargs)
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -188,8 +188,7 @@ class FusedResNet(ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         relu, pool = self.relu, self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
-        is_stock = type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not pool.return_indices
-        if is_stock and not is_hooked(relu, pool):
+        if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         else:
             x = pool(relu(x))

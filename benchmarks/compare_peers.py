@@ -39,14 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune_lora import (
-    FreezableBatchNorm2d,
-    add_lora_to_model,
-    choose_layers,
-    freeze_backbone_params,
-    set_gradient_checkpointing,
-)
+from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora_functional import bitsandbytes_functional
+from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing
 from lora_utils import LoRAManager
 from moco import InputError
 from moco.backbones import build_backbone, default_image_size, head_name

@@ -357,6 +357,14 @@ def test_adapters_are_replaced_never_nested():
         assert_unchanged(before, model, keys)
 
 
+def test_the_record_of_the_base_stays_when_adapters_are_replaced():
+    """By it an adapter file knows which weights of the base have trained since."""
+    model = add_lora_to_model(vit())
+    before = dict(model.base_digests)
+    nn.init.ones_(model.class_token)
+    assert add_lora_to_model(model, r=2).base_digests == before
+
+
 def test_new_adapters_start_as_the_base_model():
     model, x = vit().eval(), images(16)
     expected = model(x)
@@ -507,6 +515,13 @@ def test_counts_are_of_elements():
         assert count_parameters(model) == {
             "total": total + lora, "trainable": lora + head, "frozen": total - head, "lora": lora
         }  # fmt: skip
+
+
+def test_a_parameter_that_modules_share_is_counted_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    add_lora_to_model(model, r=2)
+    assert count_parameters(model) == {"total": 68, "trainable": 68, "frozen": 0, "lora": 32}
 
 
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])

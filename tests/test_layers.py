@@ -650,6 +650,22 @@ def test_a_merged_layer_takes_no_state(four_bits):
     assert torch.equal(layer(x), other(x))
 
 
+@pytest.mark.parametrize("case", range(5))
+def test_a_merged_layer_computes_with_the_merged_weight_alone(case):
+    """In training it drops nothing, and its adapter gets no gradient."""
+    stock, inputs = list(layers_and_inputs())[case]
+    layer = adapted(stock, lora_dropout=0.5).train()
+    twin = dense_twin(stock, layer)
+    LoRAManager(layer).merge_lora_weights()
+    x = {id(t): t.clone().requires_grad_() for t in inputs}
+    actual = layer(*(x[id(t)] for t in inputs))
+    expected = twin(*(t.double() for t in inputs))
+    actual, expected = (y[0] if isinstance(y, tuple) else y for y in (actual, expected))
+    assert_close(actual, expected, FP32)
+    actual.sum().backward()
+    assert all(p.grad is None for name, p in layer.named_parameters() if "lora_" in name)
+
+
 def test_a_merged_layer_converts_with_its_base():
     layer = adapted(nn.Linear(8, 8))
     before = layer.weight.clone()
