@@ -1025,11 +1025,11 @@ class FineTuning:
         return True
 
     def has_collapsed(self, accuracy: float) -> bool:
-        """Is half or more of what the best epoch, or the probe, was better than a constant answer lost?"""
+        """Is a third of what the best epoch, or the probe, was better than a constant answer lost, or more?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
         chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
         # BatchNorm that trains needs some epochs for its running statistics: until then evaluation tells nothing.
-        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) / 2, chance)
+        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) / 3, chance)
 
     def retreat(self) -> None:
         """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
