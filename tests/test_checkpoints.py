@@ -386,6 +386,21 @@ def test_position_embedding_is_interpolated_for_another_size(saved):
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
+def test_half_a_position_embedding_is_interpolated_in_full_precision(saved):
+    state = without_head(build_backbone("vit_mini", 2).state_dict())
+    half = {name: tensor.half() for name, tensor in state.items()}
+    full = {name: tensor.float() for name, tensor in half.items()}
+    found = [load_backbone(saved(content), num_classes=2, image_size=64)[0] for content in (half, full)]
+    assert torch.equal(*(model.encoder.pos_embedding for model in found))
+
+
+def test_a_position_embedding_of_no_square_is_one_clear_line(saved):
+    state = build_backbone("vit_mini", 2).state_dict() | {"encoder.pos_embedding": torch.zeros(1, 16, 192)}
+    for size in (None, 64):
+        with pytest.raises(InputError, match=r"pos_embedding \(1, 16, 192\) instead of"):
+            load_backbone(saved(state), num_classes=2, image_size=size)
+
+
 def test_vit_keeps_the_size_it_was_trained_at(saved):
     source = build_backbone("vit_mini", 2, image_size=48)
     model, report = load_backbone(saved(source.state_dict()), num_classes=2)
