@@ -135,8 +135,8 @@ class LoRAManager:
         four_bits = [name for name, layer in layers.items() if hasattr(layer, "float_digests")]
         if four_bits and not merge:
             raise InputError(
-                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
-                "the checkpoint again"
+                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or "
+                "load the checkpoint again"
             )
         for layer in layers.values():
             if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own
