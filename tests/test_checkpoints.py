@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from moco import InputError
 from moco.backbones import build_backbone
@@ -371,6 +372,16 @@ def test_the_digests_say_what_the_file_holds(saved):
     path = saved(source)
     digests = {size: load_backbone(path, 2, image_size=size)[0].base_digests for size in (32, 64)}
     assert digests[32] == digests[64] == {name: tensor_digest(value) for name, value in source.items()}
+
+
+def test_a_digest_tells_dtype_shape_and_values_and_not_how_they_lie():
+    image = torch.arange(24.0).reshape(1, 2, 3, 4)
+    expected = tensor_digest(image)
+    assert tensor_digest(nn.Parameter(image.contiguous(memory_format=torch.channels_last))) == expected
+    assert tensor_digest(torch.arange(9)[::2]) == tensor_digest(torch.tensor([0, 2, 4, 6, 8]))
+    assert tensor_digest(torch.ones(1).expand(3)) == tensor_digest(torch.ones(3))
+    others = (image.double(), image.reshape(1, 2, 4, 3), image + 1, image.int().view(torch.float32))
+    assert len({expected, *map(tensor_digest, others)}) == 5
 
 
 def test_position_embedding_is_interpolated_for_another_size(saved):
