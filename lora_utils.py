@@ -64,9 +64,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            tensor = (
-                module.base(name) if known is None and isinstance(module, AdaptedLayer) and module.merged else tensor
-            )
+            if known is None and isinstance(module, AdaptedLayer) and module.merged:
+                tensor = module.base(name)
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 

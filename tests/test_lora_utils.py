@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from finetune_lora import LoRASettings, adapt_layers, add_lora_to_model, freeze_backbone_params, load_finetuned
-from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
+from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
 from moco import InputError, checkpoints
 from moco.backbones import build_backbone
 
@@ -543,6 +543,44 @@ def test_merging_a_model(arch, four_bits):
     manager.unmerge_lora_weights()
     assert_bitwise(before, model)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_switched_off_within_a_block(merged):
+    """The base model's answers, and whatever happens the adapters come back, but for one that was off before."""
+    stock, x = base(), images()
+    model = adapted(copy.deepcopy(stock))
+    model.encoder.layers[2].mlp[0].lora_enabled = False
+    expected, manager = model(x), LoRAManager(model)
+    if merged:
+        manager.merge_lora_weights()
+    with pytest.raises(KeyError), manager.disable_lora():
+        assert_close(model(x), stock(x), FP32)
+        raise KeyError
+    assert_close(model(x), expected, FP32)
+    assert not model.encoder.layers[2].mlp[0].lora_enabled
+
+
+def test_what_training_changes():
+    """Trainable parameters, and the statistics of a BatchNorm unless it is frozen."""
+    model = adapted(build_backbone("resnet18", 3))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained_state(model).keys() == trainable and "fc.weight" in trainable
+    freeze_backbone_params(model, freeze=False)
+    assert trained_state(model).keys() == model.state_dict().keys()
+
+
+def test_what_is_no_part_of_the_state_is_no_part_of_the_base(path):
+    def build(cache: float):
+        model = nn.Sequential(nn.Linear(4, 5))
+        nn.init.ones_(model[0].weight)
+        nn.init.ones_(model[0].bias)
+        model.register_buffer("cache", torch.tensor(cache), persistent=False)
+        return add_lora_to_model(model, r=2)
+
+    LoRAManager(build(1.0)).save_lora_checkpoint(path)
+    assert "cache" not in read_adapter_file(path)["tensors"]
+    LoRAManager(build(2.0)).load_lora_checkpoint(path)
 
 
 @pytest.mark.parametrize("merged_before", [False, True])
