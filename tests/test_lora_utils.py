@@ -15,7 +15,14 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from finetune_lora import LoRASettings, adapt_layers, add_lora_to_model, freeze_backbone_params, load_finetuned
+from finetune_lora import (
+    LoRASettings,
+    QLoRALinear,
+    adapt_layers,
+    add_lora_to_model,
+    freeze_backbone_params,
+    load_finetuned,
+)
 from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
 from moco import InputError, checkpoints
 from moco.backbones import build_backbone
@@ -228,6 +235,12 @@ def test_a_model_whose_start_is_unknown_saves_everything(path):
     other = base(seed=2)
     LoRAManager(other).load_lora_checkpoint(path)
     assert_bitwise(snapshot(trained), other)
+
+
+def test_packed_weights_are_never_in_a_file(path):
+    """Not even where nothing is known of their start: without the constants beside them they mean nothing."""
+    LoRAManager(nn.Sequential(QLoRALinear(64, 32, r=2))).save_lora_checkpoint(path)
+    assert read_adapter_file(path)["tensors"].keys() == {"0.lora_A", "0.lora_B", "0.bias"}
 
 
 # ------------------------------------------------------------------------------------------------- over a checkpoint
