@@ -491,6 +491,30 @@ def test_damaged_content(path, change, message):
         read_adapter_file(path)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("r", 0), ("r", 2.0), ("r", True), ("lora_alpha", 0), ("lora_alpha", math.nan), ("lora_dropout", 1)],
+        *[("lora_dropout", -0.1), ("scaling", math.inf), ("scaling", "2"), ("use_rslora", 1), ("kind", None)],
+    ],
+)
+def test_impossible_settings_of_a_layer(field, value, path):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    content = read_adapter_file(path)
+    content["layers"][LAYER][field] = value
+    write_adapter_file(content, path)
+    with pytest.raises(InputError, match=f"damaged: {LAYER} is missing, of the wrong type or impossible"):
+        read_adapter_file(path)
+
+
+def test_numbers_that_are_not_finite_are_not_loaded(path):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    content = read_adapter_file(path)
+    content["tensors"]["heads.head.bias"][0] = math.nan
+    write_adapter_file(content, path)
+    assert_refused(adapted(base()), path, r"NaN or infinite numbers in heads\.head\.bias; use that of an earlier epoch")
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):
