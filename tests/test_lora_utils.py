@@ -1,5 +1,6 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -23,7 +24,7 @@ from finetune_lora import (
     freeze_backbone_params,
     load_finetuned,
 )
-from lora_utils import LoRAManager, read_adapter_file, trained_state, write_adapter_file
+from lora_utils import LoRAManager, check_metadata, read_adapter_file, trained_state, write_adapter_file
 from moco import InputError, checkpoints
 from moco.backbones import build_backbone
 
@@ -513,6 +514,32 @@ def test_numbers_that_are_not_finite_are_not_loaded(path):
     content["tensors"]["heads.head.bias"][0] = math.nan
     write_adapter_file(content, path)
     assert_refused(adapted(base()), path, r"NaN or infinite numbers in heads\.head\.bias; use that of an earlier epoch")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, None),
+        ({"class_names": ["a", "b", "c"]}, r"for its 3 classes heads\.head\.weight is \(2, 192\), not \(3, 192\)"),
+        ({"class_names": [1, 2]}, "damaged: class_names in its metadata of the wrong type"),
+        ({"class_names": "ab", "arch": 3}, "damaged: arch, class_names in its metadata"),
+        ({"arch": "vit_minni"}, "unknown arch 'vit_minni': did you mean vit_mini?"),
+        ({"arch": "resnet18"}, r"for its 2 classes fc\.weight is missing"),
+        ({"image_size": 2**40}, "at most 4096"),
+        ({"checkpoint": None}, "damaged: checkpoint in its metadata"),
+    ],
+    ids=str,
+)
+def test_metadata_describe_a_model_that_the_tensors_fit(change, message, tmp_path):
+    head = base(classes=2).state_dict()
+    refused = pytest.raises(InputError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        check_metadata(tmp_path / "a.pth", about(tmp_path) | change, head)
+
+
+def test_metadata_that_describe_no_model(tmp_path):
+    with pytest.raises(InputError, match="does not say its class_names, image_size, checkpoint: build the model"):
+        check_metadata(tmp_path / "a.pth", {"arch": "vit_mini"}, {})
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
