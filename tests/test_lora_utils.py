@@ -210,6 +210,17 @@ def test_statistics_that_moved_travel_too(path):
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
+def test_weights_in_any_memory_format_travel(path):
+    stock = resnet18(num_classes=3).eval()
+    model = adapted(copy.deepcopy(stock)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(1.5)
+    LoRAManager(model).save_lora_checkpoint(path)
+    fresh = adapted(copy.deepcopy(stock))
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert_bitwise(snapshot(model), fresh)
+
+
 def test_saving_a_merged_model_saves_its_adapters_and_its_base(path):
     """Not the merged weights: loaded again, the update would count twice."""
     model, x = adapted(base()), images()
@@ -698,3 +709,4 @@ def test_information():
     assert not info["merged"]
     LoRAManager(model).merge_lora_weights()
     assert LoRAManager(model).get_lora_info()["merged"]
+    assert LoRAManager(base()).get_lora_info() == {"num_layers": 0, "lora_parameters": 0, "merged": False, "layers": {}}
