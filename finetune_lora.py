@@ -1130,8 +1130,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    if args.dataset is None:
-        args.dataset = "imagefolder" if args.data_dir is not None else "digits"
+    problems = options.complete_data_options(args)
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone
@@ -1140,7 +1139,7 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / path)
     if sources["checkpoint"] == "config":
         args.checkpoint = found_path(args.checkpoint)
-    problems = list(runs.environment_problems(args))
+    problems += runs.environment_problems(args)
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
@@ -1218,7 +1217,8 @@ def describe_base(report: dict[str, Any], from_scratch: bool) -> str:
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Problems with both are told in one message."""
     try:
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        sources = options.image_sources(args)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
             build_model(args, num_classes=2)
@@ -1287,7 +1287,7 @@ class FineTuning:
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = ("lora.pth", "last.pth", "metrics.csv", "results.json", "training_curves.png", "confusion_matrix.png")
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("data.data_dir", "model.checkpoint", "data.workers")
+    FREE_TO_CHANGE = (*(f"data.{name}" for name in options.PLACES_OF_IMAGES), "model.checkpoint", "data.workers")
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
@@ -1584,7 +1584,7 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base)
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **options.image_sources(args))
     if splits.class_names != info["class_names"]:
         raise InputError(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
