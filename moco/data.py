@@ -302,8 +302,8 @@ def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs
         held_out = evaluation_folder(root)
     if held_out is None and needs_val:
         raise InputError(
-            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or put "
-            "the class folders straight into --data-dir"
+            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
+            "put the class folders straight into --data-dir"
         )
     class_names = class_folders(train)
     images = _folder_images(train, class_names)
