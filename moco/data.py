@@ -510,6 +510,11 @@ class Transformed(Dataset):
         yield
         self.being_read[worker.id] = -1
 
+    def unreadable(self, seconds: float) -> list[str]:
+        """What is wrong with each image file that cannot be read; of those that are reached within so many seconds."""
+        files = isinstance(self.dataset, LabelledImages)
+        return [str(error) for error in unreadable_among(self.dataset, seconds).values()] if files else []
+
     def names_being_read(self) -> list[str]:
         """The images that workers are reading now, or were when they were killed."""
         reading = [] if self.being_read is None else [i for i in self.being_read.tolist() if i >= 0]

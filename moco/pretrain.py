@@ -12,6 +12,7 @@ Every option is a flag and a key of the configuration file, whose sections are t
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems += runs.environment_problems(args)
+    if args.knn_dir and not os.path.isdir(args.knn_dir):
+        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     if args.moco_version != 3 and args.queue_size < args.batch_size:
