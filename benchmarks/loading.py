@@ -82,21 +82,17 @@ def measure_views(args: argparse.Namespace) -> list[dict]:
     """A row for each kind of view, size of view and size of file: milliseconds of a core per image, by loader."""
     torch.set_num_threads(1)
     rows = []
-    print(
-        "| file | view | pixels | "
-        + " | ".join(f"{name}, ms" for name in loaders_of("fine-tuning"))
-        + " | faster than |"
-    )
-    print("|---" * (4 + len(loaders_of("fine-tuning"))) + "|")
+    names = loaders_of("fine-tuning")
+    print("| file | view | pixels | " + " | ".join(f"{name}, ms" for name in names) + " | faster than |")
+    print("|---" * (4 + len(names)) + "|")
     with tempfile.TemporaryDirectory() as folder:
         for megapixels, size in SIZES.items():
             files = Path(folder, megapixels)
             make_photographs(files, size, args.images)
             for pixels in (224, 32):
                 for view in VIEWS:
-                    rows.append(
-                        {"megapixels": megapixels, "view": view, "pixels": pixels, **compare(files, view, pixels)}
-                    )
+                    row = {"megapixels": megapixels, "file_bytes": bytes_of(files), "view": view, "pixels": pixels}
+                    rows.append(row | compare(files, view, pixels))
                     print_views(rows[-1])
     return rows
 
@@ -203,9 +199,8 @@ class Twice:
 def print_views(row: dict) -> None:
     timings = [row["milliseconds"].get(name) for name in loaders_of("fine-tuning")]
     shown = " | ".join("" if ms is None else f"{ms:.2f}" for ms in timings)
-    ratios = [
-        f"{name} {middle:.2f}x ({low:.2f} to {high:.2f})" for name, (low, middle, high) in row["faster_than"].items()
-    ]
+    quartiles = row["faster_than"].items()
+    ratios = [f"{name} {middle:.2f}x ({low:.2f} to {high:.2f})" for name, (low, middle, high) in quartiles]
     file = f"{row['megapixels']} MP, {row['file_bytes'] / 1e6:.2f} MB"
     print(f"| {file} | {row['view']} | {row['pixels']} | {shown} | {', '.join(ratios)} |", flush=True)
 
