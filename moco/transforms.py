@@ -180,8 +180,14 @@ class Whole:
         return (0, 0, width, height), scaled or (self.size, self.size)
 
 
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W) from 0 to 1: torchvision's ToTensor, to the bit, with one copy less."""
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
 def _tensor() -> list[Callable]:
-    return [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)]
+    return [to_tensor, T.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)]
 
 
 def eval_transform(image_size: int) -> View:
@@ -240,8 +246,8 @@ def two_crops(
     """
     if augmentation == "digits":
         affine = _affine(rotation, shift, (1 - scale, 1 + scale))
-        to_tensor, normalize = _tensor()
-        view = View(Whole(image_size), affine, to_tensor, GaussianNoise(noise), normalize)
+        levels, normalize = _tensor()
+        view = View(Whole(image_size), affine, levels, GaussianNoise(noise), normalize)
         return TwoCrops(view, view)
     crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
     grey = T.RandomGrayscale(p=0.2)
