@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from moco import InputError, printable
+from moco.cache import CACHES
 from moco.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 
@@ -317,6 +318,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="leave out, and list, images that cannot be read",
     )
     group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
+    group.add_argument(
+        "--cache-images", choices=CACHES, default="none", help="keep large training images decoded, at twice the size"
+    )
     return group
 
 

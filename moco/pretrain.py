@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from moco import InputError, data, distributed, measures, options, reports, runs, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
+from moco.cache import keep_images
 from moco.files import open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
@@ -344,10 +345,11 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     views = data.two_crops(
         args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
     )
+    kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
-    loader = data.build_loader(data.Transformed(images, views), **training_views)
+    loader = data.build_loader(data.Transformed(kept, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
     transform, bounds = data.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
     knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]

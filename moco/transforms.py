@@ -88,7 +88,7 @@ def _warn_of_12_bits(name: str) -> None:
 
 
 class View:
-    """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows.
+    """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows; without steps a PIL image.
 
     A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size, which takes an eighth of the time for a
     photograph of 12 megapixels, as far as the rectangle still has the pixels that it needs.
@@ -178,6 +178,19 @@ class Whole:
         side = min(width, height)
         scaled = (int(self.shorter * width / side), int(self.shorter * height / side)) if self.shorter else None
         return (0, 0, width, height), scaled or (self.size, self.size)
+
+
+class AtMost:
+    """A place for `View`: all of the image, with at most so many pixels along its shorter side."""
+
+    margin = 1
+
+    def __init__(self, shorter: int):
+        self.shorter = shorter
+
+    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        factor = min(1.0, self.shorter / min(width, height))
+        return (0, 0, width, height), (round(factor * width), round(factor * height))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
