@@ -53,6 +53,7 @@ from lora_functional import (
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.cache import keep_images
 from moco.checkpoints import load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
@@ -1301,7 +1302,9 @@ class FineTuning:
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         # BatchNorm cannot normalise a last batch of one image.
         lone = norms_train and len(splits.train) % args.batch_size == 1
-        self.train_loader = self.add_loader(splits.train, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        kept = keep_images(splits.train, args.cache_images, size)
+        self.train_loader = self.add_loader(kept, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        self.meter = data.LoadingMeter()
         self.optimizer = build_optimizer(model, args)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
@@ -1323,7 +1326,7 @@ class FineTuning:
 
     def measure_start(self) -> None:
         """What the backbone knows before any training: the k-NN accuracy of its features."""
-        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform)
+        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform, keep_workers=False)
         bank, queries = (
             extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
             for loader in (bank, self.val_loader)
@@ -1360,7 +1363,7 @@ class FineTuning:
                 )
                 now.loss_sum, now.seconds = now.loss_sum + loss_sum, time.perf_counter() - started
                 means = {"loss": f"{now.loss_sum / now.images:.3f}", "acc": f"{now.correct / now.images:.3f}"}
-                bar.set_postfix(means, refresh=False)
+                bar.set_postfix(means | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
                 self.stop.check()
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
@@ -1377,7 +1380,7 @@ class FineTuning:
         sampler.epoch, sampler.start = epoch - 1, start * size
         shares = (
             (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
-            for number, (images, labels) in enumerate(self.train_loader, start * size)
+            for number, (images, labels) in enumerate(self.meter.watched(self.train_loader), start * size)
         )
         for first in range(start * size, len(sampler), size):
             number = min(size, len(sampler) - first)
@@ -1542,6 +1545,7 @@ class FineTuning:
             "accuracy_per_class": reports.accuracy_per_class(result, self.class_names),
             "epochs": len(self.history),
             "seconds": sum(row["seconds"] for row in self.history),
+            **self.meter.results(),
             "trainable_parameters": counts["trainable"],
             "total_parameters": counts["total"],
             "lora_parameters": counts["lora"],
