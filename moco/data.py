@@ -227,7 +227,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
 # ----------------------------------------------------------------------------------------------------------------------
 # What is wrong with the images
 
-MOST_COMPARED = 100_000  # files; of more, only finding the equal sizes would take seconds to minutes
+MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take seconds to minutes at each start
 
 
 def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:

@@ -376,6 +376,7 @@ IMAGES = [
                                         "m.csv": "mine/dog/1.png,eel\n"}),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
     case("workers that are no number", "finetune --workers some", "expected a whole number from 0 to 256, or auto"),
+    case("a place that keeps no images", "finetune --cache-images tape", "'tape' is none of none, ram, disk"),
     case("no images to pretrain on", "pretrain --data-dir mine", "mine: no images", files={"mine/notes.txt": ""}),
     case("unlabelled images without a folder", "plain-pretrain --dataset unlabelled", "unlabelled needs --data-dir"),
     case("no such folder for the accuracy", "pretrain --knn-dir gone", "--knn-dir gone: no such folder"),

@@ -286,6 +286,14 @@ def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path
     )
 
 
+def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
+    two_classes(tmp_path, "train")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    monkeypatch.setattr(data, "MOST_COMPARED", 11)
+    data.load_splits("imagefolder", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
 def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
     two_classes(tmp_path, "train", "val", names="abcdef")
     Image.new("L", (90, 90)).save(tmp_path / "train" / "cat" / "good.jpg")
@@ -429,6 +437,55 @@ def transforms_of_all_kinds():
     yield data.eval_transform(32)
     yield from (data.train_transform(32, name) for name in data.AUGMENTATIONS)
     yield from (data.two_crops(32, name) for name in data.TWO_CROPS)
+
+
+class Clock:
+    """time.perf_counter, for which time passes only when it is told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_meter_tells_waiting_from_working(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(data.time, "perf_counter", clock)
+
+    def loader():
+        for size in (4, 4, 2):
+            clock.now += 1.0  # it takes the loader to bring a batch
+            yield torch.zeros(size, 3), torch.zeros(size)
+        clock.now += 5.0  # nobody waits for the end
+
+    meter = data.LoadingMeter()
+    assert meter.results() == {"images_per_second": 0, "waiting_share": 0}
+    for _ in range(2):  # two epochs
+        for _ in meter.watched(loader()):
+            clock.now += 3.0  # it takes the loop to use it
+        clock.now += 50.0  # evaluation is not counted
+    assert meter.results() == pytest.approx({"images_per_second": 20 / 24, "waiting_share": 0.25})
+    assert meter.shown() == {"img/s": "1", "waiting": "25%"}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    in_memory = [data.LabelledImages([("image", 0)] * n, [0] * n) for n in (1999, 2000)]
+    files = [set_of(tmp_path, cat=n) for n in (499, 500)]
+
+    def chosen(images, cores: int, device: str | None) -> int:
+        monkeypatch.setattr(data, "usable_cores", lambda: cores)
+        device = device and torch.device(device)
+        transformed = data.Transformed(images, data.eval_transform(32))
+        return data.build_loader(transformed, 8, workers="auto", device=device).num_workers
+
+    assert [chosen(images, 8, "cuda") for images in (*in_memory, *files)] == [0, 8, 0, 8]
+    assert [chosen(files[1], cores, "cuda") for cores in (1, 4, 64)] == [1, 4, 16]
+    assert [chosen(files[1], cores, device) for cores in (1, 4, 32) for device in ("cpu", None)] == [1, 1, 1, 1, 8, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of torchrun on this machine
+    assert [chosen(files[1], 8, device) for device in ("cuda", "cpu")] == [2, 1]
 
 
 def test_what_workers_receive_and_import_is_little(digits):
