@@ -150,7 +150,8 @@ def load_splits(
 
     Args:
         dataset: one of DATASETS.
-        data_dir: folder of `imagefolder`, see there; where torchvision's sets are kept (default `data`).
+        data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
+            folders of one set, which is split. Of torchvision's sets: where they are kept (default `data`).
         eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
             choosing hyperparameters without a look at the held-out images.
         labels_per_class: keep only so many random training images of each class.
@@ -159,7 +160,7 @@ def load_splits(
         data_list: `imagefolder`: lists of `path,label` lines instead of class folders, one to be split, or two of
             which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
         skip_unreadable: read all images once and leave out those that cannot be read.
-        for_training_only: `val` may be empty.
+        for_training_only: the evaluation images are not asked for, and `val` may be empty.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
@@ -247,6 +248,8 @@ def readable(images: LabelledImages) -> LabelledImages:
     broken = unreadable_among(images)
     if not broken:
         return images
+    if len(broken) == len(images):
+        raise InputError(f"none of the {len(images)} images can be read, such as {broken[0]}")
     print(f"{len(broken)} of {len(images)} images cannot be read and are left out:")
     for error in broken.values():
         print(f"  {error}".partition(";")[0])
@@ -299,7 +302,7 @@ def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs
         class_names = class_folders(root)
         return Splits(*validation_part(_folder_images(root, class_names)), class_names)
     else:
-        held_out = evaluation_folder(root)
+        held_out = evaluation_folder(root) if needs_val else None
     if held_out is None and needs_val:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "

@@ -211,6 +211,8 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
     assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
     splits = data.load_splits("imagefolder", tmp_path, for_training_only=True)
     assert (len(splits.train), len(splits.val)) == (6, 0)
+    write_images(tmp_path / "val" / "eel")  # which is nobody's business then
+    assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
 
 
 def test_one_list_is_split_and_two_are_not(tmp_path):
@@ -284,6 +286,14 @@ def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path
     assert copied.startswith(
         f"1 of 6 evaluation images are copies of training images, such as {tmp_path}/val/cat/b.png of"
     )
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    two_classes(tmp_path, "train", "val")
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 6 images can be read, such as .*a\.png: not a readable"):
+        data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
 def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
