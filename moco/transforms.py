@@ -27,11 +27,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     What `Image.open` returns is decoded first; an InputError names a file that cannot be.
     """
-    name = getattr(image, "filename", "") or "an image"
-    with _named_if_unreadable(name):
+    name = _name(image)
+    with _named_if_unreadable(image):
         image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        image = ImageOps.exif_transpose(image) if turned else image
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
@@ -42,19 +42,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF data say. 1: upright; 5 to 8: lying on a side."""
+    with _named_if_unreadable(image):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 @contextlib.contextmanager
-def _named_if_unreadable(name: str) -> Iterator[None]:
+def _named_if_unreadable(image: Image.Image) -> Iterator[None]:
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in a hundred places of Pillow
-        raise unreadable(name, error) from None
+        raise unreadable(_name(image), error) from None
 
 
-def _orientation(image: Image.Image) -> int:
-    """1: upright; 5 to 8: lying on a side."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+def _name(image: Image.Image) -> str:
+    return getattr(image, "filename", "") or "an image"
 
 
 _warned_of_12_bits = False
@@ -90,8 +95,8 @@ def _warn_of_12_bits(name: str) -> None:
 class View:
     """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows; without steps a PIL image.
 
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size, which takes an eighth of the time for a
-    photograph of 12 megapixels, as far as the rectangle still has the pixels that it needs.
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has the pixels
+    that it needs: a photograph of 12 megapixels in a third of the time.
 
     Args:
         place: (width, height) of the upright image -> the rectangle (left, top, right, bottom) and the size
@@ -118,20 +123,25 @@ class TwoCrops:
         return first, second
 
 
+_REDUCTIONS = (1, 2, 4, 8)  # in which libjpeg decodes
+
+
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     """The views of an image, which is decoded once."""
-    if image.format not in ("JPEG", "MPO"):  # only these know their size upright, and can be reduced, before decoding
+    is_jpeg = image.format in ("JPEG", "MPO")  # only these know their upright size, and can be reduced, undecoded
+    if not is_jpeg:
         image = to_rgb(image)
-    with _named_if_unreadable(getattr(image, "filename", "")):
-        orientation = _orientation(image)
+    orientation = _orientation(image) if is_jpeg else 1
     width, height = image.size[::-1] if orientation >= 5 else image.size
     places = [view.place(width, height) for view in views]
-    reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
-    while orientation != 1 and (width % reduction or height % reduction):
-        reduction //= 2  # the last pixel would stand for fewer than the others, and come first when turned
-    if reduction > 1 and image.draft(None, (image.width // reduction, image.height // reduction)) is None:
-        reduction = 1  # it is decoded already
-    image = to_rgb(image)
+    reduction = 1
+    if is_jpeg:
+        reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
+        if orientation != 1:  # the last pixel then comes first, and is to stand for as many as the others
+            reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
+        if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
+            reduction = 1  # it is decoded already
+        image = to_rgb(image)
     return [view.steps(_resized(image, *place, reduction)) for place, view in zip(places, views, strict=True)]
 
 
@@ -139,7 +149,7 @@ def _reduction(box: tuple[int, ...], size: tuple[int, int], margin: int) -> int:
     """The strongest of libjpeg's reductions after which a box has `margin` times its size in pixels."""
     left, top, right, bottom = box
     room = min((right - left) / size[0], (bottom - top) / size[1]) / margin
-    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, room))
+    return max(factor for factor in _REDUCTIONS if factor <= max(1, room))
 
 
 def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], reduction: int) -> Image.Image:
@@ -169,7 +179,7 @@ class RandomCrop:
 class Whole:
     """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side."""
 
-    margin = 2  # evaluation: the pixels are then, within 1 or 2 levels, those of the image decoded in full
+    margin = 2  # so that evaluation sees nearly the image decoded in full: less than a level of 256 away on average
 
     def __init__(self, size: int | None = None, shorter: int | None = None):
         self.size, self.shorter = size, shorter

@@ -72,6 +72,7 @@ def test_a_transform_takes_what_image_open_returns(tmp_path, size):
     for label in ("cat", "dog"):
         odd_files(tmp_path / "train" / label)
         odd_files(tmp_path / "val" / label)
+        photograph(tmp_path / "val" / label / "large.jpg")
     images, transform = data.load_splits("imagefolder", tmp_path).val, transforms.eval_transform(size)
     for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
         assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
@@ -198,7 +199,7 @@ def photograph(path, size=(1210, 900), **options) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("format", ["JPEG", "MPO"])
 @pytest.mark.parametrize(("name", "levels"), [("eval", 1.0), ("crop", 2.5), ("moco_v1", 2.5)])
 def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
@@ -206,7 +207,9 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
 ):
     exif = Image.Exif()
     exif[274] = orientation
-    photograph(tmp_path / "large.jpg", exif=exif, format=format)
+    pictures = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if format == "MPO" else {}
+    photograph(tmp_path / "large.jpg", exif=exif, format=format, **pictures)
+    assert Image.open(tmp_path / "large.jpg").format == format
     decoded, load = [], transforms.to_rgb
     monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
     for seed in range(4):
