@@ -42,6 +42,7 @@ from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_c
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.cache import keep_images
 from moco.checkpoints import load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
@@ -812,8 +813,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    if args.dataset is None:
-        args.dataset = "imagefolder" if args.data_dir is not None else "digits"
+    problems = options.complete_data_options(args)
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone
@@ -822,7 +822,7 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / path)
     if sources["checkpoint"] == "config":
         args.checkpoint = found_path(args.checkpoint)
-    problems = list(runs.environment_problems(args))
+    problems += runs.environment_problems(args)
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.use_qlora and not args.freeze_backbone:
@@ -900,7 +900,8 @@ def describe_base(report: dict[str, Any], from_scratch: bool) -> str:
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Problems with both are told in one message."""
     try:
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        sources = options.image_sources(args)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
             build_model(args, num_classes=2)
@@ -969,7 +970,7 @@ class FineTuning:
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = ("lora.pth", "last.pth", "metrics.csv", "results.json", "training_curves.png", "confusion_matrix.png")
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("data.data_dir", "model.checkpoint", "data.workers")
+    FREE_TO_CHANGE = (*(f"data.{name}" for name in options.PLACES_OF_IMAGES), "model.checkpoint", "data.workers")
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
@@ -983,7 +984,9 @@ class FineTuning:
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         # BatchNorm cannot normalise a last batch of one image.
         lone = norms_train and len(splits.train) % args.batch_size == 1
-        self.train_loader = self.add_loader(splits.train, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        kept = keep_images(splits.train, args.cache_images, size)
+        self.train_loader = self.add_loader(kept, augmentation, shuffle=True, seed=args.seed, drop_last=lone)
+        self.meter = data.LoadingMeter()
         self.optimizer = build_optimizer(model, args)
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
@@ -1005,7 +1008,7 @@ class FineTuning:
 
     def measure_start(self) -> None:
         """What the backbone knows before any training: the k-NN accuracy of its features."""
-        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform)
+        bank = self.add_loader(self.splits.train.at_most(KNN_IMAGES), self.eval_transform, keep_workers=False)
         bank, queries = (
             extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
             for loader in (bank, self.val_loader)
@@ -1042,7 +1045,7 @@ class FineTuning:
                 )
                 now.loss_sum, now.seconds = now.loss_sum + loss_sum, time.perf_counter() - started
                 means = {"loss": f"{now.loss_sum / now.images:.3f}", "acc": f"{now.correct / now.images:.3f}"}
-                bar.set_postfix(means, refresh=False)
+                bar.set_postfix(means | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
                 self.stop.check()
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
@@ -1059,7 +1062,7 @@ class FineTuning:
         sampler.epoch, sampler.start = epoch - 1, start * size
         shares = (
             (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
-            for number, (images, labels) in enumerate(self.train_loader, start * size)
+            for number, (images, labels) in enumerate(self.meter.watched(self.train_loader), start * size)
         )
         for first in range(start * size, len(sampler), size):
             number = min(size, len(sampler) - first)
@@ -1224,6 +1227,7 @@ class FineTuning:
             "accuracy_per_class": reports.accuracy_per_class(result, self.class_names),
             "epochs": len(self.history),
             "seconds": sum(row["seconds"] for row in self.history),
+            **self.meter.results(),
             "trainable_parameters": counts["trainable"],
             "total_parameters": counts["total"],
             "lora_parameters": counts["lora"],
@@ -1266,7 +1270,7 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base)
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **options.image_sources(args))
     if splits.class_names != info["class_names"]:
         raise InputError(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
