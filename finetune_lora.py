@@ -39,6 +39,7 @@ from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_c
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.cache import keep_images
 from moco.checkpoints import describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
@@ -759,10 +760,9 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
+    problems = options.complete_data_options(args)
     if args.from_scratch:
         args.head_init = "random"  # there is nothing yet that a probe could find
-    if args.dataset is None:
-        args.dataset = "imagefolder" if args.data_dir is not None else "digits"
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone
@@ -771,7 +771,7 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / path)
     if sources["checkpoint"] == "config":
         args.checkpoint = found_path(args.checkpoint)
-    problems = list(runs.environment_problems(args))
+    problems += runs.environment_problems(args)
     if args.eval_only is None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     problems += options.finetune_problems(args)
@@ -831,7 +831,8 @@ def main(
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Problems with both are told in one message."""
     try:
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
+        sources = options.image_sources(args)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
             build_model(args, num_classes=2)
@@ -913,7 +914,7 @@ class FineTuning:
         *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
     )
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("data.data_dir", "model.checkpoint", "data.workers")
+    FREE_TO_CHANGE = (*(f"data.{name}" for name in options.PLACES_OF_IMAGES), "model.checkpoint", "data.workers")
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
@@ -927,7 +928,10 @@ class FineTuning:
         # BatchNorm cannot normalise a last batch of one image.
         drop = self.norms_train and len(splits.train) % args.batch_size == 1
         shuffled = {"shuffle": True, "seed": args.seed, "drop_last": drop}
-        self.train_loader = self.add_loader(splits.train, self.augmentation, **shuffled)
+        self.train_loader = self.add_loader(
+            keep_images(splits.train, args.cache_images, size), self.augmentation, **shuffled
+        )
+        self.meter = data.LoadingMeter()
         self.optimizer = build_optimizer(model, args)
         images = Counter(splits.train.labels)  # per class
         self.constant_accuracy = max(images.values()) / len(splits.train)  # of always the most frequent class
@@ -957,9 +961,9 @@ class FineTuning:
         """Features (N, D) and labels (N,) of training images, of the evaluation images, and of augmented ones."""
         train = self.splits.train
         loaders = (
-            self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform),
+            self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform, keep_workers=False),
             self.val_loader,
-            self.add_loader(train.at_most(START_IMAGES), self.augmentation),
+            self.add_loader(train.at_most(START_IMAGES), self.augmentation, keep_workers=False),
         )
         with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
             return [
@@ -1010,7 +1014,8 @@ class FineTuning:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
                 now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
-                bar.set_postfix(loss=f"{now.loss:.3f}", acc=f"{now.correct / now.images:.3f}", refresh=False)
+                told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
+                bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
                 if not math.isfinite(now.loss):
                     return False
@@ -1053,7 +1058,7 @@ class FineTuning:
         sampler.epoch, sampler.start = epoch - 1, start * size
         shares = (
             (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
-            for number, (images, labels) in enumerate(self.train_loader, start * size)
+            for number, (images, labels) in enumerate(self.meter.watched(self.train_loader), start * size)
         )
         for first in range(start * size, len(sampler), size):
             number = min(size, len(sampler) - first)
@@ -1189,7 +1194,7 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base)
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **options.image_sources(args))
     if splits.class_names != info["class_names"]:
         raise InputError(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "

@@ -64,9 +64,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            tensor = (
-                module.base(name) if known is None and isinstance(module, AdaptedLayer) and module.merged else tensor
-            )
+            if known is None and isinstance(module, AdaptedLayer) and module.merged:
+                tensor = module.base(name)
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 
@@ -135,8 +134,8 @@ class LoRAManager:
         four_bits = [name for name, layer in layers.items() if hasattr(layer, "float_digests")]
         if four_bits and not merge:
             raise InputError(
-                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
-                "the checkpoint again"
+                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or "
+                "load the checkpoint again"
             )
         for layer in layers.values():
             if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own

@@ -252,7 +252,7 @@ def _declared_image_size(info: Mapping) -> int | None:
     """The image size in the configuration that this toolkit's pretraining stores."""
     config = info.get("config")
     size = config.get("image_size") if isinstance(config, Mapping) else None
-    return size if isinstance(size, int) and size > 0 else None
+    return size if isinstance(size, int) else None
 
 
 def _find_image_size(source: _Source, arch: str) -> int:

@@ -8,25 +8,41 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
-from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 
-from moco import InputError, distributed
-from moco.folders import ImageFiles, class_folders, labelled_files, unreadable
-
-# The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from moco import InputError, distributed, printable
+from moco.folders import (
+    EVALUATION_NAMES,
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    UnreadableImage,
+    class_folders,
+    copies,
+    evaluation_folder,
+    has_class_folders,
+    image_names,
+    labelled_files,
+    list_has_labels,
+    read_list,
+)
+from moco.transforms import AUGMENTATIONS as AUGMENTATIONS  # these belong to this module's interface
+from moco.transforms import IMAGENET_MEAN as IMAGENET_MEAN
+from moco.transforms import IMAGENET_STD as IMAGENET_STD
+from moco.transforms import TWO_CROPS as TWO_CROPS
+from moco.transforms import TwoCrops, View, to_rgb
+from moco.transforms import eval_transform as eval_transform
+from moco.transforms import train_transform as train_transform
+from moco.transforms import two_crops as two_crops
 
 # torchvision's sets: class, the arguments of its training part, those of its held-out part (None: it has none, so the
 # images are split here).
@@ -43,7 +59,8 @@ _TORCHVISION = {
     "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
     "eurosat": (datasets.EuroSAT, {}, None),
 }
-DATASETS = ("digits", "imagefolder", *_TORCHVISION)
+UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
+DATASETS = ("digits", "imagefolder", UNLABELLED_SET, *_TORCHVISION)
 EVAL_SPLITS = ("held-out", "validation")
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
@@ -123,16 +140,27 @@ def load_splits(
     eval_split: str = "held-out",
     labels_per_class: int | None = None,
     seed: int = 0,
+    *,
+    val_dir: str | Path | None = None,
+    data_list: Sequence[str | Path] | None = None,
+    skip_unreadable: bool = False,
+    for_training_only: bool = False,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
     Args:
         dataset: one of DATASETS.
-        data_dir: folder of `imagefolder`; where torchvision's sets are kept (default `data`).
+        data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
+            folders of one set, which is split. Of torchvision's sets: where they are kept (default `data`).
         eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
             choosing hyperparameters without a look at the held-out images.
         labels_per_class: keep only so many random training images of each class.
         seed: draws those; the splits themselves never depend on it.
+        val_dir: `imagefolder`: the evaluation images, a folder per class.
+        data_list: `imagefolder`: lists of `path,label` lines instead of class folders, one to be split, or two of
+            which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
+        skip_unreadable: read all images once and leave out those that cannot be read.
+        for_training_only: the evaluation images are not asked for, and `val` may be empty.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
@@ -140,17 +168,111 @@ def load_splits(
     if dataset == "digits":
         splits = _digits(data_dir)
     elif dataset == "imagefolder":
-        splits = _image_folder(data_dir)
+        needs_val = eval_split == "held-out" and not for_training_only
+        splits = _image_lists(data_list, data_dir) if data_list else _image_folder(data_dir, val_dir, needs_val)
+    elif dataset == UNLABELLED_SET:
+        raise InputError(
+            f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
+        )
     elif dataset in _TORCHVISION:
         splits = _torchvision(dataset, Path(data_dir or "data"))
     else:
         raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
     train, val, class_names = splits
+    if skip_unreadable:
+        train, val = readable(train), readable(val)
     if eval_split == "validation":
         train, val = validation_part(train)
+    if not for_training_only:
+        _tell_copies(train, val)
     if labels_per_class is not None:
         train = train.subset(_some_of_each(train.labels, labels_per_class, class_names, seed))
     return Splits(train, val, class_names)
+
+
+UNLABELLED = -1  # the label of an image without one
+
+
+def load_unlabelled(
+    data_dir: str | Path | None = None, data_list: Sequence[str | Path] | None = None, skip_unreadable: bool = False
+) -> LabelledImages:
+    """All images below a folder, or in a list, for pretraining. Of a folder with a train/ only those in there.
+
+    Raises:
+        InputError: no such folder or list, or no images.
+    """
+    if data_list:
+        path = Path(data_list[0])
+        folder = _existing("--data-dir", data_dir) if data_dir else path.parent
+        names, _ = read_list(path, folder)
+    else:
+        folder = _folder_of_images(data_dir, UNLABELLED_SET)
+        if (folder / "train").is_dir():
+            folder = folder / "train"
+        names = image_names(folder)
+        if not names:
+            raise InputError(f"{folder}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
+    labels = [UNLABELLED] * len(names)
+    images = LabelledImages(ImageFiles(folder, names, labels), labels)
+    return readable(images) if skip_unreadable else images
+
+
+def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
+    """Does the folder have class folders, or the list labels?"""
+    if data_list:
+        return list_has_labels(Path(data_list[0]))
+    root = _folder_of_images(data_dir)
+    return has_class_folders(root / "train" if (root / "train").is_dir() else root)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is wrong with the images
+
+MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take seconds to minutes at each start
+
+
+def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
+    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning."""
+    if not (isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)) or not distributed.is_main():
+        return
+    if len(train) + len(val) > MOST_COMPARED:
+        return
+    found = copies(*([images.name(i) for i in range(len(images))] for images in (val, train)))
+    if found:
+        first, other = found[0]
+        print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
+
+
+def readable(images: LabelledImages) -> LabelledImages:
+    """The images that can be read; says which others it leaves out. All are read, JPEGs at an eighth of their size."""
+    broken = unreadable_among(images)
+    if not broken:
+        return images
+    if len(broken) == len(images):
+        raise InputError(f"none of the {len(images)} images can be read, such as {broken[0]}")
+    print(f"{len(broken)} of {len(images)} images cannot be read and are left out:")
+    for error in broken.values():
+        print(f"  {error}".partition(";")[0])
+    return images.subset([i for i in range(len(images)) if i not in broken])
+
+
+def unreadable_among(images: LabelledImages, seconds: float = math.inf) -> dict[int, UnreadableImage]:
+    """The error of each image that cannot be read, by position; of those that are reached within so many seconds."""
+    until = time.monotonic() + seconds
+
+    def problem(i: int) -> UnreadableImage | None:
+        if time.monotonic() < until:
+            try:
+                image, _ = images.undecoded(i)
+                image.draft(None, (1, 1))
+                to_rgb(image)
+            except UnreadableImage as error:
+                return error
+        return None
+
+    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
+        problems = enumerate(pool.imap(problem, range(len(images)), chunksize=16))
+        return {i: error for i, error in problems if error is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,32 +292,80 @@ def _digits(data_dir: str | Path | None) -> Splits:
     return Splits(train, held_out, [str(name) for name in digits.target_names])
 
 
-def _image_folder(data_dir: str | Path | None) -> Splits:
-    """`train/` and `val/` with a folder per class each, or one set of class folders, split here."""
-    if data_dir is None:
-        raise InputError("dataset imagefolder needs --data-dir, a folder with train/ and val/ or with class folders")
-    root = Path(data_dir)
-    if not os.path.isdir(root):  # Path.is_dir raises an error for a name too long for the file system
-        what = "a file; give the folder with the images" if os.path.exists(root) else "no such folder"
-        raise InputError(f"--data-dir {root}: {what}")
-    if not (root / "train").is_dir():
+def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool) -> Splits:
+    """Folders with a folder of images per class: train/ and an evaluation folder, or one set, which is split here."""
+    root = _folder_of_images(data_dir)
+    train = root / "train" if (root / "train").is_dir() else root
+    if val_dir is not None:
+        held_out = _existing("--val-dir", val_dir)
+    elif train == root:
         class_names = class_folders(root)
-        train, val = validation_part(_folder_images(root, class_names))
-        return Splits(train, val, class_names)
-    if not (root / "val").is_dir():
-        raise InputError(f"{root} has train/ but no val/; add it, or put the class folders straight into --data-dir")
-    class_names = class_folders(root / "train")
-    unknown = set(class_folders(root / "val", at_least=1)) - set(class_names)
+        return Splits(*validation_part(_folder_images(root, class_names)), class_names)
+    else:
+        held_out = evaluation_folder(root) if needs_val else None
+    if held_out is None and needs_val:
+        raise InputError(
+            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
+            "put the class folders straight into --data-dir"
+        )
+    class_names = class_folders(train)
+    images = _folder_images(train, class_names)
+    if held_out is None:
+        return Splits(images, images.subset([]), class_names)
+    _check_classes(held_out, class_folders(held_out, at_least=1), train, class_names)
+    return Splits(images, _folder_images(held_out, class_names, every=False), class_names)
+
+
+def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
+    unknown = set(val_names) - set(class_names)
     if unknown:
-        raise InputError(f"{root / 'val'} has classes that {root / 'train'} lacks: {', '.join(sorted(unknown))}")
-    return Splits(
-        _folder_images(root / "train", class_names), _folder_images(root / "val", class_names, every=False), class_names
-    )
+        raise InputError(f"{val} has classes that {train} lacks: {', '.join(sorted(unknown))}")
+
+
+def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder") -> Path:
+    if data_dir is None:
+        raise InputError(f"dataset {dataset} needs --data-dir, a folder with train/ and val/ or with class folders")
+    return _existing("--data-dir", data_dir)
+
+
+def _existing(option: str, folder: str | Path) -> Path:
+    if not os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
+        what = "a file; give the folder with the images" if os.path.exists(folder) else "no such folder"
+        raise InputError(f"{option} {folder}: {what}")
+    return Path(folder)
 
 
 def _folder_images(folder: Path, class_names: list[str], every: bool = True) -> LabelledImages:
     files = labelled_files(folder, class_names, every)
     return LabelledImages(files, files.labels)
+
+
+def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Splits:
+    """The images of one list, which is split here, or of two."""
+    if len(lists) > 2:
+        raise InputError(
+            f"--data-list: expected one list, or one for training and one for evaluation, got {len(lists)}"
+        )
+    paths = [Path(path) for path in lists]
+    folders = [_existing("--data-dir", data_dir) if data_dir else path.parent for path in paths]
+    contents = [read_list(path, folder) for path, folder in zip(paths, folders, strict=True)]
+    for path, (_, labels) in zip(paths, contents, strict=True):
+        if not labels:
+            raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
+    class_names = _in_order(set(contents[0][1]))
+    if len(class_names) < 2:
+        raise InputError(f"--data-list {paths[0]}: expected at least two classes, found only {printable(*class_names)}")
+    _check_classes(paths[-1], contents[-1][1], paths[0], class_names)
+    numbers, parts = {name: number for number, name in enumerate(class_names)}, []
+    for folder, (names, labels) in zip(folders, contents, strict=True):
+        numbered = [numbers[label] for label in labels]
+        parts.append(LabelledImages(ImageFiles(folder, names, numbered), numbered))
+    return Splits(*(parts if len(parts) == 2 else validation_part(parts[0])), class_names)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sorted; numbers by their value, so that 10 comes after 9."""
+    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
 def _torchvision(name: str, root: Path) -> Splits:
@@ -301,284 +471,6 @@ def _some_of_each(labels: Sequence[int], count: int, class_names: list[str], see
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Images
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image, upright and as RGB: rotated as its EXIF data say, over white, 16-bit and float levels scaled to 8.
-
-    What `Image.open` returns is decoded first; an InputError names a file that cannot be.
-    """
-    name = getattr(image, "filename", "") or "an image"
-    with _named_if_unreadable(name):
-        image.load()
-        if _orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-        image = _to_8_bits(image, name)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-@contextlib.contextmanager
-def _named_if_unreadable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails in a hundred places of Pillow
-        raise unreadable(name, error) from None
-
-
-def _orientation(image: Image.Image) -> int:
-    """1: upright; 5 to 8: lying on a side."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-_warned_of_12_bits = False
-
-
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits."""
-    levels = np.asarray(image).astype(np.float32)
-    wide = image.mode.startswith("I;16") or levels.max() > 255
-    if wide and levels.max() < 2**12:
-        _warn_of_12_bits(name)
-    scale = 1 / 257 if wide else 255 if image.mode == "F" and levels.max() <= 1 else 1
-    return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
-
-
-def _warn_of_12_bits(name: str) -> None:
-    """Once per run: of the loading processes the first one speaks."""
-    global _warned_of_12_bits
-    worker = get_worker_info()
-    if not _warned_of_12_bits and (worker is None or worker.id == 0):
-        warnings.warn(
-            f"{name}: no level of this 16-bit image is above 4095, so it will be nearly black; if its levels have "
-            "12 bits, multiply them by 16 in all such files",
-            stacklevel=2,
-        )
-    _warned_of_12_bits = True
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Transforms
-
-
-class View:
-    """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows.
-
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size, which takes an eighth of the time for a
-    photograph of 12 megapixels, as far as the rectangle still has the pixels that it needs.
-
-    Args:
-        place: (width, height) of the upright image -> the rectangle (left, top, right, bottom) and the size
-            (width, height) that it gets. Its `margin` is how many times that size to keep, at least, in decoding.
-        steps: transforms of the resized image, as torchvision's.
-    """
-
-    def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable):
-        self.place = place
-        self.steps = T.Compose(steps)
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        return render(image, [self])[0]
-
-
-class TwoCrops:
-    """Two random views of one image: PIL image -> two tensors (3, S, S)."""
-
-    def __init__(self, first: View, second: View):
-        self.views = first, second
-
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = render(image, self.views)
-        return first, second
-
-
-def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
-    """The views of an image, which is decoded once."""
-    if image.format not in ("JPEG", "MPO"):  # only these know their size upright, and can be reduced, before decoding
-        image = to_rgb(image)
-    with _named_if_unreadable(getattr(image, "filename", "")):
-        orientation = _orientation(image)
-    width, height = image.size[::-1] if orientation >= 5 else image.size
-    places = [view.place(width, height) for view in views]
-    reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
-    while orientation != 1 and (width % reduction or height % reduction):
-        reduction //= 2  # the last pixel would stand for fewer than the others, and come first when turned
-    if reduction > 1 and image.draft(None, (image.width // reduction, image.height // reduction)) is None:
-        reduction = 1  # it is decoded already
-    image = to_rgb(image)
-    return [view.steps(_resized(image, *place, reduction)) for place, view in zip(places, views, strict=True)]
-
-
-def _reduction(box: tuple[int, ...], size: tuple[int, int], margin: int) -> int:
-    """The strongest of libjpeg's reductions after which a box has `margin` times its size in pixels."""
-    left, top, right, bottom = box
-    room = min((right - left) / size[0], (bottom - top) / size[1]) / margin
-    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, room))
-
-
-def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], reduction: int) -> Image.Image:
-    """The box, whose corners are those of the full image, cut out of the reduced one and resized."""
-    left, top, right, bottom = (corner / reduction for corner in box)
-    whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    if whole != (0, 0, *image.size):
-        image = image.crop(whole)
-    inner = left - whole[0], top - whole[1], right - whole[0], bottom - whole[1]
-    return image.resize(size, Image.Resampling.BILINEAR, box=inner)
-
-
-class RandomCrop:
-    """A place for `View`: torchvision's RandomResizedCrop, with the same draws."""
-
-    margin = 1
-
-    def __init__(self, size: int, scale: tuple[float, float] = (0.08, 1.0)):
-        self.size, self.scale = size, scale
-
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        shape = torch.empty(3, height, width, device="meta")
-        top, left, h, w = T.RandomResizedCrop.get_params(shape, self.scale, (3 / 4, 4 / 3))
-        return (left, top, left + w, top + h), (self.size, self.size)
-
-
-class Whole:
-    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side."""
-
-    margin = 2  # evaluation: the pixels are then, within 1 or 2 levels, those of the image decoded in full
-
-    def __init__(self, size: int | None = None, shorter: int | None = None):
-        self.size, self.shorter = size, shorter
-
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        side = min(width, height)
-        scaled = (int(self.shorter * width / side), int(self.shorter * height / side)) if self.shorter else None
-        return (0, 0, width, height), scaled or (self.size, self.size)
-
-
-def _tensor() -> list[Callable]:
-    return [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)]
-
-
-def eval_transform(image_size: int) -> View:
-    """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
-
-    It takes what `Image.open` returns, and then gives the same pixels as evaluation.
-    """
-    if image_size <= 64:
-        return View(Whole(image_size), *_tensor())
-    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor())
-
-
-AUGMENTATIONS = ("crop", "affine", "none")
-
-
-def train_transform(image_size: int, augmentation: str = "crop") -> View:
-    """Any PIL image -> (3, image_size, image_size), for fine-tuning.
-
-    Args:
-        image_size: pixels along each side.
-        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'affine' (a little
-            rotation, shift and scale, for digits and documents, which no flip leaves what they are) or 'none'.
-    """
-    if augmentation == "crop":
-        return View(RandomCrop(image_size), T.RandomHorizontalFlip(), *_tensor())
-    if augmentation == "affine":
-        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor())
-    return eval_transform(image_size)
-
-
-def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:
-    return T.RandomAffine(rotation, (shift, shift), scale, interpolation=InterpolationMode.BILINEAR)
-
-
-TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
-
-
-def two_crops(
-    image_size: int,
-    augmentation: str,
-    crop_min: float = 0.2,
-    rotation: float = 15.0,
-    scale: float = 0.2,
-    shift: float = 0.15,
-    noise: float = 0.05,
-) -> TwoCrops:
-    """The views that MoCo contrasts.
-
-    Args:
-        image_size: pixels along each side.
-        augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
-            blur and solarisation differ between the two views), or 'digits' (affine and noise: no flip, no colour).
-        crop_min: smallest share of the image's area in a crop, for the first three.
-        rotation, scale, shift, noise: for 'digits': at most so many degrees, so much larger or smaller than 1, so much
-            of the side, and the standard deviation of the noise in units of the pixel range.
-    """
-    if augmentation == "digits":
-        affine = _affine(rotation, shift, (1 - scale, 1 + scale))
-        to_tensor, normalize = _tensor()
-        view = View(Whole(image_size), affine, to_tensor, GaussianNoise(noise), normalize)
-        return TwoCrops(view, view)
-    crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
-    grey = T.RandomGrayscale(p=0.2)
-    if augmentation == "moco_v1":
-        view = View(crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *_tensor())
-        return TwoCrops(view, view)
-    # SimCLR's blur (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels.
-    blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
-    if augmentation == "moco_v2":
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        view = View(crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *_tensor())
-        return TwoCrops(view, view)
-    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    first = View(crop, jitter, grey, blur, flip, *_tensor())
-    solarize = T.RandomSolarize(threshold=128, p=0.2)
-    second = View(crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, *_tensor())
-    return TwoCrops(first, second)
-
-
-class GaussianBlur(T.GaussianBlur):
-    """torchvision's to a level of 256, in a twentieth of the time.
-
-    One pass along each dimension, each weight at once with the one on the other side, none of those beyond four
-    standard deviations: they add up to 6e-5.
-    """
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        sigma = self.get_params(*self.sigma)
-        radius = min(self.kernel_size[0] // 2, math.ceil(4 * sigma))
-        weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
-        total = 2 * sum(weights) - weights[0]
-        x = torch.from_numpy(np.array(image)).float()  # (H, W, 3)
-        for dim in (0, 1):
-            length = x.shape[dim]
-            positions = torch.arange(-radius, length + radius).abs()
-            mirrored = torch.minimum(positions, 2 * (length - 1) - positions)  # at the borders, as torchvision does
-            padded = x.index_select(dim, mirrored)
-            x = padded.narrow(dim, radius, length) * (weights[0] / total)
-            for distance in range(1, radius + 1):
-                pair = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
-                x.add_(pair, alpha=weights[distance] / total)
-        return Image.fromarray(x.round_().to(torch.uint8).numpy())
-
-
-class GaussianNoise:
-    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same to every channel: grey stays grey."""
-
-    def __init__(self, std: float):
-        self.std = std
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image + self.std * torch.randn_like(image[:1])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Loaders
 
 
@@ -620,6 +512,11 @@ class Transformed(Dataset):
         self.being_read[worker.id] = i
         yield
         self.being_read[worker.id] = -1
+
+    def unreadable(self, seconds: float) -> list[str]:
+        """What is wrong with each image file that cannot be read; of those that are reached within so many seconds."""
+        files = isinstance(self.dataset, LabelledImages)
+        return [str(error) for error in unreadable_among(self.dataset, seconds).values()] if files else []
 
     def names_being_read(self) -> list[str]:
         """The images that workers are reading now, or were when they were killed."""
@@ -670,13 +567,60 @@ def _derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+class LoadingMeter:
+    """Watches a training loop take batches from a loader: how many images it gets, and how long it waits for them."""
+
+    def __init__(self):
+        self.images = 0
+        self.waited = self.seconds = 0.0
+
+    def watched(self, loader: DataLoader) -> Iterator[Any]:
+        """The loader's batches, (anything, labels) each."""
+        started = asked = time.perf_counter()
+        before = self.seconds
+        for batch in loader:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+            self.images += len(batch[1]) * distributed.world_size()
+            self.seconds = before + asked - started
+
+    def results(self) -> dict[str, float]:
+        """`images_per_second`, of all processes together, and `waiting_share` of the time, 0 to 1."""
+        seconds = max(self.seconds, 1e-9)
+        return {"images_per_second": self.images / seconds, "waiting_share": self.waited / seconds}
+
+    def shown(self) -> dict[str, str]:
+        """The same for a progress bar."""
+        results = self.results()
+        return {"img/s": f"{results['images_per_second']:.0f}", "waiting": f"{results['waiting_share']:.0%}"}
+
+
+TINY = 2_000  # images in memory, or 500 files, are read before a loading process has started
+MOST_WORKERS = 16
+
+
+def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
+    """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
+    in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
+    if len(dataset) < (TINY // 4 if in_files else TINY):
+        return 0
+    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(MOST_WORKERS, max(1, cores // (4 if device is None or device.type == "cpu" else 1)))
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def build_loader(
     dataset: Transformed,
     batch_size: int,
     *,
     shuffle: bool = False,
     seed: int = 0,
-    workers: int = 0,
+    workers: int | str = 0,
     drop_last: bool = False,
     device: torch.device | None = None,
     keep_workers: bool = True,
@@ -687,12 +631,15 @@ def build_loader(
         batch_size: images at a time, of all processes together. In fixed order it is rounded up to a multiple of their
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
         shuffle: a new order each epoch, and augmentations that can be repeated.
+        workers: processes that load images; 'auto' for as many as are likely to help.
         device: what the batches are for.
         keep_workers: they wait for the next pass, instead of ending with each. They take seconds to start where
             processes do not fork (macOS, Windows).
     """
     if not shuffle:
         batch_size = -(-batch_size // distributed.world_size()) * distributed.world_size()
+    if workers == "auto":
+        workers = _helpful_workers(dataset, device)
     if workers > 0:
         dataset.being_read = torch.full((workers,), -1).share_memory_()
     return DataLoader(

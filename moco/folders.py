@@ -1,5 +1,7 @@
-"""Image files: finding them below a folder, keeping their names in little memory, and opening them."""
+"""Image files: finding them below a folder or in a list, keeping their names in little memory, and opening them."""
 
+import csv
+import hashlib
 import itertools
 import os
 import posixpath
@@ -10,9 +12,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moco import InputError, printable
+from moco import InputError, listed, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
 
@@ -66,13 +69,33 @@ class ImageFiles(Dataset):
         return os.path.join(self.folder, self.names[i])
 
 
-def unreadable(path: str, error: Exception) -> InputError:
-    """What to raise for a file that Pillow cannot read."""
-    return InputError(f"{path}: not a readable image ({printable(error)}); repair or remove it")
+class UnreadableImage(InputError):
+    """A file that Pillow cannot read."""
+
+
+def unreadable(path: str, error: Exception) -> UnreadableImage:
+    """What to raise for such a file."""
+    return UnreadableImage(
+        f"{path}: not a readable image ({printable(error)}); repair or remove it, or use --skip-unreadable"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
+
+
+def evaluation_folder(root: Path) -> Path | None:
+    """The folder beside train/ to evaluate on, by the name that it has; test/ only where there is no other.
+
+    Raises InputError where several have such a name.
+    """
+    found = [root / name for name in EVALUATION_NAMES if (root / name).is_dir()]
+    if len(found) > 1:
+        raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
+    if (root / "test").is_dir():
+        print(f"evaluating on {found[0]}; {root / 'test'} is left alone" if found else f"evaluating on {root / 'test'}")
+        return found[0] if found else root / "test"
+    return found[0] if found else None
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
@@ -80,17 +103,29 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 
     Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
     """
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise _unlisted(error) from None
+    names = _folder_names(folder)
     if names and {name.lower() for name in names} <= _PART_NAMES:
-        raise InputError(f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case")
+        raise InputError(
+            f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
+            "them as --data-dir and --val-dir"
+        )
     if len(names) < at_least:
         found = f"only {names[0]}" if names else "none"
         raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
     return names
+
+
+def has_class_folders(folder: Path) -> bool:
+    """Are there folders for two classes or more?"""
+    return len(_folder_names(folder)) > 1
+
+
+def _folder_names(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise _unlisted(error) from None
 
 
 def labelled_files(folder: Path, class_names: list[str], every: bool = True) -> ImageFiles:
@@ -139,3 +174,85 @@ def _image_folders(folder: Path, within: str, above: tuple[os.stat_result, ...])
 
 def _unlisted(error: OSError) -> InputError:
     return InputError(f"{error.filename}: cannot be listed: {error.strerror}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists
+
+
+def list_has_labels(path: Path) -> bool:
+    """Does a list of images have a second column?"""
+    return len(_rows(path)[0]) > 1
+
+
+def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
+
+    Args:
+        path: a text or CSV file in UTF-8 with commas or tabs between the columns; its first line may name them.
+        folder: what relative paths are relative to.
+
+    Returns:
+        The paths as listed, and the labels as text; no labels if the list has none.
+
+    Raises:
+        InputError: a file that is none of this, files that are not there, or two labels for one file.
+    """
+    rows = _rows(path)
+    columns = min(2, len(rows[0]))
+    for row in rows:
+        if len(row) != columns or not all(row):
+            expected = "a path and a label" if columns == 2 else "a path alone, as the first line"
+            raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}")
+    names, labels = [row[0] for row in rows], [row[1] for row in rows if columns == 2]
+    missing = [name for name in names if not os.path.isfile(folder / name)]
+    if missing:
+        raise InputError(f"--data-list {path}: {len(missing)} of its files are not in {folder}: {listed(missing)}")
+    label_of = dict(zip(names, labels, strict=False))
+    torn = [name for name, label in zip(names, labels, strict=False) if label_of[name] != label]
+    if torn:
+        raise InputError(
+            f"--data-list {path}: two labels for {listed(dict.fromkeys(torn))}; leave one of the lines out"
+        )
+    return names, labels
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The lines of a list, in cells, without a first line of titles."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter) if any(row)]
+    except OSError as error:
+        raise InputError(f"--data-list {path}: cannot read it: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--data-list {path}: not a text file of `path,label` lines: {printable(error)}") from None
+    if rows and rows[0][0].lower() in ("path", "file", "filename", "image"):
+        rows = rows[1:]
+    if not rows:
+        raise InputError(f"--data-list {path}: lists no images; write a line `path,label` for each")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+def copies(files: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """(file, other) for each of the `files` whose content one of the `others` has too. Only equal sizes are read."""
+    sizes, other_sizes = ({path: _size(path) for path in paths} for paths in (files, others))
+    common = (set(sizes.values()) & set(other_sizes.values())) - {-1}
+    known = {_content(path): path for path, size in other_sizes.items() if size in common}
+    found = ((path, known.get(_content(path))) for path, size in sizes.items() if size in common)
+    return [(path, other) for path, other in found if other is not None]
+
+
+def _size(path: str) -> int:
+    """In bytes; -1 for what cannot be read, which is found out when it is."""
+    return os.path.getsize(path) if os.access(path, os.R_OK) else -1
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read()).digest()

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from moco import InputError, printable
-from moco.data import DATASETS, EVAL_SPLITS
+from moco.cache import CACHES
+from moco.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
@@ -59,13 +60,15 @@ positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
-worker_count = _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 
 
-def positive_float_or_auto(text: str) -> float | str:
-    """A number above 0, or 'auto'."""
-    return text if text == "auto" else positive_float(text)
+def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What `convert` makes of a text, or 'auto'."""
+    return lambda text: text if text == "auto" else convert(text)
+
+
+worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
 def boolean(text: str) -> bool:
@@ -302,11 +305,49 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argpar
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The group and YAML section `data`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder with --data-dir, else digits")
+    group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder for your own images, else digits")
     group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
+    group.add_argument("--val-dir", type=Path, help="evaluation images, if not in --data-dir: one folder per class")
+    group.add_argument(
+        "--data-list", type=Path, nargs="+", help="list of `path,label` lines, or two: for training and for evaluation"
+    )
     group.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
-    group.add_argument("--workers", type=worker_count, default=0, help="processes that load images")
+    group.add_argument(
+        "--skip-unreadable",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out, and list, images that cannot be read",
+    )
+    group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
+    group.add_argument(
+        "--cache-images", choices=CACHES, default="none", help="keep large training images decoded, at twice the size"
+    )
     return group
+
+
+def complete_data_options(args: argparse.Namespace) -> list[str]:
+    """Fill in the default data set; what is wrong with the options of the images together, a line each."""
+    if args.dataset is None:
+        args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
+    problems = []
+    if args.val_dir and args.data_list:
+        problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
+    elif args.val_dir and not args.data_dir:
+        problems.append("--val-dir without --data-dir: give the folder of the training images as well")
+    if args.data_list and len(args.data_list) > 2:
+        problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
+    if args.dataset not in ("imagefolder", UNLABELLED_SET) and (args.val_dir or args.data_list):
+        problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
+    return problems
+
+
+# Where the images are and which are left out may change between a run and its resumption: a digest tells other images.
+PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
+
+
+def image_sources(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `moco.data.load_splits` that say where a user's own images are."""
+    return {"val_dir": args.val_dir, "data_list": args.data_list, "skip_unreadable": args.skip_unreadable}
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -323,7 +364,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
         "--learning-rate",
-        type=positive_float_or_auto,
+        type=or_auto(positive_float),
         default=1e-4,
         help="of AdamW, at its peak; auto: search for it",
     )
@@ -397,4 +438,6 @@ def resolved_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def _stored(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_stored(item) for item in value]
     return str(stored_path(value)) if isinstance(value, Path) else value

@@ -10,7 +10,9 @@ Every option is a flag and a key of the configuration file, whose sections are t
 """
 
 import argparse
+import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,22 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import InputError, data, distributed, options, reports, runs, training
+from moco import InputError, data, distributed, measures, options, reports, runs, training
 from moco.backbones import ARCHS, build_backbone, default_image_size
 from moco.builder import MoCo, MoCoV3
-from moco.files import read_checkpoint, save_atomically, write_csv
+from moco.cache import keep_images
+from moco.files import open_atomically, read_checkpoint, save_atomically, write_csv
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = {"config", "output_dir", "resume", "data_dir", "device", "workers", "knn_every", "save_every"}
-METRICS = ("epoch", "loss", "knn_accuracy", "learning_rate", "seconds")
+FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
+FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
+WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
+METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
+MEASURED = 2_048  # images, without labels
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -38,8 +44,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain as the options say.
 
     Returns:
-        `loss` and `knn_accuracy` (0 to 1, of the last epoch), `epochs`, `seconds` and the paths `checkpoint` and
-        `metrics`.
+        The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels) and,
+        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `epochs`, `seconds`,
+        `images_per_second`, `waiting_share` and the paths `checkpoint` and `metrics`.
     """
     args, _ = options.parse_args(make_parser(), argv, check=_complete)
     device = training.select_device(args.device)
@@ -48,23 +55,27 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     training.seed_everything(args.seed)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders:
         run = Pretraining(args, device, dtype)
-        loaders += [run.loader, *run.knn_loaders]
+        loaders += run.loaders()
         if args.resume:
             run.resume(args.resume)
-        images = len(run.loader.dataset)
-        print(f"{args.arch}, MoCo v{args.moco_version}, {images} images of {args.dataset}, {device}, {dtype}")
+        images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
+        print(f"{args.arch}, MoCo v{args.moco_version}, {images}, {device}, {dtype}")
         run.train()
     if distributed.is_main():
+        with open_atomically(run.path("results.json")) as file:
+            file.write(json.dumps(run.results(), indent=2, default=str).encode())
         reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
     return run.results()
 
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    args.dataset = args.dataset or ("imagefolder" if args.data_dir else "digits")
+    problems = options.complete_data_options(args)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
-    problems = list(runs.environment_problems(args))
+    problems += runs.environment_problems(args)
+    if args.knn_dir and not os.path.isdir(args.knn_dir):
+        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     if args.moco_version != 3 and args.queue_size < args.batch_size:
@@ -107,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
     moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
+    moco.add_argument("--knn-dir", type=Path, help="class folders to measure it on, if the images have no labels")
     moco.add_argument("--save-every", type=positive_int, default=20, help="epochs between checkpoints")
     return parser
 
@@ -114,13 +126,14 @@ def make_parser() -> argparse.ArgumentParser:
 class Pretraining:
     """A run: the model, its optimizer, its data and how far it is."""
 
-    FILES = ("last.pth", "metrics.csv", "pretraining_curves.png")
+    FILES = ("last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
         args.image_size = args.image_size or default_image_size(args.arch)
-        self.loader, self.knn_loaders = load_data(args, device)
+        self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
         self.images = self.loader.dataset.dataset.digest
+        self.meter = data.LoadingMeter()
         self.model = build_model(args).to(device)
         if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
@@ -169,15 +182,17 @@ class Pretraining:
         if batches.start == 0:
             now["learning_rate"] = self.schedule.get_last_lr()[0]
         start, title = time.perf_counter() - now["seconds"], f"epoch {self.epoch + 1}/{self.args.epochs}"
-        with runs.progress_bar(self.loader, title, initial=batches.start) as bar:
+        batches_watched = self.meter.watched(self.loader)
+        with runs.progress_bar(batches_watched, title, initial=batches.start, total=len(self.loader)) as bar:
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.set_postfix(loss=f"{loss:.3f}", **self.meter.shown(), refresh=False)
                 self.stop.check()
         self.epoch += 1
-        row = (self.epoch, now["loss_sum"] / len(self.loader), None, now["learning_rate"], now["seconds"])
-        self.history.append(dict(zip(METRICS, row, strict=True)))
+        row = {"loss": now["loss_sum"] / len(self.loader), "learning_rate": now["learning_rate"]}
+        row |= {"epoch": self.epoch, "seconds": now["seconds"]}
+        self.history.append({name: row.get(name) for name in METRICS})
         self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
 
     def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
@@ -200,17 +215,18 @@ class Pretraining:
         return loss
 
     def finish_epoch(self) -> None:
-        """The files, the k-NN accuracy and a line of output, whichever are due."""
+        """The files, what is measured of the features, and a line of output, whichever are due."""
         row, last = self.history[-1], self.epoch == self.args.epochs
         self.save_epoch()
         if last or self.epoch % self.args.knn_every == 0:
-            row["knn_accuracy"] = self.knn_accuracy()
-            self.save_epoch()  # once more, with the accuracy: had that run out of memory, the epoch would not be lost
+            row |= self.measure()
+            self.save_epoch()  # once more, with the measures: had they run out of memory, the epoch would not be lost
         if distributed.is_main():
-            # After a resume too it has every epoch once. No k-NN accuracy is an empty field.
+            # After a resume too it has every epoch once. What was not measured is an empty field.
             write_csv(self.history, METRICS, self.path("metrics.csv"))
-        knn = "" if row["knn_accuracy"] is None else f"  k-NN {row['knn_accuracy']:.3f}"
-        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{knn}")
+        shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
+        measured = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row[name] is not None)
+        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{measured}")
 
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
@@ -219,14 +235,28 @@ class Pretraining:
         if not last:
             self.save("last.pth")
 
-    def knn_accuracy(self) -> float:
-        """How well the features before the projector tell the classes, whose labels training never sees, apart."""
+    def measure(self) -> dict[str, float]:
+        """How good the features before the projector are: by labels, which training never sees, or without any."""
         encoder = self.model.encoder_q
         distributed.broadcast(encoder.buffers())  # BatchNorm's statistics, which each process keeps of its own images
-        bank, queries = (
-            training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
-        )
-        return training.knn_accuracy(*bank, *queries)
+        measured = {}
+        if self.knn_loaders:
+            bank, queries = (
+                training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
+            )
+            measured["knn_accuracy"] = training.knn_accuracy(*bank, *queries)
+        if self.view_loader:
+            first, second = (self.features_of_view(number) for number in (0, 1))
+            measured["alignment"] = measures.alignment(first, second)
+            measured["uniformity"] = measures.uniformity(first)
+            measured["effective_rank"] = measures.effective_rank(first)
+        return measured
+
+    def features_of_view(self, number: int) -> torch.Tensor:
+        """Features (N, D) of the first or the second view of some images: the same views each time."""
+        self.view_loader.batch_sampler.epoch = 0
+        view = ((views[number], labels) for views, labels in self.view_loader)
+        return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
     def save(self, name: str, complete: bool = False) -> None:
         """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
@@ -275,7 +305,11 @@ class Pretraining:
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
-        return {name: str(x) if isinstance(x, Path) else x for name, x in vars(self.args).items()}
+
+        def plain(x: Any) -> Any:
+            return [plain(item) for item in x] if isinstance(x, list) else str(x) if isinstance(x, Path) else x
+
+        return {name: plain(x) for name, x in vars(self.args).items()}
 
     def path(self, name: str) -> Path:
         return self.args.output_dir / name
@@ -283,23 +317,27 @@ class Pretraining:
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
         return {
-            "loss": last["loss"],
-            "knn_accuracy": last["knn_accuracy"],
+            **{name: last[name] for name in ("loss", "knn_accuracy", *WITHOUT_LABELS)},
             "epochs": self.epoch,
             "seconds": sum(row["seconds"] for row in self.history),
+            **self.meter.results(),
             "checkpoint": self.path(f"moco_stage1_epoch_{self.epoch}.pth"),
             "metrics": self.path("metrics.csv"),
+            "images": self.images,
+            "config": self.config(),
         }
 
+    def loaders(self) -> list[DataLoader]:
+        return [loader for loader in (self.loader, *self.knn_loaders, self.view_loader) if loader is not None]
 
-def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader]]:
-    """The loader of two views of each training image, and those of the k-NN accuracy: bank and queries.
 
-    The queries are the validation part of the training split: the held-out split has no part in stage 1, not even to
-    watch it.
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader], DataLoader | None]:
+    """The loader of two views of each training image, and those for measuring.
+
+    These are the bank and the queries of the k-NN accuracy, or none without labels; and, if the training images have
+    no labels, two views of some of them, or None.
     """
-    splits = data.load_splits(args.dataset, args.data_dir, args.eval_split)
-    images = splits.train
+    images, labelled = load_images(args)
     if len(images) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
     if args.batch_size % distributed.world_size():
@@ -307,14 +345,36 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     views = data.two_crops(
         args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
     )
+    kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
-    loader = data.build_loader(data.Transformed(images, views), shuffle=True, seed=args.seed, drop_last=True, **common)
-    bank, queries = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
-    bank, queries = bank.at_most(KNN_BANK), queries.at_most(KNN_QUERIES)
-    transform = data.eval_transform(args.image_size)
-    common["keep_workers"] = False  # they would idle for many epochs
-    return loader, [data.build_loader(data.Transformed(x, transform), **common) for x in (bank, queries)]
+    training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
+    loader = data.build_loader(data.Transformed(kept, views), **training_views)
+    at_times = {"keep_workers": False}  # they would idle for many epochs
+    transform, bounds = data.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
+    knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
+    knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
+    if images.labels[0] != data.UNLABELLED:
+        return loader, knn_loaders, None
+    some = data.Transformed(images.at_most(max(MEASURED, args.batch_size)), views)
+    return loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
+
+
+def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
+    """The training images; and a bank and queries with labels, or nothing where no image has one.
+
+    These are a part of the training split each: the held-out split has no part in stage 1, not even to watch it.
+    """
+    own, sources = args.dataset == "imagefolder", options.image_sources(args)
+    if args.dataset == data.UNLABELLED_SET or (own and not data.has_labels(args.data_dir, args.data_list)):
+        images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable), ()
+    else:
+        splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)
+        images = splits.train
+        labelled = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
+    if args.knn_dir:
+        labelled = data.load_splits("imagefolder", args.knn_dir)[:2]
+    return images, labelled
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:

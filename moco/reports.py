@@ -42,6 +42,7 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
         "retreats": run.retreats,
         "epochs": len(run.history),
         "seconds": sum(row["seconds"] for row in run.history),
+        **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
         "lora_parameters": counts["lora"],
@@ -104,18 +105,21 @@ def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
 
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
-    """Contrastive loss and k-NN accuracy by epoch, on an axis each."""
+    """Contrastive loss and k-NN accuracy by epoch, on an axis each; without labels the effective rank of features."""
     from matplotlib.figure import Figure
+
+    labelled = any(row["knn_accuracy"] is not None for row in history)
+    name, title = ("knn_accuracy", "k-NN accuracy") if labelled else ("effective_rank", "effective rank of features")
 
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot([row["epoch"] for row in history], [row["loss"] for row in history], color=BLUE)
     axes.set(xlabel="epoch", ylabel="contrastive loss")
-    measured = [row for row in history if row["knn_accuracy"] is not None]
+    measured = [row for row in history if row[name] is not None]
     right = axes.twinx()
-    right.plot([r["epoch"] for r in measured], [r["knn_accuracy"] for r in measured], "o-", color=ORANGE)
-    right.set_ylabel("k-NN accuracy (validation part)")
-    figure.legend(["loss", "k-NN accuracy"], loc="outside upper center", ncols=2)
+    right.plot([row["epoch"] for row in measured], [row[name] for row in measured], "o-", color=ORANGE)
+    right.set_ylabel(title)
+    figure.legend(["loss", title], loc="outside upper center", ncols=2)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120, bbox_inches="tight")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moco import InputError, distributed
+from moco.folders import UnreadableImage
 from moco.training import restore_rng_state, rng_state, select_device, select_precision
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,6 +202,8 @@ def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[s
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Within this block running out of memory, a killed worker and a lost process are an InputError.
 
+    That of an unreadable image names the others as well.
+
     Args:
         device: where the memory is.
         saves_memory: what helps if it runs out.
@@ -210,6 +214,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
     loaders: list[DataLoader] = []
     try:
         yield loaders
+    except UnreadableImage as error:
+        raise InputError(_all_unreadable(error, loaders)) from None
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             where = device if isinstance(error, torch.OutOfMemoryError) else "cpu"
@@ -230,6 +236,21 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             f"a process that loads images was killed{reading} ({reason}): if memory "
             "ran out, use fewer --workers or --workers 0; else look at these images"
         ) from None
+
+
+LOOKING = 60  # seconds for other images that cannot be read
+
+
+def _all_unreadable(error: UnreadableImage, loaders: Iterable[DataLoader]) -> str:
+    """What to say of an unreadable image, and of all others, a line each."""
+    until = time.monotonic() + LOOKING
+    found = [str(error).rpartition("UnreadableImage: ")[2].strip()]  # a worker's error begins with its traceback
+    for loader in loaders:
+        found += loader.dataset.unreadable(until - time.monotonic())
+    found = list(dict.fromkeys(found))
+    more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+    late = [f"looked for others for {LOOKING} seconds only"] if time.monotonic() > until else []
+    return "\n".join(found[:20] + more + late)
 
 
 def run_script(main: Callable[[], Any]) -> None:

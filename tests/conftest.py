@@ -62,8 +62,8 @@ def few_images(monkeypatch):
     def few(part: LabelledImages) -> LabelledImages:
         return part.subset([part.labels.index(label) for label in sorted(set(part.labels))])
 
-    def load_few(*args):
-        splits = load_splits(*args)
+    def load_few(*args, **sources):
+        splits = load_splits(*args, **sources)
         return splits._replace(train=few(splits.train), val=few(splits.val))
 
     monkeypatch.setattr(finetune_lora, "load_splits", load_few)

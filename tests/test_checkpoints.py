@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from moco import InputError
 from moco.backbones import build_backbone
@@ -373,6 +374,16 @@ def test_the_digests_say_what_the_file_holds(saved):
     assert digests[32] == digests[64] == {name: tensor_digest(value) for name, value in source.items()}
 
 
+def test_a_digest_tells_dtype_shape_and_values_and_not_how_they_lie():
+    image = torch.arange(24.0).reshape(1, 2, 3, 4)
+    expected = tensor_digest(image)
+    assert tensor_digest(nn.Parameter(image.contiguous(memory_format=torch.channels_last))) == expected
+    assert tensor_digest(torch.arange(9)[::2]) == tensor_digest(torch.tensor([0, 2, 4, 6, 8]))
+    assert tensor_digest(torch.ones(1).expand(3)) == tensor_digest(torch.ones(3))
+    others = (image.double(), image.reshape(1, 2, 4, 3), image + 1, image.int().view(torch.float32))
+    assert len({expected, *map(tensor_digest, others)}) == 5
+
+
 def test_position_embedding_is_interpolated_for_another_size(saved):
     state = build_backbone("vit_mini", 2).state_dict()
     ramp = torch.linspace(0, 1, 4)[:, None, None].expand(4, 4, 192).reshape(16, 192)  # from top to bottom
@@ -384,6 +395,21 @@ def test_position_embedding_is_interpolated_for_another_size(saved):
     column = positions[0, 1:].reshape(8, 8, 192)[:, 3, 7]
     torch.testing.assert_close(column, torch.linspace(0, 1, 8), rtol=0, atol=0.1)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+
+
+def test_half_a_position_embedding_is_interpolated_in_full_precision(saved):
+    state = without_head(build_backbone("vit_mini", 2).state_dict())
+    half = {name: tensor.half() for name, tensor in state.items()}
+    full = {name: tensor.float() for name, tensor in half.items()}
+    found = [load_backbone(saved(content), num_classes=2, image_size=64)[0] for content in (half, full)]
+    assert torch.equal(*(model.encoder.pos_embedding for model in found))
+
+
+def test_a_position_embedding_of_no_square_is_one_clear_line(saved):
+    state = build_backbone("vit_mini", 2).state_dict() | {"encoder.pos_embedding": torch.zeros(1, 16, 192)}
+    for size in (None, 64):
+        with pytest.raises(InputError, match=r"pos_embedding \(1, 16, 192\) instead of"):
+            load_backbone(saved(state), num_classes=2, image_size=size)
 
 
 def test_vit_keeps_the_size_it_was_trained_at(saved):

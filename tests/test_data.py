@@ -1,18 +1,17 @@
-"""moco/data.py: splits, image modes, augmentations, loaders."""
+"""moco/data.py: data sets, splits, loaders."""
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, JpegImagePlugin
+from PIL import Image
 from torchvision import datasets
-from torchvision import transforms as T
 
 from moco import InputError, data
 
@@ -161,8 +160,173 @@ def test_folders_that_cannot_be_used(tmp_path):
     assert "classes that" in problem(tmp_path) and "eel" in problem(tmp_path)
 
 
+def two_classes(folder, *parts: str, names="abc") -> None:
+    for part in parts:
+        for number, label in enumerate(("cat", "dog")):
+            write_images(folder / part / label, names, colour=(len(part), 100 * number, hash_of(part)))
+
+
+def hash_of(text: str) -> int:
+    return sum(text.encode()) % 256
+
+
+@pytest.mark.parametrize(
+    ("parts", "taken", "told"),
+    [
+        (("train", "val"), "val", ""),
+        (("train", "valid"), "valid", ""),
+        (("train", "validation"), "validation", ""),
+        (("train", "validation", "test"), "validation", "evaluating on {0}/validation; {0}/test is left alone\n"),
+        (("train", "test"), "test", "evaluating on {0}/test\n"),
+    ],
+)
+def test_the_names_that_people_use(tmp_path, capsys, parts, taken, told):
+    two_classes(tmp_path, *parts)
+    splits = data.load_splits("imagefolder", tmp_path)
+    assert splits.val.name(0) == str(tmp_path / taken / "cat" / "a.png") and len(splits.val) == len(splits.train) == 6
+    assert capsys.readouterr().out == told.format(tmp_path)
+
+
+def test_evaluation_images_elsewhere(tmp_path, capsys):
+    two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
+    for folder, train in (("mine", "mine/train"), ("plain", "plain")):
+        splits = data.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
+        assert {splits.train.name(0), splits.val.name(0)} == {
+            str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")
+        }
+    two_classes(tmp_path, "mine/valid")
+    with pytest.raises(InputError, match="mine has val and valid: name one of them with --val-dir"):
+        data.load_splits("imagefolder", tmp_path / "mine")
+    with pytest.raises(InputError, match=r"--val-dir .*/gone: no such folder"):
+        data.load_splits("imagefolder", tmp_path / "mine", val_dir=tmp_path / "gone")
+    write_images(tmp_path / "theirs" / "eel")
+    with pytest.raises(InputError, match=r"theirs has classes that .*/plain lacks: eel"):
+        data.load_splits("imagefolder", tmp_path / "plain", val_dir=tmp_path / "theirs")
+
+
+def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
+    two_classes(tmp_path, "train")
+    with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one, name it with --val-dir"):
+        data.load_splits("imagefolder", tmp_path)
+    assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
+    splits = data.load_splits("imagefolder", tmp_path, for_training_only=True)
+    assert (len(splits.train), len(splits.val)) == (6, 0)
+    write_images(tmp_path / "val" / "eel")  # which is nobody's business then
+    assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
+
+
+def test_one_list_is_split_and_two_are_not(tmp_path):
+    two_classes(tmp_path, "shoot one", names=[str(i) for i in range(20)])
+    rows = [f"shoot one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(20)]
+    (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{row},{10 if 'cat' in row else 9}\n" for row in rows))
+    splits = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"])
+    assert splits.class_names == ["9", "10"]  # by value
+    assert {name for part in splits[:2] for name in part.relative_names()} == set(rows)
+    assert splits.train.name(0) == str(tmp_path / rows[0]) and splits.train.labels[0] == 1
+    assert splits.train[0][0].getpixel((0, 0)) == (9, 0, hash_of("shoot one"))
+    (tmp_path / "a.txt").write_text("shoot one/cat/1.png\tcat\nshoot one/dog/1.png\tdog\n")
+    (tmp_path / "b.txt").write_text("shoot one/dog/2.png\tdog\n")
+    splits = data.load_splits("imagefolder", data_list=[tmp_path / "a.txt", tmp_path / "b.txt"])
+    assert (splits.class_names, splits.train.labels, splits.val.labels) == (["cat", "dog"], [0, 1], [1])
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "a.txt").rename(tmp_path / "elsewhere" / "a.txt")
+    with pytest.raises(InputError, match="2 of its files are not in"):
+        data.load_splits("imagefolder", data_list=[moved])
+    assert len(data.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "b.txt"]).train) == 2
+    with pytest.raises(InputError, match=r"b\.txt: expected at least two classes, found only dog"):
+        data.load_splits("imagefolder", tmp_path, data_list=[tmp_path / "b.txt", moved])
+    (tmp_path / "c.txt").write_text("shoot one/dog/2.png\teel\n")
+    with pytest.raises(InputError, match=r"c\.txt has classes that .*a\.txt lacks: eel"):
+        data.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "c.txt"])
+
+
+def test_the_place_of_a_list_of_absolute_paths_is_its_own(tmp_path):
+    two_classes(tmp_path, "images")
+    paths = sorted((tmp_path / "images").rglob("*.png"))
+    (tmp_path / "list.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in paths))
+    splits = data.load_splits("imagefolder", data_list=[tmp_path / "list.csv"])
+    assert {part.name(i) for part in splits[:2] for i in range(len(part))} == set(map(str, paths))
+
+
+def test_images_without_labels(tmp_path):
+    write_images(tmp_path / "flat")
+    two_classes(tmp_path, "parted/train", "parted/test")
+    write_images(tmp_path / "flat" / "deeper" / "still", "d")
+    (tmp_path / "list.txt").write_text("flat/a.png\nflat/b.png\n")
+    flat = data.load_unlabelled(tmp_path / "flat")
+    assert list(flat.relative_names()) == ["a.png", "b.png", "c.png", "deeper/still/d.png"]
+    assert set(flat.labels) == {data.UNLABELLED}
+    parted = data.load_unlabelled(tmp_path / "parted")
+    assert parted.name(0) == str(tmp_path / "parted/train/cat/a.png") and len(parted) == 6  # none of test/
+    listed = data.load_unlabelled(data_list=[tmp_path / "list.txt"])
+    assert list(listed.relative_names()) == ["flat/a.png", "flat/b.png"]
+    assert [data.has_labels(tmp_path / name) for name in ("flat", "parted", ".")] == [False, True, True]
+    assert not data.has_labels(None, [tmp_path / "list.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty: no images \(looked for"):
+        data.load_unlabelled(tmp_path / "empty")
+    with pytest.raises(InputError, match="dataset unlabelled needs --data-dir"):
+        data.load_unlabelled()
+    with pytest.raises(InputError, match="--dataset unlabelled is for pretraining"):
+        data.load_splits("unlabelled", tmp_path / "flat")
+
+
+def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path, capsys):
+    two_classes(tmp_path, "train")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    data.load_splits("imagefolder", tmp_path)
+    assert capsys.readouterr().out.startswith("6 of 6 evaluation images are copies of training images")
+    for number, path in enumerate(sorted((tmp_path / "val").rglob("*.png"))):
+        Image.new("RGB", (6, 5), (number, 1, 2)).save(path)
+    data.load_splits("imagefolder", tmp_path)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "val" / "cat" / "b.png").write_bytes((tmp_path / "train" / "dog" / "c.png").read_bytes())
+    data.load_splits("imagefolder", tmp_path)
+    copied = capsys.readouterr().out
+    assert copied.startswith(
+        f"1 of 6 evaluation images are copies of training images, such as {tmp_path}/val/cat/b.png of"
+    )
+
+
+def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    two_classes(tmp_path, "train", "val")
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 6 images can be read, such as .*a\.png: not a readable"):
+        data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+
+
+def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
+    two_classes(tmp_path, "train")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    monkeypatch.setattr(data, "MOST_COMPARED", 11)
+    data.load_splits("imagefolder", tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
+    two_classes(tmp_path, "train", "val", names="abcdef")
+    Image.new("L", (90, 90)).save(tmp_path / "train" / "cat" / "good.jpg")
+    broken = ["train/cat/a.png", "train/cat/z.jpg", "train/dog/f.png", "val/dog/c.png"]
+    for name in broken:
+        content = (
+            (tmp_path / name).read_bytes() if name.endswith("png") else (tmp_path / "train/cat/good.jpg").read_bytes()
+        )
+        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+    splits = data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+    told = capsys.readouterr().out
+    assert "3 of 14 images cannot be read and are left out:" in told and "1 of 12 images cannot" in told
+    for name in broken:
+        assert told.count(f"  {tmp_path / name}: not a readable image (") == 1
+    names = {f"{part}/{name}" for part in ("train", "val") for name in getattr(splits, part).relative_names()}
+    assert len(names) == 22 and names.isdisjoint(broken) and "train/cat/good.jpg" in names
+    assert len([image for part in splits[:2] for image, _ in part]) == 22
+    with pytest.raises(InputError, match=r"a\.png: not a readable image .* or use --skip-unreadable"):
+        list(data.load_splits("imagefolder", tmp_path).train)
+
+
 def test_an_unknown_data_set():
-    with pytest.raises(InputError, match="'digit' is none of digits, imagefolder, cifar10"):
+    with pytest.raises(InputError, match="'digit' is none of digits, imagefolder, unlabelled, cifar10"):
         data.load_splits("digit")
 
 
@@ -247,267 +411,6 @@ def test_a_set_of_lone_images_has_no_validation_part(tmp_path):
         data.validation_part(set_of(tmp_path, cat=1, dog=1))
 
 
-def pixel(image: Image.Image) -> tuple[int, int, int]:
-    rgb = data.to_rgb(image)
-    assert rgb.mode == "RGB" and rgb.size == image.size
-    return rgb.getpixel((0, 0))
-
-
-def test_every_image_mode_becomes_rgb():
-    grey16 = Image.fromarray(np.full((3, 2), 257 * 90, dtype=np.uint16))
-    palette = Image.new("P", (1, 1), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    assert pixel(Image.new("RGB", (1, 1), (1, 2, 3))) == (1, 2, 3)
-    assert pixel(Image.new("L", (3, 1), 90)) == (90, 90, 90)
-    assert pixel(Image.new("1", (1, 3), 1)) == (255, 255, 255)
-    assert pixel(palette) == (10, 20, 30)
-    assert pixel(grey16) == (90, 90, 90)
-    assert pixel(Image.new("I", (1, 1), 257 * 90)) == (90, 90, 90)
-    assert pixel(Image.new("I", (1, 1), 90)) == (90, 90, 90)
-    assert pixel(Image.new("F", (1, 1), 0.5)) == (128, 128, 128)
-    assert pixel(Image.new("CMYK", (1, 1), (0, 0, 0, 255))) == (0, 0, 0)
-
-
-def test_transparency_is_over_white():
-    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 255))) == (10, 20, 30)
-    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 0))) == (255, 255, 255)
-    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
-    palette = Image.new("P", (1, 1), 1)
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.info["transparency"] = 1
-    assert pixel(palette) == (255, 255, 255)
-
-
-def odd_files(folder) -> dict:
-    """Image files whose pixels Image.open alone does not give as evaluation sees them, by what is odd about them."""
-    rng, exif = np.random.RandomState(0), Image.Exif()
-    levels = rng.randint(0, 256, (40, 30, 3)).astype(np.uint8)
-    exif[274] = 6  # lies on its side
-    transparent = np.dstack([levels, rng.randint(0, 256, (40, 30)).astype(np.uint8)])
-    palette = Image.fromarray(levels).quantize(16)
-    files = {
-        "plain.png": (Image.fromarray(levels), {}),
-        "rotated.jpg": (Image.fromarray(levels), {"exif": exif}),
-        "rotated.png": (Image.fromarray(levels), {"exif": exif}),
-        "rotated.tif": (Image.fromarray(levels), {"exif": exif}),
-        "rgba.png": (Image.fromarray(transparent), {}),
-        "palette.png": (palette, {}),
-        "transparent palette.png": (palette, {"transparency": 3}),
-        "16 bits.png": (Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
-        "cmyk.jpg": (Image.fromarray(levels).convert("CMYK"), {}),
-    }
-    folder.mkdir(parents=True)
-    for name, (image, options) in files.items():
-        image.save(folder / name, **options)
-    return files
-
-
-@pytest.mark.parametrize("size", [32, 96])
-def test_a_transform_takes_what_image_open_returns(tmp_path, size):
-    """As `load_finetuned` gives it to those who predict: the same bits as in evaluation."""
-    for label in ("cat", "dog"):
-        odd_files(tmp_path / "train" / label)
-        odd_files(tmp_path / "val" / label)
-    images, transform = data.load_splits("imagefolder", tmp_path).val, data.eval_transform(size)
-    for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
-        assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
-
-
-def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
-    files = odd_files(tmp_path / "all")
-    seen = {name: data.to_rgb(Image.open(tmp_path / "all" / name)) for name in files}
-    assert {image.mode for image in seen.values()} == {"RGB"}
-    upright = seen["plain.png"].transpose(Image.Transpose.ROTATE_270)
-    for name in ("rotated.png", "rotated.tif"):
-        assert np.array_equal(seen[name], upright), name
-    assert seen["rotated.jpg"].size == (40, 30)
-    for image in seen.values():
-        assert data.to_rgb(image) is image  # nothing is done twice
-    alpha = np.asarray(files["rgba.png"][0])[..., 3:] / 255
-    over_white = np.asarray(files["plain.png"][0]) * alpha + 255 * (1 - alpha)
-    assert np.abs(np.asarray(seen["rgba.png"]) - over_white).max() <= 1
-    assert np.array_equal(np.asarray(seen["16 bits.png"])[..., 0], np.asarray(files["plain.png"][0])[..., 0])
-    assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
-
-
-def test_levels_of_12_bits_in_a_16_bit_file_are_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_warned_of_12_bits", False)
-    for name, top in (("dark", 4095), ("bright", 4096)):
-        Image.fromarray(np.array([[0, top]], dtype=np.uint16)).save(tmp_path / f"{name}.png")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        data.to_rgb(Image.open(tmp_path / "bright.png"))
-        data.to_rgb(Image.new("I", (2, 2), 200))  # of 8 bits
-        assert caught == []
-        for _ in range(2):
-            data.to_rgb(Image.open(tmp_path / "dark.png"))
-        assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)  # the type tells the width
-        assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
-    [message] = [str(warning.message) for warning in caught]
-    assert str(tmp_path / "dark.png") in message and "multiply them by 16" in message and "\n" not in message
-
-
-def all_transforms(size: int):
-    yield data.eval_transform(size)
-    for name in data.AUGMENTATIONS:
-        yield data.train_transform(size, name)
-    for name in data.TWO_CROPS:
-        yield from data.two_crops(size, name).views
-
-
-@pytest.mark.parametrize("size", [32, 96])
-@pytest.mark.parametrize("source", [(1, 1), (8, 8), (200, 30)])
-def test_every_transform_takes_images_of_any_size(size, source):
-    for transform in all_transforms(size):
-        tensor = transform(Image.new("RGB", source, (120, 130, 140)))
-        assert tensor.shape == (3, size, size) and tensor.dtype == torch.float32 and tensor.isfinite().all()
-
-
-def test_normalisation_and_central_crop():
-    image = Image.new("RGB", (300, 256))
-    image.paste((255, 255, 255), (100, 100, 200, 156))  # the centre is white, the border black
-    white = [(1 - m) / s for m, s in zip(data.IMAGENET_MEAN, data.IMAGENET_STD, strict=True)]
-    assert data.eval_transform(224)(image)[:, 112, 112].tolist() == pytest.approx(white)
-    assert data.eval_transform(32)(Image.new("RGB", (8, 8), "white"))[:, 0, 0].tolist() == pytest.approx(white)
-    gradient = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)))
-    rows = data.eval_transform(224)(gradient)[0, :, 0] * data.IMAGENET_STD[0] + data.IMAGENET_MEAN[0]
-    assert (rows * 255).round()[[0, -1]].tolist() == [16, 239]
-
-
-def stock(name: str, size: int) -> list[T.Compose]:
-    """torchvision's transforms for what the data module does itself: one transform, or those of both views."""
-    tensor = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
-    crop, flip, grey = T.RandomResizedCrop(size, scale=(0.2, 1)), T.RandomHorizontalFlip(), T.RandomGrayscale(0.2)
-    blur = T.GaussianBlur(max(3, size // 10 | 1), sigma=(0.1, 2.0))
-    if name == "eval":
-        resize = [T.Resize((size, size))] if size <= 64 else [T.Resize(round(size * 256 / 224)), T.CenterCrop(size)]
-        return [T.Compose([*resize, *tensor])]
-    if name == "crop":
-        return [T.Compose([T.RandomResizedCrop(size), flip, *tensor])]
-    if name == "moco_v1":
-        return 2 * [T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor])]
-    if name == "moco_v2":
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        return 2 * [T.Compose([crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *tensor])]
-    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    ends = [T.RandomApply([blur], p=0.1), T.RandomSolarize(128, p=0.2), flip, *tensor]
-    return [T.Compose([crop, jitter, grey, blur, flip, *tensor]), T.Compose([crop, jitter, grey, *ends])]
-
-
-def views_of(name: str, size: int) -> list[data.View]:
-    if name == "eval":
-        return [data.eval_transform(size)]
-    return [data.train_transform(size)] if name == "crop" else list(data.two_crops(size, name).views)
-
-
-@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1", "moco_v2", "moco_v3"])
-@pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200))])
-def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
-    """From the same draws; bit for bit, except that the blur may round to the next of 256 levels."""
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
-    level = 1.01 / 255 / min(data.IMAGENET_STD) if name in ("moco_v2", "moco_v3") else 0
-    for ours, theirs in zip(views_of(name, size), stock(name, size), strict=True):
-        for seed in range(8):
-            views = []
-            for transform in (ours, theirs):
-                torch.manual_seed(seed)
-                views.append(transform(image))
-            torch.testing.assert_close(*views, rtol=0, atol=level)
-            assert (views[0] != views[1]).float().mean() < 1e-3
-
-
-@pytest.mark.parametrize("kernel", [3, 9, 23])
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_the_blur_is_torchvisions(kernel, sigma):
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 25, 3)).astype(np.uint8))
-    ours, theirs = (kind(kernel, (sigma, sigma))(image) for kind in (data.GaussianBlur, T.GaussianBlur))
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
-    assert (np.asarray(ours) != np.asarray(theirs)).mean() < 0.005
-
-
-def photograph(path, size=(1210, 900), **options) -> Image.Image:
-    """A JPEG of smooth and of sharp parts."""
-    y, x = np.mgrid[: size[1], : size[0]] / 60
-    levels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.sign(np.sin(x * y / 9))], axis=2)
-    image = Image.fromarray((127.5 + 100 * levels).astype(np.uint8))
-    image.save(path, quality=95, **options)
-    return image
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize("format", ["JPEG", "MPO"])
-@pytest.mark.parametrize(("name", "levels"), [("eval", 1.0), ("crop", 2.5), ("moco_v1", 2.5)])
-def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
-    tmp_path, monkeypatch, name, levels, format, orientation
-):
-    exif = Image.Exif()
-    exif[274] = orientation
-    photograph(tmp_path / "large.jpg", exif=exif, format=format)
-    decoded, load = [], data.to_rgb
-    monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.size) or load(image))
-    for seed in range(4):
-        for view in views_of(name, 96):
-            views = []
-            for image in (Image.open(tmp_path / "large.jpg"), load(Image.open(tmp_path / "large.jpg"))):
-                torch.manual_seed(seed)
-                views.append(view(image))
-            assert (views[0] - views[1]).abs().mean() * 255 * min(data.IMAGENET_STD) < levels
-    assert any(max(size) <= 605 for size in decoded)
-
-
-@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1"])
-@pytest.mark.parametrize("size", [20, 96])
-def test_no_view_is_made_of_fewer_pixels_than_it_has(tmp_path, monkeypatch, name, size):
-    photograph(tmp_path / "large.jpg")
-    ratios, resize = [], Image.Image.resize
-
-    def noted(self, target, *args, box, **options):
-        ratios.extend([(box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]])
-        return resize(self, target, *args, box=box, **options)
-
-    monkeypatch.setattr(Image.Image, "resize", noted)
-    for seed in range(10):
-        torch.manual_seed(seed)
-        image = Image.open(tmp_path / "large.jpg")
-        data.two_crops(size, name)(image) if name == "moco_v1" else views_of(name, size)[0](image)
-    assert min(ratios) >= (2 if name == "eval" else 1)
-    assert min(ratios) < 6  # nor of many more
-
-
-def test_a_file_is_decoded_once_for_both_views(tmp_path, monkeypatch):
-    photograph(tmp_path / "large.jpg")
-    loads, load = [], JpegImagePlugin.JpegImageFile.load
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda self: loads.append(len(self.tile)) or load(self))
-    images = data.LabelledImages(data.ImageFiles(tmp_path, ["large.jpg"], [0]), [0])
-    (first, second), _ = data.Transformed(images, data.two_crops(32, "moco_v1"))[0]
-    assert first.shape == second.shape == (3, 32, 32)
-    assert sum(loads) == 1  # with something left to decode
-
-
-def test_a_transform_of_ones_own_gets_decoded_rgb_images(tmp_path):
-    odd_files(tmp_path / "all")
-    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
-    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
-    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
-
-
-def test_two_crops_differ_from_each_other_and_repeat_with_the_seed(digits):
-    image, _ = digits[0].train[0]
-    for name in data.TWO_CROPS:
-        pairs = []
-        for _ in range(2):
-            torch.manual_seed(0)
-            pairs.append(data.two_crops(32, name)(image))
-        assert not torch.equal(*pairs[0])
-        assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
-
-
-def test_digits_views_without_strength_are_the_image(digits):
-    image, _ = digits[0].train[0]
-    still = data.two_crops(32, "digits", rotation=0, scale=0, shift=0, noise=0)
-    torch.testing.assert_close(still(image)[0], data.eval_transform(32)(image))
-
-
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
     """Per batch, for each of its items, its number and what its transform drew."""
     numbered = data.Transformed([(i, i) for i in range(10)], lambda i: (i, torch.rand(1), torch.randn(1)))
@@ -540,9 +443,64 @@ def test_drawing_for_images_leaves_the_global_generator_alone():
     assert torch.rand(1) == expected
 
 
+def transforms_of_all_kinds():
+    yield data.eval_transform(32)
+    yield from (data.train_transform(32, name) for name in data.AUGMENTATIONS)
+    yield from (data.two_crops(32, name) for name in data.TWO_CROPS)
+
+
+class Clock:
+    """time.perf_counter, for which time passes only when it is told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_meter_tells_waiting_from_working(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(data.time, "perf_counter", clock)
+
+    def loader():
+        for size in (4, 4, 2):
+            clock.now += 1.0  # it takes the loader to bring a batch
+            yield torch.zeros(size, 3), torch.zeros(size)
+        clock.now += 5.0  # nobody waits for the end
+
+    meter = data.LoadingMeter()
+    assert meter.results() == {"images_per_second": 0, "waiting_share": 0}
+    for _ in range(2):  # two epochs
+        for _ in meter.watched(loader()):
+            clock.now += 3.0  # it takes the loop to use it
+        clock.now += 50.0  # evaluation is not counted
+    assert meter.results() == pytest.approx({"images_per_second": 20 / 24, "waiting_share": 0.25})
+    assert meter.shown() == {"img/s": "1", "waiting": "25%"}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    in_memory = [data.LabelledImages([("image", 0)] * n, [0] * n) for n in (1999, 2000)]
+    files = [set_of(tmp_path, cat=n) for n in (499, 500)]
+
+    def chosen(images, cores: int, device: str | None) -> int:
+        monkeypatch.setattr(data, "usable_cores", lambda: cores)
+        device = device and torch.device(device)
+        transformed = data.Transformed(images, data.eval_transform(32))
+        return data.build_loader(transformed, 8, workers="auto", device=device).num_workers
+
+    assert [chosen(images, 8, "cuda") for images in (*in_memory, *files)] == [0, 8, 0, 8]
+    assert [chosen(files[1], cores, "cuda") for cores in (1, 4, 64)] == [1, 4, 16]
+    assert [chosen(files[1], cores, device) for cores in (1, 4, 32) for device in ("cpu", None)] == [1, 1, 1, 1, 8, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes of torchrun on this machine
+    assert [chosen(files[1], 8, device) for device in ("cuda", "cpu")] == [2, 1]
+
+
 def test_what_workers_receive_and_import_is_little(digits):
     """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
-    for transform in all_transforms(32):
+    for transform in transforms_of_all_kinds():
         loaded = pickle.loads(pickle.dumps(data.Transformed(digits[0].val.subset(range(3)), transform)))
         assert len(loaded) == 3
     heavy = "{'matplotlib', 'sklearn', 'scipy', 'bitsandbytes'} & {name.split('.')[0] for name in sys.modules}"

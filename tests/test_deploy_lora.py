@@ -3,6 +3,7 @@
 What they are given by mistake is in `test_bad_input.py`.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "me
 
 @pytest.fixture(params=[".pth", ".safetensors"])
 def adapter(request, base, tmp_path) -> Path:
-    """An adapter file over `base` for three classes, of 4,419 numbers."""
+    """An adapter file for three classes, of 4,419 numbers, beside its base.pth."""
     torch.manual_seed(0)
+    base = shutil.copy(base, tmp_path / "base.pth")
     model, report = load_backbone(base, 3)
     randomize_adapters(add_lora_to_model(model, r=2, target_modules=["encoder_layer_1.mlp"]), std=0.1)
     path = tmp_path / f"lora{request.param}"
@@ -72,13 +74,13 @@ def test_a_merged_file_serves_without_this_toolkit(adapter, suffix, tmp_path, ca
     torch.testing.assert_close(plain.eval()(images), load_finetuned(adapter)[0](images), rtol=1e-4, atol=1e-5)
 
 
-def test_merge_finds_a_base_that_has_moved(adapter, base, tmp_path):
-    deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "here.pth")])
-    moved = tmp_path / "moved.pth"
-    moved.write_bytes(base.read_bytes())
-    deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "there.pth"), "--checkpoint", str(moved)])
-    here, there = torch.load(tmp_path / "here.pth"), torch.load(tmp_path / "there.pth")
-    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+def test_merge_finds_a_base_that_has_moved(adapter, tmp_path):
+    merged, moved = tmp_path / "merged.pth", tmp_path / "moved.pth"
+    deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
+    before = torch.load(merged)
+    (tmp_path / "base.pth").rename(moved)
+    deploy_lora.main(["merge", str(adapter), "--output", str(merged), "--checkpoint", str(moved)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in torch.load(merged).items())
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def outcome(folder: Path) -> dict:
     """All that a run leaves behind but times: every tensor and every number."""
     with open(folder / "metrics.csv", newline="") as file:
         found = {"metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]}
-    if (folder / "results.json").exists():
-        results = json.loads((folder / "results.json").read_text())
-        free = ("seconds", "peak_memory_bytes", "config", "adapter_bytes")
-        found["results"] = {key: value for key, value in results.items() if key not in free}
+    results = json.loads((folder / "results.json").read_text())
+    free = ("seconds", "images_per_second", "waiting_share", "peak_memory_bytes", "config", "adapter_bytes")
+    free += ("checkpoint", "metrics")  # of pretraining: paths
+    found["results"] = {key: value for key, value in results.items() if key not in free}
+    if (folder / "lora.pth").exists():
         found["adapter"] = read_adapter_file(folder / "lora.pth")["tensors"]
         state = read_checkpoint(folder / "last.pth")
         found["optimizer"], found["rng"] = state["optimizer"]["state"], state["rng"]

@@ -80,3 +80,59 @@ def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
         folders.labelled_files(tmp_path, ["cat", "dog", "eel"])
     with pytest.raises(InputError, match="no images in dog"):
         folders.labelled_files(tmp_path, ["dog"], every=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png,cat\nb c.png,dog\n", (["a.png", "b c.png"], ["cat", "dog"])),
+        ("\ufeffPath,Label\r\na.png , cat\r\n\r\n", (["a.png"], ["cat"])),
+        ("a.png\tcat, black\n", (["a.png"], ["cat, black"])),
+        ('"b,c.png",dog', (["b,c.png"], ["dog"])),
+        ("a.png\nb c.png", (["a.png", "b c.png"], [])),
+        ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
+    ],
+)
+def test_lists(tmp_path, text, expected):
+    touch(tmp_path, "a.png", "b c.png", "b,c.png")
+    (tmp_path / "list").write_text(text, encoding="utf-8")
+    assert folders.read_list(tmp_path / "list", tmp_path) == expected
+    assert folders.list_has_labels(tmp_path / "list") == bool(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "lists no images"),
+        ("path,label\n", "lists no images"),
+        (b"\xff\xfe\0", "not a text file of `path,label` lines"),
+        ('"' + "a" * 200_000, "not a text file of `path,label` lines"),
+        ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
+        ("a.png,cat,1\n", "the line 'a.png,cat,1' is not a path and a label"),
+        ("a.png,\n", "the line 'a.png,' is not a path and a label"),
+        ("a.png\nb.png,dog\n", "the line 'b.png,dog' is not a path alone, as the first line"),
+        ("a.png,cat\ngone.png,dog\nhere/gone.png,dog\n", "2 of its files are not in .*: gone.png, here/gone.png"),
+        ("a.png,cat\nb.png,cat\na.png,dog\n", "two labels for a.png; leave one of the lines out"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, content, problem):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"--data-list .*list\.csv: {problem}"):
+        folders.read_list(tmp_path / "list.csv", tmp_path)
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"--data-list .*gone\.csv: cannot read it: No such file"):
+        folders.read_list(tmp_path / "gone.csv", tmp_path)
+
+
+def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):
+    for name, content in {"a": "one", "b": "two", "c": "longer", "d": "one", "e": "six", "f": "longest"}.items():
+        (tmp_path / name).write_text(content)
+    read, content = [], folders._content
+    monkeypatch.setattr(folders, "_content", lambda path: read.append(Path(path).name) or content(path))
+    paths = {name: str(tmp_path / name) for name in "abcdefg"}  # g is not there
+    found = folders.copies([paths[n] for n in "abg"], [paths[n] for n in "cdefg"])
+    assert found == [(paths["a"], paths["d"])]
+    assert sorted(read) == ["a", "b", "d", "e"]

@@ -1,5 +1,6 @@
 """Adapter files: what they hold, that they come back, and that nothing else gets in."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -15,8 +16,15 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from finetune_lora import LoRASettings, adapt_layers, add_lora_to_model, freeze_backbone_params, load_finetuned
-from lora_utils import LoRAManager, read_adapter_file, write_adapter_file
+from finetune_lora import (
+    LoRASettings,
+    QLoRALinear,
+    adapt_layers,
+    add_lora_to_model,
+    freeze_backbone_params,
+    load_finetuned,
+)
+from lora_utils import LoRAManager, check_metadata, read_adapter_file, trained_state, write_adapter_file
 from moco import InputError, checkpoints
 from moco.backbones import build_backbone
 
@@ -202,6 +210,17 @@ def test_statistics_that_moved_travel_too(path):
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
+def test_weights_in_any_memory_format_travel(path):
+    stock = resnet18(num_classes=3).eval()
+    model = adapted(copy.deepcopy(stock)).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(1.5)
+    LoRAManager(model).save_lora_checkpoint(path)
+    fresh = adapted(copy.deepcopy(stock))
+    LoRAManager(fresh).load_lora_checkpoint(path)
+    assert_bitwise(snapshot(model), fresh)
+
+
 def test_saving_a_merged_model_saves_its_adapters_and_its_base(path):
     """Not the merged weights: loaded again, the update would count twice."""
     model, x = adapted(base()), images()
@@ -228,6 +247,12 @@ def test_a_model_whose_start_is_unknown_saves_everything(path):
     other = base(seed=2)
     LoRAManager(other).load_lora_checkpoint(path)
     assert_bitwise(snapshot(trained), other)
+
+
+def test_packed_weights_are_never_in_a_file(path):
+    """Not even where nothing is known of their start: without the constants beside them they mean nothing."""
+    LoRAManager(nn.Sequential(QLoRALinear(64, 32, r=2))).save_lora_checkpoint(path)
+    assert read_adapter_file(path)["tensors"].keys() == {"0.lora_A", "0.lora_B", "0.bias"}
 
 
 # ------------------------------------------------------------------------------------------------- over a checkpoint
@@ -478,6 +503,56 @@ def test_damaged_content(path, change, message):
         read_adapter_file(path)
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("r", 0), ("r", 2.0), ("r", True), ("lora_alpha", 0), ("lora_alpha", math.nan), ("lora_dropout", 1)],
+        *[("lora_dropout", -0.1), ("scaling", math.inf), ("scaling", "2"), ("use_rslora", 1), ("kind", None)],
+    ],
+)
+def test_impossible_settings_of_a_layer(field, value, path):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    content = read_adapter_file(path)
+    content["layers"][LAYER][field] = value
+    write_adapter_file(content, path)
+    with pytest.raises(InputError, match=f"damaged: {LAYER} is missing, of the wrong type or impossible"):
+        read_adapter_file(path)
+
+
+def test_numbers_that_are_not_finite_are_not_loaded(path):
+    LoRAManager(adapted(base())).save_lora_checkpoint(path)
+    content = read_adapter_file(path)
+    content["tensors"]["heads.head.bias"][0] = math.nan
+    write_adapter_file(content, path)
+    assert_refused(adapted(base()), path, r"NaN or infinite numbers in heads\.head\.bias; use that of an earlier epoch")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, None),
+        ({"class_names": ["a", "b", "c"]}, r"for its 3 classes heads\.head\.weight is \(2, 192\), not \(3, 192\)"),
+        ({"class_names": [1, 2]}, "damaged: class_names in its metadata of the wrong type"),
+        ({"class_names": "ab", "arch": 3}, "damaged: arch, class_names in its metadata"),
+        ({"arch": "vit_minni"}, "unknown arch 'vit_minni': did you mean vit_mini?"),
+        ({"arch": "resnet18"}, r"for its 2 classes fc\.weight is missing"),
+        ({"image_size": 2**40}, "at most 4096"),
+        ({"checkpoint": None}, "damaged: checkpoint in its metadata"),
+    ],
+    ids=str,
+)
+def test_metadata_describe_a_model_that_the_tensors_fit(change, message, tmp_path):
+    head = base(classes=2).state_dict()
+    refused = pytest.raises(InputError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        check_metadata(tmp_path / "a.pth", about(tmp_path) | change, head)
+
+
+def test_metadata_that_describe_no_model(tmp_path):
+    with pytest.raises(InputError, match="does not say its class_names, image_size, checkpoint: build the model"):
+        check_metadata(tmp_path / "a.pth", {"arch": "vit_mini"}, {})
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):
@@ -545,6 +620,44 @@ def test_merging_a_model(arch, four_bits):
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_switched_off_within_a_block(merged):
+    """The base model's answers, and whatever happens the adapters come back, but for one that was off before."""
+    stock, x = base(), images()
+    model = adapted(copy.deepcopy(stock))
+    model.encoder.layers[2].mlp[0].lora_enabled = False
+    expected, manager = model(x), LoRAManager(model)
+    if merged:
+        manager.merge_lora_weights()
+    with pytest.raises(KeyError), manager.disable_lora():
+        assert_close(model(x), stock(x), FP32)
+        raise KeyError
+    assert_close(model(x), expected, FP32)
+    assert not model.encoder.layers[2].mlp[0].lora_enabled
+
+
+def test_what_training_changes():
+    """Trainable parameters, and the statistics of a BatchNorm unless it is frozen."""
+    model = adapted(build_backbone("resnet18", 3))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained_state(model).keys() == trainable and "fc.weight" in trainable
+    freeze_backbone_params(model, freeze=False)
+    assert trained_state(model).keys() == model.state_dict().keys()
+
+
+def test_what_is_no_part_of_the_state_is_no_part_of_the_base(path):
+    def build(cache: float):
+        model = nn.Sequential(nn.Linear(4, 5))
+        nn.init.ones_(model[0].weight)
+        nn.init.ones_(model[0].bias)
+        model.register_buffer("cache", torch.tensor(cache), persistent=False)
+        return add_lora_to_model(model, r=2)
+
+    LoRAManager(build(1.0)).save_lora_checkpoint(path)
+    assert "cache" not in read_adapter_file(path)["tensors"]
+    LoRAManager(build(2.0)).load_lora_checkpoint(path)
+
+
 @pytest.mark.parametrize("merged_before", [False, True])
 @pytest.mark.parametrize("arch", ["resnet18", "vit_mini"])
 def test_unloading_gives_the_stock_model_back(arch, merged_before):
@@ -596,3 +709,4 @@ def test_information():
     assert not info["merged"]
     LoRAManager(model).merge_lora_weights()
     assert LoRAManager(model).get_lora_info()["merged"]
+    assert LoRAManager(base()).get_lora_info() == {"num_layers": 0, "lora_parameters": 0, "merged": False, "layers": {}}

@@ -1,6 +1,7 @@
 """moco/pretrain.py as a user runs it: main(argv), then the files."""
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_the_files_of_a_run(run, tmp_path, capsys):
         "moco_stage1_epoch_1.pth",
         "moco_stage1_epoch_2.pth",
         "pretraining_curves.png",
+        "results.json",
     ]
     with open(results["metrics"], newline="") as file:
         rows = list(csv.DictReader(file))
@@ -57,6 +59,75 @@ def test_the_files_of_a_run(run, tmp_path, capsys):
     assert float(rows[1]["loss"]) == results["loss"]
     assert float(rows[1]["learning_rate"]) == pytest.approx(5e-4)
     assert "vit_mini, MoCo v3, 16 images of imagefolder" in capsys.readouterr().out
+
+
+def test_results_tell_the_images_per_second_and_the_share_of_waiting(run, tmp_path):
+    results = run()
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written.keys() == results.keys() and written["loss"] == results["loss"]
+    assert 0 < written["waiting_share"] < 1
+    # 2 epochs of 16 images, over the time of the steps
+    assert written["images_per_second"] == pytest.approx(32 / written["seconds"], rel=0.5)
+    assert written["config"]["data_dir"] and written["images"] == results["images"]
+
+
+@pytest.fixture
+def flat(folder, tmp_path):
+    """The same images in one folder, without labels."""
+    (tmp_path / "flat").mkdir()
+    for path in folder.rglob("*.png"):
+        shutil.copy(path, tmp_path / "flat" / f"{path.parent.name} {path.name}")
+    return tmp_path / "flat"
+
+
+def test_images_without_labels(run, flat, capsys):
+    results = run(f"--data-dir {flat} --knn-every 1")
+    assert results["knn_accuracy"] is None
+    assert 0 < results["alignment"] < 4 and -8 < results["uniformity"] < 0 and 1 < results["effective_rank"] < 192
+    told = capsys.readouterr().out
+    assert "20 images of imagefolder without labels" in told  # all: there is nothing to hold out
+    assert told.count("  alignment ") == told.count("  uniformity ") == told.count("  effective rank ") == 2
+    with open(results["metrics"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["knn_accuracy"] for row in rows] == ["", ""]
+    assert float(rows[1]["effective_rank"]) == results["effective_rank"] != float(rows[0]["effective_rank"])
+
+
+def test_measuring_changes_nothing_and_repeats_itself(run, flat):
+    often, seldom = (run(f"--data-dir {flat} --knn-every {n}", str(n)) for n in (1, 2))
+    first, second = (torch.load(results["checkpoint"]) for results in (often, seldom))
+    assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
+    assert [often[name] for name in pretrain.WITHOUT_LABELS] == [seldom[name] for name in pretrain.WITHOUT_LABELS]
+
+
+def test_features_that_have_collapsed_show(run, flat, monkeypatch):
+    def collapsed(model, x):
+        return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
+
+    monkeypatch.setattr(pretrain.training, "forward_features", collapsed)
+    results = run(f"--data-dir {flat}")
+    assert results["effective_rank"] == pytest.approx(1, abs=0.1) and results["uniformity"] == pytest.approx(0, abs=0.1)
+
+
+def test_a_folder_of_class_folders_can_be_used_without_labels(run, capsys):
+    assert run("--dataset unlabelled --epochs 1")["knn_accuracy"] is None
+    assert "20 images of unlabelled without labels" in capsys.readouterr().out
+
+
+def test_some_labels_for_the_accuracy_alone(run, flat, folder):
+    results = run(f"--data-dir {flat} --knn-dir {folder} --epochs 4 --learning-rate 3e-3")
+    assert results["knn_accuracy"] > 0.9 and results["effective_rank"] > 1
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_list_of_images(run, folder, tmp_path, capsys, labels):
+    paths = sorted(folder.rglob("*.png"))
+    (tmp_path / "list.csv").write_text("".join(f"{p}{',' + p.parent.name if labels else ''}\n" for p in paths))
+    results = run(f"--data-list {tmp_path / 'list.csv'} --epochs 1")
+    assert (results["knn_accuracy"] is None) != labels
+    assert ("without labels" in capsys.readouterr().out) != labels
+    state = torch.load(results["checkpoint"])
+    assert state["config"]["data_list"] == [str(tmp_path / "list.csv")]
 
 
 def test_the_checkpoint_is_what_fine_tuning_reads(run, folder):

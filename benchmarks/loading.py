@@ -1,0 +1,312 @@
+"""Measure how images come from files to tensors: beside torchvision's and timm's loaders, at the start, in training.
+
+    python -m benchmarks.loading                                        # views, and the start with 200,000 files
+    python -m benchmarks.loading --only views --images 40
+    python -m benchmarks.loading --only training --data-dir photos      # who waits: a ResNet-18 at 224 pixels
+
+Views: files that look like photographs, of 0.2 and of 12 megapixels, are made first. Each loader makes the same views
+of each file, one after the other in an order drawn anew, in one process with one thread. What counts is the processor's
+time, which other processes do not lengthen, and the median of the ratios file by file. torchvision's is its ImageFolder
+with the transforms of its reference scripts and of MoCo's papers; timm's is its ImageDataset with its transforms for
+the crops of fine-tuning, where it is installed.
+Start: a tree of hard links to a few images, read in a fresh process.
+Training: LoRA fine-tuning, and how long it waits for images.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision import transforms as T
+
+import finetune_lora
+from benchmarks.compare_peers import current_commit
+from moco import InputError, data
+from moco.options import positive_int
+from moco.runs import run_script
+
+SIZES = {"0.2": (520, 390), "12": (4000, 3000)}  # megapixels: width, height
+VIEWS = ("fine-tuning", "evaluation", "moco_v1", "moco_v2", "moco_v3")
+IMAGENET = 1_281_167  # training images
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure, print tables and write `loading.json`."""
+    args = parse_arguments(argv)
+    parts = {"views": measure_views, "start": measure_start, "training": measure_training}
+    result = {"commit": current_commit(), "machine": f"{platform.machine()}, {data.usable_cores()} cores"}
+    result["versions"] = {"torch": torch.__version__, "Pillow": Image.__version__, "python": platform.python_version()}
+    for name in args.only or [name for name in parts if name != "training" or args.data_dir]:
+        result[name] = parts[name](args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "loading.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=("views", "start", "training"), help="default: all that can be done"
+    )
+    parser.add_argument("--images", type=positive_int, default=24, help="of each size")
+    parser.add_argument("--files", type=positive_int, default=200_000, help="in the tree of the start")
+    parser.add_argument(
+        "--data-dir", type=Path, help="photographs for the training rows, as finetune_lora.py reads them"
+    )
+    parser.add_argument("--batches", type=positive_int, default=16, help="of 32 images, in each training row")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args(argv)
+    if "training" in (args.only or []) and not args.data_dir:
+        raise InputError("the training rows need photographs: give --data-dir")
+    return args
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def measure_views(args: argparse.Namespace) -> list[dict]:
+    """A row for each kind of view, size of view and size of file: milliseconds of a core per image, by loader."""
+    torch.set_num_threads(1)
+    rows = []
+    names = loaders_of("fine-tuning")
+    print("| file | view | pixels | " + " | ".join(f"{name}, ms" for name in names) + " | faster than |")
+    print("|---" * (4 + len(names)) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for megapixels, size in SIZES.items():
+            files = Path(folder, megapixels)
+            make_photographs(files, size, args.images)
+            for pixels in (224, 32):
+                for view in VIEWS:
+                    row = {"megapixels": megapixels, "file_bytes": bytes_of(files), "view": view, "pixels": pixels}
+                    rows.append(row | compare(files, view, pixels))
+                    print_views(rows[-1])
+    return rows
+
+
+def make_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
+    """JPEGs of quality 90 of smooth shapes with a little noise, of as many bytes as a telephone's photographs."""
+    for i in range(count):
+        rng = np.random.RandomState(i)
+        shapes = Image.fromarray(rng.randint(0, 256, (12, 16, 3)).astype(np.uint8)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        noise = rng.normal(0, 4, (size[1], size[0], 1)).astype(np.float32)
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.clip(np.asarray(shapes) + noise, 0, 255).astype(np.uint8))
+        image.save(folder / "ab"[i % 2] / f"{i}.jpg", quality=90)
+
+
+def bytes_of(folder: Path) -> float:
+    return statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
+
+
+def loaders_of(view: str) -> list[str]:
+    timm = view == "fine-tuning" and importlib.util.find_spec("timm") is not None
+    return ["here", "torchvision", *(["timm"] if timm else [])]
+
+
+def compare(folder: Path, view: str, pixels: int) -> dict:
+    """Median milliseconds per image by loader, and how many times faster this one is than each other: quartiles."""
+    sets = {name: READERS[name](folder, view, pixels) for name in loaders_of(view)}
+    taken, order = {name: [] for name in sets}, list(sets)
+    for i in [0, *range(len(sets["here"]))]:  # the first once more: what is done once only is not counted
+        random.shuffle(order)
+        for name in order:
+            torch.manual_seed(i)  # the same crop
+            started = time.process_time()
+            sets[name][i]
+            taken[name].append(time.process_time() - started)
+    taken = {name: seconds[1:] for name, seconds in taken.items()}
+    faster = {
+        name: statistics.quantiles([other / own for own, other in zip(taken["here"], taken[name], strict=True)], n=4)
+        for name in sets
+        if name != "here"
+    }
+    return {"milliseconds": {name: 1000 * statistics.median(taken[name]) for name in sets}, "faster_than": faster}
+
+
+def read_here(folder: Path, view: str, pixels: int) -> data.Transformed:
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+    images = data.LabelledImages(data.ImageFiles(folder, names, [0] * len(names)), [0] * len(names))
+    if view == "evaluation":
+        return data.Transformed(images, data.eval_transform(pixels))
+    crops = data.train_transform(pixels) if view == "fine-tuning" else data.two_crops(pixels, view)
+    return data.Transformed(images, crops)
+
+
+def read_with_torchvision(folder: Path, view: str, pixels: int) -> datasets.ImageFolder:
+    return datasets.ImageFolder(str(folder), reference_transform(view, pixels))
+
+
+def read_with_timm(folder: Path, view: str, pixels: int):
+    from timm.data import ImageDataset, create_transform
+
+    crops = create_transform(pixels, is_training=True, color_jitter=None, interpolation="bilinear", hflip=0.5)
+    return ImageDataset(str(folder), transform=crops)
+
+
+READERS = {"here": read_here, "torchvision": read_with_torchvision, "timm": read_with_timm}
+
+
+def reference_transform(view: str, pixels: int) -> Callable:
+    """What torchvision's reference scripts and MoCo's papers describe, in torchvision's own transforms."""
+    tensor = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
+    flip = T.RandomHorizontalFlip()
+    if view == "evaluation":
+        resize = (
+            [T.Resize(round(pixels * 256 / 224)), T.CenterCrop(pixels)] if pixels > 64 else [T.Resize([pixels] * 2)]
+        )
+        return T.Compose([*resize, *tensor])
+    if view == "fine-tuning":
+        return T.Compose([T.RandomResizedCrop(pixels), flip, *tensor])
+    crop, grey = T.RandomResizedCrop(pixels, scale=(0.2, 1.0)), T.RandomGrayscale(0.2)
+    if view == "moco_v1":
+        return Twice(T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor]))
+    blur = T.GaussianBlur(max(3, pixels // 10 | 1), (0.1, 2.0))
+    if view == "moco_v2":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+        return Twice(T.Compose([crop, jitter, grey, T.RandomApply([blur], 0.5), flip, *tensor]))
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
+    first = T.Compose([crop, jitter, grey, blur, flip, *tensor])
+    rarely_blurred = [T.RandomApply([blur], 0.1), T.RandomSolarize(128, 0.2)]
+    return Twice(first, T.Compose([crop, jitter, grey, *rarely_blurred, flip, *tensor]))
+
+
+class Twice:
+    """Two views of an image."""
+
+    def __init__(self, first: Callable, second: Callable | None = None):
+        self.views = first, second or first
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        return [view(image) for view in self.views]
+
+
+def print_views(row: dict) -> None:
+    timings = [row["milliseconds"].get(name) for name in loaders_of("fine-tuning")]
+    shown = " | ".join("" if ms is None else f"{ms:.2f}" for ms in timings)
+    quartiles = row["faster_than"].items()
+    ratios = [f"{name} {middle:.2f}x ({low:.2f} to {high:.2f})" for name, (low, middle, high) in quartiles]
+    file = f"{row['megapixels']} MP, {row['file_bytes'] / 1e6:.2f} MB"
+    print(f"| {file} | {row['view']} | {row['pixels']} | {shown} | {', '.join(ratios)} |", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- start
+
+
+def measure_start(args: argparse.Namespace) -> dict:
+    """Seconds and memory to be ready for the first batch, and what an epoch takes beside the images."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_tree(Path(folder), args.files)
+        measured = subprocess.run(
+            [sys.executable, "-c", f"from benchmarks.loading import start; start({folder!r})"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    result = json.loads(measured.stdout.splitlines()[-1])
+    factor = IMAGENET / args.files
+    print(f"start with {args.files:,} files (ImageNet, in proportion):")
+    for name, value in result.items():
+        print(f"    {name}: {value:,.2f} ({value * factor:,.2f})")
+    return {"files": args.files, **result}
+
+
+def make_tree(folder: Path, count: int, classes: int = 1000) -> None:
+    """So many files in class folders, hard links to a few images."""
+    originals = folder.parent / f"{folder.name}-originals"
+    originals.mkdir()
+    try:
+        for i in range(20):
+            Image.new("RGB", (32, 32), (i, 2 * i, 3 * i)).save(originals / f"{i}.jpg")
+        for i in range(count):
+            inside = folder / f"class{i % classes:04d}"
+            if i < classes:
+                inside.mkdir()
+            os.link(originals / f"{i % 20}.jpg", inside / f"image_{i:08d}.jpg")
+    finally:
+        for path in originals.iterdir():
+            path.unlink()
+        originals.rmdir()
+
+
+def start(folder: str) -> None:
+    """In a process of its own: print what it took."""
+
+    def resident() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    before, started = resident(), time.perf_counter()
+    splits = data.load_splits("imagefolder", folder)
+    digest_of = time.perf_counter()
+    splits.digest()
+    ready, batches = time.perf_counter(), data.Batches(len(splits.train), 256, shuffle=True)
+    for _ in batches:
+        pass
+    ended = time.perf_counter()
+    print(
+        json.dumps(
+            {
+                "seconds to find and split": digest_of - started,
+                "seconds for the digest": ready - digest_of,
+                "seconds an epoch for order and seeds": ended - ready,
+                "MB more": resident() - before,
+            }
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def measure_training(args: argparse.Namespace) -> list[dict]:
+    """Rows of a ResNet-18 with adapters on these photographs at 224 pixels, by number of loading processes."""
+    splits = data.load_splits("imagefolder", args.data_dir)
+    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), 224)
+    finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
+    finetune_lora.freeze_backbone_params(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    rows = []
+    print("| loading processes | images/s | waiting |\n|---|---|---|")
+    for workers in (0, 1, 2, "auto"):
+        images = data.Transformed(splits.train, data.train_transform(224))
+        loader = data.build_loader(images, 32, shuffle=True, workers=workers)
+        meter = data.LoadingMeter()
+        train(model, optimizer, limited(loader, 2))  # processes start, caches fill
+        train(model, optimizer, meter.watched(limited(loader, args.batches)))
+        rows.append({"workers": workers, "processes": loader.num_workers, **meter.results()})
+        title = workers if workers != "auto" else f"auto: {loader.num_workers}"
+        print(f"| {title} | {rows[-1]['images_per_second']:.1f} | {rows[-1]['waiting_share']:.1%} |", flush=True)
+    return rows
+
+
+def limited(loader, count: int) -> Iterator:
+    for _, batch in zip(range(count), loader, strict=False):
+        yield batch
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator) -> None:
+    model.train()
+    for images, labels in batches:
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,159 @@
+"""Decoded images of training kept for the next epochs, in memory or on disk, at twice the size of the model's input.
+
+Views are then made of the kept image: crops of a large photograph that take less than half of its shorter side are
+enlarged, as they are of ImageNet's photographs of some 375 pixels. Evaluation reads the files themselves.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco import InputError, distributed
+from moco.data import LabelledImages
+from moco.folders import ImageFiles, unreadable
+from moco.transforms import AtMost, View
+
+CACHES = ("none", "ram", "disk")
+_FORMAT = 1  # raise it with every change to what is kept
+_MEMORY = Path("/dev/shm")  # a file system in memory: Linux's
+_PREFIX = "moco-images-"
+
+
+class KeptImages(ImageFiles):
+    """`ImageFiles` whose images, once decoded and resized, are kept in a folder, a file each.
+
+    A file's name is a digest of the image's path, size and time of change and of how it was resized: what is kept is
+    never of an older image, and several runs can share a folder. Each is written whole or not at all.
+
+    Args:
+        files: the images.
+        folder: where they are kept.
+        shorter: pixels along the shorter side, at most.
+    """
+
+    def __init__(self, files: ImageFiles, folder: Path, shorter: int):
+        self.folder, self.names, self.labels = files.folder, files.names, files.labels
+        self.files, self.kept, self.shorter = files, folder, shorter
+        self.is_full = False
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        place = self.place(i)
+        image = _read(place)
+        if image is None:
+            image = View(AtMost(self.shorter))(self.files[i][0])
+            self._keep(image, place)
+        return image, self.labels[i]
+
+    def place(self, i: int) -> Path:
+        """The file that this image is kept in."""
+        path = self.path(i)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+        name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
+        return self.kept / name[:2] / name
+
+    def _keep(self, image: Image.Image, place: Path) -> None:
+        if self.is_full:
+            return
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file, name = tempfile.mkstemp(dir=place.parent)
+            try:
+                with os.fdopen(file, "wb") as kept:
+                    kept.write(np.array(image.size, dtype="<u4").tobytes() + image.tobytes())
+                os.replace(name, place)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except OSError as error:  # the images can be had without
+            self.is_full = True
+            warnings.warn(f"no more images are kept in {self.kept}: {error.strerror}", stacklevel=2)
+
+
+def _read(place: Path) -> Image.Image | None:
+    """What was kept there; None where nothing is, or not all of it."""
+    try:
+        content = place.read_bytes()
+    except OSError:
+        return None
+    size = tuple(np.frombuffer(content[:8], dtype="<u4").tolist()) if len(content) > 8 else (0, 0)
+    return Image.frombytes("RGB", size, content[8:]) if len(content) == 8 + 3 * size[0] * size[1] > 8 else None
+
+
+def keep_images(images: LabelledImages, where: str, image_size: int) -> LabelledImages:
+    """The same images, kept `where`, one of CACHES, once they are decoded; says where, and how much it will take.
+
+    Raises:
+        InputError: there is no such place, or not enough room.
+    """
+    if where == "none" or not isinstance(images.source, ImageFiles):  # others are in memory already
+        return images
+    # All processes of a run use the folder of the first.
+    folder = distributed.gather(
+        str(_memory_folder() if where == "ram" else _disk_folder()) if distributed.is_main() else ""
+    )[0]
+    kept = LabelledImages(KeptImages(images.source, Path(folder), 2 * image_size), images.labels)
+    kept.indices, kept.labels, kept.times_split = images.indices, images.labels, images.times_split
+    needed, missing = _bytes_needed(kept)
+    print(
+        f"keeping decoded images in {folder}: {needed / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB are still to come"
+    )
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise InputError(
+            f"--cache-images {where}: {folder} has room for {free / 1e9:.2f} GB, not for {missing / 1e9:.2f} GB: free "
+            f"some, or use --cache-images {'disk or ' if where == 'ram' else ''}none"
+        )
+    return kept
+
+
+def _disk_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--cache-images disk: cannot make {folder}: {error.strerror}; set XDG_CACHE_HOME to another place"
+        ) from None
+    return folder
+
+
+_own_memory: tempfile.TemporaryDirectory | None = None  # goes with the process
+
+
+def _memory_folder() -> Path:
+    """A folder in memory that ends with this process; what killed processes have left there is removed."""
+    global _own_memory
+    if not _MEMORY.is_dir():
+        raise InputError(f"--cache-images ram: this system has no {_MEMORY}; use --cache-images disk")
+    for folder in _MEMORY.glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    _own_memory = _own_memory or tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=_MEMORY)
+    return Path(_own_memory.name)
+
+
+def _bytes_needed(images: LabelledImages, samples: int = 64) -> tuple[int, int]:
+    """Estimates from a few images: bytes of all, and of those that are not kept yet."""
+    source, step = images.source, max(1, len(images) // samples)
+    sizes, missing = [], []
+    for i in images.indices[::step].tolist():
+        with contextlib.suppress(InputError):  # what cannot be read is told when it is its turn
+            place = source.place(i)
+            with source.files[i][0] as image:
+                width, height = AtMost(source.shorter)(*image.size)[1]
+            sizes.append(8 + 3 * width * height)
+            missing.append(0 if place.exists() else sizes[-1])
+    share = len(images) / max(1, len(sizes))
+    return round(share * sum(sizes)), round(share * sum(missing))

@@ -1,0 +1,36 @@
+"""What can be known of features without a label: how close the views of an image are, and how the images spread."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """The mean squared distance on the unit sphere of two views' features (N, D), image by image: 0 to 4.
+
+    2005.10242, equation of L_align with alpha = 2. Small is good, unless the uniformity is near 0.
+    """
+    return (_on_sphere(first) - _on_sphere(second)).square().sum(1).mean().item()
+
+
+def uniformity(features: Tensor, t: float = 2.0) -> float:
+    """The logarithm of the mean Gaussian potential exp(-t d^2) over all pairs of features (N, D), N > 1: -4t to 0.
+
+    2005.10242, equation of L_uniform. The lower, the more evenly the images lie on the unit sphere; 0: on one point.
+    """
+    return F.pdist(_on_sphere(features)).square().mul(-t).exp().mean().log().item()
+
+
+def effective_rank(features: Tensor) -> float:
+    """How many directions the features (N, D) fill: the exponential of the entropy of their shares; 1 to min(N, D).
+
+    The shares are the singular values of the centred features over their sum (Roy and Vetterli, "The effective rank",
+    EUSIPCO 2007). Features that have collapsed to a point or a line have about 1.
+    """
+    values = torch.linalg.svdvals(features.double() - features.double().mean(0))
+    shares = values / values.sum()
+    return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 1.0
+
+
+def _on_sphere(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1)

@@ -1,0 +1,325 @@
+"""From a PIL image to a tensor: decoding, the crops and augmentations of both stages, and evaluation's transform."""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch.utils.data import get_worker_info
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from moco.folders import unreadable
+
+# The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image, upright and as RGB: rotated as its EXIF data say, over white, 16-bit and float levels scaled to 8.
+
+    What `Image.open` returns is decoded first; an InputError names a file that cannot be.
+    """
+    name = _name(image)
+    with _named_if_unreadable(image):
+        image.load()
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        image = ImageOps.exif_transpose(image) if turned else image
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
+        image = _to_8_bits(image, name)
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF data say. 1: upright; 5 to 8: lying on a side."""
+    with _named_if_unreadable(image):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+@contextlib.contextmanager
+def _named_if_unreadable(image: Image.Image) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file fails in a hundred places of Pillow
+        raise unreadable(_name(image), error) from None
+
+
+def _name(image: Image.Image) -> str:
+    return getattr(image, "filename", "") or "an image"
+
+
+_warned_of_12_bits = False
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits."""
+    levels = np.asarray(image).astype(np.float32)
+    wide = image.mode.startswith("I;16") or levels.max() > 255
+    if wide and levels.max() < 2**12:
+        _warn_of_12_bits(name)
+    scale = 1 / 257 if wide else 255 if image.mode == "F" and levels.max() <= 1 else 1
+    return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
+
+
+def _warn_of_12_bits(name: str) -> None:
+    """Once per run: of the loading processes the first one speaks."""
+    global _warned_of_12_bits
+    worker = get_worker_info()
+    if not _warned_of_12_bits and (worker is None or worker.id == 0):
+        warnings.warn(
+            f"{name}: no level of this 16-bit image is above 4095, so it will be nearly black; if its levels have "
+            "12 bits, multiply them by 16 in all such files",
+            stacklevel=2,
+        )
+    _warned_of_12_bits = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+class View:
+    """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows; without steps a PIL image.
+
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has the pixels
+    that it needs: a photograph of 12 megapixels in a third of the time.
+
+    Args:
+        place: (width, height) of the upright image -> the rectangle (left, top, right, bottom) and the size
+            (width, height) that it gets. Its `margin` is how many times that size to keep, at least, in decoding.
+        steps: transforms of the resized image, as torchvision's.
+    """
+
+    def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable):
+        self.place = place
+        self.steps = T.Compose(steps)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return render(image, [self])[0]
+
+
+class TwoCrops:
+    """Two random views of one image: PIL image -> two tensors (3, S, S)."""
+
+    def __init__(self, first: View, second: View):
+        self.views = first, second
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = render(image, self.views)
+        return first, second
+
+
+_REDUCTIONS = (1, 2, 4, 8)  # in which libjpeg decodes
+
+
+def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
+    """The views of an image, which is decoded once."""
+    is_jpeg = image.format in ("JPEG", "MPO")  # only these know their upright size, and can be reduced, undecoded
+    if not is_jpeg:
+        image = to_rgb(image)
+    orientation = _orientation(image) if is_jpeg else 1
+    width, height = image.size[::-1] if orientation >= 5 else image.size
+    places = [view.place(width, height) for view in views]
+    reduction = 1
+    if is_jpeg:
+        reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
+        if orientation != 1:  # the last pixel then comes first, and is to stand for as many as the others
+            reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
+        if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
+            reduction = 1  # it is decoded already
+        image = to_rgb(image)
+    return [view.steps(_resized(image, *place, reduction)) for place, view in zip(places, views, strict=True)]
+
+
+def _reduction(box: tuple[int, ...], size: tuple[int, int], margin: int) -> int:
+    """The strongest of libjpeg's reductions after which a box has `margin` times its size in pixels."""
+    left, top, right, bottom = box
+    room = min((right - left) / size[0], (bottom - top) / size[1]) / margin
+    return max(factor for factor in _REDUCTIONS if factor <= max(1, room))
+
+
+def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], reduction: int) -> Image.Image:
+    """The box, whose corners are those of the full image, cut out of the reduced one and resized."""
+    left, top, right, bottom = (corner / reduction for corner in box)
+    whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    if whole != (0, 0, *image.size):
+        image = image.crop(whole)
+    inner = left - whole[0], top - whole[1], right - whole[0], bottom - whole[1]
+    return image.resize(size, Image.Resampling.BILINEAR, box=inner)
+
+
+class RandomCrop:
+    """A place for `View`: torchvision's RandomResizedCrop, with the same draws."""
+
+    margin = 1
+
+    def __init__(self, size: int, scale: tuple[float, float] = (0.08, 1.0)):
+        self.size, self.scale = size, scale
+
+    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        shape = torch.empty(3, height, width, device="meta")
+        top, left, h, w = T.RandomResizedCrop.get_params(shape, self.scale, (3 / 4, 4 / 3))
+        return (left, top, left + w, top + h), (self.size, self.size)
+
+
+class Whole:
+    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side."""
+
+    margin = 2  # so that evaluation sees nearly the image decoded in full: less than a level of 256 away on average
+
+    def __init__(self, size: int | None = None, shorter: int | None = None):
+        self.size, self.shorter = size, shorter
+
+    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        side = min(width, height)
+        scaled = (int(self.shorter * width / side), int(self.shorter * height / side)) if self.shorter else None
+        return (0, 0, width, height), scaled or (self.size, self.size)
+
+
+class AtMost:
+    """A place for `View`: all of the image, with at most so many pixels along its shorter side."""
+
+    margin = 1
+
+    def __init__(self, shorter: int):
+        self.shorter = shorter
+
+    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+        factor = min(1.0, self.shorter / min(width, height))
+        return (0, 0, width, height), (round(factor * width), round(factor * height))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W) from 0 to 1: torchvision's ToTensor, to the bit, with one copy less."""
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def _tensor() -> list[Callable]:
+    return [to_tensor, T.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)]
+
+
+def eval_transform(image_size: int) -> View:
+    """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
+
+    It takes what `Image.open` returns, and then gives the same pixels as evaluation.
+    """
+    if image_size <= 64:
+        return View(Whole(image_size), *_tensor())
+    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor())
+
+
+AUGMENTATIONS = ("crop", "affine", "none")
+
+
+def train_transform(image_size: int, augmentation: str = "crop") -> View:
+    """Any PIL image -> (3, image_size, image_size), for fine-tuning.
+
+    Args:
+        image_size: pixels along each side.
+        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'affine' (a little
+            rotation, shift and scale, for digits and documents, which no flip leaves what they are) or 'none'.
+    """
+    if augmentation == "crop":
+        return View(RandomCrop(image_size), T.RandomHorizontalFlip(), *_tensor())
+    if augmentation == "affine":
+        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor())
+    return eval_transform(image_size)
+
+
+def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:
+    return T.RandomAffine(rotation, (shift, shift), scale, interpolation=InterpolationMode.BILINEAR)
+
+
+TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
+
+
+def two_crops(
+    image_size: int,
+    augmentation: str,
+    crop_min: float = 0.2,
+    rotation: float = 15.0,
+    scale: float = 0.2,
+    shift: float = 0.15,
+    noise: float = 0.05,
+) -> TwoCrops:
+    """The views that MoCo contrasts.
+
+    Args:
+        image_size: pixels along each side.
+        augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
+            blur and solarisation differ between the two views), or 'digits' (affine and noise: no flip, no colour).
+        crop_min: smallest share of the image's area in a crop, for the first three.
+        rotation, scale, shift, noise: for 'digits': at most so many degrees, so much larger or smaller than 1, so much
+            of the side, and the standard deviation of the noise in units of the pixel range.
+    """
+    if augmentation == "digits":
+        affine = _affine(rotation, shift, (1 - scale, 1 + scale))
+        levels, normalize = _tensor()
+        view = View(Whole(image_size), affine, levels, GaussianNoise(noise), normalize)
+        return TwoCrops(view, view)
+    crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
+    grey = T.RandomGrayscale(p=0.2)
+    if augmentation == "moco_v1":
+        view = View(crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *_tensor())
+        return TwoCrops(view, view)
+    # SimCLR's blur (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels.
+    blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
+    if augmentation == "moco_v2":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        view = View(crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *_tensor())
+        return TwoCrops(view, view)
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    first = View(crop, jitter, grey, blur, flip, *_tensor())
+    solarize = T.RandomSolarize(threshold=128, p=0.2)
+    second = View(crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, *_tensor())
+    return TwoCrops(first, second)
+
+
+class GaussianBlur(T.GaussianBlur):
+    """torchvision's to a level of 256, in a twentieth of the time.
+
+    One pass along each dimension, each weight at once with the one on the other side, none of those beyond four
+    standard deviations: they add up to 6e-5.
+    """
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        sigma = self.get_params(*self.sigma)
+        radius = min(self.kernel_size[0] // 2, math.ceil(4 * sigma))
+        weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
+        total = 2 * sum(weights) - weights[0]
+        x = torch.from_numpy(np.array(image)).float()  # (H, W, 3)
+        for dim in (0, 1):
+            length = x.shape[dim]
+            positions = torch.arange(-radius, length + radius).abs()
+            mirrored = torch.minimum(positions, 2 * (length - 1) - positions)  # at the borders, as torchvision does
+            padded = x.index_select(dim, mirrored)
+            x = padded.narrow(dim, radius, length) * (weights[0] / total)
+            for distance in range(1, radius + 1):
+                pair = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
+                x.add_(pair, alpha=weights[distance] / total)
+        return Image.fromarray(x.round_().to(torch.uint8).numpy())
+
+
+class GaussianNoise:
+    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same to every channel: grey stays grey."""
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image + self.std * torch.randn_like(image[:1])

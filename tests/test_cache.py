@@ -1,0 +1,159 @@
+"""moco/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco import InputError, cache, data
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    """Where the images of these tests are kept, on disk or in what passes for memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "shm").mkdir()
+    monkeypatch.setattr(cache, "_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(cache, "_own_memory", None)
+    return tmp_path / "home" / "moco-images"
+
+
+@pytest.fixture
+def images(tmp_path) -> data.LabelledImages:
+    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.png"]
+    (tmp_path / "images").mkdir()
+    for name, size in zip(names, [(300, 200), (40, 90), (7, 5)], strict=True):
+        Image.fromarray(rng.randint(0, 256, (*size[::-1], 3)).astype(np.uint8)).save(tmp_path / "images" / name)
+    files = data.ImageFiles(tmp_path / "images", names, [0, 1, 0])
+    return data.LabelledImages(files, files.labels)
+
+
+def count_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def pixels(images) -> list[np.ndarray]:
+    return [np.asarray(images[i][0]) for i in range(len(images))]
+
+
+def decodes(monkeypatch) -> list[str]:
+    """The names of the files that are opened from here on."""
+    opened, real = [], data.ImageFiles.__getitem__
+    monkeypatch.setattr(data.ImageFiles, "__getitem__", lambda self, i: opened.append(self.names[i]) or real(self, i))
+    return opened
+
+
+@pytest.mark.parametrize("where", ["disk", "ram"])
+def test_each_image_is_decoded_once_and_comes_back_the_same(images, where, monkeypatch, capsys):
+    kept = cache.keep_images(images, where, 32)
+    assert "keeping decoded images in " in capsys.readouterr().out
+    first, opened = pixels(kept), decodes(monkeypatch)
+    assert all(np.array_equal(*pair) for pair in zip(first, pixels(kept), strict=True)) and opened == []
+    assert [image.shape for image in first] == [(64, 96, 3), (90, 40, 3), (5, 7, 3)]  # never enlarged
+    assert [label for _, label in kept] == images.labels and kept.digest == images.digest
+    for mine, file in zip(first[1:], pixels(images)[1:], strict=True):
+        assert np.array_equal(mine, file)
+    again = cache.keep_images(images, where, 32)  # another run
+    assert "0.00 GB are still to come" in capsys.readouterr().out
+    assert all(np.array_equal(*pair) for pair in zip(first, pixels(again), strict=True))
+
+
+def test_what_is_kept_is_never_older_than_its_file(images, place, tmp_path):
+    kept = cache.keep_images(images, "disk", 32)
+    before = pixels(kept)
+    path = tmp_path / "images" / "c.png"
+    status = os.stat(path)
+    Image.new("RGB", (7, 5), "red").save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    after = pixels(kept)
+    assert (after[2] == (255, 0, 0)).all() and np.array_equal(after[0], before[0])
+    larger = pixels(cache.keep_images(images, "disk", 64))  # another size is another image
+    assert larger[0].shape == (128, 192, 3) and count_files(place) == 3 + 1 + 3
+    path.unlink()
+    with pytest.raises(InputError, match=r"c\.png: not a readable image"):
+        pixels(kept)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:8]])
+def test_what_is_not_whole_is_made_anew(images, place, damage):
+    kept = cache.keep_images(images, "disk", 32)
+    before = pixels(kept)
+    for path in place.rglob("*"):
+        if path.is_file():
+            path.write_bytes(damage(path.read_bytes()))
+    assert all(np.array_equal(*pair) for pair in zip(before, pixels(kept), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(before, pixels(kept), strict=True))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same(images, place, monkeypatch):
+    kept = cache.keep_images(images, "disk", 32)
+    expected = pixels(cache.keep_images(images, "ram", 32))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match=r"no more images are kept in .*: No space left on device") as told:
+        found = pixels(kept)
+    assert len(told) == 1 and count_files(place) == 0
+    assert all(np.array_equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_too_little_room_is_told_before(images, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"--cache-images ram: .* use --cache-images disk or none"):
+        cache.keep_images(images, "ram", 32)
+    with pytest.raises(InputError, match=r"--cache-images disk: .* has room for 0.00 GB, .* use --cache-images none"):
+        cache.keep_images(images, "disk", 32)
+
+
+def test_places_that_cannot_be_used(images, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
+        cache.keep_images(images, "disk", 32)
+    monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
+    with pytest.raises(InputError, match=r"this system has no .*gone; use --cache-images disk"):
+        cache.keep_images(images, "ram", 32)
+
+
+def test_memory_is_given_back(images, tmp_path):
+    left = tmp_path / "shm" / "moco-images-999999999-abc"
+    left.mkdir()
+    program = f"""
+import numpy as np
+from pathlib import Path
+from moco import cache, data
+cache._MEMORY = Path({str(tmp_path / "shm")!r})
+files = data.ImageFiles({str(tmp_path / "images")!r}, ["b.png"], [0])
+images = cache.keep_images(data.LabelledImages(files, [0]), "ram", 32)
+images[0]
+print(sum(path.is_file() for path in cache._MEMORY.rglob("*")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1"
+    assert list((tmp_path / "shm").iterdir()) == []  # nor what a killed process had left
+
+
+def test_views_of_kept_images_do_not_depend_on_who_kept_them(images):
+    def views(workers: int) -> list[torch.Tensor]:
+        kept = data.Transformed(cache.keep_images(images, "disk", 32), data.two_crops(32, "moco_v2"))
+        loader = data.build_loader(kept, 2, shuffle=True, workers=workers)
+        return [view for _ in range(2) for pair, _ in loader for view in pair]
+
+    first, second = views(0), views(2)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_images_in_memory_and_no_cache_are_left_alone(images):
+    digits = data.load_splits("digits").val
+    assert cache.keep_images(digits, "ram", 32) is digits and cache.keep_images(images, "none", 32) is images

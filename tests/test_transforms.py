@@ -1,0 +1,279 @@
+"""moco/transforms.py: any image becomes RGB, and views are what torchvision's transforms make, from fewer pixels."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, JpegImagePlugin
+from torchvision import transforms as T
+
+from moco import data, transforms
+
+
+def pixel(image: Image.Image) -> tuple[int, int, int]:
+    rgb = transforms.to_rgb(image)
+    assert rgb.mode == "RGB" and rgb.size == image.size
+    return rgb.getpixel((0, 0))
+
+
+def test_every_image_mode_becomes_rgb():
+    grey16 = Image.fromarray(np.full((3, 2), 257 * 90, dtype=np.uint16))
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    assert pixel(Image.new("RGB", (1, 1), (1, 2, 3))) == (1, 2, 3)
+    assert pixel(Image.new("L", (3, 1), 90)) == (90, 90, 90)
+    assert pixel(Image.new("1", (1, 3), 1)) == (255, 255, 255)
+    assert pixel(palette) == (10, 20, 30)
+    assert pixel(grey16) == (90, 90, 90)
+    assert pixel(Image.new("I", (1, 1), 257 * 90)) == (90, 90, 90)
+    assert pixel(Image.new("I", (1, 1), 90)) == (90, 90, 90)
+    assert pixel(Image.new("F", (1, 1), 0.5)) == (128, 128, 128)
+    assert pixel(Image.new("CMYK", (1, 1), (0, 0, 0, 255))) == (0, 0, 0)
+
+
+def test_transparency_is_over_white():
+    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 255))) == (10, 20, 30)
+    assert pixel(Image.new("RGBA", (2, 2), (10, 20, 30, 0))) == (255, 255, 255)
+    assert pixel(Image.new("LA", (2, 2), (0, 0))) == (255, 255, 255)
+    palette = Image.new("P", (1, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.info["transparency"] = 1
+    assert pixel(palette) == (255, 255, 255)
+
+
+def odd_files(folder) -> dict:
+    """Image files whose pixels Image.open alone does not give as evaluation sees them, by what is odd about them."""
+    rng, exif = np.random.RandomState(0), Image.Exif()
+    levels = rng.randint(0, 256, (40, 30, 3)).astype(np.uint8)
+    exif[274] = 6  # lies on its side
+    transparent = np.dstack([levels, rng.randint(0, 256, (40, 30)).astype(np.uint8)])
+    palette = Image.fromarray(levels).quantize(16)
+    files = {
+        "plain.png": (Image.fromarray(levels), {}),
+        "rotated.jpg": (Image.fromarray(levels), {"exif": exif}),
+        "rotated.png": (Image.fromarray(levels), {"exif": exif}),
+        "rotated.tif": (Image.fromarray(levels), {"exif": exif}),
+        "rgba.png": (Image.fromarray(transparent), {}),
+        "palette.png": (palette, {}),
+        "transparent palette.png": (palette, {"transparency": 3}),
+        "16 bits.png": (Image.fromarray(levels[..., 0].astype(np.uint16) * 257), {}),
+        "cmyk.jpg": (Image.fromarray(levels).convert("CMYK"), {}),
+    }
+    folder.mkdir(parents=True)
+    for name, (image, options) in files.items():
+        image.save(folder / name, **options)
+    return files
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_transform_takes_what_image_open_returns(tmp_path, size):
+    """As `load_finetuned` gives it to those who predict: the same bits as in evaluation."""
+    for label in ("cat", "dog"):
+        odd_files(tmp_path / "train" / label)
+        odd_files(tmp_path / "val" / label)
+        photograph(tmp_path / "val" / label / "large.jpg")
+    images, transform = data.load_splits("imagefolder", tmp_path).val, transforms.eval_transform(size)
+    for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
+        assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
+
+
+def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
+    files = odd_files(tmp_path / "all")
+    seen = {name: transforms.to_rgb(Image.open(tmp_path / "all" / name)) for name in files}
+    assert {image.mode for image in seen.values()} == {"RGB"}
+    upright = seen["plain.png"].transpose(Image.Transpose.ROTATE_270)
+    for name in ("rotated.png", "rotated.tif"):
+        assert np.array_equal(seen[name], upright), name
+    assert seen["rotated.jpg"].size == (40, 30)
+    for image in seen.values():
+        assert transforms.to_rgb(image) is image  # nothing is done twice
+    alpha = np.asarray(files["rgba.png"][0])[..., 3:] / 255
+    over_white = np.asarray(files["plain.png"][0]) * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(seen["rgba.png"]) - over_white).max() <= 1
+    assert np.array_equal(np.asarray(seen["16 bits.png"])[..., 0], np.asarray(files["plain.png"][0])[..., 0])
+    assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
+
+
+def test_levels_of_12_bits_in_a_16_bit_file_are_told_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, "_warned_of_12_bits", False)
+    for name, top in (("dark", 4095), ("bright", 4096)):
+        Image.fromarray(np.array([[0, top]], dtype=np.uint16)).save(tmp_path / f"{name}.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transforms.to_rgb(Image.open(tmp_path / "bright.png"))
+        transforms.to_rgb(Image.new("I", (2, 2), 200))  # of 8 bits
+        assert caught == []
+        for _ in range(2):
+            transforms.to_rgb(Image.open(tmp_path / "dark.png"))
+        assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)  # the type tells the width
+        assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
+    [message] = [str(warning.message) for warning in caught]
+    assert str(tmp_path / "dark.png") in message and "multiply them by 16" in message and "\n" not in message
+
+
+def all_transforms(size: int):
+    yield transforms.eval_transform(size)
+    for name in transforms.AUGMENTATIONS:
+        yield transforms.train_transform(size, name)
+    for name in transforms.TWO_CROPS:
+        yield from transforms.two_crops(size, name).views
+
+
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("source", [(1, 1), (8, 8), (200, 30)])
+def test_every_transform_takes_images_of_any_size(size, source):
+    for transform in all_transforms(size):
+        tensor = transform(Image.new("RGB", source, (120, 130, 140)))
+        assert tensor.shape == (3, size, size) and tensor.dtype == torch.float32 and tensor.isfinite().all()
+
+
+def test_normalisation_and_central_crop():
+    image = Image.new("RGB", (300, 256))
+    image.paste((255, 255, 255), (100, 100, 200, 156))  # the centre is white, the border black
+    white = [(1 - m) / s for m, s in zip(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD, strict=True)]
+    assert transforms.eval_transform(224)(image)[:, 112, 112].tolist() == pytest.approx(white)
+    assert transforms.eval_transform(32)(Image.new("RGB", (8, 8), "white"))[:, 0, 0].tolist() == pytest.approx(white)
+    gradient = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[:, None, None], (1, 256, 3)))
+    rows = transforms.eval_transform(224)(gradient)[0, :, 0] * transforms.IMAGENET_STD[0] + transforms.IMAGENET_MEAN[0]
+    assert (rows * 255).round()[[0, -1]].tolist() == [16, 239]
+
+
+def stock(name: str, size: int) -> list[T.Compose]:
+    """torchvision's transforms for what the data module does itself: one transform, or those of both views."""
+    tensor = [T.ToTensor(), T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)]
+    crop, flip, grey = T.RandomResizedCrop(size, scale=(0.2, 1)), T.RandomHorizontalFlip(), T.RandomGrayscale(0.2)
+    blur = T.GaussianBlur(max(3, size // 10 | 1), sigma=(0.1, 2.0))
+    if name == "eval":
+        resize = [T.Resize((size, size))] if size <= 64 else [T.Resize(round(size * 256 / 224)), T.CenterCrop(size)]
+        return [T.Compose([*resize, *tensor])]
+    if name == "crop":
+        return [T.Compose([T.RandomResizedCrop(size), flip, *tensor])]
+    if name == "moco_v1":
+        return 2 * [T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor])]
+    if name == "moco_v2":
+        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        return 2 * [T.Compose([crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *tensor])]
+    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+    ends = [T.RandomApply([blur], p=0.1), T.RandomSolarize(128, p=0.2), flip, *tensor]
+    return [T.Compose([crop, jitter, grey, blur, flip, *tensor]), T.Compose([crop, jitter, grey, *ends])]
+
+
+def views_of(name: str, size: int) -> list[transforms.View]:
+    if name == "eval":
+        return [transforms.eval_transform(size)]
+    return [transforms.train_transform(size)] if name == "crop" else list(transforms.two_crops(size, name).views)
+
+
+@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1", "moco_v2", "moco_v3"])
+@pytest.mark.parametrize(("size", "source"), [(32, (50, 41)), (96, (300, 170)), (96, (60, 200))])
+def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
+    """From the same draws; bit for bit, except that the blur may round to the next of 256 levels."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
+    level = 1.01 / 255 / min(transforms.IMAGENET_STD) if name in ("moco_v2", "moco_v3") else 0
+    for ours, theirs in zip(views_of(name, size), stock(name, size), strict=True):
+        for seed in range(8):
+            views = []
+            for transform in (ours, theirs):
+                torch.manual_seed(seed)
+                views.append(transform(image))
+            torch.testing.assert_close(*views, rtol=0, atol=level)
+            assert (views[0] != views[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("kernel", [3, 9, 23])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_the_blur_is_torchvisions(kernel, sigma):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 25, 3)).astype(np.uint8))
+    ours, theirs = (kind(kernel, (sigma, sigma))(image) for kind in (transforms.GaussianBlur, T.GaussianBlur))
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+    assert (np.asarray(ours) != np.asarray(theirs)).mean() < 0.005
+
+
+def photograph(path, size=(1210, 900), **options) -> Image.Image:
+    """A JPEG of smooth and of sharp parts."""
+    y, x = np.mgrid[: size[1], : size[0]] / 60
+    levels = np.stack([np.sin(x) * np.cos(y), np.sin(x + y), np.sign(np.sin(x * y / 9))], axis=2)
+    image = Image.fromarray((127.5 + 100 * levels).astype(np.uint8))
+    image.save(path, quality=95, **options)
+    return image
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+@pytest.mark.parametrize(("name", "levels"), [("eval", 1.0), ("crop", 2.5), ("moco_v1", 2.5)])
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
+    tmp_path, monkeypatch, name, levels, format, orientation
+):
+    exif = Image.Exif()
+    exif[274] = orientation
+    pictures = {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]} if format == "MPO" else {}
+    photograph(tmp_path / "large.jpg", exif=exif, format=format, **pictures)
+    assert Image.open(tmp_path / "large.jpg").format == format
+    decoded, load = [], transforms.to_rgb
+    monkeypatch.setattr(transforms, "to_rgb", lambda image: decoded.append(image.size) or load(image))
+    for seed in range(4):
+        for view in views_of(name, 96):
+            views = []
+            for image in (Image.open(tmp_path / "large.jpg"), load(Image.open(tmp_path / "large.jpg"))):
+                torch.manual_seed(seed)
+                views.append(view(image))
+            assert (views[0] - views[1]).abs().mean() * 255 * min(transforms.IMAGENET_STD) < levels
+    assert any(max(size) <= 605 for size in decoded)
+
+
+@pytest.mark.parametrize("name", ["eval", "crop", "moco_v1"])
+@pytest.mark.parametrize("size", [20, 96])
+def test_no_view_is_made_of_fewer_pixels_than_it_has(tmp_path, monkeypatch, name, size):
+    photograph(tmp_path / "large.jpg")
+    ratios, resize = [], Image.Image.resize
+
+    def noted(self, target, *args, box, **options):
+        ratios.extend([(box[2] - box[0]) / target[0], (box[3] - box[1]) / target[1]])
+        return resize(self, target, *args, box=box, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image = Image.open(tmp_path / "large.jpg")
+        transforms.two_crops(size, name)(image) if name == "moco_v1" else views_of(name, size)[0](image)
+    assert min(ratios) >= (2 if name == "eval" else 1)
+    assert min(ratios) < 6  # nor of many more
+
+
+def test_a_file_is_decoded_once_for_both_views(tmp_path, monkeypatch):
+    photograph(tmp_path / "large.jpg")
+    loads, load = [], JpegImagePlugin.JpegImageFile.load
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", lambda self: loads.append(len(self.tile)) or load(self))
+    images = data.LabelledImages(data.ImageFiles(tmp_path, ["large.jpg"], [0]), [0])
+    (first, second), _ = data.Transformed(images, transforms.two_crops(32, "moco_v1"))[0]
+    assert first.shape == second.shape == (3, 32, 32)
+    assert sum(loads) == 1  # with something left to decode
+
+
+def test_a_transform_of_ones_own_gets_decoded_rgb_images(tmp_path):
+    odd_files(tmp_path / "all")
+    images = data.LabelledImages(data.ImageFiles(tmp_path / "all", ["rotated.jpg", "rgba.png"], [0, 1]), [0, 1])
+    seen = [image for image, _ in data.Transformed(images, lambda image: image)]
+    assert [(image.mode, image.size) for image in seen] == [("RGB", (40, 30)), ("RGB", (30, 40))]
+
+
+def a_digit() -> Image.Image:
+    return data.load_splits("digits").train[0][0]
+
+
+def test_two_crops_differ_from_each_other_and_repeat_with_the_seed():
+    image = a_digit()
+    for name in transforms.TWO_CROPS:
+        pairs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            pairs.append(transforms.two_crops(32, name)(image))
+        assert not torch.equal(*pairs[0])
+        assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
+
+
+def test_digits_views_without_strength_are_the_image():
+    image = a_digit()
+    still = transforms.two_crops(32, "digits", rotation=0, scale=0, shift=0, noise=0)
+    torch.testing.assert_close(still(image)[0], transforms.eval_transform(32)(image))
