@@ -965,11 +965,8 @@ class FineTuning:
             self.val_loader,
             self.add_loader(train.at_most(START_IMAGES), self.augmentation, keep_workers=False),
         )
-        with torch.random.fork_rng():  # what the augmentation draws here is nobody else's
-            return [
-                training.extract_features(self.model, runs.progress_bar(loader, "features"), self.device, self.dtype)
-                for loader in loaders
-            ]
+        bars = (runs.progress_bar(loader, "features") for loader in loaders)
+        return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
 
     def start_head(self, features: list[tuple[Tensor, Tensor]]) -> None:
         """Measure what the backbone knows before any training, and start the head from it."""

@@ -527,7 +527,7 @@ class Transformed(Dataset):
 class Batches(Sampler):
     """This process's share of the positions of each batch, in an order that depends on (seed, epoch) alone.
 
-    In shuffled order, which is for training, positions come with a seed each, as `Transformed` takes them, that depends
+    Positions come with a seed each, as `Transformed` takes them, that depends
     on (seed, epoch, position): neither the number of workers or processes nor where a run was interrupted changes what
     an epoch consists of. Every pass is the next epoch. Set `epoch` and `start` to choose: `start` batches are left out.
 
@@ -557,9 +557,9 @@ class Batches(Sampler):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch[distributed.rank() :: distributed.world_size()]
             if self.shuffle:
-                yield [(i, _derive_seed(self.seed, epoch, i)) for i in share or batch[:1]]
-            elif share:
-                yield share
+                share = share or batch[:1]
+            if share:
+                yield [(i, _derive_seed(self.seed, epoch, i)) for i in share]
 
 
 def _derive_seed(*numbers: int) -> int:
