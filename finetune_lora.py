@@ -497,9 +497,7 @@ def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlo
         _check_four_bits(model, chosen)
     stuck = [name for name, layer in _outermost(model, _FourBits) if not use_qlora or name not in chosen]
     if stuck:
-        raise InputError(
-            f"{stuck[0]} is in 4 bits, its float weight is gone: load the checkpoint again to adapt it otherwise"
-        )
+        raise InputError(f"{stuck[0]} is in 4 bits, its float weight is gone: load the checkpoint again")
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
@@ -840,8 +838,7 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
             raise InputError(f"{error}\n{another}") from None
         raise
     model, report = build_model(args, len(splits.class_names))
-    norms_train = training.batch_norm_trains(model)
-    training.check_batches(len(splits.train), len(splits.val), args.batch_size, norms_train)
+    training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     return splits, model, report
 
 
@@ -925,12 +922,9 @@ class FineTuning:
         self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
-        # BatchNorm cannot normalise a last batch of one image.
-        drop = self.norms_train and len(splits.train) % args.batch_size == 1
-        shuffled = {"shuffle": True, "seed": args.seed, "drop_last": drop}
-        self.train_loader = self.add_loader(
-            keep_images(splits.train, args.cache_images, size), self.augmentation, **shuffled
-        )
+        drop = self.norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
+        kept = keep_images(splits.train, args.cache_images, size)
+        self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
         self.meter = data.LoadingMeter()
         self.optimizer = build_optimizer(model, args)
         images = Counter(splits.train.labels)  # per class
@@ -959,13 +953,10 @@ class FineTuning:
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of training images, of the evaluation images, and of augmented ones."""
-        train = self.splits.train
-        loaders = (
-            self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform, keep_workers=False),
-            self.val_loader,
-            self.add_loader(train.at_most(START_IMAGES), self.augmentation, keep_workers=False),
-        )
-        bars = (runs.progress_bar(loader, "features") for loader in loaders)
+        train, once = self.splits.train, {"keep_workers": False}
+        bank = self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform, **once)
+        augmented = self.add_loader(train.at_most(START_IMAGES), self.augmentation, **once)
+        bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, augmented))
         return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
 
     def start_head(self, features: list[tuple[Tensor, Tensor]]) -> None:

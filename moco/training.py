@@ -142,9 +142,9 @@ def batch_norm_trains(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.training for module in model.train().modules())
 
 
-def check_batches(train_images: int, val_images: int, batch_size: int, norms_train: bool) -> None:
+def check_batches(model: nn.Module, train_images: int, val_images: int, batch_size: int) -> None:
     """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch."""
-    processes = distributed.world_size()
+    processes, norms_train = distributed.world_size(), batch_norm_trains(model)
     if processes > min(train_images, val_images):
         raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
     if norms_train and processes > 1:
