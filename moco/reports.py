@@ -161,7 +161,7 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
     parts = figure.subfigures(2, 1, height_ratios=rows)
     for part, (title, chosen), height in zip(parts, shown.items(), rows, strict=True):
         part.suptitle(title if len(chosen) else f"{title}: none")
-        axes = part.subplots(height, columns, squeeze=False).flat
+        axes = part.subplots(height, columns, squeeze=False).ravel()
         for place in axes:
             place.axis("off")
         for i, place in zip(chosen.tolist(), axes, strict=False):

@@ -23,7 +23,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, runs
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
-from moco.data import Transformed, load_splits
+from moco.data import Transformed, build_loader, load_splits
 from moco.files import read_checkpoint
 from moco.training import MicroBatches, evaluate, seed_everything
 
@@ -429,6 +429,141 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
     assert read_checkpoint(tmp_path / "out/last.pth")["schedule"]["last_epoch"] == 5
     with pytest.raises(InputError, match="BatchNorm that trains needs two images or more: raise --batch-size"):
         finetune_lora.main(f"{argv} --batch-size 1".split())
+
+
+# ------------------------------------------------------------------------------------- the start, the rate, no collapse
+
+
+def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
+    with pytest.raises(runs.Stopped):
+        finetune("--augmentation crop")
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 8)
+    assert evaluate(model, loader, CPU).accuracy == info["val_accuracy"] == 1.0 and info["epoch"] == 0
+
+
+def test_a_random_head_and_a_rate_of_its_own(finetune, start):
+    results = finetune("--head-init random --epochs 1")
+    assert results["probe_accuracy_before"] is None and results["knn_accuracy_before"] == 1.0
+    groups = start("--head-learning-rate 0.5").optimizer.param_groups
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert sorted(rates) == [(0.01, 0.01), (0.5, 0.0), (0.5, 0.01)]  # adapters, the head's bias and weight
+
+
+def scripted(accuracies: list[float]):
+    """`evaluate`, but with these accuracies, one after the other."""
+    left = iter(accuracies)
+    return lambda *args: evaluate(*args)._replace(accuracy=next(left))
+
+
+def test_a_collapsed_epoch_is_repeated_from_its_start_at_a_third_of_the_rate(finetune, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0, 0.4, 0.4, 1.0, 1.0]))
+    results = finetune("--schedule constant")
+    assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
+        (2, 1e-2),
+        (2, pytest.approx(1e-2 / 3)),
+    ]
+    rates = [row["learning_rate"] for row in metrics(results["folder"])]
+    assert rates == [1e-2, pytest.approx(1e-2 / 9)]
+    assert (
+        "epoch 2: training collapsed; once more with learning rate 3.3e-03 in place of 1.0e-02"
+        in capsys.readouterr().out
+    )
+
+
+def test_what_a_collapsed_epoch_did_is_undone(finetune, monkeypatch):
+    """The repeated epoch ends as if the run had had the lower rate from its first epoch on."""
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([0.4, 1.0, 1.0]))
+    monkeypatch.setattr(finetune_lora, "soften_head", lambda *args: 1.0)  # which depends on the rate
+    dropout = "--epochs 1 --schedule constant --lora-dropout 0.2"
+    repeated = finetune(f"{dropout} --learning-rate 9e-3", output="repeated")
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0, 1.0]))
+    lower = finetune(f"{dropout} --learning-rate 3e-3", output="lower")
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (repeated, lower))
+    assert repeated["retreats"] and not lower["retreats"]
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeypatch):
+    """Also if it then collapses once more: the start of the epoch is in last.pth."""
+    whole_run = [1.0, 0.4, 0.4, 1.0, 1.0]
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run))
+    whole = finetune("--epochs 2", output="whole")
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run[:2]))
+    steps, real_step = [], FineTuning.step
+
+    def step(run, micro_batches):
+        steps.append(None)
+        if len(steps) == 8:  # the second step of the repeated second epoch
+            run.stop.signum = 2
+        return real_step(run, micro_batches)
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", output="stopped")
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run[2:]))
+    resumed = finetune("--epochs 2 --resume", output="stopped")
+    assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0] + [0.3] * 4))
+    with pytest.raises(InputError, match=r"collapses in epoch 2 even at learning rate .*lower --learning-rate"):
+        finetune("--epochs 3")
+    assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == 1
+
+
+def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
+    real_loss, calls = FineTuning.loss, []
+
+    def loss(run, logits, labels):
+        calls.append(None)
+        return real_loss(run, logits, labels) * (math.nan if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(FineTuning, "loss", loss)
+    results = finetune("--epochs 1")
+    assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
+
+
+def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
+    whole = finetune("--learning-rate auto", output="whole")
+    rows = list(csv.DictReader((tmp_path / "whole/learning_rates.csv").read_text().splitlines()))
+    assert len(rows) == 10 and (tmp_path / "whole/learning_rates.png").exists()
+    assert whole["learning_rate"] in {float(row["learning_rate"]) for row in rows}
+    assert whole["config"]["finetune"]["learning_rate"] == whole["learning_rate"]
+    real, left = finetune_lora.search.save_atomically, iter(range(4))
+    monkeypatch.setattr(
+        finetune_lora.search,
+        "save_atomically",
+        lambda *args: real(*args) if next(left, None) is not None else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        finetune("--learning-rate auto", output="stopped")
+    monkeypatch.undo()
+    made = []
+    monkeypatch.setattr(FineTuning, "start_head", note_calls(FineTuning.start_head, made))
+    resumed = finetune("--learning-rate auto --resume", output="stopped")
+    assert len(made) == 10 - 4 + 1  # what is left of the search, and the run
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
+
+
+def note_calls(function, calls: list):
+    return lambda *args: calls.append(None) or function(*args)
+
+
+def test_rare_classes_can_count_as_much_as_frequent_ones(start):
+    run = start("--class-weights balanced")
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert run.class_weights.tolist() == pytest.approx([1, 1, 1])  # as many of each here
+    run.class_weights = torch.tensor([1.0, 2.0, 3.0])
+    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 2.0, 3.0]), reduction="sum")
+    torch.testing.assert_close(run.loss(logits, labels), expected)
 
 
 # --------------------------------------------------------------------------------------------------- ways to fine-tune

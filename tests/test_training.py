@@ -1,13 +1,16 @@
 """moco/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
+import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from moco import InputError, training
@@ -135,3 +138,28 @@ def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: its import fails
     assert training.peak_memory_bytes(torch.device("cpu")) is None
+
+
+def test_balanced_weights_are_scikit_learns():
+    labels = [0] * 6 + [1] * 3 + [3]
+    weights = training.balanced_weights(Counter(labels), 4)
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist())
+    assert weights[labels].mean().item() == pytest.approx(1)
+
+
+def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
+    """Of every group, and after a resume."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = training.lr_schedule(optimizer, 10, 2)
+    for _ in range(5):
+        optimizer.step(), schedule.step()
+    before = [group["lr"] for group in optimizer.param_groups]
+    training.lower_rates(schedule, 4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 4 for rate in before])
+    again = training.lr_schedule(torch.optim.AdamW([{**g, "params": g["params"]} for g in groups]), 10, 2)
+    again.load_state_dict(schedule.state_dict())
+    optimizer.step(), schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * 4 / 8)) * r for r in (1, 0.1)])
+    assert again.base_lrs == [0.25, 0.025]

@@ -1,0 +1,72 @@
+"""What a run leaves for people: numbers against scikit-learn, and pictures of every kind of result."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+from moco import reports
+from moco.data import LabelledImages
+from moco.search import Trial
+from moco.training import Evaluation
+
+
+def evaluation(labels: list[int], predictions: list[int], confidences: list[float] | None = None) -> Evaluation:
+    labels, predictions = torch.tensor(labels), torch.tensor(predictions)
+    confidences = torch.tensor(confidences or [0.5] * len(labels))
+    return Evaluation(0.3, (labels == predictions).float().mean().item(), predictions, labels, confidences)
+
+
+def test_macro_f1_and_accuracy_per_class_are_scikit_learns():
+    labels, predictions = [0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 2]
+    result = evaluation(labels, predictions)
+    assert reports.macro_f1(result) == pytest.approx(f1_score(labels, predictions, average="macro"))
+    per_class = reports.accuracy_per_class(result, ["a", "b", "c", "absent"])
+    assert per_class["absent"] is None
+    present = [share for share in per_class.values() if share is not None]
+    assert sum(present) / 3 == pytest.approx(balanced_accuracy_score(labels, predictions))
+
+
+def size(path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
+def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
+    """Wrong answers by confidence, then the least certain right ones; as often as there are any."""
+    source = [(Image.new("RGB", (20, 10), (10 * i, 0, 0)), i % 2) for i in range(20)]
+    images, drawn = LabelledImages(source, [label for _, label in source]), []
+    real = LabelledImages.__getitem__
+    monkeypatch.setattr(LabelledImages, "__getitem__", lambda self, i: drawn.append(i) or real(self, i))
+    confidences = [0.9 - 0.01 * i for i in range(20)]
+    result = evaluation([i % 2 for i in range(20)], [1] * 20, confidences)
+    reports.plot_mistakes(result, images, ["cat", "a dog with a very long name"], tmp_path / "some.png")
+    assert drawn == [*range(0, 20, 2), 19, 17, 15, 13, 11, 9]
+    perfect = evaluation([i % 2 for i in range(20)], [i % 2 for i in range(20)], confidences)
+    reports.plot_mistakes(perfect, images, ["cat", "dog"], tmp_path / "none.png")
+    assert size(tmp_path / "none.png")[1] < size(tmp_path / "some.png")[1]
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
+    labels = list(range(classes)) * 2
+    reports.plot_confusion_matrix(
+        evaluation(labels, labels), [f"class {i}" for i in range(classes)], tmp_path / "a.png"
+    )
+    assert min(size(tmp_path / "a.png")) > 300
+
+
+@pytest.mark.parametrize("probe", [0.8, None])
+def test_curves_of_one_epoch_with_and_without_a_probe(tmp_path, probe):
+    history = [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}]
+    reports.plot_finetuning(history, {"k-NN": 0.7, "linear probe": probe}, "held-out", tmp_path / "curves.png")
+    assert size(tmp_path / "curves.png")[0] > 1000
+
+
+def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
+    trials = [Trial(1e-4, 1, 0.5, 1.0), Trial(1e-2, 1, 0.0, math.inf), Trial(1e-4, 3, 0.6, 0.9)]
+    reports.plot_learning_rates(trials, tmp_path / "rates.png")
+    assert size(tmp_path / "rates.png")[0] > 500
