@@ -294,7 +294,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]
     if not wrong:
-        wrong = [n for n, t in content["tensors"].items() if not isinstance(n, str) or not is_plain_tensor(t)]
+        wrong = [n for n, t in content["tensors"].items() if not is_plain_tensor(t)]
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
