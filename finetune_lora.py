@@ -35,7 +35,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
-from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, unfuse
+from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
@@ -530,17 +530,8 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         InputError: layers in 4 bits, without `merge`: their float weights are gone. The model is then as it was.
     """
-    wrapped, model = model, _unwrap(model)
-    four_bits = [name for name, _ in _outermost(model, _FourBits)]
-    if four_bits and not merge:
-        raise InputError(
-            f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or load "
-            "the checkpoint again"
-        )
-    for _, layer in list(_outermost(model, LoRALayer)):
-        layer.remove_lora(merge)
-    unfuse(model)
-    return wrapped
+    LoRAManager(_unwrap(model)).unload(merge)
+    return model
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
