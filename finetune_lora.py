@@ -40,7 +40,7 @@ from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_f
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
 from moco.cache import keep_images
-from moco.checkpoints import describe_base, load_backbone, tensor_digest
+from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.options import positive_int
@@ -802,6 +802,8 @@ def main(
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(describe_base(report, args.from_scratch))
+        if args.dataset != "digits" and sources["checkpoint"] == "default":
+            print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
         print(f"device: {device}, precision: {dtype}")
         if distributed.is_main():
             runs.begin_folder(args.output_dir, FineTuning.FILES, args.resume)

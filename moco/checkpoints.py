@@ -23,6 +23,11 @@ from moco import InputError, listed, printable
 from moco.backbones import ARCHS, HEAD_NAMES, build_backbone, default_image_size, head_name, patch_size
 from moco.files import is_plain_tensor, read_checkpoint, read_safetensors
 
+OFFICIAL_CHECKPOINTS = (
+    "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
+    "r-50-1000ep.pth.tar, vit-s-300ep.pth.tar, vit-b-300ep.pth.tar (github.com/facebookresearch/moco-v3)"
+)
+
 
 def load_backbone(
     path: str | os.PathLike, num_classes: int, arch: str | None = None, image_size: int | None = None

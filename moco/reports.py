@@ -189,6 +189,7 @@ def macro_f1(result: Evaluation) -> float:
 def summary(results: dict[str, Any], folder: Path) -> str:
     """The table printed at the end of a fine-tuning run."""
     probe = results["probe_accuracy_before"]
+    lost = probe is not None and results["val_accuracy"] < probe
     trained, total = results["trainable_parameters"], results["total_parameters"]
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
@@ -198,6 +199,7 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
         ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
+        *([("", "below the linear probe that it began with: try --learning-rate auto")] if lost else []),
         ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
         ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         ("adapter file", sizes),

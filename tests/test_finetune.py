@@ -557,6 +557,13 @@ def note_calls(function, calls: list):
     return lambda *args: calls.append(None) or function(*args)
 
 
+def test_the_shipped_backbone_says_what_it_has_not_seen(images, tmp_path, capsys):
+    """And where backbones for photographs are found."""
+    argv = f"--data-dir {images} --output-dir {tmp_path} --epochs 1 --image-size 32 --device cpu"
+    finetune_lora.main(argv.split())
+    assert "seen handwritten digits alone; for photographs give --checkpoint: moco_v2_800ep" in capsys.readouterr().out
+
+
 def test_rare_classes_can_count_as_much_as_frequent_ones(start):
     run = start("--class-weights balanced")
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])

@@ -70,3 +70,12 @@ def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
     trials = [Trial(1e-4, 1, 0.5, 1.0), Trial(1e-2, 1, 0.0, math.inf), Trial(1e-4, 3, 0.6, 0.9)]
     reports.plot_learning_rates(trials, tmp_path / "rates.png")
     assert size(tmp_path / "rates.png")[0] > 500
+
+
+@pytest.mark.parametrize(("probe", "told"), [(0.9, True), (0.7, False), (None, False)])
+def test_a_run_that_ends_below_its_probe_says_so(tmp_path, probe, told):
+    results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds", "val_images"), 1)
+    results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
+    results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
+    results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
+    assert ("below the linear probe" in reports.summary(results, tmp_path)) == told
