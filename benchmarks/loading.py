@@ -41,6 +41,7 @@ from moco.runs import run_script
 
 SIZES = {"0.2": (520, 390), "12": (4000, 3000)}  # megapixels: width, height
 VIEWS = ("fine-tuning", "evaluation", "moco_v1", "moco_v2", "moco_v3")
+PIXELS = 224  # of the training rows
 IMAGENET = 1_281_167  # training images
 
 
@@ -276,14 +277,14 @@ def start(folder: str) -> None:
 def measure_training(args: argparse.Namespace) -> list[dict]:
     """Rows of a ResNet-18 with adapters on these photographs at 224 pixels, by number of loading processes."""
     splits = data.load_splits("imagefolder", args.data_dir)
-    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), 224)
+    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), PIXELS)
     finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
     finetune_lora.freeze_backbone_params(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     rows = []
     print("| loading processes | images/s | waiting |\n|---|---|---|")
     for workers in (0, 1, 2, "auto"):
-        images = data.Transformed(splits.train, data.train_transform(224))
+        images = data.Transformed(splits.train, data.train_transform(PIXELS))
         loader = data.build_loader(images, 32, shuffle=True, workers=workers)
         meter = data.LoadingMeter()
         train(model, optimizer, limited(loader, 2))  # processes start, caches fill
