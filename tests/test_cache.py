@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> data.LabelledImages:
-    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.png"]
+    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.bmp"]
     (tmp_path / "images").mkdir()
     for name, size in zip(names, [(300, 200), (40, 90), (7, 5)], strict=True):
         Image.fromarray(rng.randint(0, 256, (*size[::-1], 3)).astype(np.uint8)).save(tmp_path / "images" / name)
@@ -62,6 +62,10 @@ def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monke
     assert [label for _, label in kept] == photos.labels and kept.digest == photos.digest
     for mine, file in zip(first[1:], pixels(photos)[1:], strict=True):
         assert np.array_equal(mine, file)
+    part = cache.keep_images(photos.subset([2, 0]), where, 32)
+    assert [np.array_equal(*pair) for pair in zip(pixels(part), (first[2], first[0]), strict=True)] == [True, True]
+    usage = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # what is there already needs no room
     again = cache.keep_images(photos, where, 32)  # another run
     assert "0.00 GB are still to come" in capsys.readouterr().out
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(again), strict=True))
@@ -70,16 +74,17 @@ def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monke
 def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
     kept = cache.keep_images(photos, "disk", 32)
     before = pixels(kept)
-    path = tmp_path / "images" / "c.png"
+    path = tmp_path / "images" / "c.bmp"
     status = os.stat(path)
-    Image.new("RGB", (7, 5), "red").save(path)
+    Image.new("RGB", (7, 5), "red").save(path)  # of as many bytes
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert os.stat(path).st_size == status.st_size
     after = pixels(kept)
     assert (after[2] == (255, 0, 0)).all() and np.array_equal(after[0], before[0])
     larger = pixels(cache.keep_images(photos, "disk", 64))  # another size is another image
     assert larger[0].shape == (128, 192, 3) and count_files(place) == 3 + 1 + 3
     path.unlink()
-    with pytest.raises(InputError, match=r"c\.png: not a readable image"):
+    with pytest.raises(InputError, match=r"c\.bmp: not a readable image"):
         pixels(kept)
 
 
