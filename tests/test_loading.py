@@ -11,7 +11,7 @@ from moco import InputError
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(loading, "SIZES", {"0.01": (130, 90)})
+    monkeypatch.setattr(loading, "PHOTOGRAPHS", {"small": ((130, 90), 4)})
 
 
 def test_each_loader_makes_the_same_views_of_each_file(small, tmp_path, capsys):
@@ -23,12 +23,12 @@ def test_each_loader_makes_the_same_views_of_each_file(small, tmp_path, capsys):
         low, middle, high = row["faster_than"]["torchvision"]
         assert 0 < low <= middle <= high
     assert capsys.readouterr().out.count("| moco_v2 |") == 2
-    assert json.loads((tmp_path / "loading.json").read_text())["views"] == rows
+    assert json.loads((tmp_path / "loading_views.json").read_text())["views"] == rows
 
 
 @pytest.mark.parametrize("view", loading.VIEWS)
 def test_loaders_agree_on_what_a_view_is(tmp_path, view):
-    loading.make_photographs(tmp_path, (130, 90), 2)
+    loading.make_photographs(tmp_path, (130, 90), 4, 2)
     here, there = (loading.READERS[name](tmp_path, view, 32) for name in ("here", "torchvision"))
     assert len(here) == len(there) == 2
     ours, theirs = here[0][0], there[0][0]
@@ -39,7 +39,7 @@ def test_loaders_agree_on_what_a_view_is(tmp_path, view):
 
 
 def test_the_photographs_are_what_they_are_said_to_be(tmp_path):
-    loading.make_photographs(tmp_path, (130, 90), 3)
+    loading.make_photographs(tmp_path, (130, 90), 4, 3)
     paths = sorted(tmp_path.rglob("*.jpg"))
     assert [Image.open(path).size for path in paths] == [(130, 90)] * 3
     assert loading.bytes_of(tmp_path) == pytest.approx(sum(path.stat().st_size for path in paths) / 3)
