@@ -39,22 +39,31 @@ from moco import InputError, data
 from moco.options import positive_int
 from moco.runs import run_script
 
-SIZES = {"0.2": (520, 390), "12": (4000, 3000)}  # megapixels: width, height
+# Width, height and the noise's standard deviation in levels of 256. Noise is what takes bytes, and bytes are what takes
+# time even where a JPEG is decoded at a reduced size.
+PHOTOGRAPHS = {
+    "0.2 MP": ((520, 390), 4),
+    "12 MP, smooth": ((4000, 3000), 1),
+    "12 MP, noisy": ((4000, 3000), 4),
+}
 VIEWS = ("fine-tuning", "evaluation", "moco_v1", "moco_v2", "moco_v3")
+PIXELS = 224  # of the training rows
 IMAGENET = 1_281_167  # training images
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measure, print tables and write `loading.json`."""
+    """Measure, print tables and write each part's numbers into a file `loading_{part}.json`."""
     args = parse_arguments(argv)
     parts = {"views": measure_views, "start": measure_start, "training": measure_training}
-    result = {"commit": current_commit(), "machine": f"{platform.machine()}, {data.usable_cores()} cores"}
-    result["versions"] = {"torch": torch.__version__, "Pillow": Image.__version__, "python": platform.python_version()}
-    for name in args.only or [name for name in parts if name != "training" or args.data_dir]:
-        result[name] = parts[name](args)
+    common = {"commit": current_commit(), "machine": f"{platform.machine()}, {data.usable_cores()} cores"}
+    common["versions"] = {"torch": torch.__version__, "Pillow": Image.__version__, "python": platform.python_version()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "loading.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    results = {}
+    for name in args.only or [name for name in parts if name != "training" or args.data_dir]:
+        results[name] = parts[name](args)
+        content = json.dumps({**common, name: results[name]}, indent=1)
+        (args.output_dir / f"loading_{name}.json").write_text(content + "\n")
+    return results
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -86,27 +95,27 @@ def measure_views(args: argparse.Namespace) -> list[dict]:
     print("| file | view | pixels | " + " | ".join(f"{name}, ms" for name in names) + " | faster than |")
     print("|---" * (4 + len(names)) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        for megapixels, size in SIZES.items():
-            files = Path(folder, megapixels)
-            make_photographs(files, size, args.images)
+        for title, (size, noise) in PHOTOGRAPHS.items():
+            files = Path(folder, title)
+            make_photographs(files, size, noise, args.images)
             for pixels in (224, 32):
                 for view in VIEWS:
-                    row = {"megapixels": megapixels, "file_bytes": bytes_of(files), "view": view, "pixels": pixels}
+                    row = {"file": title, "file_bytes": bytes_of(files), "view": view, "pixels": pixels}
                     rows.append(row | compare(files, view, pixels))
                     print_views(rows[-1])
     return rows
 
 
-def make_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
-    """JPEGs of quality 90 of smooth shapes with a little noise, of as many bytes as a telephone's photographs."""
+def make_photographs(folder: Path, size: tuple[int, int], noise: float, count: int) -> None:
+    """JPEGs of quality 90 of smooth shapes, with as much noise."""
     for i in range(count):
         rng = np.random.RandomState(i)
         shapes = Image.fromarray(rng.randint(0, 256, (12, 16, 3)).astype(np.uint8)).resize(
             size, Image.Resampling.BICUBIC
         )
-        noise = rng.normal(0, 4, (size[1], size[0], 1)).astype(np.float32)
+        grain = rng.normal(0, noise, (size[1], size[0], 1)).astype(np.float32)
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(np.clip(np.asarray(shapes) + noise, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8))
         image.save(folder / "ab"[i % 2] / f"{i}.jpg", quality=90)
 
 
@@ -201,7 +210,7 @@ def print_views(row: dict) -> None:
     shown = " | ".join("" if ms is None else f"{ms:.2f}" for ms in timings)
     quartiles = row["faster_than"].items()
     ratios = [f"{name} {middle:.2f}x ({low:.2f} to {high:.2f})" for name, (low, middle, high) in quartiles]
-    file = f"{row['megapixels']} MP, {row['file_bytes'] / 1e6:.2f} MB"
+    file = f"{row['file']}, {row['file_bytes'] / 1e6:.2f} MB"
     print(f"| {file} | {row['view']} | {row['pixels']} | {shown} | {', '.join(ratios)} |", flush=True)
 
 
@@ -276,14 +285,14 @@ def start(folder: str) -> None:
 def measure_training(args: argparse.Namespace) -> list[dict]:
     """Rows of a ResNet-18 with adapters on these photographs at 224 pixels, by number of loading processes."""
     splits = data.load_splits("imagefolder", args.data_dir)
-    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), 224)
+    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), PIXELS)
     finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
     finetune_lora.freeze_backbone_params(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     rows = []
     print("| loading processes | images/s | waiting |\n|---|---|---|")
     for workers in (0, 1, 2, "auto"):
-        images = data.Transformed(splits.train, data.train_transform(224))
+        images = data.Transformed(splits.train, data.train_transform(PIXELS))
         loader = data.build_loader(images, 32, shuffle=True, workers=workers)
         meter = data.LoadingMeter()
         train(model, optimizer, limited(loader, 2))  # processes start, caches fill

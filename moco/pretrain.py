@@ -3,6 +3,7 @@
     python -m moco.pretrain --config configs/stage1.yaml                 # the shipped checkpoint: 18 minutes on 2 cores
     python -m moco.pretrain --config configs/stage1.yaml --epochs 1      # does it run?
     python -m moco.pretrain --config configs/stage1.yaml --resume        # go on where it was stopped
+    python -m moco.pretrain --config configs/moco_v2.yaml --data-dir photos     # any images, with or without labels
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
     torchrun --nproc-per-node=8 -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet # on eight
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco import InputError, cache, data
+from lora_utils import read_adapter_file
+from moco import InputError, cache, data, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,8 +28,8 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def images(tmp_path) -> data.LabelledImages:
-    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.png"]
+def photos(tmp_path) -> data.LabelledImages:
+    rng, names = np.random.RandomState(0), ["a.jpg", "b.png", "c.bmp"]
     (tmp_path / "images").mkdir()
     for name, size in zip(names, [(300, 200), (40, 90), (7, 5)], strict=True):
         Image.fromarray(rng.randint(0, 256, (*size[::-1], 3)).astype(np.uint8)).save(tmp_path / "images" / name)
@@ -52,39 +53,44 @@ def decodes(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("where", ["disk", "ram"])
-def test_each_image_is_decoded_once_and_comes_back_the_same(images, where, monkeypatch, capsys):
-    kept = cache.keep_images(images, where, 32)
+def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monkeypatch, capsys):
+    kept = cache.keep_images(photos, where, 32)
     assert "keeping decoded images in " in capsys.readouterr().out
     first, opened = pixels(kept), decodes(monkeypatch)
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(kept), strict=True)) and opened == []
     assert [image.shape for image in first] == [(64, 96, 3), (90, 40, 3), (5, 7, 3)]  # never enlarged
-    assert [label for _, label in kept] == images.labels and kept.digest == images.digest
-    for mine, file in zip(first[1:], pixels(images)[1:], strict=True):
+    assert [label for _, label in kept] == photos.labels and kept.digest == photos.digest
+    for mine, file in zip(first[1:], pixels(photos)[1:], strict=True):
         assert np.array_equal(mine, file)
-    again = cache.keep_images(images, where, 32)  # another run
+    part = cache.keep_images(photos.subset([2, 0]), where, 32)
+    assert [np.array_equal(*pair) for pair in zip(pixels(part), (first[2], first[0]), strict=True)] == [True, True]
+    usage = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # what is there already needs no room
+    again = cache.keep_images(photos, where, 32)  # another run
     assert "0.00 GB are still to come" in capsys.readouterr().out
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(again), strict=True))
 
 
-def test_what_is_kept_is_never_older_than_its_file(images, place, tmp_path):
-    kept = cache.keep_images(images, "disk", 32)
+def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
+    kept = cache.keep_images(photos, "disk", 32)
     before = pixels(kept)
-    path = tmp_path / "images" / "c.png"
+    path = tmp_path / "images" / "c.bmp"
     status = os.stat(path)
-    Image.new("RGB", (7, 5), "red").save(path)
+    Image.new("RGB", (7, 5), "red").save(path)  # of as many bytes
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert os.stat(path).st_size == status.st_size
     after = pixels(kept)
     assert (after[2] == (255, 0, 0)).all() and np.array_equal(after[0], before[0])
-    larger = pixels(cache.keep_images(images, "disk", 64))  # another size is another image
+    larger = pixels(cache.keep_images(photos, "disk", 64))  # another size is another image
     assert larger[0].shape == (128, 192, 3) and count_files(place) == 3 + 1 + 3
     path.unlink()
-    with pytest.raises(InputError, match=r"c\.png: not a readable image"):
+    with pytest.raises(InputError, match=r"c\.bmp: not a readable image"):
         pixels(kept)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:8]])
-def test_what_is_not_whole_is_made_anew(images, place, damage):
-    kept = cache.keep_images(images, "disk", 32)
+def test_what_is_not_whole_is_made_anew(photos, place, damage):
+    kept = cache.keep_images(photos, "disk", 32)
     before = pixels(kept)
     for path in place.rglob("*"):
         if path.is_file():
@@ -93,9 +99,9 @@ def test_what_is_not_whole_is_made_anew(images, place, damage):
     assert all(np.array_equal(*pair) for pair in zip(before, pixels(kept), strict=True))
 
 
-def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same(images, place, monkeypatch):
-    kept = cache.keep_images(images, "disk", 32)
-    expected = pixels(cache.keep_images(images, "ram", 32))
+def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same(photos, place, monkeypatch):
+    kept = cache.keep_images(photos, "disk", 32)
+    expected = pixels(cache.keep_images(photos, "ram", 32))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -107,26 +113,26 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same
     assert all(np.array_equal(*pair) for pair in zip(expected, found, strict=True))
 
 
-def test_too_little_room_is_told_before(images, monkeypatch):
+def test_too_little_room_is_told_before(photos, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"--cache-images ram: .* use --cache-images disk or none"):
-        cache.keep_images(images, "ram", 32)
+        cache.keep_images(photos, "ram", 32)
     with pytest.raises(InputError, match=r"--cache-images disk: .* has room for 0.00 GB, .* use --cache-images none"):
-        cache.keep_images(images, "disk", 32)
+        cache.keep_images(photos, "disk", 32)
 
 
-def test_places_that_cannot_be_used(images, tmp_path, monkeypatch):
+def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
-        cache.keep_images(images, "disk", 32)
+        cache.keep_images(photos, "disk", 32)
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
     with pytest.raises(InputError, match=r"this system has no .*gone; use --cache-images disk"):
-        cache.keep_images(images, "ram", 32)
+        cache.keep_images(photos, "ram", 32)
 
 
-def test_memory_is_given_back(images, tmp_path):
+def test_memory_is_given_back(photos, tmp_path):
     left = tmp_path / "shm" / "moco-images-999999999-abc"
     left.mkdir()
     program = f"""
@@ -144,9 +150,9 @@ print(sum(path.is_file() for path in cache._MEMORY.rglob("*")))
     assert list((tmp_path / "shm").iterdir()) == []  # nor what a killed process had left
 
 
-def test_views_of_kept_images_do_not_depend_on_who_kept_them(images):
+def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):
     def views(workers: int) -> list[torch.Tensor]:
-        kept = data.Transformed(cache.keep_images(images, "disk", 32), data.two_crops(32, "moco_v2"))
+        kept = data.Transformed(cache.keep_images(photos, "disk", 32), data.two_crops(32, "moco_v2"))
         loader = data.build_loader(kept, 2, shuffle=True, workers=workers)
         return [view for _ in range(2) for pair, _ in loader for view in pair]
 
@@ -154,6 +160,28 @@ def test_views_of_kept_images_do_not_depend_on_who_kept_them(images):
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_images_in_memory_and_no_cache_are_left_alone(images):
+def test_images_in_memory_and_no_cache_are_left_alone(photos):
     digits = data.load_splits("digits").val
-    assert cache.keep_images(digits, "ram", 32) is digits and cache.keep_images(images, "none", 32) is images
+    assert cache.keep_images(digits, "ram", 32) is digits and cache.keep_images(photos, "none", 32) is photos
+
+
+@pytest.mark.parametrize("where", ["disk", "ram"])
+def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, place, tmp_path):
+    """Images that are no larger than twice the model's input are kept as they are."""
+    plain, kept = finetune("--workers 1", "plain"), finetune(f"--cache-images {where} --workers 1", "kept")
+    assert kept["val_accuracy"] == plain["val_accuracy"] and kept["images"] == plain["images"]
+    ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert count_files(place if where == "disk" else tmp_path / "shm") == 21  # of training alone
+
+
+def test_pretraining_with_kept_images_is_what_it_is_without(place, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(8):
+        Image.new("L", (12, 9), 30 * i).save(flat / f"{i}.png")
+    argv = f"--data-dir {flat} --image-size 8 --batch-size 4 --epochs 1 --dim 8 --mlp-dim 8 --device cpu --output-dir "
+    runs = [pretrain.main(f"{argv}{tmp_path / where} --cache-images {where}".split()) for where in ("none", "disk")]
+    states = [torch.load(results["checkpoint"])["model"] for results in runs]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert count_files(place) == 8
