@@ -13,6 +13,7 @@ files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -45,6 +46,7 @@ from moco.data import Splits, Transformed, build_loader, eval_transform, load_sp
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.options import positive_int
 from moco.probe import head_accuracy, init_head_from_probe, soften_head
+from moco.training import evaluate
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
@@ -805,16 +807,16 @@ def main(
         if args.dataset != "digits" and sources["checkpoint"] == "default":
             print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
         print(f"device: {device}, precision: {dtype}")
-        if distributed.is_main():
-            runs.begin_folder(args.output_dir, FineTuning.FILES, args.resume)
+        begin = functools.cache(functools.partial(runs.begin_folder, args.output_dir, FineTuning.FILES, args.resume))
         if args.learning_rate == "auto":
-            args.learning_rate = choose_learning_rate(args, splits, device, dtype, loaders)
+            args.learning_rate = choose_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume and not search.was_interrupted(args.resume):
             run.resume(args.resume)
         else:
             run.start_head(run.features())
             print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
+        begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
 
@@ -858,7 +860,7 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
-def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders: list[DataLoader]) -> float:
+def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin) -> float:
     """`--learning-rate auto`: the best rate of short runs on a part of the training images."""
     parts, features = search.parts_of(splits), []
 
@@ -873,7 +875,7 @@ def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
-    rate = search.choose_learning_rate(short_run, args.output_dir, args.resume, settings)
+    rate = search.choose_learning_rate(short_run, begin, args.output_dir, args.resume, settings)
     training.seed_everything(args.seed)
     return rate
 
@@ -1001,7 +1003,7 @@ class FineTuning:
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
-        result = training.evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+        result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         if self.has_collapsed(result.accuracy):
             return False
         seconds = time.perf_counter() - started
@@ -1164,7 +1166,7 @@ class FineTuning:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
-        result = training.evaluate(self.model, self.val_loader, self.device, self.dtype)
+        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
         if not distributed.is_main():
             return {}
         return reports.write_finetuning(self, result, count_parameters(self.model))
@@ -1183,7 +1185,7 @@ def evaluate_adapter(
         )
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
-    result = training.evaluate(model.to(device), loaders[-1], device, dtype)
+    result = evaluate(model.to(device), loaders[-1], device, dtype)
     print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 

@@ -579,7 +579,8 @@ class LoadingMeter:
         started = asked = time.perf_counter()
         before = self.seconds
         for batch in loader:
-            self.waited += time.perf_counter() - asked
+            received = time.perf_counter()
+            self.waited, self.seconds = self.waited + received - asked, before + received - started
             yield batch
             asked = time.perf_counter()
             self.images += len(batch[1]) * distributed.world_size()

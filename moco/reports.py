@@ -55,8 +55,7 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
         "config": run.config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
-    before = {"k-NN": run.before["knn_accuracy"], "linear probe": run.before["probe_accuracy"]}
-    plot_finetuning(run.history, before, run.args.eval_split, run.path("training_curves.png"))
+    plot_finetuning(run.history, run.before, run.args.eval_split, run.path("training_curves.png"))
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
     plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
     print(summary(results, run.args.output_dir))
@@ -64,9 +63,13 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
 
 
 def plot_finetuning(
-    history: list[dict[str, float]], accuracies_before: dict[str, float | None], eval_split: str, path: Path
+    history: list[dict[str, float]], before: dict[str, float | None], eval_split: str, path: Path
 ) -> None:
-    """Losses and accuracy by epoch, both losses without label smoothing, and the named accuracies before training."""
+    """Losses and accuracy by epoch, both losses without label smoothing.
+
+    Args:
+        before: `knn_accuracy` and `probe_accuracy` before training, None where not measured.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -76,9 +79,9 @@ def plot_finetuning(
     losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label=eval_split)
     losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     accuracies.plot(epochs, [100 * row["val_accuracy"] for row in history], "s--", color=ORANGE, label=eval_split)
-    measured = {name: value for name, value in accuracies_before.items() if value is not None}
-    for (name, value), style in zip(measured.items(), (":", "-."), strict=False):
-        accuracies.axhline(100 * value, color="0.4", linestyle=style, label=f"{name} before training")
+    for name, label, style in (("knn_accuracy", "k-NN", ":"), ("probe_accuracy", "linear probe", "-.")):
+        if before[name] is not None:
+            accuracies.axhline(100 * before[name], color="0.4", linestyle=style, label=f"{label} before training")
     accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     for axes in (losses, accuracies):
         axes.xaxis.get_major_locator().set_params(integer=True)

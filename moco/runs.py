@@ -45,6 +45,8 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
 
     They stay if this run goes on from a file in it, `resumed`. Raises InputError if the folder cannot be made.
     """
+    if not distributed.is_main():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed is None or resumed.resolve().parent != folder.resolve():

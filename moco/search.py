@@ -64,13 +64,18 @@ def was_interrupted(path: Path) -> bool:
 
 
 def choose_learning_rate(
-    short_run: Callable[[float, int], Any], folder: Path, resume: Path | None, settings: dict[str, Any]
+    short_run: Callable[[float, int], Any],
+    begin: Callable[[], None],
+    folder: Path,
+    resume: Path | None,
+    settings: dict[str, Any],
 ) -> float:
     """The best rate, found by a search, or recalled from the run to go on with.
 
     Args:
         short_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
             collapses, and `history`.
+        begin: makes the folder ready; called when there is something to save.
         folder: gets `last.pth`, `learning_rates.csv` and `learning_rates.png`.
         resume: the `last.pth` to go on from.
         settings: `config` and `images` of the run, which an interrupted search must share.
@@ -93,6 +98,7 @@ def choose_learning_rate(
 
     def tried(trials: list[Trial]) -> None:
         print("  learning rate {:.0e}, epochs {}: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
+        begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
             write_csv([trial._asdict() for trial in trials], Trial._fields, folder / "learning_rates.csv")

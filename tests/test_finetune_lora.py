@@ -254,7 +254,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
         adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return evaluate(model, loader, device, dtype)._replace(accuracy=next(scripted, 0.82))
 
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted_evaluate)
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted_evaluate)
     results = finetune("--epochs 4")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
     assert "accuracy after        82.00% of 15 held-out images" in capsys.readouterr().out
@@ -458,7 +458,7 @@ def scripted(accuracies: list[float]):
 
 
 def test_a_collapsed_epoch_is_repeated_from_its_start_at_a_third_of_the_rate(finetune, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0, 0.4, 0.4, 1.0, 1.0]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 0.4, 1.0, 1.0]))
     results = finetune("--schedule constant")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-2),
@@ -474,11 +474,11 @@ def test_a_collapsed_epoch_is_repeated_from_its_start_at_a_third_of_the_rate(fin
 
 def test_what_a_collapsed_epoch_did_is_undone(finetune, monkeypatch):
     """The repeated epoch ends as if the run had had the lower rate from its first epoch on."""
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([0.4, 1.0, 1.0]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.4, 1.0, 1.0]))
     monkeypatch.setattr(finetune_lora, "soften_head", lambda *args: 1.0)  # which depends on the rate
     dropout = "--epochs 1 --schedule constant --lora-dropout 0.2"
     repeated = finetune(f"{dropout} --learning-rate 9e-3", output="repeated")
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0, 1.0]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0]))
     lower = finetune(f"{dropout} --learning-rate 3e-3", output="lower")
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (repeated, lower))
     assert repeated["retreats"] and not lower["retreats"]
@@ -489,9 +489,9 @@ def test_what_a_collapsed_epoch_did_is_undone(finetune, monkeypatch):
 def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeypatch):
     """Also if it then collapses once more: the start of the epoch is in last.pth."""
     whole_run = [1.0, 0.4, 0.4, 1.0, 1.0]
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted(whole_run))
     whole = finetune("--epochs 2", output="whole")
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run[:2]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted(whole_run[:2]))
     steps, real_step = [], FineTuning.step
 
     def step(run, micro_batches):
@@ -503,7 +503,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeyp
     monkeypatch.setattr(FineTuning, "step", step)
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted(whole_run[2:]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted(whole_run[2:]))
     resumed = finetune("--epochs 2 --resume", output="stopped")
     assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
@@ -511,7 +511,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeyp
 
 
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune_lora.training, "evaluate", scripted([1.0] + [0.3] * 4))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0] + [0.3] * 4))
     with pytest.raises(InputError, match=r"collapses in epoch 2 even at learning rate .*lower --learning-rate"):
         finetune("--epochs 3")
     assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == 1
