@@ -52,7 +52,6 @@ DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pt
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
-START_IMAGES = 1_000  # on at most so many the loss before training is measured
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
@@ -947,10 +946,10 @@ class FineTuning:
         return self.loaders[-1]
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of training images, of the evaluation images, and of augmented ones."""
-        train, once = self.splits.train, {"keep_workers": False}
-        bank = self.add_loader(train.at_most(KNN_IMAGES), self.eval_transform, **once)
-        augmented = self.add_loader(train.at_most(START_IMAGES), self.augmentation, **once)
+        """Features (N, D) and labels (N,) of training images, of the evaluation images, and of the former augmented."""
+        train, once = self.splits.train.at_most(KNN_IMAGES), {"keep_workers": False}
+        bank = self.add_loader(train, self.eval_transform, **once)
+        augmented = self.add_loader(train, self.augmentation, **once)
         bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, augmented))
         return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
 
@@ -959,7 +958,8 @@ class FineTuning:
         bank, queries, augmented = features
         self.before = {"knn_accuracy": training.knn_accuracy(*bank, *queries), "probe_accuracy": None}
         if self.args.head_init == "probe":
-            init_head_from_probe(self.model, *bank, self.args.class_weights)
+            both = (torch.cat(views) for views in zip(bank, augmented, strict=True))
+            init_head_from_probe(self.model, *both, 2, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
             steps = self.steps_per_epoch * self.args.epochs
             soften_head(self.model, *augmented, self.args.learning_rate, steps, self.args.label_smoothing)

@@ -43,6 +43,14 @@ def test_the_strength_with_the_smallest_loss_in_cross_validation_is_taken():
     assert hard < easy and {easy, hard} <= set(STRENGTHS.tolist())
 
 
+def test_the_views_of_an_image_are_held_out_together():
+    """Noise that an image has in both its views is no help with others: the regularisation must be as strong."""
+    features, labels = clusters(3, spread=4.0)
+    strength = fit_linear_probe(features, labels, 3)[2]
+    twice = features.repeat(2, 1), labels.repeat(2), 3
+    assert fit_linear_probe(*twice, views=2)[2] <= strength < fit_linear_probe(*twice)[2]
+
+
 def test_a_class_with_one_image_leaves_nothing_to_validate_on():
     features, labels = clusters(3, images=1)
     weight, bias, strength = fit_linear_probe(features, labels, 3)
@@ -61,7 +69,7 @@ def test_balanced_weights_find_the_rare_class():
     recalls = {}
     for weights in ("none", "balanced"):
         model = Net(8, 2)
-        init_head_from_probe(model, features[keep], labels[keep], weights)
+        init_head_from_probe(model, features[keep], labels[keep], class_weights=weights)
         recalls[weights] = head_accuracy(model, features[labels == 1], labels[labels == 1])
     assert recalls["balanced"] > recalls["none"] + 0.1
 
