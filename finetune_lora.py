@@ -961,7 +961,8 @@ class FineTuning:
             both = (torch.cat(views) for views in zip(bank, augmented, strict=True))
             init_head_from_probe(self.model, *both, 2, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
-            steps = self.steps_per_epoch * self.args.epochs
+            fixed = self.args.lora_rank == 0 and self.args.freeze_backbone  # features, which a head cannot harm
+            steps = 0 if fixed else self.steps_per_epoch * self.args.epochs
             soften_head(self.model, *augmented, self.args.learning_rate, steps, self.args.label_smoothing)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
