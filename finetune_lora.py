@@ -860,12 +860,12 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin) -> float:
-    """`--learning-rate auto`: the best rate of short runs on a part of the training images."""
+    """`--learning-rate auto`: the best rate of runs on a part of the training images."""
     parts, features = search.parts_of(splits), []
 
-    def short_run(rate: float, epochs: int) -> FineTuning:
+    def make_run(rate: float, epochs: int) -> FineTuning:
         training.seed_everything(args.seed)
-        own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs / 3)}
+        own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
         run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders)
@@ -874,7 +874,7 @@ def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
-    rate = search.choose_learning_rate(short_run, begin, args.output_dir, args.resume, settings)
+    rate = search.choose_learning_rate(make_run, args.epochs, begin, args.output_dir, args.resume, settings)
     training.seed_everything(args.seed)
     return rate
 

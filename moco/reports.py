@@ -92,17 +92,14 @@ def plot_finetuning(
 
 
 def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
-    """Validation accuracy by learning rate of `moco.search` trials, a line for each number of epochs."""
+    """Validation accuracy by learning rate, of `moco.search` trials."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for epochs, style in zip(sorted({trial.epochs for trial in trials}), ("o--", "s-"), strict=False):
-        points = sorted((t.learning_rate, 100 * t.val_accuracy) for t in trials if t.epochs == epochs)
-        axes.plot(*zip(*points, strict=True), style, label=f"{epochs} epoch{'s' * (epochs > 1)}")
+    axes.plot([t.learning_rate for t in trials], [100 * t.val_accuracy for t in trials], "o-", color=BLUE)
     axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the validation part (%)")
     axes.grid(alpha=0.3)
-    axes.legend()
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)
 

@@ -1,7 +1,8 @@
-"""Find a learning rate: short runs at rates over three decades, the best of them longer (--learning-rate auto).
+"""Find a learning rate: a run at each of seven rates over three decades, on a part of the training images.
 
-Successive halving (Jamieson and Talwalkar, arXiv 1502.07943). The trials are saved as they are made, so that a search
-that was stopped goes on where it was.
+The trials are as long as the run itself. Shorter ones, as in successive halving, favour rates that are too low: a head
+that starts as a linear probe is good at once, and what a higher rate gains shows in the last epochs alone. The trials
+are saved as they are made, so that a search that was stopped goes on where it was.
 """
 
 import math
@@ -13,8 +14,7 @@ from moco import InputError, data, distributed, reports
 from moco.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-ROUNDS = ((len(RATES), 1), (3, 3))  # how many rates are tried in each round, and for how many epochs
-EPOCHS = sum(rates * epochs for rates, epochs in ROUNDS)
+MOST_EPOCHS = 20  # of a trial
 IMAGES = 2_000  # at most so many train, and as many validate
 
 
@@ -22,34 +22,27 @@ class Trial(NamedTuple):
     """A short run and how it ended."""
 
     learning_rate: float
-    epochs: int
     val_accuracy: float  # 0 to 1
     val_loss: float
 
 
 def find_learning_rate(
-    trial: Callable[[float, int], tuple[float, float]],
+    trial: Callable[[float], tuple[float, float]],
     known: Iterable[Trial] = (),
     tried: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> tuple[float, list[Trial]]:
     """The best rate by validation accuracy, by loss where that is equal, and every trial that was made.
 
     Args:
-        trial: trains at a rate for a number of epochs and returns validation accuracy and loss.
+        trial: trains at a rate and returns validation accuracy and loss.
         known: trials of an interrupted search, which are not repeated.
         tried: called after each trial with all so far.
     """
-    trials = {(t.learning_rate, t.epochs): t for t in known}
-    ranked = list(RATES)
-    for number, epochs in ROUNDS:
-        results = []
-        for rate in ranked[:number]:
-            if (rate, epochs) not in trials:
-                trials[rate, epochs] = Trial(rate, epochs, *trial(rate, epochs))
-                tried(list(trials.values()))
-            results.append(trials[rate, epochs])
-        ranked = [t.learning_rate for t in sorted(results, key=lambda t: (-t.val_accuracy, t.val_loss))]
-    return ranked[0], list(trials.values())
+    trials = list(known)
+    for rate in RATES[len(trials) :]:
+        trials.append(Trial(rate, *trial(rate)))
+        tried(trials)
+    return min(trials, key=lambda t: (-t.val_accuracy, t.val_loss)).learning_rate, trials
 
 
 def parts_of(splits: data.Splits) -> data.Splits:
@@ -64,7 +57,8 @@ def was_interrupted(path: Path) -> bool:
 
 
 def choose_learning_rate(
-    short_run: Callable[[float, int], Any],
+    make_run: Callable[[float, int], Any],
+    epochs: int,
     begin: Callable[[], None],
     folder: Path,
     resume: Path | None,
@@ -73,8 +67,9 @@ def choose_learning_rate(
     """The best rate, found by a search, or recalled from the run to go on with.
 
     Args:
-        short_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
+        make_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
             collapses, and `history`.
+        epochs: of the run that the rate is for.
         begin: makes the folder ready; called when there is something to save.
         folder: gets `last.pth`, `learning_rates.csv` and `learning_rates.png`.
         resume: the `last.pth` to go on from.
@@ -89,21 +84,23 @@ def choose_learning_rate(
             raise InputError(f"{resume} is of a search with other settings or images; start without --resume")
         known = [Trial(*trial) for trial in state["trials"]]
 
-    def trial(rate: float, epochs: int) -> tuple[float, float]:
-        run = short_run(rate, epochs)
+    epochs = min(epochs, MOST_EPOCHS)
+
+    def trial(rate: float) -> tuple[float, float]:
+        run = make_run(rate, epochs)
         for _ in range(epochs):
             if not run.train_epoch():
                 return 0.0, math.inf
         return run.history[-1]["val_accuracy"], run.history[-1]["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
-        print("  learning rate {:.0e}, epochs {}: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
+        print("  learning rate {:.0e}: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
             write_csv([trial._asdict() for trial in trials], Trial._fields, folder / "learning_rates.csv")
 
-    print(f"searching for a learning rate: {EPOCHS} epochs in all, over at most {IMAGES:,} images")
+    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, over at most {IMAGES:,} images each")
     rate, trials = find_learning_rate(trial, known, tried)
     if distributed.is_main():
         reports.plot_learning_rates(trials, folder / "learning_rates.png")

@@ -69,7 +69,7 @@ def test_curves_of_one_epoch_with_and_without_a_probe(tmp_path, probe):
 
 
 def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
-    trials = [Trial(1e-4, 1, 0.5, 1.0), Trial(1e-2, 1, 0.0, math.inf), Trial(1e-4, 3, 0.6, 0.9)]
+    trials = [Trial(1e-4, 0.5, 1.0), Trial(1e-2, 0.0, math.inf)]
     reports.plot_learning_rates(trials, tmp_path / "rates.png")
     assert size(tmp_path / "rates.png")[0] > 500
 
