@@ -527,6 +527,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     monkeypatch.setattr(FineTuning, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
+    assert len(calls) == 2 + 3  # nothing is computed with what such a step would have left
 
 
 def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
