@@ -229,7 +229,6 @@ def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> 
     """Divide the learning rates of every parameter group by this, now and for the rest of the schedule."""
     schedule.base_lrs = [rate / divisor for rate in schedule.base_lrs]
     for group in schedule.optimizer.param_groups:
-        group["initial_lr"] /= divisor
         group["lr"] /= divisor
 
 
