@@ -808,9 +808,9 @@ def main(
         print(f"device: {device}, precision: {dtype}")
         begin = functools.cache(functools.partial(runs.begin_folder, args.output_dir, FineTuning.FILES, args.resume))
         if args.learning_rate == "auto":
-            args.learning_rate = choose_learning_rate(args, splits, device, dtype, loaders, begin)
+            args.learning_rate, args.resume = choose_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
-        if args.resume and not search.was_interrupted(args.resume):
+        if args.resume:
             run.resume(args.resume)
         else:
             run.start_head(run.features())
@@ -859,8 +859,10 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
-def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin) -> float:
-    """`--learning-rate auto`: the best rate of runs on a part of the training images."""
+def choose_learning_rate(
+    args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
+) -> tuple[float, Path | None]:
+    """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
     parts, features = search.parts_of(splits), []
 
     def make_run(rate: float, epochs: int) -> FineTuning:
@@ -874,9 +876,9 @@ def choose_learning_rate(args: argparse.Namespace, splits: Splits, device, dtype
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
-    rate = search.choose_learning_rate(make_run, args.epochs, begin, args.output_dir, args.resume, settings)
+    found = search.choose_learning_rate(make_run, args.epochs, begin, args.output_dir, args.resume, settings)
     training.seed_everything(args.seed)
-    return rate
+    return found
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

@@ -277,6 +277,13 @@ def run_script(main: Callable[[], Any]) -> None:
             print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
         # At once: Python would wait for loading processes, however long they read.
         os._exit(128 + getattr(stop, "signum", signal.SIGINT))
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise  # the pipe was another
+        # Whoever read the output, such as `head`, has stopped. At its end Python flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as other programs end then
     except Exception:
         if distributed.first_to_fail():
             raise

@@ -51,11 +51,6 @@ def parts_of(splits: data.Splits) -> data.Splits:
     return data.Splits(rest.at_most(IMAGES), part.at_most(IMAGES), splits.class_names)
 
 
-def was_interrupted(path: Path) -> bool:
-    """Was this `last.pth` written during a search, before its run began?"""
-    return "trials" in read_checkpoint(path)
-
-
 def choose_learning_rate(
     make_run: Callable[[float, int], Any],
     epochs: int,
@@ -63,8 +58,8 @@ def choose_learning_rate(
     folder: Path,
     resume: Path | None,
     settings: dict[str, Any],
-) -> float:
-    """The best rate, found by a search, or recalled from the run to go on with.
+) -> tuple[float, Path | None]:
+    """The best rate, found by a search or recalled from the run to go on with, and the `last.pth` of that run, if any.
 
     Args:
         make_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
@@ -78,8 +73,10 @@ def choose_learning_rate(
     known = []
     if resume is not None:
         state = read_checkpoint(resume)
+        if not isinstance(state, dict) or not settings.keys() <= state.keys():
+            raise InputError(f"{resume} is not a last.pth of this version of the script; start without --resume")
         if "trials" not in state:
-            return state["config"]["finetune"]["learning_rate"]
+            return state["config"]["finetune"]["learning_rate"], resume
         if {name: state[name] for name in settings} != settings:
             raise InputError(f"{resume} is of a search with other settings or images; start without --resume")
         known = [Trial(*trial) for trial in state["trials"]]
@@ -105,4 +102,4 @@ def choose_learning_rate(
     if distributed.is_main():
         reports.plot_learning_rates(trials, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
-    return rate
+    return rate, None

@@ -554,6 +554,13 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
 
 
+def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
+    torch.save({"trials": []}, tmp_path / "other.pth")
+    for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
+        with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
+            finetune(f"--learning-rate {rate} --resume {tmp_path / 'other.pth'}")
+
+
 def note_calls(function, calls: list):
     return lambda *args: calls.append(None) or function(*args)
 

@@ -92,9 +92,10 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python deploy_lora.py")])
-def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch):
+def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch, capsys):
     monkeypatch.chdir(newcomer)
     deploy_lora.main(shlex.split(command)[2:])
+    assert ("wrote merged.pth" if "merge" in command else "24 adapted layers") in capsys.readouterr().out
     if "merge" in command:
         build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 

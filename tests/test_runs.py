@@ -57,3 +57,12 @@ def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_pa
 
     assert left(None) == left(tmp_path / "other" / "last.pth") == {"notes.txt"}
     assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
+
+
+def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
+    """As in `deploy_lora.py info lora.pth | head`."""
+    code = "from moco import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
+    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert script.stdout.readline() == b"0\n"
+    script.stdout.close()
+    assert script.wait(60) == 141 and script.stderr.read() == b""
