@@ -68,6 +68,25 @@ def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else convert(text)
 
 
+def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    """`LAYER=VALUE`, whose value `convert` takes, as it is; `read_pattern` takes it apart."""
+
+    def check(text: str) -> str:
+        layer, equals, value = text.rpartition("=")
+        if not layer or not equals:
+            raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
+        convert(value)
+        return text
+
+    return check
+
+
+def read_pattern(entries: list[str] | None) -> dict[str, float]:
+    """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
+    pairs = [entry.rpartition("=") for entry in entries or []]
+    return {layer: int(value) if value.isdecimal() else float(value) for layer, _, value in pairs}
+
+
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
@@ -359,6 +378,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
     tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    tune.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
+    tune.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
     tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
@@ -403,6 +424,8 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
         )
+    if (args.rank_pattern or args.alpha_pattern) and args.lora_rank == 0:
+        problems.append("--rank-pattern or --alpha-pattern with --lora-rank 0: there are no adapters; raise the rank")
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.warmup_epochs > args.epochs:
