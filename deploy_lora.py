@@ -311,11 +311,6 @@ def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> byt
 
 
 def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"a .onnx file needs onnx and onnxscript ({error}): pip install onnx onnxscript") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the exporter itself will change
         names = {"input_names": ["images"], "output_names": ["logits"]}
@@ -363,6 +358,18 @@ def check_output(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def check_export(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `export`, or missing for them."""
+    problems = check_output(args)
+    if not problems and args.output.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401 - torch.onnx.export imports both
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            problems = [f"--output {args.output}: needs onnx and onnxscript ({error}): pip install onnx onnxscript"]
+    return problems
+
+
 def check_predict(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of `predict`."""
     problems, folder = check_output(args), args.sort_into
@@ -388,7 +395,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "predict": (predict, check_predict, "the most probable classes of images, as a table"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
-    "export": (export, check_output, "the merged model as a graph for onnxruntime or torch.export"),
+    "export": (export, check_export, "the merged model as a graph for onnxruntime or torch.export"),
     "convert": (convert, check_convert, "to the adapter format of PEFT, and back"),
 }
 
