@@ -17,7 +17,6 @@ import contextlib
 import io
 import json
 import os
-import posixpath
 import reprlib
 import shutil
 import statistics
@@ -96,11 +95,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the most probable classes of each image as a table, a row an image, and return its rows."""
     with _model_on_device(args) as (model, about, make_loader):
+        names = about["class_names"]
+        if args.sort_into is not None:
+            _check_folder_names(names)
         images = readable(_images(args.images))
         logits = _outputs(args, model, make_loader(images), "predict")
-    names = about["class_names"]
-    if args.sort_into is not None:
-        _check_folder_names(names)
     probabilities, classes = logits.softmax(1).topk(min(TOP, len(names)))  # (N, classes) -> (N, TOP)
     columns = ["path", "class", "probability"]
     for place in range(2, probabilities.shape[1] + 1):
@@ -164,10 +163,12 @@ def _outputs(args, model: nn.Module, loader, title: str, compute: Callable = nn.
 
 
 def _images(paths: Sequence[Path]) -> LabelledImages:
-    """The image files named, and all those in the folders named and below. Raises InputError if one has none."""
+    """The image files named, and all those in the folders named and below. Raises InputError for paths without any."""
     names = []
     for path in paths:
-        found = [posixpath.join(path, name) for name in image_names(path)] if os.path.isdir(path) else [str(path)]
+        if not os.path.exists(path):
+            raise InputError(f"{path}: no such file or folder; give images, or folders of images")
+        found = [f"{path}/{name}" for name in image_names(path)] if os.path.isdir(path) else [str(path)]
         if not found:
             raise InputError(f"{path}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
         names += found
@@ -347,12 +348,13 @@ def check_output(args: argparse.Namespace) -> list[str]:
     if suffixes and args.output.suffix not in suffixes:
         return [f"--output {args.output}: the name must end in {' or '.join(suffixes)}"]
     if not os.path.isdir(args.output.parent):
-        return [f"--output {args.output}: no such folder as {args.output.parent}"]
+        return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
     if os.path.isdir(args.output) and args.command != "convert":
         return [f"--output {args.output}: a folder; name a file"]
+    images = getattr(args, "images", None)
     return [
         f"--output {args.output} is read by this very command; name another file"
-        for path in (args.adapter, args.checkpoint)
+        for path in (args.adapter, args.checkpoint, *(images if isinstance(images, list) else []))
         if path is not None and os.path.exists(args.output) and os.path.exists(path)
         if os.path.samefile(args.output, path)
     ]
