@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     The images are those in the class folders of `images` or, without it, those that the run was evaluated on.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        images = _labelled_images(args.images, about)
+        images = readable(_labelled_images(args.images, about))
         result = training.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
     per_class = reports.accuracy_per_class(result, about["class_names"])
     results = {
