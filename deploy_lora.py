@@ -21,6 +21,7 @@ import reprlib
 import shutil
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,14 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 def embed(args: argparse.Namespace) -> Tensor:
     """Write what the classifier head receives for each image, and return it: float32, (N, D).
 
-    `--output features.npy` is the array; `features.csv` beside it has the path of each of its rows.
+    `--output features.npy` is the array; `features_paths.csv` beside it has the path of each of its rows.
     """
     with _model_on_device(args) as (model, _, make_loader):
         images = readable(_images(args.images))
         features = _outputs(args, model, make_loader(images), "embed", forward_features)
     with open_atomically(args.output) as file:
         np.save(file, features.numpy())
-    paths = args.output.with_suffix(".csv")
+    paths = args.output.with_name(f"{args.output.stem}_paths.csv")
     write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
     print(f"wrote {args.output}: {len(features)} images, {features.shape[1]} numbers each; their paths are in {paths}")
     return features
@@ -216,13 +217,15 @@ def _check_folder_names(names: Sequence[str]) -> None:
 
 def _sort(rows: list[dict[str, Any]], folder: Path) -> None:
     """Copy each image into the folder of its class. Files of the same name are numbered."""
+    last = Counter()  # the number of the last file of each name
     for row in rows:
         source, target = Path(row["path"]), folder / row["class"]
+        wanted = free = target / source.name
         try:
             target.mkdir(parents=True, exist_ok=True)
-            free, number = target / source.name, 2
             while free.exists():
-                free, number = target / f"{source.stem}_{number}{source.suffix}", number + 1
+                last[wanted] += 1
+                free = target / f"{source.stem}_{last[wanted]}{source.suffix}"
             shutil.copyfile(source, free)
         except OSError as error:
             raise InputError(f"--sort-into {folder}: cannot copy {source}: {error.strerror}") from None

@@ -14,6 +14,7 @@ comparison of both models' answers.
 """
 
 import copy
+import logging
 import re
 import tempfile
 from collections import Counter
@@ -42,6 +43,7 @@ TOLERANCE = 1e-3  # of the answers' size: what is above is no rounding
 
 
 def _import_peft():
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what nobody needs here
     try:
         import peft
     except ImportError as error:
@@ -114,19 +116,17 @@ def _outermost(model: nn.Module) -> dict[str, LoRALayer]:
 
 def _obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     """What has no place in PEFT's form, each with the reason."""
-    layers, head = _outermost(model), head_name(model)
+    layers, head = _outermost(model), f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
+        return
     for name, layer in layers.items():
-        reason = _obstacle(layer)
-        if f"{name}.".startswith(f"{head}."):
-            reason = "an adapter on the head, which PEFT saves whole"
+        reason = "an adapter on the head, which PEFT saves whole" if f"{name}.".startswith(head) else _obstacle(layer)
         if reason:
             yield f"{name} ({reason})"
-    for name in tensors:
-        in_head = name.startswith(f"{head}.")
-        if not in_head and not name.rpartition(".")[2].startswith("lora_"):
-            yield f"{name} (a weight of the base that has trained)"
+    trained = [n for n in tensors if not n.startswith(head) and not n.rpartition(".")[2].startswith("lora_")]
+    if trained:
+        yield f"weights of the base that have trained ({listed(trained)})"
 
 
 def _obstacle(layer: nn.Module) -> str | None:

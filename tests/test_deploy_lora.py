@@ -189,7 +189,7 @@ def test_images_are_sorted_into_folders(adapter_for_images, images, tmp_path):
 def test_features_are_what_the_head_receives(trained, images, tmp_path):
     returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
     written = np.load(tmp_path / "f.npy")
-    paths = [row["path"] for row in table(tmp_path / "f.csv")]
+    paths = [row["path"] for row in table(tmp_path / "f_paths.csv")]
     model, info = load_finetuned(trained)
     with torch.no_grad():
         expected = forward_features(model, torch.stack([info["transform"](Image.open(path)) for path in paths]))

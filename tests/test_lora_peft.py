@@ -105,16 +105,16 @@ def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
 
 
 def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
-    full = tmp_path / "full.pth"
-    model, _ = load_backbone(base, 3)
-    model.class_token.data += 1
     about = {"arch": "vit_mini", "class_names": NAMES, "image_size": 16, "checkpoint": str(base)}
-    LoRAManager(model).save_lora_checkpoint(full, about)
-    with pytest.raises(InputError, match=r"no adapters, class_token \(a weight of the base that has trained\); use m"):
-        to_peft(full, tmp_path / "peft")
-    head = saved(base, 16, tmp_path, target_modules=["heads", "mlp"])
-    with pytest.raises(InputError, match=r"heads.head \(an adapter on the head"):
-        to_peft(head, tmp_path / "peft")
+    model, _ = load_backbone(base, 3)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "full.pth", about)
+    with pytest.raises(InputError, match="full.pth cannot be written for PEFT: it has no adapters; use merge"):
+        to_peft(tmp_path / "full.pth", tmp_path / "peft")
+    add_lora_to_model(model, target_modules=["heads", "mlp"])
+    model.class_token.data += 1
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
+    with pytest.raises(InputError, match=r"heads.head \(an adapter on the head.*base that have trained \(class_token"):
+        to_peft(tmp_path / "lora.pth", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
