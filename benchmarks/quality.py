@@ -314,7 +314,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def table_of_rates(rows: list[dict[str, Any]]) -> str:
     """A row for each method and number of labels, a column for each rate, and the probe that the runs began with."""
     lines = [
-        f"| labels per class | method | {' | '.join(f'{r:g}' for r in SWEPT)} | least above probe, points | rates lowered |",
+        f"| labels per class | method | {' | '.join(f'{r:g}' for r in SWEPT)} | least over probe | rates lowered |",
         "|---" * (len(SWEPT) + 4) + "|",
     ]
     for start in range(0, len(rows), len(SWEPT)):
