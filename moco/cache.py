@@ -96,7 +96,7 @@ def keep_images(images: LabelledImages, where: str, image_size: int) -> Labelled
     Raises:
         InputError: there is no such place, or not enough room.
     """
-    if where == "none" or not isinstance(images.source, ImageFiles):  # others are in memory already
+    if where == "none" or type(images.source) is not ImageFiles:  # others are in memory, or read from archives
         return images
     # All processes of a run use the folder of the first.
     folder = distributed.gather(

@@ -366,6 +366,8 @@ IMAGES = [
     case("a second list of other classes", "plain-finetune --data-list l.csv m.csv", "m.csv has classes", "lacks: eel",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n",
                                         "m.csv": "mine/dog/1.png,eel\n"}),
+    case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
+         files={"tars/0.tar": b"x"}),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
     case("workers that are no number", "finetune --workers some", "expected a whole number from 0 to 256, or auto"),
     case("a place that keeps no images", "finetune --cache-images tape", "'tape' is none of none, ram, disk"),
