@@ -178,7 +178,7 @@ class Log:
             "mean": statistics.mean(accuracies),
             "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
             "above_probe": [record["accuracy"] - record["probe"] for record in records if record["probe"] is not None],
-            "retreats": sum(record["retreats"] for record in records),
+            "retreats": sum(record["retreats"] for record in records),  # how often a rate was lowered
             **{key: statistics.median(record[key] for record in records) for key in ("seconds", "cpu_seconds")},
             **{key: first[key] for key in ("trainable_share", "peak_memory_bytes", "adapter_bytes")},
         }
