@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from moco import InputError, printable
+from moco.backbones import ARCHS
 from moco.cache import CACHES
-from moco.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
@@ -325,6 +326,29 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
+def add_training_data_options(group: argparse._ArgumentGroup) -> None:
+    """What fine-tuning adds to the group `data`."""
+    group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
+    group.add_argument(
+        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
+    """The group and YAML section `model`; `checkpoint` is the default one."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="any MoCo or torchvision checkpoint")
+    group.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
+    group.add_argument(
+        "--from-scratch",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the same architecture, random weights",
+    )
+    return group
+
+
 def complete_data_options(args: argparse.Namespace) -> list[str]:
     """Fill in the default data set; what is wrong with the options of the images together, a line each."""
     if args.dataset is None:
@@ -410,6 +434,8 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
             f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
             "would never get to its peak; lower it"
         )
+    if args.resume and args.eval_only:
+        problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
     return problems
 
 
