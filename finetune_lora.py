@@ -39,7 +39,7 @@ from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import build_backbone, head_name, unwrapped
+from moco.backbones import build_backbone, head_name, modules_below, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -831,7 +831,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **lora_options(args))
+        excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
+        add_lora_to_model(model, **lora_options(args) | {"exclude_modules": excluded})
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)

@@ -217,6 +217,8 @@ FLAGS = [
     case("dropout of everything", "finetune --lora-dropout 1", "--lora-dropout: expected a number from 0 to below 1"),
     case("only label smoothing", "finetune --label-smoothing 1", "--label-smoothing: expected a number from 0"),
     case("no gradient left", "finetune --clip-grad-norm 0", "--clip-grad-norm: expected a number above 0"),
+    case("too many upper blocks", "finetune --adapt-last 9", "the last 9 blocks cannot be adapted", "has 6"),
+    case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
     case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),
     case("a negative seed", "finetune --seed -1", "--seed: expected a whole number, 0"),

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import FineTuning, build_model, count_parameters, load_finetuned, read_options
+from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, runs
 from moco.backbones import build_backbone
@@ -432,6 +433,27 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
 
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
+
+
+def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune):
+    """Also in what the file says, from which the model is built anew."""
+    seen, real_step = [], FineTuning.step
+
+    def step(run, micro_batches):
+        blocks = run.model.encoder.layers
+        handles = [b.register_forward_hook(lambda m, i, out: seen.append(out.requires_grad)) for b in blocks]
+        result = real_step(run, micro_batches)
+        [handle.remove() for handle in handles]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuning, "step", step)
+        results = finetune("--adapt-last 2 --epochs 1")
+    assert seen[:6] == [False] * 4 + [True] * 2
+    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
+    assert layers and all(re.match(r"encoder\.layers\.encoder_layer_[45]\.", name) for name in layers)
+    model, _ = load_finetuned(results["folder"] / "lora.pth")
+    assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
 
 
 def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
