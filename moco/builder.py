@@ -23,7 +23,8 @@ class MomentumContrast(nn.Module):
     """The part that all versions share: encoder_q, and encoder_k which follows it without ever seeing a gradient.
 
     Args:
-        backbone: a torchvision model, whose classifier head `projector` takes the place of.
+        backbone: a torchvision model, whose classifier head `projector` takes the place of. Both encoders share what is
+            frozen in it: over a frozen backbone with adapters, encoder_k is a second set of adapters and no more.
         projector: features -> embeddings.
         m: momentum, how much of encoder_k is kept in a step.
         T: temperature of the softmax.
@@ -33,7 +34,7 @@ class MomentumContrast(nn.Module):
         super().__init__()
         setattr(backbone, head_name(backbone), projector)
         self.encoder_q = backbone
-        self.encoder_k = copy.deepcopy(backbone).requires_grad_(False)
+        self.encoder_k = momentum_copy(backbone)
         self.m = m
         self.T = T
 
@@ -43,9 +44,11 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update_encoder_k(self, m: float) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2)."""
-        # As an interpolation, because what is equal in both, such as a frozen patch embedding, then stays so exactly.
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - m)
+        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all that trains."""
+        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        keys, queries = zip(*((k, q) for k, q in pairs if k is not q), strict=True)
+        # As an interpolation, because what is equal in both then stays so exactly.
+        torch._foreach_lerp_(list(keys), list(queries), 1 - m)
 
 
 class MoCo(MomentumContrast):
@@ -99,8 +102,8 @@ class MoCo(MomentumContrast):
 class MoCoV3(MomentumContrast):
     """v3: no queue, a predictor on the queries, both views as queries (2104.02057, algorithm 1).
 
-    A ViT gets fixed sine-cosine positions and a frozen random patch embedding, without which its training is
-    unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
+    A ViT gets fixed sine-cosine positions, unless its positions are frozen already, and a frozen patch embedding,
+    without which its training is unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
 
     Args:
         backbone: as in MomentumContrast.
@@ -112,7 +115,8 @@ class MoCoV3(MomentumContrast):
         layers = 2  # of the projector, for ResNets
         if isinstance(backbone, VisionTransformer):
             layers = 3
-            fix_positions(backbone)
+            if backbone.encoder.pos_embedding.requires_grad:
+                fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
                 backbone.conv_proj.requires_grad_(False)
         projector = mlp([feature_dim(backbone), *[mlp_dim] * (layers - 1), dim])
@@ -148,6 +152,18 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     distributed.broadcast([order])
     mine = order[distributed.rank() :: distributed.world_size()]
     return distributed.interleave(encoder(everyones[mine]))[order.argsort()]
+
+
+def momentum_copy(encoder: nn.Module) -> nn.Module:
+    """A copy that never sees a gradient and shares what is frozen: no memory is spent on what stays equal anyway.
+
+    Frozen are parameters without `requires_grad`, and the statistics of a BatchNorm that is `frozen`.
+    """
+    shared = [p for p in encoder.parameters() if not p.requires_grad]
+    for module in encoder.modules():
+        if getattr(module, "frozen", False):
+            shared += module.buffers(recurse=False)
+    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in shared}).requires_grad_(False)
 
 
 def feature_dim(backbone: nn.Module) -> int:
