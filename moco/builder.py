@@ -78,10 +78,10 @@ class MoCo(MomentumContrast):
 
     def forward(self, im_q: torch.Tensor, im_k: torch.Tensor, m: float) -> torch.Tensor:
         """Loss of two views (N, 3, S, S) of the same images; updates encoder_k and the queue."""
-        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, dim)
+        q = F.normalize(full_precision(self.encoder_q(im_q)), dim=1)  # (N, dim)
         with torch.no_grad():
             self.update_encoder_k(m)
-            keys = F.normalize(shuffled(self.encoder_k, im_k).float(), dim=1)  # (W N, dim), of all W processes
+            keys = F.normalize(full_precision(shuffled(self.encoder_k, im_k)), dim=1)  # (W N, dim), of all W processes
             k = keys[distributed.rank() :: distributed.world_size()]  # (N, dim)
         with torch.autocast(q.device.type, enabled=False):  # similarities over T lose too much in half precision
             l_pos = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
@@ -136,11 +136,16 @@ class MoCoV3(MomentumContrast):
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """InfoNCE with the other keys of the batch as negatives, times 2T as in the paper's ctr()."""
-        q, k = F.normalize(q.float(), dim=1), F.normalize(distributed.interleave(k.float()), dim=1)
+        q, k = (F.normalize(full_precision(x), dim=1) for x in (q, distributed.interleave(k)))
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ k.T / self.T  # (N, dim) @ (dim, W N) -> (N, W N), W processes
         labels = torch.arange(len(q), device=q.device) * distributed.world_size() + distributed.rank()
         return 2 * self.T * F.cross_entropy(logits, labels)
+
+
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
