@@ -46,6 +46,7 @@ METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "s
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
+COLLAPSED_RANK = 2.0  # fewer directions than this hold features that tell no images apart
 MEASURED = 2_048  # images, without labels
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `epochs`, `seconds`,
         `images_per_second`, `waiting_share` and the paths `checkpoint` and `metrics`.
     """
-    args, _ = options.parse_args(make_parser(), argv, check=_complete)
+    args, _ = options.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return run.results()
 
 
-def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     problems = options.complete_data_options(args)
     if args.resume == Path():  # the flag alone
@@ -180,6 +181,7 @@ class Pretraining:
         # Of the epoch that has begun: the sum of its losses, its seconds, the learning rate of its first step.
         self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
         self.history: list[dict[str, Any]] = []
+        self.before: dict[str, float] | None = None  # what is measured of a checkpoint's features as they come
 
     def train(self) -> None:
         """The remaining epochs. While they last, `last.pth` is what to go on from.
@@ -190,6 +192,9 @@ class Pretraining:
         if distributed.is_main():
             # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
             runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
+        if self.args.checkpoint and self.before is None:
+            self.before = self.measure()
+            print(f"before{describe_measures(self.before)}")
         if self.global_steps == 0:
             self.save("last.pth")  # whenever the run is killed from here on, it can be resumed
         with runs.saved_when_stopped(self.stop, self.path("last.pth"), lambda: self.save("last.pth"), self.done):
@@ -252,9 +257,7 @@ class Pretraining:
         if distributed.is_main():
             # After a resume too it has every epoch once. What was not measured is an empty field.
             write_csv(self.history, METRICS, self.path("metrics.csv"))
-        shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
-        measured = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row[name] is not None)
-        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{measured}")
+        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{describe_measures(row)}")
 
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
@@ -330,7 +333,7 @@ class Pretraining:
             state["optimizer"] = {}
         else:
             state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
-            state["progress"] = self.progress
+            state |= {"progress": self.progress, "before": self.before}
         if distributed.is_main():
             save_atomically(state, self.path(name))
 
@@ -360,7 +363,7 @@ class Pretraining:
         self.model.load_state_dict(state["model"], strict=self.args.lora_rank == 0)
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
-        self.progress = state["progress"]
+        self.progress, self.before = state["progress"], state.get("before")
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
@@ -377,7 +380,9 @@ class Pretraining:
         last, adapters = self.history[-1], self.args.lora_rank > 0
         return {
             **{name: last[name] for name in ("loss", "knn_accuracy", *WITHOUT_LABELS)},
+            "before": self.before,
             "epochs": self.epoch,
+            "peak_memory_bytes": training.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
             "checkpoint": self.path("moco_lora.pth" if adapters else f"moco_stage1_epoch_{self.epoch}.pth"),
@@ -388,6 +393,14 @@ class Pretraining:
 
     def loaders(self) -> list[DataLoader]:
         return [loader for loader in (self.loader, *self.knn_loaders, self.view_loader) if loader is not None]
+
+
+def describe_measures(row: dict[str, float | None]) -> str:
+    """What was measured of the features, and whether they have collapsed."""
+    shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
+    text = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row.get(name) is not None)
+    collapsed = (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK
+    return text + ("  the features have collapsed: lower --learning-rate or warm up longer" if collapsed else "")
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader], DataLoader | None]:
