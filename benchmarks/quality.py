@@ -202,7 +202,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
-        flags += ["--eval-split", split, "--output-dir", folder]
+        flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
         started = time.process_time()
         results = finetune_lora.main(flags)
