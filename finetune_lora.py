@@ -771,8 +771,8 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / name)
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    if sources["checkpoint"] == "config":
-        args.checkpoint = found_path(args.checkpoint)
+    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
+        setattr(args, name, found_path(getattr(args, name)))
     return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
 
 

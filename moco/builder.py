@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
 from moco import distributed
@@ -149,9 +150,13 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process."""
-    if distributed.world_size() == 1:
-        return encoder(images)
+    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process.
+
+    Where no BatchNorm takes statistics of the batch, as in a frozen backbone, nothing can leak through them: each
+    process then encodes its own images, and none travel.
+    """
+    if distributed.world_size() == 1 or not any(isinstance(m, _BatchNorm) and m.training for m in encoder.modules()):
+        return distributed.interleave(encoder(images))
     everyones = distributed.interleave(images)
     order = torch.randperm(len(everyones)).to(images.device)
     distributed.broadcast([order])
