@@ -37,9 +37,9 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
+from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import build_backbone, head_name, modules_below, unwrapped
+from moco.backbones import build_backbone, head_name, headless, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -696,21 +696,32 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         InputError: a file that is not what it should be, or another base than the one trained on.
     """
     content = read_adapter_file(adapter_path)
-    metadata, layers = content["metadata"], content["layers"]
+    metadata = content["metadata"]
     check_metadata(adapter_path, metadata, content["tensors"])
-    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if not os.path.exists(base):
-        raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
-    model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
-    if layers:
-        fields = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
-        try:
-            adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
-        except InputError as error:
-            raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
-    LoRAManager(model).load_lora_checkpoint(adapter_path)
+    base, stage1 = find_base(adapter_path, metadata, checkpoint)
+    model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
+    load_adapters(model, adapter_path, base)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+
+
+def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_backbone(checkpoint, *shape)`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged."""
+    model, report = load_backbone(checkpoint, *shape)
+    if stage1_adapter is not None:
+        load_adapters(headless(model), stage1_adapter, checkpoint)
+        LoRAManager(model).merge_into_base()
+    return model, report
+
+
+def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
+    """Put the adapters of a file on the model of its base. Raises InputError where they do not fit."""
+    fields, layers = ("r", "lora_alpha", "lora_dropout", "use_rslora"), read_adapter_file(path)["layers"]
+    settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
+    try:
+        adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
+    except InputError as error:
+        raise InputError(f"{path} does not fit {base}: {error}") from None
+    LoRAManager(model).load_lora_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -749,12 +760,9 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / name)
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    if sources["checkpoint"] == "config":
-        args.checkpoint = found_path(args.checkpoint)
-    problems += runs.environment_problems(args)
-    if args.eval_only is None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
-    return problems + options.finetune_problems(args)
+    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
+        setattr(args, name, found_path(getattr(args, name)))
+    return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -825,26 +833,17 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
-    model, report = load_backbone(args.checkpoint, num_classes, args.arch, args.image_size)
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size)
     if args.from_scratch:  # the file told the architecture alone
         model = build_backbone(report["arch"], num_classes, report["image_size"])
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
-        add_lora_to_model(model, **lora_options(args) | {"exclude_modules": excluded})
+        add_lora_to_model(model, **options.lora_options(args, model))
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model, report
-
-
-def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
-    if args.lora_rank == 0:
-        return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
-    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
 def choose_learning_rate(
@@ -895,7 +894,8 @@ class FineTuning:
         *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
     )
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = (*(f"data.{name}" for name in options.PLACES_OF_IMAGES), "model.checkpoint", "data.workers")
+    FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
+    FREE_TO_CHANGE += tuple(f"data.{name}" for name in options.PLACES_OF_IMAGES)
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
@@ -1127,7 +1127,8 @@ class FineTuning:
             "mean": list(data.IMAGENET_MEAN),
             "std": list(data.IMAGENET_STD),
             "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
-            "lora": lora_options(self.args),
+            "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
+            "lora": options.lora_options(self.args, self.model),
             "epoch": len(self.history),
             "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
             "config": self.config,

@@ -227,7 +227,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     layers = _peft_layers() if method == "peft" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as folder, _quiet(), layers:
         flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
-        flags += ["--eval-split", split, "--output-dir", folder]
+        flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
         started = time.process_time()
         results = finetune_lora.main(flags)

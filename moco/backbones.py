@@ -85,14 +85,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """What the classifier head receives: images (N, 3, H, W) -> (N, D). The model and its head stay untouched."""
+    # A head that was merely ignored would still run, and a projector's BatchNorm would take these images into its
+    # statistics.
+    return headless(model)(images)
+
+
+def headless(model: nn.Module) -> nn.Module:
+    """A shallow copy that shares every layer, whatever was swapped in, and has nothing in its head's place."""
     name = head_name(model)
     if name is None:
-        return model(images)
-    # A shallow copy shares every layer, whatever was swapped in, and lacks only the head: a head that was merely
-    # ignored would still run, and a projector's BatchNorm would take these images into its statistics.
-    headless = copy.copy(model)
-    headless._modules = {**model._modules, name: nn.Identity()}
-    return headless(images)
+        return model
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, name: nn.Identity()}
+    return copied
 
 
 def block_names(model: nn.Module) -> list[str]:

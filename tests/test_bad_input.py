@@ -526,6 +526,17 @@ OUTPUTS = [
     case("pretraining with bad values", "pretrain --momentum 1 --temperature 0 --moco-version 4 --device gpu",
          "--momentum: expected a number", "--temperature: expected", "4' is none of 1, 2, 3", "'gpu'"),
     case("a queue smaller than a batch", "pretrain --moco-version 2 --queue-size 4", "--queue-size 4 is smaller"),
+    case("adapters of stage 1 over nothing", "pretrain --lora-rank 4", "--lora-rank 4 without --checkpoint"),
+    case("stage 1 goes on from nothing", "pretrain --checkpoint gone.pth", "--checkpoint gone.pth: file not found"),
+    case("4-bit weights without adapters, pretraining", "pretrain --checkpoint base.pth --use-qlora",
+         "--use-qlora with --lora-rank 0"),
+    case("nothing to merge", "pretrain --checkpoint base.pth --merge-into m.pth", "--merge-into without --lora-rank"),
+    case("a rank too high, pretraining", "pretrain --checkpoint base.pth --lora-rank 999", "rank 999 is above"),
+    case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
+    case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
+    case("a fine-tuned adapter as stage-1 adapter", "finetune --stage1-adapter lora.pth", "lora.pth does not fit"),
+    case("a stage-1 adapter over chance", "finetune --from-scratch --no-freeze-backbone --stage1-adapter lora.pth",
+         "--from-scratch with --stage1-adapter"),
     case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
 ]  # fmt: skip
 
