@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
-from lora_functional import LoRASettings, NF4Weight
+from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
@@ -436,6 +435,8 @@ def add_lora_to_model(
     exclude_modules: str | Sequence[str] | None = None,
     use_qlora: bool = False,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -446,6 +447,8 @@ def add_lora_to_model(
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits.
+        rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
+            in `target_modules`, selects; the first name that does counts.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
@@ -460,7 +463,7 @@ def add_lora_to_model(
         raise InputError(
             f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
         )
-    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora)
+    return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora)
 
 
 def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
@@ -587,12 +590,12 @@ def choose_layers(
         kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
-        matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
+        matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
         if unmatched:
             raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
         chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
-    chosen = {n: layer for n, layer in chosen.items() if not any(_matches(n, target) for target in excluded or ())}
+    chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
@@ -609,14 +612,6 @@ def _has_adapted_kind(layer: nn.Module) -> bool:
 def _in_head(model: nn.Module, name: str) -> bool:
     head = head_name(model)
     return head is not None and f"{name}.".startswith(f"{head}.")
-
-
-def _matches(name: str, target: str) -> bool:
-    """Is the target the name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
-    try:
-        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
 
 
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:

@@ -71,6 +71,25 @@ def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: text if text == "auto" else convert(text)
 
 
+def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    """`LAYER=VALUE`, whose value `convert` takes, as it is; `read_pattern` takes it apart."""
+
+    def check(text: str) -> str:
+        layer, equals, value = text.rpartition("=")
+        if not layer or not equals:
+            raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
+        convert(value)
+        return text
+
+    return check
+
+
+def read_pattern(entries: list[str] | None) -> dict[str, float]:
+    """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
+    pairs = [entry.rpartition("=") for entry in entries or []]
+    return {layer: int(value) if value.isdecimal() else float(value) for layer, _, value in pairs}
+
+
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
@@ -385,6 +404,8 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
     group.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    group.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
+    group.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
     group.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     group.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
     group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
@@ -396,16 +417,22 @@ def lora_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
         return {}
     names = ("lora_alpha", "lora_dropout", "target_modules", "use_qlora", "use_rslora")
     excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
-    return {"r": args.lora_rank, "exclude_modules": excluded, **{name: getattr(args, name) for name in names}}
+    patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
+    own = {name: getattr(args, name) for name in names}
+    return {"r": args.lora_rank, "exclude_modules": excluded, **own, **patterns}
 
 
 def adapter_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of the adapters together, a line each."""
-    if args.use_qlora and args.lora_rank == 0:
-        return ["--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"]
-    if args.adapt_last and args.lora_rank == 0:
-        return ["--adapt-last with --lora-rank 0: there is no adapter to place; drop one of the two"]
-    return []
+    if args.lora_rank > 0:
+        return []
+    needless = {
+        "--use-qlora": args.use_qlora,
+        "--adapt-last": args.adapt_last,
+        "--rank-pattern": args.rank_pattern,
+        "--alpha-pattern": args.alpha_pattern,
+    }
+    return [f"{name} with --lora-rank 0: there are no adapters; raise the rank" for name in needless if needless[name]]
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
