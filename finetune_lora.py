@@ -36,21 +36,20 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
+from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.backbones import build_backbone, head_name, headless, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
-from moco.options import positive_int
-from moco.probe import head_accuracy, init_head_from_probe, soften_head
+from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
 from moco.training import evaluate
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
-RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
+RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
@@ -692,21 +691,32 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         InputError: a file that is not what it should be, or another base than the one trained on.
     """
     content = read_adapter_file(adapter_path)
-    metadata, layers = content["metadata"], content["layers"]
+    metadata = content["metadata"]
     check_metadata(adapter_path, metadata, content["tensors"])
-    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if not os.path.exists(base):
-        raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
-    model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
-    if layers:
-        fields = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
-        try:
-            adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
-        except InputError as error:
-            raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
-    LoRAManager(model).load_lora_checkpoint(adapter_path)
+    base, stage1 = find_base(adapter_path, metadata, checkpoint)
+    model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
+    load_adapters(model, adapter_path, base)
     return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+
+
+def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_backbone(checkpoint, *shape)`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged."""
+    model, report = load_backbone(checkpoint, *shape)
+    if stage1_adapter is not None:
+        load_adapters(headless(model), stage1_adapter, checkpoint)
+        LoRAManager(model).merge_into_base()
+    return model, report
+
+
+def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
+    """Put the adapters of a file on the model of its base. Raises InputError where they do not fit."""
+    fields, layers = ("r", "lora_alpha", "lora_dropout", "use_rslora"), read_adapter_file(path)["layers"]
+    settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
+    try:
+        adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
+    except InputError as error:
+        raise InputError(f"{path} does not fit {base}: {error}") from None
+    LoRAManager(model).load_lora_checkpoint(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -717,19 +727,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    switch = argparse.BooleanOptionalAction
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
-    model.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
-    model.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
-    model.add_argument("--from-scratch", action=switch, default=False, help="the same architecture, random weights")
-    source = options.add_data_options(parser)
-    source.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
-    source.add_argument(
-        "--augmentation", choices=data.AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
-    )
+    options.add_model_options(parser, DEFAULT_CHECKPOINT)
+    options.add_training_data_options(options.add_data_options(parser))
     options.add_finetune_options(parser)
     return parser
 
@@ -754,15 +755,9 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
             setattr(args, option, args.output_dir / name)
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    if sources["checkpoint"] == "config":
-        args.checkpoint = found_path(args.checkpoint)
-    problems += runs.environment_problems(args)
-    if args.eval_only is None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
-    problems += options.finetune_problems(args)
-    if args.resume and args.eval_only:
-        problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
-    return problems
+    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
+        setattr(args, name, found_path(getattr(args, name)))
+    return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -833,26 +828,17 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
-    model, report = load_backbone(args.checkpoint, num_classes, args.arch, args.image_size)
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size)
     if args.from_scratch:  # the file told the architecture alone
         model = build_backbone(report["arch"], num_classes, report["image_size"])
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **lora_options(args))
+        add_lora_to_model(model, **options.lora_options(args, model))
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model, report
-
-
-def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
-    if args.lora_rank == 0:
-        return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
-    patterns = {name: options.read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
-    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
 
 
 def choose_learning_rate(
@@ -903,7 +889,8 @@ class FineTuning:
         *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
     )
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = (*(f"data.{name}" for name in options.PLACES_OF_IMAGES), "model.checkpoint", "data.workers")
+    FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
+    FREE_TO_CHANGE += tuple(f"data.{name}" for name in options.PLACES_OF_IMAGES)
 
     def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
@@ -933,10 +920,11 @@ class FineTuning:
             training.seed_everything(args.seed + distributed.rank())
         self.stop = runs.StopRequests()
         self.progress: training.Progress | None = None  # of the epoch that has begun
-        self.epoch_start: dict[str, Any] | None = None  # `trained()` when it began
+        self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.retreats: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}  # training
+        self.temperatures = (1.0, 0.0)  # of the head, see `head_temperatures`
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -961,7 +949,12 @@ class FineTuning:
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
             fixed = self.args.lora_rank == 0 and self.args.freeze_backbone  # features, which a head cannot harm
             steps = 0 if fixed else self.steps_per_epoch * self.args.epochs
-            soften_head(self.model, *augmented, self.args.learning_rate, steps, self.args.label_smoothing)
+            self.temperatures = head_temperatures(self.model, *augmented, steps, self.args.label_smoothing)
+            soften_head(self.model, self.temperature())
+
+    def temperature(self) -> float:
+        """What the head's logits are divided by at the start, at the present learning rate."""
+        return max(self.temperatures[0], self.temperatures[1] * self.schedule.base_lrs[0])
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -987,7 +980,8 @@ class FineTuning:
         epoch = len(self.history) + 1
         if self.progress is None:
             self.progress = training.Progress(self.optimizer.param_groups[0]["lr"])
-            self.epoch_start = runs.copy_to_cpu(self.trained())
+            if self.does_well():
+                self.good = runs.copy_to_cpu({"epochs": len(self.history), "state": self.trained()})
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
@@ -1003,7 +997,7 @@ class FineTuning:
                     return False
                 self.stop.check()
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
-        if self.has_collapsed(result.accuracy):
+        if self.lost(result.accuracy, 1 / 2):
             return False
         seconds = time.perf_counter() - started
         row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
@@ -1011,28 +1005,36 @@ class FineTuning:
         self.progress = None
         return True
 
-    def has_collapsed(self, accuracy: float) -> bool:
-        """Is a third of what the best epoch, or the probe, was better than a constant answer lost, or more?"""
+    def lost(self, accuracy: float, share: float) -> bool:
+        """Is this share lost of what the best epoch, or the probe, is better than a constant answer? Not by chance?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
-        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
+        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # standard errors
         # BatchNorm that trains needs some epochs for its running statistics: until then evaluation tells nothing.
-        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) / 3, chance)
+        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+
+    def does_well(self) -> bool:
+        """Is this a state to go back to?"""
+        return not self.history or not self.lost(self.history[-1]["val_accuracy"], 1 / 8)
 
     def retreat(self) -> None:
-        """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
-        epoch, rate = len(self.history) + 1, self.schedule.base_lrs[0]
-        if len(self.retreats) == RETREATS:
+        """Go back to the last good state and lower the learning rate. Raises InputError after RETREATS times."""
+        epoch, rate, temperature = len(self.history) + 1, self.schedule.base_lrs[0], self.temperature()
+        self.restore(self.good["state"])
+        self.history, self.progress = self.history[: self.good["epochs"]], None
+        self.retreats.append({"epoch": epoch, "learning_rate": rate})
+        if len(self.retreats) > RETREATS:
+            self.save()
             raise InputError(
                 f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
                 "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
-                f"{epoch - 1} is in {self.path('lora.pth')}"
+                f"{len(self.history)} is in {self.path('lora.pth')}"
             )
-        self.restore(runs.copy_to_cpu(self.epoch_start))
         training.lower_rates(self.schedule, RETREAT_FACTOR)
-        self.progress = None
-        self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        lower = self.schedule.base_lrs[0]
-        print(f"epoch {epoch}: training collapsed; once more with learning rate {lower:.1e} in place of {rate:.1e}")
+        if not self.history:  # the head need not be so soft
+            soften_head(self.model, self.temperature() / temperature)
+        self.save()
+        rate = self.schedule.base_lrs[0]
+        print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, with learning rate {rate:.1e}")
 
     def steps(self, epoch: int, start: int) -> Iterator[training.MicroBatches]:
         """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
@@ -1120,7 +1122,8 @@ class FineTuning:
             "mean": list(data.IMAGENET_MEAN),
             "std": list(data.IMAGENET_STD),
             "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
-            "lora": lora_options(self.args),
+            "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
+            "lora": options.lora_options(self.args, self.model),
             "epoch": len(self.history),
             "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
             "config": self.config,
@@ -1131,7 +1134,8 @@ class FineTuning:
         return {
             **self.trained(),
             "progress": vars(self.progress) if self.progress else None,
-            "epoch_start": self.epoch_start if self.progress else None,
+            "good": self.good if self.progress or not self.does_well() else None,  # then it is this very state
+            "temperatures": self.temperatures,
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,
@@ -1157,7 +1161,7 @@ class FineTuning:
         runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
-        self.epoch_start = state["epoch_start"]
+        self.good, self.temperatures = state["good"], state["temperatures"]
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 

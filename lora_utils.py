@@ -8,6 +8,7 @@ with `weights_only=True`, or a `.safetensors` where the name ends so. `deploy_lo
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lora_fusion import AdaptedLayer, unfuse
 from moco import InputError, listed, printable
 from moco.backbones import build_backbone, head_name, unwrapped
 from moco.checkpoints import tensor_digest
-from moco.files import is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
+from moco.files import found_path, is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -142,6 +143,25 @@ class LoRAManager:
                 layer.remove_lora(merge)
         unfuse(self.model)
         return self.model
+
+    def merge_into_base(self) -> None:
+        """Make ``W + s B A`` the base: the adapters are gone, and whatever is trained next is trained over their sum.
+
+        A merged weight is known (`base_digests`) by what it was computed from: sums are rounded differently from one
+        machine to the next.
+        """
+        before = base_digests(self.model)
+        sources = {}
+        for name, layer in self._layers().items():
+            factors = [f"{layer.scaling:.17g}", type(layer).__name__]
+            factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
+            sources |= {f"{name}.{weight}".lstrip("."): factors for weight in layer.weight_names}
+        self.unload(merge=True)
+        state, computed = self.model.state_dict(), dict(getattr(self.model, "resized_digests", {}))
+        for name, factors in sources.items():
+            computed[name] = tensor_digest(state[name])
+            before[name] = hashlib.sha256(" ".join([before[name], *factors]).encode()).hexdigest()
+        self.model.base_digests, self.model.resized_digests = before, computed
 
     def get_lora_info(self) -> dict[str, Any]:
         """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters."""
@@ -323,6 +343,30 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
         return False
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
+
+
+def find_base(
+    path: str | Path, metadata: dict[str, Any], checkpoint: str | Path | None = None
+) -> tuple[Path, Path | None]:
+    """The checkpoint that an adapter file was trained over, and the stage-1 adapter that was merged into it, if any.
+
+    Args:
+        path: the adapter file, whose metadata says where both were.
+        checkpoint: where the checkpoint is now, if not there. The stage-1 adapter may lie beside `path` as well.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
+    if not os.path.exists(base):
+        raise InputError(f"{path}: its base, {base}, is not there; give its place as the checkpoint")
+    if (stored := metadata.get("stage1_adapter")) is None:
+        return base, None
+    places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+    stage1 = next((place for place in places if os.path.exists(place)), None)
+    if stage1 is None:
+        raise InputError(f"{path}: its stage-1 adapter, {printable(stored)}, is not there; put it beside the file")
+    return base, stage1
 
 
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import re
 
 import torch
 from torch import nn
@@ -84,14 +85,55 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """What the classifier head receives: images (N, 3, H, W) -> (N, D). The model and its head stay untouched."""
+    # A head that was merely ignored would still run, and a projector's BatchNorm would take these images into its
+    # statistics.
+    return headless(model)(images)
+
+
+def headless(model: nn.Module) -> nn.Module:
+    """A shallow copy that shares every layer, whatever was swapped in, and has nothing in its head's place."""
     name = head_name(model)
     if name is None:
-        return model(images)
-    # A shallow copy shares every layer, whatever was swapped in, and lacks only the head: a head that was merely
-    # ignored would still run, and a projector's BatchNorm would take these images into its statistics.
-    headless = copy.copy(model)
-    headless._modules = {**model._modules, name: nn.Identity()}
-    return headless(images)
+        return model
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, name: nn.Identity()}
+    return copied
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks.
+
+    Of other models: the modules of the first `Sequential` or `ModuleList` of several that are of one type.
+    """
+    stages = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
+    if stages:
+        return stages
+    for name, module in model.named_modules():
+        kinds = {type(child) for child in module.children()}
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1 and len(kinds) == 1:
+            return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+    return []
+
+
+def modules_below(model: nn.Module, blocks: int) -> list[str]:
+    """What comes before the last so many blocks of a model, as regular expressions that match the names in full.
+
+    As `exclude_modules` they leave adapters to the upper blocks alone. Nothing below them is then saved for backward.
+
+    Raises:
+        InputError: the model has fewer blocks.
+    """
+    names = block_names(model)
+    if not 1 <= blocks <= len(names):
+        raise InputError(f"the last {blocks} blocks cannot be adapted: this model has {len(names)}")
+    first, below = names[-blocks], []
+    for name, _ in model.named_modules():
+        if name == first:
+            break
+        inside = any(name.startswith(f"{other}.") for other in below)
+        if name and not inside and not first.startswith(f"{name}."):
+            below.append(name)
+    return [rf"{re.escape(name)}(\..+)?" for name in below]
 
 
 def _check_arch(arch: str) -> None:

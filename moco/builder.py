@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
 from moco import distributed
@@ -23,7 +24,8 @@ class MomentumContrast(nn.Module):
     """The part that all versions share: encoder_q, and encoder_k which follows it without ever seeing a gradient.
 
     Args:
-        backbone: a torchvision model, whose classifier head `projector` takes the place of.
+        backbone: a torchvision model, whose classifier head `projector` takes the place of. Both encoders share what is
+            frozen in it: over a frozen backbone with adapters, encoder_k is a second set of adapters and no more.
         projector: features -> embeddings.
         m: momentum, how much of encoder_k is kept in a step.
         T: temperature of the softmax.
@@ -33,7 +35,7 @@ class MomentumContrast(nn.Module):
         super().__init__()
         setattr(backbone, head_name(backbone), projector)
         self.encoder_q = backbone
-        self.encoder_k = copy.deepcopy(backbone).requires_grad_(False)
+        self.encoder_k = momentum_copy(backbone)
         self.m = m
         self.T = T
 
@@ -43,9 +45,11 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update_encoder_k(self, m: float) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2)."""
-        # As an interpolation, because what is equal in both, such as a frozen patch embedding, then stays so exactly.
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - m)
+        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all that trains."""
+        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        keys, queries = zip(*((k, q) for k, q in pairs if k is not q), strict=True)
+        # As an interpolation, because what is equal in both then stays so exactly.
+        torch._foreach_lerp_(list(keys), list(queries), 1 - m)
 
 
 class MoCo(MomentumContrast):
@@ -75,10 +79,10 @@ class MoCo(MomentumContrast):
 
     def forward(self, im_q: torch.Tensor, im_k: torch.Tensor, m: float) -> torch.Tensor:
         """Loss of two views (N, 3, S, S) of the same images; updates encoder_k and the queue."""
-        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, dim)
+        q = F.normalize(full_precision(self.encoder_q(im_q)), dim=1)  # (N, dim)
         with torch.no_grad():
             self.update_encoder_k(m)
-            keys = F.normalize(shuffled(self.encoder_k, im_k).float(), dim=1)  # (W N, dim), of all W processes
+            keys = F.normalize(full_precision(shuffled(self.encoder_k, im_k)), dim=1)  # (W N, dim), of all W processes
             k = keys[distributed.rank() :: distributed.world_size()]  # (N, dim)
         with torch.autocast(q.device.type, enabled=False):  # similarities over T lose too much in half precision
             l_pos = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
@@ -99,8 +103,8 @@ class MoCo(MomentumContrast):
 class MoCoV3(MomentumContrast):
     """v3: no queue, a predictor on the queries, both views as queries (2104.02057, algorithm 1).
 
-    A ViT gets fixed sine-cosine positions and a frozen random patch embedding, without which its training is
-    unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
+    A ViT gets fixed sine-cosine positions, unless its positions are frozen already, and a frozen patch embedding,
+    without which its training is unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
 
     Args:
         backbone: as in MomentumContrast.
@@ -112,7 +116,8 @@ class MoCoV3(MomentumContrast):
         layers = 2  # of the projector, for ResNets
         if isinstance(backbone, VisionTransformer):
             layers = 3
-            fix_positions(backbone)
+            if backbone.encoder.pos_embedding.requires_grad:
+                fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
                 backbone.conv_proj.requires_grad_(False)
         projector = mlp([feature_dim(backbone), *[mlp_dim] * (layers - 1), dim])
@@ -132,22 +137,43 @@ class MoCoV3(MomentumContrast):
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """InfoNCE with the other keys of the batch as negatives, times 2T as in the paper's ctr()."""
-        q, k = F.normalize(q.float(), dim=1), F.normalize(distributed.interleave(k.float()), dim=1)
+        q, k = (F.normalize(full_precision(x), dim=1) for x in (q, distributed.interleave(k)))
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ k.T / self.T  # (N, dim) @ (dim, W N) -> (N, W N), W processes
         labels = torch.arange(len(q), device=q.device) * distributed.world_size() + distributed.rank()
         return 2 * self.T * F.cross_entropy(logits, labels)
 
 
+def full_precision(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process."""
-    if distributed.world_size() == 1:
-        return encoder(images)
+    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process.
+
+    Where no BatchNorm takes statistics of the batch, as in a frozen backbone, nothing can leak through them: each
+    process then encodes its own images, and none travel.
+    """
+    if distributed.world_size() == 1 or not any(isinstance(m, _BatchNorm) and m.training for m in encoder.modules()):
+        return distributed.interleave(encoder(images))
     everyones = distributed.interleave(images)
     order = torch.randperm(len(everyones)).to(images.device)
     distributed.broadcast([order])
     mine = order[distributed.rank() :: distributed.world_size()]
     return distributed.interleave(encoder(everyones[mine]))[order.argsort()]
+
+
+def momentum_copy(encoder: nn.Module) -> nn.Module:
+    """A copy that never sees a gradient and shares what is frozen: no memory is spent on what stays equal anyway.
+
+    Frozen are parameters without `requires_grad`, and the statistics of a BatchNorm that is `frozen`.
+    """
+    shared = [p for p in encoder.parameters() if not p.requires_grad]
+    for module in encoder.modules():
+        if getattr(module, "frozen", False):
+            shared += module.buffers(recurse=False)
+    return copy.deepcopy(encoder, {id(tensor): tensor for tensor in shared}).requires_grad_(False)
 
 
 def feature_dim(backbone: nn.Module) -> int:

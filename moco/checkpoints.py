@@ -71,6 +71,38 @@ def load_backbone(
     return model, report
 
 
+def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
+    """What a MoCo checkpoint holds beside its backbone.
+
+    Args:
+        path: any file that `load_backbone` reads.
+
+    Returns:
+        MoCo's version, 1, 2 or 3, or None where the file is not one of MoCo's pretraining; and the tensors of
+        `projector` and `predictor` by their names in the modules of `moco.builder`, empty where the file has none.
+
+    Raises:
+        InputError: the file cannot be read, or these tensors are of no use.
+    """
+    content = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    tensors = _find_state_dict(path, content)[1]
+    prefix, encoder, dropped = _split(path, tensors)
+    parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "predictor": {}}
+    if prefix not in ("encoder_q.", "base_encoder."):
+        return None, parts
+    _check_tensors(path, tensors)
+    for key, full in encoder.items():
+        if key.startswith(_HEADS):
+            parts["projector"][key.partition(".")[2]] = tensors[full]
+    for full in dropped:
+        name = full.removeprefix("module.")
+        if name.startswith("predictor."):
+            parts["predictor"][name.removeprefix("predictor.")] = tensors[full]
+    if parts["predictor"] or prefix == "base_encoder.":
+        return 3, parts
+    return (2 if "0.weight" in parts["projector"] else 1), parts
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values, in whatever memory format and on whatever device they lie."""
     tensor = tensor.detach().cpu().contiguous()

@@ -8,6 +8,7 @@ import argparse
 import copy
 import difflib
 import math
+import os
 import re
 import sys
 import textwrap
@@ -17,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from moco import InputError, printable
+from moco.backbones import ARCHS, modules_below
 from moco.cache import CACHES
-from moco.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
 # keys that only fine-tuning has.
 SECTIONS = {
-    "model": ("checkpoint", "from_scratch"),
+    "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": ("labels_per_class", "augmentation"),
     "moco": (),
     "finetune": (),
@@ -344,6 +347,30 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
+def add_training_data_options(group: argparse._ArgumentGroup) -> None:
+    """What fine-tuning adds to the group `data`."""
+    group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
+    group.add_argument(
+        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
+    """The group and YAML section `model`; `checkpoint` is the default one."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="any MoCo or torchvision checkpoint")
+    group.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
+    group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
+    group.add_argument(
+        "--from-scratch",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the same architecture, random weights",
+    )
+    return group
+
+
 def complete_data_options(args: argparse.Namespace) -> list[str]:
     """Fill in the default data set; what is wrong with the options of the images together, a line each."""
     if args.dataset is None:
@@ -369,19 +396,50 @@ def image_sources(args: argparse.Namespace) -> dict[str, Any]:
     return {"val_dir": args.val_dir, "data_list": args.data_list, "skip_unreadable": args.skip_unreadable}
 
 
+def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
+    """How layers are adapted; both scripts have these, each in its own group and with its own default rank."""
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--lora-rank", type=non_negative_int, default=rank, help="r; 0: no adapters")
+    group.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
+    group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
+    group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
+    group.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    group.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
+    group.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
+    group.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
+    group.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
+
+
+def lora_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
+    if args.lora_rank == 0:
+        return {}
+    names = ("lora_alpha", "lora_dropout", "target_modules", "use_qlora", "use_rslora")
+    excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
+    patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
+    own = {name: getattr(args, name) for name in names}
+    return {"r": args.lora_rank, "exclude_modules": excluded, **own, **patterns}
+
+
+def adapter_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of the adapters together, a line each."""
+    if args.lora_rank > 0:
+        return []
+    needless = {
+        "--use-qlora": args.use_qlora,
+        "--adapt-last": args.adapt_last,
+        "--rank-pattern": args.rank_pattern,
+        "--alpha-pattern": args.alpha_pattern,
+    }
+    return [f"{name} with --lora-rank 0: there are no adapters; raise the rank" for name in needless if needless[name]]
+
+
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The group and YAML section `finetune`."""
     switch = argparse.BooleanOptionalAction
     tune = parser.add_argument_group("finetune")
-    tune.add_argument("--lora-rank", type=non_negative_int, default=8, help="r; 0: no adapters")
-    tune.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
-    tune.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
-    tune.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
-    tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
-    tune.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
-    tune.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
-    tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
-    tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    add_adapter_options(tune, rank=8)
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
         "--learning-rate",
@@ -417,17 +475,20 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
-    problems = []
+    problems = [
+        f"--{name.replace('_', '-')} {path}: file not found; give the path of an existing {kind}"
+        for name, kind in (("checkpoint", "checkpoint"), ("stage1_adapter", "adapter file"))
+        if (path := getattr(args, name)) is not None and args.eval_only is None and not os.path.exists(path)
+    ]
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    if args.use_qlora and args.lora_rank == 0:
-        problems.append(
-            "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
-        )
-    if (args.rank_pattern or args.alpha_pattern) and args.lora_rank == 0:
-        problems.append("--rank-pattern or --alpha-pattern with --lora-rank 0: there are no adapters; raise the rank")
+    problems += adapter_problems(args)
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
+    if args.from_scratch and args.stage1_adapter:
+        problems.append("--from-scratch with --stage1-adapter: there is no base for it to be merged into; drop one")
+    if args.resume and args.eval_only:
+        problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
     if args.warmup_epochs > args.epochs:
         problems.append(
             f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "

@@ -4,8 +4,12 @@
     python -m moco.pretrain --config configs/stage1.yaml --epochs 1      # does it run?
     python -m moco.pretrain --config configs/stage1.yaml --resume        # go on where it was stopped
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir photos     # any images, with or without labels
+    python -m moco.pretrain --checkpoint moco_v2_800ep_pretrain.pth.tar --lora-rank 8 --data-dir photos # go on, adapted
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
     torchrun --nproc-per-node=8 -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet # on eight
+
+With --checkpoint stage 1 goes on from another one's end, with images of your own: with --lora-rank in adapters alone,
+over a frozen backbone that queries and keys share, else in all weights.
 
 Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
@@ -15,6 +19,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +27,26 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
+from lora_utils import LoRAManager, trained_state
 from moco import InputError, data, distributed, measures, options, reports, runs, training
-from moco.backbones import ARCHS, build_backbone, default_image_size
+from moco.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
 from moco.builder import MoCo, MoCoV3
 from moco.cache import keep_images
-from moco.files import open_atomically, read_checkpoint, save_atomically, write_csv
+from moco.checkpoints import describe_base, load_contrast
+from moco.files import open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
+FREE_TO_CHANGE |= {"checkpoint", "merge_into"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
 METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
+COLLAPSED_RANK = 2.0  # fewer directions than this hold features that tell no images apart
 MEASURED = 2_048  # images, without labels
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
@@ -49,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `epochs`, `seconds`,
         `images_per_second`, `waiting_share` and the paths `checkpoint` and `metrics`.
     """
-    args, _ = options.parse_args(make_parser(), argv, check=_complete)
+    args, _ = options.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
@@ -59,6 +69,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         loaders += run.loaders()
         if args.resume:
             run.resume(args.resume)
+        if args.checkpoint:
+            print(run.origin)
         images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
         print(f"{args.arch}, MoCo v{args.moco_version}, {images}, {device}, {dtype}")
         run.train()
@@ -69,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return run.results()
 
 
-def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     problems = options.complete_data_options(args)
     if args.resume == Path():  # the flag alone
@@ -77,6 +89,17 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     problems += runs.environment_problems(args)
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
+    problems += options.adapter_problems(args)
+    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
+        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
+    if args.checkpoint is None and args.lora_rank > 0:
+        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give what the adapters are to be over")
+    if args.merge_into is not None and args.lora_rank == 0:
+        problems.append("--merge-into without --lora-rank: nothing is to be merged, every checkpoint is a whole one")
+    if args.checkpoint is None:
+        args.moco_version = args.moco_version or 3
+    elif sources["arch"] == "default":
+        args.arch = None  # what the checkpoint says
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     if args.moco_version != 3 and args.queue_size < args.batch_size:
@@ -91,13 +114,16 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
+    run = options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
+    run.add_argument("--merge-into", type=Path, help="with adapters: also write a checkpoint with merged weights")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
     options.add_data_options(parser)
     moco = parser.add_argument_group("moco")
-    moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), default=3)
+    moco.add_argument("--checkpoint", type=Path, help="go on with this backbone, projector and predictor")
+    options.add_adapter_options(moco, rank=0)
+    moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), help="default: the checkpoint's, else 3")
     moco.add_argument("--epochs", type=positive_int, default=100)
     moco.add_argument("--batch-size", type=positive_int, default=256, help="of all processes together")
     moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
@@ -108,8 +134,10 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--precision", choices=training.PRECISIONS, default="auto")
     moco.add_argument("--momentum", type=options.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
     moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
-    moco.add_argument("--dim", type=positive_int, default=256, help="width of queries and keys")
-    moco.add_argument("--mlp-dim", type=positive_int, default=4096, help="v3: hidden width of projector and predictor")
+    moco.add_argument("--dim", type=positive_int, help="width of queries and keys; default: the checkpoint's, else 256")
+    moco.add_argument(
+        "--mlp-dim", type=positive_int, help="v3: hidden width of projector and predictor; the checkpoint's, else 4096"
+    )
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=data.TWO_CROPS, default="moco_v3", help="how the views are made")
     moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
@@ -127,18 +155,18 @@ def make_parser() -> argparse.ArgumentParser:
 class Pretraining:
     """A run: the model, its optimizer, its data and how far it is."""
 
-    FILES = ("last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
+    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
-        args.image_size = args.image_size or default_image_size(args.arch)
+        self.model, self.origin = build_model(args, device)
         self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
         self.images = self.loader.dataset.dataset.digest
         self.meter = data.LoadingMeter()
-        self.model = build_model(args).to(device)
         if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            distributed.synchronize_norms(self.model)
+        self.base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
         self.optimizer = build_optimizer(self.model, args)
         steps = len(self.loader)
         self.schedule = training.lr_schedule(
@@ -153,6 +181,7 @@ class Pretraining:
         # Of the epoch that has begun: the sum of its losses, its seconds, the learning rate of its first step.
         self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
         self.history: list[dict[str, Any]] = []
+        self.before: dict[str, float] | None = None  # what is measured of a checkpoint's features as they come
 
     def train(self) -> None:
         """The remaining epochs. While they last, `last.pth` is what to go on from.
@@ -163,6 +192,9 @@ class Pretraining:
         if distributed.is_main():
             # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
             runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
+        if self.args.checkpoint and self.before is None:
+            self.before = self.measure()
+            print(f"before{describe_measures(self.before)}")
         if self.global_steps == 0:
             self.save("last.pth")  # whenever the run is killed from here on, it can be resumed
         with runs.saved_when_stopped(self.stop, self.path("last.pth"), lambda: self.save("last.pth"), self.done):
@@ -225,13 +257,13 @@ class Pretraining:
         if distributed.is_main():
             # After a resume too it has every epoch once. What was not measured is an empty field.
             write_csv(self.history, METRICS, self.path("metrics.csv"))
-        shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
-        measured = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row[name] is not None)
-        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{measured}")
+        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{describe_measures(row)}")
 
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
-        if last or self.epoch % self.args.save_every == 0:
+        if self.args.lora_rank > 0:
+            self.save_adapters(last)
+        elif last or self.epoch % self.args.save_every == 0:
             self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
         if not last:
             self.save("last.pth")
@@ -259,10 +291,38 @@ class Pretraining:
         view = ((views[number], labels) for views, labels in self.view_loader)
         return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
+    def save_adapters(self, last: bool) -> None:
+        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes; at the end also --merge-into."""
+        encoder, args = self.model.encoder_q, self.args
+        if not distributed.is_main():
+            return
+        metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
+        metadata["checkpoint"] = str(stored_path(args.checkpoint.absolute()))
+        metadata["lora"] = options.lora_options(args, encoder)
+        metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
+        LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
+        if last and args.merge_into is not None:
+            manager = LoRAManager(encoder)
+            manager.merge_lora_weights()  # encoder_k, which shares the base, must not be asked for anything now
+            names = [name for name in self.model.state_dict() if not name.startswith(("encoder_k.", "queue"))]
+            state = {"model": {name: self.model.state_dict()[name] for name in names}, "arch": args.arch}
+            save_atomically({**state, "epoch": self.epoch, "config": self.config()}, args.merge_into)
+            manager.unmerge_lora_weights()
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint: all, or over a frozen base those that change, which both encoders have."""
+        state = self.model.state_dict()
+        if self.args.lora_rank == 0:
+            return state
+        changing = trained_state(self.model)
+        of_keys = {name.replace("encoder_q.", "encoder_k.", 1) for name in changing}
+        return {name: tensor for name, tensor in state.items() if name in changing.keys() | of_keys}
+
     def save(self, name: str, complete: bool = False) -> None:
         """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
         state = {
-            "model": self.model.state_dict(),
+            "model": self.model_state(),
+            "base": self.base,
             "epoch": self.epoch,
             "global_steps": self.global_steps,
             "arch": self.args.arch,
@@ -274,7 +334,7 @@ class Pretraining:
             state["optimizer"] = {}
         else:
             state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
-            state["progress"] = self.progress
+            state |= {"progress": self.progress, "before": self.before}
         if distributed.is_main():
             save_atomically(state, self.path(name))
 
@@ -299,10 +359,12 @@ class Pretraining:
                 f"--resume {path}: trained on other images than {self.args.data_dir or 'the data set'} holds now: put "
                 "back those that were there, or start without --resume"
             )
-        self.model.load_state_dict(state["model"])
+        if state.get("base") != self.base and self.base:
+            raise InputError(f"--resume {path}: trained over another base than {self.args.checkpoint}; give the same")
+        self.model.load_state_dict(state["model"], strict=self.args.lora_rank == 0)
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
-        self.progress = state["progress"]
+        self.progress, self.before = state["progress"], state.get("before")
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
@@ -316,13 +378,15 @@ class Pretraining:
         return self.args.output_dir / name
 
     def results(self) -> dict[str, Any]:
-        last = self.history[-1]
+        last, adapters = self.history[-1], self.args.lora_rank > 0
         return {
             **{name: last[name] for name in ("loss", "knn_accuracy", *WITHOUT_LABELS)},
+            "before": self.before,
             "epochs": self.epoch,
+            "peak_memory_bytes": training.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
-            "checkpoint": self.path(f"moco_stage1_epoch_{self.epoch}.pth"),
+            "checkpoint": self.path("moco_lora.pth" if adapters else f"moco_stage1_epoch_{self.epoch}.pth"),
             "metrics": self.path("metrics.csv"),
             "images": self.images,
             "config": self.config(),
@@ -330,6 +394,14 @@ class Pretraining:
 
     def loaders(self) -> list[DataLoader]:
         return [loader for loader in (self.loader, *self.knn_loaders, self.view_loader) if loader is not None]
+
+
+def describe_measures(row: dict[str, float | None]) -> str:
+    """What was measured of the features, and whether they have collapsed."""
+    shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
+    text = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row.get(name) is not None)
+    collapsed = (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK
+    return text + ("  the features have collapsed: lower --learning-rate or warm up longer" if collapsed else "")
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader], DataLoader | None]:
@@ -378,11 +450,50 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
     return images, labelled
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    backbone = build_backbone(args.arch, 1, args.image_size)  # its classifier head gives way to a projector
+def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
+    """MoCo around a fresh backbone or a checkpoint's, and a line on where it comes from.
+
+    Of `args` it fills in what follows from the checkpoint: arch, image size, version and widths.
+    """
+    version, parts = load_contrast(args.checkpoint) if args.checkpoint else (None, {})
+    args.moco_version = args.moco_version or version or 3
+    outputs = [t.shape[0] for name, t in parts.get("projector", {}).items() if name.endswith("weight") and t.dim() == 2]
+    args.dim = args.dim or (outputs[-1] if outputs else 256)
+    args.mlp_dim = args.mlp_dim or (outputs[0] if len(outputs) > 1 and version == 3 else 4096)
+    if args.checkpoint:
+        backbone, report = load_base(args.checkpoint, None, 1, args.arch, args.image_size)
+        args.arch, args.image_size, origin = report["arch"], report["image_size"], describe_base(report)
+        if args.moco_version == 3 and args.arch.startswith("vit"):  # its positions stay as they are
+            backbone.encoder.pos_embedding.requires_grad_(False)
+    else:
+        args.image_size = args.image_size or default_image_size(args.arch)
+        backbone, origin = build_backbone(args.arch, 1, args.image_size), ""
+    if args.lora_rank > 0:
+        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args, backbone)))
+    model = contrast(backbone.to(device), args).to(device)
+    return model, origin + "".join(start_from(model, parts))
+
+
+def contrast(backbone: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """MoCo of the version asked for. The backbone's classifier head gives way to a projector."""
     if args.moco_version == 3:
         return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
     return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
+
+
+def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
+    """Give projector and predictor the values of a checkpoint, if it has them; says for each what became of it."""
+    encoders = (model.encoder_q, model.encoder_k)
+    modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in encoders]}
+    modules |= {"predictor": [model.predictor]} if hasattr(model, "predictor") else {}
+    for part, tensors in parts.items():
+        for module in modules.get(part, ()):
+            wanted = {name: t.shape for name, t in module.state_dict().items() if not name.endswith("tracked")}
+            fits = wanted == {name: t.shape for name, t in tensors.items() if not name.endswith("tracked")}
+            if fits:
+                module.load_state_dict(tensors, strict=False)
+        if part in modules:
+            yield f"; {part} {'taken over' if fits else 'fresh'}"
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:

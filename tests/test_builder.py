@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import EXACT, FP32, assert_close, dense_twin, expected_gradients, images, randomize_adapters, resnet, vit
 from torch import nn
 
-from moco.backbones import build_backbone
+from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora_functional import dense_weight
+from moco.backbones import build_backbone, head_name
 from moco.builder import MoCo, MoCoV3, feature_dim, mlp
 
 
@@ -178,3 +181,118 @@ def test_projector_layers_and_feature_width():
     layers = mlp([5, 7, 3])
     assert [type(layer).__name__ for layer in layers] == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
     assert feature_dim(Tiny()) == 5 and feature_dim(build_backbone("vit_mini", 4)) == 192
+
+
+# --------------------------------------------------------------------------------- over one frozen base, in adapters
+
+
+def contrast(version: int, backbone: nn.Module) -> MoCo | MoCoV3:
+    if version == 3:
+        return MoCoV3(backbone, dim=6, mlp_dim=7, T=0.3)
+    return MoCo(backbone, dim=6, K=8, T=0.3, mlp=version == 2)
+
+
+def adapted(version: int, stock: nn.Module, use_qlora: bool = False) -> MoCo | MoCoV3:
+    """MoCo over a frozen copy of the stock model, with adapters that differ between queries and keys."""
+    backbone = add_lora_to_model(copy.deepcopy(stock), r=2, use_qlora=use_qlora)
+    freeze_backbone_params(backbone)
+    model = contrast(version, backbone)
+    if not use_qlora:
+        model.double()
+    for encoder in (model.encoder_q, model.encoder_k):
+        randomize_adapters(encoder, std=0.05)
+    return model
+
+
+def ordinary(version: int, stock: nn.Module, model: nn.Module) -> nn.Module:
+    """The ordinary two-encoder MoCo of dense weights, in float64: each encoder has its own W + s B A."""
+    twin = contrast(version, copy.deepcopy(stock)).double()
+    for side in ("encoder_q", "encoder_k"):
+        encoder = getattr(model, side)
+        dense, head = dense_twin(stock, encoder), head_name(encoder)
+        setattr(dense, head, copy.deepcopy(getattr(encoder, head)).double())
+        for module in dense.train().modules():  # the backbone's statistics are frozen, the projector's are not
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        setattr(twin, side, dense)
+    twin.encoder_k.requires_grad_(False)
+    if version == 3:
+        twin.predictor = copy.deepcopy(model.predictor).double()
+    else:
+        twin.queue = model.queue.double().clone()
+    return twin
+
+
+def rounded_to_four_bits(stock: nn.Module, encoder: nn.Module) -> nn.Module:
+    """The stock model with the weights that the 4-bit base stands for."""
+    rounded = copy.deepcopy(stock)
+    with torch.no_grad():
+        for name, layer in encoder.named_modules():
+            for weight in getattr(layer, "float_digests", {}):
+                dense = dense_weight(layer.base(weight), torch.float32)
+                getattr(rounded.get_submodule(name), weight).copy_(dense)
+    return rounded
+
+
+@pytest.mark.parametrize("build", [resnet, vit], ids=["resnet", "vit"])
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("use_qlora", [False, True], ids=["float64", "4 bits"])
+def test_over_one_base_loss_and_gradients_are_those_of_two_dense_encoders(build, version, use_qlora):
+    stock = build()
+    model = adapted(version, stock, use_qlora).train()
+    twin = ordinary(version, rounded_to_four_bits(stock, model.encoder_q) if use_qlora else stock, model)
+    x1, x2 = images(count=4, side=16), images(count=4, side=16)
+    loss = model(*(x if use_qlora else x.double() for x in (x1, x2)), 1.0)  # m = 1: encoder_k stays as it is
+    expected = twin(x1.double(), x2.double(), 1.0)
+    loss.backward(), expected.backward()
+    # A ReLU may change its mind for a rounding error of float32.
+    tolerance = 20 * FP32 if use_qlora else EXACT
+    assert_close(loss, expected, tolerance)
+    gradients = list(expected_gradients(twin.encoder_q, model.encoder_q))
+    assert len(gradients) > 10
+    for name, gradient, wanted in gradients:
+        assert_close(gradient, wanted, tolerance, name)
+    if version == 3:
+        for (name, ours), theirs in zip(model.predictor.named_parameters(), twin.predictor.parameters(), strict=True):
+            assert_close(ours.grad, theirs.grad, tolerance, name)
+    else:
+        assert_close(model.queue, twin.queue, tolerance)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("use_qlora", [False, True])
+@pytest.mark.parametrize("build", [resnet, vit], ids=["resnet", "vit"])
+def test_the_keys_take_no_copy_of_the_base(build, use_qlora):
+    backbone = add_lora_to_model(build(), r=2, use_qlora=use_qlora)
+    freeze_backbone_params(backbone)
+    model = contrast(2, backbone)
+
+    def bytes_of(*modules: nn.Module) -> int:
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    trained = sum(p.numel() * 4 for p in model.encoder_q.parameters() if p.requires_grad)  # adapters and projector
+    assert bytes_of(model.encoder_q, model.encoder_k) == bytes_of(model.encoder_q) + trained
+
+
+def test_only_adapters_and_projector_of_the_keys_follow():
+    model = adapted(2, resnet())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.update_encoder_k(0.75)
+    moved = set()
+    for name, k in model.encoder_k.state_dict().items():
+        old, q = before[f"encoder_k.{name}"], before[f"encoder_q.{name}"]
+        assert torch.equal(model.encoder_q.state_dict()[name], q)
+        if "lora_" in name or name.startswith("fc."):
+            torch.testing.assert_close(k, 0.75 * old + 0.25 * q)
+            moved |= set() if torch.equal(k, old) else {name.rpartition(".")[2]}
+        else:
+            assert torch.equal(k, old), name
+    assert moved == {"lora_B"}  # all else was equal
+
+
+def test_positions_that_are_frozen_already_stay_as_they_are():
+    backbone = build_backbone("vit_mini", 1)
+    positions = backbone.encoder.pos_embedding.requires_grad_(False).clone()
+    assert torch.equal(MoCoV3(backbone, dim=6, mlp_dim=7).encoder_q.encoder.pos_embedding, positions)

@@ -26,10 +26,13 @@ def test_imports_run_one_way():
     """A circle raises CycleError; a file that imports itself is one as well."""
     order = list(TopologicalSorter({name: imported(path) for name, path in SOURCES.items()}).static_order())
     assert order.index("moco.training") < order.index("finetune_lora") < order.index("deploy_lora")
+    assert order.index("finetune_lora") < order.index("moco.pretrain")
 
 
-def test_stage_1_knows_nothing_of_the_adapters():
-    assert not any(name.startswith("lora_") for path in ROOT.glob("moco/*.py") for name in imported(path))
+def test_of_stage_1_only_the_script_that_nothing_imports_knows_the_adapters():
+    below = [path for path in ROOT.glob("moco/*.py") if path.name != "pretrain.py"]
+    assert not any(name.startswith(("lora_", "finetune_lora")) for path in below for name in imported(path))
+    assert [name for name, path in SOURCES.items() if "moco.pretrain" in imported(path)] == []
 
 
 def test_the_main_script_can_be_read_in_one_sitting():

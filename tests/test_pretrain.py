@@ -12,6 +12,9 @@ import yaml
 from PIL import Image
 from torch import nn
 
+import deploy_lora
+from finetune_lora import load_base, load_finetuned
+from lora_utils import read_adapter_file
 from moco import InputError, data, options, pretrain
 from moco.checkpoints import load_backbone
 from moco.files import read_checkpoint
@@ -292,3 +295,166 @@ def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():
     torch.testing.assert_close(before[0], torch.tensor([[3.0, 4.0 - first]]))
     torch.testing.assert_close(weight.data, torch.tensor([[3.0, 3.0 - second - 0.5 * first]]))
     torch.testing.assert_close(bias.data, torch.tensor([1.0 - 0.5 - 0.75]))
+
+
+# ------------------------------------------------------------------------------------ going on from a checkpoint
+
+
+def test_without_adapters_it_goes_on_in_all_weights(run, base):
+    args = options.parse_args(pretrain.make_parser(), ["--checkpoint", str(base)], check=pretrain.complete)[0]
+    start = pretrain.build_model(args, torch.device("cpu"))[0].encoder_q.state_dict()
+    assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
+    for name, tensor in load_backbone(base, 1)[0].state_dict().items():
+        assert name.startswith("heads.") or torch.equal(start[name], tensor), name
+    results = run(f"--checkpoint {base} --image-size 16 --epochs 1")
+    end = torch.load(results["checkpoint"])["model"]
+    fixed = {"encoder.pos_embedding", "conv_proj.weight", "conv_proj.bias"}  # as MoCo v3 keeps them
+    assert {n for n in start if torch.equal(start[n], end[f"encoder_q.{n}"]) and not n.startswith("heads")} == fixed
+    assert 0 <= results["before"]["knn_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("version", "arch"), [(1, "resnet18"), (2, "resnet18"), (3, "resnet18"), (3, "vit_mini")])
+def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
+    """Version and widths come from the file as well."""
+    flags = f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 256"
+    args = options.parse_args(pretrain.make_parser(), flags.split(), check=pretrain.complete)[0]
+    theirs = pretrain.build_model(args, torch.device("cpu"))[0]
+    names = ("encoder_q", "encoder_k") if version < 3 else ("base_encoder", "momentum_encoder")
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        for ours, official in zip(("encoder_q", "encoder_k"), names, strict=True):
+            name = name.replace(f"{ours}.heads.", f"{official}.head.").replace(f"{ours}.", f"{official}.")
+        state[f"module.{name}"] = tensor
+    torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
+    flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
+    args = options.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
+    ours, told = pretrain.build_model(args, torch.device("cpu"))
+    assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
+    state = ours.state_dict()
+    for name in state:
+        if "fc." in name or "heads." in name or name.startswith("predictor."):
+            source = name.replace("encoder_k.", "encoder_q.")  # both start from the queries' own
+            assert torch.equal(state[name], theirs.state_dict()[source]), name
+    assert "projector taken over" in told and ("predictor taken over" in told) == (version == 3)
+
+
+def test_a_projector_that_is_not_there_or_does_not_fit_is_fresh(run, base, capsys):
+    run(f"--checkpoint {base} --lora-rank 2 --image-size 16 --epochs 1")
+    assert "projector fresh; predictor fresh" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapt(run, base):
+    """Stage 1 in adapters over `base`: main's results."""
+
+    def adapt(options: str = "", output: str = "out"):
+        return run(f"--checkpoint {base} --lora-rank 2 --image-size 16 --learning-rate 1e-2 {options}", output)
+
+    return adapt
+
+
+def test_adapters_alone_are_the_result(adapt, tmp_path, base):
+    results = adapt(f"--merge-into {tmp_path / 'merged.pth'}")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "metrics.csv",
+        "moco_lora.pth",
+        "pretraining_curves.png",
+        "results.json",
+    ]
+    assert results["checkpoint"] == tmp_path / "out/moco_lora.pth"
+    content = read_adapter_file(results["checkpoint"])
+    assert content["tensors"] and all(".lora_" in name for name in content["tensors"])
+    assert all(tensor.any() for tensor in content["tensors"].values())
+    assert content["metadata"]["moco_version"] == 3 and content["metadata"]["lora"]["r"] == 2
+    # In memory and in a file, base and adapter are the same backbone.
+    merged, report = load_backbone(tmp_path / "merged.pth", 4)
+    in_memory = load_base(base, results["checkpoint"], 4)[0]
+    assert (report["family"], report["image_size"]) == ("moco_stage1", 16)
+    changed = set()
+    for name, tensor in load_backbone(base, 4)[0].state_dict().items():
+        if not name.startswith("heads."):
+            assert torch.equal(merged.state_dict()[name], in_memory.state_dict()[name]), name
+            changed |= set() if torch.equal(merged.state_dict()[name], tensor) else {name}
+    assert changed == {name for name, layer in _weights(content, in_memory)}
+
+
+def _weights(content, model):
+    for name in content["layers"]:
+        layer = model.get_submodule(name)
+        weight = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+        yield f"{name}.{weight}", layer
+
+
+@pytest.mark.parametrize("options", ["", "--use-qlora --lora-dropout 0.2", "--moco-version 2"])
+def test_adapters_resume_to_the_same_bits(adapt, tmp_path, monkeypatch, options):
+    finish = pretrain.Pretraining.finish_epoch
+
+    def keep(self):
+        finish(self)
+        if self.epoch == 1:
+            shutil.copy(self.path("last.pth"), tmp_path / "first.pth")
+
+    monkeypatch.setattr(pretrain.Pretraining, "finish_epoch", keep)
+    straight = adapt(options, "straight")
+    resumed = adapt(f"{options} --resume {tmp_path / 'first.pth'}", "resumed")
+    state = torch.load(tmp_path / "first.pth")["model"]
+    assert not any(".weight" in name and ".heads." not in name and "predictor" not in name for name in state), (
+        "the base"
+    )
+    assert any(name.startswith("encoder_k.") and "lora_B" in name for name in state)
+    assert ("queue" in state) == ("version 2" in options)
+    ours, theirs = (read_adapter_file(results["checkpoint"])["tensors"] for results in (straight, resumed))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert straight["loss"] == resumed["loss"] and straight["before"] == resumed["before"]
+
+
+def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain.Pretraining, "finish_epoch", lambda self: None)
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # last.pth of the beginning stays
+    monkeypatch.setattr(pretrain.Pretraining, "results", lambda self: {})
+    monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda *_: None)
+    adapt()
+    content = torch.load(base)
+    content["state_dict"]["module.base_encoder.class_token"] += 1
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"last\.pth: trained over another base than .*other\.pth"):
+        adapt(f"--checkpoint {tmp_path / 'other.pth'} --resume {tmp_path / 'out/last.pth'}")
+
+
+@pytest.mark.parametrize("options", ["", "--use-qlora"])
+def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options):
+    stage1 = adapt(options)["checkpoint"]
+    results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}")
+    adapter = results["folder"] / "lora.pth"
+    assert read_adapter_file(adapter)["metadata"]["stage1_adapter"] == str(stage1)
+    model, _ = load_finetuned(adapter)
+    deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "merged.pth")])
+    merged = pretrain.build_backbone("vit_mini", 3, 16)
+    merged.load_state_dict(torch.load(tmp_path / "merged.pth"))
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(merged.eval()(x), model(x), rtol=1e-4, atol=1e-5)
+    again = finetune(f"--eval-only {adapter} {options}")
+    assert again["val_accuracy"] == results["val_accuracy"]
+
+    shutil.move(stage1, adapter.with_name("moco_lora.pth"))  # beside the file it is found
+    assert torch.equal(load_finetuned(adapter)[0](x), model(x))
+    other = adapt(f"{options} --seed 1", "other")["checkpoint"]
+    shutil.copy(other, adapter.with_name("moco_lora.pth"))
+    with pytest.raises(InputError, match="trained over another base"):
+        load_finetuned(adapter)
+    adapter.with_name("moco_lora.pth").unlink()
+    with pytest.raises(InputError, match=r"its stage-1 adapter, .*moco_lora\.pth, is not there; put it beside"):
+        load_finetuned(adapter)
+
+
+def test_a_resumed_fine_tuning_needs_the_same_stage_1_adapter(adapt, finetune, tmp_path):
+    first, other = (adapt(f"--seed {seed} --epochs 1", str(seed))["checkpoint"] for seed in (0, 1))
+    finetune(f"--stage1-adapter {first} --epochs 1")
+    with pytest.raises(InputError, match="trained over another base"):
+        finetune(f"--stage1-adapter {other} --epochs 1 --resume")
+
+
+def test_bfloat16_adapters_and_a_merge_leave_the_keys_right(adapt, tmp_path):
+    """The keys' encoder shares the weights that a merge changes for a moment."""
+    runs = [adapt(f"--precision bf16 {merge}", str(len(merge))) for merge in ("", f"--merge-into {tmp_path / 'm.pth'}")]
+    assert runs[0]["loss"] == runs[1]["loss"]

@@ -142,6 +142,19 @@ def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
         assert row == pytest.approx(other, rel=1e-4)
 
 
+def test_stage_1_in_adapters_in_two_processes_is_that_in_one_and_they_alone_travel(options, base, tmp_path):
+    more = f" --checkpoint {base} --lora-rank 2 --image-size 16"
+    note = {"NOTES": str(tmp_path / "notes")}
+    children = together("moco.pretrain", options("pretrain") + more, tmp_path / "log", note_images, note)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    pretrain.main((options("pretrain", "alone") + more).split())
+    ours, theirs = (read_adapter_file(tmp_path / name / "moco_lora.pth")["tensors"] for name in ("out", "alone"))
+    assert_close(ours, theirs)
+    travelled = [int(line) for line in (tmp_path / "notes.0.travelled").read_text().split()]
+    projector = 192 * 192 + 192 + 8 * 192 + 8
+    assert sum(travelled) == 6 * (projector + sum(tensor.numel() for tensor in ours.values()))  # in six steps
+
+
 def keep_every_queue() -> None:
     real = pretrain.Pretraining.results
 

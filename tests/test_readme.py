@@ -73,6 +73,16 @@ def first_run(newcomer):
     return folder
 
 
+@pytest.fixture(scope="module")
+def domain(newcomer):
+    """What the README's stage 1 on unlabelled images leaves behind, on less data."""
+    command = next(c for c in commands() if "--checkpoint" in c and c.startswith("python -m moco.pretrain"))
+    small = f"--data-dir {newcomer / 'my_images/train'} --dataset unlabelled --epochs 1 --batch-size 4 --queue-size 8"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(newcomer)
+        pretrain.main([*shlex.split(command)[3:], *small.split()])
+
+
 def test_the_first_two_commands_are_those_of_the_gate():
     gate = (ROOT / ".ci/run").read_text()
     assert commands()[:2] == ["pip install -r requirements.txt", "python finetune_lora.py"]
@@ -90,6 +100,8 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     if "--resume" in argv:
         assert finetune_lora.main([*argv, *SMALL, "--output-dir", str(first_run)])["epochs"] == 1
         return
+    if "--stage1-adapter" in argv:
+        request.getfixturevalue("domain")
     if "auto" not in argv:  # it needs an image of each class to train on, and one to choose by
         request.getfixturevalue("few_images")
     results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])

@@ -1,0 +1,227 @@
+"""Measure what stage 1 on your own unlabelled images is worth when labels are few.
+
+    python -m benchmarks.domain --checkpoint resnet18.pth --data-dir photos --stage1 "--epochs 20 --batch-size 128"
+    python -m benchmarks.domain ... --labels 10 --seeds 2 --rows none adapters          # a part of the table
+    python -m benchmarks.domain ... --finetune "--epochs 20"                            # options of fine-tuning alone
+
+The training images of --data-dir are the domain. Stage 1 sees them without labels, except for their validation part, on
+which the k-NN accuracy chooses the learning rate of each row. Then `benchmarks.quality` fine-tunes each backbone with
+LoRA on a few labels, with a learning rate chosen for each, over draws of labels. Options that are not this script's go
+to both stages. What is finished is kept in --output-dir; the same command goes on where it stopped.
+"""
+
+import argparse
+import gc
+import json
+import math
+import multiprocessing
+import random
+import shlex
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import quality
+from benchmarks.compare_peers import forget_peak
+from moco import InputError, options, pretrain, training
+from moco.options import positive_int
+from moco.runs import run_script
+
+ADAPTERS = ["--lora-rank", "8"]
+# title, flags of stage 1 (None: no stage 1), the learning rates that it tries
+ROWS = {
+    "none": ("no adaptation", None, ()),
+    "adapters": ("stage 1 continued in adapters", ADAPTERS, ("1e-3", "3e-3")),
+    "full": ("stage 1 continued in full", [], ("1e-4", "3e-4")),
+    "scratch": ("stage 1 from scratch on the domain", [], ("1e-3",)),
+}
+STEPS, MEMORY_STEPS = 9, 3  # timed side by side; before the peak of memory is read
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run what is missing of the table, then print it and write `domain.json`."""
+    args, passed_on = parse(argv)
+    rows = []
+    for name in args.rows:
+        stage1 = adapt(name, args, passed_on)
+        few = few_labels(name, stage1, args, passed_on)
+        rows += [{**row, "row": name, "title": ROWS[name][0], "stage1": stage1} for row in few]
+    result = {"command": argv, "torch": torch.__version__, "rows": rows}
+    if {"adapters", "full"} <= set(args.rows):
+        result["costs"] = costs(args, passed_on)
+    (args.output_dir / "domain.json").write_text(json.dumps(result, indent=2, default=str))
+    print(table(result))
+    return result
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """This script's options, and those that both stages share."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the backbone of stage 1, on other images")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--stage1", type=shlex.split, default=[], help="options of moco.pretrain")
+    parser.add_argument("--finetune", type=shlex.split, default=[], help="options of finetune_lora.py")
+    parser.add_argument("--labels", nargs="+", default=["5", "10", "50"], help="labels per class")
+    parser.add_argument("--seeds", type=positive_int, default=5, help="draws of labels")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/domain"))
+    args, passed_on = parser.parse_known_args(argv)
+    read_stage1(args, passed_on, [])  # what is wrong with the options shows now, not in an hour
+    return args, passed_on
+
+
+# ---------------------------------------------------------------------------------------------------------- stage 1
+
+
+def stage1_flags(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> list[str]:
+    return ["--eval-split", "validation", *passed_on, *args.stage1, *own]
+
+
+def read_stage1(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> argparse.Namespace:
+    flags = stage1_flags(args, passed_on, ["--checkpoint", str(args.checkpoint), *own])
+    return options.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
+
+
+def adapt(name: str, args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any] | None:
+    """The results of a row's stage 1 with its best learning rate, by the k-NN accuracy on the validation part."""
+    _, own, rates = ROWS[name]
+    if own is None:
+        return None
+    start = ["--checkpoint", str(args.checkpoint)]
+    if name == "scratch":  # the same, from random weights
+        like = read_stage1(args, passed_on, [])
+        pretrain.build_model(like, torch.device("cpu"))  # which fills in what follows from the checkpoint
+        names = ("arch", "image_size", "moco_version", "dim", "mlp_dim")
+        start = [f"--{name.replace('_', '-')}={getattr(like, name)}" for name in names]
+    tried = []
+    for rate in rates:
+        folder = args.output_dir / name / rate
+        if not (folder / "results.json").exists():
+            flags = stage1_flags(args, passed_on, [*start, *own, "--learning-rate", rate, "--output-dir", str(folder)])
+            apart(pretrain.main, [*flags, *(["--resume"] if (folder / "last.pth").exists() else [])])
+        tried.append(json.loads((folder / "results.json").read_text()))
+    return max(tried, key=lambda results: results["knn_accuracy"])
+
+
+def apart(function: Callable, argument: Any) -> Any:
+    """The function's value, from a process for this call alone: its peak memory is then its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, argument).result()
+
+
+def few_labels(name: str, stage1: dict | None, args: argparse.Namespace, passed_on: list[str]) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.quality` for LoRA over this row's backbone, one for each number of labels."""
+    base = ["--checkpoint", str(args.checkpoint)]
+    if name == "adapters":
+        base += ["--stage1-adapter", stage1["checkpoint"]]
+    elif stage1:
+        base = ["--checkpoint", stage1["checkpoint"]]
+    own = ["--methods", "lora_8", "--labels", *args.labels, "--seeds", str(args.seeds)]
+    own += ["--output-dir", str(args.output_dir / name / "few")]
+    return quality.main([*own, *passed_on, *args.finetune, *base])["rows"]
+
+
+# ------------------------------------------------------------------------------------------------------------ costs
+
+
+def costs(args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any]:
+    """What a step of stage 1 takes in adapters and in full: time in turns in a process, memory in a process each."""
+    jobs = {name: [*ROWS[name][1], "--learning-rate", ROWS[name][2][0]] for name in ("adapters", "full")}
+    both = {name: read_stage1(args, passed_on, own) for name, own in jobs.items()}
+    seconds = apart(step_times, both)
+    ratios = [full / adapters for full, adapters in zip(seconds["full"], seconds["adapters"], strict=True)]
+    memory = {name: apart(peak_of_steps, options) for name, options in both.items()}
+    return {"seconds": seconds, "memory_bytes": memory, "times_faster": statistics.median(ratios)}
+
+
+class Steps:
+    """Steps of stage 1 on random views."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, training.select_device(args.device)
+        self.dtype = training.select_precision(args.precision, self.device)
+        self.model = pretrain.build_model(args, self.device)[0].train()
+        self.optimizer = pretrain.build_optimizer(self.model, args)
+        size = (args.batch_size, 3, args.image_size, args.image_size)
+        self.views = [training.to_device(torch.randn(size), self.device) for _ in range(2)]
+
+    def step(self) -> float:
+        """Seconds."""
+        started = time.perf_counter()
+        with training.autocast(self.device, self.dtype):
+            loss = self.model(*self.views, self.args.momentum)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        if not math.isfinite(loss.item()):  # which waits for a GPU, too
+            raise InputError(f"the loss of a step on random images is {loss.item()}: lower the learning rate")
+        return time.perf_counter() - started
+
+
+def step_times(both: dict[str, argparse.Namespace]) -> dict[str, list[float]]:
+    steps = {name: Steps(args) for name, args in both.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(STEPS + 1):
+        for name in random.Random(turn).sample(list(steps), len(steps)):
+            gc.collect()  # never inside a step
+            taken = steps[name].step()
+            if turn > 0:  # the first step is a warm-up
+                seconds[name].append(taken)
+    return seconds
+
+
+def peak_of_steps(args: argparse.Namespace) -> int:
+    """Peak bytes of this process above its imports."""
+    device = training.select_device(args.device)
+    forget_peak(device)
+    before = training.peak_memory_bytes(device)
+    steps = Steps(args)
+    for _ in range(MEMORY_STEPS):
+        steps.step()
+    return training.peak_memory_bytes(device) - before
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| labels per class | backbone | accuracy | over no adaptation | k-NN before labels | rates of stage 1, LoRA |",
+        "|---|---|---|---|---|---|",
+    ]
+    baseline = {row["labels_per_class"]: row["accuracies"] for row in result["rows"] if row["row"] == "none"}
+    for row in sorted(result["rows"], key=lambda row: row["labels_per_class"]):
+        stage1 = row["stage1"] or {"knn_accuracy": None, "config": {"learning_rate": None}}
+        known = baseline.get(row["labels_per_class"], [])
+        gains = [100 * (own - other) for own, other in zip(row["accuracies"], known, strict=False)]  # the same labels
+        knn = stage1["knn_accuracy"]
+        cells = [
+            str(row["labels_per_class"]),
+            row["title"],
+            f"{row['mean']:.2%} ± {row['spread']:.2%}",
+            f"{statistics.mean(gains):+.2f} points" if gains and row["row"] != "none" else "-",
+            "-" if knn is None else f"{knn:.1%}",
+            f"{stage1['config']['learning_rate'] or '-'}, {row['learning_rate']:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "costs" in result:
+        memory = result["costs"]["memory_bytes"]
+        lines += [
+            "",
+            f"Stage 1 in adapters is {result['costs']['times_faster']:.2f} times as fast as in full, with "
+            f"{memory['adapters'] / 1e6:,.0f} MB in place of {memory['full'] / 1e6:,.0f} MB.",
+        ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    # Through the module's own name, so that the processes started for the runs find their functions.
+    from benchmarks.domain import main as module_main
+
+    run_script(module_main)
