@@ -886,7 +886,7 @@ class FineTuning:
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = (
         *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
-        *("training_curves.png", "confusion_matrix.png", "mistakes.png"),
+        *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html"),
     )
     # What may differ between a run and its continuation without changing what is computed.
     FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")

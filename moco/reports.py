@@ -10,12 +10,12 @@ from typing import Any
 
 from moco.data import LabelledImages
 from moco.files import open_atomically, write_text
+from moco.report_page import BLUE, ORANGE, write_page
 from moco.training import Evaluation, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
 LOW_RATE = 1e-3  # adapters, and heads on fixed features, mostly gain from more
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
 
 
 def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
     plot_finetuning(run.history, run.before, run.args.eval_split, run.path("training_curves.png"))
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
     plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
-    print(summary(results, run.args.output_dir))
+    rows = summary(results, run.args.output_dir)
+    write_page(rows, results, result, names, run.args.output_dir)
+    print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
     return results
 
 
@@ -201,15 +203,15 @@ def against_the_probe(results: dict[str, Any]) -> str:
     return ""
 
 
-def summary(results: dict[str, Any], folder: Path) -> str:
-    """The table printed at the end of a fine-tuning run."""
+def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+    """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     probe, told = results["probe_accuracy_before"], against_the_probe(results)
     trained, total = results["trainable_parameters"], results["total_parameters"]
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
-    rows = [
+    return [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
         ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
@@ -220,8 +222,7 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         ("training time", f"{results['seconds']:.1f} s"),
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
-        ("", "training_curves.png, confusion_matrix.png, mistakes.png"),
+        ("", "training_curves.png, confusion_matrix.png, mistakes.png; report.html shows them all"),
         ("merge it", f"python deploy_lora.py merge {folder / 'lora.pth'} --output merged.pth"),
         ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
     ]
-    return "\n" + "\n".join(f"{name:<22}{value}" for name, value in rows)

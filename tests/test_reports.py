@@ -89,5 +89,5 @@ def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, to
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
     results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
-    summary = reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path)
+    summary = str(reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
