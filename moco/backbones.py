@@ -109,8 +109,9 @@ def block_names(model: nn.Module) -> list[str]:
     if stages:
         return stages
     for name, module in model.named_modules():
-        kinds = {type(child) for child in module.children()}
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1 and len(kinds) == 1:
+        children = list(module.children())
+        alike = any(all(isinstance(child, type(one)) for child in children) for one in children)  # fused ones too
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and alike:
             return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
     return []
 
