@@ -202,6 +202,12 @@ def test_pretraining_for_a_validation_choice_leaves_the_validation_part_out(run,
     assert "MoCo v3, 12 images" in capsys.readouterr().out
 
 
+def test_a_queue_longer_than_the_data_is_told(run, capsys):
+    for size in (16, 17):
+        run(f"--epochs 1 --moco-version 2 --queue-size {size}", str(size))
+    assert capsys.readouterr().out.count("is more than there are images") == 1
+
+
 def test_bfloat16(run):
     assert 0 <= run("--epochs 1 --precision bf16")["knn_accuracy"] <= 1
 
