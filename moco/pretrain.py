@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels) and,
-        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `epochs`, `seconds`,
-        `images_per_second`, `waiting_share` and the paths `checkpoint` and `metrics`.
+        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `before`, the same of a
+        checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
+        the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
     args, _ = options.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
@@ -73,6 +74,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(run.origin)
         images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
         print(f"{args.arch}, MoCo v{args.moco_version}, {images}, {device}, {dtype}")
+        if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
+            print(
+                f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
+            )
         run.train()
     if distributed.is_main():
         with open_atomically(run.path("results.json")) as file:

@@ -202,6 +202,12 @@ def test_pretraining_for_a_validation_choice_leaves_the_validation_part_out(run,
     assert "MoCo v3, 12 images" in capsys.readouterr().out
 
 
+def test_a_queue_longer_than_the_data_is_told(run, capsys):
+    for size in (16, 17):
+        run(f"--epochs 1 --moco-version 2 --queue-size {size}", str(size))
+    assert capsys.readouterr().out.count("is more than there are images") == 1
+
+
 def test_bfloat16(run):
     assert 0 <= run("--epochs 1 --precision bf16")["knn_accuracy"] <= 1
 
@@ -454,7 +460,5 @@ def test_a_resumed_fine_tuning_needs_the_same_stage_1_adapter(adapt, finetune, t
         finetune(f"--stage1-adapter {other} --epochs 1 --resume")
 
 
-def test_bfloat16_adapters_and_a_merge_leave_the_keys_right(adapt, tmp_path):
-    """The keys' encoder shares the weights that a merge changes for a moment."""
-    runs = [adapt(f"--precision bf16 {merge}", str(len(merge))) for merge in ("", f"--merge-into {tmp_path / 'm.pth'}")]
-    assert runs[0]["loss"] == runs[1]["loss"]
+def test_adapters_in_bfloat16(adapt):
+    assert adapt("--precision bf16", "bf16")["loss"] == pytest.approx(adapt()["loss"], rel=0.03)
