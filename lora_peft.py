@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune_lora import LoRAConv2d, LoRALayer, LoRAMultiheadAttention, adapt_layers, load_finetuned
+from finetune_lora import LoRAConv2d, LoRALayer, LoRAMultiheadAttention, adapt_layers, load_base, load_finetuned
 from lora_functional import LoRASettings
-from lora_utils import LoRAManager, read_adapter_file
+from lora_utils import LoRAManager, find_base, read_adapter_file
 from moco import InputError, listed, printable
 from moco.backbones import head_name
 from moco.checkpoints import load_backbone
-from moco.files import found_path, open_atomically, read_safetensors, stored_path
+from moco.files import open_atomically, read_safetensors, stored_path
 from moco.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,8 +76,8 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     obstacles = list(_obstacles(model, read_adapter_file(adapter)["tensors"]))
     if obstacles:
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
-    path = found_path(metadata["checkpoint"]) if checkpoint is None else checkpoint
-    base, _ = load_backbone(path, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
+    shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"]
+    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *shape)
     layers = _outermost(model)
     packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
     ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}

@@ -79,7 +79,7 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
         ("vit", {"r": 2, "lora_alpha": 5}),  # attention too
         ("vit", {"r": 4, "use_rslora": True, "rank_pattern": {"self_attention": 2, "mlp.3": 8}}),
         ("resnet", {"r": 2, "lora_dropout": 0.1}),
-        ("resnet", {"r": 2, "rank_pattern": {"conv1": 5}, "alpha_pattern": {"layer4": 3}}),
+        ("resnet", {"r": 2, "rank_pattern": {"conv[1]": 5}, "alpha_pattern": {"layer4": 3}}),
         ("resnet", {"r": 2, "target_modules": "conv1", "exclude_modules": r"layer.*"}),  # others end in this name
     ],
     ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],
@@ -90,6 +90,8 @@ def test_peft_answers_the_same(peft, kind, options, bases, tmp_path):
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {CONFIG, WEIGHTS}
     theirs = peft.PeftModel.from_pretrained(stock(bases[kind], SIZES[kind]), tmp_path / "peft").eval()
     assert_same_answers(theirs, load_finetuned(adapter)[0], SIZES[kind])
+    adapted = [module for module in theirs.modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == len(read_adapter_file(adapter)["layers"])
     assert_same_answers(theirs.merge_and_unload(), load_finetuned(adapter)[0], SIZES[kind])
 
 

@@ -162,9 +162,9 @@ def test_accelerate_trains_in_two_processes(tmp_path):
     told = "print('lora:', sum(p.double().sum().item() for n, p in model.named_parameters() if 'lora_' in n))"
     (tmp_path / "train.py").write_text(next(code for code in snippets if "accelerate" in code) + told)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "train.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     printed = re.findall(r"lora: (\S+)", run(launch, env=environment).stdout)
     assert len(printed) == 2 and printed[0] == printed[1] != "0.0"
     tensors = read_adapter_file(tmp_path / "lora.pth")["tensors"]
