@@ -37,6 +37,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
+from lora_residents import KINDS
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
@@ -78,7 +79,6 @@ class LoRALayer:
 
     stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
-    # Attributes that `remove_lora` deletes.
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
         *("lora_enabled", "_base_data", "weight_names", "stock_class"),
@@ -135,9 +135,13 @@ class LoRALayer:
         for name in self._adapter_names():
             delattr(self, name)
         stock_class = self.stock_class
-        for name in self._STATE:
-            vars(self).pop(name, None)
+        for name in self.adapted_state():
+            delattr(self, name)
         self.__class__ = stock_class
+
+    def adapted_state(self) -> dict[str, Any]:
+        """The attributes, beside parameters, that the layer it adapts does not have."""
+        return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
@@ -273,8 +277,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [getattr(self, f"lora_A_{p}") for p in "qkv"], [getattr(self, f"lora_B_{p}") for p in "qkv"]
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:  # None in 4 bits while the base is in use
+        return tuple([getattr(self, f"lora_{x}_{p}", None) for p in "qkv"] for x in "AB")
 
     def effective_weights(self) -> dict[str, Tensor]:
         A, B = self._factors()
@@ -354,6 +358,7 @@ class _FourBits:
     """
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
+    _STATE = (*LoRALayer._STATE, "_nf4_state", "float_digests")
 
     def _init_adapters(self, settings: LoRASettings) -> None:
         super()._init_adapters(settings)
@@ -372,7 +377,6 @@ class _FourBits:
         if not merge:
             raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
         super().remove_lora(merge)
-        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -424,6 +428,7 @@ ADAPTED = {
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
     nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
 }
+KINDS.update({kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds})
 
 # -------------------------------------------------------------------------------------------------- into a model
 
