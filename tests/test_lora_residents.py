@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import randomize_adapters, resnet
+from dense import randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
 from finetune_lora import (
@@ -18,7 +18,6 @@ from finetune_lora import (
 )
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from moco import InputError
-from moco.backbones import build_backbone
 
 # Adapters over one base that differ in all that may differ: name -> options, number of classes.
 OPTIONS = {
@@ -30,16 +29,15 @@ OPTIONS = {
 
 
 def base(arch: str, classes: int = 2) -> nn.Module:
-    """The same backbone each time, as if it came from a checkpoint, with another head."""
+    """The same small backbone each time, as if it came from a checkpoint, with another head."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = resnet() if arch == "resnet" else build_backbone(arch, 5, image_size=16)
-    name = "fc" if arch == "resnet" else "heads"
-    width = 512 if arch == "resnet" else 192
-    head = nn.Linear(width, classes)
-    setattr(model, name, head if arch == "resnet" else nn.Sequential())
-    if arch != "resnet":
-        model.heads.add_module("head", head)
+        model = resnet() if arch == "resnet" else vit()
+    if arch == "resnet":
+        model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
+        model.fc = nn.Linear(128, classes)
+    else:
+        model.heads.head = nn.Linear(16, classes)
     return model.eval()
 
 
@@ -61,7 +59,7 @@ def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Pa
     return path
 
 
-@pytest.fixture(params=["resnet", "vit_mini"])
+@pytest.fixture(params=["resnet", "vit"])
 def arch(request):
     return request.param
 
@@ -300,11 +298,11 @@ def test_adapters_in_4_bits_and_in_float_over_a_float_base(arch, tmp_path):
 
 
 def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):
-    model = trained("vit_mini", "pets", four_bits=True)
+    model = trained("vit", "pets", four_bits=True)
     expected, manager = copy.deepcopy(model), LoRAManager(model)
     for name, four_bits, message in (("cars", True, "self_attention is in 4 bits here but not in the file"),
                                      ("food", False, "has kind LoRA.* in the file, QLoRA.* here")):  # fmt: skip
-        path = saved(trained("vit_mini", name, four_bits), name, tmp_path)
+        path = saved(trained("vit", name, four_bits), name, tmp_path)
         with pytest.raises(InputError, match=message):
             manager.load_lora_checkpoint(path, name=name)
         assert manager.names == ["default"] and manager.in_use == "default"
