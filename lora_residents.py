@@ -2,7 +2,7 @@
 
 The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
 To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` alone.
+`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora_fusion.py`.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lora_functional import LoRASettings
-from lora_fusion import AdaptedLayer, fuse
+from lora_fusion import fuse
 from moco import InputError
 from moco.backbones import head_name
 
@@ -23,11 +23,13 @@ DEFAULT = "default"  # the name of an adapter that was in the model before any w
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have an adapter now, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if any(parameter.startswith("lora_") for parameter in module._parameters) and isinstance(module, AdaptedLayer)
-    }
+    layers = {name: module for name, module in model.named_modules() if _may_be_adapted(module)}
+    return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
+
+
+def _may_be_adapted(module: nn.Module) -> bool:
+    # isinstance(module, AdaptedLayer) says the same, and takes longer than all the rest of a switch.
+    return hasattr(type(module), "adapted_state")
 
 
 class Form(NamedTuple):
@@ -39,12 +41,11 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "Form":
-        state = module.adapted_state() if isinstance(module, AdaptedLayer) else {}
-        return cls(type(module), state, dict(module._parameters))
+        return cls(type(module), _state(module), dict(module._parameters))
 
     def put_on(self, module: nn.Module) -> None:
         device = next((p.device for p in module._parameters.values() if p is not None), None)
-        for name in Form.of(module).state:
+        for name in _state(module):
             delattr(module, name)
         module.__class__ = self.kind
         vars(module).update(self.state)
@@ -65,6 +66,10 @@ class Form(NamedTuple):
         return Form(self.state.get("stock_class", stock), {}, parameters)
 
 
+def _state(module: nn.Module) -> dict[str, Any]:
+    return module.adapted_state() if _may_be_adapted(module) else {}
+
+
 @dataclass
 class Adapter:
     """What is an adapter's own. The base has the same fields, for all that any adapter replaces."""
@@ -82,14 +87,16 @@ class Adapter:
         owners = {path: _owner(model, path) for path in self.tensors}
         self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
 
-    def put_into(self, model: nn.Module) -> None:
-        name = head_name(model)
-        if name is not None and self.head is not None:
-            _replace_head(model, name, self.head)
+    def put_into(self, model: nn.Module, above: "Adapter | None" = None) -> None:
+        """Make the model what this describes, except where `above` has something of its own."""
+        above = above or Adapter()
+        name, head = head_name(model), above.head or self.head
+        if name is not None and head is not None:
+            _replace_head(model, name, head)
         modules = dict(model.named_modules())
-        for path, form in self.layers.items():
+        for path, form in (self.layers | above.layers).items():
             form.put_on(modules[path])
-        for path, tensor in self.tensors.items():
+        for path, tensor in (self.tensors | above.tensors).items():
             owner, leaf = _owner(model, path)
             if tensor.device != owner[leaf].device:
                 tensor.data = tensor.data.to(owner[leaf].device)
@@ -105,9 +112,8 @@ class Residents:
         self.named: dict[str, Adapter] = {}
         self.in_use: str | None = None
 
-    def adopt(self, model: nn.Module) -> None:
-        """Call what the model was adapted with by other means `default`. Raises InputError if there is a default."""
-        layers = adapted_layers(model)
+    def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+        """Call the adapter that has no name `default`, if layers have one. Raises InputError if there is a default."""
         if layers and self.in_use is None:
             if DEFAULT in self.named:
                 raise InputError(
@@ -122,9 +128,7 @@ class Residents:
             return
         if self.in_use is not None:
             self.named[self.in_use].capture(model)
-        self.base.put_into(model)
-        if name is not None:
-            self.named[name].put_into(model)
+        self.base.put_into(model, None if name is None else self.named[name])
         self.in_use = name
         fuse(model)
 

@@ -213,15 +213,16 @@ class LoRAManager:
         Raises:
             InputError: adapters are merged or switched off, or once more without a name.
         """
-        if any(layer.merged for layer in self._layers().values()):
+        layers = self._layers()
+        if any(layer.merged for layer in layers.values()):
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
-        if not all(layer.lora_enabled for layer in self._layers().values()):
+        if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
         if not hasattr(self.model, "resident_adapters"):
             if not hasattr(self.model, "base_digests"):
                 self.model.base_digests = base_digests(self.model)
             self.model.resident_adapters = Residents(self.model)
-        self.model.resident_adapters.adopt(self.model)
+        self.model.resident_adapters.adopt(layers, self.model)
         return self.model.resident_adapters
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
