@@ -40,7 +40,7 @@ from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_c
 from lora_residents import KINDS
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.backbones import ARCHS, build_backbone, in_head, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -590,7 +590,7 @@ def choose_layers(
     candidates = _candidates(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
-        kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
         matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
@@ -612,11 +612,6 @@ def _has_adapted_kind(layer: nn.Module) -> bool:
     return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
-def _in_head(model: nn.Module, name: str) -> bool:
-    head = head_name(model)
-    return head is not None and f"{name}.".startswith(f"{head}.")
-
-
 def _matches(name: str, target: str) -> bool:
     """Is the target the name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
     try:
@@ -633,9 +628,9 @@ def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> Non
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    in_head = [name for name in chosen if _in_head(model, name)]
-    if in_head:
-        raise InputError(f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out")
+    of_head = [name for name in chosen if in_head(model, name)]
+    if of_head:
+        raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
     double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
@@ -661,11 +656,11 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        in_head = _in_head(model, name)
+        of_head = in_head(model, name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
+            trains = not freeze or of_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point())
-        freeze_statistics(module, freeze and not in_head, model.training)
+        freeze_statistics(module, freeze and not of_head, model.training)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -891,7 +886,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = (_in_head(model, name) and args.head_learning_rate) or args.learning_rate
+            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(

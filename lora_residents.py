@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_functional import LoRASettings
 from lora_fusion import fuse
 from moco import InputError
-from moco.backbones import head_name
+from moco.backbones import head_name, in_head
 
 KINDS: dict[str, type[nn.Module]] = {}  # adapted layers by the names that files give them; `finetune_lora` fills it
 DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
@@ -83,7 +83,7 @@ class Adapter:
         """Take all of it from the model as it is now."""
         head, layers = head_name(model), adapted_layers(model).items()
         self.head = None if head is None else model.get_submodule(head)
-        self.layers = {path: Form.of(layer) for path, layer in layers if not _is_inside(path, head)}
+        self.layers = {path: Form.of(layer) for path, layer in layers if not in_head(model, path)}
         owners = {path: _owner(model, path) for path in self.tensors}
         self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
 
@@ -119,7 +119,7 @@ class Residents:
                 raise InputError(
                     "the model has adapters without a name: save and unload() them, then load them with one"
                 )
-            self._remember(layers, head_name(model))
+            self._remember(layers, model)
             self.named[DEFAULT], self.in_use = Adapter(), DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
@@ -137,15 +137,17 @@ class Residents:
 
         Afterwards comes `adapter.capture`, and in any case `base.put_into`. Returns what does not fit, a line each.
         """
+        if not KINDS:
+            raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records, tensors, head = content["layers"], content["tensors"], head_name(model)
         modules = dict(model.named_modules())
         attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
         touched = [*records, *(f"{path}.out_proj" for path in records if path in attached)]
-        self._remember({path: modules[path] for path in touched if path in modules}, head)
+        self._remember({path: modules[path] for path in touched if path in modules}, model)
         if head is not None:
             _replace_head(model, head, _resized_head(self.base.head, f"{head}.", tensors))
         stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for path in (path for path in tensors if path in stock and not _is_inside(path, head)):
+        for path in (path for path in tensors if path in stock and not in_head(model, path)):
             self.base.tensors.setdefault(path, stock[path])
             owner, leaf = _owner(model, path)
             adapter.tensors[path] = owner[leaf] = _copy(stock[path])
@@ -156,10 +158,10 @@ class Residents:
         four_bits = [path for path, form in self.base.layers.items() if form.in_4_bits and path not in records]
         return problems + [f"{path} is in 4 bits here but not in the file" for path in four_bits]
 
-    def _remember(self, layers: Mapping[str, nn.Module], head: str | None) -> None:
+    def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """What these layers are without any adapter."""
         for path, layer in layers.items():
-            if not _is_inside(path, head):
+            if not in_head(model, path):
                 self.base.layers.setdefault(path, Form.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
@@ -185,10 +187,6 @@ def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapp
     except ImportError as error:  # bitsandbytes
         raise InputError(str(error)) from None
     return []
-
-
-def _is_inside(path: str, head: str | None) -> bool:
-    return head is not None and f"{path}.".startswith(f"{head}.")
 
 
 def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_fusion import AdaptedLayer, unfuse
 from lora_residents import Adapter, Form, Residents, adapted_layers
 from moco import InputError, listed, printable
-from moco.backbones import build_backbone, head_name, unwrapped
+from moco.backbones import build_backbone, head_name, in_head, unwrapped
 from moco.checkpoints import tensor_digest
 from moco.files import is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
 
@@ -57,9 +57,8 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
     """Yields (name, tensor, digest before quantisation or None) of all tensors except the adapters: those of the
     classifier head if `of_head`, else all others. A merged weight is yielded as it was before merging.
     """
-    head = head_name(model)
     for prefix, module in model.named_modules():
-        if of_head != (head is not None and f"{prefix}.".startswith(f"{head}.")):
+        if of_head != in_head(model, prefix):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:

@@ -71,6 +71,12 @@ def head_name(model: nn.Module) -> str | None:
     return next((name for name in HEAD_NAMES if name in children), None)
 
 
+def in_head(model: nn.Module, name: str) -> bool:
+    """Is this the name of the classifier head, or of a module, parameter or buffer in it?"""
+    head = head_name(model)
+    return head is not None and f"{name}.".startswith(f"{head}.")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
     while True:

@@ -10,6 +10,7 @@ import torch
 from dense import randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
+import lora_residents
 from finetune_lora import (
     add_lora_to_model,
     count_parameters,
@@ -397,6 +398,12 @@ def test_adapters_move_with_the_model_when_they_come_into_use(manager):
     for name in ("pets", None, "head"):
         manager.use(name)
         assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
+
+
+def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_residents, "KINDS", {})
+    with pytest.raises(InputError, match="import it first"):
+        manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
 
 
 def test_copies_and_files_of_the_model_have_all_adapters(manager, alone, tmp_path):
