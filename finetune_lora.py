@@ -37,8 +37,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_residents import KINDS
-from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
+from lora_residents import KINDS, recorded_settings
+from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, tell_unused_adapters, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, in_head, unwrapped
 from moco.cache import keep_images
@@ -704,8 +704,7 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     if layers:
-        fields = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
+        settings = {name: recorded_settings(record) for name, record in layers.items()}
         try:
             adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
         except InputError as error:
@@ -1003,6 +1002,8 @@ class FineTuning:
                 told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
                 bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
+                if epoch == now.steps == 1:
+                    tell_unused_adapters(self.model)
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()

@@ -284,17 +284,22 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless one of these flags is off."""
+    """Some modules read raw weights, past every adapter, unless a flag of theirs has another value.
+
+    PyTorch's encoders do in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            flag = "activation_relu_or_gelu"
+            flag, value = "activation_relu_or_gelu", False
         elif isinstance(module, nn.TransformerEncoder):
-            flag = "use_nested_tensor"
+            flag, value = "use_nested_tensor", False
+        elif "qkv_bias_separate" in vars(module):
+            flag, value = "qkv_bias_separate", True
         else:
             continue
         if any(isinstance(m, AdaptedLayer) for m in module.modules()):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, False)
+            setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 

@@ -32,6 +32,11 @@ def _may_be_adapted(module: nn.Module) -> bool:
     return hasattr(type(module), "adapted_state")
 
 
+def recorded_settings(record: Mapping[str, Any]) -> LoRASettings:
+    """How a layer was adapted, from its record in an adapter file."""
+    return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
+
+
 class Form(NamedTuple):
     """What a layer is for one adapter, or for the base."""
 
@@ -182,8 +187,7 @@ def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapp
     if ranks != {(r,)}:  # before any memory is taken for it
         return [f"{path} has r {r} in the file, and tensors of another rank"]
     try:
-        settings = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        kind.adapt(layer, LoRASettings(*(record[name] for name in settings)))
+        kind.adapt(layer, recorded_settings(record))
     except ImportError as error:  # bitsandbytes
         raise InputError(str(error)) from None
     return []

@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lora_fusion import AdaptedLayer, unfuse
 from lora_residents import Adapter, Form, Residents, adapted_layers
@@ -51,6 +52,26 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         if not getattr(module, "frozen", False):
             names.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def unused_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapted layers that the last backward pass gave no gradient, though they train.
+
+    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter. Ask after the
+    first backward pass of a training loop.
+    """
+    unused = []
+    for name, layer in adapted_layers(unwrapped(model)).items():
+        own = [p for key, p in layer.named_parameters(recurse=False) if _is_adapter(layer, key) and p.requires_grad]
+        if own and all(parameter.grad is None for parameter in own):
+            unused.append(name)
+    return unused
+
+
+def tell_unused_adapters(model: nn.Module) -> None:
+    """Print the names that `unused_adapters` returns, if any, in a line."""
+    if unused := unused_adapters(model):
+        tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
 
 
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
