@@ -37,14 +37,14 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_residents import KINDS, recorded_settings
+from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, tell_unused_adapters, trained_state
-from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import ARCHS, build_backbone, in_head, unwrapped
+from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
+from moco.backbones import ARCH_CHOICES, build_backbone, in_head, normalization, unwrapped
 from moco.cache import keep_images
-from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
+from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, write_csv, write_text
 from moco.options import positive_int
 from moco.probe import head_accuracy, init_head_from_probe, soften_head
 from moco.training import evaluate
@@ -132,12 +132,7 @@ class LoRALayer:
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
         self.merge() if merge else self.unmerge()
-        for name in self._adapter_names():
-            delattr(self, name)
-        stock_class = self.stock_class
-        for name in self.adapted_state():
-            delattr(self, name)
-        self.__class__ = stock_class
+        Form.of(self).without_adapter().put_on(self)
 
     def adapted_state(self) -> dict[str, Any]:
         """The attributes, beside parameters, that the layer it adapts does not have."""
@@ -376,6 +371,8 @@ class _FourBits:
     def remove_lora(self, merge: bool = False) -> None:
         if not merge:
             raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+        self.merge()
+        del self.float_digests  # it is in 4 bits no longer
         super().remove_lora(merge)
 
     def _apply(self, fn, recurse=True):
@@ -700,7 +697,7 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     metadata, layers = content["metadata"], content["layers"]
     check_metadata(adapter_path, metadata, content["tensors"])
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if not os.path.exists(base):
+    if not is_none(base) and not os.path.exists(base):
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
     model, _ = load_backbone(base, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     if layers:
@@ -710,7 +707,8 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
         except InputError as error:
             raise InputError(f"{adapter_path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(adapter_path)
-    return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+    transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
+    return model.eval(), {**metadata, "transform": transform}
 
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -725,8 +723,8 @@ def make_parser() -> argparse.ArgumentParser:
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
-    model.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="of MoCo, torchvision or timm; none")
+    model.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     model.add_argument("--from-scratch", action=switch, default=False, help="the same architecture, random weights")
     source = options.add_data_options(parser)
@@ -750,7 +748,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     problems = options.complete_data_options(args)
-    if args.from_scratch:
+    if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
@@ -761,8 +759,8 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     if sources["checkpoint"] == "config":
         args.checkpoint = found_path(args.checkpoint)
     problems += runs.environment_problems(args)
-    if args.eval_only is None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
+    if args.eval_only is None:
+        problems += checkpoints.option_problems(args.checkpoint, args.arch, args.use_qlora)
     problems += options.finetune_problems(args)
     if args.resume and args.eval_only:
         problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
@@ -913,8 +911,9 @@ class FineTuning:
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
         self.norms_train = training.batch_norm_trains(model)
-        size = report["image_size"]
-        self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
+        size, self.normalization = report["image_size"], normalization(report["arch"])
+        self.eval_transform = eval_transform(size, **self.normalization)
+        self.augmentation = train_transform(size, args.augmentation, **self.normalization)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         drop = self.norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
@@ -1122,9 +1121,8 @@ class FineTuning:
             "arch": self.report["arch"],
             "class_names": list(self.class_names),
             "image_size": self.report["image_size"],
-            "mean": list(data.IMAGENET_MEAN),
-            "std": list(data.IMAGENET_STD),
-            "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
+            **self.normalization,
+            "checkpoint": checkpoints.stored(self.args.checkpoint),
             "lora": lora_options(self.args),
             "epoch": len(self.history),
             "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],

@@ -458,7 +458,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     with torch.device("meta"):  # takes no memory, whatever a file asks for
         model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
     head = head_name(model)
-    for name, wanted in getattr(model, head).state_dict(prefix=f"{head}.").items():
+    for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != tuple(wanted.shape):
             classes = len(metadata["class_names"])
