@@ -683,3 +683,25 @@ def test_attention_that_reads_a_weight_to_add_a_bias_calls_the_layer_instead(fou
     remove_lora_from_model(model, merge=True)
     assert not model.qkv_bias_separate and unused_adapters(model) == []
     assert_close(model(x), F.linear(x, model.qkv.weight, model.bias), FP32)
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """BatchNorm and activation in one, as in timm."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4), nn.Conv2d(4, 2, 3))
+    stock, x = copy.deepcopy(model).eval(), images(8)
+    add_lora_to_model(model, r=1)
+    freeze_backbone_params(model)
+    torch.save(model, tmp_path / "model.pth")
+    for frozen_model in (model, copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
+        frozen_model.train()
+        assert torch.equal(frozen_model[1].running_mean, torch.zeros(4)) and not frozen_model[1].training
+        assert_close(frozen_model(x), stock(x), FP32)
+        freeze_backbone_params(frozen_model, freeze=False)
+        assert frozen_model[1].training and isinstance(frozen_model[1], BatchNormAct)
+    assert bare(remove_lora_from_model(model), "1") is BatchNormAct
