@@ -397,7 +397,8 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
             f"{source.path} ({source.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
-            f"{len(expected)} backbone tensors match; {found}{_better_arch(source, arch)}"
+            f"{len(expected)} backbone tensors match; {found}{_other_channels(weights, expected)}"
+            f"{_better_arch(source, arch)}"
         )
     broken = [key for key in common if not _is_usable(weights[key], expected[key])]
     if broken:
@@ -407,6 +408,15 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
 def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
     # One NaN or infinity makes the sum one, and a sum takes a fraction of the time of looking at each number.
     return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
+
+
+def _other_channels(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Says so where a first convolution is for other images than RGB."""
+    for name in weights.keys() & expected.keys():
+        found, wanted = weights[name].shape, expected[name].shape
+        if len(wanted) == 4 and wanted[1] == 3 != found[1] and found == (wanted[0], found[1], *wanted[2:]):
+            return f"; it is for images of {found[1]} channels, and those of this toolkit have 3"
+    return ""
 
 
 def _better_arch(source: _Source, arch: str) -> str:
