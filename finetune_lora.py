@@ -37,15 +37,7 @@ import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_residents import KINDS, Form, recorded_settings
-from lora_utils import (
-    LoRAManager,
-    base_digests,
-    check_metadata,
-    find_base,
-    read_adapter_file,
-    tell_unused_adapters,
-    trained_state,
-)
+from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
 from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
@@ -1001,7 +993,7 @@ class FineTuning:
                 bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
                 if epoch == now.steps == 1:
-                    tell_unused_adapters(self.model)
+                    LoRAManager(self.model).tell_unused()
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()

@@ -69,12 +69,6 @@ def unused_adapters(model: nn.Module) -> list[str]:
     return unused
 
 
-def tell_unused_adapters(model: nn.Module) -> None:
-    """Print the names that `unused_adapters` returns, if any, in a line."""
-    if unused := unused_adapters(model):
-        tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
-
-
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
     """Yields (name, tensor, digest before quantisation or None) of all tensors except the adapters: those of the
     classifier head if `of_head`, else all others. A merged weight is yielded as it was before merging.
@@ -207,6 +201,11 @@ class LoRAManager:
             "merged": any(layer.merged for layer in self._layers().values()),
             "layers": layers,
         }
+
+    def tell_unused(self) -> None:
+        """Print the names that `unused_adapters` returns, if any, in a line."""
+        if unused := unused_adapters(self.model):
+            tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
 
     # ------------------------------------------------------------------------------------------- several on one base
 

@@ -225,13 +225,14 @@ def test_random_weights_travel_in_the_adapter_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path):
+def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path, capsys):
     path, _ = checkpoint(name)
     options = f"--checkpoint {path} --arch timm:{name} --image-size 32"
     results = finetune(options)
     metadata = read_adapter_file(results["folder"] / "lora.pth")["metadata"]
     assert metadata["arch"] == f"timm:{name}" and metadata["mean"] == metadata["std"] == [0.5, 0.5, 0.5]
     deploy_lora.main(["merge", str(results["folder"] / "lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    assert f"a state_dict for timm's {name} with 3 classes" in capsys.readouterr().out
     plain = timm.create_model(name, num_classes=3, **({"img_size": 32} if "vit" in name else {}))
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
     model, info = load_finetuned(results["folder"] / "lora.pth")
