@@ -430,6 +430,19 @@ def test_unloading_takes_all_out(manager, arch, alone):
     assert [type(m) for m in manager.model.modules()] == [type(m) for m in expected.modules()]
 
 
+def test_a_head_follows_the_mode_of_the_model(tmp_path):
+    """Its dropout must not drop in eval mode, whichever mode the model was in when the head was last in use."""
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
+    add_lora_to_model(model, r=1)
+    manager, x = LoRAManager(model), torch.randn(2, 4)
+    manager.save_lora_checkpoint(tmp_path / "lora.pth")
+    manager.load_lora_checkpoint(tmp_path / "lora.pth", name="same")  # in training mode
+    expected = model.eval()(x)
+    manager.use("same")
+    assert torch.equal(model(x), expected)
+
+
 def test_a_model_without_a_head(tmp_path):
     def build(r):
         torch.manual_seed(1)
