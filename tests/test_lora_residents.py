@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import randomize_adapters, resnet, vit
+from dense import DEVICES, randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
 import lora_residents
@@ -96,7 +96,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: nn.Module, expected: nn.Module) -> None:
+def assert_same(model: nn.Module, expected: nn.Module, device: str = "cpu") -> None:
     """Bit for bit: keys, numbers, outputs and gradients in both modes, what trains, classes of all modules."""
     theirs, ours = expected.state_dict(), model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -104,7 +104,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     assert count_parameters(model) == count_parameters(expected)
     assert base_digests(model) == base_digests(expected)
     assert trained_state(model).keys() == trained_state(expected).keys()
-    x = images()
+    x = images().to(device)
     for mode in (True, False):
         model.train(mode), expected.train(mode)
         assert torch.equal(model(x), expected(x))
@@ -398,6 +398,19 @@ def test_adapters_move_with_the_model_when_they_come_into_use(manager):
     for name in ("pets", None, "head"):
         manager.use(name)
         assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_compute_where_the_model_went(device, tmp_path):
+    manager = LoRAManager(base("vit"))
+    freeze_backbone_params(manager.model)
+    alone = {name: trained("vit", name, four_bits=name == "cars") for name in ("pets", "cars")}
+    for name, model in alone.items():
+        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
+    manager.model.to(device)
+    for name in ("cars", "pets", "cars"):
+        manager.use(name)
+        assert_same(manager.model, alone[name].to(device), device)
 
 
 def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
