@@ -1,26 +1,49 @@
-"""After training: look into an adapter file, or merge it with its base into one file that serves without this toolkit.
+"""After training: what is in an adapter file, its answers for images, and the files that serve without this toolkit.
 
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
+    python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
+    python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
+    python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
+    python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
+    python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
 
-Each command is a function of the parsed options; the table COMMANDS lists them all.
+Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each is a function of the parsed options; the
+table COMMANDS lists them all.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import os
 import reprlib
-from collections.abc import Callable, Sequence
+import shutil
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
+from torch import Tensor, nn
 
 from finetune_lora import load_finetuned
+from lora_peft import from_peft, to_peft
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError, printable
-from moco.files import open_atomically, save_atomically
-from moco.options import unknown_words
-from moco.runs import run_script
+from moco import InputError, listed, printable, reports, training
+from moco.backbones import forward_features
+from moco.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
+from moco.files import found_path, open_atomically, save_atomically, write_csv, write_text
+from moco.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
+from moco.options import positive_int, unknown_words, worker_count
+from moco.runs import faults_explained, progress_bar, run_script
+from moco.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+# ------------------------------------------------------------------------------------------------- what is in a file
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
@@ -40,6 +63,177 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100, 200, 200
 
+# -------------------------------------------------------------------------------------------------- answers for images
+
+TOP = 5  # classes of each image in the table of predictions
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Print how well the answers for labelled images are, and return it.
+
+    The images are those in the class folders of `images` or, without it, those that the run was evaluated on.
+    """
+    with _model_on_device(args) as (model, about, make_loader):
+        images = readable(_labelled_images(args.images, about))
+        result = training.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
+    per_class = reports.accuracy_per_class(result, about["class_names"])
+    results = {
+        "images": len(result.labels),
+        "accuracy": result.accuracy,
+        "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
+        "macro_f1": reports.macro_f1(result),
+        "loss": result.loss,
+        "accuracy_per_class": per_class,
+    }
+    if args.output is not None:
+        write_text(json.dumps(results, indent=2), args.output)
+    balanced, f1 = results["balanced_accuracy"], results["macro_f1"]
+    print(f"{args.adapter}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
+    print(f"balanced over classes {balanced:.4f}, macro F1 {f1:.4f}")
+    return results
+
+
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Write the most probable classes of each image as a table, a row an image, and return its rows."""
+    with _model_on_device(args) as (model, about, make_loader):
+        names = about["class_names"]
+        if args.sort_into is not None:
+            _check_folder_names(names)
+        images = readable(_images(args.images))
+        logits = _outputs(args, model, make_loader(images), "predict")
+    probabilities, classes = logits.softmax(1).topk(min(TOP, len(names)))  # (N, classes) -> (N, TOP)
+    columns = ["path", "class", "probability"]
+    for place in range(2, probabilities.shape[1] + 1):
+        columns += [f"class_{place}", f"probability_{place}"]
+    rows = []
+    for i, (shares, numbers) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
+        cells = (cell for share, n in zip(shares, numbers, strict=True) for cell in (names[n], f"{share:.4f}"))
+        rows.append(dict(zip(columns, [images.name(i), *cells], strict=True)))
+    write_csv(rows, columns, args.output)
+    print(f"wrote {args.output}: {len(rows)} images")
+    if args.sort_into is not None:
+        _sort(rows, args.sort_into)
+    return rows
+
+
+def embed(args: argparse.Namespace) -> Tensor:
+    """Write what the classifier head receives for each image, and return it: float32, (N, D).
+
+    `--output features.npy` is the array; `features_paths.csv` beside it has the path of each of its rows.
+    """
+    with _model_on_device(args) as (model, _, make_loader):
+        images = readable(_images(args.images))
+        features = _outputs(args, model, make_loader(images), "embed", forward_features)
+    with open_atomically(args.output) as file:
+        np.save(file, features.numpy())
+    paths = args.output.with_name(f"{args.output.stem}_paths.csv")
+    write_csv([{"path": images.name(i)} for i in range(len(images))], ["path"], paths)
+    print(f"wrote {args.output}: {len(features)} images, {features.shape[1]} numbers each; their paths are in {paths}")
+    return features
+
+
+@contextlib.contextmanager
+def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
+    """The model on --device, what its file says, and what makes a loader of images; faults come with a remedy."""
+    device, _ = _device_and_precision(args)
+    with faults_explained(device, "lower --batch-size") as loaders:
+        model, about = load_finetuned(args.adapter, args.checkpoint)
+
+        def make_loader(images: LabelledImages):
+            transformed = Transformed(images, about["transform"])
+            loaders.append(build_loader(transformed, args.batch_size, workers=args.workers, device=device))
+            return loaders[-1]
+
+        yield model.to(device), about, make_loader
+
+
+def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    device = training.select_device(args.device)
+    return device, training.select_precision("auto", device)
+
+
+@torch.no_grad()
+def _outputs(args, model: nn.Module, loader, title: str, compute: Callable = nn.Module.__call__) -> Tensor:
+    """`compute(model, images)` of all images, float32 on the CPU: (N, D)."""
+    device, dtype = _device_and_precision(args)
+    outputs = []
+    for images, _ in progress_bar(loader, title):
+        with training.autocast(device, dtype):
+            outputs.append(compute(model, training.to_device(images, device)).float().cpu())
+    return torch.cat(outputs)
+
+
+def _images(paths: Sequence[Path]) -> LabelledImages:
+    """The image files named, and all those in the folders named and below. Raises InputError for paths without any."""
+    names = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise InputError(f"{path}: no such file or folder; give images, or folders of images")
+        found = [f"{path}/{name}" for name in image_names(path)] if os.path.isdir(path) else [str(path)]
+        if not found:
+            raise InputError(f"{path}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
+        names += found
+    names = list(dict.fromkeys(names))
+    labels = [UNLABELLED] * len(names)
+    return LabelledImages(ImageFiles("", names, labels), labels)
+
+
+def _labelled_images(folder: Path | None, about: dict[str, Any]) -> LabelledImages:
+    """All images in the class folders of a folder, or of the val/ in it; None: those that the run was evaluated on."""
+    known = about["class_names"]
+    if folder is None:
+        splits = load_splits(**_data_of_run(about))
+        unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
+    else:
+        folder = evaluation_folder(folder) or folder
+        unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
+        files = labelled_files(folder, known, every=False)
+        images = LabelledImages(files, files.labels)
+    if unknown:
+        raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
+    return images
+
+
+def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_splits` for the images of the run that wrote the file."""
+    config = about.get("config")
+    recorded = config.get("data") if isinstance(config, dict) else None
+    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
+    if not isinstance(recorded, dict) or any(type(recorded.get(k)) not in (t, type(None)) for k, t in kinds.items()):
+        raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
+    data = {key: recorded[key] for key in kinds if recorded.get(key) is not None}
+    for key in ("data_dir", "val_dir"):
+        if key in data:
+            data[key] = found_path(data[key])
+    return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
+
+
+def _check_folder_names(names: Sequence[str]) -> None:
+    """Raises InputError for class names that are no names of folders: a stranger's file may say ../../somewhere."""
+    wrong = [name for name in names if name in ("", ".", "..") or set(name) & {"/", "\\", "\0", os.sep}]
+    if wrong:
+        raise InputError(f"--sort-into: a class of the adapter cannot be the name of a folder: {listed(wrong)}")
+
+
+def _sort(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Copy each image into the folder of its class. Files of the same name are numbered."""
+    last = Counter()  # the number of the last file of each name
+    for row in rows:
+        source, target = Path(row["path"]), folder / row["class"]
+        wanted = free = target / source.name
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            while free.exists():
+                last[wanted] += 1
+                free = target / f"{source.stem}_{last[wanted]}{source.suffix}"
+            shutil.copyfile(source, free)
+        except OSError as error:
+            raise InputError(f"--sort-into {folder}: cannot copy {source}: {error.strerror}") from None
+    print(f"copied {len(rows)} images into {folder}, a folder for each class")
+
+
+# ------------------------------------------------------------------------------ files that serve without this toolkit
+
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Write base and adapter as one state_dict with torchvision's own keys; returns the adapter's metadata."""
@@ -56,36 +250,193 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
-def check_merge(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `merge`."""
+class Normalised(nn.Module):
+    """A model that takes images from 0 to 1 and normalises them itself: (N, 3, S, S) -> (N, classes)."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+def export(args: argparse.Namespace) -> dict[str, str]:
+    """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
+
+    Its input is `images`, float32 (N, 3, S, S), normalised as in training or, with --normalise, from 0 to 1; its output
+    is `logits`, (N, classes).
+
+    Returns:
+        What is written about the model into the file: `class_names` and the other values as JSON.
+    """
+    model, metadata = load_finetuned(args.adapter, args.checkpoint)
+    model = LoRAManager(model).unload(merge=True).requires_grad_(False)
+    mean, std = _normalisation(metadata)
+    about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
+    about |= {"mean": mean, "std": std, "normalised_inside": args.normalise}
+    about = {key: json.dumps(value) for key, value in about.items()}
+    if args.normalise:
+        model = Normalised(model, mean, std).eval()
+    program = _graph(model, metadata["image_size"])
+    with open_atomically(args.output) as file:
+        file.write(_as_onnx(program, about) if args.output.suffix == ".onnx" else _as_pt2(program, about))
+    size = metadata["image_size"]
+    print(f"wrote {args.output}: {metadata['arch']} for images of {size} pixels; its metadata: {', '.join(about)}")
+    return about
+
+
+def _normalisation(metadata: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel. Raises InputError if the file has something else there."""
+    mean, std = metadata.get("mean", list(IMAGENET_MEAN)), metadata.get("std", list(IMAGENET_STD))
+    for values in (mean, std):
+        if type(values) is not list or len(values) != 3 or not all(type(value) in (int, float) for value in values):
+            raise InputError("the file is damaged: its mean or std is not three numbers")
+    return mean, std
+
+
+def _graph(model: nn.Module, image_size: int) -> torch.export.ExportedProgram:
+    """The model as a graph with a free number of images."""
+    images = torch.zeros(2, 3, image_size, image_size)
+    with_fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(with_fast_path)
+
+
+def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=about)
+    return file.getvalue()
+
+
+def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the exporter itself will change
+        names = {"input_names": ["images"], "output_names": ["logits"]}
+        graph = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    graph.model.metadata_props.update(about)
+    return graph.model_proto.SerializeToString()
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the adapter in PEFT's format (`--to peft`), or one of PEFT's in this toolkit's (`--from peft`)."""
+    if args.to is not None:
+        error = to_peft(args.adapter, args.output, args.checkpoint)
+    else:
+        error = from_peft(args.adapter, args.output, args.checkpoint, args.class_names, args.image_size)
+    print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+ON_IMAGES = ("evaluate", "predict", "embed")  # these compute on a device
+SUFFIXES = {  # of --output
+    "evaluate": (".json",),
+    "predict": (".csv",),
+    "embed": (".npy",),
+    "export": (".onnx", ".pt2"),
+}
+
+
+def check_output(args: argparse.Namespace) -> list[str]:
+    """What is wrong with --output, before anything is computed."""
     if args.output is None:
-        return ["--output: expected a value, the file to write"]
+        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
+    suffixes = SUFFIXES.get(args.command, ())
+    if suffixes and args.output.suffix not in suffixes:
+        return [f"--output {args.output}: the name must end in {' or '.join(suffixes)}"]
+    if not os.path.isdir(args.output.parent):
+        return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
+    if os.path.isdir(args.output) and args.command != "convert":
+        return [f"--output {args.output}: a folder; name a file"]
+    images = getattr(args, "images", None)
     return [
-        f"--output {args.output} is what is to be merged; name another file"
-        for path in (args.adapter, args.checkpoint)
+        f"--output {args.output} is read by this very command; name another file"
+        for path in (args.adapter, args.checkpoint, *(images if isinstance(images, list) else []))
         if path is not None and os.path.exists(args.output) and os.path.exists(path)
         if os.path.samefile(args.output, path)
     ]
 
 
+def check_export(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `export`, or missing for them."""
+    problems = check_output(args)
+    if not problems and args.output.suffix == ".onnx":
+        try:
+            import onnx  # noqa: F401 - torch.onnx.export imports both
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            problems = [f"--output {args.output}: needs onnx and onnxscript ({error}): pip install onnx onnxscript"]
+    return problems
+
+
+def check_predict(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `predict`."""
+    problems, folder = check_output(args), args.sort_into
+    if folder is not None and os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        problems.append(f"--sort-into {folder}: it is there already; name a new or an empty folder")
+    return problems
+
+
+def check_convert(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `convert`."""
+    problems = check_output(args)
+    if (args.to is None) == (args.source is None):
+        problems.append("say which way to convert: --to peft or --from peft")
+    elif args.source and args.checkpoint is None:
+        problems.append("--from peft needs --checkpoint, the base that PEFT adapted")
+    return problems
+
+
 # Command -> what it does, what is wrong with its options, and its line of help.
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
-    "merge": (merge, check_merge, "base and adapter as one state_dict that plain torchvision loads"),
+    "evaluate": (evaluate, check_output, "accuracy on labelled images"),
+    "predict": (predict, check_predict, "the most probable classes of images, as a table"),
+    "embed": (embed, check_output, "the features of images, as an array"),
+    "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
+    "export": (export, check_export, "the merged model as a graph for onnxruntime or torch.export"),
+    "convert": (convert, check_convert, "to the adapter format of PEFT, and back"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run one of COMMANDS. Raises InputError with all that is wrong with the options, or for files that do not fit."""
-    parser = argparse.ArgumentParser(description="Look into an adapter file, or merge it into one state_dict.")
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line, and that of each command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True)
     parsers = {
         name: subparsers.add_parser(name, help=text, allow_abbrev=False) for name, (*_, text) in COMMANDS.items()
     }
-    for command in parsers.values():
+    for name, command in parsers.items():
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
-    parsers["merge"].add_argument("--output", type=Path, help="file to write, .pth or .safetensors")
-    parsers["merge"].add_argument("--checkpoint", type=Path, help="the base, if it is not where it was at training")
+        if name != "info":
+            command.add_argument("--output", type=Path, help="what to write")
+            command.add_argument("--checkpoint", type=Path, help="the base, if it is not where it was at training")
+        if name in ON_IMAGES:
+            command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
+            command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+            command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
+    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help="folder with a folder of images per class")
+    for name in ("predict", "embed"):
+        parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+    parsers["predict"].add_argument("--sort-into", type=Path, help="copy each image into a folder of its class in here")
+    parsers["export"].add_argument("--normalise", action="store_true", help="the graph takes images from 0 to 1")
+    direction = parsers["convert"]
+    direction.add_argument("--to", choices=["peft"], help="write PEFT's format, into the folder --output")
+    direction.add_argument("--from", choices=["peft"], dest="source", help="read a folder that PEFT wrote")
+    direction.add_argument("--class-names", nargs="+", help="with --from: names of the outputs; default: numbers")
+    direction.add_argument("--image-size", type=positive_int, help="with --from: pixels; default: the checkpoint's own")
+    return parser, parsers
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Run one of COMMANDS. Raises InputError with all that is wrong with the options, or for files that do not fit."""
+    parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
     run, check, _ = COMMANDS[args.command]
     problems = unknown_words(parsers[args.command], rest) + check(args)

@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,23 +34,22 @@ from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
-from lora_functional import LoRASettings, NF4Weight
+from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import ARCHS, build_backbone, head_name, headless, unwrapped
+from moco.backbones import build_backbone, head_name, headless, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
-from moco.options import positive_int
-from moco.probe import head_accuracy, init_head_from_probe, soften_head
+from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
 from moco.training import evaluate
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
-RETREATS, RETREAT_FACTOR = 3, 3.0  # how often a collapsed run goes back, and what divides its learning rate then
+RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
@@ -437,6 +435,8 @@ def add_lora_to_model(
     exclude_modules: str | Sequence[str] | None = None,
     use_qlora: bool = False,
     use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -447,6 +447,8 @@ def add_lora_to_model(
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits.
+        rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
+            in `target_modules`, selects; the first name that does counts.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
@@ -461,7 +463,7 @@ def add_lora_to_model(
         raise InputError(
             f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
         )
-    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora)
+    return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora)
 
 
 def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
@@ -588,12 +590,12 @@ def choose_layers(
         kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
-        matches = {target: [name for name in candidates if _matches(name, target)] for target in targets}
+        matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
         unmatched = [target for target in targets if not matches[target]]
         if unmatched:
             raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
         chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
-    chosen = {n: layer for n, layer in chosen.items() if not any(_matches(n, target) for target in excluded or ())}
+    chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
@@ -610,14 +612,6 @@ def _has_adapted_kind(layer: nn.Module) -> bool:
 def _in_head(model: nn.Module, name: str) -> bool:
     head = head_name(model)
     return head is not None and f"{name}.".startswith(f"{head}.")
-
-
-def _matches(name: str, target: str) -> bool:
-    """Is the target the name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
-    try:
-        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
 
 
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
@@ -733,20 +727,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    switch = argparse.BooleanOptionalAction
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="any MoCo or torchvision checkpoint")
-    model.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
-    model.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
-    model.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
-    model.add_argument("--from-scratch", action=switch, default=False, help="the same architecture, random weights")
-    source = options.add_data_options(parser)
-    source.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
-    source.add_argument(
-        "--augmentation", choices=data.AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
-    )
+    options.add_model_options(parser, DEFAULT_CHECKPOINT)
+    options.add_training_data_options(options.add_data_options(parser))
     options.add_finetune_options(parser)
     return parser
 
@@ -850,7 +834,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args))
+        add_lora_to_model(model, **options.lora_options(args, model))
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
@@ -936,10 +920,11 @@ class FineTuning:
             training.seed_everything(args.seed + distributed.rank())
         self.stop = runs.StopRequests()
         self.progress: training.Progress | None = None  # of the epoch that has begun
-        self.epoch_start: dict[str, Any] | None = None  # `trained()` when it began
+        self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.retreats: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}  # training
+        self.temperatures = (1.0, 0.0)  # of the head, see `head_temperatures`
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -964,7 +949,12 @@ class FineTuning:
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
             fixed = self.args.lora_rank == 0 and self.args.freeze_backbone  # features, which a head cannot harm
             steps = 0 if fixed else self.steps_per_epoch * self.args.epochs
-            soften_head(self.model, *augmented, self.args.learning_rate, steps, self.args.label_smoothing)
+            self.temperatures = head_temperatures(self.model, *augmented, steps, self.args.label_smoothing)
+            soften_head(self.model, self.temperature())
+
+    def temperature(self) -> float:
+        """What the head's logits are divided by at the start, at the present learning rate."""
+        return max(self.temperatures[0], self.temperatures[1] * self.schedule.base_lrs[0])
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -990,7 +980,8 @@ class FineTuning:
         epoch = len(self.history) + 1
         if self.progress is None:
             self.progress = training.Progress(self.optimizer.param_groups[0]["lr"])
-            self.epoch_start = runs.copy_to_cpu(self.trained())
+            if self.does_well():
+                self.good = runs.copy_to_cpu({"epochs": len(self.history), "state": self.trained()})
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
@@ -1006,7 +997,7 @@ class FineTuning:
                     return False
                 self.stop.check()
         result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
-        if self.has_collapsed(result.accuracy):
+        if self.lost(result.accuracy, 1 / 2):
             return False
         seconds = time.perf_counter() - started
         row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
@@ -1014,28 +1005,36 @@ class FineTuning:
         self.progress = None
         return True
 
-    def has_collapsed(self, accuracy: float) -> bool:
-        """Is a third of what the best epoch, or the probe, was better than a constant answer lost, or more?"""
+    def lost(self, accuracy: float, share: float) -> bool:
+        """Is this share lost of what the best epoch, or the probe, is better than a constant answer? Not by chance?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
-        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
+        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # standard errors
         # BatchNorm that trains needs some epochs for its running statistics: until then evaluation tells nothing.
-        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) / 3, chance)
+        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+
+    def does_well(self) -> bool:
+        """Is this a state to go back to?"""
+        return not self.history or not self.lost(self.history[-1]["val_accuracy"], 1 / 8)
 
     def retreat(self) -> None:
-        """Go back to the start of the epoch and lower the learning rate. Raises InputError after RETREATS times."""
-        epoch, rate = len(self.history) + 1, self.schedule.base_lrs[0]
-        if len(self.retreats) == RETREATS:
+        """Go back to the last good state and lower the learning rate. Raises InputError after RETREATS times."""
+        epoch, rate, temperature = len(self.history) + 1, self.schedule.base_lrs[0], self.temperature()
+        self.restore(self.good["state"])
+        self.history, self.progress = self.history[: self.good["epochs"]], None
+        self.retreats.append({"epoch": epoch, "learning_rate": rate})
+        if len(self.retreats) > RETREATS:
+            self.save()
             raise InputError(
                 f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
                 "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
-                f"{epoch - 1} is in {self.path('lora.pth')}"
+                f"{len(self.history)} is in {self.path('lora.pth')}"
             )
-        self.restore(runs.copy_to_cpu(self.epoch_start))
         training.lower_rates(self.schedule, RETREAT_FACTOR)
-        self.progress = None
-        self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        lower = self.schedule.base_lrs[0]
-        print(f"epoch {epoch}: training collapsed; once more with learning rate {lower:.1e} in place of {rate:.1e}")
+        if not self.history:  # the head need not be so soft
+            soften_head(self.model, self.temperature() / temperature)
+        self.save()
+        rate = self.schedule.base_lrs[0]
+        print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, with learning rate {rate:.1e}")
 
     def steps(self, epoch: int, start: int) -> Iterator[training.MicroBatches]:
         """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
@@ -1124,7 +1123,7 @@ class FineTuning:
             "std": list(data.IMAGENET_STD),
             "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
-            "lora": options.lora_options(self.args),
+            "lora": options.lora_options(self.args, self.model),
             "epoch": len(self.history),
             "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
             "config": self.config,
@@ -1135,7 +1134,8 @@ class FineTuning:
         return {
             **self.trained(),
             "progress": vars(self.progress) if self.progress else None,
-            "epoch_start": self.epoch_start if self.progress else None,
+            "good": self.good if self.progress or not self.does_well() else None,  # then it is this very state
+            "temperatures": self.temperatures,
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,
@@ -1161,7 +1161,7 @@ class FineTuning:
         runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
-        self.epoch_start = state["epoch_start"]
+        self.good, self.temperatures = state["good"], state["temperatures"]
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 

@@ -26,8 +26,9 @@ import functools
 import logging
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco import InputError
+from moco import InputError, listed
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
@@ -82,6 +83,42 @@ class LoRASettings:
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def matches_layer(name: str, target: str) -> bool:
+    """Is the target a layer's name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
+    try:
+        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
+
+
+def settings_by_layer(
+    layers: Iterable[str],
+    settings: LoRASettings,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, LoRASettings]:
+    """The settings of each layer by its name: those given, with another rank or alpha where a pattern has one for it.
+
+    Args:
+        rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
+
+    Raises:
+        InputError: a target that matches no layer, or a value out of its range.
+    """
+    layers, patterns = list(layers), {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
+    for target in (target for pattern in patterns.values() for target in pattern):
+        if not any(matches_layer(name, target) for name in layers):
+            raise InputError(f"no adapted layer matches {target!r}; there are: {listed(layers, 12)}")
+    chosen = {}
+    for name in layers:
+        changes = {}
+        for field, pattern in patterns.items():
+            values = [value for target, value in pattern.items() if matches_layer(name, target)]
+            changes |= {field: values[0]} if values else {}
+        chosen[name] = replace(settings, **changes)
+    return chosen
 
 
 class NF4Weight:

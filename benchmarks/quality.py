@@ -4,12 +4,16 @@
     python -m benchmarks.quality --seeds 2 --labels 10 --methods probe lora_8 full
     python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep_pretrain.pth.tar --config my.yaml
     python -m benchmarks.quality --workers 2                                # two runs at a time, a thread each
+    python -m benchmarks.quality --rates --methods probe lora_8 full peft   # accuracy over the learning rates
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
 labels the learning rate is chosen first, on a validation part of the training split and with a seed that is not used
 again: from where a method's search begins it goes on until the best rate has a worse one on either side. Then each seed
 is trained with that rate and evaluated on the held-out split after the last epoch: no epoch is picked by its held-out
 accuracy. Every finished run is a line in `runs.jsonl`; the same command goes on where it stopped.
+
+With `--rates` nothing is chosen: each method is trained at every rate from 1e-5 to 1e-2 and evaluated on the held-out
+split. That shows how wide the range is in which it works, and what somebody gets who types another rate than the best.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import finetune_lora
+from finetune_lora import choose_layers, head_name
 from moco import InputError
 from moco.options import positive_int
 from moco.runs import run_script
@@ -39,6 +44,7 @@ from moco.runs import run_script
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+SWEPT = RATES[:7]  # with --rates
 
 
 def adapters(r: int) -> list[str]:
@@ -53,17 +59,29 @@ METHODS = {
     **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", *adapters(r)], 3e-3) for r in (4, 8, 16)},
     "full": ("full fine-tuning", FULL, 3e-4),
     "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
+    "peft": ("PEFT r=8", [*adapters(8), "--head-init", "random"], 3e-3),  # see `_peft_layers`
 }
 TUNING_SEED = 1000
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run what is missing of the table, then print it and write `quality.json` and `quality.png`."""
+    """Run what is missing of the table or of the sweep, then print it and write it as json and as a picture."""
     args, passed_on = parse(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     log = Log(args.output_dir / "runs.jsonl", passed_on)
     budgets = [None if labels == "all" else int(labels) for labels in args.labels]
     cells = [(method, budget) for budget in budgets for method in args.methods]
+    rows = sweep(cells, log, args) if args.rates else compare(cells, log, args)
+    result = {"options": passed_on, "torch": torch.__version__, "rows": rows}
+    name, draw = ("rates", plot_rates) if args.rates else ("quality", plot)
+    (args.output_dir / f"{name}.json").write_text(json.dumps(result, indent=2))
+    draw(rows, args.output_dir / f"{name}.png")
+    print(table_of_rates(rows) if args.rates else table(rows))
+    return result
+
+
+def compare(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each method with its best rate: a row for each cell, a method and a number of labels per class."""
     # Until the best rate of every method has a worse one on either side, so that none is held back by its grid.
     while runs := [run for cell in cells for run in log.rates_to_try(*cell)]:
         run_missing(runs, log, args.workers)
@@ -73,11 +91,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     rows = [log.row(method, budget, rates[method, budget], args.seeds) for method, budget in cells]
     add_shares(rows)
-    result = {"options": passed_on, "torch": torch.__version__, "rows": rows}
-    (args.output_dir / "quality.json").write_text(json.dumps(result, indent=2))
-    plot(rows, args.output_dir / "quality.png")
-    print(table(rows))
-    return result
+    return rows
+
+
+def sweep(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each method at every rate: a row for each cell and rate."""
+    points = [(*cell, rate) for cell in cells for rate in SWEPT]
+    run_missing([(*point, seed, "held-out") for point in points for seed in range(args.seeds)], log, args.workers)
+    return [log.row(*point, args.seeds) for point in points]
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -88,6 +109,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--labels", nargs="+", default=["10", "50", "all"], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5)
+    parser.add_argument("--rates", action="store_true", help="every method at every learning rate, none chosen")
     parser.add_argument("--workers", type=positive_int, default=1, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/quality"))
     args, passed_on = parser.parse_known_args(argv)
@@ -155,6 +177,8 @@ class Log:
             "accuracies": accuracies,
             "mean": statistics.mean(accuracies),
             "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
+            "above_probe": [record["accuracy"] - record["probe"] for record in records if record["probe"] is not None],
+            "retreats": sum(record["retreats"] for record in records),  # how often a rate was lowered
             **{key: statistics.median(record[key] for record in records) for key in ("seconds", "cpu_seconds")},
             **{key: first[key] for key in ("trainable_share", "peak_memory_bytes", "adapter_bytes")},
         }
@@ -200,7 +224,8 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     """One run of `finetune_lora.py`: its accuracy after the last epoch, and its costs."""
     (method, budget, rate, seed, split), options, threads = job
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    layers = _peft_layers() if method == "peft" else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, _quiet(), layers:
         flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
         flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
@@ -213,6 +238,8 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
         "flags": METHODS[method][1],
         "accuracy": results["val_accuracy"],
         "loss": float(last[2]),
+        "probe": results["probe_accuracy_before"],
+        "retreats": len(results["retreats"]),
         "seconds": results["seconds"],
         "cpu_seconds": cpu_seconds,
         "trainable_share": results["trainable_parameters"] / results["total_parameters"],
@@ -225,6 +252,29 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+@contextlib.contextmanager
+def _peft_layers() -> Iterator[None]:
+    """Within the block `finetune_lora.py` trains PEFT's layers in place of its own, and its head, as PEFT's users do.
+
+    PEFT leaves BatchNorm in training mode, which the loop then takes into account: no epoch counts as a collapse.
+    """
+    import peft
+
+    def add(model, r: int, lora_alpha: float, **_):
+        config = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(choose_layers(model)))
+        return peft.inject_adapter_in_model(config, model)
+
+    def freeze(model):
+        getattr(model, head_name(model)).requires_grad_(True)  # PEFT has frozen all but its own
+
+    ours = finetune_lora.add_lora_to_model, finetune_lora.freeze_backbone_params
+    finetune_lora.add_lora_to_model, finetune_lora.freeze_backbone_params = add, freeze
+    try:
+        yield
+    finally:
+        finetune_lora.add_lora_to_model, finetune_lora.freeze_backbone_params = ours
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -261,6 +311,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def table_of_rates(rows: list[dict[str, Any]]) -> str:
+    """A row for each method and number of labels, a column for each rate, and the probe that the runs began with."""
+    lines = [
+        f"| labels per class | method | {' | '.join(f'{r:g}' for r in SWEPT)} | least over probe | rates lowered |",
+        "|---" * (len(SWEPT) + 4) + "|",
+    ]
+    for start in range(0, len(rows), len(SWEPT)):
+        mine = rows[start : start + len(SWEPT)]
+        lowest = [min(row["above_probe"]) for row in mine if row["above_probe"]]
+        cells = [str(mine[0]["labels_per_class"] or "all"), mine[0]["title"]]
+        cells += [f"{row['mean']:.1%}" for row in mine]
+        cells += [f"{100 * min(lowest):+.1f}" if lowest else "", str(sum(row["retreats"] for row in mine) or "")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
 MARKERS = "osD^v"
 
@@ -287,6 +353,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("held-out accuracy (%), mean and standard deviation over seeds")
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_rates(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over the learning rate, mean and standard deviation over seeds: a panel per number of labels."""
+    budgets = list(dict.fromkeys(row["labels_per_class"] for row in rows))
+    figure = Figure(figsize=(1 + 4.5 * len(budgets), 4), layout="constrained")
+    for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
+        for i, title in enumerate(dict.fromkeys(row["title"] for row in rows)):
+            mine = [row for row in rows if row["labels_per_class"] == budget and row["title"] == title]
+            axes.errorbar(
+                [row["learning_rate"] for row in mine],
+                [100 * row["mean"] for row in mine],
+                yerr=[100 * row["spread"] for row in mine],
+                marker=MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                capsize=3,
+                label=title,
+            )
+        axes.set(xscale="log", xlabel="learning rate", title=f"{budget} labels per class" if budget else "all labels")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("held-out accuracy (%)")
+    figure.axes[0].legend()
     figure.savefig(path, dpi=150)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import re
 
 import torch
 from torch import nn
@@ -97,6 +98,43 @@ def headless(model: nn.Module) -> nn.Module:
     copied = copy.copy(model)
     copied._modules = {**model._modules, name: nn.Identity()}
     return copied
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks.
+
+    Of other models: the modules of the first `Sequential` or `ModuleList` of several that are of one type.
+    """
+    stages = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
+    if stages:
+        return stages
+    for name, module in model.named_modules():
+        children = list(module.children())
+        alike = any(all(isinstance(child, type(one)) for child in children) for one in children)  # fused ones too
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and alike:
+            return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+    return []
+
+
+def modules_below(model: nn.Module, blocks: int) -> list[str]:
+    """What comes before the last so many blocks of a model, as regular expressions that match the names in full.
+
+    As `exclude_modules` they leave adapters to the upper blocks alone. Nothing below them is then saved for backward.
+
+    Raises:
+        InputError: the model has fewer blocks.
+    """
+    names = block_names(model)
+    if not 1 <= blocks <= len(names):
+        raise InputError(f"the last {blocks} blocks cannot be adapted: this model has {len(names)}")
+    first, below = names[-blocks], []
+    for name, _ in model.named_modules():
+        if name == first:
+            break
+        inside = any(name.startswith(f"{other}.") for other in below)
+        if name and not inside and not first.startswith(f"{name}."):
+            below.append(name)
+    return [rf"{re.escape(name)}(\..+)?" for name in below]
 
 
 def _check_arch(arch: str) -> None:

@@ -21,7 +21,7 @@ from moco.folders import ImageFiles, unreadable
 from moco.transforms import AtMost, View
 
 CACHES = ("none", "ram", "disk")
-_FORMAT = 1  # raise it with every change to what is kept
+_FORMAT = 2  # raise it with every change to what is kept
 _MEMORY = Path("/dev/shm")  # a file system in memory: Linux's
 _PREFIX = "moco-images-"
 
@@ -29,7 +29,7 @@ _PREFIX = "moco-images-"
 class KeptImages(ImageFiles):
     """`ImageFiles` whose images, once decoded and resized, are kept in a folder, a file each.
 
-    A file's name is a digest of the image's path, size and time of change and of how it was resized: what is kept is
+    A file's name is a digest of the image's path, size and times of change and of how it was resized: what is kept is
     never of an older image, and several runs can share a folder. Each is written whole or not at all.
 
     Args:
@@ -58,7 +58,9 @@ class KeptImages(ImageFiles):
             status = os.stat(path)
         except OSError as error:
             raise unreadable(path, error) from None
-        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+        # A copy that keeps the old time of modification (rsync -t) shows in the time of change, which nobody can set.
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {times}"
         name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
         return self.kept / name[:2] / name
 
@@ -96,7 +98,7 @@ def keep_images(images: LabelledImages, where: str, image_size: int) -> Labelled
     Raises:
         InputError: there is no such place, or not enough room.
     """
-    if where == "none" or not isinstance(images.source, ImageFiles):  # others are in memory already
+    if where == "none" or type(images.source) is not ImageFiles:  # others are in memory, or read from archives
         return images
     # All processes of a run use the folder of the first.
     folder = distributed.gather(

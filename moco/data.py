@@ -35,6 +35,7 @@ from moco.folders import (
     list_has_labels,
     read_list,
 )
+from moco.shards import ShardedImages, read_shards, shard_names
 from moco.transforms import AUGMENTATIONS as AUGMENTATIONS  # these belong to this module's interface
 from moco.transforms import IMAGENET_MEAN as IMAGENET_MEAN
 from moco.transforms import IMAGENET_STD as IMAGENET_STD
@@ -209,6 +210,9 @@ def load_unlabelled(
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
         if (folder / "train").is_dir():
             folder = folder / "train"
+        if shard_names(folder):
+            images = read_shards(folder)[0]
+            return LabelledImages(images, images.labels)
         names = image_names(folder)
         if not names:
             raise InputError(f"{folder}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
@@ -218,11 +222,12 @@ def load_unlabelled(
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
-    """Does the folder have class folders, or the list labels?"""
+    """Does the folder have class folders, or archives with labels, or the list labels?"""
     if data_list:
         return list_has_labels(Path(data_list[0]))
     root = _folder_of_images(data_dir)
-    return has_class_folders(root / "train" if (root / "train").is_dir() else root)
+    root = root / "train" if (root / "train").is_dir() else root
+    return bool(read_shards(root)[1]) if shard_names(root) else has_class_folders(root)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take s
 
 def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
     """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning."""
-    if not (isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)) or not distributed.is_main():
+    if not (type(train.source) is type(val.source) is ImageFiles) or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
         return
@@ -293,22 +298,26 @@ def _digits(data_dir: str | Path | None) -> Splits:
 
 
 def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool) -> Splits:
-    """Folders with a folder of images per class: train/ and an evaluation folder, or one set, which is split here."""
+    """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set, which
+    is split here.
+    """
     root = _folder_of_images(data_dir)
     train = root / "train" if (root / "train").is_dir() else root
     if val_dir is not None:
         held_out = _existing("--val-dir", val_dir)
-    elif train == root:
-        class_names = class_folders(root)
-        return Splits(*validation_part(_folder_images(root, class_names)), class_names)
     else:
-        held_out = evaluation_folder(root) if needs_val else None
-    if held_out is None and needs_val:
+        held_out = evaluation_folder(root) if needs_val and train != root else None
+    if held_out is None and needs_val and train != root:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
             "put the class folders straight into --data-dir"
         )
+    if shard_names(train):
+        folders = [train] if held_out is None else [train, held_out]
+        return _by_label(folders, [read_shards(folder) for folder in folders], split=train == root)
     class_names = class_folders(train)
+    if held_out is None and train == root:
+        return Splits(*validation_part(_folder_images(root, class_names)), class_names)
     images = _folder_images(train, class_names)
     if held_out is None:
         return Splits(images, images.subset([]), class_names)
@@ -348,19 +357,33 @@ def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Sp
         )
     paths = [Path(path) for path in lists]
     folders = [_existing("--data-dir", data_dir) if data_dir else path.parent for path in paths]
-    contents = [read_list(path, folder) for path, folder in zip(paths, folders, strict=True)]
-    for path, (_, labels) in zip(paths, contents, strict=True):
+    contents = []
+    for path, folder in zip(paths, folders, strict=True):
+        names, labels = read_list(path, folder)
         if not labels:
             raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
+        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names)), labels))
+    return _by_label(paths, contents, split=True)
+
+
+def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]], split: bool) -> Splits:
+    """Images whose labels are text: of one place, of which `split` holds a part out, or of two."""
+    for place, (_, labels) in zip(places, contents, strict=True):
+        if not labels:
+            raise InputError(
+                f"{place}: its images have no labels, a .cls beside each .jpg; only pretraining needs none"
+            )
     class_names = _in_order(set(contents[0][1]))
     if len(class_names) < 2:
-        raise InputError(f"--data-list {paths[0]}: expected at least two classes, found only {printable(*class_names)}")
-    _check_classes(paths[-1], contents[-1][1], paths[0], class_names)
+        raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
+    _check_classes(places[-1], contents[-1][1], places[0], class_names)
     numbers, parts = {name: number for number, name in enumerate(class_names)}, []
-    for folder, (names, labels) in zip(folders, contents, strict=True):
-        numbered = [numbers[label] for label in labels]
-        parts.append(LabelledImages(ImageFiles(folder, names, numbered), numbered))
-    return Splits(*(parts if len(parts) == 2 else validation_part(parts[0])), class_names)
+    for files, labels in contents:
+        files.labels = [numbers[label] for label in labels]
+        parts.append(LabelledImages(files, files.labels))
+    if len(parts) == 1:
+        parts = validation_part(parts[0]) if split else (parts[0], parts[0].subset([]))
+    return Splits(*parts, class_names)
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -531,12 +554,25 @@ class Batches(Sampler):
     on (seed, epoch, position): neither the number of workers or processes nor where a run was interrupted changes what
     an epoch consists of. Every pass is the next epoch. Set `epoch` and `start` to choose: `start` batches are left out.
 
+    Of images in archives (`moco.shards`) a shuffled order takes a few archives at a time.
+
     A share is every W-th position of a batch. Where W processes do not all get one, a process without has no such batch
     in fixed order, and in shuffled order the batch's first image as a stand-in (`has_share` tells).
     """
 
-    def __init__(self, count: int, batch_size: int, shuffle: bool = False, seed: int = 0, drop_last: bool = False):
+    ARCHIVES_AT_A_TIME = 8
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        archives: np.ndarray | None = None,
+    ):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.archives = archives  # the number of each image's archive, if the images are in archives
         self.epoch = self.start = 0
         self.number = count // batch_size if drop_last else -(-count // batch_size)
 
@@ -550,9 +586,7 @@ class Batches(Sampler):
     def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         epoch, start = self.epoch, self.start
         self.epoch, self.start = epoch + 1, 0
-        order = torch.arange(self.count)
-        if self.shuffle:
-            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(_derive_seed(self.seed, epoch)))
+        order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
         for number in range(start, self.number):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch[distributed.rank() :: distributed.world_size()]
@@ -560,6 +594,15 @@ class Batches(Sampler):
                 share = share or batch[:1]
             if share:
                 yield [(i, _derive_seed(self.seed, epoch, i)) for i in share]
+
+    def shuffled(self, epoch: int) -> torch.Tensor:
+        """The order of an epoch, (count,)."""
+        generator = torch.Generator().manual_seed(_derive_seed(self.seed, epoch))
+        order = torch.randperm(self.count, generator=generator)
+        if self.archives is None:
+            return order
+        turns = torch.randperm(int(self.archives.max()) + 1, generator=generator) // self.ARCHIVES_AT_A_TIME
+        return order[turns[self.archives[order]].argsort(stable=True)]
 
 
 def _derive_seed(*numbers: int) -> int:
@@ -643,9 +686,12 @@ def build_loader(
         workers = _helpful_workers(dataset, device)
     if workers > 0:
         dataset.being_read = torch.full((workers,), -1).share_memory_()
+    images = dataset.dataset
+    in_archives = isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages)
+    archives = images.source.places[images.indices, 0] if in_archives and shuffle else None
     return DataLoader(
         dataset,
-        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last),
+        batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives),
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device is not None and device.type == "cuda",

@@ -97,7 +97,7 @@ def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os
     writer.writeheader()
     writer.writerows(rows)
     with open_atomically(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))  # names of files need not be UTF-8
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from moco import InputError, printable
+from moco.backbones import ARCHS, modules_below
 from moco.cache import CACHES
-from moco.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
@@ -67,6 +69,25 @@ fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
 def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """What `convert` makes of a text, or 'auto'."""
     return lambda text: text if text == "auto" else convert(text)
+
+
+def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
+    """`LAYER=VALUE`, whose value `convert` takes, as it is; `read_pattern` takes it apart."""
+
+    def check(text: str) -> str:
+        layer, equals, value = text.rpartition("=")
+        if not layer or not equals:
+            raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
+        convert(value)
+        return text
+
+    return check
+
+
+def read_pattern(entries: list[str] | None) -> dict[str, float]:
+    """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
+    pairs = [entry.rpartition("=") for entry in entries or []]
+    return {layer: int(value) if value.isdecimal() else float(value) for layer, _, value in pairs}
 
 
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
@@ -326,6 +347,30 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
+def add_training_data_options(group: argparse._ArgumentGroup) -> None:
+    """What fine-tuning adds to the group `data`."""
+    group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
+    group.add_argument(
+        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
+    """The group and YAML section `model`; `checkpoint` is the default one."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="any MoCo or torchvision checkpoint")
+    group.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
+    group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
+    group.add_argument(
+        "--from-scratch",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the same architecture, random weights",
+    )
+    return group
+
+
 def complete_data_options(args: argparse.Namespace) -> list[str]:
     """Fill in the default data set; what is wrong with the options of the images together, a line each."""
     if args.dataset is None:
@@ -359,23 +404,35 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
     group.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    group.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
+    group.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
     group.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     group.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
 
 
-def lora_options(args: argparse.Namespace) -> dict[str, Any]:
+def lora_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
-    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
+    names = ("lora_alpha", "lora_dropout", "target_modules", "use_qlora", "use_rslora")
+    excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
+    patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
+    own = {name: getattr(args, name) for name in names}
+    return {"r": args.lora_rank, "exclude_modules": excluded, **own, **patterns}
 
 
 def adapter_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of the adapters together, a line each."""
-    if args.use_qlora and args.lora_rank == 0:
-        return ["--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"]
-    return []
+    if args.lora_rank > 0:
+        return []
+    needless = {
+        "--use-qlora": args.use_qlora,
+        "--adapt-last": args.adapt_last,
+        "--rank-pattern": args.rank_pattern,
+        "--alpha-pattern": args.alpha_pattern,
+    }
+    return [f"{name} with --lora-rank 0: there are no adapters; raise the rank" for name in needless if needless[name]]
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -44,31 +44,34 @@ def init_head_from_probe(
 
 
 @torch.no_grad()
-def soften_head(
-    model: nn.Module, features: Tensor, labels: Tensor, learning_rate: float, steps: int, label_smoothing: float = 0.0
-) -> float:
-    """Divide the head's weight and bias by a temperature, which is returned: its answers stay, its confidence falls.
+def head_temperatures(
+    model: nn.Module, features: Tensor, labels: Tensor, steps: int, label_smoothing: float = 0.0
+) -> tuple[float, float]:
+    """What to divide the logits by before training, so that it keeps what the probe knows: (least, per_rate).
 
-    The temperature is at least 1 and no less than
-    - the one with the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
-      confidence that the probe has in images without augmentation, or that label smoothing forbids;
-    - learning_rate * min(steps, STEPS) * (standard deviation of the logits) / GENTLE: Adam moves every weight of the
+    The temperature for adapters that train at some learning rate is ``max(least, per_rate * rate)``:
+    - `least` has the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
+      confidence that the probe has in images without augmentation, or that label smoothing forbids. At least 1.
+    - `per_rate` is min(steps, STEPS) * (standard deviation of the logits) / GENTLE: Adam moves every weight of the
       adapters by about the learning rate in each step, whatever the gradient, and the larger the head's weights, the
       more that does to the loss.
 
     Args:
         features, labels: (N, D) and (N,), of training images with their augmentation.
-        learning_rate: that of the adapters, over so many optimizer steps.
+        steps: optimizer steps of the training.
     """
-    head = _linear_head(model)
-    logits = head(features)
+    logits = _linear_head(model)(features)
     losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
-    calibrated = TEMPERATURES[losses.index(min(losses))]
-    temperature = max(calibrated, learning_rate * min(steps, STEPS) * logits.std().item() / GENTLE)
+    return TEMPERATURES[losses.index(min(losses))], min(steps, STEPS) * logits.std().item() / GENTLE
+
+
+@torch.no_grad()
+def soften_head(model: nn.Module, temperature: float) -> None:
+    """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls."""
+    head = _linear_head(model)
     for parameter in (head.weight, head.bias):
         parameter.div_(temperature)
     distributed.broadcast([head.weight, head.bias])
-    return temperature
 
 
 def _linear_head(model: nn.Module) -> nn.Linear:

@@ -1,6 +1,7 @@
 """What a run leaves for people to open: pictures of its curves and confusions, and the table printed at its end."""
 
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from moco.training import Evaluation, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
+LOW_RATE = 1e-3  # adapters, and heads on fixed features, mostly gain from more
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart with every kind of colour vision (Okabe and Ito)
 
 
@@ -186,10 +188,22 @@ def macro_f1(result: Evaluation) -> float:
     return float(f1_score(result.labels, result.predictions, average="macro", zero_division=0))
 
 
+def against_the_probe(results: dict[str, Any]) -> str:
+    """What to try where a run hardly moved from the linear probe that it began with; else nothing."""
+    after, probe = results["val_accuracy"], results["probe_accuracy_before"]
+    if probe is None:
+        return ""
+    if after < probe:
+        return "below the linear probe that it began with: try --learning-rate auto"
+    chance = math.sqrt(probe * (1 - probe) / results["val_images"])  # one standard error
+    if results["learning_rate"] < LOW_RATE and after < probe + chance:
+        return "hardly more than the linear probe: try a higher --learning-rate, or auto"
+    return ""
+
+
 def summary(results: dict[str, Any], folder: Path) -> str:
     """The table printed at the end of a fine-tuning run."""
-    probe = results["probe_accuracy_before"]
-    lost = probe is not None and results["val_accuracy"] < probe
+    probe, told = results["probe_accuracy_before"], against_the_probe(results)
     trained, total = results["trainable_parameters"], results["total_parameters"]
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
@@ -199,7 +213,7 @@ def summary(results: dict[str, Any], folder: Path) -> str:
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
         ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
-        *([("", "below the linear probe that it began with: try --learning-rate auto")] if lost else []),
+        *([("", told)] if told else []),
         ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
         ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
         ("adapter file", sizes),

@@ -1,21 +1,29 @@
 """The commands that come after training: what they print, what they write and how they end.
 
-What they are given by mistake is in `test_bad_input.py`.
+What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_lora_peft.py`.
 """
 
+import csv
+import json
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from dense import randomize_adapters
+from conftest import CLASSES
+from dense import FP32, assert_close, randomize_adapters
+from PIL import Image
+from torch import nn
 
 import deploy_lora
+import finetune_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
-from moco.backbones import build_backbone
+from moco import InputError
+from moco.backbones import build_backbone, forward_features
 from moco.checkpoints import load_backbone
 from moco.runs import run_script
 
@@ -81,6 +89,190 @@ def test_merge_finds_a_base_that_has_moved(adapter, tmp_path):
     (tmp_path / "base.pth").rename(moved)
     deploy_lora.main(["merge", str(adapter), "--output", str(merged), "--checkpoint", str(moved)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in torch.load(merged).items())
+
+
+# ------------------------------------------------------------------------------------------------ answers for images
+
+
+@pytest.fixture(params=["lora", "qlora", "full"])
+def trained(request, base, tmp_path) -> Path:
+    """The file of a run of each kind, for the classes of the `images`."""
+    torch.manual_seed(0)
+    model, report = load_backbone(base, len(CLASSES))
+    nn.init.normal_(model.heads.head.weight, std=0.1)
+    if request.param == "full":
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    else:
+        add_lora_to_model(model, r=2, target_modules="encoder_layer_1", use_qlora=request.param == "qlora")
+        randomize_adapters(model, std=0.1)
+    about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
+    return tmp_path / "lora.pth"
+
+
+@torch.no_grad()
+def logits_of(adapter: Path, paths: list[Path | str]) -> torch.Tensor:
+    """Image by image, as the README predicts."""
+    model, info = load_finetuned(adapter)
+    return torch.cat([model(info["transform"](Image.open(path))[None]) for path in paths])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(command: str, *words):
+    return deploy_lora.main([*command.split(), *map(str, words)])
+
+
+def test_predictions_are_those_of_the_model(trained, images, tmp_path, capsys):
+    single = images / "train/dark/0.png"
+    output = tmp_path / "predictions.csv"
+    rows = run("predict --batch-size 4 --device cpu", trained, images / "val", single, single, "--output", output)
+    expected = logits_of(trained, [row["path"] for row in rows]).softmax(1)
+    assert [row["path"] for row in rows] == [
+        *(f"{images}/val/{name}/{i}.png" for name in CLASSES for i in range(5)),
+        str(single),  # once
+    ]
+    for row, written, probabilities in zip(rows, table(output), expected, strict=True):
+        ranked = probabilities.argsort(descending=True).tolist()
+        assert list(written) == ["path", "class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
+        assert [written[key] for key in ("class", "class_2", "class_3")] == [CLASSES[i] for i in ranked]
+        assert float(written["probability"]) == pytest.approx(probabilities.max().item(), abs=1e-4)
+        assert written == row
+    assert f"wrote {output}: 16 images" in capsys.readouterr().out
+
+
+@pytest.fixture
+def adapter_for_images(base, tmp_path) -> Path:
+    """A head alone, which is enough to sort images."""
+    model, report = load_backbone(base, len(CLASSES))
+    torch.manual_seed(0)
+    nn.init.normal_(model.heads.head.weight, std=0.5)
+    about = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": 16, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
+    return tmp_path / "lora.pth"
+
+
+def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, images, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "broken.jpg").write_bytes(b"no image")
+    Image.new("LA", (9, 7)).save(folder / "grey, with a comma.png")
+    rows = run("predict --device cpu", adapter_for_images, folder, "--output", tmp_path / "p.csv")
+    printed = capsys.readouterr().out
+    assert "1 of 2 images cannot be read and are left out:" in printed and "broken.jpg: not a readable image" in printed
+    assert [row["path"] for row in table(tmp_path / "p.csv")] == [f"{folder}/grey, with a comma.png"]
+    assert len(rows) == 1
+
+
+def test_images_are_sorted_into_folders(adapter_for_images, images, tmp_path):
+    """Each is copied into the folder of its class; those of one name are numbered, and none is lost."""
+    rows = run(
+        "predict --device cpu",
+        adapter_for_images,
+        images,
+        "--output",
+        tmp_path / "p.csv",
+        "--sort-into",
+        tmp_path / "sorted",
+    )
+    copies = sorted((tmp_path / "sorted").rglob("*.png"))
+    assert len(copies) == len(rows) == 36
+    for name in {row["class"] for row in rows}:
+        expected = sorted(Path(row["path"]).read_bytes() for row in rows if row["class"] == name)
+        assert sorted(path.read_bytes() for path in copies if path.parent.name == name) == expected
+
+
+def test_features_are_what_the_head_receives(trained, images, tmp_path):
+    returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
+    written = np.load(tmp_path / "f.npy")
+    paths = [row["path"] for row in table(tmp_path / "f_paths.csv")]
+    model, info = load_finetuned(trained)
+    with torch.no_grad():
+        expected = forward_features(model, torch.stack([info["transform"](Image.open(path)) for path in paths]))
+    assert written.dtype == np.float32 and written.shape == (15, 192)
+    assert_close(torch.from_numpy(written), expected, FP32)
+    assert torch.equal(torch.from_numpy(written), returned)
+
+
+def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, capsys):
+    """A folder of class folders counts whole; of one with a val/ that is meant."""
+    results = run("evaluate --device cpu", trained, images, "--output", tmp_path / "r.json")
+    assert results == run("evaluate --device cpu", trained, images / "val")
+    paths = [f"{images}/val/{name}/{i}.png" for name in CLASSES for i in range(5)]
+    hits = logits_of(trained, paths).argmax(1) == torch.arange(3).repeat_interleave(5)
+    assert results["images"] == 15 and results["accuracy"] == pytest.approx(hits.float().mean().item())
+    assert results["accuracy_per_class"] == {
+        n: h.float().mean().item() for n, h in zip(CLASSES, hits.split(5), strict=True)
+    }
+    assert json.loads((tmp_path / "r.json").read_text()) == results
+    assert f"accuracy {results['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
+    """The images that the run was evaluated on are in its file's settings: the accuracy is the run's own."""
+    run_results = finetune("--epochs 1 --lora-rank 0")
+    results = run("evaluate --device cpu", run_results["folder"] / "lora.pth")
+    assert (results["accuracy"], results["images"]) == (run_results["val_accuracy"], 15)
+
+
+# ------------------------------------------------------------------------------------ graphs that serve without it
+
+
+def expected_logits(adapter: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return load_finetuned(adapter)[0](images)
+
+
+def unnormalised(images: torch.Tensor) -> torch.Tensor:
+    """The images from 0 to 1 that become these."""
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (finetune_lora.data.IMAGENET_MEAN, finetune_lora.data.IMAGENET_STD)
+    )
+    return images * std + mean
+
+
+@pytest.mark.parametrize("trained, normalise", [("lora", True), ("full", False)], indirect=["trained"])
+def test_onnxruntime_answers_as_the_model(trained, normalise, tmp_path):
+    """For any number of images; the file says what it wants and what its outputs mean."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    output = tmp_path / "model.onnx"
+    run("export", trained, "--output", output, *["--normalise"] * normalise)
+    session = onnxruntime.InferenceSession(output)
+    for count in (1, 5):
+        images = torch.randn(count, 3, 16, 16)
+        given = unnormalised(images) if normalise else images
+        (logits,) = session.run(["logits"], {"images": given.numpy()})
+        assert_close(torch.from_numpy(logits), expected_logits(trained, images), FP32)
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert about["class_names"] == list(CLASSES) and about["image_size"] == 16
+    assert about["normalised_inside"] is normalise and about["mean"] == list(finetune_lora.data.IMAGENET_MEAN)
+
+
+@pytest.mark.parametrize("trained", ["qlora"], indirect=True)
+def test_torch_export_answers_as_the_model(trained, tmp_path):
+    run("export --normalise", trained, "--output", tmp_path / "model.pt2")
+    notes = {"class_names": ""}
+    model = torch.export.load(tmp_path / "model.pt2", extra_files=notes).module()
+    for count in (1, 5):
+        images = torch.randn(count, 3, 16, 16)
+        assert_close(model(unnormalised(images)), expected_logits(trained, images), FP32)
+    assert json.loads(notes["class_names"]) == list(CLASSES)
+
+
+def test_what_onnx_needs_is_named(adapter_for_images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match="pip install onnx onnxscript"):
+        run("export", adapter_for_images, "--output", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 import deploy_lora
 import finetune_lora
-from finetune_lora import FineTuning, build_model, count_parameters, load_finetuned, read_options
+from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, runs
 from moco.backbones import build_backbone
@@ -434,6 +435,27 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
+def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune):
+    """Also in what the file says, from which the model is built anew."""
+    seen, real_step = [], FineTuning.step
+
+    def step(run, micro_batches):
+        blocks = run.model.encoder.layers
+        handles = [b.register_forward_hook(lambda m, i, out: seen.append(out.requires_grad)) for b in blocks]
+        result = real_step(run, micro_batches)
+        [handle.remove() for handle in handles]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuning, "step", step)
+        results = finetune("--adapt-last 2 --epochs 1")
+    assert seen[:6] == [False] * 4 + [True] * 2
+    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
+    assert layers and all(re.match(r"encoder\.layers\.encoder_layer_[45]\.", name) for name in layers)
+    model, _ = load_finetuned(results["folder"] / "lora.pth")
+    assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
+
+
 def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
     monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
     with pytest.raises(runs.Stopped):
@@ -457,37 +479,36 @@ def scripted(accuracies: list[float]):
     return lambda *args: evaluate(*args)._replace(accuracy=next(left))
 
 
-def test_a_collapsed_epoch_is_repeated_from_its_start_at_a_third_of_the_rate(finetune, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 0.4, 1.0, 1.0]))
-    results = finetune("--schedule constant")
+def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_a_quarter_of_the_rate(finetune, monkeypatch, capsys):
+    # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.8, 0.4, 1.0, 1.0, 1.0]))
+    results = finetune("--schedule constant --epochs 4")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-2),
-        (2, pytest.approx(1e-2 / 3)),
+        (4, pytest.approx(1e-2 / 4)),
     ]
     rates = [row["learning_rate"] for row in metrics(results["folder"])]
-    assert rates == [1e-2, pytest.approx(1e-2 / 9)]
-    assert (
-        "epoch 2: training collapsed; once more with learning rate 3.3e-03 in place of 1.0e-02"
-        in capsys.readouterr().out
-    )
+    assert rates == pytest.approx([1e-2, 1e-2 / 4, 1e-2 / 16, 1e-2 / 16])
+    told = capsys.readouterr().out
+    assert "epoch 2: training collapsed; back to epoch 1, with learning rate 2.5e-03" in told
+    assert "epoch 4: training collapsed; back to epoch 2, with" in told
 
 
-def test_what_a_collapsed_epoch_did_is_undone(finetune, monkeypatch):
-    """The repeated epoch ends as if the run had had the lower rate from its first epoch on."""
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.4, 1.0, 1.0]))
-    monkeypatch.setattr(finetune_lora, "soften_head", lambda *args: 1.0)  # which depends on the rate
-    dropout = "--epochs 1 --schedule constant --lora-dropout 0.2"
-    repeated = finetune(f"{dropout} --learning-rate 9e-3", output="repeated")
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0]))
-    lower = finetune(f"{dropout} --learning-rate 3e-3", output="lower")
+def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
+    """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
+    dropout = "--epochs 2 --schedule constant --lora-dropout 0.2"
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.8, 0.4, 1.0, 1.0, 1.0]))
+    repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0, 1.0]))
+    lower = finetune(f"{dropout} --learning-rate 2e-3", output="lower")
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (repeated, lower))
     assert repeated["retreats"] and not lower["retreats"]
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeypatch):
-    """Also if it then collapses once more: the start of the epoch is in last.pth."""
+    """Also if it then collapses once more: the state to go back to is in last.pth."""
     whole_run = [1.0, 0.4, 0.4, 1.0, 1.0]
     monkeypatch.setattr(finetune_lora, "evaluate", scripted(whole_run))
     whole = finetune("--epochs 2", output="whole")
@@ -685,9 +706,13 @@ def test_a_resnet_goes_the_same_way(images, tmp_path):
 
 
 def test_targets_choose_the_layers(finetune):
-    results = finetune("--epochs 1 --target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5")
+    targets = "--target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5"
+    results = finetune(f"--epochs 1 {targets} --rank-pattern encoder_layer_4=3 --alpha-pattern mlp.0=2.5")
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
     assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
+    assert {name for name, layer in layers.items() if layer["r"] == 3} == {n for n in layers if "_4." in n}
+    assert {name for name, layer in layers.items() if layer["lora_alpha"] == 2.5} == {n for n in layers if "mlp.0" in n}
+    load_finetuned(results["folder"] / "lora.pth")
 
 
 # ------------------------------------------------------------------------------------------------------ your own images

@@ -158,6 +158,11 @@ def test_attention_s_out_proj_is_never_adapted_alone(target):
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
         ({"lora_alpha": "16", "lora_dropout": None}, "lora_alpha is '16'.*lora_dropout is None"),
         ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
+        ({"rank_pattern": {"mlp": 2, "out_proj": 4}}, "no adapted layer matches 'out_proj'; there are: encoder"),
+        ({"alpha_pattern": {"heads": 4}}, "no adapted layer matches 'heads'"),
+        ({"rank_pattern": {"mlp": 0}}, "r is 0; give a rank of 1 or more"),
+        ({"alpha_pattern": {"mlp": -1}}, "lora_alpha is -1"),
+        ({"rank_pattern": {"mlp.0": 10**9}}, r"encoder_layer_0\.mlp\.0 has rank 1000000000, above 16"),
     ],
     ids=str,
 )
@@ -301,6 +306,24 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
     del settings[block + "self_attention.out_proj"]  # then it follows its attention
     adapt_layers(model, settings, four_bits)
     assert model.get_submodule(block + "self_attention.out_proj").r == 3
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_patterns_give_layers_other_ranks_and_alphas(four_bits):
+    """The first that matches counts; the computation is that of the layers' own ranks and scalings."""
+    stock = resnet().eval()
+    model = frozen(  # with rank 2
+        copy.deepcopy(stock),
+        lora_alpha=4,
+        use_qlora=four_bits,
+        rank_pattern={"layer4.0.conv1": 6, "layer4": 3, r"layer[34]\..*": 5},
+        alpha_pattern={"conv1": 12},
+    )
+    shapes = {name: (layer.r, layer.lora_alpha) for name, layer in choose_layers(model).items()}
+    assert shapes["conv1"] == (2, 12) and shapes["layer1.0.conv2"] == (2, 4) and shapes["layer3.0.conv2"] == (5, 4)
+    assert shapes["layer4.0.conv1"] == (6, 12) and shapes["layer4.0.conv2"] == (3, 4)
+    if not four_bits:
+        compare_with_dense(stock, model.eval(), [images()], FP32)
 
 
 def test_no_settings_leave_a_stock_model():

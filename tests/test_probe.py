@@ -8,7 +8,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from moco.probe import GENTLE, STRENGTHS, fit_linear_probe, head_accuracy, init_head_from_probe, soften_head
+from moco.probe import (
+    GENTLE,
+    STRENGTHS,
+    fit_linear_probe,
+    head_accuracy,
+    head_temperatures,
+    init_head_from_probe,
+    soften_head,
+)
 
 
 def clusters(
@@ -79,10 +87,18 @@ def test_a_softened_head_answers_the_same():
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
     before = model.fc(features)
-    temperature = soften_head(model, features, labels, learning_rate=1e-2, steps=200)
-    torch.testing.assert_close(model.fc(features) * temperature, before, rtol=1e-4, atol=1e-4)
+    soften_head(model, 3.0)
+    torch.testing.assert_close(model.fc(features) * 3, before, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.fc(features).argmax(1), before.argmax(1))
-    assert temperature == pytest.approx(1e-2 * 200 * before.std().item() / GENTLE)
+
+
+def test_the_temperature_grows_with_the_rate_and_the_number_of_steps_up_to_a_limit():
+    features, labels = clusters(4, spread=2.0)
+    model = Net(8, 4)
+    init_head_from_probe(model, features, labels)
+    spread = model.fc(features).std().item()
+    for steps, counted in {200: 200, 10_000: 500}.items():
+        assert head_temperatures(model, features, labels, steps)[1] == pytest.approx(counted * spread / GENTLE)
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
@@ -90,9 +106,10 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
-    assert soften_head(model, features, labels, learning_rate=1e-7, steps=200) == 1
-    temperature = soften_head(model, features, labels, learning_rate=1e-7, steps=200, label_smoothing=0.1)
+    assert head_temperatures(model, features, labels, 200)[0] == 1
+    least, _ = head_temperatures(model, features, labels, 200, label_smoothing=0.1)
+    soften_head(model, least)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)
     ]
-    assert temperature > 1 and losses[1] == min(losses)
+    assert least > 1 and losses[1] == min(losses)

@@ -16,6 +16,8 @@ def record(method, budget, rate, seed, split, accuracy, loss=0.5):
         "trainable_share": 0.03,
         "peak_memory_bytes": 5e8,
         "adapter_bytes": 4e5,
+        "probe": 0.9,
+        "retreats": 1,
     }
     run, flags = (method, budget, rate, seed, split), quality.METHODS[method][1]
     return {"run": run, "flags": flags, "accuracy": accuracy, "loss": loss, **costs}
@@ -97,6 +99,37 @@ def test_rows_state_mean_spread_and_share_of_full_fine_tuning(tmp_path):
     quality.plot(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert json.dumps(rows)
+
+
+def test_a_sweep_trains_at_every_rate_and_shows_where_a_method_works(tmp_path, monkeypatch, capsys):
+    jobs = []
+
+    def pretend(job):
+        jobs.append(job[0])
+        method, budget, rate, seed, split = job[0]
+        return record(method, budget, rate, seed, split, 0.95 if rate < 1e-2 else 0.5 + 0.1 * seed)
+
+    monkeypatch.setattr(quality, "apart", pretend)
+    flags = ["--rates", "--methods", "lora_8", "--labels", "10", "--seeds", "2", "--output-dir", str(tmp_path)]
+    rows = quality.main(flags)["rows"]
+    assert sorted(jobs) == sorted(("lora_8", 10, rate, s, "held-out") for rate in quality.SWEPT for s in (0, 1))
+    assert [row["mean"] for row in rows] == pytest.approx([0.95] * 6 + [0.55])
+    assert "| 10 | LoRA r=8 | 95.0% |" in (shown := capsys.readouterr().out) and "| 55.0% | -40.0 | 14 |" in shown
+    assert (tmp_path / "rates.png").stat().st_size > 10_000 and (tmp_path / "rates.json").exists()
+    quality.main(flags)
+    assert len(jobs) == 14  # nothing is trained twice
+
+
+def test_peft_s_layers_train_in_the_same_loop():
+    peft = pytest.importorskip("peft")
+    before = quality.finetune_lora.add_lora_to_model
+    with quality._peft_layers():
+        args, _ = quality.finetune_lora.read_options(quality.METHODS["peft"][1])
+        model, _ = quality.finetune_lora.build_model(args, 10)
+    assert quality.finetune_lora.add_lora_to_model is before
+    adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted and {name for name in trained if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
 
 
 def test_bad_options_are_found_before_anything_runs(tmp_path):

@@ -74,10 +74,20 @@ def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
     assert size(tmp_path / "rates.png")[0] > 500
 
 
-@pytest.mark.parametrize(("probe", "told"), [(0.9, True), (0.7, False), (None, False)])
-def test_a_run_that_ends_below_its_probe_says_so(tmp_path, probe, told):
-    results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds", "val_images"), 1)
+@pytest.mark.parametrize(
+    ("probe", "rate", "told"),
+    [
+        (0.9, 1e-3, "below the linear probe"),
+        (0.79, 1e-4, "hardly more than the linear probe"),  # 0.8 of 100 images is 4 points either way
+        (0.79, 1e-2, None),
+        (0.7, 1e-4, None),
+        (None, 1e-4, None),
+    ],
+)
+def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, told):
+    results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
     results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
-    assert ("below the linear probe" in reports.summary(results, tmp_path)) == told
+    summary = reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path)
+    assert told in summary if told else "the linear probe" not in summary

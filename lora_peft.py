@@ -1,0 +1,341 @@
+"""Adapters in the format of PEFT (`adapter_config.json` and `adapter_model.safetensors`), and from it.
+
+Both libraries compute ``W + s B A``, so an adapter is carried over as it is; only the shapes differ.
+
+- **Linear**: the same.
+- **Conv2d**: A, here (r, in * kh * kw), is a kernel (r, in, kh, kw) in PEFT, and B, here (out, r), is (out, r, 1, 1).
+- **Attention**: PEFT has one pair for the packed weight of q, k and v, where here each of the three has its own.
+  A pair of three times the rank holds ours: ``A = [A_q; A_k; A_v]`` and ``B = diag(B_q, B_k, B_v)``. In PEFT the output
+  projection has the same rank, so its factors are filled up with zeros. PEFT up to 0.21 adds the projection's update
+  twice (its pull request 3774): `_times_projected` asks the installed release, and the factors are made for that one.
+
+What PEFT cannot compute as this toolkit does is refused by name: see `_obstacles`. Each conversion ends with a
+comparison of both models' answers.
+"""
+
+import copy
+import logging
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune_lora import LoRAConv2d, LoRALayer, LoRAMultiheadAttention, adapt_layers, load_base, load_finetuned
+from lora_functional import LoRASettings
+from lora_utils import LoRAManager, find_base, read_adapter_file
+from moco import InputError, listed, printable
+from moco.backbones import head_name
+from moco.checkpoints import load_backbone
+from moco.files import open_atomically, read_safetensors, stored_path
+from moco.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the base's names inside a PeftModel
+ADAPTER = "default"  # PEFT's name for an adapter that was given none
+TOLERANCE = 1e-3  # of the answers' size: what is above is no rounding
+
+
+def _import_peft():
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what nobody needs here
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f"PEFT's format needs PEFT ({error}): pip install peft") from None
+    return peft
+
+
+# ------------------------------------------------------------------------------------------------------------ to PEFT
+
+
+def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> float:
+    """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
+
+    `base` is the torchvision model with the base's weights and a head for the adapter's classes, whose weights come
+    from the folder (`modules_to_save`). Of a 4-bit adapter it is the float model, whose answers differ by the rounding.
+
+    Args:
+        adapter: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
+        folder: is made if need be; the two files in it are replaced.
+        checkpoint: the base, if it is not where it was at training.
+
+    Returns:
+        The largest difference of the two models' logits for random images, relative to the largest logit.
+
+    Raises:
+        InputError: PEFT is missing, the file has no adapters, or something in it has no place in PEFT's form.
+    """
+    peft = _import_peft()
+    model, metadata = load_finetuned(adapter, checkpoint)
+    obstacles = list(_obstacles(model, read_adapter_file(adapter)["tensors"]))
+    if obstacles:
+        raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
+    shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"]
+    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *shape)
+    layers = _outermost(model)
+    packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
+    ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
+    head = head_name(model)
+    config = peft.LoraConfig(
+        **_by_layer("r", "rank_pattern", ranks),
+        **_by_layer("lora_alpha", "alpha_pattern", {name: layers[name].scaling * r for name, r in ranks.items()}),
+        target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
+        modules_to_save=[head],
+        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
+        inference_mode=True,
+    )
+    tensors = {f"{name}.{key}": tensor for name, factors in packed.items() for key, tensor in factors.items()}
+    tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
+    tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        safetensors.torch.save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
+        theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
+        four_bits = any(hasattr(layer, "float_digests") for layer in layers.values())
+        if four_bits:
+            print(
+                "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"
+            )
+        error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else TOLERANCE)
+        _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in (CONFIG, WEIGHTS)})
+    return error
+
+
+def _outermost(model: nn.Module) -> dict[str, LoRALayer]:
+    """The adapted layers by name, without attention's output projections, which belong to the attention."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
+    inside = {f"{name}.out_proj" for name, layer in layers.items() if isinstance(layer, LoRAMultiheadAttention)}
+    return {name: layer for name, layer in layers.items() if name not in inside}
+
+
+def _obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What has no place in PEFT's form, each with the reason."""
+    layers, head = _outermost(model), f"{head_name(model)}."
+    if not layers:
+        yield "it has no adapters"
+        return
+    for name, layer in layers.items():
+        reason = "an adapter on the head, which PEFT saves whole" if f"{name}.".startswith(head) else _obstacle(layer)
+        if reason:
+            yield f"{name} ({reason})"
+    trained = [n for n in tensors if not n.startswith(head) and not n.rpartition(".")[2].startswith("lora_")]
+    if trained:
+        yield f"weights of the base that have trained ({listed(trained)})"
+
+
+def _obstacle(layer: nn.Module) -> str | None:
+    """Why PEFT computes another function with this layer's adapter, or cannot adapt it; None if it can."""
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups > 1:
+            return "a convolution in groups"
+        if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            return "a convolution with dilation or padding other than zeros, which PEFT's adapter lacks"
+    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is None:
+        return "attention with a weight each for q, k and v"
+    return None
+
+
+def _packed_factors(layer: LoRALayer, times_projected: int) -> dict[str, Tensor]:
+    """A layer's factors as PEFT has them, by their names within the layer."""
+    if isinstance(layer, LoRAConv2d):
+        shape = layer.in_channels, *layer.kernel_size
+        A, B = layer.lora_A.unflatten(1, shape), layer.lora_B[:, :, None, None]  # (r, in, kh, kw), (out, r, 1, 1)
+        return {"lora_A.weight": A, "lora_B.weight": B}
+    if not isinstance(layer, LoRAMultiheadAttention):
+        return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    projection = layer.out_proj
+    rank = max(3 * layer.r, projection.r)
+    A = torch.cat([layer.lora_A_q, layer.lora_A_k, layer.lora_A_v])  # (3 r, E)
+    B = torch.block_diag(layer.lora_B_q, layer.lora_B_k, layer.lora_B_v)  # (3 E, 3 r)
+    projected = projection.lora_B * (projection.scaling / layer.scaling / times_projected)
+    return {
+        "lora_A.weight": _filled_up(A, rank, 0),
+        "lora_B.weight": _filled_up(B, rank, 1),
+        "base_layer.out_proj.lora_A.weight": _filled_up(projection.lora_A, rank, 0),
+        "base_layer.out_proj.lora_B.weight": _filled_up(projected, rank, 1),
+    }
+
+
+def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """The factor with zeros after its own ranks."""
+    more = rank - factor.shape[dim]
+    return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
+
+
+def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
+    """A setting of PEFT's: the most frequent value for all layers, and a pattern for those that differ."""
+    usual, _ = Counter(values.values()).most_common(1)[0]
+    return {field: usual, pattern: {f"^{re.escape(n)}": value for n, value in values.items() if value != usual}}
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    for name, content in files.items():
+        with open_atomically(folder / name) as file:
+            file.write(content)
+
+
+# ---------------------------------------------------------------------------------------------------------- from PEFT
+
+
+def from_peft(
+    folder: Path,
+    output: Path,
+    checkpoint: Path,
+    class_names: list[str] | None = None,
+    image_size: int | None = None,
+) -> float:
+    """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
+
+    Args:
+        folder: what `PeftModel.save_pretrained` wrote, with the classifier head in it (`modules_to_save`).
+        output: `.pth` or `.safetensors`.
+        checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
+        class_names: what the outputs mean; None: their numbers.
+        image_size: pixels; None: the size that the checkpoint is for.
+
+    Returns:
+        The largest difference of the two models' logits for random images, relative to the largest logit.
+
+    Raises:
+        InputError: PEFT is missing, the folder or the checkpoint is not what it should be, or the adapter has
+            something that this toolkit's adapters have not.
+    """
+    peft = _import_peft()
+    tensors = _read_tensors(peft, folder)
+    rows = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and n.endswith(".weight") and t.dim() == 2]
+    if not rows:
+        raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
+    class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
+    if len(class_names) != rows[-1]:
+        raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
+    model, report = load_backbone(checkpoint, len(class_names), image_size=image_size)
+    try:
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
+        raise InputError(f"PEFT cannot put {folder} on {checkpoint}: {printable(error, 300)}") from None
+    _adapt_alike(model, theirs, tensors, folder)
+    state = {n.removeprefix(PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    if unknown:
+        raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
+    error = _difference(theirs, model.eval(), report["image_size"], TOLERANCE)
+    about = {"arch": report["arch"], "class_names": class_names, "image_size": report["image_size"]}
+    about |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    about["checkpoint"] = str(stored_path(checkpoint.absolute()))
+    LoRAManager(model).save_lora_checkpoint(output, about)
+    return error
+
+
+def _read_tensors(peft, folder: Path) -> dict[str, Tensor]:
+    """The tensors in a folder of PEFT's. Raises InputError unless it holds plain LoRA, which this toolkit has too."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
+        raise InputError(f"{folder} is no adapter of PEFT's: it must be a folder with {CONFIG} and {WEIGHTS}")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise InputError(f"{folder / CONFIG} is damaged: {printable(error)}") from None
+    if config.peft_type != peft.PeftType.LORA:
+        raise InputError(f"{folder} holds {printable(config.peft_type)}; only LoRA can be converted")
+    more = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters") if getattr(config, name)]
+    more += [f"bias={config.bias}"] if config.bias != "none" else []
+    # Others change the base's weights before they begin.
+    plain = config.init_lora_weights in (True, False, "gaussian", "orthogonal", "eva")
+    more += [] if plain else [f"init_lora_weights={config.init_lora_weights}"]
+    if more:
+        raise InputError(f"{folder} has {printable(', '.join(more))}, which adapters here have not")
+    return read_safetensors(folder / WEIGHTS)[0]
+
+
+@torch.no_grad()
+def _adapt_alike(model: nn.Module, theirs: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Give the model the adapters that a PeftModel of the same base has."""
+    layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}
+    torn = needed ^ {name for name in tensors if ".lora_" in name}
+    if torn:
+        raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
+    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
+    reasons = {
+        name: _obstacle(layer.get_base_layer()) if kinds[name] in _KINDS else f"PEFT's {kinds[name]}"
+        for name, layer in layers.items()
+    }
+    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    if refused:
+        raise InputError(f"{folder} cannot be read: {listed(refused)}")
+    settings, factors = {}, {}
+    for inner, layer in layers.items():
+        A, B = (pair[ADAPTER].weight.flatten(1) for pair in (layer.lora_A, layer.lora_B))  # (r, fan_in), (out, r)
+        own = {"lora_A": A, "lora_B": B}
+        if kinds[inner] == "MultiheadAttention":
+            own = _unpacked(A, B)
+        elif inner.endswith(".base_layer.out_proj"):
+            own = _without_zeros(A, B * _times_projected())
+        name, rank = inner.replace(".base_layer.", "."), len(next(iter(own.values())))
+        dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
+        settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
+        factors |= {f"{name}.{key}": factor for key, factor in own.items()}
+    adapt_layers(model, settings)
+    parameters = dict(model.named_parameters())
+    for name, factor in factors.items():
+        parameters[name].copy_(factor)
+
+
+_KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # of PEFT's layers that have a counterpart here
+
+
+def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The adapters of q, k and v in the packed one, A (R, E) and B (3 E, R): blocks, if that is how it is built."""
+    blocks = B.unflatten(0, (3, -1)).unbind()  # 3 of (E, R)
+    pairs = [(A, block) for block in blocks]
+    if len(A) % 3 == 0:
+        own = [(a, block.chunk(3, 1)[i]) for i, (a, block) in enumerate(zip(A.chunk(3), blocks, strict=True))]
+        if torch.equal(torch.block_diag(*(b for _, b in own)), B):
+            pairs = own
+    named = zip("qkv", pairs, strict=True)
+    return {f"lora_{factor}_{p}": tensor for p, pair in named for factor, tensor in zip("AB", pair, strict=True)}
+
+
+def _without_zeros(A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The factors without the ranks in which both are zero."""
+    used = (A != 0).any(1) | (B != 0).any(0)
+    used[0] = True  # a rank of 1 at least
+    return {"lora_A": A[used], "lora_B": B[:, used]}
+
+
+# --------------------------------------------------------------------------------------------------------------- both
+
+
+@torch.no_grad()
+def _times_projected() -> int:
+    """How often the installed PEFT adds the update of attention's output projection.
+
+    The answer of an attention in which that update, of size 1, is all there is.
+    """
+    peft = _import_peft()
+    with torch.random.fork_rng(devices=[]):
+        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
+        model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(1, 1, bias=False)), config).eval()
+    for name, parameter in model.named_parameters():
+        parameter.fill_(float(name.endswith("in_proj_weight") or ".out_proj.lora_" in name))
+    return round(model.base_model.model[0](*[torch.ones(1, 1, 1)] * 3)[0].item())
+
+
+@torch.no_grad()
+def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: float) -> float:
+    """The largest difference of the logits for random images, relative to the largest logit."""
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    expected = ours(images)
+    error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    if not error <= tolerance:
+        raise InputError(f"the installed PEFT answers otherwise with this adapter, by {error:.1e} of the logits' size")
+    return error

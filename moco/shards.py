@@ -1,0 +1,104 @@
+"""Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
+
+A set of a million small files is slow to list and to open on network storage; as a few hundred archives it is not.
+The archives are not streamed as webdataset does it, but indexed: where each image lies is found when a run starts, and
+read from there. So every image is used once per epoch, an epoch can be resumed within, and several processes share it
+exactly, none of which a stream can promise. `moco.data.Batches` takes the archives one group after the other.
+"""
+
+import io
+import os
+import posixpath
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco import InputError, listed, printable
+from moco.folders import IMAGE_SUFFIXES, ImageFiles, unreadable
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The archives in a folder, sorted. Raises InputError if it cannot be listed."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
+    return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+
+
+class ShardedImages(ImageFiles):
+    """`ImageFiles` that lie in archives. An image's path is the archive's, and then its name in there.
+
+    Args:
+        folder: where the archives are.
+        shards: their names.
+        names, places, labels: of each image its archive's name / its own, (number of its archive, offset and size in
+            bytes), and its class.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels):
+        super().__init__(folder, names, labels)
+        self.shards, self.places = list(shards), places
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        shard, offset, size = self.places[i].tolist()
+        try:
+            with open(os.path.join(self.folder, self.shards[shard]), "rb") as file:
+                file.seek(offset)
+                image = Image.open(io.BytesIO(file.read(size)))
+        except MemoryError:
+            raise
+        except Exception as error:  # as in ImageFiles
+            raise unreadable(self.path(i), error) from None
+        image.filename = self.path(i)  # what messages call it
+        return image, self.labels[i]
+
+
+def read_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
+    """The images in a folder's archives, and their labels as text; no labels if no image has one.
+
+    Only the archives' headers are read, and the labels.
+
+    Raises:
+        InputError: a file that is no tar archive, or a compressed one; images with and without a label; no images.
+    """
+    shards = shard_names(folder)
+    names, places, texts = [], [], []
+    for number, shard in enumerate(shards):
+        images, labels = _members(folder / shard)
+        names += [f"{shard}/{name}" for name in images]
+        places += [(number, offset, size) for offset, size in images.values()]
+        texts += [labels.get(_key(name)) for name in images]
+    if not names:
+        raise InputError(f"{folder}: no images in its {len(shards)} archives (looked for {' '.join(IMAGE_SUFFIXES)})")
+    bare = [name for name, text in zip(names, texts, strict=True) if text is None]
+    if 0 < len(bare) < len(names):
+        raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
+    images = ShardedImages(folder, shards, names, np.array(places), [-1] * len(names))
+    return images, [] if bare else texts
+
+
+def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Of one archive: image -> (offset, size) in bytes, and key -> label."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.name.lower().endswith(IMAGE_SUFFIXES) and member.isfile():
+                    images[member.name] = member.offset_data, member.size
+                elif member.name.endswith(".cls"):
+                    labels[_key(member.name)] = archive.extractfile(member).read(1000).decode().strip()
+    except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a tar archive that can be read ({printable(error)}); compressed ones must be unpacked to .tar"
+        ) from None
+    return images, labels
+
+
+def _key(name: str) -> str:
+    """What an image and its label have in common: the path up to the first dot of the file's name."""
+    folder, file = posixpath.split(name)
+    return posixpath.join(folder, file.partition(".")[0])

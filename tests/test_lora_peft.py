@@ -1,0 +1,247 @@
+"""Adapters to PEFT's format and back: PEFT itself loads what is written, and writes what is read.
+
+Its answers are compared with the model's. Everything here needs PEFT, apart from the message that says so.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from dense import FP32, assert_close, randomize_adapters
+from torch import nn
+
+import deploy_lora
+from finetune_lora import add_lora_to_model, load_finetuned
+from lora_peft import CONFIG, WEIGHTS, _obstacle, from_peft, to_peft
+from lora_utils import LoRAManager, read_adapter_file
+from moco import InputError
+from moco.backbones import build_backbone
+from moco.checkpoints import load_backbone
+
+NAMES = ["a", "b", "c"]
+BLOCK = "encoder.layers.encoder_layer_1."
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="session")
+def resnet_base(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("resnet") / "base.pth"
+    torch.save(build_backbone("resnet18", 3).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def bases(base, resnet_base) -> dict[str, Path]:
+    return {"vit": base, "resnet": resnet_base}
+
+
+SIZES = {"vit": 16, "resnet": 32}
+
+
+def saved(base: Path, size: int, folder: Path, **options) -> Path:
+    """An adapter file with these options of `add_lora_to_model`."""
+    torch.manual_seed(0)
+    model, report = load_backbone(base, len(NAMES), image_size=size)
+    head = model.fc if report["arch"] == "resnet18" else model.heads.head
+    nn.init.normal_(head.weight, std=0.1)
+    randomize_adapters(add_lora_to_model(model, **options), std=0.05)
+    about = {"arch": report["arch"], "class_names": NAMES, "image_size": size, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(folder / "lora.pth", about)
+    return folder / "lora.pth"
+
+
+def stock(base: Path, size: int) -> nn.Module:
+    """What a user of PEFT has: the base with a head that is not trained."""
+    return load_backbone(base, len(NAMES), image_size=size)[0].eval()
+
+
+@torch.no_grad()
+def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
+    images = torch.randn(4, 3, size, size)
+    assert_close(one(images), other(images), FP32)
+
+
+# ------------------------------------------------------------------------------------------------------------ to PEFT
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("vit", {"target_modules": "mlp", "r": 3}),
+        ("vit", {"r": 2, "lora_alpha": 5}),  # attention too
+        ("vit", {"r": 4, "use_rslora": True, "rank_pattern": {"self_attention": 2, "mlp.3": 8}}),
+        ("resnet", {"r": 2, "lora_dropout": 0.1}),
+        ("resnet", {"r": 2, "rank_pattern": {"conv[1]": 5}, "alpha_pattern": {"layer4": 3}}),
+        ("resnet", {"r": 2, "target_modules": "conv1", "exclude_modules": r"layer.*"}),  # others end in this name
+    ],
+    ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],
+)
+def test_peft_answers_the_same(peft, kind, options, bases, tmp_path):
+    adapter = saved(bases[kind], SIZES[kind], tmp_path, **options)
+    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
+    assert {path.name for path in (tmp_path / "peft").iterdir()} == {CONFIG, WEIGHTS}
+    theirs = peft.PeftModel.from_pretrained(stock(bases[kind], SIZES[kind]), tmp_path / "peft").eval()
+    assert_same_answers(theirs, load_finetuned(adapter)[0], SIZES[kind])
+    adapted = [module for module in theirs.modules() if hasattr(module, "lora_A")]
+    assert len(adapted) == len(read_adapter_file(adapter)["layers"])
+    assert_same_answers(theirs.merge_and_unload(), load_finetuned(adapter)[0], SIZES[kind])
+
+
+def test_a_4_bit_adapter_is_put_on_a_float_base(peft, base, tmp_path, capsys):
+    """PEFT's answers are those of a float model with these adapters."""
+    adapter = saved(base, 16, tmp_path, r=2, use_qlora=True)
+    to_peft(adapter, tmp_path / "peft")
+    assert "trained over 4-bit weights" in capsys.readouterr().out
+    theirs = peft.PeftModel.from_pretrained(stock(base, 16), tmp_path / "peft").eval()
+    ours = add_lora_to_model(stock(base, 16), r=2).eval()
+    ours.load_state_dict(read_adapter_file(adapter)["tensors"], strict=False)
+    assert_same_answers(theirs, ours, 16)
+
+
+def test_what_peft_cannot_hold_is_named(peft, base, tmp_path):
+    about = {"arch": "vit_mini", "class_names": NAMES, "image_size": 16, "checkpoint": str(base)}
+    model, _ = load_backbone(base, 3)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "full.pth", about)
+    with pytest.raises(InputError, match=r"full\.pth cannot be written for PEFT: it has no adapters; use merge"):
+        to_peft(tmp_path / "full.pth", tmp_path / "peft")
+    add_lora_to_model(model, target_modules=["heads", "mlp"])
+    model.class_token.data += 1
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", about)
+    with pytest.raises(InputError, match=r"heads.head \(an adapter on the head.*base that have trained \(class_token"):
+        to_peft(tmp_path / "lora.pth", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize(
+    "layer, expected",
+    [
+        (nn.Linear(4, 4), None),
+        (nn.Conv2d(4, 4, 3, padding="same", stride=1), None),
+        (nn.MultiheadAttention(4, 2), None),
+        (nn.Conv2d(4, 4, 3, groups=2), "in groups"),
+        (nn.Conv2d(4, 4, 3, dilation=2), "dilation"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding other than zeros"),
+        (nn.MultiheadAttention(4, 2, kdim=8), "a weight each for q, k and v"),
+    ],
+    ids=str,
+)
+def test_layers_that_peft_computes_otherwise(layer, expected):
+    assert (_obstacle(layer) or "None").find(expected or "None") >= 0
+
+
+def test_the_package_is_named_where_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match="pip install peft"):
+        to_peft(tmp_path / "lora.pth", tmp_path)
+    with pytest.raises(InputError, match="pip install peft"):
+        from_peft(tmp_path, tmp_path / "lora.pth", tmp_path / "base.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------- from PEFT
+
+
+def written_by_peft(peft, base: Path, size: int, folder: Path, **config) -> nn.Module:
+    """A PeftModel whose adapters and head are not as at the start; saved into `folder`."""
+    torch.manual_seed(0)
+    model = stock(base, size)
+    config = {"r": 3, "lora_alpha": 5, "modules_to_save": [list(dict(model.named_children()))[-1]], **config}
+    model = peft.get_peft_model(model, peft.LoraConfig(**config)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("vit", {"target_modules": ["mlp.0", "self_attention"], "rank_pattern": {"mlp.0": 2}}),
+        ("vit", {"target_modules": r".*encoder_layer_[01]\..*mlp\.3", "use_rslora": True}),
+        ("resnet", {"target_modules": ["conv2"], "alpha_pattern": {"layer1.0.conv2": 30}, "lora_dropout": 0.1}),
+    ],
+    ids=["attention", "rank-stabilised", "convolutions"],
+)
+def test_what_peft_has_trained_is_read(peft, kind, config, bases, tmp_path):
+    theirs = written_by_peft(peft, bases[kind], SIZES[kind], tmp_path / "peft", **config)
+    words = f"convert {tmp_path}/peft --from peft --output {tmp_path}/lora.pth --checkpoint {bases[kind]}".split()
+    deploy_lora.main([*words, "--image-size", str(SIZES[kind]), "--class-names", *NAMES])
+    ours, info = load_finetuned(tmp_path / "lora.pth")
+    assert_same_answers(theirs, ours, SIZES[kind])
+    assert info["class_names"] == NAMES
+
+
+def test_there_and_back_is_the_same_file(peft, base, tmp_path):
+    """Attention's blocks and ranks come back as they were, and so do the settings."""
+    adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, rank_pattern={"encoder_layer_0": 4})
+    to_peft(adapter, tmp_path / "peft")
+    from_peft(tmp_path / "peft", tmp_path / "back.pth", base, NAMES)
+    here, back = read_adapter_file(adapter), read_adapter_file(tmp_path / "back.pth")
+    assert here["tensors"].keys() == back["tensors"].keys() and here["base_hash"] == back["base_hash"]
+    assert all(torch.equal(tensor, back["tensors"][name]) for name, tensor in here["tensors"].items())
+    assert here["layers"] == back["layers"]
+
+
+def test_outputs_without_names_get_their_numbers(peft, base, tmp_path):
+    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
+    from_peft(tmp_path / "peft", tmp_path / "lora.pth", base)
+    assert load_finetuned(tmp_path / "lora.pth")[1]["class_names"] == ["0", "1", "2"]
+
+
+def without_head(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    safetensors.torch.save_file({name: t for name, t in tensors.items() if "lora_" in name}, folder / WEIGHTS)
+
+
+def without_a_layer(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    tensors.pop(f"base_model.model.{BLOCK}mlp.0.lora_A.weight")
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+def with_settings(**settings):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: (folder / CONFIG).unlink(), "no adapter of PEFT's: it must be a folder with adapter_config.js"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is damaged"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), "no readable safetensors file"),
+        (without_head, "no classifier head"),
+        (without_a_layer, r"does not fit its own adapter_config.json or this base: .*mlp\.0\.lora_A\.weight"),
+        (with_settings(use_dora=True), "has use_dora, which adapters here have not"),
+        (with_settings(bias="all"), "has bias=all"),
+        (with_settings(init_lora_weights="pissa"), "has init_lora_weights=pissa"),
+        (with_settings(peft_type="IA3"), "only LoRA can be converted"),
+        (with_settings(target_modules=["q_proj"]), "PEFT cannot put .*: No modules were targeted"),
+        (with_settings(r=7), "PEFT cannot put .*size mismatch"),
+    ],
+    ids=["no config", "no JSON", "no tensors", "no head", "a layer missing", "DoRA", "biases", "PiSSA", "IA3",
+         "other layers", "another rank"],
+)  # fmt: skip
+def test_folders_that_cannot_be_read(peft, change, message, base, tmp_path):
+    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
+    change(tmp_path / "peft")
+    with pytest.raises(InputError, match=message):
+        from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)
+    assert not (tmp_path / "lora.pth").exists()
+
+
+def test_names_must_be_as_many_as_outputs(peft, base, tmp_path):
+    written_by_peft(peft, base, 16, tmp_path / "peft", target_modules=["mlp.0"])
+    with pytest.raises(InputError, match="2 names for the 3 outputs"):
+        from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, ["a", "b"])
