@@ -36,11 +36,20 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
-from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import build_backbone, head_name, headless, unwrapped
+from lora_residents import KINDS, Form, recorded_settings
+from lora_utils import (
+    LoRAManager,
+    base_digests,
+    check_metadata,
+    find_base,
+    read_adapter_file,
+    tell_unused_adapters,
+    trained_state,
+)
+from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
+from moco.backbones import build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
-from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
@@ -76,7 +85,6 @@ class LoRALayer:
 
     stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
-    # Attributes that `remove_lora` deletes.
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
         *("lora_enabled", "_base_data", "weight_names", "stock_class"),
@@ -130,12 +138,11 @@ class LoRALayer:
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
         self.merge() if merge else self.unmerge()
-        for name in self._adapter_names():
-            delattr(self, name)
-        stock_class = self.stock_class
-        for name in self._STATE:
-            vars(self).pop(name, None)
-        self.__class__ = stock_class
+        Form.of(self).without_adapter().put_on(self)
+
+    def adapted_state(self) -> dict[str, Any]:
+        """The attributes, beside parameters, that the layer it adapts does not have."""
+        return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
@@ -271,8 +278,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [getattr(self, f"lora_A_{p}") for p in "qkv"], [getattr(self, f"lora_B_{p}") for p in "qkv"]
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:  # None in 4 bits while the base is in use
+        return tuple([getattr(self, f"lora_{x}_{p}", None) for p in "qkv"] for x in "AB")
 
     def effective_weights(self) -> dict[str, Tensor]:
         A, B = self._factors()
@@ -352,6 +359,7 @@ class _FourBits:
     """
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
+    _STATE = (*LoRALayer._STATE, "_nf4_state", "float_digests")
 
     def _init_adapters(self, settings: LoRASettings) -> None:
         super()._init_adapters(settings)
@@ -369,8 +377,9 @@ class _FourBits:
     def remove_lora(self, merge: bool = False) -> None:
         if not merge:
             raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
+        self.merge()
+        del self.float_digests  # it is in 4 bits no longer
         super().remove_lora(merge)
-        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -422,6 +431,7 @@ ADAPTED = {
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
     nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
 }
+KINDS.update({kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds})
 
 # -------------------------------------------------------------------------------------------------- into a model
 
@@ -587,7 +597,7 @@ def choose_layers(
     candidates = _candidates(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
-        kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
         matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
@@ -609,11 +619,6 @@ def _has_adapted_kind(layer: nn.Module) -> bool:
     return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
-def _in_head(model: nn.Module, name: str) -> bool:
-    head = head_name(model)
-    return head is not None and f"{name}.".startswith(f"{head}.")
-
-
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
@@ -622,9 +627,9 @@ def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> Non
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    in_head = [name for name in chosen if _in_head(model, name)]
-    if in_head:
-        raise InputError(f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out")
+    of_head = [name for name in chosen if in_head(model, name)]
+    if of_head:
+        raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
     double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
@@ -650,11 +655,11 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        in_head = _in_head(model, name)
+        of_head = in_head(model, name)
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
+            trains = not freeze or of_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point())
-        freeze_statistics(module, freeze and not in_head, model.training)
+        freeze_statistics(module, freeze and not of_head, model.training)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -696,7 +701,8 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     base, stage1 = find_base(adapter_path, metadata, checkpoint)
     model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     load_adapters(model, adapter_path, base)
-    return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+    transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
+    return model.eval(), {**metadata, "transform": transform}
 
 
 def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape) -> tuple[nn.Module, dict[str, Any]]:
@@ -710,8 +716,8 @@ def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape)
 
 def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     """Put the adapters of a file on the model of its base. Raises InputError where they do not fit."""
-    fields, layers = ("r", "lora_alpha", "lora_dropout", "use_rslora"), read_adapter_file(path)["layers"]
-    settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
+    layers = read_adapter_file(path)["layers"]
+    settings = {name: recorded_settings(record) for name, record in layers.items()}
     try:
         adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
     except InputError as error:
@@ -747,7 +753,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     problems = options.complete_data_options(args)
-    if args.from_scratch:
+    if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
@@ -868,7 +874,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = (_in_head(model, name) and args.head_learning_rate) or args.learning_rate
+            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -897,8 +903,9 @@ class FineTuning:
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
         self.norms_train = training.batch_norm_trains(model)
-        size = report["image_size"]
-        self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
+        size, self.normalization = report["image_size"], normalization(report["arch"])
+        self.eval_transform = eval_transform(size, **self.normalization)
+        self.augmentation = train_transform(size, args.augmentation, **self.normalization)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         drop = self.norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
@@ -993,6 +1000,8 @@ class FineTuning:
                 told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
                 bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
+                if epoch == now.steps == 1:
+                    tell_unused_adapters(self.model)
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
@@ -1119,9 +1128,8 @@ class FineTuning:
             "arch": self.report["arch"],
             "class_names": list(self.class_names),
             "image_size": self.report["image_size"],
-            "mean": list(data.IMAGENET_MEAN),
-            "std": list(data.IMAGENET_STD),
-            "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
+            **self.normalization,
+            "checkpoint": checkpoints.stored(self.args.checkpoint),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
             "lora": options.lora_options(self.args, self.model),
             "epoch": len(self.history),

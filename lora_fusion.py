@@ -48,6 +48,8 @@ class AdaptedLayer(Protocol):
 
     def effective_weights(self) -> dict[str, Tensor]: ...
 
+    def adapted_state(self) -> dict: ...
+
     def remove_lora(self, merge: bool = False) -> None: ...
 
 
@@ -276,23 +278,28 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop("recomputed", None)
         if isinstance(module, Freezable):
-            module.__class__ = next(stock for stock, kind in FREEZABLE.items() if kind is type(module))
+            module.__class__ = _stock_norm(module)
             vars(module).pop("frozen", None)
     fuse(model)
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless one of these flags is off."""
+    """Some modules read raw weights, past every adapter, unless a flag of theirs has another value.
+
+    PyTorch's encoders do in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            flag = "activation_relu_or_gelu"
+            flag, value = "activation_relu_or_gelu", False
         elif isinstance(module, nn.TransformerEncoder):
-            flag = "use_nested_tensor"
+            flag, value = "use_nested_tensor", False
+        elif "qkv_bias_separate" in vars(module):
+            flag, value = "qkv_bias_separate", True
         else:
             continue
         if any(isinstance(m, AdaptedLayer) for m in module.modules()):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, False)
+            setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 
@@ -342,6 +349,9 @@ class Freezable:
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
 
+    def __reduce_ex__(self, protocol):  # the kind of a subclass cannot be found by its name
+        return _new_freezable, (_stock_norm(self),), vars(self)
+
 
 class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
     pass
@@ -367,10 +377,26 @@ FREEZABLE = {
 }
 
 
+def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
+    """The freezable kind of a BatchNorm, or of a subclass, such as timm's with an activation."""
+    if stock not in FREEZABLE:
+        FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
+    return FREEZABLE[stock]
+
+
+def _new_freezable(stock: type[_BatchNorm]) -> Freezable:
+    kind = _freezable_kind(stock)
+    return kind.__new__(kind)
+
+
+def _stock_norm(norm: Freezable) -> type[_BatchNorm]:
+    return next(stock for stock, kind in FREEZABLE.items() if kind is type(norm))
+
+
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
     """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
-    if type(norm) in FREEZABLE:
-        norm.__class__ = FREEZABLE[type(norm)]
+    if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
+        norm.__class__ = _freezable_kind(type(norm))
     if isinstance(norm, Freezable):
         norm.frozen = freeze
         norm.train(training)

@@ -426,7 +426,7 @@ def describe_machine(args) -> dict:
 
 def describe_versions() -> dict:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "peft", "loralib", "bitsandbytes"):
+    for package in ("torch", "torchvision", "peft", "loralib", "bitsandbytes", "timm", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions

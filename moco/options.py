@@ -21,8 +21,9 @@ import yaml
 from torch import nn
 
 from moco import InputError, printable
-from moco.backbones import ARCHS, modules_below
+from moco.backbones import ARCH_CHOICES, modules_below
 from moco.cache import CACHES
+from moco.checkpoints import option_problems
 from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
@@ -358,8 +359,8 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
     """The group and YAML section `model`; `checkpoint` is the default one."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="any MoCo or torchvision checkpoint")
-    group.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="of MoCo, torchvision or timm; none")
+    group.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
@@ -475,11 +476,11 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
-    problems = [
-        f"--{name.replace('_', '-')} {path}: file not found; give the path of an existing {kind}"
-        for name, kind in (("checkpoint", "checkpoint"), ("stage1_adapter", "adapter file"))
-        if (path := getattr(args, name)) is not None and args.eval_only is None and not os.path.exists(path)
-    ]
+    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.use_qlora)
+    if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
+        problems.append(
+            f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
+        )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args)
