@@ -7,9 +7,9 @@
 
 The training images of --data-dir are the domain. Stage 1 sees them without labels, except for their validation part, on
 which the k-NN accuracy chooses the learning rate of each row. Then each backbone gets a linear probe on a few labels,
-over 20 draws of them, and `benchmarks.quality` fine-tunes it with LoRA, with a learning rate chosen for each, over --seeds
-draws. Both are evaluated on the held-out images, by which nothing was chosen. Options that are not this script's go to
-both stages. What is finished is kept in --output-dir; the same command goes on where it stopped.
+over 20 draws of them, and `benchmarks.quality` fine-tunes it with LoRA, with a learning rate chosen for each, over
+--seeds draws. Both are evaluated on the held-out images, by which nothing was chosen. Options that are not this
+script's go to both stages. What is finished is kept in --output-dir; the same command goes on where it stopped.
 """
 
 import argparse
