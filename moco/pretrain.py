@@ -101,6 +101,8 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give what the adapters are to be over")
     if args.merge_into is not None and args.lora_rank == 0:
         problems.append("--merge-into without --lora-rank: nothing is to be merged, every checkpoint is a whole one")
+    if args.merge_into is not None and not os.path.isdir(args.merge_into.parent):
+        problems.append(f"--merge-into {args.merge_into}: no folder {args.merge_into.parent}; make it first")
     if args.checkpoint is None:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
@@ -356,7 +358,9 @@ class Pretraining:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
         if not {"progress", "images"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        changed = runs.changed_settings(state["config"], self.config(), FREE_TO_CHANGE)
+        # An option that the run's version did not know has its default.
+        then = vars(options.parse_args(make_parser(), [])[0]) | state["config"]
+        changed = runs.changed_settings(then, self.config(), FREE_TO_CHANGE)
         if changed:
             raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
         if state["images"] != self.images:

@@ -235,6 +235,17 @@ def test_bad_options(run, options, problem):
         run(options)
 
 
+def test_a_run_goes_on_that_knew_fewer_options(run, tmp_path):
+    run()
+    state = torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")
+    for name in ("lora_rank", "lora_alpha", "use_qlora", "checkpoint"):
+        del state["config"][name]
+    torch.save(state, tmp_path / "earlier.pth")
+    run(f"--resume {tmp_path / 'earlier.pth'}", "again")
+    with pytest.raises(InputError, match=r"lora_alpha was 16\.0, is 8\.0"):
+        run(f"--lora-alpha 8 --resume {tmp_path / 'earlier.pth'}", "other")
+
+
 def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
     run()
     with pytest.raises(InputError, match="that run is complete"):
