@@ -395,6 +395,18 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base):
     assert changed == {name for name, layer in _weights(content, in_memory)}
 
 
+@pytest.mark.parametrize("options", ["--moco-version 2", "--use-qlora"])
+def test_stage_1_goes_on_from_what_was_merged(adapt, run, tmp_path, capsys, options):
+    """Projector and predictor are in the file as well, and tell the version."""
+    merged = tmp_path / "merged.pth"
+    adapt(f"{options} --epochs 1 --merge-into {merged}")
+    capsys.readouterr()
+    run(f"--checkpoint {merged} --epochs 1", "on")
+    told = capsys.readouterr().out
+    assert "projector taken over" in told and ("predictor taken over" in told) == ("2" not in options)
+    assert f"MoCo v{2 if '2' in options else 3}," in told
+
+
 def test_a_stage_1_adapter_cannot_classify(adapt):
     with pytest.raises(InputError, match=r"is of stage 1 and has no classifier: .* --stage1-adapter"):
         load_finetuned(adapt("--epochs 1")["checkpoint"])
