@@ -55,6 +55,7 @@ STEPS, MEMORY_STEPS = 9, 3  # timed side by side; before the peak of memory is r
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing of the table, then print it and write `domain.json`."""
     args, passed_on = parse(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.rows:
         stage1 = adapt(name, args, passed_on)
