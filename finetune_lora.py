@@ -287,27 +287,25 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
         """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
-        packed = self.weight_names == ("in_proj_weight",)
-        one_product = packed and self._is_active and query is key and key is value
-        if before is not None and (self._drops or not one_product):
+        E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
+        by_input = packed and self._is_active and key is value  # what reads the same input is one product
+        counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
+        if before is not None and (self._drops or not by_input):
             (query, key, value), before = functional.once_each(before, query, key, value), None
-        if one_product:
-            W, bias, adapter_x = self.base("in_proj_weight"), self.in_proj_bias, self._adapter_input(query)
-            A, B = (torch.cat(factors) for factors in self._factors())
-            qkv = functional.lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)
-            return list(qkv.chunk(3, -1))  # (N, L, 3 E) -> (N, L, E)
-        E, adapter_inputs = self.embed_dim, functional.once_each(self._adapter_input, query, key, value)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        projections = zip((query, key, value), *self._factors(), biases, adapter_inputs, strict=True)
+        inputs, (A, B) = (query, key, value), self._factors()
+        adapter_inputs = functional.once_each(self._adapter_input, *inputs)
         projected = []
-        for i, (x, A, B, bias, adapter_x) in enumerate(projections):
-            name = self.weight_names[0 if packed else i]
-            rows = slice(i * E, (i + 1) * E) if packed else slice(None)
+        for count in counts:
+            i, end = len(projected), len(projected) + count
+            name, rows = self.weight_names[0 if packed else i], slice(i * E, end * E)
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+            rows = rows if packed else slice(None)
             if self._is_active:
-                W = self.base(name)[rows]
-                projected.append(functional.lora_linear(x, W, A, B, bias, self.scaling, 1, adapter_x))
+                W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
+                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
             else:
-                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], bias))
+                y = F.linear(inputs[i], self._weight_without_adapter(name, inputs[i].dtype)[rows], bias)
+            projected += y.chunk(count, -1)  # (N, L, count E) -> (N, L, E)
         return projected
 
     def forward(

@@ -330,6 +330,61 @@ def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
     compare_with_dense(stock, model, [torch.randn(2, 5, 16)], FP32)
 
 
+# ------------------------------------------------------------------------------------- the class token of the last block
+
+
+def test_the_last_block_keeps_the_class_token_alone():
+    """Behind keys and values. Who listens to the encoder gets every token."""
+    model, x = frozen(vit()), images(16, 8)
+    without = saved_bytes(model, x)
+    handle = model.encoder.register_forward_hook(lambda *_: None)
+    patches, width = 4, 16
+    # Left out: the query, the attention's output, the residual's middle, the input of the last LayerNorm; and what the
+    # MLP keeps, twice its four widths, which are two of the hidden size here.
+    assert saved_bytes(model, x) - without >= 8 * patches * (4 * width + 2 * 2 * width) * 4
+    handle.remove()
+    assert saved_bytes(model, x) == without
+
+
+@pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 4e-2)])
+def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance):
+    stock, x = vit(hidden_dim=32, mlp_dim=64).to(dtype), images(16, 8, dtype=dtype)
+    model = frozen(copy.deepcopy(stock), target_modules=targets)
+    if not (mode == "selective" and targets == "self_attention"):
+        set_gradient_checkpointing(model, mode)
+    compare_with_dense(stock, model, [x], tolerance, autocast=autocast)
+    model.heads.requires_grad_(False)
+    compare_with_dense(stock, model.eval(), [x], tolerance, autocast=autocast)
+
+
+def test_the_encoder_alone_still_gives_every_token():
+    stock, x = vit().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    compare_with_dense(stock, model, [x], EXACT, lambda network, x: network.encoder(x))
+
+
+def mixing_mlp(block: EncoderBlock) -> None:
+    block.mlp = nn.Sequential(nn.Conv1d(5, 5, 1))  # of the five tokens
+
+
+def norm_of_five(block: EncoderBlock) -> None:
+    block.ln_2 = nn.LayerNorm((5, 16))
+
+
+@pytest.mark.parametrize("change", [mixing_mlp, norm_of_five])
+def test_a_last_block_that_mixes_tokens_gets_all_of_them(change):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network.encoder.layers[1])
+        network.double()
+    assert_close(model(x), twin(x), EXACT)
+
+
 # ---------------------------------------------------------------------------------------------------- the pooled stem
 
 
