@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moco import InputError
@@ -228,13 +228,12 @@ def _in_its_own_dtype(backward):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
-        rows = (x if before is None else before(x)).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
+        rows = (x if before is None else _evaluate(before, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
         # With W frozen, the input is needed for the adapter's gradients alone.
         ctx.save_for_backward(adapter_rows if before is None else x, A, B)
         ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
 
         W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -255,7 +254,11 @@ class _LoRALinear(torch.autograd.Function):
         saved, A, B = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        adapter_rows = saved if ctx.before is None else _recompute(ctx, saved)
+        adapter_rows, statistics = saved, ()
+        if ctx.before is not None:
+            saved = saved.flatten(0, -2)
+            adapter_rows, statistics = _evaluate(ctx.before, saved)
+            adapter_rows = adapter_rows.to(ctx.dtype)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         gh = [B_g.T.contiguous() @ gy_g.T for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
@@ -269,7 +272,7 @@ class _LoRALinear(torch.autograd.Function):
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
         if ctx.before is not None and need_x:
-            gx = _pull_back(ctx, gx, saved.flatten(0, -2))
+            gx = _pull_back(ctx.before, gx, saved, statistics)
         return (
             None if gx is None else gx.view(ctx.shape),
             (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
@@ -290,29 +293,36 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return _linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-def _recompute(ctx, x: Tensor) -> Tensor:
-    """The output of `before` once more, as rows."""
-    with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
-        return ctx.before(x).to(ctx.dtype).flatten(0, -2)
+def _evaluate(before: nn.LayerNorm | nn.GELU, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``before(x)`` and what its derivative needs beside x: of a LayerNorm each row's mean and reciprocal deviation."""
+    if isinstance(before, nn.GELU):
+        return F.gelu(x, approximate=before.approximate), []
+    norm = before.normalized_shape, before.weight, before.bias, before.eps
+    y, *statistics = torch.ops.aten.native_layer_norm(x if norm[1] is None else x.to(norm[1].dtype), *norm)
+    return y, statistics
 
 
-def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
-    """From the gradient of the output of `before` to that of x, both (N, in), in the same memory if it fits.
+def _pull_back(before: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
+    """From the gradient of ``before(x)`` to that of x, both (N, in), in the same memory if it fits.
 
-    On a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at once, as more
-    calls would cost more than the memory is worth.
+    Of a LayerNorm on a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at
+    once, as more calls would cost more than the memory is worth.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
+    if isinstance(before, nn.GELU):
+        approximate = {"approximate": before.approximate}
+        return torch.ops.aten.gelu_backward.grad_input(gradient.to(x.dtype), x, **approximate, grad_input=result)
     parts = PARTS if x.device.type == "cpu" else 1
     size = max(math.ceil(len(x) / parts), PART_NUMEL // max(x.shape[1], 1), 1)
-    for x_part, gradient_part, result_part in zip(x.split(size), gradient.split(size), result.split(size), strict=True):
-        with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
-            x_part = x_part.detach().requires_grad_()
-            y = ctx.before(x_part)
-        pulled_back = torch.autograd.grad(y, x_part, gradient_part.to(y.dtype))[0]
-        if len(x_part) == len(x):
-            return pulled_back
-        result_part.copy_(pulled_back)
+    weight, dtype = before.weight, x.dtype if before.weight is None else before.weight.dtype
+    for part, *in_part in zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True):
+        g, rows, mean, deviation = in_part
+        part.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                *(g.to(dtype), rows.to(dtype), before.normalized_shape, mean, deviation, weight, before.bias),
+                [True, False, False],
+            )[0]
+        )
     return result
 
 
@@ -325,7 +335,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    before: Callable[[Tensor], Tensor] | None = None,
+    before: nn.LayerNorm | nn.GELU | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 
@@ -337,7 +347,7 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is not saved but recomputed.
+        before: a LayerNorm over the last dimension, or GELU, to apply first. Its output is not saved but recomputed.
 
     Raises:
         ValueError: both of the last two are given. Dropout would need the output that is not saved.

@@ -248,7 +248,7 @@ class FusedEncoderBlock(EncoderBlock):
 
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
-        """The block's output (N, L, E), or only its first ``tokens`` of the L tokens; the caller has asked `by_rows`."""
+        """The block's output (N, L, E), or only its first ``tokens`` tokens; the caller has asked `by_rows`."""
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
         residual = input if tokens is None else input[:, :tokens]

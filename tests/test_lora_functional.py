@@ -1,5 +1,6 @@
 """lora_functional.py: every gradient by finite differences, every path against dense stock operations."""
 
+import copy
 import dataclasses
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import BF16, DEVICES, FP32, assert_close
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,7 +125,14 @@ def test_linear_gradients_with_dropout(groups):
     assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
 
 
-@pytest.mark.parametrize("before", [F.gelu, lambda x: F.layer_norm(x, (4,))], ids=["gelu", "layer norm"])
+def row_operations():
+    affine = nn.LayerNorm(4).double().requires_grad_(False)
+    nn.init.normal_(affine.weight), nn.init.normal_(affine.bias)
+    plain = nn.LayerNorm(4, eps=0.1, elementwise_affine=False)
+    return {"gelu": nn.GELU(), "tanh": nn.GELU("tanh"), "layer norm": affine, "plain": plain}.items()
+
+
+@pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations()])
 @pytest.mark.parametrize("part", [1, lora_functional.PART_NUMEL], ids=["row by row", "at once"])
 def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
     monkeypatch.setattr(lora_functional, "PART_NUMEL", part)
@@ -135,10 +144,52 @@ def test_linear_gradients_through_a_recomputed_operation(path, before, part, mon
     assert gradcheck(function, double(2, 3, 4), double(2, 4), double(6, 2))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name, before", row_operations())
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize("x_dtype", [None, torch.bfloat16], ids=["", "low x"])
+def test_a_recomputed_operation_equals_the_dense_computation(device, name, before, dtype, autocast, x_dtype):
+    """In every precision, with x in a lower one than the LayerNorm's weight as well, and evaluated once in backward."""
+    before = copy.deepcopy(before).to(device, dtype)
+    x = (random(7, 5, 4, device=device) + 1).to(x_dtype or dtype).requires_grad_()
+    W = random(6, 4, device=device, dtype=dtype)
+    A, B = (random(*shape, device=device, requires_grad=True) for shape in ((2, 4), (6, 2)))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, before=before)
+    upstream = torch.randn_like(y)
+    with Evaluations() as evaluations:
+        y.backward(upstream)
+    assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
+    theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    before.double()
+    expected = F.linear(before(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
+    expected.backward(upstream.double())
+    tolerance = FP32 if y.dtype == x.dtype == torch.float32 else BF16
+    assert_close(y, expected, tolerance, "output")
+    for letter, ours, wanted in zip("xAB", (x, A, B), theirs, strict=True):
+        assert_close(ours.grad, wanted.grad, tolerance, letter)
+        assert ours.grad.dtype == ours.dtype
+
+
+class Evaluations(TorchDispatchMode):
+    """Counts the operations that PyTorch runs within the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def count(self, *parts: str) -> int:
+        return sum(part in name for name in self.names for part in parts)
+
+
 def test_dropout_and_a_recomputed_operation_exclude_each_other():
     x = random(3, 4)
     with pytest.raises(ValueError, match="exclude each other"):
-        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=F.gelu)
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=nn.GELU())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -238,7 +289,7 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
     A.requires_grad_(), B.requires_grad_()
     for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=F.gelu))
+            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=nn.GELU()))
         assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
 
 

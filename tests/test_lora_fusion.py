@@ -330,7 +330,7 @@ def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
     compare_with_dense(stock, model, [torch.randn(2, 5, 16)], FP32)
 
 
-# ------------------------------------------------------------------------------------- the class token of the last block
+# ------------------------------------------------------------------------------------ the class token of the last block
 
 
 def test_the_last_block_keeps_the_class_token_alone():
