@@ -230,11 +230,10 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
         rows = (x if before is None else _evaluate(before, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        # With W frozen, the input is needed for the adapter's gradients alone.
-        ctx.save_for_backward(adapter_rows if before is None else x, A, B)
         ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
 
+        factors, h = (A, B), None
         W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if adapter_x is None and _merge_pays(W, len(rows) * len(W)):
@@ -244,6 +243,8 @@ class _LoRALinear(torch.autograd.Function):
             h = F.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
             for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
                 y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
+        # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
+        ctx.save_for_backward(adapter_rows if before is None else x, *factors, h)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
@@ -251,7 +252,7 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        saved, A, B = ctx.saved_tensors
+        saved, A, B, h = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
         adapter_rows, statistics = saved, ()
@@ -266,7 +267,7 @@ class _LoRALinear(torch.autograd.Function):
         gA = gh @ adapter_rows if need_A else None  # (groups r, in)
         gB = None
         if need_B:
-            h = A @ adapter_rows.T  # (groups r, N)
+            h = A @ adapter_rows.T if h is None else h.T.contiguous()  # (groups r, N)
             gB = [(h_g @ gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
             gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed

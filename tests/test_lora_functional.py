@@ -274,14 +274,16 @@ def saved_bytes(function) -> dict[tuple, int]:
     return saved
 
 
-def test_only_the_input_is_saved(path):
+def test_only_the_input_and_what_is_thin_is_saved(path):
     x, W, A, B = random(50, 24, requires_grad=True), random(36, 24), random(4, 24), random(36, 4)
     A.requires_grad_(), B.requires_grad_()
     saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
-    assert set(saved) == {t.untyped_storage().data_ptr() for t in (x, A, B)}
+    assert set(saved) >= {t.untyped_storage().data_ptr() for t in (x, A, B)}
+    thin = 50 * 4  # h = x A^T, which the side path keeps
+    assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * 4 in (0, thin * 4)
     with torch.autocast("cpu", torch.bfloat16):  # at half the size under autocast
         saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
-    assert sum(saved.values()) == x.numel() * 2 + (A.numel() + B.numel()) * 4
+    assert sum(saved.values()) - (x.numel() * 2 + (A.numel() + B.numel()) * 4) in (0, thin * 2)
 
 
 def test_a_recomputed_operation_saves_its_input_not_its_output():
