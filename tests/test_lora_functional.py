@@ -125,14 +125,14 @@ def test_linear_gradients_with_dropout(groups):
     assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
 
 
-def row_operations():
-    affine = nn.LayerNorm(4).double().requires_grad_(False)
+def row_operations(width: int):
+    affine = nn.LayerNorm(width).double().requires_grad_(False)
     nn.init.normal_(affine.weight), nn.init.normal_(affine.bias)
-    plain = nn.LayerNorm(4, eps=0.1, elementwise_affine=False)
+    plain = nn.LayerNorm(width, eps=0.1, elementwise_affine=False)
     return {"gelu": nn.GELU(), "tanh": nn.GELU("tanh"), "layer norm": affine, "plain": plain}.items()
 
 
-@pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations()])
+@pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
 @pytest.mark.parametrize("part", [1, lora_functional.PART_NUMEL], ids=["row by row", "at once"])
 def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
     monkeypatch.setattr(lora_functional, "PART_NUMEL", part)
@@ -145,15 +145,15 @@ def test_linear_gradients_through_a_recomputed_operation(path, before, part, mon
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, before", row_operations())
+@pytest.mark.parametrize("name, before", row_operations(64))
 @pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize("x_dtype", [None, torch.bfloat16], ids=["", "low x"])
 def test_a_recomputed_operation_equals_the_dense_computation(device, name, before, dtype, autocast, x_dtype):
     """In every precision, with x in a lower one than the LayerNorm's weight as well, and evaluated once in backward."""
     before = copy.deepcopy(before).to(device, dtype)
-    x = (random(7, 5, 4, device=device) + 1).to(x_dtype or dtype).requires_grad_()
-    W = random(6, 4, device=device, dtype=dtype)
-    A, B = (random(*shape, device=device, requires_grad=True) for shape in ((2, 4), (6, 2)))
+    x = (random(7, 5, 64, device=device) + 1).to(x_dtype or dtype).requires_grad_()
+    W = random(6, 64, device=device, dtype=dtype)
+    A, B = (random(*shape, device=device, requires_grad=True) for shape in ((2, 64), (6, 2)))
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, before=before)
     upstream = torch.randn_like(y)
