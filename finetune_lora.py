@@ -231,22 +231,26 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     def effective_weights(self) -> dict[str, Tensor]:
         return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None) -> Tensor:
-        """``batch_norm(layer(x))``, with the scale and the shift of a constant BatchNorm in the kernel and the bias."""
+    def forward(
+        self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias."""
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x.dtype), self.bias)
-            return y if batch_norm is None else batch_norm(y)
+            y = y if batch_norm is None else batch_norm(y)
+            y = y if residual is None else y + residual
+            return F.relu(y) if relu else y
         if x.dim() == 3:
-            return self.forward(x[None], batch_norm)[0]
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
-        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        settings = self.scaling, functional.Geometry(self.stride, padding, self.dilation, self.groups), row_scale
         A, B = self.lora_A, self.lora_B
-        return functional.lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
+        return functional.lora_conv2d(x, self.base(), A, B, bias, *settings, adapter_x, residual, relu)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):

@@ -45,6 +45,10 @@ PARTS, PART_NUMEL = 8, 2**17
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
+# In which dtypes oneDNN's convolutions take an addition and a ReLU along on this CPU.
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    ONEDNN_DTYPES = ()
 
 
 @dataclass(frozen=True)
@@ -503,7 +507,7 @@ def _conv2d(x: Tensor, kernel: Tensor, bias, geometry: Geometry, residual: Tenso
     On a CPU oneDNN adds and rectifies while it writes the convolution's output: no pass over the activations is left.
     """
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-    if fuses and x.numel() > 0 and x.dtype in _onednn_dtypes() and not torch.compiler.is_compiling():
+    if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not torch.compiler.is_compiling():
         stride, padding, dilation, groups = geometry
         sizes = padding, stride, dilation, groups
         if residual is None:
@@ -514,15 +518,6 @@ def _conv2d(x: Tensor, kernel: Tensor, bias, geometry: Geometry, residual: Tenso
     y = F.conv2d(x, kernel, bias, *geometry)
     y = y if residual is None else y.add_(residual)
     return y.relu_() if relu else y
-
-
-@functools.cache
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN's convolution with something behind it computes in on this CPU."""
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return ()
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):

@@ -2,7 +2,8 @@
 
 An adapted layer saves time and memory if it does its neighbour's work too:
 - A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
-  disappears, and so does the copy of them that it would save for backward.
+  disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
+  it go along: on a CPU oneDNN does both while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
   With selective gradient checkpointing the same is done to GELU.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
@@ -41,7 +42,8 @@ class AdaptedLayer(Protocol):
 
     Its `forward` takes one more argument than the stock layer's:
     - linear layers and attention take `before`, an operation on each row of the input, to apply first;
-    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output.
+    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
+      add, and `relu`.
     """
 
     def merge(self) -> None: ...
@@ -95,6 +97,24 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
     return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
+
+
+def conv_bn_relu(
+    conv: nn.Module,
+    norm: nn.Module,
+    relu: nn.Module,
+    x: Tensor,
+    input: Tensor | None = None,
+    downsample: nn.Module | None = None,
+) -> Tensor:
+    """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
+    shortcut = (lambda t: t) if downsample is None else downsample
+    if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
+        return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
+    out = conv_bn(conv, norm, x)
+    if input is not None:
+        out += shortcut(input)
+    return relu(out)
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
@@ -173,10 +193,8 @@ class FusedBasicBlock(BasicBlock):
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_bn(self.conv1, self.bn1, x))
-        out = conv_bn(self.conv2, self.bn2, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
+        return conv_bn_relu(self.conv2, self.bn2, self.relu, out, x, self.downsample)
 
 
 class FusedBottleneck(Bottleneck):
@@ -186,11 +204,9 @@ class FusedBottleneck(Bottleneck):
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_bn(self.conv1, self.bn1, x))
-        out = self.relu(conv_bn(self.conv2, self.bn2, out))
-        out = conv_bn(self.conv3, self.bn3, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
+        out = conv_bn_relu(self.conv2, self.bn2, self.relu, out)
+        return conv_bn_relu(self.conv3, self.bn3, self.relu, out, x, self.downsample)
 
 
 class FusedSequential(nn.Sequential):
