@@ -49,6 +49,9 @@ PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and 
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
     ONEDNN_DTYPES = ()
+# The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
+# this size is zero beside any number that float32 adds it to.
+LEAK = 1e-30
 
 
 @dataclass(frozen=True)
@@ -504,17 +507,18 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 def _conv2d(x: Tensor, kernel: Tensor, bias, geometry: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
     """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
 
-    On a CPU oneDNN adds and rectifies while it writes the convolution's output: no pass over the activations is left.
+    On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
     """
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not torch.compiler.is_compiling():
         stride, padding, dilation, groups = geometry
         sizes = padding, stride, dilation, groups
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "relu", [], "")
-        if residual.dtype == x.dtype:
-            after = ("relu", [], "") if relu else (None, [], None)
-            return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, kernel, bias, *sizes, "add", 1.0, *after)
+            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "leaky_relu", [LEAK], "")
+        if residual.dtype == x.dtype:  # what comes after an addition has no leak
+            with_residual = torch.ops.mkldnn._convolution_pointwise.binary
+            y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
+            return y.relu_() if relu else y
     y = F.conv2d(x, kernel, bias, *geometry)
     y = y if residual is None else y.add_(residual)
     return y.relu_() if relu else y

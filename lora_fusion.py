@@ -3,7 +3,7 @@
 An adapted layer saves time and memory if it does its neighbour's work too:
 - A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
   disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
-  it go along: on a CPU oneDNN does both while it writes the output.
+  it go along: on a CPU oneDNN does the one or the other while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
   With selective gradient checkpointing the same is done to GELU.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
