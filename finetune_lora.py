@@ -35,9 +35,10 @@ from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
+import lora_utils
 from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, check_metadata, read_adapter_file, trained_state
+from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
 from moco.cache import keep_images
@@ -70,7 +71,8 @@ class LoRALayer:
 
     or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Each adapted layer *is* the layer it adapts: it keeps
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
-    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
+    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``. With a `base_dtype` of 16 bits W is
+    stored rounded to it; merging then gives a float32 weight, and the float base is gone.
 
     The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
     weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
@@ -78,9 +80,11 @@ class LoRALayer:
 
     stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
+    # Of weights stored in fewer bits, as they were before rounding: by these an adapter file identifies its base.
+    float_digests: Mapping[str, str] = {}
     # Attributes that `remove_lora` deletes.
     _STATE = (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
         *("lora_enabled", "_base_data", "weight_names", "stock_class"),
     )
 
@@ -90,22 +94,30 @@ class LoRALayer:
         self._init_adapters(settings)
 
     @classmethod
-    def adapt(cls, layer: nn.Module, settings: LoRASettings) -> "LoRALayer":
+    def adapt(cls, layer: nn.Module, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
-        layer._init_adapters(settings)
+        layer._init_adapters(settings, base_dtype)
         return layer
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
+    def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
         vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
         self.reset_lora_parameters()
+        self._store_base(base_dtype)
+
+    def _store_base(self, dtype: torch.dtype | None) -> None:
+        weights = {name: self._parameters[name] for name in self.weight_names}
+        if dtype in functional.LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
+            self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+            for weight in weights.values():
+                weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
         self._add_adapter("weight")
@@ -131,6 +143,8 @@ class LoRALayer:
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
+        if self.float_digests and not merge:
+            raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
         self.merge() if merge else self.unmerge()
         for name in self._adapter_names():
             delattr(self, name)
@@ -142,6 +156,10 @@ class LoRALayer:
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
         return self._base_data.get(name, self._parameters[name])
+
+    def _base_to_merge(self, name: str = "weight") -> Tensor | NF4Weight:
+        base = self.base(name)
+        return base.float() if name in self.float_digests and isinstance(base, Tensor) else base
 
     @property
     def merged(self) -> bool:
@@ -169,7 +187,7 @@ class LoRALayer:
     def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense weight of a layer whose adapter is merged or switched off."""
         weight = self._parameters[name] if self.lora_enabled else self.base(name)
-        return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
+        return functional.dense_weight(weight, dtype) if self.float_digests else weight
 
     @property
     def _drops(self) -> bool:
@@ -208,7 +226,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place, in the base's dtype."""
-        return {"weight": functional.merged_weight(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``layer(before(x))``; see `lora_linear` for `before`."""
@@ -229,7 +247,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     stock_class = nn.Conv2d
 
     def effective_weights(self) -> dict[str, Tensor]:
-        return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
@@ -263,9 +281,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     stock_class = nn.MultiheadAttention
     _linear_kind = LoRALinear
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
-        self._linear_kind.adapt(self.out_proj, settings)
-        super()._init_adapters(settings)
+    def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
+        self._linear_kind.adapt(self.out_proj, settings, base_dtype)
+        super()._init_adapters(settings, base_dtype)
 
     def _create_adapters(self) -> None:
         packed = self.in_proj_weight is not None
@@ -285,7 +303,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if self.weight_names == ("in_proj_weight",):
             A, B = [torch.cat(A)], [torch.cat(B)]
         return {
-            name: functional.merged_weight(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
+            name: functional.merged_weight(self._base_to_merge(name), a, b, self.scaling, groups=len(a) // self.r)
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
@@ -357,10 +375,8 @@ class _FourBits:
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
-        super()._init_adapters(settings)
+    def _store_base(self, dtype: torch.dtype | None) -> None:
         if not self._nf4_state:
-            # The adapter file identifies its base by the weights as they were before rounding.
             self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
             nf4 = {name: NF4Weight.quantize(self._parameters[name]) for name in self.weight_names}
             self._nf4_state = {name: (weight.state, weight.shape) for name, weight in nf4.items()}
@@ -369,12 +385,6 @@ class _FourBits:
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         base = super().base(name)
         return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
-
-    def remove_lora(self, merge: bool = False) -> None:
-        if not merge:
-            raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
-        super().remove_lora(merge)
-        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -439,6 +449,7 @@ def add_lora_to_model(
     exclude_modules: str | Sequence[str] | None = None,
     use_qlora: bool = False,
     use_rslora: bool = False,
+    base_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -449,33 +460,37 @@ def add_lora_to_model(
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits.
+        base_dtype: torch.bfloat16 or float16: store the adapted float32 weights in it. Autocast to the same dtype then
+            has them as it would round them anyway, at half the memory. None: as they are.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
 
     Raises:
         InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
-            a weight that two layers share, or layers in 4 bits that would become float. The model is then as it was.
+            a weight that two layers share, or layers in 4 or 16 bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     chosen = choose_layers(model, target_modules, exclude_modules)
-    if settings.r > (highest := _full_rank(_unwrap(model))):
+    if settings.r > (highest := full_rank(_unwrap(model))):
         raise InputError(
             f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
         )
-    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora)
+    return adapt_layers(model, dict.fromkeys(chosen, settings), use_qlora, base_dtype)
 
 
-def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
-    """Put adapters on exactly the layers named, in place. Any other adapted layer becomes a stock layer again.
+def adapt_layers(
+    model: nn.Module,
+    settings: Mapping[str, LoRASettings],
+    use_qlora: bool = False,
+    base_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put adapters on exactly the layers named, in place, and return the model. No other layer is adapted afterwards.
 
     Args:
         settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
             attention, with the same settings unless its own name is among these.
-        use_qlora: store the adapted weights in 4 bits.
-
-    Returns:
-        The same model.
+        use_qlora, base_dtype: see `add_lora_to_model`.
 
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
@@ -491,35 +506,37 @@ def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlo
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    highest = _full_rank(model)
+    highest = full_rank(model)
     for name, own in settings.items():
         if own.r > highest:
             raise InputError(f"{name} has rank {own.r}, above {highest}, the full rank of this model's largest layer")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
-    stuck = [name for name, layer in _outermost(model, _FourBits) if not use_qlora or name not in chosen]
-    if stuck:
-        raise InputError(f"{stuck[0]} is in 4 bits, its float weight is gone: load the checkpoint again")
+    for name, layer in _outermost(model, LoRALayer):
+        in_four = isinstance(layer, _FourBits)
+        if layer.float_digests and (name not in chosen or in_four != use_qlora):
+            bits = 4 if in_four else 16
+            raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
     for _, layer in _outermost(model, LoRALayer):
-        if not isinstance(layer, _FourBits):
+        if not layer.float_digests:
             layer.remove_lora()
     for name, layer in chosen.items():
-        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in 4 bits keeps its kind
-        kinds[use_qlora].adapt(layer, settings[name])
+        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
+        kinds[use_qlora].adapt(layer, settings[name], base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
-            type(layer).adapt(layer, settings[projection])
+            type(layer).adapt(layer, settings[projection], base_dtype)
     fuse(model)
     return wrapped
 
 
 def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Make every module a stock module again, in place: for `torch.fx`, or torchvision's `create_feature_extractor`.
+    """Make every module a stock module again, in place, and return the model: for `torch.fx`, say.
 
     What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
@@ -527,11 +544,8 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
         merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
             too.
 
-    Returns:
-        The same model.
-
     Raises:
-        InputError: layers in 4 bits, without `merge`: their float weights are gone. The model is then as it was.
+        InputError: layers in 4 or 16 bits, without `merge`: their float weights are gone. The model is as it was.
     """
     LoRAManager(_unwrap(model)).unload(merge)
     return model
@@ -542,18 +556,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
-
-
-def _full_rank(model: nn.Module) -> int:
-    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
-    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
-
-
-def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
-    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    packed = isinstance(module, _FourBits) and name in module.weight_names
-    return module.base(name).shape if packed else parameter.shape
 
 
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
@@ -642,14 +644,14 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         raise InputError(str(error)) from None
 
 
-# ------------------------------------------------------------------------------------ what trains, and what is counted
+# ---------------------------------------------------------------------------------------------------- what trains
 
 
 def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
     The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
-    base. Weights in 4 bits do not train in either case.
+    base. Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
@@ -658,24 +660,11 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        in_head = _in_head(model, name)
+        in_head, rounded = _in_head(model, name), getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
-            parameter.requires_grad_(trains and parameter.is_floating_point())
+            parameter.requires_grad_(trains and parameter.is_floating_point() and parameter_name not in rounded)
         freeze_statistics(module, freeze and not in_head, model.training)
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
-    counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    for full_name, parameter in model.named_parameters():  # a shared one comes once
-        path, _, name = full_name.rpartition(".")
-        module = model.get_submodule(path)
-        numel = math.prod(_stock_shape(module, name, parameter))
-        counts["total"] += numel
-        counts["trainable" if parameter.requires_grad else "frozen"] += numel
-        counts["lora"] += numel if isinstance(module, LoRALayer) and name.startswith("lora_") else 0
-    return counts
 
 
 # --------------------------------------------------------------------------------------------------------- predicting
@@ -698,9 +687,9 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
     """
-    content = read_adapter_file(adapter_path)
+    content = lora_utils.read_adapter_file(adapter_path)
     metadata, layers = content["metadata"], content["layers"]
-    check_metadata(adapter_path, metadata, content["tensors"])
+    lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not os.path.exists(base):
         raise InputError(f"{adapter_path}: its base, {base}, is not there; give its place as the checkpoint")
@@ -846,7 +835,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **lora_options(args))
+        add_lora_to_model(model, **lora_options(args), base_dtype=training.base_dtype(args))
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)

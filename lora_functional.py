@@ -500,7 +500,7 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     Rounded with numbers that lie anywhere between the grid's points, small updates survive on average, as they do when
     full fine-tuning rounds its float32 weights in each step. A weight on the grid would swallow them.
     """
-    on_the_grid = isinstance(weight, Tensor) and weight.dtype == dtype and row_scale is None
+    on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
 
 

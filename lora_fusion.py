@@ -20,7 +20,7 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `A
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,6 +45,8 @@ class AdaptedLayer(Protocol):
     - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
       add, and `relu`.
     """
+
+    float_digests: Mapping[str, str]
 
     def merge(self) -> None: ...
 

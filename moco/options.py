@@ -385,6 +385,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
+        "--base-dtype", choices=PRECISIONS, default="auto", help="of frozen weights that are adapted; auto: --precision"
+    )
+    tune.add_argument(
         "--gradient-checkpointing",
         choices=("none", "selective", "full"),
         default="none",
