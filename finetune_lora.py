@@ -40,7 +40,7 @@ from lora_functional import LoRASettings, NF4Weight
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, trained_state
 from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import ARCHS, build_backbone, head_name, unwrapped
+from moco.backbones import ARCHS, block_names, build_backbone, head_name, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -450,6 +450,7 @@ def add_lora_to_model(
     use_qlora: bool = False,
     use_rslora: bool = False,
     base_dtype: torch.dtype | None = None,
+    adapt_last: int | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -462,6 +463,7 @@ def add_lora_to_model(
         use_qlora: store the adapted weights in 4 bits.
         base_dtype: torch.bfloat16 or float16: store the adapted float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. None: as they are.
+        adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
@@ -471,7 +473,7 @@ def add_lora_to_model(
             a weight that two layers share, or layers in 4 or 16 bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
-    chosen = choose_layers(model, target_modules, exclude_modules)
+    chosen = choose_layers(model, target_modules, exclude_modules, adapt_last)
     if settings.r > (highest := full_rank(_unwrap(model))):
         raise InputError(
             f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
@@ -579,11 +581,12 @@ def choose_layers(
     model: nn.Module,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
+    adapt_last: int | None = None,
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
 
     Raises:
-        InputError: a target that is no regular expression or matches nothing, or no layer left.
+        InputError: a target that is no regular expression or matches nothing, too few blocks, or no layer left.
     """
     model = _unwrap(model)
     candidates = _candidates(model)
@@ -598,6 +601,11 @@ def choose_layers(
             raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
         chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
     chosen = {n: layer for n, layer in chosen.items() if not any(_matches(n, target) for target in excluded or ())}
+    if adapt_last is not None:
+        blocks = block_names(model)
+        if not 1 <= adapt_last <= len(blocks):
+            raise InputError(f"adapt_last is {adapt_last}; give a number from 1 to {len(blocks)}, the model's blocks")
+        chosen = {n: layer for n, layer in chosen.items() if any(_matches(n, b) for b in blocks[-adapt_last:])}
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
@@ -846,7 +854,7 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora")
+    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}}
 
 
@@ -1053,7 +1061,7 @@ class FineTuning:
             images, labels = training.to_device(images, self.device), training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype):
+                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels) / micro_batches.images
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.

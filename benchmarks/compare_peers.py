@@ -40,11 +40,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
-from lora_functional import bitsandbytes_functional
+from lora_functional import SavedIn16Bits, bitsandbytes_functional
 from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing
 from lora_utils import LoRAManager
 from moco import InputError
-from moco.backbones import build_backbone, default_image_size, head_name
+from moco.backbones import block_names, build_backbone, default_image_size, head_name
 from moco.options import positive_int
 from moco.runs import begin_folder, run_script
 from moco.training import autocast, peak_memory_bytes, select_device, select_precision
@@ -66,8 +66,9 @@ def linear_probe(model: nn.Module, args) -> nn.Module:
     return model
 
 
-def lora(model: nn.Module, args, checkpointing: str = "none", use_qlora: bool = False) -> nn.Module:
-    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, use_qlora=use_qlora)
+def lora(model: nn.Module, args, checkpointing: str = "none", **options) -> nn.Module:
+    base_dtype = select_precision(args.precision, args.device)
+    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, base_dtype=base_dtype, **options)
     freeze_backbone_params(model)
     set_gradient_checkpointing(model, checkpointing)
     return model
@@ -77,8 +78,16 @@ def lora_selective(model: nn.Module, args) -> nn.Module:
     return lora(model, args, "selective")
 
 
+def lora_last_half(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, adapt_last=len(block_names(model)) // 2)
+
+
 def qlora(model: nn.Module, args) -> nn.Module:
     return lora(model, args, use_qlora=True)
+
+
+def qlora_selective(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, "selective", use_qlora=True)
 
 
 def qlora_checkpointed(model: nn.Module, args) -> nn.Module:
@@ -166,6 +175,7 @@ class Variant:
     save: Callable  # (model, empty folder): writes what one would keep
     package: str | None = None  # a peer that need not be installed
     models: str = ""  # how the names of the models that it is for begin
+    saving: Callable = contextlib.nullcontext  # around the forward: how activations are kept
 
 
 VARIANTS = {
@@ -176,7 +186,17 @@ VARIANTS = {
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
+    "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, saving=SavedIn16Bits),
+    "lora_selective_16bit": Variant(
+        "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", saving=SavedIn16Bits
+    ),
+    "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
+    "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", saving=SavedIn16Bits),
+    "qlora_selective_16bit": Variant(
+        *("QLoRA here, selective, 16-bit activations", qlora_selective, save_here, "bitsandbytes", "vit"),
+        saving=SavedIn16Bits,
+    ),
     "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
 }
 
@@ -215,8 +235,9 @@ class Training:
         synchronize(self.args.device)
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.args.device, self.dtype):
-            self.loss = F.cross_entropy(self.model(images), labels)
+        with autocast(self.args.device, self.dtype), VARIANTS[self.name].saving():
+            logits = self.model(images)
+        self.loss = F.cross_entropy(logits.float(), labels)
         self.loss.backward()
         self.optimizer.step()
         synchronize(self.args.device)

@@ -71,6 +71,14 @@ def head_name(model: nn.Module) -> str | None:
     return next((name for name in HEAD_NAMES if name in children), None)
 
 
+def block_names(model: nn.Module) -> list[str]:
+    """Names of a ViT's blocks or a ResNet's stages, from the images to the head; empty for other models."""
+    layers = getattr(getattr(model, "encoder", None), "layers", None)
+    if isinstance(layers, nn.Sequential):
+        return [f"encoder.layers.{name}" for name, _ in layers.named_children()]
+    return [name for name in ("layer1", "layer2", "layer3", "layer4") if hasattr(model, name)]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
     while True:

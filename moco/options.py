@@ -361,6 +361,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
     tune.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
     tune.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    tune.add_argument("--adapt-last", type=positive_int, help="adapt this many last ViT blocks or ResNet stages only")
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
         "--learning-rate",
@@ -393,6 +394,13 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default="none",
         help="none, selective (GELU) or full (blocks)",
     )
+    tune.add_argument(
+        "--activation-precision",
+        type=int,
+        choices=(32, 16),
+        default=32,
+        help="bits of what is kept for backward; 16: half the memory, gradients rounded",
+    )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
 
@@ -406,6 +414,10 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             "--use-qlora with --lora-rank 0: there is no adapter to train over 4-bit weights; raise the rank"
         )
+    if args.adapt_last and args.lora_rank == 0:
+        problems.append("--adapt-last with --lora-rank 0: there is no adapter to place; drop one of the two")
+    if args.activation_precision == 16 and args.gradient_checkpointing == "full":
+        problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.warmup_epochs > args.epochs:

@@ -240,6 +240,13 @@ FLAGS = [
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
     case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
     case("everything excluded", "finetune --exclude-modules .*", "no layer is left to adapt"),
+    case("fewer blocks than to adapt", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 6"),
+    case("the last blocks of no adapter", "finetune --adapt-last 1 --lora-rank 0", "--adapt-last with --lora-rank 0"),
+    case(
+        "16 bits of nothing",
+        "finetune --activation-precision 16 --gradient-checkpointing full",
+        "--activation-precision 16 with --gradient-checkpointing full",
+    ),
     case("the head in 4 bits", "finetune --use-qlora --target-modules heads", "cannot be in 4 bits"),
     case("an image size between patches", "finetune --image-size 17", "17 is not a multiple of vit_mini's patch", "16"),
     case("an image size of 0", "finetune --image-size 0", "--image-size: expected a whole number above 0"),

@@ -28,8 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
+import lora_functional
 import lora_fusion
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
+from lora_functional import SavedIn16Bits
 from lora_utils import LoRAManager
 from moco import InputError
 
@@ -808,3 +810,71 @@ def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
     before = saved_bytes(model, x)
     set_gradient_checkpointing(model, "selective")
     assert saved_bytes(model, x) == before
+
+
+# ------------------------------------------------------------------------------------------- activations in 16 bits
+
+
+@pytest.fixture
+def kept(monkeypatch) -> dict[int, int]:
+    """Bytes by storage of what is saved within `SavedIn16Bits`."""
+    kept, pack = {}, SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    return kept
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_activations_in_16_bits(build, side, mode, four_bits, kept):
+    """The output stays exact, gradients are near, and what is saved is half as large."""
+    model = frozen(build(hidden_dim=64, mlp_dim=128) if build is vit else build(), use_qlora=four_bits)
+    if build is vit:
+        set_gradient_checkpointing(model, mode)
+    x = images(side, 8)
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    model.zero_grad()
+    with SavedIn16Bits():
+        loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+    loss.backward()
+    assert torch.equal(loss, expected[0])
+    for name, gradient in expected[1].items():
+        assert_close(model.get_parameter(name).grad, gradient, 2e-2, name)
+    small = sum(size for size in kept.values() if size < 8 * 5 * 16 * 2)
+    limit = 0.55 if build is vit else 0.65  # the stem's pooling keeps positions as well
+    assert sum(kept.values()) < limit * before + small
+    assert saved_bytes(model, x) == before  # outside the block nothing is rounded
+
+
+def test_an_activation_that_two_operations_save_is_kept_once(kept):
+    """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with SavedIn16Bits():
+        y = x.sin()
+        (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
+    assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
+
+
+def test_statistics_are_kept_as_they_are(monkeypatch):
+    """A rounded log-sum-exp would make attention's weights wrong by its size."""
+    exact, pack = [], SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        exact.extend([tuple(tensor.shape)] if packed is tensor else [])
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    q = torch.randn(2, 7, 16, requires_grad=True)
+    with SavedIn16Bits():
+        attended, _ = lora_functional.attend(q, q, q, 2)
+        nn.LayerNorm(16, elementwise_affine=False)(attended)
+    assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
