@@ -12,11 +12,12 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
 The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
 for backward is the layer's input, which full fine-tuning saves as well.
 
-Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution's kernel, small beside what it reads, is
-merged in full precision. Dropout, which acts on the adapter's share alone, takes the side path:
+Two ways lead to y and gx. Dropout, which acts on the adapter's share alone, takes the second one:
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
-- *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
-  of bfloat16 a small delta added to a weight would vanish.
+- *side path*: a product with W, then ``s h B^T`` accumulated in place.
+`_merge_pays` chooses for linear layers: by size in full precision; in low precision always the side path, which costs
+less there than building the weight in float32 and rounding it. A convolution's kernel, small beside what it reads, is
+merged, in low precision too: built in float32 and rounded once, see `_kernel_merges`.
 
 Second derivatives are not defined (`once_differentiable`).
 """
