@@ -48,10 +48,12 @@ PARTS, PART_NUMEL = 8, 2**17
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
-# In which dtypes oneDNN's convolutions take an addition and a ReLU along on this CPU.
-ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
-if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-    ONEDNN_DTYPES = ()
+# In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
+ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    ONEDNN_DTYPES = (torch.float32,)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ONEDNN_DTYPES += (torch.bfloat16,)
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.
 LEAK = 1e-30

@@ -635,6 +635,13 @@ def test_a_compiled_block_is_one_graph_and_computes_the_same(block, shape):
     torch._dynamo.reset()
 
 
+def test_a_compiled_vit_is_one_graph_and_computes_the_same():
+    model, x = frozen(vit()), images(16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), model(x), FP32)
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
 
 
