@@ -161,8 +161,8 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        four_bits = [path for path, form in self.base.layers.items() if form.is_rounded and path not in records]
-        return problems + [f"{path} is in 4 bits here but not in the file" for path in four_bits]
+        lacking = [path for path, form in self.base.layers.items() if form.is_rounded and path not in records]
+        return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """What these layers are without any adapter."""
