@@ -519,6 +519,8 @@ def find_base(
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises InputError if an adapter file's metadata describes no model, or one that its tensors do not fit."""
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
+    if "moco_version" in metadata:
+        raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
     lacking = [key for key in kinds if key not in metadata]
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")

@@ -395,6 +395,11 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base):
     assert changed == {name for name, layer in _weights(content, in_memory)}
 
 
+def test_a_stage_1_adapter_cannot_classify(adapt):
+    with pytest.raises(InputError, match=r"is of stage 1 and has no classifier: .* --stage1-adapter"):
+        load_finetuned(adapt("--epochs 1")["checkpoint"])
+
+
 def _weights(content, model):
     for name in content["layers"]:
         layer = model.get_submodule(name)
