@@ -60,12 +60,13 @@ class Form(NamedTuple):
             module.to(device)  # where the model was moved meanwhile
 
     @property
-    def in_4_bits(self) -> bool:
+    def is_rounded(self) -> bool:
+        """Is its weight stored in 4 or 16 bits, and the float weight gone?"""
         return "float_digests" in self.state
 
     def without_adapter(self) -> "Form":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
-        if self.in_4_bits:  # its float weight is gone: it stays what it is, switched off
+        if self.is_rounded:  # it stays what it is, switched off
             return Form(self.kind, {**self.state, "lora_enabled": False}, parameters)
         stock = getattr(self.kind, "stock_class", self.kind)
         return Form(self.state.get("stock_class", stock), {}, parameters)
@@ -160,8 +161,8 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        four_bits = [path for path, form in self.base.layers.items() if form.in_4_bits and path not in records]
-        return problems + [f"{path} is in 4 bits here but not in the file" for path in four_bits]
+        lacking = [path for path, form in self.base.layers.items() if form.is_rounded and path not in records]
+        return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """What these layers are without any adapter."""
@@ -173,7 +174,7 @@ class Residents:
         """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
         for path, record in records.items():
             forms = (other.layers[path] for other in self.named.values() if path in other.layers)
-            shared = next((f for f in forms if f.in_4_bits and f.kind.__name__ == record["kind"]), None)
+            shared = next((f for f in forms if f.is_rounded and f.kind.__name__ == record["kind"]), None)
             if shared is not None:
                 shared.without_adapter().put_on(modules[path])
 

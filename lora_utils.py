@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -36,8 +37,8 @@ _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scali
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head.
 
-    A weight in 4 bits counts with its values before quantisation, and an interpolated position embedding with those of
-    the checkpoint: the digests are then the same on every machine.
+    A weight in 4 or 16 bits counts with its values before rounding, and an interpolated position embedding with those
+    of the checkpoint: the digests are then the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     for name, resized in getattr(model, "resized_digests", {}).items():  # see moco.checkpoints.load_backbone
@@ -84,6 +85,31 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if known is None and isinstance(module, AdaptedLayer) and module.merged:
                 tensor = module.base(name)
             yield f"{prefix}.{name}".lstrip("."), tensor, known
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
+    counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
+    for full_name, parameter in model.named_parameters():  # a shared one comes once
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        numel = math.prod(_stock_shape(module, name, parameter))
+        counts["total"] += numel
+        counts["trainable" if parameter.requires_grad else "frozen"] += numel
+        counts["lora"] += numel if _is_adapter(module, name) else 0
+    return counts
+
+
+def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
+    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
+    rounded = isinstance(module, AdaptedLayer) and name in module.float_digests
+    return module.base(name).shape if rounded else parameter.shape
+
+
+def full_rank(model: nn.Module) -> int:
+    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
+    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
 
 
 def _is_adapter(module: nn.Module, name: str) -> bool:
@@ -149,15 +175,16 @@ class LoRAManager:
             merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.
 
         Raises:
-            InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
+            InputError: layers in 4 or 16 bits without `merge`: their float weights are gone. The model is as it was.
         """
         layers, residents = self._layers(), getattr(self.model, "resident_adapters", None)
         base = {name: Form.of(layer).without_adapter() for name, layer in layers.items()}
         base |= residents.base.layers if residents else {}
-        four_bits = [name for name, form in base.items() if form.in_4_bits]
-        if four_bits and not (merge and layers):
+        rounded = [name for name, form in base.items() if form.is_rounded]
+        if rounded and not (merge and layers):
+            bits = 4 if base[rounded[0]].kind.__name__.startswith("QLoRA") else 16
             raise InputError(
-                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True"
+                f"{rounded[0]} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
                 f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
             )
         if residents and not merge:

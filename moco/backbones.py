@@ -142,27 +142,6 @@ def block_names(model: nn.Module) -> list[str]:
     return []
 
 
-def modules_below(model: nn.Module, blocks: int) -> list[str]:
-    """What comes before the last so many blocks of a model, as regular expressions that match the names in full.
-
-    As `exclude_modules` they leave adapters to the upper blocks alone. Nothing below them is then saved for backward.
-
-    Raises:
-        InputError: the model has fewer blocks.
-    """
-    names = block_names(model)
-    if not 1 <= blocks <= len(names):
-        raise InputError(f"the last {blocks} blocks cannot be adapted: this model has {len(names)}")
-    first, below = names[-blocks], []
-    for name, _ in model.named_modules():
-        if name == first:
-            break
-        inside = any(name.startswith(f"{other}.") for other in below)
-        if name and not inside and not first.startswith(f"{name}."):
-            below.append(name)
-    return [rf"{re.escape(name)}(\..+)?" for name in below]
-
-
 def _without(model: nn.Module, name: str) -> nn.Module:
     """The model with an identity in the place of a module in it."""
     # A shallow copy shares every layer, whatever was swapped in, and lacks only the head: a head that was merely

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from moco import InputError, printable
-from moco.backbones import ARCH_CHOICES, modules_below
+from moco.backbones import ARCH_CHOICES
 from moco.cache import CACHES
 from moco.checkpoints import option_problems
 from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
@@ -412,15 +411,13 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
 
 
-def lora_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "use_qlora", "use_rslora")
-    excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
+    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
     patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
-    own = {name: getattr(args, name) for name in names}
-    return {"r": args.lora_rank, "exclude_modules": excluded, **own, **patterns}
+    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
 
 
 def adapter_problems(args: argparse.Namespace) -> list[str]:
@@ -465,10 +462,20 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
+        "--base-dtype", choices=PRECISIONS, default="auto", help="of frozen weights that are adapted; auto: --precision"
+    )
+    tune.add_argument(
         "--gradient-checkpointing",
         choices=("none", "selective", "full"),
         default="none",
         help="none, selective (GELU) or full (blocks)",
+    )
+    tune.add_argument(
+        "--activation-precision",
+        type=int,
+        choices=(32, 16),
+        default=32,
+        help="bits of what is kept for backward; 16: half the memory, gradients rounded",
     )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
@@ -484,6 +491,8 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args)
+    if args.activation_precision == 16 and args.gradient_checkpointing == "full":
+        problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.from_scratch and args.stage1_adapter:

@@ -305,7 +305,7 @@ class Pretraining:
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
         metadata["checkpoint"] = str(stored_path(args.checkpoint.absolute()))
-        metadata["lora"] = options.lora_options(args, encoder)
+        metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
         LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
         if last and args.merge_into is not None:
@@ -478,7 +478,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         args.image_size = args.image_size or default_image_size(args.arch)
         backbone, origin = build_backbone(args.arch, 1, args.image_size), ""
     if args.lora_rank > 0:
-        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args, backbone)))
+        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(backbone.to(device), args).to(device)
     return model, origin + "".join(start_from(model, parts))
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.models.vision_transformer import EncoderBlock
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from finetune_lora import (
     LoRAConv2d,
@@ -43,6 +43,7 @@ from finetune_lora import (
 )
 from lora_utils import LoRAManager, unused_adapters
 from moco import InputError
+from moco.backbones import block_names
 
 
 @pytest.fixture(autouse=True)
@@ -408,7 +409,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         target = model.get_submodule(name)
         around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock):
+            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock | VisionTransformer):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -648,6 +649,29 @@ def test_nothing_below_the_encoder_of_a_vit_is_differentiated():
     model.encoder.layers[0].self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(images(16))
     assert not inputs[0].requires_grad
+
+
+@pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
+def test_the_last_blocks_alone_are_adapted(build, side, last):
+    """Exactly, and nothing below them is kept for backward."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, adapt_last=last), std=0.05).eval()
+    freeze_backbone_params(model)
+    assert all(name.startswith(tuple(block_names(stock)[-last:])) for name in adapted_names(model))
+    compare_with_dense(stock, model, [x], 1e-9)
+    first = model.get_submodule(block_names(model)[-last])
+    seen = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    model(x).sum().backward()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_more_blocks_than_there_are(wrong):
+    with pytest.raises(InputError, match=f"adapt_last is {wrong}; give a number from 1 to 2"):
+        add_lora_to_model(vit(), adapt_last=wrong)
+    with pytest.raises(InputError, match="adapt_last is 1; give a number from 1 to 0"):
+        add_lora_to_model(nn.Sequential(nn.Linear(4, 4)), r=2, adapt_last=1)
 
 
 # ------------------------------------------------------------------------------------------------- adapters without use

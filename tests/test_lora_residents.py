@@ -301,7 +301,7 @@ def test_adapters_in_4_bits_and_in_float_over_a_float_base(arch, tmp_path):
 def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):
     model = trained("vit", "pets", four_bits=True)
     expected, manager = copy.deepcopy(model), LoRAManager(model)
-    for name, four_bits, message in (("cars", True, "self_attention is in 4 bits here but not in the file"),
+    for name, four_bits, message in (("cars", True, "stored in fewer bits here but is not in the file"),
                                      ("food", False, "has kind LoRA.* in the file, QLoRA.* here")):  # fmt: skip
         path = saved(trained("vit", name, four_bits), name, tmp_path)
         with pytest.raises(InputError, match=message):
@@ -468,3 +468,23 @@ def test_a_model_without_a_head(tmp_path):
     for r in (2, 1):
         manager.use(f"rank {r}")
         assert torch.equal(manager.model(x), build(r)(x))
+
+
+def test_adapters_share_a_base_that_is_stored_in_16_bits(arch, tmp_path):
+    """Under autocast to that dtype each computes what it does over a float base; the float weights are gone."""
+    model = add_lora_to_model(base(arch), r=1, base_dtype=torch.bfloat16)
+    freeze_backbone_params(model)
+    manager, x = LoRAManager(model), torch.randn(2, 3, 16, 16)
+    manager.load_lora_checkpoint(saved(trained(arch, "pets"), "pets", tmp_path), name="pets")
+    expected = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)
+    freeze_backbone_params(expected)
+    LoRAManager(expected).load_lora_checkpoint(tmp_path / "pets.pth")
+    manager.use("pets")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.eval()(x), expected.eval()(x))
+    path = saved(trained(arch, "cars"), "cars", tmp_path)  # which leaves some layers alone
+    with pytest.raises(InputError, match="is stored in fewer bits here but is not in the file"):
+        manager.load_lora_checkpoint(path, name="cars")
+    assert manager.in_use == "pets"
+    with pytest.raises(InputError, match="in 16 bits, its float weight is gone"):
+        manager.unload()
