@@ -35,7 +35,7 @@ from finetune_lora import load_finetuned
 from lora_peft import from_peft, to_peft
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, listed, printable, reports, training
-from moco.backbones import forward_features
+from moco.backbones import TIMM, forward_features
 from moco.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from moco.files import found_path, open_atomically, save_atomically, write_csv, write_text
 from moco.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
@@ -236,7 +236,7 @@ def _sort(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter as one state_dict with torchvision's own keys; returns the adapter's metadata."""
+    """Write base and adapter as one state_dict with the stock model's own keys; returns the adapter's metadata."""
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     LoRAManager(model).merge_lora_weights()
     state = model.state_dict()
@@ -245,8 +245,9 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
             file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
     else:
         save_atomically(state, args.output)
-    classes = len(metadata["class_names"])
-    print(f"wrote {args.output}: a state_dict for torchvision's {metadata['arch']} with {classes} classes")
+    arch, classes = metadata["arch"], len(metadata["class_names"])
+    owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
+    print(f"wrote {args.output}: a state_dict for {owner} with {classes} classes")
     return metadata
 
 

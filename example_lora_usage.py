@@ -1,6 +1,6 @@
-"""Five examples of LoRA and QLoRA with this toolkit, on real data, in two minutes on a CPU.
+"""Six examples of LoRA and QLoRA with this toolkit, on real data, in two minutes on a CPU.
 
-    python example_lora_usage.py              # all five
+    python example_lora_usage.py              # all six
     python example_lora_usage.py --only 2     # one of them
 
     1  set-up: a MoCo backbone, adapters, what trains
@@ -8,6 +8,7 @@
     3  checkpoints: save, load into a fresh model, merge into plain torchvision
     4  inference: single images, with and without the adapters
     5  sizes: what lies on disk for a ResNet-50 and a ViT-B/16
+    6  serving: one base, many tasks
 
 Each example is a function to copy from; it prints what it found and raises where something is not as it should be.
 """
@@ -173,6 +174,48 @@ def example_5_sizes() -> None:
             raise RuntimeError(f"{arch}: the adapters or the 4-bit weights are larger than they should be")
 
 
+def example_6_serving(model: nn.Module) -> None:
+    """Several adapters on one base, each with layers, rank and classes of its own; a loop answers for all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        digits, parity = Path(folder) / "digits.pth", Path(folder) / "parity.pth"
+        LoRAManager(model).save_lora_checkpoint(digits, {"class_names": [str(digit) for digit in range(10)]})
+        LoRAManager(_parity_model()).save_lora_checkpoint(parity, {"class_names": ["even", "odd"]})
+
+        base, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=1)  # each file brings its own head
+        manager, transform = LoRAManager(base.eval()), eval_transform(report["image_size"])
+        manager.load_lora_checkpoint(digits, name="digits")
+        manager.load_lora_checkpoint(parity, name="parity")
+
+    right, requests = 0, [(task, image, label) for image, label in _some_digits(20) for task in manager.names]
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for task, image, label in requests:
+            info = manager.use(task)
+            answer = info["class_names"][base(transform(image)[None]).argmax()]
+            right += answer == (str(label) if task == "digits" else ("even", "odd")[label % 2])
+    each = 1e3 * (time.perf_counter() - started) / len(requests)
+    print(f"  {right} of {len(requests)} answers right for {' and '.join(manager.names)}, {each:.0f} ms each")
+    if right < 0.8 * len(requests):
+        raise RuntimeError("an adapter answers for another's task")
+
+
+def _parity_model() -> nn.Module:
+    """Is a digit even or odd? A second task on the same backbone: attention alone, rank 4, two classes."""
+    torch.manual_seed(0)
+    model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=2)
+    add_lora_to_model(model, r=4, target_modules=["self_attention"])
+    freeze_backbone_params(model)
+    train = build_loader(
+        Transformed(load_splits("digits").train, eval_transform(report["image_size"])), 32, shuffle=True
+    )
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=3e-3)
+    for images, labels in train:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels % 2).backward()
+        optimizer.step()
+    return model.eval()
+
+
 def _adapter_size(model: nn.Module, path: Path, use_qlora: bool) -> float:
     add_lora_to_model(model, r=8, lora_alpha=16, use_qlora=use_qlora)
     freeze_backbone_params(model)
@@ -213,16 +256,16 @@ def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the examples; the third and fourth train first if the second has not."""
+    """Run the examples; the third, fourth and sixth train first if the second has not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, choices=range(1, 6), help="run one example")
+    parser.add_argument("--only", type=int, choices=range(1, 7), help="run one example")
     only = parser.parse_args(argv).only
-    titles = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk")
+    titles = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk", "serving")
     trained = None
-    for number in range(1, 6) if only is None else (only,):
+    for number in range(1, 7) if only is None else (only,):
         started = time.perf_counter()
         print(f"\nExample {number}: {titles[number - 1]}")
-        if number in (3, 4) and trained is None:
+        if number in (3, 4, 6) and trained is None:
             print("  first a short training, as in example 2")
             trained = example_2_training(epochs=2)
         if number == 1:
@@ -233,8 +276,10 @@ def main(argv: list[str] | None = None) -> None:
             example_3_checkpoints(trained)
         elif number == 4:
             example_4_inference(trained)
-        else:
+        elif number == 5:
             example_5_sizes()
+        else:
+            example_6_serving(trained)
         print(f"  done in {time.perf_counter() - started:.1f} s")
 
 

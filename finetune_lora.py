@@ -34,13 +34,15 @@ from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
+import lora_utils
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
-from lora_utils import LoRAManager, base_digests, check_metadata, find_base, read_adapter_file, trained_state
-from moco import InputError, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import build_backbone, head_name, headless, unwrapped
+from lora_residents import KINDS, Form, recorded_settings
+from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
+from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
+from moco.backbones import block_names, build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
-from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
@@ -68,7 +70,8 @@ class LoRALayer:
 
     or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). Each adapted layer *is* the layer it adapts: it keeps
     `weight` and `bias` under their names, so a base model's keys never change. A and B are float32 masters in any model
-    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``.
+    of lower precision. Dropout acts on what A sees: ``y = W x + s B A dropout(x)``. With a `base_dtype` of 16 bits W is
+    stored rounded to it; merging then gives a float32 weight, and the float base is gone.
 
     The constructor takes the fields of `LoRASettings` beside the stock layer's arguments. A kind of layer says which
     weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
@@ -76,9 +79,10 @@ class LoRALayer:
 
     stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
-    # Attributes that `remove_lora` deletes.
+    # Of weights stored in fewer bits, as they were before rounding: by these an adapter file identifies its base.
+    float_digests: Mapping[str, str] = {}
     _STATE = (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
         *("lora_enabled", "_base_data", "weight_names", "stock_class"),
     )
 
@@ -88,22 +92,30 @@ class LoRALayer:
         self._init_adapters(settings)
 
     @classmethod
-    def adapt(cls, layer: nn.Module, settings: LoRASettings) -> "LoRALayer":
+    def adapt(cls, layer: nn.Module, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> "LoRALayer":
         """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
             layer.stock_class = type(layer)
             layer.__class__ = cls
-        layer._init_adapters(settings)
+        layer._init_adapters(settings, base_dtype)
         return layer
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
+    def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
         vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
         self.reset_lora_parameters()
+        self._store_base(base_dtype)
+
+    def _store_base(self, dtype: torch.dtype | None) -> None:
+        weights = {name: self._parameters[name] for name in self.weight_names}
+        if dtype in functional.LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
+            self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+            for weight in weights.values():
+                weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
         self._add_adapter("weight")
@@ -129,17 +141,23 @@ class LoRALayer:
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
+        if self.float_digests and not merge:
+            raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
         self.merge() if merge else self.unmerge()
-        for name in self._adapter_names():
-            delattr(self, name)
-        stock_class = self.stock_class
-        for name in self._STATE:
-            vars(self).pop(name, None)
-        self.__class__ = stock_class
+        vars(self).pop("float_digests", None)  # once merged, its weight is a float's
+        Form.of(self).without_adapter().put_on(self)
+
+    def adapted_state(self) -> dict[str, Any]:
+        """The attributes, beside parameters, that the layer it adapts does not have."""
+        return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         """The weight without the adapter, merged or not."""
         return self._base_data.get(name, self._parameters[name])
+
+    def _base_to_merge(self, name: str = "weight") -> Tensor | NF4Weight:
+        base = self.base(name)
+        return base.float() if name in self.float_digests and isinstance(base, Tensor) else base
 
     @property
     def merged(self) -> bool:
@@ -167,7 +185,7 @@ class LoRALayer:
     def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
         """The dense weight of a layer whose adapter is merged or switched off."""
         weight = self._parameters[name] if self.lora_enabled else self.base(name)
-        return weight if isinstance(weight, Tensor) else weight.dequantize(dtype)
+        return functional.dense_weight(weight, dtype) if self.float_digests else weight
 
     @property
     def _drops(self) -> bool:
@@ -206,7 +224,7 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place, in the base's dtype."""
-        return {"weight": functional.merged_weight(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``layer(before(x))``; see `lora_linear` for `before`."""
@@ -227,24 +245,28 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     stock_class = nn.Conv2d
 
     def effective_weights(self) -> dict[str, Tensor]:
-        return {"weight": functional.merged_kernel(self.base(), self.lora_A, self.lora_B, self.scaling)}
+        return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None) -> Tensor:
-        """``batch_norm(layer(x))``, with the scale and the shift of a constant BatchNorm in the kernel and the bias."""
+    def forward(
+        self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias."""
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x.dtype), self.bias)
-            return y if batch_norm is None else batch_norm(y)
+            y = y if batch_norm is None else batch_norm(y)
+            y = y if residual is None else y + residual
+            return F.relu(y) if relu else y
         if x.dim() == 3:
-            return self.forward(x[None], batch_norm)[0]
+            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
-        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        settings = self.scaling, functional.Geometry(self.stride, padding, self.dilation, self.groups), row_scale
         A, B = self.lora_A, self.lora_B
-        return functional.lora_conv2d(x, self.base(), A, B, bias, self.scaling, geometry, row_scale, adapter_x)
+        return functional.lora_conv2d(x, self.base(), A, B, bias, *settings, adapter_x, residual, relu)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -257,9 +279,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     stock_class = nn.MultiheadAttention
     _linear_kind = LoRALinear
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
-        self._linear_kind.adapt(self.out_proj, settings)
-        super()._init_adapters(settings)
+    def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
+        self._linear_kind.adapt(self.out_proj, settings, base_dtype)
+        super()._init_adapters(settings, base_dtype)
 
     def _create_adapters(self) -> None:
         packed = self.in_proj_weight is not None
@@ -271,41 +293,39 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [getattr(self, f"lora_A_{p}") for p in "qkv"], [getattr(self, f"lora_B_{p}") for p in "qkv"]
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:  # None in 4 bits while the base is in use
+        return tuple([getattr(self, f"lora_{x}_{p}", None) for p in "qkv"] for x in "AB")
 
     def effective_weights(self) -> dict[str, Tensor]:
         A, B = self._factors()
         if self.weight_names == ("in_proj_weight",):
             A, B = [torch.cat(A)], [torch.cat(B)]
         return {
-            name: functional.merged_weight(self.base(name), a, b, self.scaling, groups=len(a) // self.r)
+            name: functional.merged_weight(self._base_to_merge(name), a, b, self.scaling, groups=len(a) // self.r)
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
         """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
-        packed = self.weight_names == ("in_proj_weight",)
-        one_product = packed and self._is_active and query is key and key is value
-        if before is not None and (self._drops or not one_product):
+        E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
+        by_input = packed and self._is_active and key is value  # what reads the same input is one product
+        counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
+        if before is not None and (self._drops or not by_input):
             (query, key, value), before = functional.once_each(before, query, key, value), None
-        if one_product:
-            W, bias, adapter_x = self.base("in_proj_weight"), self.in_proj_bias, self._adapter_input(query)
-            A, B = (torch.cat(factors) for factors in self._factors())
-            qkv = functional.lora_linear(query, W, A, B, bias, self.scaling, 3, adapter_x, before)
-            return list(qkv.chunk(3, -1))  # (N, L, 3 E) -> (N, L, E)
-        E, adapter_inputs = self.embed_dim, functional.once_each(self._adapter_input, query, key, value)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        projections = zip((query, key, value), *self._factors(), biases, adapter_inputs, strict=True)
+        inputs, (A, B) = (query, key, value), self._factors()
+        adapter_inputs = functional.once_each(self._adapter_input, *inputs)
         projected = []
-        for i, (x, A, B, bias, adapter_x) in enumerate(projections):
-            name = self.weight_names[0 if packed else i]
-            rows = slice(i * E, (i + 1) * E) if packed else slice(None)
+        for count in counts:
+            i, end = len(projected), len(projected) + count
+            name, rows = self.weight_names[0 if packed else i], slice(i * E, end * E)
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+            rows = rows if packed else slice(None)
             if self._is_active:
-                W = self.base(name)[rows]
-                projected.append(functional.lora_linear(x, W, A, B, bias, self.scaling, 1, adapter_x))
+                W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
+                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
             else:
-                projected.append(F.linear(x, self._weight_without_adapter(name, x.dtype)[rows], bias))
+                y = F.linear(inputs[i], self._weight_without_adapter(name, inputs[i].dtype)[rows], bias)
+            projected += y.chunk(count, -1)  # (N, L, count E) -> (N, L, E)
         return projected
 
     def forward(
@@ -353,10 +373,8 @@ class _FourBits:
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
-    def _init_adapters(self, settings: LoRASettings) -> None:
-        super()._init_adapters(settings)
+    def _store_base(self, dtype: torch.dtype | None) -> None:
         if not self._nf4_state:
-            # The adapter file identifies its base by the weights as they were before rounding.
             self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
             nf4 = {name: NF4Weight.quantize(self._parameters[name]) for name in self.weight_names}
             self._nf4_state = {name: (weight.state, weight.shape) for name, weight in nf4.items()}
@@ -365,12 +383,6 @@ class _FourBits:
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         base = super().base(name)
         return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
-
-    def remove_lora(self, merge: bool = False) -> None:
-        if not merge:
-            raise InputError("a layer quantised to 4 bits cannot become float again: load the checkpoint once more")
-        super().remove_lora(merge)
-        del self._nf4_state, self.float_digests
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -422,6 +434,7 @@ ADAPTED = {
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
     nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
 }
+KINDS.update({kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds})
 
 # -------------------------------------------------------------------------------------------------- into a model
 
@@ -437,6 +450,8 @@ def add_lora_to_model(
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    base_dtype: torch.dtype | None = None,
+    adapt_last: int | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -449,33 +464,38 @@ def add_lora_to_model(
         use_qlora: store the adapted weights in 4 bits.
         rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
             in `target_modules`, selects; the first name that does counts.
+        base_dtype: torch.bfloat16 or float16: store the adapted float32 weights in it. Autocast to the same dtype then
+            has them as it would round them anyway, at half the memory. None: as they are.
+        adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
 
     Raises:
         InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
-            a weight that two layers share, or layers in 4 bits that would become float. The model is then as it was.
+            a weight that two layers share, or layers in 4 or 16 bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
-    chosen = choose_layers(model, target_modules, exclude_modules)
-    if settings.r > (highest := _full_rank(_unwrap(model))):
+    chosen = choose_layers(model, target_modules, exclude_modules, adapt_last)
+    if settings.r > (highest := full_rank(_unwrap(model))):
         raise InputError(
             f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
         )
-    return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora)
+    return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora, base_dtype)
 
 
-def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlora: bool = False) -> nn.Module:
-    """Put adapters on exactly the layers named, in place. Any other adapted layer becomes a stock layer again.
+def adapt_layers(
+    model: nn.Module,
+    settings: Mapping[str, LoRASettings],
+    use_qlora: bool = False,
+    base_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put adapters on exactly the layers named, in place, and return the model. No other layer is adapted afterwards.
 
     Args:
         settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
             attention, with the same settings unless its own name is among these.
-        use_qlora: store the adapted weights in 4 bits.
-
-    Returns:
-        The same model.
+        use_qlora, base_dtype: see `add_lora_to_model`.
 
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
@@ -491,35 +511,37 @@ def adapt_layers(model: nn.Module, settings: Mapping[str, LoRASettings], use_qlo
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    highest = _full_rank(model)
+    highest = full_rank(model)
     for name, own in settings.items():
         if own.r > highest:
             raise InputError(f"{name} has rank {own.r}, above {highest}, the full rank of this model's largest layer")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
-    stuck = [name for name, layer in _outermost(model, _FourBits) if not use_qlora or name not in chosen]
-    if stuck:
-        raise InputError(f"{stuck[0]} is in 4 bits, its float weight is gone: load the checkpoint again")
+    for name, layer in _outermost(model, LoRALayer):
+        in_four = isinstance(layer, _FourBits)
+        if layer.float_digests and (name not in chosen or in_four != use_qlora):
+            bits = 4 if in_four else 16
+            raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
     for _, layer in _outermost(model, LoRALayer):
-        if not isinstance(layer, _FourBits):
+        if not layer.float_digests:
             layer.remove_lora()
     for name, layer in chosen.items():
-        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in 4 bits keeps its kind
-        kinds[use_qlora].adapt(layer, settings[name])
+        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
+        kinds[use_qlora].adapt(layer, settings[name], base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
-            type(layer).adapt(layer, settings[projection])
+            type(layer).adapt(layer, settings[projection], base_dtype)
     fuse(model)
     return wrapped
 
 
 def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Make every module a stock module again, in place: for `torch.fx`, or torchvision's `create_feature_extractor`.
+    """Make every module a stock module again, in place, and return the model: for `torch.fx`, say.
 
     What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
@@ -527,11 +549,8 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
         merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
             too.
 
-    Returns:
-        The same model.
-
     Raises:
-        InputError: layers in 4 bits, without `merge`: their float weights are gone. The model is then as it was.
+        InputError: layers in 4 or 16 bits, without `merge`: their float weights are gone. The model is as it was.
     """
     LoRAManager(_unwrap(model)).unload(merge)
     return model
@@ -542,18 +561,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
-
-
-def _full_rank(model: nn.Module) -> int:
-    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
-    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
-
-
-def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
-    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    packed = isinstance(module, _FourBits) and name in module.weight_names
-    return module.base(name).shape if packed else parameter.shape
 
 
 def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
@@ -577,17 +584,18 @@ def choose_layers(
     model: nn.Module,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
+    adapt_last: int | None = None,
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
 
     Raises:
-        InputError: a target that is no regular expression or matches nothing, or no layer left.
+        InputError: a target that is no regular expression or matches nothing, too few blocks, or no layer left.
     """
     model = _unwrap(model)
     candidates = _candidates(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     if targets is None:
-        kept_frozen = {n for n in candidates if _in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
         matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
@@ -596,6 +604,11 @@ def choose_layers(
             raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
         chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
     chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
+    if adapt_last is not None:
+        blocks = block_names(model)
+        if not 1 <= adapt_last <= len(blocks):
+            raise InputError(f"adapt_last is {adapt_last}; give a number from 1 to {len(blocks)}, the model's blocks")
+        chosen = {n: layer for n, layer in chosen.items() if any(matches_layer(n, b) for b in blocks[-adapt_last:])}
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
     return chosen
@@ -609,11 +622,6 @@ def _has_adapted_kind(layer: nn.Module) -> bool:
     return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
-def _in_head(model: nn.Module, name: str) -> bool:
-    head = head_name(model)
-    return head is not None and f"{name}.".startswith(f"{head}.")
-
-
 def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
@@ -622,9 +630,9 @@ def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> Non
 
 
 def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    in_head = [name for name in chosen if _in_head(model, name)]
-    if in_head:
-        raise InputError(f"the classifier head {in_head[0]} trains, so it cannot be in 4 bits: leave it out")
+    of_head = [name for name in chosen if in_head(model, name)]
+    if of_head:
+        raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
     double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
@@ -634,14 +642,14 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         raise InputError(str(error)) from None
 
 
-# ------------------------------------------------------------------------------------ what trains, and what is counted
+# ---------------------------------------------------------------------------------------------------- what trains
 
 
 def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
     The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
-    base. Weights in 4 bits do not train in either case.
+    base. Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
@@ -650,24 +658,11 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        in_head = _in_head(model, name)
+        of_head, rounded = in_head(model, name), getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            trains = not freeze or in_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
-            parameter.requires_grad_(trains and parameter.is_floating_point())
-        freeze_statistics(module, freeze and not in_head, model.training)
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
-    counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    for full_name, parameter in model.named_parameters():  # a shared one comes once
-        path, _, name = full_name.rpartition(".")
-        module = model.get_submodule(path)
-        numel = math.prod(_stock_shape(module, name, parameter))
-        counts["total"] += numel
-        counts["trainable" if parameter.requires_grad else "frozen"] += numel
-        counts["lora"] += numel if isinstance(module, LoRALayer) and name.startswith("lora_") else 0
-    return counts
+            trains = not freeze or of_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
+            parameter.requires_grad_(trains and parameter.is_floating_point() and parameter_name not in rounded)
+        freeze_statistics(module, freeze and not of_head, model.training)
 
 
 # --------------------------------------------------------------------------------------------------------- predicting
@@ -692,11 +687,12 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     """
     content = read_adapter_file(adapter_path)
     metadata = content["metadata"]
-    check_metadata(adapter_path, metadata, content["tensors"])
-    base, stage1 = find_base(adapter_path, metadata, checkpoint)
+    lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
+    base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint)
     model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     load_adapters(model, adapter_path, base)
-    return model.eval(), {**metadata, "transform": eval_transform(metadata["image_size"])}
+    transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
+    return model.eval(), {**metadata, "transform": transform}
 
 
 def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape) -> tuple[nn.Module, dict[str, Any]]:
@@ -710,8 +706,8 @@ def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape)
 
 def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     """Put the adapters of a file on the model of its base. Raises InputError where they do not fit."""
-    fields, layers = ("r", "lora_alpha", "lora_dropout", "use_rslora"), read_adapter_file(path)["layers"]
-    settings = {name: LoRASettings(*(layer[field] for field in fields)) for name, layer in layers.items()}
+    layers = read_adapter_file(path)["layers"]
+    settings = {name: recorded_settings(record) for name, record in layers.items()}
     try:
         adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
     except InputError as error:
@@ -747,7 +743,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     problems = options.complete_data_options(args)
-    if args.from_scratch:
+    if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
@@ -834,7 +830,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args, model))
+        add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
@@ -868,7 +864,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = (_in_head(model, name) and args.head_learning_rate) or args.learning_rate
+            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -897,8 +893,9 @@ class FineTuning:
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
         self.norms_train = training.batch_norm_trains(model)
-        size = report["image_size"]
-        self.eval_transform, self.augmentation = eval_transform(size), train_transform(size, args.augmentation)
+        size, self.normalization = report["image_size"], normalization(report["arch"])
+        self.eval_transform = eval_transform(size, **self.normalization)
+        self.augmentation = train_transform(size, args.augmentation, **self.normalization)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         drop = self.norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
@@ -993,6 +990,8 @@ class FineTuning:
                 told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
                 bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
                 bar.update(micro_batches.images)
+                if epoch == now.steps == 1:
+                    LoRAManager(self.model).tell_unused()
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
@@ -1060,7 +1059,7 @@ class FineTuning:
             images, labels = training.to_device(images, self.device), training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype):
+                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels) / micro_batches.images
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.
@@ -1119,11 +1118,10 @@ class FineTuning:
             "arch": self.report["arch"],
             "class_names": list(self.class_names),
             "image_size": self.report["image_size"],
-            "mean": list(data.IMAGENET_MEAN),
-            "std": list(data.IMAGENET_STD),
-            "checkpoint": str(stored_path(Path(self.args.checkpoint).absolute())),
+            **self.normalization,
+            "checkpoint": checkpoints.stored(self.args.checkpoint),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
-            "lora": options.lora_options(self.args, self.model),
+            "lora": options.lora_options(self.args),
             "epoch": len(self.history),
             "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
             "config": self.config,

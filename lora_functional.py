@@ -12,15 +12,17 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
 The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
 for backward is the layer's input, which full fine-tuning saves as well.
 
-Two ways lead to y and gx. `_merge_pays` chooses between them; a convolution's kernel, small beside what it reads, is
-merged in full precision. Dropout, which acts on the adapter's share alone, takes the side path:
+Two ways lead to y and gx. Dropout, which acts on the adapter's share alone, takes the second one:
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
-- *side path*: a product with W, then ``s h B^T`` accumulated in place. Low precision always goes this way: on the grid
-  of bfloat16 a small delta added to a weight would vanish.
+- *side path*: a product with W, then ``s h B^T`` accumulated in place.
+`_merge_pays` chooses for linear layers: by size in full precision; in low precision always the side path, which costs
+less there than building the weight in float32 and rounding it. A convolution's kernel, small beside what it reads, is
+merged, in low precision too: built in float32 and rounded once, see `_kernel_merges`.
 
 Second derivatives are not defined (`once_differentiable`).
 """
 
+import contextlib
 import copy
 import functools
 import logging
@@ -33,8 +35,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moco import InputError, listed
 
@@ -46,6 +49,15 @@ PARTS, PART_NUMEL = 8, 2**17
 PREFERS_ONEDNN_LINEAR = "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
+# In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
+ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    ONEDNN_DTYPES = (torch.float32,)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ONEDNN_DTYPES += (torch.bfloat16,)
+# The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
+# this size is zero beside any number that float32 adds it to.
+LEAK = 1e-30
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,69 @@ def _merge_pays(weight: Tensor, output_numel: int) -> bool:
     return weight.dtype not in LOW_PRECISION and weight.numel() <= output_numel
 
 
+# ---------------------------------------------------------------------------------------------- saved activations
+
+
+class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
+    """Within this `with` block float32 activations are saved for backward as bfloat16; arithmetic stays in float32:
+
+        with SavedIn16Bits():
+            logits = model(images)
+
+    Half the memory of the activations, and gradients with a relative error of some 0.2% (after Gist, ISCA 2018, and
+    Mesa, arXiv 2111.11124). The output is exact. Kept as they are: parameters, tensors of one or two dimensions, such
+    as A and B, and the statistics of LayerNorm and attention.
+    """
+
+    _current: "SavedIn16Bits | None" = None
+
+    def __init__(self):
+        super().__init__(functools.partial(self._pack, least_dim=3), self._unpack)
+        self._known: dict[int, tuple[StorageWeakRef, Tensor]] = {}  # a tensor that two operations save is kept once
+
+    def __enter__(self):
+        super().__enter__()
+        self._before, SavedIn16Bits._current = SavedIn16Bits._current, self
+
+    def __exit__(self, *args):
+        SavedIn16Bits._current = self._before
+        self._known.clear()
+        super().__exit__(*args)
+
+    @classmethod
+    def of_attention(cls) -> contextlib.AbstractContextManager:
+        """For the product itself: q, k, v and the output have four dimensions, and the log-sum-exp three."""
+        if cls._current is None:
+            return contextlib.nullcontext()
+        pack = functools.partial(cls._current._pack, least_dim=4)
+        return torch.autograd.graph.saved_tensors_hooks(pack, cls._unpack)
+
+    def _pack(self, tensor: Tensor, least_dim: int) -> Tensor | tuple:
+        is_activation = tensor.dtype == torch.float32 and tensor.dim() >= least_dim and tensor.shape[-1] > 1
+        if not is_activation or isinstance(tensor, nn.Parameter):
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != 4 * tensor.numel() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+            return tensor.to(torch.bfloat16), None
+        reference = StorageWeakRef(storage)  # keeps its number from being used again, not its memory
+        if reference.cdata not in self._known:
+            flat = tensor.as_strided((tensor.numel(),), (1,), 0)
+            self._known[reference.cdata] = reference, flat.to(torch.bfloat16)
+        return self._known[reference.cdata][1], (tensor.shape, tensor.stride())
+
+    @staticmethod
+    def _unpack(packed: Tensor | tuple) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        low, layout = packed
+        return low.float() if layout is None else low.float().as_strided(*layout)
+
+
+def saved_in(bits: int) -> contextlib.AbstractContextManager:
+    """`SavedIn16Bits`, or for 32 bits a context that changes nothing."""
+    return SavedIn16Bits() if bits == 16 else contextlib.nullcontext()
+
+
 # ---------------------------------------------------------------------------------------------------------- linear
 
 
@@ -265,14 +340,12 @@ def _in_its_own_dtype(backward):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
-        rows = (x if before is None else before(x)).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
+        rows = (x if before is None else _evaluate(before, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        # With W frozen, the input is needed for the adapter's gradients alone.
-        ctx.save_for_backward(adapter_rows if before is None else x, A, B)
         ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
 
+        factors, h = (A, B), None
         W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if adapter_x is None and _merge_pays(W, len(rows) * len(W)):
@@ -282,6 +355,8 @@ class _LoRALinear(torch.autograd.Function):
             h = F.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
             for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
                 y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
+        # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
+        ctx.save_for_backward(x if before is not None else adapter_rows.view(x.shape), *factors, h)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
@@ -289,10 +364,14 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        saved, A, B = ctx.saved_tensors
+        saved, A, B, h = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        adapter_rows = saved if ctx.before is None else _recompute(ctx, saved)
+        saved = saved.flatten(0, -2)
+        adapter_rows, statistics = saved, ()
+        if ctx.before is not None:
+            adapter_rows, statistics = _evaluate(ctx.before, saved)
+            adapter_rows = adapter_rows.to(ctx.dtype)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         gh = [B_g.T.contiguous() @ gy_g.T for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
@@ -300,13 +379,13 @@ class _LoRALinear(torch.autograd.Function):
         gA = gh @ adapter_rows if need_A else None  # (groups r, in)
         gB = None
         if need_B:
-            h = A @ adapter_rows.T  # (groups r, N)
+            h = A @ adapter_rows.T if h is None else h.T.contiguous()  # (groups r, N)
             gB = [(h_g @ gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
             gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
         if ctx.before is not None and need_x:
-            gx = _pull_back(ctx, gx, saved.flatten(0, -2))
+            gx = _pull_back(ctx.before, gx, saved, statistics)
         return (
             None if gx is None else gx.view(ctx.shape),
             (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
@@ -327,29 +406,36 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return _linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-def _recompute(ctx, x: Tensor) -> Tensor:
-    """The output of `before` once more, as rows."""
-    with torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
-        return ctx.before(x).to(ctx.dtype).flatten(0, -2)
+def _evaluate(before: nn.LayerNorm | nn.GELU, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``before(x)`` and what its derivative needs beside x: of a LayerNorm each row's mean and reciprocal deviation."""
+    if isinstance(before, nn.GELU):
+        return F.gelu(x, approximate=before.approximate), []
+    norm = before.normalized_shape, before.weight, before.bias, before.eps
+    y, *statistics = torch.ops.aten.native_layer_norm(x if norm[1] is None else x.to(norm[1].dtype), *norm)
+    return y, statistics
 
 
-def _pull_back(ctx, gradient: Tensor, x: Tensor) -> Tensor:
-    """From the gradient of the output of `before` to that of x, both (N, in), in the same memory if it fits.
+def _pull_back(before: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
+    """From the gradient of ``before(x)`` to that of x, both (N, in), in the same memory if it fits.
 
-    On a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at once, as more
-    calls would cost more than the memory is worth.
+    Of a LayerNorm on a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at
+    once, as more calls would cost more than the memory is worth.
     """
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
+    if isinstance(before, nn.GELU):
+        approximate = {"approximate": before.approximate}
+        return torch.ops.aten.gelu_backward.grad_input(gradient.to(x.dtype), x, **approximate, grad_input=result)
     parts = PARTS if x.device.type == "cpu" else 1
     size = max(math.ceil(len(x) / parts), PART_NUMEL // max(x.shape[1], 1), 1)
-    for x_part, gradient_part, result_part in zip(x.split(size), gradient.split(size), result.split(size), strict=True):
-        with torch.enable_grad(), torch.autocast(x.device.type, ctx.dtype, enabled=ctx.autocast):
-            x_part = x_part.detach().requires_grad_()
-            y = ctx.before(x_part)
-        pulled_back = torch.autograd.grad(y, x_part, gradient_part.to(y.dtype))[0]
-        if len(x_part) == len(x):
-            return pulled_back
-        result_part.copy_(pulled_back)
+    weight, dtype = before.weight, x.dtype if before.weight is None else before.weight.dtype
+    for part, *in_part in zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True):
+        g, rows, mean, deviation = in_part
+        part.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                *(g.to(dtype), rows.to(dtype), before.normalized_shape, mean, deviation, weight, before.bias),
+                [True, False, False],
+            )[0]
+        )
     return result
 
 
@@ -362,7 +448,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    before: Callable[[Tensor], Tensor] | None = None,
+    before: nn.LayerNorm | nn.GELU | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 
@@ -374,7 +460,7 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: an operation on each row of x by itself, to apply first. Its output is not saved but recomputed.
+        before: a LayerNorm over the last dimension, or GELU, to apply first. Its output is not saved but recomputed.
 
     Raises:
         ValueError: both of the last two are given. Dropout would need the output that is not saved.
@@ -465,56 +551,94 @@ PLAIN = Geometry()
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, weight, bias, row_scale, scaling, geometry, dtype):
+    def forward(ctx, x, adapter_x, A, B, weight, bias, residual, row_scale, scaling, geometry, relu, dtype):
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
-        ctx.save_for_backward(adapter_x, A, B, row_scale)
-        ctx.weight, ctx.scaling, ctx.geometry, ctx.dtype = weight, scaling, geometry, dtype
-        ctx.side_path = ctx.has_adapter_x or dtype in LOW_PRECISION
+        ctx.weight, ctx.scaling, ctx.geometry, ctx.relu, ctx.dtype = weight, scaling, geometry, relu, dtype
+        ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
 
-        A, bias = A.to(dtype), None if bias is None else bias.to(dtype)
+        factors, bias = (A, B), None if bias is None else bias.to(dtype)
         if not ctx.side_path:
-            kernel = _folded_kernel(weight, A, B.to(dtype), scaling, row_scale)
-            return F.conv2d(x, kernel, bias, *geometry)
-        y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
-        sB = _scale_rows(B, scaling, row_scale).to(dtype)
-        if geometry.groups > 1:
-            return y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
-        h = F.conv2d(adapter_x, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
-        return _add_pointwise_(y, h, sB)
+            y = _conv2d(x, _folded_kernel(weight, A, B, scaling, row_scale, dtype), bias, geometry, residual, relu)
+        else:
+            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
+            A, sB = A.to(dtype), _scale_rows(B, scaling, row_scale).to(dtype)
+            if geometry.groups > 1:
+                y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
+            else:
+                h = F.conv2d(adapter_x, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
+                _add_pointwise_(y, h, sB)
+            y = y if residual is None else y.add_(residual)
+            y = y.relu_() if relu else y
+        ctx.save_for_backward(adapter_x, *factors, row_scale, y if relu else None)
+        return y
 
     @staticmethod
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        adapter_x, A, B, row_scale = ctx.saved_tensors
-        need_x, need_adapter_x, _, _, _, need_bias = ctx.needs_input_grad[:6]
-        gy, A, B = gy.to(ctx.dtype), A.to(ctx.dtype), B.to(ctx.dtype)
-        sB = _scale_rows(B, ctx.scaling, row_scale)
+        adapter_x, A, B, row_scale, y = ctx.saved_tensors
+        need_x, need_adapter_x, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
+        gy = gy.to(ctx.dtype)
+        gy = gy if y is None else torch.ops.aten.threshold_backward(gy, y, 0)  # through the ReLU
+        low_A, sB = A.to(ctx.dtype), _scale_rows(B, ctx.scaling, row_scale).to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
-        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
+        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, low_A, sB, ctx.weight.shape, ctx.geometry, need_input)
         gx = None
         if need_x:
             if ctx.side_path:
                 kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
             else:
-                kernel = _folded_kernel(ctx.weight, A, B, ctx.scaling, row_scale)
+                kernel = _folded_kernel(ctx.weight, A, B, ctx.scaling, row_scale, ctx.dtype)
             gx = _conv_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
-        gB = _scale_rows(gB, ctx.scaling, row_scale)
-        return gx, g_adapter_x, gA, gB, None, gy.sum((0, 2, 3)) if need_bias else None, *[None] * 4
+        gB, g_bias = _scale_rows(gB, ctx.scaling, row_scale), gy.sum((0, 2, 3)) if need_bias else None
+        return gx, g_adapter_x, gA, gB, None, g_bias, gy if need_residual else None, *[None] * 5
+
+
+def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
+    """May ``g (W + s B A)`` be rounded to ``dtype`` as one? Only if rounding W alone would change W as well.
+
+    Rounded with numbers that lie anywhere between the grid's points, small updates survive on average, as they do when
+    full fine-tuning rounds its float32 weights in each step. A weight on the grid would swallow them.
+    """
+    on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
+    return dtype not in LOW_PRECISION or not on_the_grid
+
+
+def _conv2d(x: Tensor, kernel: Tensor, bias, geometry: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
+    """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
+
+    On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
+    """
+    fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
+    if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not torch.compiler.is_compiling():
+        stride, padding, dilation, groups = geometry
+        sizes = padding, stride, dilation, groups
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "leaky_relu", [LEAK], "")
+        if residual.dtype == x.dtype:  # what comes after an addition has no leak
+            with_residual = torch.ops.mkldnn._convolution_pointwise.binary
+            y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
+            return y.relu_() if relu else y
+    y = F.conv2d(x, kernel, bias, *geometry)
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if relu else y
 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
     """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    A4 = A.view(len(A), *kernel_shape[1:])
-    gh = F.conv2d(gy, sB.T[:, :, None, None])  # (N, out, H', W') -> (N, r, H', W')
-    gA = _conv_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
-    h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
-    gB = _conv_gradient(gy, h, sB[:, :, None, None], PLAIN, of_weight=True).flatten(1)
+    A4, is_pointwise = A.view(len(A), *kernel_shape[1:]), kernel_shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
+    gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
+    if is_pointwise:
+        gA, h = _pointwise_gradient(gh, adapter_x), _pointwise(adapter_x, A)
+    else:
+        gA = _conv_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
+        h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
+    gB = _pointwise_gradient(h, gy).T
     return gA, gB, _conv_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
 
 
@@ -535,17 +659,42 @@ def _conv_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: Geometry, of
     )[int(of_weight)]
 
 
+# Pixel by pixel a thin 1x1 convolution is a matrix product, if the channels lie last: up to twice as fast on a CPU.
+
+
+def _pixels(x: Tensor) -> Tensor | None:
+    """(N, C, H, W) as (N H W, C), a view; None if the channels do not lie last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
+    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
+    if (pixels := _pixels(x)) is None:
+        return F.conv2d(x, matrix[:, :, None, None])
+    return (pixels @ matrix.T).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
+    """The kernel's gradient (r, in) from that of the output, (N, r, H, W), and the input, (N, in, H, W)."""
+    thin, pixels = _pixels(gh), _pixels(x)
+    if thin is None or pixels is None:
+        matrix = x.new_empty(gh.shape[1], x.shape[1], 1, 1)  # only its shape is looked at
+        return _conv_gradient(gh, x, matrix, PLAIN, of_weight=True).flatten(1)
+    return thin.T @ pixels
+
+
 def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Tensor:
     matrix = matrix * scaling
     return matrix if row_scale is None else matrix * row_scale.to(matrix.dtype)[:, None]
 
 
 def _folded_kernel(
-    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None
+    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``g (W + s B A)`` in the dtype of B."""
-    W = dense_weight(weight, B.dtype)
-    return effective_kernel(W, A, B, scaling, row_scale, in_place=W is not weight)
+    """``g (W + s B A)``, rounded once to ``dtype``."""
+    precise = torch.promote_types(dtype, torch.float32)
+    W = dense_weight(weight, precise)
+    return effective_kernel(W, A.to(precise), B.to(precise), scaling, row_scale, in_place=W is not weight).to(dtype)
 
 
 def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -574,8 +723,10 @@ def lora_conv2d(
     geometry: Geometry = PLAIN,
     row_scale: Tensor | None = None,
     adapter_x: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """``conv2d(x, g (W + s B A), b)`` with exact gradients for x, A, B and b.
+    """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
 
     Args:
         x: (N, in, H, W), in any memory format.
@@ -586,15 +737,21 @@ def lora_conv2d(
         bias: (out,), added as it is: g does not scale it.
         row_scale: g, (out,), constant: the scale of a frozen BatchNorm behind the convolution.
         adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
+        residual: (N, out, H', W'), added to the output.
+        relu: rectify the output, after the addition.
     """
-    if not _is_trainable(weight):
-        return _LoRAConv2d.apply(x, adapter_x, A, B, weight, bias, row_scale, scaling, geometry, compute_dtype(x))
     dtype = compute_dtype(x)
+    if not _is_trainable(weight):
+        settings = row_scale, scaling, geometry, relu, dtype
+        return _LoRAConv2d.apply(x, adapter_x, A, B, weight, bias, residual, *settings)
     if adapter_x is None and dtype not in LOW_PRECISION:
-        return F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
-    delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
-    y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
-    return y + F.conv2d((x if adapter_x is None else adapter_x).to(dtype), delta, None, *geometry)
+        y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
+    else:
+        delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
+        y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
+        y = y + F.conv2d((x if adapter_x is None else adapter_x).to(dtype), delta, None, *geometry)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
 
 
 # ------------------------------------------------------------------------------------------------------- attention
@@ -692,7 +849,8 @@ def attend(
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v
     else:
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        with SavedIn16Bits.of_attention():
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
 
 

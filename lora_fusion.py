@@ -2,10 +2,13 @@
 
 An adapted layer saves time and memory if it does its neighbour's work too:
 - A frozen BatchNorm behind a convolution becomes part of the kernel and the bias. Its pass over the activations
-  disappears, and so does the copy of them that it would save for backward.
+  disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
+  it go along: on a CPU oneDNN does the one or the other while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
   With selective gradient checkpointing the same is done to GELU.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
+- The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
+  values still come from every token.
 
 The block that holds both decides, at each call: if a child was replaced, trains, or has a hook, the block computes what
 the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
@@ -17,7 +20,7 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `A
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
+from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
 from lora_functional import max_pool2d_relu
@@ -39,14 +42,19 @@ class AdaptedLayer(Protocol):
 
     Its `forward` takes one more argument than the stock layer's:
     - linear layers and attention take `before`, an operation on each row of the input, to apply first;
-    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output.
+    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
+      add, and `relu`.
     """
+
+    float_digests: Mapping[str, str]
 
     def merge(self) -> None: ...
 
     def unmerge(self) -> None: ...
 
     def effective_weights(self) -> dict[str, Tensor]: ...
+
+    def adapted_state(self) -> dict: ...
 
     def remove_lora(self, merge: bool = False) -> None: ...
 
@@ -95,6 +103,24 @@ def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
 
 
+def conv_bn_relu(
+    conv: nn.Module,
+    norm: nn.Module,
+    relu: nn.Module,
+    x: Tensor,
+    input: Tensor | None = None,
+    downsample: nn.Module | None = None,
+) -> Tensor:
+    """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
+    shortcut = (lambda t: t) if downsample is None else downsample
+    if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
+        return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
+    out = conv_bn(conv, norm, x)
+    if input is not None:
+        out += shortcut(input)
+    return relu(out)
+
+
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
     """May ``layer(operation(x))`` be ``layer(x, before=operation)``, which saves x and not the operation's output?
 
@@ -106,6 +132,30 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
         and not _trains(operation)
         and not is_hooked(operation, layer)
     )
+
+
+def by_rows(*modules: nn.Module) -> bool:
+    """Does each of these compute every row of its input, as (N, L, E), from that row alone?"""
+    kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity, MLPBlock)
+    return all(
+        STOCK.get(type(m), type(m)) in kinds
+        or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
+        or (isinstance(m, nn.Linear) and isinstance(m, AdaptedLayer))
+        for module in modules
+        for m in module.modules()
+    )
+
+
+def reads_class_token_alone(encoder: nn.Module) -> bool:
+    """May the last block of this encoder leave out the patches? Nobody may listen to what would lack them."""
+    if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or len(encoder.layers) == 0:
+        return False
+    last = encoder.layers[-1]
+    if type(last) is not FusedEncoderBlock or is_hooked(encoder, encoder.layers, encoder.ln, *last.modules()):
+        return False
+    attention = last.self_attention
+    known = type(attention) is nn.MultiheadAttention or isinstance(attention, AdaptedLayer)
+    return known and attention.batch_first and by_rows(last.dropout, last.ln_2, last.mlp, encoder.ln)
 
 
 # ------------------------------------------------------------------------------------------------------ the blocks
@@ -147,10 +197,8 @@ class FusedBasicBlock(BasicBlock):
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_bn(self.conv1, self.bn1, x))
-        out = conv_bn(self.conv2, self.bn2, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
+        return conv_bn_relu(self.conv2, self.bn2, self.relu, out, x, self.downsample)
 
 
 class FusedBottleneck(Bottleneck):
@@ -160,11 +208,9 @@ class FusedBottleneck(Bottleneck):
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(conv_bn(self.conv1, self.bn1, x))
-        out = self.relu(conv_bn(self.conv2, self.bn2, out))
-        out = conv_bn(self.conv3, self.bn3, out)
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        out = conv_bn_relu(self.conv1, self.bn1, self.relu, x)
+        out = conv_bn_relu(self.conv2, self.bn2, self.relu, out)
+        return conv_bn_relu(self.conv3, self.bn3, self.relu, out, x, self.downsample)
 
 
 class FusedSequential(nn.Sequential):
@@ -221,18 +267,38 @@ class FusedEncoderBlock(EncoderBlock):
     recomputed = False
 
     @recomputable
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
+        """The block's output (N, L, E), or only its first ``tokens`` tokens; the caller has asked `by_rows`."""
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
+        residual = input if tokens is None else input[:, :tokens]
         if recomputes(self.ln_1, attention):
-            x, _ = attention(input, input, input, need_weights=False, before=self.ln_1)
+            x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
         else:
             x = self.ln_1(input)
-            x, _ = attention(x, x, x, need_weights=False)
-        x = self.dropout(x) + input
+            x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
+        x = self.dropout(x) + residual
         if type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0]):
             return x + mlp(x, before=self.ln_2)
         return x + mlp(self.ln_2(x))
+
+
+class FusedVisionTransformer(VisionTransformer):
+    """torchvision's ViT. Its last block computes the class token alone: no more is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._process_input(x)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
+        encoder = self.encoder
+        if reads_class_token_alone(encoder):
+            *layers, last = encoder.layers
+            x = encoder.dropout(x + encoder.pos_embedding)
+            for layer in layers:
+                x = layer(x)
+            x = encoder.ln(last(x, tokens=1))
+        else:
+            x = encoder(x)
+        return self.heads(x[:, 0])
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
@@ -250,6 +316,7 @@ FUSED = {
     Conv2dNormActivation: FusedConv2dNormActivation,
     EncoderBlock: FusedEncoderBlock,
     MLPBlock: FusedMLPBlock,
+    VisionTransformer: FusedVisionTransformer,
     nn.TransformerEncoderLayer: RecomputedEncoderLayer,
 }
 STOCK = {fused: stock for stock, fused in FUSED.items()}
@@ -263,7 +330,8 @@ def fuse(model: nn.Module) -> None:
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
-            has_adapted = any(isinstance(child, AdaptedLayer | FusedMLPBlock) for child in block.children())
+            inside = block.modules() if stock is VisionTransformer else block.children()
+            has_adapted = any(isinstance(m, AdaptedLayer | FusedMLPBlock) for m in inside)
             block.__class__ = FUSED[stock] if has_adapted or vars(block).get("recomputed") else stock
     _set_fast_paths(model)
 
@@ -276,23 +344,28 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop("recomputed", None)
         if isinstance(module, Freezable):
-            module.__class__ = next(stock for stock, kind in FREEZABLE.items() if kind is type(module))
+            module.__class__ = _stock_norm(module)
             vars(module).pop("frozen", None)
     fuse(model)
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """In eval mode PyTorch's encoders read raw weights, past every adapter, unless one of these flags is off."""
+    """Some modules read raw weights, past every adapter, unless a flag of theirs has another value.
+
+    PyTorch's encoders do in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            flag = "activation_relu_or_gelu"
+            flag, value = "activation_relu_or_gelu", False
         elif isinstance(module, nn.TransformerEncoder):
-            flag = "use_nested_tensor"
+            flag, value = "use_nested_tensor", False
+        elif "qkv_bias_separate" in vars(module):
+            flag, value = "qkv_bias_separate", True
         else:
             continue
         if any(isinstance(m, AdaptedLayer) for m in module.modules()):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, False)
+            setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 
@@ -342,6 +415,9 @@ class Freezable:
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
 
+    def __reduce_ex__(self, protocol):  # the kind of a subclass cannot be found by its name
+        return _new_freezable, (_stock_norm(self),), vars(self)
+
 
 class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
     pass
@@ -367,10 +443,26 @@ FREEZABLE = {
 }
 
 
+def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
+    """The freezable kind of a BatchNorm, or of a subclass, such as timm's with an activation."""
+    if stock not in FREEZABLE:
+        FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
+    return FREEZABLE[stock]
+
+
+def _new_freezable(stock: type[_BatchNorm]) -> Freezable:
+    kind = _freezable_kind(stock)
+    return kind.__new__(kind)
+
+
+def _stock_norm(norm: Freezable) -> type[_BatchNorm]:
+    return next(stock for stock, kind in FREEZABLE.items() if kind is type(norm))
+
+
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
     """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
-    if type(norm) in FREEZABLE:
-        norm.__class__ = FREEZABLE[type(norm)]
+    if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
+        norm.__class__ = _freezable_kind(type(norm))
     if isinstance(norm, Freezable):
         norm.frozen = freeze
         norm.train(training)

@@ -1,4 +1,4 @@
-"""LoRAManager and the adapter file: save, load, merge, switch off and take out what LoRA trained.
+"""LoRAManager and the adapter file: save, load, merge, switch and take out what LoRA trained.
 
 An adapter file holds the adapters, the classifier head, whatever else trained, and what is needed to put them back:
 rank, scaling and kind of every adapted layer, and a hash of the base weights that they belong to. It is a `.pth`, read
@@ -6,8 +6,10 @@ with `weights_only=True`, or a `.safetensors` where the name ends so. `deploy_lo
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,11 +18,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lora_fusion import AdaptedLayer, unfuse
+from lora_residents import Adapter, Form, Residents, adapted_layers
 from moco import InputError, listed, printable
-from moco.backbones import build_backbone, head_name, unwrapped
-from moco.checkpoints import tensor_digest
+from moco.backbones import build_backbone, head_name, in_head, unwrapped
+from moco.checkpoints import is_none, tensor_digest
 from moco.files import found_path, is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
 
 FORMAT_VERSION = 1
@@ -33,8 +37,8 @@ _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scali
 def base_digests(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head.
 
-    A weight in 4 bits counts with its values before quantisation, and an interpolated position embedding with those of
-    the checkpoint: the digests are then the same on every machine.
+    A weight in 4 or 16 bits counts with its values before rounding, and an interpolated position embedding with those
+    of the checkpoint: the digests are then the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     for name, resized in getattr(model, "resized_digests", {}).items():  # see moco.checkpoints.load_backbone
@@ -52,13 +56,26 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
+def unused_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapted layers that the last backward pass gave no gradient, though they train.
+
+    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter. Ask after the
+    first backward pass of a training loop.
+    """
+    unused = []
+    for name, layer in adapted_layers(unwrapped(model)).items():
+        own = [p for key, p in layer.named_parameters(recurse=False) if _is_adapter(layer, key) and p.requires_grad]
+        if own and all(parameter.grad is None for parameter in own):
+            unused.append(name)
+    return unused
+
+
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
     """Yields (name, tensor, digest before quantisation or None) of all tensors except the adapters: those of the
     classifier head if `of_head`, else all others. A merged weight is yielded as it was before merging.
     """
-    head = head_name(model)
     for prefix, module in model.named_modules():
-        if of_head != (head is not None and f"{prefix}.".startswith(f"{head}.")):
+        if of_head != in_head(model, prefix):
             continue
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:
@@ -70,6 +87,31 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
 
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
+    counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
+    for full_name, parameter in model.named_parameters():  # a shared one comes once
+        path, _, name = full_name.rpartition(".")
+        module = model.get_submodule(path)
+        numel = math.prod(_stock_shape(module, name, parameter))
+        counts["total"] += numel
+        counts["trainable" if parameter.requires_grad else "frozen"] += numel
+        counts["lora"] += numel if _is_adapter(module, name) else 0
+    return counts
+
+
+def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
+    """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
+    rounded = isinstance(module, AdaptedLayer) and name in module.float_digests
+    return module.base(name).shape if rounded else parameter.shape
+
+
+def full_rank(model: nn.Module) -> int:
+    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
+    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
+
+
 def _is_adapter(module: nn.Module, name: str) -> bool:
     return isinstance(module, AdaptedLayer) and name.startswith("lora_")
 
@@ -78,13 +120,17 @@ def _is_adapter(module: nn.Module, name: str) -> bool:
 
 
 class LoRAManager:
-    """Saves, loads, merges, disables and removes the adapters of a model (see `finetune_lora.add_lora_to_model`)."""
+    """Saves, loads, merges, disables, switches and removes the adapters of a model.
+
+    `finetune_lora.add_lora_to_model` gives a model its adapter. Adapter files that are loaded with a name stay beside
+    one another in the model, and `use` says which of them computes.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = unwrapped(model)
 
     def _layers(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLayer)}
+        return adapted_layers(self.model)
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
@@ -121,7 +167,7 @@ class LoRAManager:
                 layer.lora_enabled = enabled
 
     def unload(self, merge: bool = False) -> nn.Module:
-        """Take the adapters out, and return the model with its stock layers and blocks.
+        """Take the adapters out, those that are not in use too, and return the model with its stock layers and blocks.
 
         `torch.fx` and torchvision's `create_feature_extractor` then find what they expect.
 
@@ -129,16 +175,23 @@ class LoRAManager:
             merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.
 
         Raises:
-            InputError: layers in 4 bits without `merge`: their float weights are gone. The model is then as it was.
+            InputError: layers in 4 or 16 bits without `merge`: their float weights are gone. The model is as it was.
         """
-        layers = self._layers()
-        four_bits = [name for name, layer in layers.items() if hasattr(layer, "float_digests")]
-        if four_bits and not merge:
+        layers, residents = self._layers(), getattr(self.model, "resident_adapters", None)
+        base = {name: Form.of(layer).without_adapter() for name, layer in layers.items()}
+        base |= residents.base.layers if residents else {}
+        rounded = [name for name, form in base.items() if form.is_rounded]
+        if rounded and not (merge and layers):
+            bits = 4 if base[rounded[0]].kind.__name__.startswith("QLoRA") else 16
             raise InputError(
-                f"{four_bits[0]} is in 4 bits, its float weight is gone: keep the merged weights with merge=True, or "
-                "load the checkpoint again"
+                f"{rounded[0]} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
+                f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
             )
-        for layer in layers.values():
+        if residents and not merge:
+            self.unmerge_lora_weights()
+            self.use(None)
+        vars(self.model).pop("resident_adapters", None)
+        for layer in self._layers().values():
             if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
         unfuse(self.model)
@@ -176,6 +229,84 @@ class LoRAManager:
             "layers": layers,
         }
 
+    def tell_unused(self) -> None:
+        """Print the names that `unused_adapters` returns, if any, in a line."""
+        if unused := unused_adapters(self.model):
+            tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
+
+    # ------------------------------------------------------------------------------------------- several on one base
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that `use` can choose from, in the order in which they came."""
+        residents = getattr(self.model, "resident_adapters", None)
+        return list(residents.named) if residents else []
+
+    @property
+    def in_use(self) -> str | None:
+        """The name of the adapter that computes. None: the base does, or an adapter that has no name."""
+        residents = getattr(self.model, "resident_adapters", None)
+        return residents.in_use if residents else None
+
+    def use(self, name: str | None) -> dict[str, Any]:
+        """Let the adapter of this name compute, or with None the base; returns the adapter's metadata.
+
+        No weight is copied. Layers that the adapter does not adapt become stock layers, and the classifier head is its
+        own. So is what trains: each adapter needs an optimizer of its own. Threads that share a model must take turns,
+        each from `use` to its answer.
+
+        Raises:
+            InputError: no adapter has this name, or the adapters are merged or switched off.
+        """
+        residents = self._residents()
+        if name is not None and name not in residents.named:
+            near = difflib.get_close_matches(str(name), self.names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"no adapter is named {name!r}: {hint}there are: {listed(self.names, 12) or 'none'}")
+        residents.use(name, self.model)
+        return {} if name is None else residents.named[name].metadata
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and free its memory. If it is in use, the base is from then on. Raises as `use`."""
+        before = self.in_use
+        self.use(name)
+        self.use(None if name == before else before)
+        del self._residents().named[name]
+
+    def _residents(self) -> Residents:
+        """The model's adapters with names; what it was adapted with before is one of them, `default`.
+
+        Raises:
+            InputError: adapters are merged or switched off, or once more without a name.
+        """
+        layers = self._layers()
+        if any(layer.merged for layer in layers.values()):
+            raise InputError("the adapters are merged: call unmerge_lora_weights() first")
+        if not all(layer.lora_enabled for layer in layers.values()):
+            raise InputError("the adapters are switched off: leave the block of disable_lora() first")
+        if not hasattr(self.model, "resident_adapters"):
+            if not hasattr(self.model, "base_digests"):
+                self.model.base_digests = base_digests(self.model)
+            self.model.resident_adapters = Residents(self.model)
+        self.model.resident_adapters.adopt(layers, self.model)
+        return self.model.resident_adapters
+
+    def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
+        """Keep what a file holds under a name. Raises InputError where it does not fit the base."""
+        residents, adapter = self._residents(), Adapter(content["metadata"])
+        if not isinstance(name, str) or not name or name in residents.named:
+            raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
+        before = residents.in_use
+        self.use(None)
+        try:
+            _refuse(path, residents.build(adapter, content, self.model))
+            self._read(content, path)
+            adapter.capture(self.model)
+        finally:
+            residents.base.put_into(self.model)
+            self.use(before)
+        residents.named[name] = adapter
+
     # ---------------------------------------------------------------------------------------------------- save, load
 
     def save_lora_checkpoint(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
@@ -183,13 +314,15 @@ class LoRAManager:
 
         Args:
             path: `.pth`, or `.safetensors`.
-            metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` gives back. What
-                `finetune_lora.load_finetuned` needs of it: `arch`, `class_names`, `image_size`, `checkpoint`.
+            metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` gives back; by default
+                those that the adapter in use came with. What `finetune_lora.load_finetuned` needs of it: `arch`,
+                `class_names`, `image_size`, `checkpoint`.
 
         Raises:
             InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
         """
         now, start = base_digests(self.model), getattr(self.model, "base_digests", {})
+        own = {} if self.in_use is None else self.model.resident_adapters.named[self.in_use].metadata
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
         # cannot move, and without a record of the start everything counts as moved.
@@ -203,22 +336,34 @@ class LoRAManager:
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             "layers": {name: _layer_record(layer) for name, layer in self._layers().items()},
             "base_hash": _hash(now, without=tensors),
-            "metadata": _plain_values(metadata or {}),
+            "metadata": _plain_values(own if metadata is None else metadata),
         }
         write_adapter_file(content, path)
 
-    def load_lora_checkpoint(self, path: str | Path) -> dict[str, Any]:
-        """Read an adapter file into this model, strictly, and return its metadata.
+    def load_lora_checkpoint(self, path: str | Path, name: str | None = None) -> dict[str, Any]:
+        """Read an adapter file, strictly, and return its metadata.
+
+        Args:
+            path: what `save_lora_checkpoint` wrote.
+            name: None: the file is read into the adapter in use, which must have the same layers and ranks. Otherwise
+                the file's adapter stays under this name beside all others, with layers, ranks and a classifier head
+                of its own; `use(name)` puts it into use.
 
         Raises:
             InputError: anything that does not fit, by name: tensors missing, surplus or of another shape, another
-                rank, kind or set of adapted layers, another base, numbers that are not finite. The model is then
-                bitwise as it was.
+                rank, kind or set of adapted layers, another base, numbers that are not finite, a name that is taken.
+                The model is then bitwise as it was.
         """
         content = read_adapter_file(path)
-        problems = [printable(problem) for problem in self._differences(content)]
-        if problems:
-            raise InputError(f"{path} does not fit this model: {'; '.join(problems)}")
+        if name is None:
+            self._read(content, path)
+        else:
+            self._add(name, content, path)
+        return content["metadata"]
+
+    def _read(self, content: dict[str, Any], path: str | Path) -> None:
+        """Copy a file's tensors and settings into the layers that are adapted now."""
+        _refuse(path, self._differences(content))
         broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
         if broken:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
@@ -230,7 +375,6 @@ class LoRAManager:
             record = content["layers"][name]
             for field in ("lora_alpha", "lora_dropout", "use_rslora", "scaling"):
                 setattr(layer, field, record[field])
-        return content["metadata"]
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
         layers, records = self._layers(), content["layers"]
@@ -244,7 +388,7 @@ class LoRAManager:
                 if here[field] != records[name][field]:
                     problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
         if problems:
-            return _abbreviated(problems)
+            return problems
 
         tensors, own = content["tensors"], self._own_tensors()
         trained = {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if name in tensors}
@@ -259,7 +403,7 @@ class LoRAManager:
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
         if not problems and content["base_hash"] not in self._base_hashes(tensors):
             problems.append("it was trained over another base: load the checkpoint that it names")
-        return _abbreviated(problems)
+        return problems
 
     def _base_hashes(self, without: Collection[str]) -> list[str]:
         """The hashes that a file over this base may have: older files hash the position embedding as interpolated."""
@@ -271,9 +415,12 @@ class LoRAManager:
 # -------------------------------------------------------------------------------------------------------------- file
 
 
-def _abbreviated(problems: list[str], shown: int = 4) -> list[str]:
-    problems = sorted(problems)
-    return problems[:shown] + ([f"and {len(problems) - shown} more"] if len(problems) > shown else [])
+def _refuse(path: str | Path, problems: list[str], shown: int = 4) -> None:
+    """Raises InputError if there are problems, with the first few of them."""
+    problems = [printable(problem) for problem in sorted(problems)]
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    if problems:
+        raise InputError(f"{path} does not fit this model: {'; '.join(problems[:shown] + more)}")
 
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
@@ -358,7 +505,7 @@ def find_base(
         InputError: one of them is not there.
     """
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
-    if not os.path.exists(base):
+    if not is_none(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {base}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
@@ -372,6 +519,8 @@ def find_base(
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises InputError if an adapter file's metadata describes no model, or one that its tensors do not fit."""
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
+    if "moco_version" in metadata:
+        raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
     lacking = [key for key in kinds if key not in metadata]
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
@@ -381,7 +530,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     with torch.device("meta"):  # takes no memory, whatever a file asks for
         model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
     head = head_name(model)
-    for name, wanted in getattr(model, head).state_dict(prefix=f"{head}.").items():
+    for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != tuple(wanted.shape):
             classes = len(metadata["class_names"])

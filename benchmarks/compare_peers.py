@@ -3,7 +3,8 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.compare_peers --model resnet50 --batch-size 16
     python -m benchmarks.compare_peers --model vit_b_16 --batch-size 8 --steps 20
-    python -m benchmarks.compare_peers --model vit_l_16 --batch-size 32 --device cuda --precision bf16
+    python -m benchmarks.compare_peers --model vit_b_16 --batch-size 8 --precision bf16
+    python -m benchmarks.compare_peers --model vit_b_16 --batch-size 64 --device cuda --precision bf16
     python -m benchmarks.compare_peers --model resnet18 --batch-size 32 --variants full,peft,lora
 
 Time: all variants live in one process and take one step each per round, in an order drawn anew for every round, so that
@@ -11,6 +12,8 @@ a machine that slows down slows all of them down. What counts is the median of t
 Memory: each variant takes a few steps in a fresh process of its own, above its imports. On CUDA that is the peak of the
 tensors' memory. On a CPU it is told twice: "tensors" is the peak of the process when every large tensor is a mapping of
 its own, which ends with it; "resident" is the peak with glibc's defaults, which counts the holes in its heap as well.
+The layers here multiply by oneDNN in float32 on a CPU with AVX-512, where PyTorch itself calls MKL. The variants named
+oneDNN do the same, so that like can be compared with like. On a GPU there are compiled variants as well.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
 """
@@ -40,11 +43,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
-from lora_functional import bitsandbytes_functional
+from lora_functional import SavedIn16Bits, bitsandbytes_functional
 from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing
 from lora_utils import LoRAManager
 from moco import InputError
-from moco.backbones import build_backbone, default_image_size, head_name
+from moco.backbones import block_names, build_backbone, default_image_size, head_name
 from moco.options import positive_int
 from moco.runs import begin_folder, run_script
 from moco.training import autocast, peak_memory_bytes, select_device, select_precision
@@ -66,8 +69,9 @@ def linear_probe(model: nn.Module, args) -> nn.Module:
     return model
 
 
-def lora(model: nn.Module, args, checkpointing: str = "none", use_qlora: bool = False) -> nn.Module:
-    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, use_qlora=use_qlora)
+def lora(model: nn.Module, args, checkpointing: str = "none", **options) -> nn.Module:
+    base_dtype = select_precision(args.precision, args.device)
+    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, base_dtype=base_dtype, **options)
     freeze_backbone_params(model)
     set_gradient_checkpointing(model, checkpointing)
     return model
@@ -77,8 +81,16 @@ def lora_selective(model: nn.Module, args) -> nn.Module:
     return lora(model, args, "selective")
 
 
+def lora_last_half(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, adapt_last=len(block_names(model)) // 2)
+
+
 def qlora(model: nn.Module, args) -> nn.Module:
     return lora(model, args, use_qlora=True)
+
+
+def qlora_selective(model: nn.Module, args) -> nn.Module:
+    return lora(model, args, "selective", use_qlora=True)
 
 
 def qlora_checkpointed(model: nn.Module, args) -> nn.Module:
@@ -143,6 +155,43 @@ def loralib_lora(model: nn.Module, args) -> nn.Module:
     return model
 
 
+class OneDNNLinear(torch.autograd.Function):
+    """`F.linear` whose three products are oneDNN's, as those of the layers here are on a CPU with AVX-512."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.save_for_backward(x, W)
+        return _product(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
+
+    @staticmethod
+    def backward(ctx, gy):
+        (x, W), (need_x, need_W, need_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        gy = gy.flatten(0, -2)
+        gx = _product(gy, W.T).view(x.shape) if need_x else None
+        gW = _product(gy.T, x.flatten(0, -2).T) if need_W else None
+        return gx, gW, gy.sum(0) if need_bias else None
+
+
+@contextlib.contextmanager
+def onednn_products():
+    """In this block float32 linear layers of whatever origin compute with oneDNN, in backward too."""
+    stock = F.linear
+
+    def linear(x, W, bias=None):
+        by_onednn = x.dtype == W.dtype == torch.float32 and x.dim() > 1 and not torch.is_autocast_enabled("cpu")
+        return OneDNNLinear.apply(x, W, bias) if by_onednn else stock(x, W, bias)
+
+    F.linear = linear
+    try:
+        yield
+    finally:
+        F.linear = stock
+
+
+def _product(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
 def save_state_dict(model: nn.Module, folder: Path) -> None:
     torch.save(model.state_dict(), folder / "model.pth")
 
@@ -166,17 +215,43 @@ class Variant:
     save: Callable  # (model, empty folder): writes what one would keep
     package: str | None = None  # a peer that need not be installed
     models: str = ""  # how the names of the models that it is for begin
+    around: Callable = contextlib.nullcontext  # what the forward runs in
+    device: str = ""  # on which type of device it is run unless asked for
+    compiled: bool = False
 
 
 VARIANTS = {
     "full": Variant("full fine-tuning", full_fine_tuning, save_state_dict),
+    "full_onednn": Variant(
+        "full fine-tuning, oneDNN",
+        full_fine_tuning,
+        save_state_dict,
+        models="vit",
+        around=onednn_products,
+        device="cpu",
+    ),
+    "full_compiled": Variant(
+        "full fine-tuning, compiled", full_fine_tuning, save_state_dict, device="cuda", compiled=True
+    ),
     "probe": Variant("linear probe", linear_probe, save_trained),
     "peft": Variant("PEFT", peft_lora, save_peft, "peft"),
+    "peft_onednn": Variant("PEFT, oneDNN", peft_lora, save_peft, "peft", "vit", onednn_products, "cpu"),
     "peft_frozen_norms": Variant("PEFT, BatchNorm frozen", peft_frozen_norms, save_peft, "peft", "resnet"),
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
+    "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
+    "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),
+    "lora_selective_16bit": Variant(
+        "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", around=SavedIn16Bits
+    ),
+    "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
+    "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
+    "qlora_selective_16bit": Variant(
+        *("QLoRA here, selective, 16-bit activations", qlora_selective, save_here, "bitsandbytes", "vit"),
+        around=SavedIn16Bits,
+    ),
     "qlora_full": Variant("QLoRA here, full checkpointing", qlora_checkpointed, save_here, "bitsandbytes", "vit"),
 }
 
@@ -206,6 +281,8 @@ class Training:
     def __init__(self, name: str, args):
         self.name, self.args = name, args
         self.model = build_variant(name, args)
+        if VARIANTS[name].compiled:
+            self.model.compile()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
         self.dtype = select_precision(args.precision, args.device)
@@ -215,8 +292,9 @@ class Training:
         synchronize(self.args.device)
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.args.device, self.dtype):
-            self.loss = F.cross_entropy(self.model(images), labels)
+        with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
+            logits = self.model(images)
+        self.loss = F.cross_entropy(logits.float(), labels)
         self.loss.backward()
         self.optimizer.step()
         synchronize(self.args.device)
@@ -426,7 +504,7 @@ def describe_machine(args) -> dict:
 
 def describe_versions() -> dict:
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "peft", "loralib", "bitsandbytes"):
+    for package in ("torch", "torchvision", "peft", "loralib", "bitsandbytes", "timm", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
@@ -453,7 +531,8 @@ def choose_variants(args) -> list[str]:
     if args.variants is None:
         if absent:
             print(f"left out, not installed: {', '.join(absent)}", file=sys.stderr)
-        return [name for name in fitting if name not in absent]
+        here = [name for name in fitting if VARIANTS[name].device in ("", args.device.type)]
+        return [name for name in here if name not in absent]
     names = args.variants.split(",")
     for name in names:
         if name not in VARIANTS:

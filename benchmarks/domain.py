@@ -2,19 +2,23 @@
 
     python -m benchmarks.domain --checkpoint resnet18.pth --data-dir photos --stage1 "--epochs 20 --batch-size 128"
     python -m benchmarks.domain ... --labels 10 --seeds 2 --rows none adapters          # a part of the table
+    python -m benchmarks.domain ... --probes-only                                       # linear probes alone: minutes
     python -m benchmarks.domain ... --finetune "--epochs 20"                            # options of fine-tuning alone
 
 The training images of --data-dir are the domain. Stage 1 sees them without labels, except for their validation part, on
-which the k-NN accuracy chooses the learning rate of each row. Then `benchmarks.quality` fine-tunes each backbone with
-LoRA on a few labels, with a learning rate chosen for each, over draws of labels. Options that are not this script's go
-to both stages. What is finished is kept in --output-dir; the same command goes on where it stopped.
+which the k-NN accuracy chooses the learning rate of each row. Then each backbone gets a linear probe on a few labels,
+over 20 draws of them, and `benchmarks.quality` fine-tunes it with LoRA, with a learning rate chosen for each, over
+--seeds draws. Both are evaluated on the held-out images, by which nothing was chosen. Options that are not this
+script's go to both stages. What is finished is kept in --output-dir; the same command goes on where it stopped.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import random
 import shlex
 import statistics
@@ -26,10 +30,14 @@ from typing import Any
 
 import torch
 
+import finetune_lora
 from benchmarks import quality
 from benchmarks.compare_peers import forget_peak
+from finetune_lora import load_base
 from moco import InputError, options, pretrain, training
+from moco.data import Transformed, build_loader, eval_transform, load_splits
 from moco.options import positive_int
+from moco.probe import head_accuracy, init_head_from_probe
 from moco.runs import run_script
 
 ADAPTERS = ["--lora-rank", "8"]
@@ -40,17 +48,22 @@ ROWS = {
     "full": ("stage 1 continued in full", [], ("1e-4", "3e-4")),
     "scratch": ("stage 1 from scratch on the domain", [], ("1e-3",)),
 }
+DRAWS = 20  # of labels, for linear probes
 STEPS, MEMORY_STEPS = 9, 3  # timed side by side; before the peak of memory is read
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run what is missing of the table, then print it and write `domain.json`."""
     args, passed_on = parse(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.rows:
         stage1 = adapt(name, args, passed_on)
-        few = few_labels(name, stage1, args, passed_on)
-        rows += [{**row, "row": name, "title": ROWS[name][0], "stage1": stage1} for row in few]
+        flags = [*passed_on, *args.finetune, *backbone_flags(name, stage1, args.checkpoint)]
+        probed = probes(flags, args.labels)
+        tuned = {} if args.probes_only else few_labels(name, flags, args)
+        common = {"row": name, "title": ROWS[name][0], "stage1": stage1}
+        rows += [{**common, "labels_per_class": n, "probes": probed[n], "lora": tuned.get(n)} for n in args.labels]
     result = {"command": argv, "torch": torch.__version__, "rows": rows}
     if {"adapters", "full"} <= set(args.rows):
         result["costs"] = costs(args, passed_on)
@@ -68,7 +81,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--stage1", type=shlex.split, default=[], help="options of moco.pretrain")
     parser.add_argument("--finetune", type=shlex.split, default=[], help="options of finetune_lora.py")
-    parser.add_argument("--labels", nargs="+", default=["5", "10", "50"], help="labels per class")
+    parser.add_argument("--probes-only", action="store_true", help="leave out fine-tuning")
+    parser.add_argument("--labels", type=positive_int, nargs="+", default=[5, 10, 50], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5, help="draws of labels")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/domain"))
     args, passed_on = parser.parse_known_args(argv)
@@ -115,16 +129,40 @@ def apart(function: Callable, argument: Any) -> Any:
         return process.submit(function, argument).result()
 
 
-def few_labels(name: str, stage1: dict | None, args: argparse.Namespace, passed_on: list[str]) -> list[dict[str, Any]]:
-    """The rows of `benchmarks.quality` for LoRA over this row's backbone, one for each number of labels."""
-    base = ["--checkpoint", str(args.checkpoint)]
+# --------------------------------------------------------------------------------------------------------- few labels
+
+
+def backbone_flags(name: str, stage1: dict[str, Any] | None, checkpoint: Path) -> list[str]:
+    """What `finetune_lora.py` is given for a row's backbone."""
     if name == "adapters":
-        base += ["--stage1-adapter", stage1["checkpoint"]]
-    elif stage1:
-        base = ["--checkpoint", stage1["checkpoint"]]
-    own = ["--methods", "lora_8", "--labels", *args.labels, "--seeds", str(args.seeds)]
+        return ["--checkpoint", str(checkpoint), "--stage1-adapter", str(stage1["checkpoint"])]
+    return ["--checkpoint", str(stage1["checkpoint"] if stage1 else checkpoint)]
+
+
+def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
+    """The held-out accuracies of linear probes on the frozen features, by labels per class, one for each draw."""
+    args, _ = finetune_lora.read_options(flags)
+    splits = load_splits(args.dataset, args.data_dir, "held-out", **options.image_sources(args))
+    model, report = load_base(args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size)
+    device = training.select_device(args.device)
+    model.to(device)
+    images = [Transformed(part, eval_transform(report["image_size"])) for part in splits[:2]]
+    loaders = [build_loader(part, args.batch_size, workers=args.workers, device=device) for part in images]
+    (features, labels), held_out = (training.extract_features(model, loader, device) for loader in loaders)
+    accuracies: dict[int, list[float]] = {budget: [] for budget in budgets}
+    for budget, seed in itertools.product(budgets, range(DRAWS)):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(device)
+        drawn = torch.cat([order[labels[order] == label][:budget] for label in range(len(splits.class_names))])
+        init_head_from_probe(model, features[drawn], labels[drawn])
+        accuracies[budget].append(head_accuracy(model, *held_out))
+    return accuracies
+
+
+def few_labels(name: str, flags: list[str], args: argparse.Namespace) -> dict[int, dict[str, Any]]:
+    """The rows of `benchmarks.quality` for LoRA over a row's backbone, by labels per class."""
+    own = ["--methods", "lora_8", "--labels", *map(str, args.labels), "--seeds", str(args.seeds)]
     own += ["--output-dir", str(args.output_dir / name / "few")]
-    return quality.main([*own, *passed_on, *args.finetune, *base])["rows"]
+    return {row["labels_per_class"]: row for row in quality.main([*own, *flags])["rows"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ costs
@@ -136,7 +174,10 @@ def costs(args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any]:
     both = {name: read_stage1(args, passed_on, own) for name, own in jobs.items()}
     seconds = apart(step_times, both)
     ratios = [full / adapters for full, adapters in zip(seconds["full"], seconds["adapters"], strict=True)]
+    # As in compare_peers: with a mapping for each large tensor, the peak has no holes of the allocator's in it.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     memory = {name: apart(peak_of_steps, options) for name, options in both.items()}
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     return {"seconds": seconds, "memory_bytes": memory, "times_faster": statistics.median(ratios)}
 
 
@@ -192,22 +233,23 @@ def peak_of_steps(args: argparse.Namespace) -> int:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| labels per class | backbone | accuracy | over no adaptation | k-NN before labels | rates of stage 1, LoRA |",
+        "| labels per class | backbone | linear probe | LoRA | k-NN, all labels | learning rate of stage 1 |",
         "|---|---|---|---|---|---|",
     ]
-    baseline = {row["labels_per_class"]: row["accuracies"] for row in result["rows"] if row["row"] == "none"}
+    start = {row["labels_per_class"]: row for row in result["rows"] if row["row"] == "none"}
+    before = next((row["stage1"]["before"] for row in result["rows"] if row["row"] in ("adapters", "full")), None)
     for row in sorted(result["rows"], key=lambda row: row["labels_per_class"]):
-        stage1 = row["stage1"] or {"knn_accuracy": None, "config": {"learning_rate": None}}
-        known = baseline.get(row["labels_per_class"], [])
-        gains = [100 * (own - other) for own, other in zip(row["accuracies"], known, strict=False)]  # the same labels
-        knn = stage1["knn_accuracy"]
+        of_none = start.get(row["labels_per_class"]) if row["row"] != "none" else None
+        tuned, none_tuned = row["lora"], of_none and of_none["lora"]
+        stage1 = row["stage1"]
+        measured = before if row["row"] == "none" else stage1
         cells = [
             str(row["labels_per_class"]),
             row["title"],
-            f"{row['mean']:.2%} ± {row['spread']:.2%}",
-            f"{statistics.mean(gains):+.2f} points" if gains and row["row"] != "none" else "-",
-            "-" if knn is None else f"{knn:.1%}",
-            f"{stage1['config']['learning_rate'] or '-'}, {row['learning_rate']:g}",
+            accuracy(row["probes"], of_none and of_none["probes"]),
+            accuracy(tuned["accuracies"], none_tuned and none_tuned["accuracies"]) if tuned else "-",
+            f"{measured['knn_accuracy']:.1%}" if measured else "-",
+            f"{stage1['config']['learning_rate']:g}" if stage1 else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if "costs" in result:
@@ -218,6 +260,17 @@ def table(result: dict[str, Any]) -> str:
             f"{memory['adapters'] / 1e6:,.0f} MB in place of {memory['full'] / 1e6:,.0f} MB.",
         ]
     return "\n".join(lines)
+
+
+def accuracy(own: list[float], start: list[float] | None) -> str:
+    """Mean and standard deviation; in brackets the mean gain over no adaptation and its standard error, with the same
+    labels drawn for both."""
+    text = f"{statistics.mean(own):.1%} ± {statistics.stdev(own) if len(own) > 1 else 0:.1%}"
+    if not start:
+        return text
+    gains = [100 * (a - b) for a, b in zip(own, start, strict=True)]
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return f"{text} ({statistics.mean(gains):+.1f} ± {error:.1f} points)"
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import finetune_lora
-from finetune_lora import choose_layers, head_name
+from finetune_lora import choose_layers
 from moco import InputError
+from moco.backbones import head_name
 from moco.options import positive_int
 from moco.runs import run_script
 

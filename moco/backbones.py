@@ -1,4 +1,7 @@
-"""Backbones by name: unmodified torchvision models, so that a merged `state_dict` loads into plain torchvision."""
+"""Backbones by name: unmodified models of torchvision or timm, so that a merged `state_dict` loads into plain ones.
+
+timm's are called `timm:` and a name of `timm.list_models()`, with or without a tag: `timm:vit_small_patch14_dinov2`.
+"""
 
 import copy
 import difflib
@@ -25,36 +28,49 @@ _VITS = {
     "vit_conv_base": {"patch_size": 16, "num_layers": 11, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
 }
 
+# The statistics MoCo checkpoints were trained with, so images for torchvision's models are normalised with them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 LARGEST_IMAGE = 4096  # pixels along each side; a file or a slip of the keyboard could otherwise ask for any memory
 
-ARCHS = (*_RESNETS, *_VITS)
+TIMM = "timm:"
+ARCHS = (*_RESNETS, *_VITS)  # of torchvision
 HEAD_NAMES = ("fc", "heads", "head", "classifier")
+
+
+class ArchChoices(tuple):
+    """The names of architectures to choose from: these, and any that begins with `timm:`."""
+
+    def __contains__(self, name: str) -> bool:
+        return name.startswith(TIMM) or super().__contains__(name)
+
+
+ARCH_CHOICES = ArchChoices((*ARCHS, f"{TIMM}NAME"))
 
 
 def default_image_size(arch: str) -> int:
     """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
+    if arch.startswith(TIMM):
+        return _timm_config(arch).input_size[-1]
     _check_arch(arch)
     return 32 if arch == "vit_mini" else 224
 
 
-def patch_size(arch: str) -> int | None:
-    """Side in pixels of a ViT's patch; None for a ResNet; raises InputError for an unknown name."""
-    _check_arch(arch)
-    return _VITS[arch]["patch_size"] if arch in _VITS else None
-
-
 def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """A randomly initialised torchvision model: images (N, 3, image_size, image_size) -> logits (N, num_classes).
+    """A randomly initialised model: images (N, 3, image_size, image_size) -> logits (N, num_classes).
 
     `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch.
-    Raises InputError for an unknown arch, a size that does not fit or a class count below 1.
+    Raises InputError for an unknown arch, a size that does not fit, a class count below 1, or timm missing.
     """
-    _check_arch(arch)
-    size = default_image_size(arch) if image_size is None else image_size
+    own_size = default_image_size(arch)  # or it is an unknown one
+    size = own_size if image_size is None else image_size
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
     if not 1 <= size <= LARGEST_IMAGE:
         raise InputError(f"image size is {size}; give a positive number of pixels, at most {LARGEST_IMAGE}")
+    if arch.startswith(TIMM):
+        return _build_timm(arch, num_classes, size)
     if arch in _RESNETS:
         return _RESNETS[arch](weights=None, num_classes=num_classes)
     shape = _VITS[arch]
@@ -67,9 +83,21 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Name of the direct child that is the classifier head: 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'."""
+    """Name of the classifier head: of the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'.
+
+    timm says it itself, and may name a layer in a child: 'head.fc'.
+    """
+    name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
+    if isinstance(name, str) and name.split(".")[0] in model._modules:
+        return name
     children = dict(model.named_children())
     return next((name for name in HEAD_NAMES if name in children), None)
+
+
+def in_head(model: nn.Module, name: str) -> bool:
+    """Is this the name of the classifier head, or of a module, parameter or buffer in it?"""
+    head = head_name(model)
+    return head is not None and f"{name}.".startswith(f"{head}.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -95,9 +123,7 @@ def headless(model: nn.Module) -> nn.Module:
     name = head_name(model)
     if name is None:
         return model
-    copied = copy.copy(model)
-    copied._modules = {**model._modules, name: nn.Identity()}
-    return copied
+    return _without(model, name)
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -109,38 +135,90 @@ def block_names(model: nn.Module) -> list[str]:
     if stages:
         return stages
     for name, module in model.named_modules():
-        kinds = {type(child) for child in module.children()}
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(module) > 1 and len(kinds) == 1:
+        children = list(module.children())
+        alike = any(all(isinstance(child, type(one)) for child in children) for one in children)  # fused ones too
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and alike:
             return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
     return []
 
 
-def modules_below(model: nn.Module, blocks: int) -> list[str]:
-    """What comes before the last so many blocks of a model, as regular expressions that match the names in full.
+def _without(model: nn.Module, name: str) -> nn.Module:
+    """The model with an identity in the place of a module in it."""
+    # A shallow copy shares every layer, whatever was swapped in, and lacks only the head: a head that was merely
+    # ignored would still run, and a projector's BatchNorm would take these images into its statistics.
+    child, _, rest = name.partition(".")
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, child: _without(model._modules[child], rest) if rest else nn.Identity()}
+    return copied
 
-    As `exclude_modules` they leave adapters to the upper blocks alone. Nothing below them is then saved for backward.
 
-    Raises:
-        InputError: the model has fewer blocks.
-    """
-    names = block_names(model)
-    if not 1 <= blocks <= len(names):
-        raise InputError(f"the last {blocks} blocks cannot be adapted: this model has {len(names)}")
-    first, below = names[-blocks], []
-    for name, _ in model.named_modules():
-        if name == first:
-            break
-        inside = any(name.startswith(f"{other}.") for other in below)
-        if name and not inside and not first.startswith(f"{name}."):
-            below.append(name)
-    return [rf"{re.escape(name)}(\..+)?" for name in below]
+def normalization(arch: str) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the channels of the images that `arch` was trained with: ImageNet's, or what timm says."""
+    if not arch.startswith(TIMM):
+        return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    config = _timm_config(arch)
+    return {"mean": tuple(config.mean), "std": tuple(config.std)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- timm
+
+
+def _timm_config(arch: str):
+    """timm's `PretrainedCfg` of a model. Raises InputError for a name that it lacks, and other images than RGB."""
+    name = arch.removeprefix(TIMM)
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1, cutoff=0.4)
+        raise InputError(f"timm has no model {name!r}{f': did you mean {TIMM}{near[0]}?' if near else ''}")
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag
+        raise InputError(f"{arch}: {error}") from None
+    channels, height, width = config.input_size
+    if channels != 3:
+        raise InputError(f"{arch} takes images of {channels} channels; those of this toolkit have 3")
+    if height != width:
+        raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
+    return config
+
+
+def _build_timm(arch: str, num_classes: int, size: int) -> nn.Module:
+    import timm
+
+    config, name = _timm_config(arch), arch.removeprefix(TIMM)
+    try:
+        if size == config.input_size[-1]:
+            model = timm.create_model(name, num_classes=num_classes)
+        else:
+            model = _timm_of_size(name, num_classes, size)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise InputError(f"timm cannot build {name} for {size} pixels: {error}") from None
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
+    if size % patch[0]:
+        fitting = max(1, round(size / patch[0])) * patch[0]
+        raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch[0]}; {fitting} would fit")
+    if not isinstance(config.classifier, str) or not isinstance(model.get_classifier(), nn.Linear):
+        raise InputError(f"{arch} has no single linear classifier, from which this toolkit could start: take another")
+    return model
+
+
+def _timm_of_size(name: str, num_classes: int, size: int) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, num_classes=num_classes, img_size=size)
+    except TypeError:  # without such an argument it takes any size
+        return timm.create_model(name, num_classes=num_classes)
 
 
 def _check_arch(arch: str) -> None:
     if arch not in ARCHS:
         near = difflib.get_close_matches(str(arch), ARCHS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown arch {arch!r}: {hint}choose one of {', '.join(ARCHS)}")
+        raise InputError(f"unknown arch {arch!r}: {hint}choose one of {', '.join(ARCH_CHOICES)}")
 
 
 def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:

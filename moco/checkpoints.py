@@ -1,7 +1,7 @@
 """MoCo checkpoints: the backbone of any file of the MoCo family, matched key by key.
 
 The layouts that `load_backbone` knows are those of the official code, v1 and v2 (arXiv 1911.05722, 2003.04297) and v3
-(2104.02057), and of what their users convert and export.
+(2104.02057), and of what their users convert and export. timm's models, which are named, are loaded as they are.
 """
 
 import functools
@@ -20,8 +20,8 @@ from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from moco import InputError, listed, printable
-from moco.backbones import ARCHS, HEAD_NAMES, build_backbone, default_image_size, head_name, patch_size
-from moco.files import is_plain_tensor, read_checkpoint, read_safetensors
+from moco.backbones import ARCHS, HEAD_NAMES, TIMM, build_backbone, default_image_size, head_name
+from moco.files import is_plain_tensor, read_checkpoint, read_safetensors, stored_path
 
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
@@ -38,7 +38,9 @@ def load_backbone(
         path: a file of MoCo v1, v2 or v3, main_lincls, convert_to_deit, lightly, this toolkit's stage 1 or torchvision;
             a `.safetensors` file of tensors under timm's or torchvision's names.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
-        arch: one of `moco.backbones.ARCHS`; by default what the file says or its shapes imply.
+            With a `timm:` arch, any file that has that model's own keys. 'none': random weights.
+        arch: one of `moco.backbones.ARCHS`, or `timm:` and a model of timm; by default what the file says or its shapes
+            imply.
         image_size: by default the file's own. A ViT's position embedding is interpolated to any other.
 
     Returns:
@@ -49,8 +51,10 @@ def load_backbone(
     Raises:
         InputError: the file cannot be read, or not every backbone tensor of the arch is in it, or others are too.
     """
+    if is_none(path):
+        return _random_backbone(num_classes, arch, image_size)
     content = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
-    source = _identify(path, content)
+    source = _identify(path, content, arch)
     arch = _find_arch(source) if arch is None else arch
     size = _find_image_size(source, arch) if image_size is None else image_size
     if arch == "vit_small":
@@ -59,7 +63,7 @@ def load_backbone(
     weights = _resize_positions(source.weights, model)
     _check_match(source, weights, model, arch)
     model.load_state_dict({**model.state_dict(), **weights})
-    _record_digests(model, source.weights.get(_POSITIONS))
+    _record_digests(model, source.weights)
     report = {
         "family": source.family,
         "arch": arch,
@@ -103,6 +107,54 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     return (2 if "0.weight" in parts["projector"] else 1), parts
 
 
+NO_CHECKPOINT = "none"
+
+
+def is_none(path: str | os.PathLike) -> bool:
+    """Is this 'none', which stands for random weights in the place of a checkpoint?"""
+    return str(path) == NO_CHECKPOINT
+
+
+def stored(path: str | os.PathLike) -> str:
+    """A checkpoint's path as files keep it: absolute, or relative to the toolkit if it is inside."""
+    return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
+
+
+def option_problems(path: str | os.PathLike, arch: str | None, use_qlora: bool) -> list[str]:
+    """What is wrong with the options `--checkpoint` and `--arch`, before any file is read."""
+    problems = []
+    if is_none(path) and arch is None:
+        problems.append("--checkpoint none: random weights have no architecture of their own; say which with --arch")
+    if is_none(path) and use_qlora:
+        problems.append(
+            "--use-qlora with --checkpoint none: random weights in 4 bits are in no file; drop one of the two"
+        )
+    if not is_none(path) and not os.path.exists(path):
+        problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
+    if arch is not None:
+        try:
+            default_image_size(arch)
+        except InputError as error:
+            problems.append(f"--arch {arch}: {error}")
+    return problems
+
+
+def _random_backbone(num_classes: int, arch: str | None, image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    if arch is None:
+        raise InputError("random weights have no architecture of their own: give an arch")
+    model = build_backbone(arch, num_classes, image_size)
+    model.base_digests = {}  # no file has these weights: an adapter file holds all of them
+    size = default_image_size(arch) if image_size is None else image_size
+    return model, {
+        "family": NO_CHECKPOINT,
+        "arch": arch,
+        "image_size": size,
+        "epoch": None,
+        "loaded": [],
+        "dropped": [],
+    }
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and values, in whatever memory format and on whatever device they lie."""
     tensor = tensor.detach().cpu().contiguous()
@@ -111,22 +163,24 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _record_digests(model: nn.Module, positions: torch.Tensor | None) -> None:
+def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Sets `model.base_digests`, and `model.resized_digests` where the model holds other values than the checkpoint.
 
     Interpolation rounds differently from one CPU to the next, so an interpolated position embedding is known by what
     the checkpoint holds.
     """
-    model.base_digests = {name: tensor_digest(tensor) for name, tensor in _backbone_state(model).items()}
+    state = _backbone_state(model)
+    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()}
     model.resized_digests = {}
-    if positions is not None and positions.shape != model.state_dict()[_POSITIONS].shape:
-        model.resized_digests[_POSITIONS] = model.base_digests[_POSITIONS]
-        model.base_digests[_POSITIONS] = tensor_digest(positions.float())
+    for name in _POSITIONS:
+        if name in weights and weights[name].shape != state[name].shape:
+            model.resized_digests[name] = model.base_digests[name]
+            model.base_digests[name] = tensor_digest(weights[name].float())
 
 
 @dataclass
 class _Source:
-    """What a file holds, under torchvision's names."""
+    """What a file holds, under the model's names."""
 
     path: str | os.PathLike
     family: str
@@ -155,20 +209,22 @@ _LAYOUTS = {
 _HEADS = tuple(f"{name}." for name in HEAD_NAMES)
 
 
-def _identify(path: str | os.PathLike, content: Any) -> _Source:
-    """Finds the family by where the backbone lies and takes it from there."""
+def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Source:
+    """Finds the family by where the backbone lies and takes it from there. timm's models have the file's own names."""
+    own = wanted is not None and wanted.startswith(TIMM)
+    heads, name_here = ((f"{head_name(_meta_model(wanted))}.",), str) if own else (_HEADS, _torchvision_name)
     wrapper, tensors = _find_state_dict(path, content)
     info = content if wrapper else {}
     prefix, encoder, dropped = _split(path, tensors)
-    dropped += [full for key, full in encoder.items() if key.startswith(_HEADS)]
-    names = {full: _torchvision_name(key) for key, full in encoder.items() if not key.startswith(_HEADS)}
+    dropped += [full for key, full in encoder.items() if key.startswith(heads)]
+    names = {full: name_here(key) for key, full in encoder.items() if not key.startswith(heads)}
     _check_tensors(path, {full: tensors[full] for full in names})
     if len(set(names.values())) < len(names):
         raise InputError(f"{path}: some tensors are there twice, under timm's and torchvision's names")
     arch, epoch = info.get("arch"), info.get("epoch")
     return _Source(
         path=path,
-        family=_family(prefix, wrapper, encoder, info),
+        family="timm" if own else _family(prefix, wrapper, encoder, info),
         arch=arch if arch in ARCHS else None,  # the official code's vit_base, say, is found by its shapes
         epoch=epoch if isinstance(epoch, int) else None,
         image_size=_declared_image_size(info),
@@ -259,25 +315,30 @@ def _find_arch(source: _Source) -> str:
     """What the file says, else the arch whose tensors agree with most of the file's in name and shape."""
     if source.arch:
         return source.arch
-    found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
+    found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key not in _POSITIONS}
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
         raise InputError(
             f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "
-            f"({listed(source.weights)}); known are {', '.join(ARCHS)}"
+            f"({listed(source.weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
         )
     return best
 
 
-_POSITIONS = "encoder.pos_embedding"
+_POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
 
 
 @functools.cache
 def _shapes(arch: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a backbone's tensors, without those that depend on the image size or class count."""
+    state = _backbone_state(_meta_model(arch))
+    return frozenset((key, tuple(value.shape)) for key, value in state.items() if key not in _POSITIONS)
+
+
+def _meta_model(arch: str) -> nn.Module:
+    """A model of this architecture's own image size that takes no memory."""
     with torch.device("meta"):
-        state = _backbone_state(build_backbone(arch, 1))
-    return frozenset((key, tuple(value.shape)) for key, value in state.items() if key != _POSITIONS)
+        return build_backbone(arch, 1)
 
 
 def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -294,27 +355,45 @@ def _declared_image_size(info: Mapping) -> int | None:
 
 def _find_image_size(source: _Source, arch: str) -> int:
     """A ViT was trained at the size that its position embedding covers, a ResNet at the one that its file declares."""
-    patch, positions = patch_size(arch), source.weights.get(_POSITIONS)
-    if patch and positions is not None and _grid(positions):
-        return _grid(positions) * patch
+    name = next((name for name in _POSITIONS if name in source.weights), None)
+    patch, tokens = _patch_and_tokens(_meta_model(arch)) if name else (None, 0)
+    if patch and _grid(source.weights[name], tokens):
+        return _grid(source.weights[name], tokens) * patch
     return source.image_size or default_image_size(arch)
 
 
-def _grid(positions: torch.Tensor) -> int:
-    """Patches along each side under a position embedding (1, 1 + grid * grid, D); 0 if they form no square."""
-    count = positions.shape[1] - 1 if positions.dim() == 3 else 0
+def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
+    """The side of a ViT's patches in pixels, and how many positions its position embedding has beside theirs."""
+    if not hasattr(model, "patch_embed"):  # torchvision's
+        return getattr(model, "patch_size", None), 1
+    patch, positions = model.patch_embed.patch_size[0], getattr(model, "pos_embed", None)
+    if positions is None or positions.dim() != 3:
+        return None, 0
+    return patch, positions.shape[1] - model.patch_embed.num_patches
+
+
+def _grid(positions: torch.Tensor, tokens: int) -> int:
+    """Patches along each side under a position embedding (1, tokens + grid * grid, D); 0 if they form no square."""
+    count = positions.shape[1] - tokens if positions.dim() == 3 else 0
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
 def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Interpolates a position embedding for the model's image size, as torchvision does."""
-    positions = weights.get(_POSITIONS)
-    wanted = model.state_dict().get(_POSITIONS)
-    if positions is None or wanted is None or positions.shape == wanted.shape or not _grid(positions):
+    """Interpolates a position embedding for the model's image size, as torchvision or timm does."""
+    state = model.state_dict()
+    name = next((name for name in _POSITIONS if name in weights and name in state), None)
+    if name is None or weights[name].shape == state[name].shape:
         return weights
-    resized = interpolate_embeddings(model.image_size, model.patch_size, {_POSITIONS: positions.float()})
-    return weights | {_POSITIONS: resized[_POSITIONS]}
+    _, tokens = _patch_and_tokens(model)
+    if not _grid(weights[name], tokens):
+        return weights
+    positions = weights[name].float()
+    if hasattr(model, "patch_embed"):
+        from timm.layers import resample_abs_pos_embed
+
+        return weights | {name: resample_abs_pos_embed(positions, model.patch_embed.grid_size, None, tokens)}
+    return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
 
 
 def _check_head_count(source: _Source, arch: str) -> None:
@@ -323,7 +402,7 @@ def _check_head_count(source: _Source, arch: str) -> None:
     All shapes are the same, so the wrong one would load in silence. What tells them apart is the position embedding:
     MoCo v3 never trains it and gives the class token none (section 4.4); a trained one is never zero.
     """
-    positions = source.weights.get(_POSITIONS)
+    positions = source.weights.get(_POSITIONS[0])
     fixed = positions is not None and positions.dim() == 3 and not positions[:, 0].any()
     if source.family != "deit" or source.arch == arch or fixed:
         return
@@ -350,7 +429,8 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
             f"{source.path} ({source.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
-            f"{len(expected)} backbone tensors match; {found}{_better_arch(source, arch)}"
+            f"{len(expected)} backbone tensors match; {found}{_other_channels(weights, expected)}"
+            f"{_better_arch(source, arch)}"
         )
     broken = [key for key in common if not _is_usable(weights[key], expected[key])]
     if broken:
@@ -362,15 +442,24 @@ def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
     return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
 
 
+def _other_channels(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Says so where a first convolution is for other images than RGB."""
+    for name in weights.keys() & expected.keys():
+        found, wanted = weights[name].shape, expected[name].shape
+        if len(wanted) == 4 and wanted[1] == 3 != found[1] and found == (wanted[0], found[1], *wanted[2:]):
+            return f"; it is for images of {found[1]} channels, and those of this toolkit have 3"
+    return ""
+
+
 def _better_arch(source: _Source, arch: str) -> str:
-    found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key != _POSITIONS}
+    found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key not in _POSITIONS}
     fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
     return f"; it looks like {fitting}: give that as the arch" if fitting != arch else ""
 
 
 def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
     """What the backbone is and what was recognised in its checkpoint, in a line."""
-    if from_scratch:
+    if from_scratch or report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
     return (

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from moco import InputError, printable
-from moco.backbones import ARCHS, modules_below
+from moco.backbones import ARCH_CHOICES
 from moco.cache import CACHES
+from moco.checkpoints import option_problems
 from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import stored_path
 from moco.training import PRECISIONS, SCHEDULES
@@ -358,8 +358,8 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
     """The group and YAML section `model`; `checkpoint` is the default one."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="any MoCo or torchvision checkpoint")
-    group.add_argument("--arch", choices=ARCHS, help="default: what the checkpoint says")
+    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="of MoCo, torchvision or timm; none")
+    group.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
@@ -411,15 +411,13 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
 
 
-def lora_options(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "use_qlora", "use_rslora")
-    excluded = [*(args.exclude_modules or []), *(modules_below(model, args.adapt_last) if args.adapt_last else [])]
+    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
     patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
-    own = {name: getattr(args, name) for name in names}
-    return {"r": args.lora_rank, "exclude_modules": excluded, **own, **patterns}
+    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
 
 
 def adapter_problems(args: argparse.Namespace) -> list[str]:
@@ -464,10 +462,20 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
+        "--base-dtype", choices=PRECISIONS, default="auto", help="of frozen weights that are adapted; auto: --precision"
+    )
+    tune.add_argument(
         "--gradient-checkpointing",
         choices=("none", "selective", "full"),
         default="none",
         help="none, selective (GELU) or full (blocks)",
+    )
+    tune.add_argument(
+        "--activation-precision",
+        type=int,
+        choices=(32, 16),
+        default=32,
+        help="bits of what is kept for backward; 16: half the memory, gradients rounded",
     )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
@@ -475,14 +483,16 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
-    problems = [
-        f"--{name.replace('_', '-')} {path}: file not found; give the path of an existing {kind}"
-        for name, kind in (("checkpoint", "checkpoint"), ("stage1_adapter", "adapter file"))
-        if (path := getattr(args, name)) is not None and args.eval_only is None and not os.path.exists(path)
-    ]
+    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.use_qlora)
+    if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
+        problems.append(
+            f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
+        )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args)
+    if args.activation_precision == 16 and args.gradient_checkpointing == "full":
+        problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.from_scratch and args.stage1_adapter:

@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels) and,
-        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `epochs`, `seconds`,
-        `images_per_second`, `waiting_share` and the paths `checkpoint` and `metrics`.
+        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `before`, the same of a
+        checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
+        the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
     args, _ = options.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
@@ -73,6 +74,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(run.origin)
         images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
         print(f"{args.arch}, MoCo v{args.moco_version}, {images}, {device}, {dtype}")
+        if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
+            print(
+                f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
+            )
         run.train()
     if distributed.is_main():
         with open_atomically(run.path("results.json")) as file:
@@ -96,6 +101,8 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give what the adapters are to be over")
     if args.merge_into is not None and args.lora_rank == 0:
         problems.append("--merge-into without --lora-rank: nothing is to be merged, every checkpoint is a whole one")
+    if args.merge_into is not None and not os.path.isdir(args.merge_into.parent):
+        problems.append(f"--merge-into {args.merge_into}: no folder {args.merge_into.parent}; make it first")
     if args.checkpoint is None:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
@@ -298,7 +305,7 @@ class Pretraining:
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
         metadata["checkpoint"] = str(stored_path(args.checkpoint.absolute()))
-        metadata["lora"] = options.lora_options(args, encoder)
+        metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
         LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
         if last and args.merge_into is not None:
@@ -351,7 +358,9 @@ class Pretraining:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
         if not {"progress", "images"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        changed = runs.changed_settings(state["config"], self.config(), FREE_TO_CHANGE)
+        # An option that the run's version did not know has its default.
+        then = vars(options.parse_args(make_parser(), [])[0]) | state["config"]
+        changed = runs.changed_settings(then, self.config(), FREE_TO_CHANGE)
         if changed:
             raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
         if state["images"] != self.images:
@@ -469,7 +478,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         args.image_size = args.image_size or default_image_size(args.arch)
         backbone, origin = build_backbone(args.arch, 1, args.image_size), ""
     if args.lora_rank > 0:
-        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args, backbone)))
+        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(backbone.to(device), args).to(device)
     return model, origin + "".join(start_from(model, parts))
 

@@ -75,14 +75,14 @@ def soften_head(model: nn.Module, temperature: float) -> None:
 
 
 def _linear_head(model: nn.Module) -> nn.Linear:
-    [head] = (m for m in getattr(model, head_name(model)).modules() if isinstance(m, nn.Linear))
+    [head] = (m for m in model.get_submodule(head_name(model)).modules() if isinstance(m, nn.Linear))
     return head
 
 
 @torch.no_grad()
 def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
     """The accuracy (0 to 1) of the head of `model` on features (N, D) with labels (N,)."""
-    return (getattr(model, head_name(model))(features).argmax(1) == labels).float().mean().item()
+    return (model.get_submodule(head_name(model))(features).argmax(1) == labels).float().mean().item()
 
 
 def fit_linear_probe(

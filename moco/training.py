@@ -98,6 +98,14 @@ def select_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def base_dtype(args) -> torch.dtype | None:
+    """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them."""
+    if not args.freeze_backbone or args.lora_rank == 0:
+        return None
+    name = args.precision if args.base_dtype == "auto" else args.base_dtype
+    return select_precision(name, select_device(args.device))
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision in `dtype`; float32 means none."""
     if dtype == torch.float32:

@@ -12,11 +12,8 @@ from torch.utils.data import get_worker_info
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
+from moco.backbones import IMAGENET_MEAN, IMAGENET_STD
 from moco.folders import unreadable
-
-# The statistics MoCo checkpoints were trained with, so those every data set is normalised with.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
@@ -209,36 +206,43 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _tensor() -> list[Callable]:
-    return [to_tensor, T.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)]
+def _tensor(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> list[Callable]:
+    return [to_tensor, T.Normalize(mean, std, inplace=True)]
 
 
-def eval_transform(image_size: int) -> View:
+def eval_transform(image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
     """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
 
-    It takes what `Image.open` returns, and then gives the same pixels as evaluation.
+    It takes what `Image.open` returns, and then gives the same pixels as evaluation. Its channels are normalised by
+    `mean` and `std`; see `moco.backbones.normalization`.
     """
     if image_size <= 64:
-        return View(Whole(image_size), *_tensor())
-    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor())
+        return View(Whole(image_size), *_tensor(mean, std))
+    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor(mean, std))
 
 
 AUGMENTATIONS = ("crop", "affine", "none")
 
 
-def train_transform(image_size: int, augmentation: str = "crop") -> View:
+def train_transform(
+    image_size: int,
+    augmentation: str = "crop",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> View:
     """Any PIL image -> (3, image_size, image_size), for fine-tuning.
 
     Args:
         image_size: pixels along each side.
         augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'affine' (a little
             rotation, shift and scale, for digits and documents, which no flip leaves what they are) or 'none'.
+        mean, std: as for `eval_transform`.
     """
     if augmentation == "crop":
-        return View(RandomCrop(image_size), T.RandomHorizontalFlip(), *_tensor())
+        return View(RandomCrop(image_size), T.RandomHorizontalFlip(), *_tensor(mean, std))
     if augmentation == "affine":
-        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor())
-    return eval_transform(image_size)
+        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor(mean, std))
+    return eval_transform(image_size, mean, std)
 
 
 def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:

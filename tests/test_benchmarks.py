@@ -1,5 +1,6 @@
 """benchmarks/compare_peers.py: what it measures is what it says, on a tiny run. Nothing here checks a clock."""
 
+import contextlib
 import json
 
 import pytest
@@ -68,3 +69,30 @@ def test_bad_options(options, message, capsys):
     with pytest.raises((SystemExit, InputError)) as stopped:
         compare_peers.main(options.split())
     assert message in f"{stopped.value}{capsys.readouterr().err}"
+
+
+def test_products_by_onednn_are_the_same_products():
+    """Forward and gradients, in a linear layer and in attention."""
+    torch.manual_seed(0)
+    layers = torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.nn.Linear(16, 8)
+    results = []
+    for around in (contextlib.nullcontext, compare_peers.onednn_products):
+        x = torch.linspace(-1, 1, 3 * 5 * 16).view(3, 5, 16).requires_grad_()
+        with around():
+            y = layers[1](layers[0](x, x, x)[0])
+        results.append(
+            [y, *torch.autograd.grad(y.square().sum(), [x, *layers[0].parameters(), *layers[1].parameters()])]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert "OneDNNLinear" in type(results[1][0].grad_fn).__name__
+
+
+@pytest.mark.parametrize("name", ["full_onednn", "lora_selective_16bit", "qlora_selective_16bit", "lora_last_half"])
+def test_variants_of_a_vit_train(name):
+    args = parse_arguments(["--model", "vit_b_16", "--image-size", "32", "--batch-size", "2", "--rank", "2"])
+    args.model = "vit_mini"
+    training, generator = Training(name, args), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        training.step(*random_batch(args, generator))
+    training.check()

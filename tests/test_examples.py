@@ -29,6 +29,14 @@ def test_checkpoints_and_inference_agree_with_what_was_trained(trained, capsys):
     assert adapted > 90 and adapted > bare
 
 
+def test_serving_answers_for_each_task(trained, capsys):
+    examples.example_6_serving(trained)
+    right, of = map(
+        int, re.search(r"(\d+) of (\d+) answers right for digits and parity", capsys.readouterr().out).groups()
+    )
+    assert of == 40 and right >= 34
+
+
 def test_an_example_that_finds_something_wrong_raises():
     untrained = examples.example_1_setup()
     with pytest.raises(RuntimeError, match="no difference"):
@@ -46,5 +54,5 @@ def test_the_sizes_are_those_of_files(capsys):
 
 def test_an_unknown_number_is_refused():
     with pytest.raises(SystemExit) as stopped:
-        examples.main(["--only", "6"])
+        examples.main(["--only", "7"])
     assert stopped.value.code == 2

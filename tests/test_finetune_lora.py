@@ -821,3 +821,15 @@ def test_every_command_of_the_guide_runs(command, fresh_clone):
     assert results["epochs"] == used["epochs"] == len(metrics(Path("checkpoints/lora")))
     model, _ = load_finetuned("checkpoints/lora/lora.pth")
     assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
+
+
+def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
+    def build(args, num_classes):
+        model, report = build_model(args, num_classes)
+        model.spare = finetune_lora.LoRALinear(4, 4)
+        return model, report
+
+    build_model = finetune_lora.build_model
+    monkeypatch.setattr(finetune_lora, "build_model", build)
+    finetune()
+    assert capsys.readouterr().out.count("no gradient reaches the adapters of spare: leave them out") == 1

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck
 from torchvision.models.swin_transformer import SwinTransformer
-from torchvision.models.vision_transformer import EncoderBlock
+from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
 from finetune_lora import (
     LoRAConv2d,
@@ -41,8 +41,9 @@ from finetune_lora import (
     remove_lora_from_model,
     set_gradient_checkpointing,
 )
-from lora_utils import LoRAManager
+from lora_utils import LoRAManager, unused_adapters
 from moco import InputError
+from moco.backbones import block_names
 
 
 @pytest.fixture(autouse=True)
@@ -408,7 +409,7 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         target = model.get_submodule(name)
         around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock):
+            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock | VisionTransformer):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)
@@ -648,3 +649,106 @@ def test_nothing_below_the_encoder_of_a_vit_is_differentiated():
     model.encoder.layers[0].self_attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(images(16))
     assert not inputs[0].requires_grad
+
+
+@pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
+def test_the_last_blocks_alone_are_adapted(build, side, last):
+    """Exactly, and nothing below them is kept for backward."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, adapt_last=last), std=0.05).eval()
+    freeze_backbone_params(model)
+    assert all(name.startswith(tuple(block_names(stock)[-last:])) for name in adapted_names(model))
+    compare_with_dense(stock, model, [x], 1e-9)
+    first = model.get_submodule(block_names(model)[-last])
+    seen = []
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    model(x).sum().backward()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_more_blocks_than_there_are(wrong):
+    with pytest.raises(InputError, match=f"adapt_last is {wrong}; give a number from 1 to 2"):
+        add_lora_to_model(vit(), adapt_last=wrong)
+    with pytest.raises(InputError, match="adapt_last is 1; give a number from 1 to 0"):
+        add_lora_to_model(nn.Sequential(nn.Linear(4, 4)), r=2, adapt_last=1)
+
+
+# ------------------------------------------------------------------------------------------------- adapters without use
+
+
+class ReadsWeight(nn.Module):
+    """Uses the weight of one layer without calling it, and leaves another one out."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.spare = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(self.called(x), self.read.weight)
+
+
+def test_adapters_that_no_gradient_reaches_are_named():
+    model = add_lora_to_model(ReadsWeight(), r=1)
+    freeze_backbone_params(model)
+    assert unused_adapters(model) == ["called", "read", "spare"]  # nothing was computed yet
+    model(images(4)).sum().backward()
+    assert unused_adapters(model) == ["read", "spare"]
+    model.spare.requires_grad_(False)  # does not want any
+    assert unused_adapters(torch.compile(model, backend="eager")) == ["read"]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_every_adapter_of_a_backbone_gets_a_gradient(kind):
+    model = frozen(resnet() if kind == "resnet" else vit())
+    model(images(32 if kind == "resnet" else 16)).square().sum().backward()
+    assert unused_adapters(model) == []
+
+
+class SeparateBias(nn.Module):
+    """As attention in timm's BEiT, EVA-02 and Swin v2, which has a bias for q and v alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.bias, self.qkv_bias_separate = nn.Linear(4, 4, bias=False), nn.Parameter(torch.ones(4)), False
+
+    def forward(self, x):
+        if self.qkv_bias_separate:
+            y = self.qkv(x)
+            y += self.bias
+            return y
+        return F.linear(x, self.qkv.weight, self.bias)
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_attention_that_reads_a_weight_to_add_a_bias_calls_the_layer_instead(four_bits):
+    stock = SeparateBias()
+    model, x = frozen(copy.deepcopy(stock), use_qlora=four_bits), torch.randn(2, 4)
+    if four_bits:
+        stock.qkv.weight.data = model.qkv.base().dequantize(torch.float32)
+    compare_with_dense(stock, model, [x], FP32)
+    remove_lora_from_model(model, merge=True)
+    assert not model.qkv_bias_separate and unused_adapters(model) == []
+    assert_close(model(x), F.linear(x, model.qkv.weight, model.bias), FP32)
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """BatchNorm and activation in one, as in timm."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4), nn.Conv2d(4, 2, 3))
+    stock, x = copy.deepcopy(model).eval(), images(8)
+    add_lora_to_model(model, r=1)
+    freeze_backbone_params(model)
+    torch.save(model, tmp_path / "model.pth")
+    for frozen_model in (model, copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
+        frozen_model.train()
+        assert torch.equal(frozen_model[1].running_mean, torch.zeros(4)) and not frozen_model[1].training
+        assert_close(frozen_model(x), stock(x), FP32)
+        freeze_backbone_params(frozen_model, freeze=False)
+        assert frozen_model[1].training and isinstance(frozen_model[1], BatchNormAct)
+    assert bare(remove_lora_from_model(model), "1") is BatchNormAct

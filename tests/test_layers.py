@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, FP32, adapters, assert_close, compare_with_dense, dense_twin, randomize_adapters
+from dense import BF16, DEVICES, FP32, adapters, assert_close, compare_with_dense, dense_twin, randomize_adapters, vit
 from torch import nn
 
 from finetune_lora import (
@@ -594,7 +594,7 @@ def test_a_4_bit_layer_merges_into_float():
 
 
 def test_a_4_bit_layer_cannot_become_float_again():
-    with pytest.raises(InputError, match="4 bits cannot become float"):
+    with pytest.raises(InputError, match="fewer bits cannot become float"):
         adapted(nn.Linear(8, 8), four_bits=True).remove_lora()
 
 
@@ -730,3 +730,68 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(four_bits):
     for ours, theirs in zip(*gradients, strict=True):
         assert_close(theirs, ours, FP32)
     torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------- a base stored in 16 bits
+
+
+def small_models():
+    yield "conv", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval(), (2, 3, 9, 9)
+    yield "linear", nn.Sequential(nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 24)), (50, 24)
+    yield "vit", vit(hidden_dim=32, mlp_dim=64).eval(), (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name, stock, shape", [pytest.param(*case, id=case[0]) for case in small_models()])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_a_base_in_16_bits_equals_the_stock_model_with_rounded_weights(name, stock, shape, autocast):
+    """Forward and gradients, in float32 and under autocast, where no operand of a matrix product differs."""
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=torch.bfloat16), std=0.05)
+    freeze_backbone_params(model)
+    rounded = copy.deepcopy(stock)
+    for path, layer in model.named_modules():
+        for weight in getattr(layer, "float_digests", ()):
+            original = getattr(rounded.get_submodule(path), weight)
+            assert getattr(layer, weight).dtype == torch.bfloat16 and not getattr(layer, weight).requires_grad
+            original.data = original.data.bfloat16().float()
+    tolerance = (4e-2 if name == "vit" else 2e-2) if autocast else FP32
+    compare_with_dense(rounded, model, [torch.randn(shape)], tolerance, autocast=autocast)
+    with LoRAManager(model).disable_lora(), torch.no_grad():
+        x = torch.randn(shape)
+        assert_close(model(x), rounded(x), FP32)
+
+
+def test_a_base_in_16_bits_is_identified_merged_and_kept(tmp_path):
+    """The adapter file names the float base, merging gives float weights, unmerging the 16 bits."""
+    stock = vit(hidden_dim=32, mlp_dim=64)
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=torch.bfloat16))
+    freeze_backbone_params(model)
+    manager = LoRAManager(model)
+    manager.save_lora_checkpoint(tmp_path / "lora.pth")
+    again = add_lora_to_model(copy.deepcopy(stock), r=2)  # over the float base
+    LoRAManager(again).load_lora_checkpoint(tmp_path / "lora.pth")
+
+    base, layer = model.encoder.layers[0].mlp[0].weight.clone(), model.encoder.layers[0].mlp[0]
+    manager.merge_lora_weights()
+    assert torch.equal(layer.weight, base.float() + layer.scaling * layer.lora_B @ layer.lora_A)
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    manager.unmerge_lora_weights()
+    assert torch.equal(layer.weight, base) and layer.weight.dtype == torch.bfloat16
+
+    freeze_backbone_params(model, freeze=False)
+    assert not layer.weight.requires_grad and model.class_token.requires_grad
+    add_lora_to_model(model, r=3)  # stays as it is stored
+    assert torch.equal(layer.weight, base) and layer.lora_A.shape[0] == 3
+    for wrong in ({"use_qlora": True}, {"target_modules": "self_attention"}):
+        with pytest.raises(InputError, match="is in 16 bits, its float weight is gone"):
+            add_lora_to_model(model, **wrong)
+    with pytest.raises(InputError, match=r"is in 16 bits.*merge=True"):
+        manager.unload()
+    manager.unload(merge=True)
+    assert type(layer) is nn.Linear and layer.weight.dtype == torch.float32
+
+
+def test_only_float32_weights_are_stored_in_16_bits():
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.bfloat16)[0]
+        assert layer.weight.dtype == dtype and not layer.float_digests

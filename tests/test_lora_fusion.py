@@ -28,8 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
+import lora_functional
 import lora_fusion
 from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
+from lora_functional import SavedIn16Bits
 from lora_utils import LoRAManager
 from moco import InputError
 
@@ -330,6 +332,61 @@ def test_encoder_blocks_with_a_forward_of_their_own_are_left_alone():
     compare_with_dense(stock, model, [torch.randn(2, 5, 16)], FP32)
 
 
+# ------------------------------------------------------------------------------------ the class token of the last block
+
+
+def test_the_last_block_keeps_the_class_token_alone():
+    """Behind keys and values. Who listens to the encoder gets every token."""
+    model, x = frozen(vit()), images(16, 8)
+    without = saved_bytes(model, x)
+    handle = model.encoder.register_forward_hook(lambda *_: None)
+    patches, width = 4, 16
+    # Left out: the query, the attention's output, the residual's middle, the input of the last LayerNorm; and what the
+    # MLP keeps, twice its four widths, which are two of the hidden size here.
+    assert saved_bytes(model, x) - without >= 8 * patches * (4 * width + 2 * 2 * width) * 4
+    handle.remove()
+    assert saved_bytes(model, x) == without
+
+
+@pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 4e-2)])
+def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance):
+    stock, x = vit(hidden_dim=32, mlp_dim=64).to(dtype), images(16, 8, dtype=dtype)
+    model = frozen(copy.deepcopy(stock), target_modules=targets)
+    if not (mode == "selective" and targets == "self_attention"):
+        set_gradient_checkpointing(model, mode)
+    compare_with_dense(stock, model, [x], tolerance, autocast=autocast)
+    model.heads.requires_grad_(False)
+    compare_with_dense(stock, model.eval(), [x], tolerance, autocast=autocast)
+
+
+def test_the_encoder_alone_still_gives_every_token():
+    stock, x = vit().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    compare_with_dense(stock, model, [x], EXACT, lambda network, x: network.encoder(x))
+
+
+def mixing_mlp(block: EncoderBlock) -> None:
+    block.mlp = nn.Sequential(nn.Conv1d(5, 5, 1))  # of the five tokens
+
+
+def norm_of_five(block: EncoderBlock) -> None:
+    block.ln_2 = nn.LayerNorm((5, 16))
+
+
+@pytest.mark.parametrize("change", [mixing_mlp, norm_of_five])
+def test_a_last_block_that_mixes_tokens_gets_all_of_them(change):
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    twin = dense_twin(stock, model)
+    for network in (twin, model):
+        torch.manual_seed(5)
+        change(network.encoder.layers[1])
+        network.double()
+    assert_close(model(x), twin(x), EXACT)
+
+
 # ---------------------------------------------------------------------------------------------------- the pooled stem
 
 
@@ -578,6 +635,13 @@ def test_a_compiled_block_is_one_graph_and_computes_the_same(block, shape):
     torch._dynamo.reset()
 
 
+def test_a_compiled_vit_is_one_graph_and_computes_the_same():
+    model, x = frozen(vit()), images(16)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), model(x), FP32)
+    torch._dynamo.reset()
+
+
 # ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
 
 
@@ -753,3 +817,71 @@ def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
     before = saved_bytes(model, x)
     set_gradient_checkpointing(model, "selective")
     assert saved_bytes(model, x) == before
+
+
+# ------------------------------------------------------------------------------------------- activations in 16 bits
+
+
+@pytest.fixture
+def kept(monkeypatch) -> dict[int, int]:
+    """Bytes by storage of what is saved within `SavedIn16Bits`."""
+    kept, pack = {}, SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    return kept
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+def test_activations_in_16_bits(build, side, mode, four_bits, kept):
+    """The output stays exact, gradients are near, and what is saved is half as large."""
+    model = frozen(build(hidden_dim=64, mlp_dim=128) if build is vit else build(), use_qlora=four_bits)
+    if build is vit:
+        set_gradient_checkpointing(model, mode)
+    x = images(side, 8)
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    model.zero_grad()
+    with SavedIn16Bits():
+        loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+    loss.backward()
+    assert torch.equal(loss, expected[0])
+    for name, gradient in expected[1].items():
+        assert_close(model.get_parameter(name).grad, gradient, 2e-2, name)
+    small = sum(size for size in kept.values() if size < 8 * 5 * 16 * 2)
+    limit = 0.55 if build is vit else 0.65  # the stem's pooling keeps positions as well
+    assert sum(kept.values()) < limit * before + small
+    assert saved_bytes(model, x) == before  # outside the block nothing is rounded
+
+
+def test_an_activation_that_two_operations_save_is_kept_once(kept):
+    """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with SavedIn16Bits():
+        y = x.sin()
+        (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
+    assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
+
+
+def test_statistics_are_kept_as_they_are(monkeypatch):
+    """A rounded log-sum-exp would make attention's weights wrong by its size."""
+    exact, pack = [], SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        exact.extend([tuple(tensor.shape)] if packed is tensor else [])
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    q = torch.randn(2, 7, 16, requires_grad=True)
+    with SavedIn16Bits():
+        attended, _ = lora_functional.attend(q, q, q, 2)
+        nn.LayerNorm(16, elementwise_affine=False)(attended)
+    assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2

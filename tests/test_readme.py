@@ -102,6 +102,9 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
         return
     if "--stage1-adapter" in argv:
         request.getfixturevalue("domain")
+    if "timm:" in command:
+        model = pytest.importorskip("timm").create_model("vit_small_patch14_dinov2")
+        torch.save(model.state_dict(), "dinov2_small.pth")
     if "auto" not in argv:  # it needs an image of each class to train on, and one to choose by
         request.getfixturevalue("few_images")
     results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])

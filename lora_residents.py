@@ -1,0 +1,243 @@
+"""Several adapters on one base: what each has of its own in the model, and how one takes the place of another.
+
+The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
+To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
+`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora_fusion.py`.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_functional import LoRASettings
+from lora_fusion import fuse
+from moco import InputError
+from moco.backbones import head_name, in_head
+
+KINDS: dict[str, type[nn.Module]] = {}  # adapted layers by the names that files give them; `finetune_lora` fills it
+DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have an adapter now, by name."""
+    layers = {name: module for name, module in model.named_modules() if _may_be_adapted(module)}
+    return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
+
+
+def _may_be_adapted(module: nn.Module) -> bool:
+    # isinstance(module, AdaptedLayer) says the same, and takes longer than all the rest of a switch.
+    return hasattr(type(module), "adapted_state")
+
+
+def recorded_settings(record: Mapping[str, Any]) -> LoRASettings:
+    """How a layer was adapted, from its record in an adapter file."""
+    return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
+
+
+class Form(NamedTuple):
+    """What a layer is for one adapter, or for the base."""
+
+    kind: type[nn.Module]
+    state: dict[str, Any]  # attributes that the stock layer does not have
+    parameters: dict[str, nn.Parameter | None]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Form":
+        return cls(type(module), _state(module), dict(module._parameters))
+
+    def put_on(self, module: nn.Module) -> None:
+        device = next((p.device for p in module._parameters.values() if p is not None), None)
+        for name in _state(module):
+            delattr(module, name)
+        module.__class__ = self.kind
+        vars(module).update(self.state)
+        module._parameters.clear()
+        module._parameters.update(self.parameters)
+        if any(p is not None and p.device != device for p in self.parameters.values()):
+            module.to(device)  # where the model was moved meanwhile
+
+    @property
+    def is_rounded(self) -> bool:
+        """Is its weight stored in 4 or 16 bits, and the float weight gone?"""
+        return "float_digests" in self.state
+
+    def without_adapter(self) -> "Form":
+        parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
+        if self.is_rounded:  # it stays what it is, switched off
+            return Form(self.kind, {**self.state, "lora_enabled": False}, parameters)
+        stock = getattr(self.kind, "stock_class", self.kind)
+        return Form(self.state.get("stock_class", stock), {}, parameters)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return module.adapted_state() if _may_be_adapted(module) else {}
+
+
+@dataclass
+class Adapter:
+    """What is an adapter's own. The base has the same fields, for all that any adapter replaces."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    head: nn.Module | None = None
+    layers: dict[str, Form] = field(default_factory=dict)  # outside the head
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of the base, where training moved them
+
+    def capture(self, model: nn.Module) -> None:
+        """Take all of it from the model as it is now."""
+        head, layers = head_name(model), adapted_layers(model).items()
+        self.head = None if head is None else model.get_submodule(head)
+        self.layers = {path: Form.of(layer) for path, layer in layers if not in_head(model, path)}
+        owners = {path: _owner(model, path) for path in self.tensors}
+        self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
+
+    def put_into(self, model: nn.Module, above: "Adapter | None" = None) -> None:
+        """Make the model what this describes, except where `above` has something of its own."""
+        above = above or Adapter()
+        name, head = head_name(model), above.head or self.head
+        if name is not None and head is not None:
+            _replace_head(model, name, head)
+        modules = dict(model.named_modules())
+        for path, form in (self.layers | above.layers).items():
+            form.put_on(modules[path])
+        for path, tensor in (self.tensors | above.tensors).items():
+            owner, leaf = _owner(model, path)
+            if tensor.device != owner[leaf].device:
+                tensor.data = tensor.data.to(owner[leaf].device)
+            owner[leaf] = tensor
+
+
+class Residents:
+    """The adapters that share a model, in `model.resident_adapters`."""
+
+    def __init__(self, model: nn.Module):
+        name = head_name(model)
+        self.base = Adapter(head=None if name is None else _stock_head(model.get_submodule(name)))
+        self.named: dict[str, Adapter] = {}
+        self.in_use: str | None = None
+
+    def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+        """Call the adapter that has no name `default`, if layers have one. Raises InputError if there is a default."""
+        if layers and self.in_use is None:
+            if DEFAULT in self.named:
+                raise InputError(
+                    "the model has adapters without a name: save and unload() them, then load them with one"
+                )
+            self._remember(layers, model)
+            self.named[DEFAULT], self.in_use = Adapter(), DEFAULT
+
+    def use(self, name: str | None, model: nn.Module) -> None:
+        """Put an adapter of `named`, or with None the base, in the place of the one in use."""
+        if name == self.in_use:
+            return
+        if self.in_use is not None:
+            self.named[self.in_use].capture(model)
+        self.base.put_into(model, None if name is None else self.named[name])
+        self.in_use = name
+        fuse(model)
+
+    def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
+        """Give the model all that an adapter file has, with any numbers in it, while the base is in use.
+
+        Afterwards comes `adapter.capture`, and in any case `base.put_into`. Returns what does not fit, a line each.
+        """
+        if not KINDS:
+            raise InputError("the layers that adapter files name are in finetune_lora: import it first")
+        records, tensors, head = content["layers"], content["tensors"], head_name(model)
+        modules = dict(model.named_modules())
+        attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
+        touched = [*records, *(f"{path}.out_proj" for path in records if path in attached)]
+        self._remember({path: modules[path] for path in touched if path in modules}, model)
+        if head is not None:
+            _replace_head(model, head, _resized_head(self.base.head, f"{head}.", tensors))
+        stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for path in (path for path in tensors if path in stock and not in_head(model, path)):
+            self.base.tensors.setdefault(path, stock[path])
+            owner, leaf = _owner(model, path)
+            adapter.tensors[path] = owner[leaf] = _copy(stock[path])
+        self._share_4_bits(records, modules)
+        problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
+        for path in (path for path in modules if path in records):  # attention before its output projection
+            problems += _adapt(model.get_submodule(path), path, records[path], tensors)
+        lacking = [path for path, form in self.base.layers.items() if form.is_rounded and path not in records]
+        return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
+
+    def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+        """What these layers are without any adapter."""
+        for path, layer in layers.items():
+            if not in_head(model, path):
+                self.base.layers.setdefault(path, Form.of(layer).without_adapter())
+
+    def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+        """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
+        for path, record in records.items():
+            forms = (other.layers[path] for other in self.named.values() if path in other.layers)
+            shared = next((f for f in forms if f.is_rounded and f.kind.__name__ == record["kind"]), None)
+            if shared is not None:
+                shared.without_adapter().put_on(modules[path])
+
+
+def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Adapt one layer as a file has it. Returns what does not fit."""
+    kind, r = KINDS.get(record["kind"]), record["r"]
+    if kind is None or type(layer) not in (kind, kind.stock_class):
+        return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
+    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
+    if ranks != {(r,)}:  # before any memory is taken for it
+        return [f"{path} has r {r} in the file, and tensors of another rank"]
+    try:
+        kind.adapt(layer, recorded_settings(record))
+    except ImportError as error:  # bitsandbytes
+        raise InputError(str(error)) from None
+    return []
+
+
+def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
+    """The dictionary that holds a parameter or buffer, and its key there."""
+    module, _, leaf = path.rpartition(".")
+    owner = model.get_submodule(module)
+    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
+    before = model.get_submodule(name)
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = head
+    head.train(before.training)
+    devices = {parameter.device for parameter in before.parameters()}
+    if len(devices) == 1 and devices != {parameter.device for parameter in head.parameters()}:
+        head.to(devices.pop())
+
+
+def _stock_head(head: nn.Module) -> nn.Module:
+    """The head without adapters; itself, if it has none."""
+    if not adapted_layers(head):
+        return head
+    head = copy.deepcopy(head)
+    for layer in adapted_layers(head).values():
+        layer.remove_lora()
+    return head
+
+
+def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a head, with as many outputs of each layer as the file's tensors have."""
+    head = copy.deepcopy(head)
+    for path, module in head.named_modules(prefix=prefix.rstrip(".")):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            found = tensors.get(f"{path}.{name}")
+            if (
+                isinstance(module, nn.Linear | nn.Conv2d)
+                and found is not None
+                and found.shape[1:] == parameter.shape[1:]
+            ):
+                outputs = "out_features" if isinstance(module, nn.Linear) else "out_channels"
+                setattr(module, outputs, len(found))
+                module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)
+    return head

@@ -1,0 +1,490 @@
+"""Several adapters on one base: each computes what it would alone, and leaves nothing behind."""
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from dense import DEVICES, randomize_adapters, resnet, vit
+from torch import Tensor, nn
+
+import lora_residents
+from finetune_lora import (
+    add_lora_to_model,
+    count_parameters,
+    freeze_backbone_params,
+    remove_lora_from_model,
+)
+from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
+from moco import InputError
+
+# Adapters over one base that differ in all that may differ: name -> options, number of classes.
+OPTIONS = {
+    "pets": ({"r": 2}, 5),
+    "cars": ({"r": 3, "lora_alpha": 5, "target_modules": [r".*mlp.*|layer2.*"], "use_rslora": True}, 4),
+    "food": ({"r": 1, "target_modules": [r".*self_attention|.*conv1"]}, 7),
+    "head": ({"r": 2, "target_modules": [r"heads.*|fc|layer1.*|.*encoder_layer_0.*"]}, 3),
+}
+
+
+def base(arch: str, classes: int = 2) -> nn.Module:
+    """The same small backbone each time, as if it came from a checkpoint, with another head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = resnet() if arch == "resnet" else vit()
+    if arch == "resnet":
+        model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
+        model.fc = nn.Linear(128, classes)
+    else:
+        model.heads.head = nn.Linear(16, classes)
+    return model.eval()
+
+
+def trained(arch: str, name: str, four_bits: bool = False) -> nn.Module:
+    """The base with one adapter of OPTIONS alone."""
+    options, classes = OPTIONS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(len(name) + classes)
+        if four_bits:
+            options = options | {"use_qlora": True}
+        model = add_lora_to_model(base(arch, classes), **options)
+        freeze_backbone_params(randomize_adapters(model, std=0.1))
+    return model
+
+
+def saved(model: nn.Module, name: str, folder: Path, suffix: str = ".pth") -> Path:
+    path = folder / f"{name}{suffix}"
+    LoRAManager(model).save_lora_checkpoint(path, {"class_names": [f"{name} {i}" for i in range(OPTIONS[name][1])]})
+    return path
+
+
+@pytest.fixture(params=["resnet", "vit"])
+def arch(request):
+    return request.param
+
+
+@pytest.fixture
+def alone(arch, tmp_path):
+    """name -> a model with that adapter alone; their files are in tmp_path."""
+    models = {name: trained(arch, name) for name in OPTIONS}
+    for name, model in models.items():
+        saved(model, name, tmp_path)
+    return models
+
+
+@pytest.fixture
+def manager(arch, alone, tmp_path):
+    """One base, frozen, with all adapters of OPTIONS."""
+    model = base(arch)
+    freeze_backbone_params(model)
+    manager = LoRAManager(model)
+    for name in OPTIONS:
+        manager.load_lora_checkpoint(tmp_path / f"{name}.pth", name=name)
+    return manager
+
+
+def images() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(3, 3, 16, 16)
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: nn.Module, expected: nn.Module, device: str = "cpu") -> None:
+    """Bit for bit: keys, numbers, outputs and gradients in both modes, what trains, classes of all modules."""
+    theirs, ours = expected.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert [type(m) for m in model.modules()] == [type(m) for m in expected.modules()]
+    assert count_parameters(model) == count_parameters(expected)
+    assert base_digests(model) == base_digests(expected)
+    assert trained_state(model).keys() == trained_state(expected).keys()
+    x = images().to(device)
+    for mode in (True, False):
+        model.train(mode), expected.train(mode)
+        assert torch.equal(model(x), expected(x))
+        assert_equal(gradients(model, x), gradients(expected, x))
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# ------------------------------------------------------------------------------------------------------- switching
+
+
+def test_each_adapter_computes_what_it_computes_alone(manager, alone):
+    assert manager.names == list(OPTIONS) and manager.in_use is None
+    for name in ("cars", "pets", "head", "food", "cars", "head", "pets"):
+        info = manager.use(name)
+        assert manager.in_use == name and info["class_names"][0] == f"{name} 0"
+        assert_same(manager.model, alone[name])
+
+
+def test_without_an_adapter_the_model_is_the_base(manager, arch, alone):
+    expected = base(arch)
+    freeze_backbone_params(expected)
+    expected.load_state_dict(manager.model.state_dict())  # its head
+    assert_same(manager.model, expected)
+    state = {name: tensor.clone() for name, tensor in expected.state_dict().items()}
+    manager.use("pets")
+    manager.use("cars")
+    assert manager.use(None) == {}
+    assert_same(manager.model, expected)
+    assert_equal(manager.model.state_dict(), state)
+
+
+def test_switching_copies_no_weight(manager):
+    def storages(model):
+        return {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    before = {}
+    for name in (*OPTIONS, None):
+        manager.use(name)
+        before[name] = storages(manager.model)
+    for name in (None, *OPTIONS):
+        manager.use(name)
+        assert storages(manager.model) == before[name]
+    backbones = [{p for n, p in tensors.items() if "lora_" not in n and "fc" not in n and "head" not in n}
+                 for tensors in before.values()]  # fmt: skip
+    assert all(backbone == backbones[0] for backbone in backbones)
+
+
+def test_an_adapter_takes_the_memory_of_its_file(manager, tmp_path):
+    for name in OPTIONS:
+        adapter = manager.model.resident_adapters.named[name]
+        own = [*adapter.head.parameters()]
+        own += [p for form in adapter.layers.values() for n, p in form.parameters.items() if n.startswith("lora_")]
+        tensors = read_adapter_file(tmp_path / f"{name}.pth")["tensors"].values()
+        assert sum(p.numel() for p in own) == sum(t.numel() for t in tensors) and not adapter.tensors
+
+
+def test_saving_writes_the_one_in_use(manager, tmp_path):
+    for name in ("food", "pets"):
+        manager.use(name)
+        manager.save_lora_checkpoint(tmp_path / "again.pth")
+        again, first = read_adapter_file(tmp_path / "again.pth"), read_adapter_file(tmp_path / f"{name}.pth")
+        assert_equal(again.pop("tensors"), first.pop("tensors"))
+        assert again == first  # metadata too
+
+
+def test_merging_acts_on_the_one_in_use_and_holds_it(manager, alone, tmp_path):
+    manager.use("cars")
+    manager.merge_lora_weights()
+    LoRAManager(alone["cars"]).merge_lora_weights()
+    assert_equal(manager.model.state_dict(), alone["cars"].state_dict())
+    for switch in (lambda: manager.use("pets"), lambda: manager.remove("pets"),
+                   lambda: manager.load_lora_checkpoint(tmp_path / "pets.pth", name="more")):  # fmt: skip
+        with pytest.raises(InputError, match=r"merged: call unmerge_lora_weights\(\) first"):
+            switch()
+    assert manager.in_use == "cars" and manager.names == list(OPTIONS)
+    manager.unmerge_lora_weights()
+    manager.use("pets")
+    assert_same(manager.model, alone["pets"])
+
+
+def test_while_switched_off_there_is_no_switching(manager, alone):
+    manager.use("cars")
+    with manager.disable_lora(), pytest.raises(InputError, match="switched off"):
+        manager.use("pets")
+    assert_same(manager.model, alone["cars"])
+
+
+def test_training_goes_on_after_switching(manager, alone):
+    """A few steps of one, then of the other, then of the first: as if each had trained alone."""
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model.train()(images()).square().mean().backward()
+        optimizer.step()
+
+    optimizers = {}
+    for name in ("pets", "food", "pets", "cars", "food"):
+        manager.use(name)
+        for key, model in (("here", manager.model), ("alone", alone[name])):
+            trains = [p for p in model.parameters() if p.requires_grad]
+            optimizer = optimizers.setdefault((name, key), torch.optim.AdamW(trains, lr=1e-3))
+            step(model, optimizer)
+            step(model, optimizer)
+    for name in alone:
+        manager.use(name)
+        assert_same(manager.model, alone[name])
+
+
+def test_a_removed_adapter_is_freed(manager, alone):
+    manager.use("cars")
+    layer = next(iter(manager._layers().values()))
+    references = [weakref.ref(p) for n, p in layer.named_parameters(recurse=False) if n.startswith("lora_")]
+    references.append(weakref.ref(manager.model.get_submodule("fc" if hasattr(manager.model, "fc") else "heads")))
+    del layer
+    manager.use("pets")
+    gc.collect()
+    assert all(reference() is not None for reference in references)
+    manager.remove("cars")
+    gc.collect()
+    assert all(reference() is None for reference in references)
+    assert manager.names == ["pets", "food", "head"] and manager.in_use == "pets"
+    assert_same(manager.model, alone["pets"])
+
+
+def test_removing_the_one_in_use_leaves_the_base(manager, tmp_path, alone):
+    expected = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    manager.use("cars")
+    manager.remove("cars")
+    assert manager.in_use is None
+    assert_equal(manager.model.state_dict(), expected)
+    manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")  # the name is free again
+    manager.use("cars")
+    assert_same(manager.model, alone["cars"])
+
+
+# -------------------------------------------------------------------------------------------------------- in 4 bits
+
+
+def test_adapters_over_a_4_bit_base(arch, tmp_path):
+    """The first is loaded alone, as ever; others, of other ranks and classes, come beside it and share its bytes."""
+    alone = {}
+    for name, rank in (("pets", 2), ("cars", 5), ("food", 1)):
+        model = base(arch, OPTIONS[name][1])
+        freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=rank, use_qlora=True), std=0.1))
+        saved(alone.setdefault(name, model), name, tmp_path)
+    model = copy.deepcopy(alone["pets"])
+    manager = LoRAManager(model)
+    packed = {p.data_ptr() for p in model.parameters() if p.dtype == torch.uint8}
+    for name in ("cars", "food"):
+        manager.load_lora_checkpoint(tmp_path / f"{name}.pth", name=name)
+    assert manager.names == ["default", "cars", "food"] and manager.in_use == "default"
+    for name in ("food", "default", "cars"):
+        manager.use(name)
+        assert_same(model, alone["pets" if name == "default" else name])
+        assert {p.data_ptr() for p in model.parameters() if p.dtype == torch.uint8} == packed
+
+    with LoRAManager(alone["pets"]).disable_lora():
+        expected = alone["pets"](images())
+    manager.use(None)
+    assert torch.equal(model.eval()(images()), expected) and not any("lora_" in n for n in model.state_dict())
+    assert count_parameters(model)["lora"] == 0 and manager.get_lora_info()["num_layers"] == 0
+    for merge in (False, True):
+        with pytest.raises(InputError, match="4 bits"):
+            manager.unload(merge=merge)
+    manager.use("cars")
+    manager.unload(merge=True)
+    LoRAManager(alone["cars"]).unload(merge=True)
+    assert_same(model, alone["cars"])
+
+
+def test_adapters_in_4_bits_and_in_float_over_a_float_base(arch, tmp_path):
+    """Each has its layers as it was trained; those in 4 bits have one copy of the bytes."""
+    alone = {name: trained(arch, name, four_bits=name in ("cars", "pets")) for name in ("cars", "food", "pets")}
+    manager = LoRAManager(base(arch))
+    freeze_backbone_params(manager.model)
+    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    for name, model in alone.items():
+        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
+    packed = {}
+    for name in ("food", "cars", "pets", "food", "cars"):
+        manager.use(name)
+        assert_same(manager.model, alone[name])
+        packed[name] = {p.data_ptr() for p in manager.model.parameters() if p.dtype == torch.uint8}
+    assert packed["cars"] and packed["cars"] < packed["pets"] and not packed["food"]
+    manager.unload()
+    assert manager.names == []
+    assert_equal(manager.model.state_dict(), before)
+
+
+def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):
+    model = trained("vit", "pets", four_bits=True)
+    expected, manager = copy.deepcopy(model), LoRAManager(model)
+    for name, four_bits, message in (("cars", True, "stored in fewer bits here but is not in the file"),
+                                     ("food", False, "has kind LoRA.* in the file, QLoRA.* here")):  # fmt: skip
+        path = saved(trained("vit", name, four_bits), name, tmp_path)
+        with pytest.raises(InputError, match=message):
+            manager.load_lora_checkpoint(path, name=name)
+        assert manager.names == ["default"] and manager.in_use == "default"
+        assert_same(model, expected)
+
+
+# ------------------------------------------------------------------------------------------- what else may be there
+
+
+def test_adapters_without_a_name_are_the_default(alone, manager, tmp_path):
+    model = copy.deepcopy(alone["cars"])
+    second = LoRAManager(model)
+    second.load_lora_checkpoint(tmp_path / "pets.pth", name="pets")
+    assert second.names == ["default", "pets"] and LoRAManager(model).in_use == "default"
+    assert_same(model, alone["cars"])
+    second.use("pets")
+    assert_same(model, alone["pets"])
+    LoRAManager(model).use("default")  # any manager of the model knows them
+    assert_same(model, alone["cars"])
+    second.use(None)
+    add_lora_to_model(model, r=1)
+    with pytest.raises(InputError, match="adapters without a name"):
+        second.use("pets")
+
+
+def test_what_else_was_trained_comes_and_goes_with_its_adapter(arch, tmp_path):
+    """Two-stage training moves weights of the base, and BatchNorm's statistics."""
+    alone = {name: trained(arch, name) for name in ("cars", "pets")}
+    with torch.no_grad():
+        for name, tensor in alone["cars"].state_dict().items():
+            if tensor.is_floating_point() and any(part in name for part in ("bias", "running", "layer2", "ln_1")):
+                tensor += 0.01
+    manager = LoRAManager(base(arch))
+    freeze_backbone_params(manager.model)
+    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    for name, model in alone.items():
+        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
+    for name in ("cars", "pets", "cars"):
+        manager.use(name)
+        assert_same(manager.model, alone[name])
+    manager.use(None)
+    assert_equal(manager.model.state_dict(), before)
+
+
+def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, alone, arch, tmp_path):
+    manager.use("cars")
+    expected, names = copy.deepcopy(manager.model), manager.names
+    others = {"another base": base(arch)}
+    with torch.no_grad():
+        next(others["another base"].parameters()).add_(1)
+    others["adapted in the file but not here"] = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for message, model in others.items():
+        LoRAManager(add_lora_to_model(model, r=1)).save_lora_checkpoint(tmp_path / "other.pth")
+        with pytest.raises(InputError, match=message):
+            manager.load_lora_checkpoint(tmp_path / "other.pth", name="other")
+    content = torch.load(tmp_path / "food.pth", weights_only=True)
+    for change, message in (
+        (lambda tensors: tensors.popitem(), "is missing in the file"),
+        (lambda tensors: next(iter(tensors.values())).fill_(torch.nan), "NaN"),
+        (lambda tensors: tensors.update(more=torch.zeros(1)), "more is unknown here"),
+        (lambda tensors: tensors.update({n: t[:, :1] for n, t in tensors.items() if "lora_A" in n}), "in the file"),
+        (lambda tensors: tensors.update({n: t.repeat(9, 1) for n, t in tensors.items() if "lora_A" in n}), "rank"),
+    ):
+        broken = copy.deepcopy(content)
+        change(broken["tensors"])
+        torch.save(broken, tmp_path / "broken.pth")
+        with pytest.raises(InputError, match=message):
+            manager.load_lora_checkpoint(tmp_path / "broken.pth", name="broken")
+    assert manager.in_use == "cars" and manager.names == names
+    assert_same(manager.model, expected)
+    for name in OPTIONS:
+        manager.use(name)
+        assert_same(manager.model, alone[name])
+
+
+@pytest.mark.parametrize("name", ["pets", "", 3])
+def test_names_that_cannot_be(manager, name, tmp_path):
+    with pytest.raises(InputError, match="cannot be named"):
+        manager.load_lora_checkpoint(tmp_path / "pets.pth", name=name)
+
+
+def test_a_name_that_is_not_there_is_told_with_those_that_are(manager):
+    for call in (manager.use, manager.remove):
+        with pytest.raises(InputError, match=r"no adapter is named 'pet': did you mean pets.* pets, cars, food, head"):
+            call("pet")
+
+
+def test_adapters_move_with_the_model_when_they_come_into_use(manager):
+    """`meta` stands for another device: no number can be there, but every tensor has to."""
+    manager.use("cars")
+    manager.model.to("meta")
+    for name in ("pets", None, "head"):
+        manager.use(name)
+        assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_adapters_compute_where_the_model_went(device, tmp_path):
+    manager = LoRAManager(base("vit"))
+    freeze_backbone_params(manager.model)
+    alone = {name: trained("vit", name, four_bits=name == "cars") for name in ("pets", "cars")}
+    for name, model in alone.items():
+        manager.load_lora_checkpoint(saved(model, name, tmp_path), name=name)
+    manager.model.to(device)
+    for name in ("cars", "pets", "cars"):
+        manager.use(name)
+        assert_same(manager.model, alone[name].to(device), device)
+
+
+def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora_residents, "KINDS", {})
+    with pytest.raises(InputError, match="import it first"):
+        manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
+
+
+def test_copies_and_files_of_the_model_have_all_adapters(manager, alone, tmp_path):
+    manager.use("food")
+    torch.save(manager.model, tmp_path / "whole.pth")
+    for model in (copy.deepcopy(manager.model), torch.load(tmp_path / "whole.pth", weights_only=False)):
+        copied = LoRAManager(model)
+        assert copied.in_use == "food"
+        for name in ("cars", "food"):
+            copied.use(name)
+            assert_same(copied.model, alone[name])
+
+
+def test_unloading_takes_all_out(manager, arch, alone):
+    expected = base(arch)
+    freeze_backbone_params(expected)
+    remove_lora_from_model(expected)
+    expected.load_state_dict(manager.model.state_dict())
+    manager.use("cars")
+    remove_lora_from_model(manager.model)
+    assert manager.names == [] and manager.in_use is None
+    expected.eval(), manager.model.eval()
+    assert torch.equal(manager.model(images()), expected(images()))
+    assert [type(m) for m in manager.model.modules()] == [type(m) for m in expected.modules()]
+
+
+def test_a_head_follows_the_mode_of_the_model(tmp_path):
+    """Its dropout must not drop in eval mode, whichever mode the model was in when the head was last in use."""
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(4, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
+    add_lora_to_model(model, r=1)
+    manager, x = LoRAManager(model), torch.randn(2, 4)
+    manager.save_lora_checkpoint(tmp_path / "lora.pth")
+    manager.load_lora_checkpoint(tmp_path / "lora.pth", name="same")  # in training mode
+    expected = model.eval()(x)
+    manager.use("same")
+    assert torch.equal(model(x), expected)
+
+
+def test_a_model_without_a_head(tmp_path):
+    def build(r):
+        torch.manual_seed(1)
+        return randomize_adapters(add_lora_to_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), r=r))
+
+    x, manager = torch.randn(2, 4), LoRAManager(build(1).eval())
+    for r in (1, 2):
+        LoRAManager(build(r)).save_lora_checkpoint(tmp_path / f"{r}.safetensors")
+        manager.load_lora_checkpoint(tmp_path / f"{r}.safetensors", name=f"rank {r}")
+    for r in (2, 1):
+        manager.use(f"rank {r}")
+        assert torch.equal(manager.model(x), build(r)(x))
+
+
+def test_adapters_share_a_base_that_is_stored_in_16_bits(arch, tmp_path):
+    """Under autocast to that dtype each computes what it does over a float base; the float weights are gone."""
+    model = add_lora_to_model(base(arch), r=1, base_dtype=torch.bfloat16)
+    freeze_backbone_params(model)
+    manager, x = LoRAManager(model), torch.randn(2, 3, 16, 16)
+    manager.load_lora_checkpoint(saved(trained(arch, "pets"), "pets", tmp_path), name="pets")
+    expected = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)
+    freeze_backbone_params(expected)
+    LoRAManager(expected).load_lora_checkpoint(tmp_path / "pets.pth")
+    manager.use("pets")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.eval()(x), expected.eval()(x))
+    path = saved(trained(arch, "cars"), "cars", tmp_path)  # which leaves some layers alone
+    with pytest.raises(InputError, match="is stored in fewer bits here but is not in the file"):
+        manager.load_lora_checkpoint(path, name="cars")
+    assert manager.in_use == "pets"
+    with pytest.raises(InputError, match="in 16 bits, its float weight is gone"):
+        manager.unload()

@@ -1,0 +1,254 @@
+"""timm's models by name: their own keys, heads, sizes and normalisation, from the command line to plain timm."""
+
+import builtins
+
+import pytest
+import safetensors.torch
+import torch
+from dense import FP32, assert_close
+
+import deploy_lora
+from finetune_lora import (
+    add_lora_to_model,
+    count_parameters,
+    freeze_backbone_params,
+    load_finetuned,
+    main,
+    remove_lora_from_model,
+)
+from lora_utils import LoRAManager, base_digests, read_adapter_file
+from moco import InputError
+from moco.backbones import build_backbone, default_image_size, forward_features, head_name, in_head, normalization
+from moco.checkpoints import load_backbone
+from moco.probe import init_head_from_probe
+
+timm = pytest.importorskip("timm")
+
+# Models so small that timm tests itself with them: name -> classifier.
+HEADS = {
+    "test_vit": "head",
+    "test_vit3": "head",
+    "test_resnet": "fc",
+    "test_efficientnet": "classifier",
+    "test_convnext": "head.fc",
+    "test_maxvit": "head.fc",
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def images(side: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, side, side)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """checkpoint("test_vit"): a file of timm's own state_dict with random numbers."""
+    folder = tmp_path_factory.mktemp("timm")
+
+    def write(name: str, wrap=lambda state: state, suffix: str = "pth", **options):
+        path = folder / f"{name}.{suffix}"
+        torch.manual_seed(1)
+        model = timm.create_model(name, num_classes=7, **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+        content = wrap(model.state_dict())
+        torch.save(content, path) if suffix == "pth" else safetensors.torch.save_file(content, path)
+        return path, model.eval()
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_model_is_timm_s_with_its_own_head_size_and_normalisation(name):
+    model = build_backbone(f"timm:{name}", 5)
+    config = model.pretrained_cfg
+    assert model.state_dict().keys() == timm.create_model(name, num_classes=5).state_dict().keys()
+    assert head_name(model) == HEADS[name] and model.get_submodule(HEADS[name]).out_features == 5
+    assert default_image_size(f"timm:{name}") == config["input_size"][-1] == 160
+    assert normalization(f"timm:{name}") == {"mean": config["mean"], "std": config["std"]}
+    x, head = images(160), model.eval().get_submodule(HEADS[name])
+    features = forward_features(model, x)
+    assert features.shape == (2, head.in_features)
+    assert_close(head(features), model(x), FP32)
+
+
+def test_a_tag_chooses_the_normalisation():
+    assert normalization("timm:vit_base_patch16_224.mae")["mean"] == (0.485, 0.456, 0.406)
+    assert normalization("timm:vit_base_patch16_224.augreg_in21k")["mean"] == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_maxvit"])
+def test_another_image_size(name):
+    assert build_backbone(f"timm:{name}", 5, 64).eval()(images(64)).shape == (2, 5)
+
+
+def test_only_the_classifier_trains():
+    model = build_backbone("timm:test_convnext", 5)
+    freeze_backbone_params(add_lora_to_model(model, r=2))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trains == {"head.fc.weight", "head.fc.bias"} and not in_head(model, "head.norm")
+    assert count_parameters(model)["lora"] > 0
+    init_head_from_probe(model, torch.randn(20, 64), torch.arange(20) % 5)
+    assert not hasattr(model.head.fc, "lora_A")
+
+
+def test_models_of_timm_s_without_a_classifier_have_none():
+    model = timm.create_model("test_vit", num_classes=0)
+    assert forward_features(model, images(160)).shape == (2, 64)
+
+
+def test_frozen_batch_norm_with_an_activation_stays_frozen():
+    model = build_backbone("timm:test_efficientnet", 5)
+    freeze_backbone_params(add_lora_to_model(model, r=2))
+    before = base_digests(model)
+    model.train()(images())
+    assert base_digests(model) == before
+    kinds = [type(m) for m in remove_lora_from_model(model).modules()]
+    assert kinds == [type(m) for m in timm.create_model("test_efficientnet", num_classes=5).modules()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "message"),
+    [
+        ("timm:test_vitt", {}, r"timm has no model 'test_vitt': did you mean timm:test_vit"),
+        ("timm:", {}, "timm has no model ''"),
+        ("timm:test_vit.nothing", {}, "nothing"),
+        ("timm:test_vit", {"image_size": 65}, "not a multiple of timm:test_vit's patch of 16; 64 would fit"),
+        ("timm:levit_128s", {}, "no single linear classifier"),
+        ("timm:dla34", {}, "no single linear classifier"),
+        ("timm:test_vit", {"num_classes": 0}, "num_classes is 0"),
+    ],
+)
+def test_what_cannot_be_built(arch, options, message):
+    with pytest.raises(InputError, match=message), torch.device("meta"):
+        build_backbone(arch, **{"num_classes": 5, **options})
+
+
+@pytest.mark.parametrize(("shape", "message"), [((1, 64, 64), "images of 1 channels"), ((3, 64, 32), "64 x 32 pixels")])
+def test_models_for_other_images(shape, message, monkeypatch):
+    config = timm.get_pretrained_cfg("test_vit")
+    config.input_size = shape
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config)
+    with pytest.raises(InputError, match=message):
+        build_backbone("timm:test_vit", 5)
+
+
+def test_without_timm_the_message_says_how_to_get_it(monkeypatch):
+    real = builtins.__import__
+
+    def without_timm(name, *args, **kwargs):
+        if name == "timm":
+            raise ImportError("No module named 'timm'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    with pytest.raises(InputError, match="pip install timm"):
+        build_backbone("timm:test_vit", 5)
+    build_backbone("vit_mini", 5)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("wrap", "suffix"),
+    [
+        (lambda state: state, "pth"),
+        (lambda state: state, "safetensors"),
+        (lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "pth"),
+        (lambda state: {"model": state, "epoch": 3}, "pth"),
+    ],
+)
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_checkpoint_in_the_model_s_own_keys(name, wrap, suffix, checkpoint):
+    path, theirs = checkpoint(name, wrap, suffix)
+    model, report = load_backbone(path, 5, f"timm:{name}")
+    assert report["family"] == "timm" and report["arch"] == f"timm:{name}" and report["image_size"] == 160
+    assert {key.split(".")[-2] for key in report["dropped"]} == {HEADS[name].split(".")[-1]}  # the classifier alone
+    x = images(160)
+    assert torch.equal(forward_features(model.eval(), x), forward_features(theirs, x))
+    assert base_digests(model) == model.base_digests == base_digests(theirs)
+
+
+def test_another_model_s_checkpoint_is_refused(checkpoint):
+    path, _ = checkpoint("test_vit")
+    with pytest.raises(InputError, match=r"does not hold a timm:test_vit3: .* match; .* missing"):
+        load_backbone(path, 5, "timm:test_vit3")
+    with pytest.raises(InputError, match="timm's models by --arch timm:NAME"):
+        load_backbone(checkpoint("test_convnext")[0], 5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_checkpoint_for_other_channels_is_named_as_such(name, checkpoint):
+    path, _ = checkpoint(name, in_chans=1)
+    with pytest.raises(InputError, match="for images of 1 channels, and those of this toolkit have 3"):
+        load_backbone(path, 5, f"timm:{name}")
+
+
+def test_a_position_embedding_says_its_image_size_and_is_interpolated_to_another(checkpoint):
+    path, theirs = checkpoint("test_vit", img_size=64)
+    model, report = load_backbone(path, 5, "timm:test_vit")
+    assert report["image_size"] == 64
+    x = images(64)
+    assert torch.equal(forward_features(model.eval(), x), forward_features(theirs, x))
+
+    larger, report = load_backbone(path, 5, "timm:test_vit", 96)
+    resampled = timm.layers.resample_abs_pos_embed(theirs.pos_embed, [6, 6], num_prefix_tokens=1)
+    assert report["image_size"] == 96 and torch.equal(larger.pos_embed, resampled)
+    digests = base_digests(larger)  # as the file has it: interpolation rounds differently on other machines
+    assert digests["pos_embed"] == base_digests(theirs)["pos_embed"] == larger.base_digests["pos_embed"]
+
+
+def test_random_weights_travel_in_the_adapter_file(tmp_path):
+    """No other file has them."""
+    model, report = load_backbone("none", 5, "timm:test_resnet")
+    assert (report["family"], report["image_size"]) == ("none", 160)
+    freeze_backbone_params(add_lora_to_model(model, r=2))
+    metadata = {"arch": "timm:test_resnet", "class_names": list("abcde"), "image_size": 160, "checkpoint": "none"}
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", metadata)
+    x = images()
+    again, _ = load_finetuned(tmp_path / "lora.pth")
+    assert_close(again(x), model.eval()(x), FP32)
+    with pytest.raises(InputError, match="give an arch"):
+        load_backbone("none", 5)
+
+
+# ---------------------------------------------------------------------------------------- from the command line on
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path, capsys):
+    path, _ = checkpoint(name)
+    options = f"--checkpoint {path} --arch timm:{name} --image-size 32"
+    results = finetune(options)
+    metadata = read_adapter_file(results["folder"] / "lora.pth")["metadata"]
+    assert metadata["arch"] == f"timm:{name}" and metadata["mean"] == metadata["std"] == [0.5, 0.5, 0.5]
+    deploy_lora.main(["merge", str(results["folder"] / "lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    assert f"a state_dict for timm's {name} with 3 classes" in capsys.readouterr().out
+    plain = timm.create_model(name, num_classes=3, **({"img_size": 32} if "vit" in name else {}))
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    assert [list(info["transform"].steps.transforms[-1].mean)] == [[0.5, 0.5, 0.5]]
+    x = images()
+    assert_close(model(x), plain.eval()(x), FP32)
+    argv = f"--eval-only {results['folder'] / 'lora.pth'} --config {results['folder'] / 'config.yaml'} --device cpu"
+    assert main(argv.split())["val_accuracy"] == results["val_accuracy"]
+
+
+def test_random_weights_from_the_command_line(finetune):
+    """They are the same again for the same seed, so that a run can go on."""
+    options = "--checkpoint none --arch timm:test_resnet --image-size 32"
+    results = finetune(options)
+    assert finetune(f"{options} --resume")["val_accuracy"] == results["val_accuracy"]
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    assert info["checkpoint"] == info["config"]["model"]["checkpoint"] == "none"
+    merged = LoRAManager(model).unload(merge=True).state_dict()
+    timm.create_model("test_resnet", num_classes=3).load_state_dict(merged)
