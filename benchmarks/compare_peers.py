@@ -12,8 +12,8 @@ a machine that slows down slows all of them down. What counts is the median of t
 Memory: each variant takes a few steps in a fresh process of its own, above its imports. On CUDA that is the peak of the
 tensors' memory. On a CPU it is told twice: "tensors" is the peak of the process when every large tensor is a mapping of
 its own, which ends with it; "resident" is the peak with glibc's defaults, which counts the holes in its heap as well.
-The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants named
-oneDNN do the same, so that like can be compared with like. On a GPU there are compiled variants as well.
+The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants
+named oneDNN do the same, so that like can be compared with like. On a GPU there are compiled variants as well.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
 """
