@@ -758,8 +758,6 @@ def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
-
 
 def main(
     argv: Sequence[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None
@@ -859,30 +857,17 @@ def choose_learning_rate(
     return found
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over everything that trains: the head at a rate of its own, biases and norms without weight decay."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
-            decay = args.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
-    )
-
-
 class FineTuning:
     """One run: the model, its optimizer, its data, and how far it has come.
 
-    A study changes the loss in `loss`, the optimizer in `build_optimizer` and the augmentation in
-    `moco.data.train_transform`, and nothing else.
+    A study changes the loss in `loss`, the optimizer in `moco.training.build_optimizer` and the augmentation in
+    `moco.transforms.train_transform`, and nothing else.
     """
 
     METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = (
         *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
-        *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html"),
+        *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html", "tensorboard"),
     )
     # What may differ between a run and its continuation without changing what is computed.
     FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
@@ -902,7 +887,9 @@ class FineTuning:
         kept = keep_images(splits.train, args.cache_images, size)
         self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
         self.meter = data.LoadingMeter()
-        self.optimizer = build_optimizer(model, args)
+        self.optimizer = training.build_optimizer(model, args)
+        self.average = training.WeightAverage(trained_state(model), args.ema)
+        self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
         images = Counter(splits.train.labels)  # per class
         self.constant_accuracy = max(images.values()) / len(splits.train)  # of always the most frequent class
         balanced = args.class_weights == "balanced"
@@ -969,6 +956,8 @@ class FineTuning:
                 row = self.history[-1]
                 print(f"epoch {row['epoch']}: val loss {row['val_loss']:.4f}, val accuracy {row['val_accuracy']:.4f}")
                 self.save()
+                if self.args.tensorboard:
+                    reports.log_tensorboard(row, self.args.output_dir)
                 if after_epoch is not None:
                     after_epoch(self)
 
@@ -995,7 +984,8 @@ class FineTuning:
                 if not math.isfinite(now.loss):
                     return False
                 self.stop.check()
-        result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+        with self.average.in_place():
+            result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
         if self.lost(result.accuracy, 1 / 2):
             return False
         seconds = time.perf_counter() - started
@@ -1040,7 +1030,7 @@ class FineTuning:
         sampler, size = self.train_loader.batch_sampler, self.args.accumulation_steps
         sampler.epoch, sampler.start = epoch - 1, start * size
         shares = (
-            (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
+            (images, labels if sampler.has_share(number) else torch.full_like(labels, training.NO_LABEL))
             for number, (images, labels) in enumerate(self.meter.watched(self.train_loader), start * size)
         )
         for first in range(start * size, len(sampler), size):
@@ -1056,7 +1046,8 @@ class FineTuning:
         measured = []
         self.optimizer.zero_grad(set_to_none=True)
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = training.to_device(images, self.device), training.to_device(labels, self.device)
+            images, labels = self.mixing(training.to_device(images, self.device), labels)
+            labels = training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
                 with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
@@ -1065,7 +1056,7 @@ class FineTuning:
                 # The gradients are averaged over the processes; it is their sum that belongs to the whole.
                 self.scaler.scale(loss * distributed.world_size()).backward()
             plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
-            measured.append(torch.stack([loss.detach(), plain, (logits.argmax(1) == labels).sum().float()]))
+            measured.append(torch.stack([loss.detach(), plain, training.count_right(logits, labels).float()]))
         sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
         loss, plain, correct = distributed.all_sum(*map(sum, zip(*sums, strict=True)))
         if not math.isfinite(loss):
@@ -1076,10 +1067,11 @@ class FineTuning:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
+        self.average.update()
         return plain, int(correct)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised, summed over the images: cross-entropy of logits (N, classes) and labels (N,)."""
+        """What is minimised, summed over images: cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed."""
         smoothing = self.args.label_smoothing
         return F.cross_entropy(logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing)
 
@@ -1101,7 +1093,8 @@ class FineTuning:
     def save(self) -> None:
         """The files of a finished epoch."""
         if distributed.is_main():
-            LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
+            with self.average.in_place():
+                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         if distributed.is_main():
@@ -1146,11 +1139,12 @@ class FineTuning:
     def trained(self) -> dict[str, Any]:
         """What training changes."""
         changing = runs.training_state(self.optimizer, self.schedule, self.scaler)
-        return {"model": trained_state(self.model), **changing}
+        return {"model": trained_state(self.model), "average": self.average.state(), **changing}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo everything that happened since `trained` returned this."""
         self.model.load_state_dict(state["model"], strict=False)
+        self.average.restore(state["average"])
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
 
     def resume(self, path: Path) -> None:
@@ -1167,7 +1161,8 @@ class FineTuning:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
-        result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+        with self.average.in_place():
+            result = evaluate(self.model, self.val_loader, self.device, self.dtype)
         if not distributed.is_main():
             return {}
         return reports.write_finetuning(self, result, count_parameters(self.model))

@@ -321,6 +321,7 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argpar
         help="go on where a run stopped; alone, or with the path of its last.pth",
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    run.add_argument("--tensorboard", action="store_true", help="log each epoch for TensorBoard as well")
     return run
 
 
@@ -351,7 +352,7 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
     """What fine-tuning adds to the group `data`."""
     group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     group.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop: photographs; affine: digits; none"
+        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
     )
 
 
@@ -459,6 +460,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
     tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
     tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
+    tune.add_argument("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup, as 0.2; 0: none")
+    tune.add_argument("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix, as 1; 0: none")
+    tune.add_argument("--ema", type=fraction, default=0.0, help="decay of an average of the weights, as 0.999; 0: none")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(

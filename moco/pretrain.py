@@ -162,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
 class Pretraining:
     """A run: the model, its optimizer, its data and how far it is."""
 
-    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
+    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png", "tensorboard")
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         self.args, self.device, self.dtype = args, device, dtype
@@ -264,6 +264,8 @@ class Pretraining:
         if distributed.is_main():
             # After a resume too it has every epoch once. What was not measured is an empty field.
             write_csv(self.history, METRICS, self.path("metrics.csv"))
+        if self.args.tensorboard:
+            reports.log_tensorboard(row, self.args.output_dir)
         print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{describe_measures(row)}")
 
     def save_epoch(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moco import distributed
 from moco.data import LabelledImages
 from moco.files import open_atomically, write_text
 from moco.report_page import BLUE, ORANGE, write_page
@@ -64,6 +65,17 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
     write_page(rows, results, result, names, run.args.output_dir)
     print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
     return results
+
+
+def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
+    """Add a row of `metrics.csv` to the log in `folder` for TensorBoard; an epoch's row replaces earlier ones of it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if distributed.is_main():
+        with SummaryWriter(str(folder / "tensorboard"), purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, row["epoch"])
 
 
 def plot_finetuning(

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -31,6 +33,8 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
     except InputError as error:
         yield str(error)
     # os.path and not Path: that raises an error for a name too long for the file system.
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "--tensorboard needs the package tensorboard: pip install tensorboard"
     if args.data_dir is not None and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
     existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
@@ -50,8 +54,8 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed is None or resumed.resolve().parent != folder.resolve():
-            for name in files:
-                (folder / name).unlink(missing_ok=True)
+            for path in [folder / name for name in files]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"--output-dir {folder}: cannot make this folder: {error.strerror}") from None
 

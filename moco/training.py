@@ -1,5 +1,6 @@
-"""What both training loops compute with: seeds, device, precision, schedule, features, k-NN accuracy, evaluation."""
+"""What both training loops compute with: seeds, device, precision, optimizer, features, k-NN accuracy, evaluation."""
 
+import argparse
 import contextlib
 import math
 import os
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
 from moco import InputError, distributed
-from moco.backbones import forward_features
+from moco.backbones import forward_features, in_head
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness
@@ -174,6 +177,34 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     return 1 / torch.tensor(shares)
 
 
+NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
+
+
+class BatchMixing:
+    """torchvision's mixup (arXiv 1710.09412), CutMix (1905.04899), or for each batch one of the two.
+
+    Takes images (N, 3, S, S) and labels (N,), and returns mixed images and the shares of the classes, (N, classes).
+    Without either of the two, and for images without labels, it returns what it gets.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0: without it.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, classes: int):
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
+        self.mix = v2.RandomChoice(chosen) if chosen else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, labels) if self.mix is None or NO_LABEL in labels else self.mix(images, labels)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many answers of logits (N, classes) are right; for a mixed image, the class that it has most of."""
+    likeliest = labels if labels.dim() == 1 else labels.argmax(1)
+    return (logits.argmax(1) == likeliest).sum()
+
+
 class MicroBatches(NamedTuple):
     """The batches of one optimizer step, read one at a time."""
 
@@ -205,7 +236,76 @@ class Progress:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Schedule and evaluation
+# Optimizer, schedule, average of the weights
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW over everything that trains: the head at a rate of its own, biases and norms without weight decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
+            decay = args.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+    )
+
+
+class WeightAverage:
+    """An exponential moving average of what trains, for evaluation and for the file that a run leaves.
+
+    In step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself, so that it soon forgets where a short run began.
+    (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's `AveragedModel` would copy the frozen base too.
+
+    Args:
+        tensors: the model's own, which training changes in place.
+        decay: 0: no average; the weights themselves.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float):
+        self.tensors, self.decay, self.steps = tensors, decay, 0
+        self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimizer step."""
+        if not self.decay:
+            return
+        self.steps += 1
+        if not self.averages:
+            self.averages = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        pairs = [(self.averages[name], tensor) for name, tensor in self.tensors.items()]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)
+        for average, tensor in pairs:
+            if not average.is_floating_point():  # BatchNorm's count of batches
+                average.copy_(tensor)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this block the model has the averages in place of its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.averages.items():
+            weight = self.tensors[name].clone()
+            self.tensors[name].copy_(average)
+            average.copy_(weight)
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "averages": self.averages}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Undo everything since `state()` returned this."""
+        self.steps = state["steps"]
+        self.averages = {name: average.clone().to(self.tensors[name]) for name, average in state["averages"].items()}
 
 
 SCHEDULES = ("cosine", "step", "constant")
@@ -238,6 +338,10 @@ def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> 
     schedule.base_lrs = [rate / divisor for rate in schedule.base_lrs]
     for group in schedule.optimizer.param_groups:
         group["lr"] /= divisor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @contextlib.contextmanager

@@ -221,7 +221,7 @@ def eval_transform(image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: 
     return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor(mean, std))
 
 
-AUGMENTATIONS = ("crop", "affine", "none")
+AUGMENTATIONS = ("crop", "trivial", "affine", "none")
 
 
 def train_transform(
@@ -234,12 +234,16 @@ def train_transform(
 
     Args:
         image_size: pixels along each side.
-        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'affine' (a little
-            rotation, shift and scale, for digits and documents, which no flip leaves what they are) or 'none'.
+        augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
+            more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
+            scale, for digits and documents, which no flip leaves what they are) or 'none'.
         mean, std: as for `eval_transform`.
     """
     if augmentation == "crop":
         return View(RandomCrop(image_size), T.RandomHorizontalFlip(), *_tensor(mean, std))
+    if augmentation == "trivial":
+        change = T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+        return View(RandomCrop(image_size), T.RandomHorizontalFlip(), change, *_tensor(mean, std))
     if augmentation == "affine":
         return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor(mean, std))
     return eval_transform(image_size, mean, std)
