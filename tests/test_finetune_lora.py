@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -284,7 +285,9 @@ def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
 
 
 @pytest.mark.parametrize("done", ["within an epoch", "all epochs"])
-def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done):
+@pytest.mark.parametrize("options", ["", "--ema 0.9 --mixup 0.2 --cutmix 1"])
+def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done, options):
+    finetune = functools.partial(finetune, options)
     if done == "within an epoch":
         monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
         with pytest.raises(runs.Stopped):
@@ -293,7 +296,8 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
     else:
         finetune(output="first")
     moved = (tmp_path / "first" / "last.pth").rename(tmp_path / "last.pth")
-    results, whole = finetune(f"--resume {moved}", output="second"), finetune(output="whole")
+    whole = finetune(output="whole")
+    results = finetune.func(f"{options} --resume {moved}", output="second")
     assert {path.name for path in results["folder"].iterdir()} == {path.name for path in whole["folder"].iterdir()}
     assert len(metrics(results["folder"])) == 2
     ours, theirs = tensors(results["folder"] / "lora.pth"), tensors(whole["folder"] / "lora.pth")
@@ -313,6 +317,51 @@ def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("way", ["", "--use-qlora", "--lora-rank 0 --no-freeze-backbone"])
+def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
+    """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
+    averages, real_step = {}, FineTuning.step
+
+    def step(run, micro_batches):
+        result, n = real_step(run, micro_batches), len(steps) + 1
+        decay = min(0.3, (1 + n) / (10 + n))
+        for name, weight in run.model.named_parameters():
+            if weight.requires_grad:
+                average = averages.get(name, weight.detach())
+                averages[name] = decay * average + (1 - decay) * weight.detach()
+        steps.append(run)
+        return result
+
+    steps: list[FineTuning] = []
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune(f"--ema 0.3 {way}")
+    saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
+    assert len(averages) > 2 and len(steps) == 6
+    for name, average in averages.items():
+        torch.testing.assert_close(saved[name], average, rtol=1e-4, atol=1e-6, msg=name)
+        assert not torch.allclose(weights[name], average, rtol=1e-4, atol=1e-6), name  # training goes on from these
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4)
+
+
+def test_a_step_on_mixed_images_is_on_their_shares_of_the_classes(start, monkeypatch):
+    run, plain = start("--mixup 1 --label-smoothing 0.1 --class-weights balanced"), start()
+    images = torch.stack([run.train_loader.dataset[i][0] for i in range(6)])
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    seen, real = [], run.loss
+    monkeypatch.setattr(run, "loss", lambda logits, targets: seen.append((logits, targets)) or real(logits, targets))
+    loss, right = run.step(MicroBatches(iter([(images, labels)]), 1, 6))
+    [(logits, shares)] = seen
+    share = shares.max(1).values  # of the image itself or of the one before it in the batch
+    assert torch.allclose(shares.sum(1), torch.ones(6)) and 0.5 < share[0] < 1 and torch.allclose(share, share[0])
+    own = shares[0, 0]
+    mixed = own * images + (1 - own) * images.roll(1, 0)
+    torch.testing.assert_close(logits, plain.model(mixed), rtol=1e-4, atol=1e-4)
+    assert loss == pytest.approx(-(shares * logits.log_softmax(1)).sum().item(), rel=1e-4)
+    assert right == (logits.argmax(1) == shares.argmax(1)).sum()
 
 
 def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:
@@ -496,7 +545,7 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_a_quarter_of_the_
 
 def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
     """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
-    dropout = "--epochs 2 --schedule constant --lora-dropout 0.2"
+    dropout = "--epochs 2 --schedule constant --lora-dropout 0.2 --ema 0.9"
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.8, 0.4, 1.0, 1.0, 1.0]))
     repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0, 1.0]))

@@ -1,13 +1,15 @@
 """`report.html`: complete, without a network, with every confusion in it, and safe with any class name."""
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from PIL import Image
 
-from moco.report_page import confusion_counts, confusion_svg, write_page
+from moco.report_page import BLUE, ORANGE, confusion_counts, confusion_svg, write_page
 from moco.training import Evaluation
 
 
@@ -59,3 +61,29 @@ def test_every_confusion_is_drawn_and_told(classes):
         expected[pair] += 1
     assert found == expected
     assert all(int(total) == labels.count(names.index(row)) for row, _, total, _ in told)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_without_a_network_shows_all_of_it(tmp_path):
+    """A picture of the page: as high as its text, with the pictures and every field of the confusion matrix in it."""
+    Image.new("RGB", (300, 200), (200, 0, 200)).save(tmp_path / "training_curves.png")
+    Image.new("RGB", (300, 200), (0, 200, 0)).save(tmp_path / "mistakes.png")
+    results = {"val_accuracy": 0.5, "val_images": 6, "config": {}}
+    answers = evaluation([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0])
+    write_page([("accuracy after", "50.00%")], results, answers, ["cat", "dog", "owl"], tmp_path)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,2600", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    with Image.open(tmp_path / "page.png") as picture:
+        colours = {colour: n for n, colour in picture.convert("RGB").getcolors(maxcolors=100_000)}
+    assert colours[200, 0, 200] == colours[0, 200, 0] == 300 * 200
+    # Half of each class right and half taken for another: blue and orange at an opacity of 0.15 + 0.85 / 2 on white.
+    for colour in (BLUE, ORANGE):
+        red, green, blue = (round(255 - (0.15 + 0.85 / 2) * (255 - int(colour[i : i + 2], 16))) for i in (1, 3, 5))
+        near = sum(n for (r, g, b), n in colours.items() if max(abs(r - red), abs(g - green), abs(b - blue)) <= 2)
+        assert near > 3 * 34**2 / 2  # the rest of a field is its number

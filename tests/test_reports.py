@@ -1,5 +1,6 @@
 """What a run leaves for people: numbers against scikit-learn, and pictures of every kind of result."""
 
+import csv
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from moco import reports
+from moco import InputError, pretrain, reports
 from moco.data import LabelledImages
 from moco.search import Trial
 from moco.training import Evaluation
@@ -91,3 +92,42 @@ def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, to
     results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
     summary = str(reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder: (step, value) by title."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_each_epoch_once_as_it_was_last(tmp_path):
+    pytest.importorskip("tensorboard")
+    for epoch, loss in ((1, 0.5), (2, 0.4), (3, 9.0), (2, 0.3)):  # after epoch 3 the run went back
+        reports.log_tensorboard({"epoch": epoch, "loss": loss, "knn_accuracy": None}, tmp_path)
+    assert scalars(tmp_path) == {"loss": [(1, 0.5), (2, pytest.approx(0.3))]}
+
+
+def test_both_scripts_log_their_table_for_tensorboard(finetune, images, tmp_path):
+    pytest.importorskip("tensorboard")
+    folder = finetune("--tensorboard")["folder"]
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    shown = scalars(folder)
+    assert len(rows) == 2 and shown.keys() == rows[0].keys() - {"epoch"}
+    for name, values in shown.items():
+        assert values == [(i, pytest.approx(float(row[name]), rel=1e-6)) for i, row in enumerate(rows, 1)]
+    finetune()
+    assert not (folder / "tensorboard").exists()  # nothing of the run before
+    argv = (
+        f"--data-dir {images} --output-dir {tmp_path / 'stage1'} --device cpu --epochs 1 --batch-size 8 --tensorboard"
+    )
+    pretrain.main([*argv.split(), "--image-size", "16", "--dim", "8", "--mlp-dim", "8", "--arch", "vit_mini"])
+    assert {"loss", "knn_accuracy"} <= scalars(tmp_path / "stage1").keys()
+
+
+def test_a_log_without_its_package_is_refused_before_anything_begins(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard needs the package tensorboard: pip install tensorboard"):
+        finetune("--tensorboard")
+    assert not (tmp_path / "out").exists()

@@ -54,6 +54,43 @@ def test_autocast_computes_in_its_dtype():
             assert layer(x).dtype == dtype
 
 
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0), (0.5, 1.0)])
+def test_mixed_images_are_mixed_as_their_labels_are(mixup, cutmix):
+    """Image i is all i: what is mixed of it and the one before shows in its mean, whichever way it is mixed."""
+    torch.manual_seed(0)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
+    for _ in range(5):
+        mixed, shares = training.BatchMixing(mixup, cutmix, 4)(images.clone(), torch.arange(4))
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_mixed_unless_asked_for_and_never_images_that_stand_in_for_missing_ones():
+    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    assert training.BatchMixing(0.0, 0.0, 2)(images, labels) == (images, labels)
+    missing = torch.full_like(labels, training.NO_LABEL)
+    assert training.BatchMixing(0.5, 0.5, 2)(images, missing) == (images, missing)
+
+
+def test_an_average_keeps_counts_and_gives_the_weights_back():
+    model = nn.BatchNorm1d(2)
+    average = training.WeightAverage(model.state_dict(), 0.9)
+    with average.in_place():  # before the first step it is the weights
+        assert torch.equal(model.weight, torch.ones(2))
+    for _ in range(3):
+        model(torch.rand(4, 2))
+        average.update()
+    state = {"steps": average.steps, "averages": {name: t.clone() for name, t in average.state()["averages"].items()}}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with average.in_place():
+        assert model.num_batches_tracked == 3 and not torch.equal(model.running_mean, weights["running_mean"])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    average.update()
+    average.restore(state)
+    assert average.steps == 3
+    assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
+
+
 def learning_rates(**options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = training.lr_schedule(optimizer, 10, **options)
