@@ -489,4 +489,6 @@ def test_a_resumed_fine_tuning_needs_the_same_stage_1_adapter(adapt, finetune, t
 
 
 def test_adapters_in_bfloat16(adapt):
-    assert adapt("--precision bf16", "bf16")["loss"] == pytest.approx(adapt()["loss"], rel=0.03)
+    """At a rate at which rounding does not grow from step to step."""
+    low, single = (adapt(f"--learning-rate 1e-5 --precision {name}", name)["loss"] for name in ("bf16", "fp32"))
+    assert low == pytest.approx(single, rel=0.03) and low != single
