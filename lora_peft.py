@@ -31,10 +31,9 @@ from finetune_lora import LoRAConv2d, LoRALayer, LoRAMultiheadAttention, adapt_l
 from lora_functional import LoRASettings
 from lora_utils import LoRAManager, find_base, read_adapter_file
 from moco import InputError, listed, printable
-from moco.backbones import head_name
+from moco.backbones import head_name, normalization
 from moco.checkpoints import load_backbone
 from moco.files import open_atomically, read_safetensors, stored_path
-from moco.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel
@@ -97,7 +96,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         config.save_pretrained(scratch)
         safetensors.torch.save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        four_bits = any(hasattr(layer, "float_digests") for layer in layers.values())
+        four_bits = any(layer.float_digests for layer in layers.values())
         if four_bits:
             print(
                 "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"
@@ -193,6 +192,7 @@ def from_peft(
     checkpoint: Path,
     class_names: list[str] | None = None,
     image_size: int | None = None,
+    arch: str | None = None,
 ) -> float:
     """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
 
@@ -202,6 +202,7 @@ def from_peft(
         checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
         class_names: what the outputs mean; None: their numbers.
         image_size: pixels; None: the size that the checkpoint is for.
+        arch: None: what the checkpoint says; or such as 'timm:resnet50'.
 
     Returns:
         The largest difference of the two models' logits for random images, relative to the largest logit.
@@ -218,7 +219,7 @@ def from_peft(
     class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
     if len(class_names) != rows[-1]:
         raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
-    model, report = load_backbone(checkpoint, len(class_names), image_size=image_size)
+    model, report = load_backbone(checkpoint, len(class_names), arch, image_size)
     try:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
     except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
@@ -230,7 +231,7 @@ def from_peft(
         raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
     error = _difference(theirs, model.eval(), report["image_size"], TOLERANCE)
     about = {"arch": report["arch"], "class_names": class_names, "image_size": report["image_size"]}
-    about |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
     about["checkpoint"] = str(stored_path(checkpoint.absolute()))
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error

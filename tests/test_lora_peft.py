@@ -84,10 +84,11 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
     ],
     ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],
 )
-def test_peft_answers_the_same(peft, kind, options, bases, tmp_path):
+def test_peft_answers_the_same(peft, kind, options, bases, tmp_path, capsys):
     adapter = saved(bases[kind], SIZES[kind], tmp_path, **options)
     deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
     assert {path.name for path in (tmp_path / "peft").iterdir()} == {CONFIG, WEIGHTS}
+    assert "4-bit" not in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(stock(bases[kind], SIZES[kind]), tmp_path / "peft").eval()
     assert_same_answers(theirs, load_finetuned(adapter)[0], SIZES[kind])
     adapted = [module for module in theirs.modules() if hasattr(module, "lora_A")]

@@ -5,7 +5,8 @@ import builtins
 import pytest
 import safetensors.torch
 import torch
-from dense import FP32, assert_close
+from dense import FP32, assert_close, randomize_adapters
+from torch import nn
 
 import deploy_lora
 from finetune_lora import (
@@ -241,6 +242,36 @@ def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, 
     assert_close(model(x), plain.eval()(x), FP32)
     argv = f"--eval-only {results['folder'] / 'lora.pth'} --config {results['folder'] / 'config.yaml'} --device cpu"
     assert main(argv.split())["val_accuracy"] == results["val_accuracy"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_model_of_timm_s_leaves_for_onnx_and_peft_and_comes_back(name, checkpoint, tmp_path, capsys):
+    onnxruntime, peft = pytest.importorskip("onnxruntime"), pytest.importorskip("peft")
+    pytest.importorskip("onnxscript")
+    base, adapter = checkpoint(name)[0], tmp_path / "lora.pth"
+    model, report = load_backbone(base, 2, f"timm:{name}", 32)
+    randomize_adapters(add_lora_to_model(model, r=2), std=0.05)
+    nn.init.normal_(model.get_submodule(HEADS[name]).weight)
+    about = {"arch": report["arch"], "class_names": ["cat", "dog"], "image_size": 32, "checkpoint": str(base)}
+    LoRAManager(model).save_lora_checkpoint(adapter, about)
+    x = images(32)
+    expected = model.eval()(x)
+    with torch.no_grad():
+        plain = build_backbone(f"timm:{name}", 2, 32).eval()
+        assert not torch.allclose(expected, plain(x), atol=0.1)  # there is something to get wrong
+
+    deploy_lora.main(["export", str(adapter), "--output", str(tmp_path / "model.onnx")])
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"images": x.numpy()})
+    assert_close(torch.from_numpy(logits), expected, FP32)
+
+    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
+    theirs, _ = load_backbone(base, 2, f"timm:{name}", 32)
+    assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()(x), expected, FP32)
+    words = f"convert {tmp_path / 'peft'} --from peft --output {tmp_path / 'back.pth'} --checkpoint {base}"
+    deploy_lora.main([*words.split(), "--arch", f"timm:{name}", "--image-size", "32", "--class-names", "cat", "dog"])
+    again, info = load_finetuned(tmp_path / "back.pth")
+    assert_close(again(x), expected, FP32)
+    assert info["mean"] == list(normalization(f"timm:{name}")["mean"]) and info["class_names"] == ["cat", "dog"]
 
 
 def test_random_weights_from_the_command_line(finetune):
