@@ -36,7 +36,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 import lora_functional as functional
 import lora_utils
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
-from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
+from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, set_patch_dropout
 from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
@@ -832,6 +832,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
+    if args.patch_dropout > 0:
+        set_patch_dropout(model, args.patch_dropout)
     return model, report
 
 

@@ -284,21 +284,34 @@ class FusedEncoderBlock(EncoderBlock):
 
 
 class FusedVisionTransformer(VisionTransformer):
-    """torchvision's ViT. Its last block computes the class token alone: no more is read."""
+    """torchvision's ViT. Its last block computes the class token alone: no more is read.
+
+    In training it may leave out a share of each image's patches, `patch_dropout` (arXiv 2208.07220).
+    """
+
+    patch_dropout = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._process_input(x)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
-        encoder = self.encoder
-        if reads_class_token_alone(encoder):
-            *layers, last = encoder.layers
-            x = encoder.dropout(x + encoder.pos_embedding)
-            for layer in layers:
-                x = layer(x)
-            x = encoder.ln(last(x, tokens=1))
-        else:
-            x = encoder(x)
-        return self.heads(x[:, 0])
+        encoder, drops = self.encoder, self.training and self.patch_dropout > 0
+        reads_one = reads_class_token_alone(encoder)
+        if not reads_one and not drops:
+            return self.heads(encoder(x)[:, 0])
+        x = x + encoder.pos_embedding
+        x = encoder.dropout(drop_patches(x, self.patch_dropout) if drops else x)
+        *layers, last = encoder.layers
+        for layer in layers:
+            x = layer(x)
+        return self.heads(encoder.ln(last(x, tokens=1) if reads_one else last(x))[:, 0])
+
+
+def drop_patches(x: Tensor, share: float) -> Tensor:
+    """Class token and patches (N, 1 + P, E) without this share of the patches, drawn anew for each image."""
+    patches = x[:, 1:]
+    kept = max(1, round((1 - share) * patches.shape[1]))
+    chosen = torch.rand(patches.shape[:2], device=x.device).topk(kept, dim=1).indices  # (N, kept)
+    return torch.cat([x[:, :1], patches.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
@@ -332,17 +345,19 @@ def fuse(model: nn.Module) -> None:
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             has_adapted = any(isinstance(m, AdaptedLayer | FusedMLPBlock) for m in inside)
-            block.__class__ = FUSED[stock] if has_adapted or vars(block).get("recomputed") else stock
+            changed = has_adapted or vars(block).get("recomputed") or vars(block).get("patch_dropout")
+            block.__class__ = FUSED[stock] if changed else stock
     _set_fast_paths(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and every BatchNorm its stock class again, once all adapters are removed.
 
-    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` like any other.
+    Gradient checkpointing and patch dropout are off then, and BatchNorms that were frozen follow `train()` again.
     """
     for module in model.modules():
         vars(module).pop("recomputed", None)
+        vars(module).pop("patch_dropout", None)
         if isinstance(module, Freezable):
             module.__class__ = _stock_norm(module)
             vars(module).pop("frozen", None)
@@ -401,6 +416,20 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         vars(module).pop("recomputed", None)
     for block in blocks:
         block.recomputed = True
+    fuse(model)
+
+
+def set_patch_dropout(model: nn.Module, share: float) -> None:
+    """Leave out this share of a ViT's patches in training: time and memory fall with them. Not exact.
+
+    A hook on the encoder as a whole is not called then.
+
+    Raises:
+        InputError: the model is no torchvision ViT.
+    """
+    if STOCK.get(type(model), type(model)) is not VisionTransformer:
+        raise InputError(f"patch dropout is for ViTs of torchvision's class, and this is a {type(model).__name__}")
+    model.patch_dropout = share
     fuse(model)
 
 

@@ -44,7 +44,7 @@ from torch import nn
 
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora_functional import SavedIn16Bits, bitsandbytes_functional
-from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing
+from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout
 from lora_utils import LoRAManager
 from moco import InputError
 from moco.backbones import block_names, build_backbone, default_image_size, head_name
@@ -83,6 +83,12 @@ def lora_selective(model: nn.Module, args) -> nn.Module:
 
 def lora_last_half(model: nn.Module, args) -> nn.Module:
     return lora(model, args, adapt_last=len(block_names(model)) // 2)
+
+
+def lora_half_the_patches(model: nn.Module, args) -> nn.Module:
+    lora(model, args)
+    set_patch_dropout(model, 0.5)
+    return model
 
 
 def qlora(model: nn.Module, args) -> nn.Module:
@@ -246,6 +252,7 @@ VARIANTS = {
         "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", around=SavedIn16Bits
     ),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
+    "lora_half_patches": Variant("LoRA here, half the patches", lora_half_the_patches, save_here, models="vit"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_selective_16bit": Variant(

@@ -481,6 +481,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=32,
         help="bits of what is kept for backward; 16: half the memory, gradients rounded",
     )
+    tune.add_argument(
+        "--patch-dropout", type=fraction, default=0.0, help="share of a ViT's patches left out in training"
+    )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
 
