@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -17,6 +18,21 @@ DEVICES = [
 ]
 FP32, BF16 = 1e-5, 1e-2  # the relative errors that are promised
 EXACT = 1e-9  # in float64, where a ReLU does not change its mind for a rounding error
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch runs within the `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+    def count(self, *parts: str) -> int:
+        return sum(part in name for name in self.names for part in parts)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

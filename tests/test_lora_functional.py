@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, FP32, assert_close
+from dense import BF16, DEVICES, FP32, Operations, assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -157,7 +157,7 @@ def test_a_recomputed_operation_equals_the_dense_computation(device, name, befor
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, before=before)
     upstream = torch.randn_like(y)
-    with Evaluations() as evaluations:
+    with Operations() as evaluations:
         y.backward(upstream)
     assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
     theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
@@ -169,21 +169,6 @@ def test_a_recomputed_operation_equals_the_dense_computation(device, name, befor
     for letter, ours, wanted in zip("xAB", (x, A, B), theirs, strict=True):
         assert_close(ours.grad, wanted.grad, tolerance, letter)
         assert ours.grad.dtype == ours.dtype
-
-
-class Evaluations(TorchDispatchMode):
-    """Counts the operations that PyTorch runs within the `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-    def count(self, *parts: str) -> int:
-        return sum(part in name for name in self.names for part in parts)
 
 
 def test_dropout_and_a_recomputed_operation_exclude_each_other():

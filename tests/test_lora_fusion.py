@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dense import (
     EXACT,
     FP32,
+    Operations,
     adapters,
     assert_close,
     assert_equals_dense,
@@ -24,7 +25,6 @@ from dense import (
     vit,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, VisionTransformer
 
@@ -45,21 +45,6 @@ from moco import InputError
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that PyTorch runs within the `with` block."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-    def count(self, part: str) -> int:
-        return sum(part in name for name in self.names)
 
 
 def batch_norms_computed(model: nn.Module, x: torch.Tensor) -> int:
