@@ -34,9 +34,10 @@ from torchvision.models.resnet import ResNet
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
+import lora_fusion
 import lora_utils
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
-from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing, set_patch_dropout
+from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
@@ -277,6 +278,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """
 
     stock_class = nn.MultiheadAttention
+    recomputed = False  # are the heads' answers computed again in backward?
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
@@ -306,7 +308,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         }
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
-        """q, k, v before they are split into heads: (N, L, embed_dim) and (N, S, embed_dim) twice."""
+        """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
         E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
         by_input = packed and self._is_active and key is value  # what reads the same input is one product
         counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
@@ -314,9 +316,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             (query, key, value), before = functional.once_each(before, query, key, value), None
         inputs, (A, B) = (query, key, value), self._factors()
         adapter_inputs = functional.once_each(self._adapter_input, *inputs)
-        projected = []
+        projected, end = [], 0
         for count in counts:
-            i, end = len(projected), len(projected) + count
+            i, end = end, end + count
             name, rows = self.weight_names[0 if packed else i], slice(i * E, end * E)
             bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
             rows = rows if packed else slice(None)
@@ -325,7 +327,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
                 y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
             else:
                 y = F.linear(inputs[i], self._weight_without_adapter(name, inputs[i].dtype)[rows], bias)
-            projected += y.chunk(count, -1)  # (N, L, count E) -> (N, L, E)
+            projected.append(y)  # (N, L, count E)
         return projected
 
     def forward(
@@ -350,19 +352,26 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
         to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
-        q, k, v = self._project(*functional.once_each(to_batch_first, query, key, value), before)
-        if not is_batched and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask[None]
-        mask = functional.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
-        k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
-        p = self.dropout if self.training else 0.0
-        attended, weights = functional.attend(q, k, v, self.num_heads, mask, p, need_weights)
-        output = self.out_proj(attended)  # (N, L, E)
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
+        projected = self._project(*functional.once_each(to_batch_first, query, key, value), before)
+        if self._recomputes(projected, need_weights, attn_mask, key_padding_mask, self.bias_k):
+            output, weights = self.out_proj(projected[0], before=functional.SelfAttention(self.num_heads)), None
+        else:
+            q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
+            padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
+            mask = functional.attention_mask(q, k, self.num_heads, attn_mask, padding)
+            k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+            dropout = self.dropout if self.training else 0.0
+            attended, weights = functional.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
+            output = self.out_proj(attended)  # (N, L, E)
+            weights = weights.mean(1) if need_weights and average_attn_weights else weights  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _recomputes(self, projected: list[Tensor], need_weights: bool, *others: Tensor | None) -> bool:
+        """May the output projection compute the heads' answers, once more in backward? Not with masks and the like."""
+        plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout)) and len(projected) == 1
+        return self.recomputed and plain and not lora_fusion.is_hooked(self.out_proj) and all(x is None for x in others)
 
 
 class _FourBits:
@@ -832,8 +841,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.freeze_backbone:
         freeze_backbone_params(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
-    if args.patch_dropout > 0:
-        set_patch_dropout(model, args.patch_dropout)
+    lora_fusion.set_patch_dropout(model, args.patch_dropout)
     return model, report
 
 

@@ -379,11 +379,12 @@ class _LoRALinear(torch.autograd.Function):
         saved, A, B, h = ctx.saved_tensors
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        saved = saved.flatten(0, -2)
+        if not isinstance(ctx.before, SelfAttention):  # which is not row by row
+            saved = saved.flatten(0, -2)
         adapter_rows, statistics = saved, ()
         if ctx.before is not None:
-            adapter_rows, statistics = _evaluate(ctx.before, saved)
-            adapter_rows = adapter_rows.to(ctx.dtype)
+            adapter_rows, statistics = _evaluate(ctx.before, saved, in_backward=True)
+            adapter_rows = adapter_rows.to(ctx.dtype).flatten(0, -2)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         gh = [B_g.T.contiguous() @ gy_g.T for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
@@ -396,7 +397,9 @@ class _LoRALinear(torch.autograd.Function):
             gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
-        if ctx.before is not None and need_x:
+        if need_x and isinstance(ctx.before, SelfAttention):
+            (gx,) = torch.autograd.grad(statistics[1], statistics[0], gx.to(saved.dtype).view_as(statistics[1]))
+        elif need_x and ctx.before is not None:
             gx = _pull_back(ctx.before, gx, saved, statistics)
         return (
             None if gx is None else gx.view(ctx.shape),
@@ -418,10 +421,29 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return _linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-def _evaluate(before: nn.LayerNorm | nn.GELU, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``before(x)`` and what its derivative needs beside x: of a LayerNorm each row's mean and reciprocal deviation."""
+class SelfAttention(NamedTuple):
+    """Attention of several heads as an operation `before` a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E)."""
+
+    num_heads: int
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        return attend(*qkv.chunk(3, -1), self.num_heads)[0]
+
+
+def _evaluate(
+    before: nn.LayerNorm | nn.GELU | SelfAttention, x: Tensor, in_backward: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """``before(x)`` and what its derivative needs beside x.
+
+    Of a LayerNorm each row's mean and reciprocal deviation, of attention input and output of its own graph.
+    """
     if isinstance(before, nn.GELU):
         return F.gelu(x, approximate=before.approximate), []
+    if isinstance(before, SelfAttention):
+        with torch.set_grad_enabled(in_backward):  # in the forward pass a graph would only hold memory
+            x = x.detach().requires_grad_(in_backward)
+            attended = before(x)
+        return attended.detach(), [x, attended]
     norm = before.normalized_shape, before.weight, before.bias, before.eps
     y, *statistics = torch.ops.aten.native_layer_norm(x if norm[1] is None else x.to(norm[1].dtype), *norm)
     return y, statistics
@@ -460,7 +482,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    before: nn.LayerNorm | nn.GELU | None = None,
+    before: nn.LayerNorm | nn.GELU | SelfAttention | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 
@@ -472,7 +494,8 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: a LayerNorm over the last dimension, or GELU, to apply first. Its output is not saved but recomputed.
+        before: a LayerNorm over the last dimension, GELU or attention, to apply first. Its output is not saved but
+            recomputed; x is then what it takes.
 
     Raises:
         ValueError: both of the last two are given. Dropout would need the output that is not saved.

@@ -390,7 +390,7 @@ def _set_fast_paths(model: nn.Module) -> None:
 # Mode -> the blocks that are `recomputed`, as stock or as fused ones.
 RECOMPUTED = {
     "none": (),
-    "selective": (FusedMLPBlock,),
+    "selective": (FusedMLPBlock,),  # and adapted attention
     "full": (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer),
 }
 
@@ -399,9 +399,11 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'none'; 'selective': the outputs of GELU, recomputed from their inputs by the adapted layer behind;
-            'full': whole blocks, of which only the input is saved. The outputs of LayerNorm are recomputed in every
-            mode: that is an eighth of a block's activations for less than a hundredth of its time.
+        mode: 'none'; 'selective': what GELU and the heads of attention answer, recomputed from their inputs by the
+            adapted layer behind: five of the fourteen widths that a ViT's block saves per token, for GELU once more and
+            the scores once more, a twentieth of a step at 197 tokens; 'full': whole blocks, of which only the input is
+            saved. The outputs of LayerNorm are recomputed in every mode: that is an eighth of a block's activations for
+            less than a hundredth of its time.
 
     Raises:
         InputError: a mode that does not exist, or a model without anything to recompute.
@@ -410,6 +412,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
     kinds = RECOMPUTED[mode]
     blocks = [m for m in model.modules() if type(m) in kinds or STOCK.get(type(m)) in kinds]
+    if mode == "selective":
+        blocks += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and isinstance(m, AdaptedLayer)]
     if mode != "none" and not blocks:
         raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
     for module in model.modules():
@@ -420,17 +424,18 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
 
 def set_patch_dropout(model: nn.Module, share: float) -> None:
-    """Leave out this share of a ViT's patches in training: time and memory fall with them. Not exact.
+    """Leave out this share of a ViT's patches in training: time and memory fall with them. Not exact, unless it is 0.
 
     A hook on the encoder as a whole is not called then.
 
     Raises:
         InputError: the model is no torchvision ViT.
     """
-    if STOCK.get(type(model), type(model)) is not VisionTransformer:
+    if STOCK.get(type(model), type(model)) is VisionTransformer:
+        model.patch_dropout = share
+        fuse(model)
+    elif share > 0:
         raise InputError(f"patch dropout is for ViTs of torchvision's class, and this is a {type(model).__name__}")
-    model.patch_dropout = share
-    fuse(model)
 
 
 # --------------------------------------------------------------------------------------------------- frozen BatchNorm
