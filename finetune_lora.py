@@ -54,11 +54,6 @@ DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
 
-SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
-    "--precision bf16 or --use-qlora"
-)
-
 PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4)
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -654,11 +649,12 @@ def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
-def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
+def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: bool = False) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
     The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
-    base. Weights stored in 4 or 16 bits do not train in either case.
+    base. With `train_norms` the normalisation layers train too: their scales and shifts, and BatchNorm's statistics.
+    Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
@@ -667,11 +663,12 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        of_head, rounded = in_head(model, name), getattr(module, "float_digests", ())
+        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, lora_fusion.NORMS))
+        rounded = getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            trains = not freeze or of_head or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
+            trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point() and parameter_name not in rounded)
-        freeze_statistics(module, freeze and not of_head, model.training)
+        freeze_statistics(module, not whole, model.training)
 
 
 # --------------------------------------------------------------------------------------------------------- predicting
@@ -788,7 +785,7 @@ def main(
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
-    with runs.faults_explained(device, "lower --batch-size" if args.eval_only else SAVES_MEMORY) as loaders:
+    with runs.faults_explained(device, "lower --batch-size" if args.eval_only else options.SAVES_MEMORY) as loaders:
         if args.eval_only:
             base = args.checkpoint if sources["checkpoint"] != "default" else None
             return evaluate_adapter(args, base, device, dtype, loaders)
@@ -839,7 +836,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
     if args.freeze_backbone:
-        freeze_backbone_params(model)
+        freeze_backbone_params(model, train_norms=args.train_norms)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     lora_fusion.set_patch_dropout(model, args.patch_dropout)
     return model, report
@@ -941,8 +938,8 @@ class FineTuning:
             both = (torch.cat(views) for views in zip(bank, augmented, strict=True))
             init_head_from_probe(self.model, *both, 2, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
-            fixed = self.args.lora_rank == 0 and self.args.freeze_backbone  # features, which a head cannot harm
-            steps = 0 if fixed else self.steps_per_epoch * self.args.epochs
+            trains = self.args.lora_rank > 0 or self.args.train_norms or not self.args.freeze_backbone
+            steps = self.steps_per_epoch * self.args.epochs if trains else 0  # a head alone cannot harm the features
             self.temperatures = head_temperatures(self.model, *augmented, steps, self.args.label_smoothing)
             soften_head(self.model, self.temperature())
 

@@ -441,6 +441,9 @@ def set_patch_dropout(model: nn.Module, share: float) -> None:
 # --------------------------------------------------------------------------------------------------- frozen BatchNorm
 
 
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
 class Freezable:
     """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
 

@@ -58,6 +58,7 @@ METHODS = {
     "probe": ("linear probe", PROBE, 3e-2),
     **{f"lora_{r}": (f"LoRA r={r}", adapters(r), 3e-3) for r in (4, 8, 16, 32)},
     **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", *adapters(r)], 3e-3) for r in (4, 8, 16)},
+    "lora_8_norms": ("LoRA r=8, norms", [*adapters(8), "--train-norms"], 3e-3),
     "full": ("full fine-tuning", FULL, 3e-4),
     "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
     "peft": ("PEFT r=8", [*adapters(8), "--head-init", "random"], 3e-3),  # see `_peft_layers`
@@ -267,7 +268,7 @@ def _peft_layers() -> Iterator[None]:
         config = peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(choose_layers(model)))
         return peft.inject_adapter_in_model(config, model)
 
-    def freeze(model):
+    def freeze(model, **_):
         getattr(model, head_name(model)).requires_grad_(True)  # PEFT has frozen all but its own
 
     ours = finetune_lora.add_lora_to_model, finetune_lora.freeze_backbone_params

@@ -441,6 +441,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_adapter_options(tune, rank=8)
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
+        "--train-norms", action=switch, default=False, help="and the normalisation: better on ResNets, slower"
+    )
+    tune.add_argument(
         "--learning-rate",
         type=or_auto(positive_float),
         default=1e-4,
@@ -488,6 +491,12 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     return tune
 
 
+SAVES_MEMORY = (
+    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
+    "--precision bf16 or --use-qlora"
+)
+
+
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
     problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.use_qlora)
@@ -498,6 +507,8 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args)
+    if args.train_norms and not args.freeze_backbone:
+        problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":
         problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
     if args.from_scratch and args.freeze_backbone:

@@ -161,7 +161,7 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
     if norms_train and processes > 1:
         raise InputError(
             "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
-            "freeze it (--freeze-backbone)"
+            "freeze it (--freeze-backbone, no --train-norms)"
         )
     if norms_train and min(batch_size, train_images) == 1:
         raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
