@@ -428,6 +428,7 @@ CHECKPOINTS = [
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
+    case("norms twice", "finetune --train-norms --no-freeze-backbone", "--train-norms with --no-freeze-backbone"),
     case("patches of a ResNet", "finetune --checkpoint r.pth --patch-dropout 0.5",
          "patch dropout is for ViTs", "ResNet", files={"r.pth": resnet}),
     case("an average that forgets nothing", "finetune --ema 1", "--ema", "from 0 to below 1"),

@@ -658,6 +658,7 @@ WAYS = {
     "lora": "--lora-rank 2",
     "qlora": "--lora-rank 2 --use-qlora",
     "rslora": "--lora-rank 4 --use-rslora --lora-dropout 0.1",
+    "norms": "--lora-rank 2 --train-norms",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
@@ -736,11 +737,19 @@ def test_every_way_merges_into_plain_torchvision(ways, way, tmp_path):
     assert torch.equal(found.argmax(1), expected.argmax(1)) and expected.std() > 1e-3
 
 
-def test_a_resnet_goes_the_same_way(images, tmp_path):
+def test_norms_may_train_beside_the_adapters(ways):
+    results = ways["norms"]
+    trained = {name for name in tensors(results["folder"] / "lora.pth") if "lora_" not in name and "head" not in name}
+    assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
+
+
+@pytest.mark.parametrize("norms_train", [False, True])
+def test_a_resnet_goes_the_same_way(norms_train, images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
-    results = finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8".split())
+    argv += " --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8" + " --train-norms" * norms_train
+    results = finetune_lora.main(argv.split())
     deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
     plain = build_backbone("resnet18", 3).eval()
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
@@ -749,9 +758,13 @@ def test_a_resnet_goes_the_same_way(images, tmp_path):
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
-    # Its frozen BatchNorm kept the statistics of the checkpoint.
+    # A frozen BatchNorm keeps the statistics of the checkpoint.
     start = torch.load(tmp_path / "resnet.pth", weights_only=True)
-    assert torch.equal(plain.bn1.running_var, start["bn1.running_var"])
+    for name in ("running_var", "weight"):
+        assert torch.equal(getattr(plain.bn1, name), start[f"bn1.{name}"]) is not norms_train
+    kept = results["val_accuracy"], results["val_loss"]
+    again = finetune_lora.main([*argv.split(), "--resume"])
+    assert (again["val_accuracy"], again["val_loss"]) == kept
 
 
 def test_targets_choose_the_layers(finetune):

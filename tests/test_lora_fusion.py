@@ -135,6 +135,20 @@ def test_a_batch_norm_that_normalises_by_the_batch_is_not_folded():
     assert model[1].num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_norms_that_train_beside_the_adapters(build, side):
+    """Scales and shifts get their gradients, and a BatchNorm normalises by the batch and counts it."""
+    stock, x = build().double(), images(side, 8, dtype=torch.float64)
+    model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
+    freeze_backbone_params(model, train_norms=True)
+    compare_with_dense(stock.train(), model.train(), [x], EXACT)
+    norms = [m for m in model.modules() if isinstance(m, lora_fusion.NORMS)]
+    assert norms and all(norm.weight.grad.any() and norm.bias.grad.any() for norm in norms)
+    assert all(getattr(norm, "num_batches_tracked", 1) == 1 for norm in norms)
+    freeze_backbone_params(model)
+    assert not any(norm.weight.requires_grad for norm in norms) and (build is vit or not model.bn1.training)
+
+
 def test_a_subclass_of_batch_norm_is_not_folded():
     class Doubled(nn.BatchNorm2d):
         def forward(self, x):
