@@ -41,7 +41,7 @@ from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_c
 from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import block_names, build_backbone, headless, in_head, normalization, unwrapped
+from moco.backbones import PATCH_EMBEDDINGS, block_names, build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -53,8 +53,7 @@ DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pt
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
-
-PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")  # MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4)
+SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -1005,12 +1004,15 @@ class FineTuning:
         """Is this share lost of what the best epoch, or the probe, is better than a constant answer? Not by chance?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
         chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # standard errors
-        # BatchNorm that trains needs some epochs for its running statistics: until then evaluation tells nothing.
-        return not self.norms_train and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+        return self.settled() and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+
+    def settled(self) -> bool:
+        """Can evaluation tell anything? Where BatchNorm trains, only once its running statistics have followed."""
+        return not self.norms_train or self.schedule.last_epoch >= SETTLING_STEPS
 
     def does_well(self) -> bool:
         """Is this a state to go back to?"""
-        return not self.history or not self.lost(self.history[-1]["val_accuracy"], 1 / 8)
+        return not self.history or (self.settled() and not self.lost(self.history[-1]["val_accuracy"], 1 / 8))
 
     def retreat(self) -> None:
         """Go back to the last good state and lower the learning rate. Raises InputError after RETREATS times."""

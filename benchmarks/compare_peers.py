@@ -85,6 +85,12 @@ def lora_last_half(model: nn.Module, args) -> nn.Module:
     return lora(model, args, adapt_last=len(block_names(model)) // 2)
 
 
+def lora_and_norms(model: nn.Module, args) -> nn.Module:
+    lora(model, args)
+    freeze_backbone_params(model, train_norms=True)
+    return model
+
+
 def lora_half_the_patches(model: nn.Module, args) -> nn.Module:
     lora(model, args)
     set_patch_dropout(model, 0.5)
@@ -252,6 +258,7 @@ VARIANTS = {
         "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", around=SavedIn16Bits
     ),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
+    "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
     "lora_half_patches": Variant("LoRA here, half the patches", lora_half_the_patches, save_here, models="vit"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),

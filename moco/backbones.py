@@ -32,6 +32,9 @@ _VITS = {
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4); by these names torchvision and timm call it.
+PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")
+
 LARGEST_IMAGE = 4096  # pixels along each side; a file or a slip of the keyboard could otherwise ask for any memory
 
 TIMM = "timm:"

@@ -543,6 +543,20 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_a_quarter_of_the_
     assert "epoch 4: training collapsed; back to epoch 2, with" in told
 
 
+def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_followed(finetune, monkeypatch, tmp_path):
+    """Three steps an epoch: what the first evaluation says is not believed, and its state is not gone back to."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    monkeypatch.setattr(finetune_lora, "SETTLING_STEPS", 6)
+    monkeypatch.setattr(finetune_lora, "head_accuracy", lambda *_: 1.0)
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.4, 0.4, 0.4, 1.0, 1.0]))
+    results = finetune(f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --train-norms --lora-rank 2")
+    assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [(2, 1e-2)]
+    rows = metrics(results["folder"])
+    assert [row["val_accuracy"] for row in rows] == [pytest.approx(0.4), 1.0]
+    assert rows[0]["learning_rate"] == pytest.approx(1e-2 / 4)
+
+
 def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
     """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
     dropout = "--epochs 2 --schedule constant --lora-dropout 0.2 --ema 0.9"
