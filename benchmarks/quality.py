@@ -260,7 +260,7 @@ def _quiet() -> Iterator[None]:
 def _peft_layers() -> Iterator[None]:
     """Within the block `finetune_lora.py` trains PEFT's layers in place of its own, and its head, as PEFT's users do.
 
-    PEFT leaves BatchNorm in training mode, which the loop then takes into account: no epoch counts as a collapse.
+    PEFT leaves BatchNorm in training mode.
     """
     import peft
 

@@ -30,6 +30,8 @@ REPORT = """
 import json
 print(json.dumps({
     "k-NN": {"random": knn_random, "moco": knn_moco, "pixels": knn_pixels, "lora": knn_after},
+    "on paper": [knn_paper, knn_adapted],
+    "stage 1": str(stage1["checkpoint"]),
     "runs": {"lora": lora, "qlora": qlora, "full": full},
     "probe": probe,
     "epochs": [row["epoch"] for row in metrics],
@@ -104,6 +106,13 @@ def test_moco_knows_the_digits_and_training_improves_on_it(computed):
     assert runs["full"]["val_accuracy"] > 0.8  # its learning rate is made for more steps than these
     assert knn["lora"] > knn["moco"]
     assert computed["epochs"] == [1, 2, 3]
+
+
+def test_stage_1_goes_on_with_other_images_in_a_file_of_adapters(computed, folder):
+    before, after = computed["on paper"]
+    assert before < computed["k-NN"]["moco"] - 0.1
+    assert after > before  # after 12 steps without a label
+    assert (folder / computed["stage 1"]).stat().st_size < 1e6
 
 
 def test_what_it_evaluates_is_what_the_run_says(computed):
