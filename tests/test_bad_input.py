@@ -238,7 +238,7 @@ FLAGS = [
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("a misspelt arch", "finetune --arch resnet51", "'resnet51' is none of", "did you mean resnet50?"),
     case("a misspelt data set", "finetune --dataset cifar", "'cifar' is none of", "did you mean cifar10?"),
-    case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, affine, none"),
+    case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, trivial, affine, none"),
     case("a misspelt precision", "finetune --precision float16", "'float16' is none of auto, fp32, bf16, fp16"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
     case("a device that is absent", "finetune --device cuda:99", "'cuda:99' is not available", "--device cpu"),
