@@ -272,7 +272,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """
 
     stock_class = nn.MultiheadAttention
-    recomputed = False  # are the heads' answers computed again in backward?
+    recomputed = False  # is the heads' output computed again in backward instead of saved?
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
@@ -363,7 +363,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _recomputes(self, projected: list[Tensor], need_weights: bool, *others: Tensor | None) -> bool:
-        """May the output projection compute the heads' answers, once more in backward? Not with masks and the like."""
+        """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
         plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout)) and len(projected) == 1
         return self.recomputed and plain and not lora_fusion.is_hooked(self.out_proj) and all(x is None for x in others)
 
@@ -1003,7 +1003,7 @@ class FineTuning:
     def lost(self, accuracy: float, share: float) -> bool:
         """Is this share lost of what the best epoch, or the probe, is better than a constant answer? Not by chance?"""
         best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
-        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # standard errors
+        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
         return self.settled() and accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
     def settled(self) -> bool:

@@ -399,11 +399,10 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'none'; 'selective': what GELU and the heads of attention answer, recomputed from their inputs by the
-            adapted layer behind: five of the fourteen widths that a ViT's block saves per token, for GELU once more and
-            the scores once more, a twentieth of a step at 197 tokens; 'full': whole blocks, of which only the input is
-            saved. The outputs of LayerNorm are recomputed in every mode: that is an eighth of a block's activations for
-            less than a hundredth of its time.
+        mode: 'none'; 'selective': the outputs of GELU and of attention, recomputed from their inputs by the adapted
+            layer behind: five of the fourteen widths that a ViT's block saves per token, for a fiftieth of a step
+            (ViT-B/16 on a CPU); 'full': whole blocks, of which only the input is saved. The outputs of LayerNorm are
+            recomputed in every mode: that is an eighth of a block's activations for less than a hundredth of its time.
 
     Raises:
         InputError: a mode that does not exist, or a model without anything to recompute.

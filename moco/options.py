@@ -441,7 +441,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_adapter_options(tune, rank=8)
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
-        "--train-norms", action=switch, default=False, help="and the normalisation: better on ResNets, slower"
+        "--train-norms", action=switch, default=False, help="train normalisation layers too: better on ResNets, slower"
     )
     tune.add_argument(
         "--learning-rate",

@@ -346,5 +346,6 @@ WORDS = st.one_of(FLAGS, st.text(max_size=6), NUMBERS.map(str), FLAGS.map(lambda
 
 @fuzz(150, words=st.lists(WORDS, max_size=6))
 def test_any_command_line(words):
+    """It is read, or refused by an InputError; no other exception comes out."""
     with contextlib.suppress(InputError):
         read_options([word for word in words if word not in ("-h", "--help", "--config")])
