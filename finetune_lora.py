@@ -40,10 +40,11 @@ from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
 from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
-from moco import InputError, checkpoints, data, distributed, listed, options, reports, runs, search, training
+from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import PATCH_EMBEDDINGS, block_names, build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
+from moco.collapse import CollapseGuard
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
@@ -52,8 +53,6 @@ from moco.training import evaluate
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
-RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
-SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -347,7 +346,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         is_batched = query.dim() == 3
         to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
         projected = self._project(*functional.once_each(to_batch_first, query, key, value), before)
-        if self._recomputes(projected, need_weights, attn_mask, key_padding_mask, self.bias_k):
+        if len(projected) == 1 and self._recomputes(need_weights, attn_mask, key_padding_mask):
             output, weights = self.out_proj(projected[0], before=functional.SelfAttention(self.num_heads)), None
         else:
             q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
@@ -362,10 +361,17 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _recomputes(self, projected: list[Tensor], need_weights: bool, *others: Tensor | None) -> bool:
+    def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
         """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
-        plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout)) and len(projected) == 1
-        return self.recomputed and plain and not lora_fusion.is_hooked(self.out_proj) and all(x is None for x in others)
+        plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
+        wanted = self.recomputed and plain and not lora_fusion.is_hooked(self.out_proj)
+        return wanted and all(x is None for x in (*masks, self.bias_k))
+
+    def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
+        packed = self.batch_first and self._is_active and self.weight_names == ("in_proj_weight",)
+        random = self._drops or self.out_proj._drops
+        return self._project(x, x, x, before)[0] if packed and not random and self._recomputes() else None
 
 
 class _FourBits:
@@ -883,13 +889,13 @@ class FineTuning:
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
-        self.norms_train = training.batch_norm_trains(model)
         size, self.normalization = report["image_size"], normalization(report["arch"])
         self.eval_transform = eval_transform(size, **self.normalization)
         self.augmentation = train_transform(size, args.augmentation, **self.normalization)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
-        drop = self.norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
+        norms_train = training.batch_norm_trains(model)
+        drop = norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
         kept = keep_images(splits.train, args.cache_images, size)
         self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
         self.meter = data.LoadingMeter()
@@ -897,7 +903,7 @@ class FineTuning:
         self.average = training.WeightAverage(trained_state(model), args.ema)
         self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
         images = Counter(splits.train.labels)  # per class
-        self.constant_accuracy = max(images.values()) / len(splits.train)  # of always the most frequent class
+        self.guard = CollapseGuard(max(images.values()) / len(splits.train), len(splits.val), norms_train)
         balanced = args.class_weights == "balanced"
         self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
@@ -950,7 +956,7 @@ class FineTuning:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
 
         Raises:
-            InputError: the loss has collapsed RETREATS times and does so again.
+            InputError: the loss has collapsed `collapse.RETREATS` times and does so again.
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
         self.begin_files()
@@ -992,7 +998,7 @@ class FineTuning:
                 self.stop.check()
         with self.average.in_place():
             result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
-        if self.lost(result.accuracy, 1 / 2):
+        if self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch):
             return False
         seconds = time.perf_counter() - started
         row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
@@ -1000,19 +1006,13 @@ class FineTuning:
         self.progress = None
         return True
 
-    def lost(self, accuracy: float, share: float) -> bool:
-        """Is this share lost of what the best epoch, or the probe, is better than a constant answer? Not by chance?"""
-        best = max([self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)])
-        chance = 3 * math.sqrt(best * (1 - best) / len(self.splits.val))  # three standard errors
-        return self.settled() and accuracy < best - max((best - self.constant_accuracy) * share, chance)
-
-    def settled(self) -> bool:
-        """Can evaluation tell anything? Where BatchNorm trains, only once its running statistics have followed."""
-        return not self.norms_train or self.schedule.last_epoch >= SETTLING_STEPS
+    def accuracies(self) -> list[float]:
+        """Before training and after each epoch."""
+        return [self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)]
 
     def does_well(self) -> bool:
         """Is this a state to go back to?"""
-        return not self.history or (self.settled() and not self.lost(self.history[-1]["val_accuracy"], 1 / 8))
+        return self.guard.is_good(self.accuracies(), self.schedule.last_epoch)
 
     def retreat(self) -> None:
         """Go back to the last good state and lower the learning rate. Raises InputError after RETREATS times."""
@@ -1020,14 +1020,14 @@ class FineTuning:
         self.restore(self.good["state"])
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        if len(self.retreats) > RETREATS:
+        if len(self.retreats) > collapse.RETREATS:
             self.save()
             raise InputError(
                 f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
                 "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
                 f"{len(self.history)} is in {self.path('lora.pth')}"
             )
-        training.lower_rates(self.schedule, RETREAT_FACTOR)
+        training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft
             soften_head(self.model, self.temperature() / temperature)
         self.save()

@@ -352,6 +352,10 @@ def _in_its_own_dtype(backward):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
+        ctx.rebuild, parts = None, ()
+        if isinstance(before, Rebuilt):
+            before, ctx.rebuild, parts = before
+            parts = [part.detach() for part in parts]
         rows = (x if before is None else _evaluate(before, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
         ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
@@ -368,7 +372,8 @@ class _LoRALinear(torch.autograd.Function):
             for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
                 y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
         # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
-        ctx.save_for_backward(x if before is not None else adapter_rows.view(x.shape), *factors, h)
+        kept = x if before is not None else adapter_rows.view(x.shape)
+        ctx.save_for_backward(kept if ctx.rebuild is None else None, *factors, h, *parts)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
@@ -376,7 +381,10 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        saved, A, B, h = ctx.saved_tensors
+        saved, A, B, h, *parts = ctx.saved_tensors
+        if ctx.rebuild is not None:
+            with torch.autocast(gy.device.type, ctx.dtype, enabled=ctx.dtype in LOW_PRECISION):
+                saved = ctx.rebuild(*parts)
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
         if not isinstance(ctx.before, SelfAttention):  # which is not row by row
@@ -428,6 +436,20 @@ class SelfAttention(NamedTuple):
 
     def __call__(self, qkv: Tensor) -> Tensor:
         return attend(*qkv.chunk(3, -1), self.num_heads)[0]
+
+
+class Rebuilt(NamedTuple):
+    """A LayerNorm as an operation `before` a layer, whose input is computed again in backward instead of saved.
+
+    ``rebuild(*parts)`` is that input, to the last bit. The parts are saved; it pays if others save them anyway.
+    """
+
+    norm: nn.LayerNorm
+    rebuild: Callable[..., Tensor]
+    parts: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
 def _evaluate(
@@ -482,7 +504,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    before: nn.LayerNorm | nn.GELU | SelfAttention | None = None,
+    before: nn.LayerNorm | nn.GELU | SelfAttention | Rebuilt | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 

@@ -22,7 +22,7 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError, runs
+from moco import InputError, collapse, runs
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.data import Transformed, build_loader, load_splits
@@ -547,7 +547,7 @@ def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_follo
     """Three steps an epoch: what the first evaluation says is not believed, and its state is not gone back to."""
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    monkeypatch.setattr(finetune_lora, "SETTLING_STEPS", 6)
+    monkeypatch.setattr(collapse, "SETTLING_STEPS", 6)
     monkeypatch.setattr(finetune_lora, "head_accuracy", lambda *_: 1.0)
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.4, 0.4, 0.4, 1.0, 1.0]))
     results = finetune(f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --train-norms --lora-rank 2")

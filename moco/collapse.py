@@ -1,0 +1,39 @@
+"""When has training left the region in which the model knows something? A run then goes back and lowers its rate.
+
+On MoCo v3 published LoRA collapses at a common learning rate (SNELL, NeurIPS 2024, table 2). A loss that is not finite
+comes too late to tell: a collapsed classifier has a finite one, and answers as if it saw no image.
+"""
+
+import math
+from collections.abc import Sequence
+
+RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
+SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum
+
+
+class CollapseGuard:
+    """Judges a run by its accuracies (0 to 1), of which the first is its linear probe's, or 0.
+
+    Args:
+        constant_accuracy: of always answering the most frequent class.
+        images: on how many the accuracies are measured.
+        norms_train: BatchNorm trains, so that nothing can be told until its statistics have followed the weights.
+    """
+
+    def __init__(self, constant_accuracy: float, images: int, norms_train: bool):
+        self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
+
+    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 2) -> bool:
+        """Is this share lost of what the best of the earlier ones is better than a constant answer? Not by chance?"""
+        best = max(earlier)
+        chance = 3 * math.sqrt(best * (1 - best) / self.images)  # three standard errors
+        return self._settled(step) and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+
+    def is_good(self, accuracies: Sequence[float], step: int) -> bool:
+        """Is the state after these epochs one to go back to? The start is."""
+        if len(accuracies) == 1:
+            return True
+        return self._settled(step) and not self.has_collapsed(accuracies[-1], accuracies, step, share=1 / 8)
+
+    def _settled(self, step: int) -> bool:
+        return not self.norms_train or step >= SETTLING_STEPS
