@@ -52,7 +52,7 @@ from moco.options import positive_int
 from moco.runs import begin_folder, run_script
 from moco.training import autocast, peak_memory_bytes, select_device, select_precision
 
-MODELS = ("resnet18", "resnet50", "vit_b_16", "vit_l_16")
+MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
 MEMORY_STEPS = 3  # AdamW's state exists from the second step on
 WARMUP_STEPS = 2  # B is zero at first, so A has a gradient from the second step on

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare_peers
+from benchmarks import compare_peers, growth
 from benchmarks.compare_peers import Training, parse_arguments, random_batch
 from moco import InputError
 
@@ -96,3 +96,43 @@ def test_variants_of_a_vit_train(name):
     for _ in range(2):
         training.step(*random_batch(args, generator))
     training.check()
+
+
+def test_how_cost_grows(tmp_path, monkeypatch, capsys):
+    """A point is measured once, also by the next run. Memory is 1 GB and 0.1 GB an image: 70 images fit into 8 GB."""
+    measured = []
+
+    def main(argv: list[str]) -> dict:
+        args = parse_arguments(argv)
+        measured.append((args.model, args.batch_size, args.rank))
+        size = 10**9 + args.batch_size * 10**8
+        variants = {
+            name: {"step_seconds": 1.0, "memory_bytes": size, "resident_bytes": size} for name in ("full", "lora")
+        }
+        result = {"machine": {"device": "a CPU", "threads": 2}, "versions": {}, "commit": "abc", "variants": variants}
+        args.output_dir.mkdir(parents=True)
+        (args.output_dir / "point.json").write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(compare_peers, "main", main)
+    command = [
+        "--batches",
+        "4",
+        "8",
+        "16",
+        "--ranks",
+        "4",
+        "8",
+        "--variants",
+        "full",
+        "lora",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    for _ in range(2):
+        result = growth.main(command)
+    middle = [("vit_b_16", batch, 8) for batch in (4, 8, 16)]
+    assert measured == [*middle, ("vit_b_16", 8, 4), ("vit_small", 8, 8), ("vit_l_16", 8, 8)]
+    assert result["fits"] == {"full": 70, "lora": 70}
+    assert "| LoRA here | 1.00 s, 1,400 MB | 1.00 s, 1,800 MB |" in capsys.readouterr().out
+    assert (tmp_path / "growth.png").stat().st_size > 10_000

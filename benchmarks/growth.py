@@ -1,0 +1,153 @@
+"""Measure how the cost of a training step grows with batch, rank and size of a ViT, and what fits into a memory.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.growth                                       # an hour on two cores
+    python -m benchmarks.growth --device cuda --precision bf16 --batches 16 32 64 128 --fits-into 24
+
+One thing varies at a time, from a ViT-B/16 with the second of --batches and the second of --ranks: 8 and 8. Each point
+is a run of `benchmarks.compare_peers`, with all variants side by side; see there for what is measured. A finished point
+is kept in --output-dir, and the same command goes on where it stopped. The largest batch that fits is read from the
+line through the peaks of the batches measured.
+"""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import compare_peers
+from benchmarks.compare_peers import VARIANTS
+from moco.options import positive_float, positive_int
+from moco.runs import run_script
+
+MODELS = ("vit_small", "vit_b_16", "vit_l_16")
+DEFAULT = ("full", "peft", "lora", "lora_selective_16bit", "qlora_selective_16bit")
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")  # Okabe and Ito
+MARKERS = "osD^vP"
+Point = tuple[str, int, int]  # model, batch size, rank
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure what is missing, then write `growth.json` and `growth.png` and print the tables."""
+    args = parse(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    middle = "vit_b_16", args.batches[:2][-1], args.ranks[:2][-1]
+    sweeps = {
+        "batch size": {batch: (middle[0], batch, middle[2]) for batch in args.batches},
+        "rank": {rank: (*middle[:2], rank) for rank in args.ranks},
+        "model": {model: (model, *middle[1:]) for model in args.models},
+    }
+    points = dict.fromkeys(point for sweep in sweeps.values() for point in sweep.values())
+    measured = {point: measure(point, args) for point in tqdm(points, desc="points")}
+    result = {
+        "machine": measured[middle]["machine"],
+        "versions": measured[middle]["versions"],
+        "commit": measured[middle]["commit"],
+        "sweeps": {name: rows(sweep, measured, args.variants) for name, sweep in sweeps.items()},
+    }
+    result["fits"] = {
+        variant: largest_batch(result["sweeps"]["batch size"], variant, args.fits_into) for variant in args.variants
+    }
+    (args.output_dir / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, args)
+    print(tables(result, args))
+    return result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--ranks", type=positive_int, nargs="+", default=[4, 8, 16, 64])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT))
+    parser.add_argument("--steps", type=positive_int, default=3, help="rounds that are timed")
+    parser.add_argument("--fits-into", type=positive_float, default=8.0, help="GB, for the largest batch")
+    parser.add_argument("--image-size", type=positive_int, default=224)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/growth"))
+    return parser.parse_args(argv)
+
+
+def measure(point: Point, args: argparse.Namespace) -> dict[str, Any]:
+    """What `benchmarks.compare_peers` says of a point, measured now unless it was before."""
+    model, batch, rank = point
+    folder = args.output_dir / f"{model}_b{batch}_r{rank}"
+    found = list(folder.glob("*.json"))
+    if found:
+        return json.loads(found[0].read_text())
+    command = f"--model {model} --batch-size {batch} --rank {rank} --steps {args.steps} --image-size {args.image_size}"
+    command += f" --device {args.device} --precision {args.precision} --variants {','.join(args.variants)}"
+    return compare_peers.main([*shlex.split(command), "--output-dir", str(folder)])
+
+
+def rows(sweep: dict[Any, Point], measured: dict[Point, dict], variants: list[str]) -> dict[str, dict[str, list]]:
+    """For each variant its seconds and bytes along a sweep."""
+    results = [measured[point]["variants"] for point in sweep.values()]
+    keys = ("step_seconds", "memory_bytes", "resident_bytes")
+    return {"at": list(sweep), **{v: {key: [result[v][key] for result in results] for key in keys} for v in variants}}
+
+
+def largest_batch(sweep: dict[str, Any], variant: str, gigabytes: float) -> int:
+    """The largest batch whose tensors fit, by the line through the peaks measured; 0 if none does."""
+    if len(sweep["at"]) < 2:
+        return 0
+    slope, start = np.polyfit(sweep["at"], sweep[variant]["memory_bytes"], 1)
+    return max(0, int((gigabytes * 1e9 - start) / slope))
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def tables(result: dict[str, Any], args: argparse.Namespace) -> str:
+    """A table for each sweep, seconds and MB, and one of what fits."""
+    parts = []
+    for name, sweep in result["sweeps"].items():
+        parts.append(f"\n| {name} | {' | '.join(map(str, sweep['at']))} |\n" + "|---" * (len(sweep["at"]) + 1) + "|")
+        for variant in args.variants:
+            pairs = zip(sweep[variant]["step_seconds"], sweep[variant]["memory_bytes"], strict=True)
+            cells = " | ".join(f"{seconds:.2f} s, {size / 1e6:,.0f} MB" for seconds, size in pairs)
+            parts.append(f"| {VARIANTS[variant].title} | {cells} |")
+    parts.append(f"\n| | largest batch in {args.fits_into:g} GB |\n|---|---|")
+    parts += [f"| {VARIANTS[variant].title} | {batch} |" for variant, batch in result["fits"].items()]
+    return "\n".join(parts)
+
+
+def plot(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """Time above, memory below, a column for each sweep."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex="col", layout="constrained")
+    for column, (name, sweep) in enumerate(result["sweeps"].items()):
+        positions = range(len(sweep["at"]))
+        for variant, colour, marker in zip(args.variants, COLOURS, MARKERS, strict=False):
+            style = {"color": colour, "marker": marker, "label": VARIANTS[variant].title}
+            axes[0, column].plot(positions, sweep[variant]["step_seconds"], **style)
+            axes[1, column].plot(positions, [size / 1e9 for size in sweep[variant]["memory_bytes"]], **style)
+        axes[1, column].set_xticks(positions, map(str, sweep["at"]))
+        axes[1, column].set_xlabel(name)
+        for panel in axes[:, column]:
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("seconds per step")
+    axes[1, 0].set_ylabel("peak memory of the tensors, GB")
+    axes[1, 0].axhline(args.fits_into, color="grey", linestyle=":")
+    axes[0, 0].legend(fontsize=8)
+    machine = result["machine"]
+    figure.suptitle(
+        f"ViT-B/16 and its neighbours, {args.precision}; {machine['device']}, threads: {machine['threads']}"
+    )
+    figure.savefig(args.output_dir / "growth.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_script(main)
