@@ -16,7 +16,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
 import lora_fusion
+import lora_start
 import lora_utils
 from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
 from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
@@ -43,10 +43,10 @@ from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, r
 from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import PATCH_EMBEDDINGS, block_names, build_backbone, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
-from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, is_none, load_backbone, tensor_digest
+from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.collapse import CollapseGuard
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.files import TOOLKIT, found_path, read_checkpoint, save_atomically, stored_path, write_csv, write_text
+from moco.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
 from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
 from moco.training import evaluate
 
@@ -753,17 +753,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
 def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    problems = options.complete_data_options(args)
-    if args.from_scratch or is_none(args.checkpoint):
-        args.head_init = "random"  # there is nothing yet that a probe could find
-    for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
-        path = getattr(args, option)
-        if path == Path():  # the flag alone
-            setattr(args, option, args.output_dir / name)
-        elif path is not None and path.name == str(path) and not os.path.exists(path):
-            setattr(args, option, args.output_dir / path)
-    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
-        setattr(args, name, found_path(getattr(args, name)))
+    problems = options.complete_finetune_options(args, sources)
     return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
 
 
@@ -808,7 +798,7 @@ def main(
         if args.resume:
             run.resume(args.resume)
         else:
-            run.start_head(run.features())
+            run.start(run.features())
             print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
         begin()  # once everything has been read
         run.train(after_epoch)
@@ -860,7 +850,7 @@ def choose_learning_rate(
         model, report = build_model(args, len(splits.class_names))
         run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders)
         features[:] = features or run.features()
-        run.start_head(features)
+        run.start(features)
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
@@ -935,8 +925,8 @@ class FineTuning:
         bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, augmented))
         return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
 
-    def start_head(self, features: list[tuple[Tensor, Tensor]]) -> None:
-        """Measure what the backbone knows before any training, and start the head from it."""
+    def start(self, features: list[tuple[Tensor, Tensor]]) -> None:
+        """Measure what the backbone knows before any training, start the head from it, and the adapters after that."""
         bank, queries, augmented = features
         self.before = {"knn_accuracy": training.knn_accuracy(*bank, *queries), "probe_accuracy": None}
         if self.args.head_init == "probe":
@@ -947,10 +937,25 @@ class FineTuning:
             steps = self.steps_per_epoch * self.args.epochs if trains else 0  # a head alone cannot harm the features
             self.temperatures = head_temperatures(self.model, *augmented, steps, self.args.label_smoothing)
             soften_head(self.model, self.temperature())
+        self.start_adapters()
+
+    def start_adapters(self) -> None:
+        """Start the adapters at the gradient of the first images."""
+        if self.args.lora_init == "random":
+            return
+
+        def backward() -> None:
+            number = math.ceil(lora_start.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
+            for micro_batches in itertools.islice(self.steps(epoch=1), number):
+                self.backward(micro_batches, lambda loss: loss)
+
+        with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
+            lora_start.start_at_gradient(self.model, backward, self.args.seed)
 
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return max(self.temperatures[0], self.temperatures[1] * self.schedule.base_lrs[0])
+        faster = lora_start.LENGTH if self.args.lora_init == "gradient" and self.args.lora_rank > 0 else 1.0
+        return max(self.temperatures[0], self.temperatures[1] * self.schedule.base_lrs[0] * faster)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -1028,46 +1033,25 @@ class FineTuning:
                 f"{len(self.history)} is in {self.path('lora.pth')}"
             )
         training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
-        if not self.history:  # the head need not be so soft
+        if not self.history:  # the head need not be so soft, and then its gradient is another
             soften_head(self.model, self.temperature() / temperature)
+            self.start_adapters()
         self.save()
         rate = self.schedule.base_lrs[0]
         print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, with learning rate {rate:.1e}")
 
-    def steps(self, epoch: int, start: int) -> Iterator[training.MicroBatches]:
-        """The optimizer steps of an epoch from `start` on; the last one may have fewer batches than the others."""
-        sampler, size = self.train_loader.batch_sampler, self.args.accumulation_steps
-        sampler.epoch, sampler.start = epoch - 1, start * size
-        shares = (
-            (images, labels if sampler.has_share(number) else torch.full_like(labels, training.NO_LABEL))
-            for number, (images, labels) in enumerate(self.meter.watched(self.train_loader), start * size)
-        )
-        for first in range(start * size, len(sampler), size):
-            number = min(size, len(sampler) - first)
-            images = min(number * self.args.batch_size, len(self.splits.train) - first * self.args.batch_size)
-            yield training.MicroBatches(itertools.islice(shares, number), number, images)
+    def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
+        return training.micro_batches(self.train_loader, self.meter, epoch, start, self.args.accumulation_steps)
 
     def step(self, micro_batches: training.MicroBatches) -> tuple[float, int]:
         """One optimizer step, as if its batches were one: the sum of the images' losses, and the number of hits.
 
         With several processes, each computes its share; gradients and results are those of the whole.
         """
-        measured = []
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = self.mixing(training.to_device(images, self.device), labels)
-            labels = training.to_device(labels, self.device)
-            is_last = number == micro_batches.number  # only then do the processes exchange gradients
-            with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
-                    logits = self.parallel(images)
-                loss = self.loss(logits.float(), labels) / micro_batches.images
-                # The gradients are averaged over the processes; it is their sum that belongs to the whole.
-                self.scaler.scale(loss * distributed.world_size()).backward()
-            plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
-            measured.append(torch.stack([loss.detach(), plain, training.count_right(logits, labels).float()]))
-        sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
-        loss, plain, correct = distributed.all_sum(*map(sum, zip(*sums, strict=True)))
+        # The gradients are averaged over the processes; it is their sum that belongs to the whole.
+        share = distributed.world_size() / micro_batches.images
+        loss, plain, correct = self.backward(micro_batches, lambda loss: self.scaler.scale(loss * share))
         if not math.isfinite(loss):
             return loss, 0
         if self.args.clip_grad_norm is not None:
@@ -1078,6 +1062,23 @@ class FineTuning:
         self.schedule.step()
         self.average.update()
         return plain, int(correct)
+
+    def backward(self, micro_batches: training.MicroBatches, scaled: Callable[[Tensor], Tensor]) -> list[float]:
+        """Add up the gradients of the scaled loss; returns the sums of loss, plain loss and hits over the images."""
+        measured = []
+        for number, (images, labels) in enumerate(micro_batches.batches, 1):
+            images, labels = self.mixing(training.to_device(images, self.device), labels)
+            labels = training.to_device(labels, self.device)
+            is_last = number == micro_batches.number  # only then do the processes exchange gradients
+            with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
+                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
+                    logits = self.parallel(images)
+                loss = self.loss(logits.float(), labels)
+                scaled(loss).backward()
+            plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
+            measured.append(torch.stack([loss.detach(), plain, training.count_right(logits, labels).float()]))
+        sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
+        return distributed.all_sum(*map(sum, zip(*sums, strict=True)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is minimised, summed over images: cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed."""

@@ -23,10 +23,11 @@ class CollapseGuard:
     def __init__(self, constant_accuracy: float, images: int, norms_train: bool):
         self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
 
-    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 2) -> bool:
+    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 4) -> bool:
         """Is this share lost of what the best of the earlier ones is better than a constant answer? Not by chance?"""
         best = max(earlier)
-        chance = 3 * math.sqrt(best * (1 - best) / self.images)  # three standard errors
+        middle = (best + accuracy) / 2
+        chance = 3 * math.sqrt(2 * middle * (1 - middle) / self.images)  # three standard errors of the difference
         return self._settled(step) and accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
     def is_good(self, accuracies: Sequence[float], step: int) -> bool:

@@ -22,9 +22,9 @@ import yaml
 from moco import InputError, printable
 from moco.backbones import ARCH_CHOICES
 from moco.cache import CACHES
-from moco.checkpoints import option_problems
+from moco.checkpoints import is_none, option_problems
 from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
-from moco.files import stored_path
+from moco.files import found_path, stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
@@ -452,6 +452,11 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument(
         "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
     )
+    tune.add_argument(
+        "--lora-init",
+        choices=("gradient", "random"),
+        help="how A starts (default: at the loss's gradient; at random if the head does)",
+    )
     tune.add_argument("--head-learning-rate", type=positive_float, help="default: --learning-rate")
     tune.add_argument(
         "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
@@ -495,6 +500,24 @@ SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
     "--precision bf16 or --use-qlora"
 )
+
+
+def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in what follows from other options; what is wrong with the data's, a line each."""
+    problems = complete_data_options(args)
+    if args.from_scratch or is_none(args.checkpoint):
+        args.head_init = "random"  # there is nothing yet that a probe could find
+    if args.lora_init is None:  # what the gradient of a random head says is random
+        args.lora_init = "gradient" if args.head_init == "probe" else "random"
+    for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
+        path = getattr(args, option)
+        if path == Path():  # the flag alone
+            setattr(args, option, args.output_dir / name)
+        elif path is not None and path.name == str(path) and not os.path.exists(path):
+            setattr(args, option, args.output_dir / path)
+    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
+        setattr(args, name, found_path(getattr(args, name)))
+    return problems
 
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:

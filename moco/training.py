@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from moco import InputError, distributed
 from moco.backbones import forward_features, in_head
+from moco.data import LoadingMeter
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness
@@ -211,6 +214,27 @@ class MicroBatches(NamedTuple):
     batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
     number: int
     images: int  # of all processes together
+
+
+def micro_batches(
+    loader: DataLoader, meter: LoadingMeter, epoch: int, start: int = 0, accumulation_steps: int = 1
+) -> Iterator[MicroBatches]:
+    """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others.
+
+    Args:
+        loader: of `moco.data.build_loader`, shuffled.
+        meter: watches the loading.
+    """
+    sampler, size = loader.batch_sampler, accumulation_steps
+    sampler.epoch, sampler.start = epoch - 1, start * size
+    shares = (
+        (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
+        for number, (images, labels) in enumerate(meter.watched(loader), start * size)
+    )
+    for first in range(start * size, len(sampler), size):
+        number = min(size, len(sampler) - first)
+        images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
+        yield MicroBatches(itertools.islice(shares, number), number, images)
 
 
 @dataclass

@@ -49,7 +49,7 @@ def finetune(base, images, tmp_path):
 
     def run(options: str = "", output: str = "out") -> dict:
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path / output} --device cpu"
-        argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-2"
+        argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-3"
         return finetune_lora.main([*argv.split(), *options.split()]) | {"folder": tmp_path / output}
 
     return run

@@ -25,6 +25,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, collapse, runs
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
+from moco.collapse import CollapseGuard
 from moco.data import Transformed, build_loader, load_splits
 from moco.files import read_checkpoint
 from moco.training import MicroBatches, evaluate, seed_everything
@@ -336,7 +337,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
 
     steps: list[FineTuning] = []
     monkeypatch.setattr(FineTuning, "step", step)
-    results = finetune(f"--ema 0.3 {way}")
+    results = finetune(f"--ema 0.3 --learning-rate 1e-2 --lora-init random {way}")
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     assert len(averages) > 2 and len(steps) == 6
     for name, average in averages.items():
@@ -528,18 +529,24 @@ def scripted(accuracies: list[float]):
     return lambda *args: evaluate(*args)._replace(accuracy=next(left))
 
 
+def as_if_on_many_images(monkeypatch) -> None:
+    """Accuracies count as if measured on a thousand images, not on fifteen: little of them is chance."""
+    monkeypatch.setattr(finetune_lora, "CollapseGuard", lambda constant, _, norms: CollapseGuard(constant, 1000, norms))
+
+
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_a_quarter_of_the_rate(finetune, monkeypatch, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.8, 0.4, 1.0, 1.0, 1.0]))
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0]))
+    as_if_on_many_images(monkeypatch)
     results = finetune("--schedule constant --epochs 4")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
-        (2, 1e-2),
-        (4, pytest.approx(1e-2 / 4)),
+        (2, 1e-3),
+        (4, pytest.approx(1e-3 / 4)),
     ]
     rates = [row["learning_rate"] for row in metrics(results["folder"])]
-    assert rates == pytest.approx([1e-2, 1e-2 / 4, 1e-2 / 16, 1e-2 / 16])
+    assert rates == pytest.approx([1e-3, 1e-3 / 4, 1e-3 / 16, 1e-3 / 16])
     told = capsys.readouterr().out
-    assert "epoch 2: training collapsed; back to epoch 1, with learning rate 2.5e-03" in told
+    assert "epoch 2: training collapsed; back to epoch 1, with learning rate 2.5e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, with" in told
 
 
@@ -551,16 +558,17 @@ def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_follo
     monkeypatch.setattr(finetune_lora, "head_accuracy", lambda *_: 1.0)
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.4, 0.4, 0.4, 1.0, 1.0]))
     results = finetune(f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --train-norms --lora-rank 2")
-    assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [(2, 1e-2)]
+    assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [(2, 1e-3)]
     rows = metrics(results["folder"])
     assert [row["val_accuracy"] for row in rows] == [pytest.approx(0.4), 1.0]
-    assert rows[0]["learning_rate"] == pytest.approx(1e-2 / 4)
+    assert rows[0]["learning_rate"] == pytest.approx(1e-3 / 4)
 
 
 def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
     """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
     dropout = "--epochs 2 --schedule constant --lora-dropout 0.2 --ema 0.9"
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.8, 0.4, 1.0, 1.0, 1.0]))
+    as_if_on_many_images(monkeypatch)
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.87, 0.4, 1.0, 1.0, 1.0]))
     repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0, 1.0]))
     lower = finetune(f"{dropout} --learning-rate 2e-3", output="lower")
@@ -606,12 +614,13 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
 
     def loss(run, logits, labels):
         calls.append(None)
-        return real_loss(run, logits, labels) * (math.nan if len(calls) == 2 else 1)
+        return real_loss(run, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
 
     monkeypatch.setattr(FineTuning, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
-    assert len(calls) == 2 + 3  # nothing is computed with what such a step would have left
+    # Nothing is computed with what such a step would have left; before each start, three batches give the gradient.
+    assert len(calls) == (3 + 2) + (3 + 3)
 
 
 def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
@@ -630,7 +639,7 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
         finetune("--learning-rate auto", output="stopped")
     monkeypatch.undo()
     made = []
-    monkeypatch.setattr(FineTuning, "start_head", note_calls(FineTuning.start_head, made))
+    monkeypatch.setattr(FineTuning, "start", note_calls(FineTuning.start, made))
     resumed = finetune("--learning-rate auto --resume", output="stopped")
     assert len(made) == 7 - 4 + 1  # what is left of the search, and the run
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
@@ -687,7 +696,7 @@ def ways(base, images, tmp_path_factory) -> dict[str, dict]:
     for name, options in WAYS.items():
         folder = tmp_path_factory.mktemp("way")
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 8"
-        results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-2 {options}".split()])
+        results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-3 {options}".split()])
         results[name]["folder"] = folder
     return results
 

@@ -1,0 +1,72 @@
+"""How adapters start: A at the main directions of the loss's gradient, instead of at random ones.
+
+B is zero at the start, so the first steps change W by ``s dB A``: A decides in which r directions of its input a layer
+can move. Of the gradient G (fan_out, fan_in) random directions hold a share of about r / fan_in. The best r directions
+are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1; here B stays zero, and W as it is).
+
+G is never formed. With A zero and any Q in B's place the model computes what its base computes, and the gradient of A
+is ``s Q^T G``: with a random Q a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1), for
+the time and memory of training steps with adapters, whatever the kind of layer and the bits of its base.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_fusion import AdaptedLayer
+from moco import distributed
+
+# Measured, see benchmarks/RESULTS.md: A's rows are so many times as long as those of a random start, 1 / sqrt(3). Adam
+# moves B by about the learning rate in each step, so W moves so many times as fast: the rates are full fine-tuning's.
+LENGTH = 8.0
+IMAGES = 256  # whose gradient is enough
+
+
+def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
+    """Start the adapters of `model` at its gradient, in place: A's rows orthogonal, B zero. The model's output stays.
+
+        def backward():
+            for images, labels in first_batches:
+                F.cross_entropy(model(images), labels).backward()
+
+        start_at_gradient(model, backward)
+
+    Call it when the head is as training will have it (`init_head_from_probe`), and the model in eval mode if nothing
+    random is to have a part in it. Adapters that get no finite gradient, merged ones for example, stay as they are.
+
+    Args:
+        backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.
+        seed: of the random Q.
+    """
+    pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
+    if not pairs:
+        return
+    before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for A, B in pairs:
+            A.zero_()
+            B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
+    model.zero_grad()
+    backward()
+    with torch.no_grad():
+        for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
+            A.copy_(former_A)
+            B.copy_(former_B)
+            if A.grad is not None and A.grad.isfinite().all():
+                rows = torch.linalg.svd(A.grad, full_matrices=False).Vh  # (at most r, fan_in)
+                A[: len(rows)] = rows * LENGTH / math.sqrt(3)
+                B.zero_()
+        distributed.broadcast(A for A, _ in pairs)  # on other machines the last bits, or signs, may differ
+    model.zero_grad()
+
+
+def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each adapter's A (r, fan_in) and B (fan_out, r)."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLayer):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.startswith("lora_A"):
+                    yield parameter, getattr(module, name.replace("lora_A", "lora_B"))

@@ -1,0 +1,157 @@
+"""Adapters that start at the gradient: against the dense gradient's singular vectors, and as training has them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora_start import LENGTH, adapter_pairs, start_at_gradient
+from lora_utils import LoRAManager
+from moco.backbones import build_backbone
+
+R = 4
+
+
+class Layers(nn.Module):
+    """One of each kind that can be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 16, 3, groups=4)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.linear = nn.Linear(16, 24)
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.grouped(self.conv(x).relu()).flatten(2).transpose(1, 2)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.fc(self.linear(x).mean(1).relu())
+
+
+def adapted(stock: nn.Module, **options) -> nn.Module:
+    model = add_lora_to_model(copy.deepcopy(stock), r=R, **options)
+    freeze_backbone_params(model)
+    return model.eval()
+
+
+def batch(images: int = 6, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(images, 3, size, size, generator=generator), torch.arange(images) % 5
+
+
+def backward(model: nn.Module, images: int = 6):
+    x, labels = batch(images)
+    return lambda: F.cross_entropy(model(x), labels).backward()
+
+
+def dense_gradients(stock: nn.Module, images: int = 6) -> dict[str, torch.Tensor]:
+    """Of each weight, (fan_out, fan_in); q, k and v apart."""
+    model = copy.deepcopy(stock)
+    backward(model, images)()
+    gradients = {name: p.grad.flatten(1) for name, p in model.named_parameters() if p.dim() > 1}
+    q, k, v = gradients.pop("attention.in_proj_weight").chunk(3)
+    return gradients | {"attention.q": q, "attention.k": k, "attention.v": v}
+
+
+def starts(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A by the name of its weight, as in `dense_gradients`."""
+    return {
+        name.replace("lora_A_", "").replace("lora_A", "weight"): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if "lora_A" in name
+    }
+
+
+def share_held(A: torch.Tensor, G: torch.Tensor) -> float:
+    """The share of G's energy in the space of A's rows."""
+    Q = torch.linalg.qr(A.T)[0]
+    return ((G @ Q).square().sum() / G.square().sum()).item()
+
+
+@pytest.mark.parametrize("use_qlora", [False, True], ids=["float", "4 bits"])
+def test_a_starts_at_the_main_directions_of_the_dense_gradient(use_qlora):
+    """A sketch of r rows holds nearly as much as the best r directions, and much more than random ones."""
+    torch.manual_seed(0)
+    stock = Layers()
+    model = adapted(stock, use_qlora=use_qlora)
+    if use_qlora:  # the gradient is that of the rounded weights
+        dense = copy.deepcopy(model)
+        LoRAManager(dense).merge_into_base()
+        stock.load_state_dict(dense.state_dict())
+    random, gradients = starts(copy.deepcopy(model)), dense_gradients(stock)
+    start_at_gradient(model, backward(model))
+    assert starts(model).keys() == random.keys() and len(random) == 7
+    for name, A in starts(model).items():
+        singular = torch.linalg.svdvals(gradients[name]).square()
+        best = (singular[:R].sum() / singular.sum()).item()
+        assert share_held(A, gradients[name]) > max(0.8 * best, 1.2 * share_held(random[name], gradients[name])), name
+
+
+def test_where_the_gradient_has_no_more_directions_than_the_rank_a_holds_it_all():
+    """Two images give the gradient of a linear layer on class tokens rank two."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5)).double()
+    model = adapted(stock, target_modules="1")
+    x, labels = batch(images=2, size=4)
+    start_at_gradient(model, lambda: F.cross_entropy(model(x.double()), labels).backward())
+    reference = copy.deepcopy(stock)
+    F.cross_entropy(reference(x.double()), labels).backward()
+    assert share_held(model[1].lora_A.detach(), reference[1].weight.grad) == pytest.approx(1)
+
+
+def test_the_model_answers_as_before_and_rows_are_orthogonal():
+    torch.manual_seed(0)
+    model, x = adapted(Layers()), batch()[0]
+    before = model(x)
+    start_at_gradient(model, backward(model))
+    assert torch.equal(model(x), before)
+    assert all(p.grad is None for p in model.parameters())
+    for A, B in adapter_pairs(model):
+        torch.testing.assert_close(A @ A.T, LENGTH**2 / 3 * torch.eye(R))
+        assert not B.any()
+
+
+def test_it_draws_from_its_own_seed_alone():
+    torch.manual_seed(0)
+    models = [adapted(Layers())]
+    models += [copy.deepcopy(models[0]) for _ in range(2)]
+    state = torch.get_rng_state()
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        start_at_gradient(model, backward(model), seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = (starts(model)["linear.weight"] for model in models)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_adapters_without_a_finite_gradient_stay_as_they_are():
+    torch.manual_seed(0)
+    model = adapted(Layers())
+    model.linear.merge()
+    before = starts(copy.deepcopy(model))
+    start_at_gradient(model, backward(model))
+    after = starts(model)
+    assert torch.equal(after["linear.weight"], before["linear.weight"])
+    assert not torch.equal(after["conv.weight"], before["conv.weight"])
+    before = {name: A.clone() for name, A in after.items()}
+    start_at_gradient(model, lambda: (model(batch()[0]).sum() * float("nan")).backward())
+    assert all(torch.equal(A, before[name]) for name, A in starts(model).items())
+
+
+def test_a_rank_above_the_layer_s_inputs():
+    """The rows beyond stay random."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Flatten(), nn.Linear(64 * 64, 9))
+    model = add_lora_to_model(stock, r=8, target_modules="0")
+    x, labels = batch()
+    start_at_gradient(model, lambda: F.cross_entropy(model(x), labels).backward())
+    A = model[0].lora_A.detach()
+    torch.testing.assert_close(A[:3] @ A[:3].T, LENGTH**2 / 3 * torch.eye(3))
+    assert A[3:].any(1).all()
+
+
+def test_a_model_without_adapters_is_left_alone():
+    start_at_gradient(build_backbone("vit_mini", 3), lambda: pytest.fail("there is nothing to start"))
