@@ -21,6 +21,7 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
+from lora_start import LENGTH, adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, collapse, runs
 from moco.backbones import build_backbone
@@ -521,6 +522,36 @@ def test_a_random_head_and_a_rate_of_its_own(finetune, start):
     groups = start("--head-learning-rate 0.5").optimizer.param_groups
     rates = [(group["lr"], group["weight_decay"]) for group in groups]
     assert sorted(rates) == [(0.01, 0.01), (0.5, 0.0), (0.5, 0.01)]  # adapters, the head's bias and weight
+
+
+@pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --train-norms"])
+def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
+    """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
+    run, reference = start(options), start(options)
+    run.start(run.features())
+    reference.model.load_state_dict(
+        {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}, strict=False
+    )
+
+    def backward():
+        for images, labels in build_loader(run.train_loader.dataset, batch_size=32):  # all 21, in another order
+            F.cross_entropy(reference.model(images), labels, reduction="sum").backward()
+
+    reference.model.eval()
+    start_at_gradient(reference.model, backward)
+    for (A, B), (expected, _) in zip(adapter_pairs(run.model), adapter_pairs(reference.model), strict=True):
+        cosines = torch.linalg.svdvals(A.detach() @ expected.detach().T) / (LENGTH**2 / 3)  # of the two spaces
+        assert cosines[0] > 0.999 and cosines.mean() > 0.9
+        assert not B.any() and A.grad is None
+    assert run.model.training
+
+
+@pytest.mark.parametrize("options", ["--lora-init random", "--head-init random", "--lora-rank 0"])
+def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options):
+    run = start(options)
+    before = {name: p.clone() for name, p in run.model.named_parameters() if "lora_" in name}
+    run.start(run.features())
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters() if "lora_" in name)
 
 
 def scripted(accuracies: list[float]):
