@@ -50,11 +50,15 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
             A.zero_()
             B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
-    backward()
+    try:
+        backward()
+    finally:
+        with torch.no_grad():
+            for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
+                A.copy_(former_A)
+                B.copy_(former_B)
     with torch.no_grad():
-        for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
-            A.copy_(former_A)
-            B.copy_(former_B)
+        for A, B in pairs:
             if A.grad is not None and A.grad.isfinite().all():
                 rows = torch.linalg.svd(A.grad, full_matrices=False).Vh  # (at most r, fan_in)
                 A[: len(rows)] = rows * LENGTH / math.sqrt(3)

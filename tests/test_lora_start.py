@@ -141,6 +141,19 @@ def test_adapters_without_a_finite_gradient_stay_as_they_are():
     assert all(torch.equal(A, before[name]) for name, A in starts(model).items())
 
 
+def test_nothing_has_changed_if_the_gradient_cannot_be_had():
+    torch.manual_seed(0)
+    model = adapted(Layers())
+    before = copy.deepcopy(model.state_dict())
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        start_at_gradient(model, fail)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_rank_above_the_layer_s_inputs():
     """The rows beyond stay random."""
     torch.manual_seed(0)
