@@ -289,7 +289,7 @@ class FusedEncoderBlock(EncoderBlock):
     def recomputed_middle(self, input: Tensor) -> Rebuilt | None:
         """``input + attention(ln_1(input))`` as something to compute again in backward, with ln_2 behind it; or None.
 
-        It costs attention's heads and the output projection once more, a twelfth of the block's forward products.
+        It costs attention's heads and the output projection once more, one of the block's twelve products.
         """
         attention, mlp = self.self_attention, self.mlp
         alone = type(mlp) is FusedMLPBlock and not is_hooked(attention, self.dropout, mlp)
@@ -420,8 +420,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
     Args:
         mode: 'none'; 'selective': the outputs of GELU and of attention and the sum between attention and MLP, which the
-            adapted layer behind recomputes: six of the fourteen widths that a ViT's block saves per token, for a
-            twentieth of a step (ViT-B/16 on a CPU); 'full': whole blocks, of which only the input is saved. The outputs
+            adapted layer behind recomputes: six of the fourteen widths that a ViT's block saves per token, for
+            attention's heads twice and one of twelve products; 'full': whole blocks, of which the input is saved. The outputs
             of LayerNorm are recomputed in every mode: an eighth of a block's activations for less than 1% of its time.
 
     Raises:
