@@ -421,8 +421,9 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     Args:
         mode: 'none'; 'selective': the outputs of GELU and of attention and the sum between attention and MLP, which the
             adapted layer behind recomputes: six of the fourteen widths that a ViT's block saves per token, for
-            attention's heads twice and one of twelve products; 'full': whole blocks, of which the input is saved. The outputs
-            of LayerNorm are recomputed in every mode: an eighth of a block's activations for less than 1% of its time.
+            attention's heads twice and one of twelve products; 'full': whole blocks, of which only the input is saved.
+            The outputs of LayerNorm are recomputed in every mode: an eighth of a block's activations for less than 1%
+            of its time.
 
     Raises:
         InputError: a mode that does not exist, or a model without anything to recompute.
