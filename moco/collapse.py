@@ -23,7 +23,7 @@ class CollapseGuard:
     def __init__(self, constant_accuracy: float, images: int, norms_train: bool):
         self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
 
-    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 4) -> bool:
+    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 3) -> bool:
         """Is this share lost of what the best of the earlier ones is better than a constant answer? Not by chance?"""
         best = max(earlier)
         middle = (best + accuracy) / 2
