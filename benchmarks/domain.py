@@ -87,6 +87,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/domain"))
     args, passed_on = parser.parse_known_args(argv)
     read_stage1(args, passed_on, [])  # what is wrong with the options shows now, not in an hour
+    quality.parse([*quality_flags("none", args), *passed_on, *args.finetune])
     return args, passed_on
 
 
@@ -160,9 +161,12 @@ def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
 
 def few_labels(name: str, flags: list[str], args: argparse.Namespace) -> dict[int, dict[str, Any]]:
     """The rows of `benchmarks.quality` for LoRA over a row's backbone, by labels per class."""
-    own = ["--methods", "lora_8", "--labels", *map(str, args.labels), "--seeds", str(args.seeds)]
-    own += ["--output-dir", str(args.output_dir / name / "few")]
-    return {row["labels_per_class"]: row for row in quality.main([*own, *flags])["rows"]}
+    return {row["labels_per_class"]: row for row in quality.main([*quality_flags(name, args), *flags])["rows"]}
+
+
+def quality_flags(name: str, args: argparse.Namespace) -> list[str]:
+    flags = ["--methods", "lora_8", "--labels", *map(str, args.labels), "--seeds", str(args.seeds)]
+    return [*flags, "--output-dir", str(args.output_dir / name / "few")]
 
 
 # ------------------------------------------------------------------------------------------------------------ costs

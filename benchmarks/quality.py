@@ -3,7 +3,7 @@
     python -m benchmarks.quality                                            # shipped backbone, embedded digits; hours
     python -m benchmarks.quality --seeds 2 --labels 10 --methods probe lora_8 full
     python -m benchmarks.quality --data-dir my_images --checkpoint moco_v2_800ep_pretrain.pth.tar --config my.yaml
-    python -m benchmarks.quality --workers 2                                # two runs at a time, a thread each
+    python -m benchmarks.quality --jobs 2                                   # two runs at a time, a thread each
     python -m benchmarks.quality --rates --methods probe lora_8 full peft   # accuracy over the learning rates
 
 Every number comes from `finetune_lora.main`, so from the command line that a user has. For each method and number of
@@ -87,10 +87,10 @@ def compare(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Name
     """Each method with its best rate: a row for each cell, a method and a number of labels per class."""
     # Until the best rate of every method has a worse one on either side, so that none is held back by its grid.
     while runs := [run for cell in cells for run in log.rates_to_try(*cell)]:
-        run_missing(runs, log, args.workers)
+        run_missing(runs, log, args.jobs)
     rates = {cell: log.best_rate(*cell) for cell in cells}
     final = [(m, b, rates[m, b], seed, "held-out") for m, b in cells for seed in range(args.seeds)]
-    run_missing(final, log, args.workers)
+    run_missing(final, log, args.jobs)
 
     rows = [log.row(method, budget, rates[method, budget], args.seeds) for method, budget in cells]
     add_shares(rows)
@@ -100,7 +100,7 @@ def compare(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Name
 def sweep(cells: list[tuple[str, int | None]], log: "Log", args: argparse.Namespace) -> list[dict[str, Any]]:
     """Each method at every rate: a row for each cell and rate."""
     points = [(*cell, rate) for cell in cells for rate in SWEPT]
-    run_missing([(*point, seed, "held-out") for point in points for seed in range(args.seeds)], log, args.workers)
+    run_missing([(*point, seed, "held-out") for point in points for seed in range(args.seeds)], log, args.jobs)
     return [log.row(*point, args.seeds) for point in points]
 
 
@@ -113,7 +113,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--labels", nargs="+", default=["10", "50", "all"], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5)
     parser.add_argument("--rates", action="store_true", help="every method at every learning rate, none chosen")
-    parser.add_argument("--workers", type=positive_int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/quality"))
     args, passed_on = parser.parse_known_args(argv)
     wrong = [labels for labels in args.labels if labels != "all" and not (labels.isdigit() and int(labels) > 0)]
@@ -187,9 +187,9 @@ class Log:
         }
 
 
-def run_missing(runs: list[Run], log: Log, workers: int) -> None:
-    jobs = [(run, log.options, max(1, torch.get_num_threads() // workers)) for run in runs if log.find(run) is None]
-    with ThreadPool(workers) as threads:
+def run_missing(runs: list[Run], log: Log, at_a_time: int) -> None:
+    jobs = [(run, log.options, max(1, torch.get_num_threads() // at_a_time)) for run in runs if log.find(run) is None]
+    with ThreadPool(at_a_time) as threads:
         for record in tqdm(threads.imap_unordered(apart, jobs), total=len(jobs), desc="runs", disable=not jobs):
             log.add(record)
 
@@ -207,7 +207,7 @@ def apart(job: tuple[Run, list[str], int]) -> dict[str, Any]:
         method, budget, rate, seed, _ = job[0]
         raise InputError(
             f"the run {method}, {budget or 'all'} labels, learning rate {rate:g}, seed {seed} was killed, perhaps for "
-            "want of memory: fewer --workers need less; the same command goes on where it stopped"
+            "want of memory: fewer --jobs need less; the same command goes on where it stopped"
         ) from None
     finally:
         process.join()

@@ -89,3 +89,10 @@ def test_accuracies_are_compared_with_the_same_labels_drawn():
 def test_bad_options_are_found_before_anything_runs(run):
     with pytest.raises(InputError, match="--epochs"):
         domain.main(["--checkpoint", "absent.pth", "--stage1", "--epochs 0"])
+    with pytest.raises(InputError, match="--batch-size"):
+        domain.main(["--checkpoint", "absent.pth", "--finetune", "--batch-size 0"])
+
+
+def test_options_of_both_stages_go_to_both(base, images):
+    _, passed_on = domain.parse(["--checkpoint", str(base), "--data-dir", str(images), "--workers", "0"])
+    assert passed_on == ["--data-dir", str(images), "--workers", "0"]
