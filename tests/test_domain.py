@@ -86,11 +86,11 @@ def test_accuracies_are_compared_with_the_same_labels_drawn():
     assert domain.accuracy([0.5, 0.7], [0.4, 0.6]) == "60.0% ± 14.1% (+10.0 ± 0.0 points)"
 
 
-def test_bad_options_are_found_before_anything_runs(run):
+def test_bad_options_are_found_before_anything_runs(base):
     with pytest.raises(InputError, match="--epochs"):
         domain.main(["--checkpoint", "absent.pth", "--stage1", "--epochs 0"])
     with pytest.raises(InputError, match="--batch-size"):
-        domain.main(["--checkpoint", "absent.pth", "--finetune", "--batch-size 0"])
+        domain.main(["--checkpoint", str(base), "--finetune", "--batch-size 0"])
 
 
 def test_options_of_both_stages_go_to_both(base, images):
