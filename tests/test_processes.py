@@ -16,7 +16,7 @@ from torch import nn
 
 import finetune_lora
 from lora_utils import read_adapter_file
-from moco import distributed, pretrain
+from moco import distributed, pretrain, training
 from moco.files import read_checkpoint
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
@@ -46,39 +46,49 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
-    """Tensors by name, to the rounding of sums in another order. AdamW blows it up where a gradient is nearly zero."""
+    """Tensors by name, to the rounding of sums in another order."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        far = ~torch.isclose(tensor, theirs[name], rtol=2e-3, atol=1e-4)
-        assert far.float().mean() < 0.01, f"{name}: {far.sum()} of {far.numel()} differ"
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=f"{name} differs")
+
+
+def with_sgd() -> None:
+    """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
+
+    def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
+
+    training.build_optimizer = build_optimizer
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_fine_tune_as_one(options, tmp_path, way):
-    if way == "lora":  # by torchrun itself
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        done = subprocess.run(
-            [*torchrun, "finetune_lora.py", *options(way).split()], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        output = done.stdout
-    else:
-        children = together("finetune_lora", options(way), tmp_path / "log")
-        assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
-        output = children[0].output
-        assert "epoch" not in children[1].output  # one of the two speaks
+def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    children = together("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    output = children[0].output
+    assert "epoch" not in children[1].output  # one of the two speaks
+    with_sgd()
     assert output.count("epoch 1: val loss") == 1
     alone = finetune_lora.main(options(way, "alone").split())
     ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
     assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
     assert_close(ours, theirs)
     for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
-        assert row == pytest.approx(other, rel=1e-2)
+        assert row == pytest.approx(other, rel=1e-3)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["val_accuracy"] == alone["val_accuracy"] and results["epochs"] == 2
     assert results["knn_accuracy_before"] == alone["knn_accuracy_before"]
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_torchrun_starts_them(options, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: val loss") == 1 and len(metrics(tmp_path / "out")) == 1
 
 
 def note_images() -> None:
@@ -140,7 +150,7 @@ def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
     queues = [torch.load(tmp_path / "out" / f"queue_{rank}.pth") for rank in (0, 1)]
     assert torch.equal(*queues) and torch.equal(queues[0], ours["queue"])
     for row, other in zip(metrics(tmp_path / "out"), metrics(tmp_path / "alone"), strict=True):
-        assert row == pytest.approx(other, rel=1e-2)
+        assert row == pytest.approx(other, rel=1e-3)
 
 
 def test_stage_1_in_adapters_in_two_processes_is_that_in_one_and_they_alone_travel(options, base, tmp_path):
