@@ -881,7 +881,7 @@ class FineTuning:
         self.config = options.resolved_config(make_parser(), args)
         size, self.normalization = report["image_size"], normalization(report["arch"])
         self.eval_transform = eval_transform(size, **self.normalization)
-        self.augmentation = train_transform(size, args.augmentation, **self.normalization)
+        self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
         self.loaders = loaders  # to which it adds its own
         self.val_loader = self.add_loader(splits.val, self.eval_transform)
         norms_train = training.batch_norm_trains(model)
@@ -961,7 +961,7 @@ class FineTuning:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
 
         Raises:
-            InputError: the loss has collapsed `collapse.RETREATS` times and does so again.
+            Collapsed: the training has collapsed `collapse.RETREATS` times and does so again.
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
         self.begin_files()
@@ -1020,18 +1020,14 @@ class FineTuning:
         return self.guard.is_good(self.accuracies(), self.schedule.last_epoch)
 
     def retreat(self) -> None:
-        """Go back to the last good state and lower the learning rate. Raises InputError after RETREATS times."""
+        """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.schedule.base_lrs[0], self.temperature()
         self.restore(self.good["state"])
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
         if len(self.retreats) > collapse.RETREATS:
             self.save()
-            raise InputError(
-                f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
-                "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; the adapter of epoch "
-                f"{len(self.history)} is in {self.path('lora.pth')}"
-            )
+            raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
         training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
             soften_head(self.model, self.temperature() / temperature)

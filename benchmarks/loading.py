@@ -181,7 +181,7 @@ def reference_transform(view: str, pixels: int) -> Callable:
         )
         return T.Compose([*resize, *tensor])
     if view == "fine-tuning":
-        return T.Compose([T.RandomResizedCrop(pixels), flip, *tensor])
+        return T.Compose([T.RandomResizedCrop(pixels, scale=(data.CROP_MIN, 1.0)), flip, *tensor])
     crop, grey = T.RandomResizedCrop(pixels, scale=(0.2, 1.0)), T.RandomGrayscale(0.2)
     if view == "moco_v1":
         return Twice(T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor]))

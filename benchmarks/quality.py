@@ -39,6 +39,7 @@ import finetune_lora
 from finetune_lora import choose_layers
 from moco import InputError
 from moco.backbones import head_name
+from moco.collapse import Collapsed
 from moco.options import positive_int
 from moco.runs import run_script
 
@@ -233,14 +234,16 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
         flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
         started = time.process_time()
-        results = finetune_lora.main(flags)
+        try:
+            results = finetune_lora.main(flags)
+        except Collapsed as stopped:  # at every rate that it went down to: what it leaves is the last good adapter
+            results = stopped.results
         cpu_seconds = time.process_time() - started
-        last = Path(folder, "metrics.csv").read_text().splitlines()[-1].split(",")
     return {
         "run": job[0],
         "flags": METHODS[method][1],
         "accuracy": results["val_accuracy"],
-        "loss": float(last[2]),
+        "loss": results["val_loss"],
         "probe": results["probe_accuracy_before"],
         "retreats": len(results["retreats"]),
         "seconds": results["seconds"],

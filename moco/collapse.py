@@ -6,9 +6,25 @@ comes too late to tell: a collapsed classifier has a finite one, and answers as 
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moco import InputError
 
 RETREATS, RETREAT_FACTOR = 3, 4.0  # how often a collapsed run goes back, and what divides its learning rate then
 SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum
+
+
+class Collapsed(InputError):
+    """Training has collapsed too often. `results` are those of the last good adapter, whose files are all there."""
+
+    def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
+        super().__init__(
+            f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
+            "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; "
+            f"the adapter of epoch {good_epoch} is in {adapter}"
+        )
+        self.results = results
 
 
 class CollapseGuard:

@@ -37,6 +37,7 @@ from moco.folders import (
 )
 from moco.shards import ShardedImages, read_shards, shard_names
 from moco.transforms import AUGMENTATIONS as AUGMENTATIONS  # these belong to this module's interface
+from moco.transforms import CROP_MIN as CROP_MIN
 from moco.transforms import IMAGENET_MEAN as IMAGENET_MEAN
 from moco.transforms import IMAGENET_STD as IMAGENET_STD
 from moco.transforms import TWO_CROPS as TWO_CROPS

@@ -23,7 +23,7 @@ from moco import InputError, printable
 from moco.backbones import ARCH_CHOICES
 from moco.cache import CACHES
 from moco.checkpoints import is_none, option_problems
-from moco.data import AUGMENTATIONS, DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from moco.data import AUGMENTATIONS, CROP_MIN, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import found_path, stored_path
 from moco.training import PRECISIONS, SCHEDULES
 
@@ -31,7 +31,7 @@ from moco.training import PRECISIONS, SCHEDULES
 # keys that only fine-tuning has.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": ("labels_per_class", "augmentation"),
+    "data": ("labels_per_class", "augmentation", "crop_min"),
     "moco": (),
     "finetune": (),
 }
@@ -354,6 +354,7 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
     )
+    group.add_argument("--crop-min", type=fraction, default=CROP_MIN, help="smallest share of an image in a crop")
 
 
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:

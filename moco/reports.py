@@ -27,7 +27,8 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
         counts: its parameters, as `count_parameters` gives them.
     """
     names, per_class = run.class_names, accuracy_per_class(result, run.class_names)
-    best = max(run.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    start = {"epoch": 0, "val_accuracy": run.before["probe_accuracy"]}  # where no epoch did well
+    best = max(run.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=start)
     results = {
         "val_accuracy": result.accuracy,
         "val_loss": result.loss,

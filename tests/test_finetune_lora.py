@@ -26,7 +26,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import InputError, collapse, runs
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
-from moco.collapse import CollapseGuard
+from moco.collapse import Collapsed, CollapseGuard
 from moco.data import Transformed, build_loader, load_splits
 from moco.files import read_checkpoint
 from moco.training import MicroBatches, evaluate, seed_everything
@@ -633,11 +633,19 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, monkeyp
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
-def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0] + [0.3] * 4))
-    with pytest.raises(InputError, match=r"collapses in epoch 2 even at learning rate .*lower --learning-rate"):
+@pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.3] * 4, 0)])
+def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monkeypatch, tmp_path, accuracies, good):
+    """And with the files of its last good adapter."""
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([*accuracies, 0.9]))  # in the end, the adapter's
+    with pytest.raises(
+        Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate"
+    ) as stopped:
         finetune("--epochs 3")
-    assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == 1
+    assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == good
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results == json.loads(json.dumps(stopped.value.results))
+    assert results["val_accuracy"] == 0.9 and results["epochs"] == good and len(results["retreats"]) == 4
+    assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
