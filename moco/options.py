@@ -360,7 +360,9 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
     """The group and YAML section `model`; `checkpoint` is the default one."""
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", type=Path, default=checkpoint, help="of MoCo, torchvision or timm; none")
+    group.add_argument(
+        "--checkpoint", type=Path, default=checkpoint, help="file of MoCo, torchvision or timm; none: random weights"
+    )
     group.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
@@ -488,7 +490,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         type=int,
         choices=(32, 16),
         default=32,
-        help="bits of what is kept for backward; 16: half the memory, gradients rounded",
+        help="bits of what is kept for backward; 16: half its bytes, gradients rounded",
     )
     tune.add_argument(
         "--patch-dropout", type=fraction, default=0.0, help="share of a ViT's patches left out in training"
