@@ -309,8 +309,8 @@ def effective_weight(
         in_place: ``weight`` is a temporary that nobody else needs: add to it.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
-    add = W.baddbmm_ if in_place else W.baddbmm
-    return add(B, A, alpha=scaling).flatten(0, 1)
+    W = W if in_place else W.clone()  # autocast would round the operands of a product that is not in place
+    return W.baddbmm_(B, A, alpha=scaling).flatten(0, 1)
 
 
 def merged_weight(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
@@ -565,7 +565,7 @@ def effective_kernel(
     if row_scale is not None:
         W, B = (W.mul_ if in_place else W.mul)(row_scale[:, None]), B * row_scale[:, None]
         in_place = True
-    W = (W.addmm_ if in_place else W.addmm)(B, A, alpha=scaling)
+    W = (W if in_place else W.clone()).addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
     if channels_last:
         out, channels, kh, kw = weight.shape
         return W.view(out, kh, kw, channels).permute(0, 3, 1, 2)

@@ -479,7 +479,8 @@ def test_a_number_that_is_none_stays_so_through_the_relu(dtype, added):
     assert (y[0, :, 2:] > -1e-25).all()
 
 
-def test_small_updates_of_a_rounded_kernel_survive_on_average():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_updates_of_a_rounded_kernel_survive_on_average(autocast):
     """In bfloat16 an update of a thousandth is below the rounding of most weights, and shows in sums over many.
 
     It is built beside the scale of a BatchNorm or over float32 weights. A weight on the grid of bfloat16 would swallow
@@ -499,8 +500,9 @@ def test_small_updates_of_a_rounded_kernel_survive_on_average():
         outputs = []
         for update in (A, 0 * A):
             if lora_functional._kernel_merges(weight, scale, torch.bfloat16):
-                kernel = lora_functional._folded_kernel(weight, update, B, 1.0, scale, torch.bfloat16).double()
-                outputs.append(kernel.sum().item())
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    kernel = lora_functional._folded_kernel(weight, update, B, 1.0, scale, torch.bfloat16)
+                outputs.append(kernel.double().sum().item())
             else:  # the output is so large that its own rounding would hide the update: look at the update alone
                 zero = torch.zeros_like(weight)
                 outputs.append(lora_conv2d(x, zero, update, B).item())
@@ -742,3 +744,16 @@ def test_pooling_keeps_nothing_of_the_input_s_size():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         max_pool2d_relu(torch.randn(1, 4, 16, 16, requires_grad=True), 2, 2)
     assert kept and all(tensor.numel() == 4 * 8 * 8 for tensor in kept)
+
+
+@pytest.mark.parametrize("function", [lora_functional.merged_weight, lora_functional.merged_kernel])
+def test_autocast_does_not_round_what_is_merged(function):
+    weight, A, B = random(6, 8), random(2, 8), random(6, 2)
+    expected = weight.double() + 0.5 * B.double() @ A.double()
+    if function is lora_functional.merged_kernel:
+        weight, expected = weight.view(6, 2, 2, 2), expected.view(6, 2, 2, 2)
+    before = weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = function(weight, A, B, 0.5)
+    assert merged.dtype == torch.float32 and torch.equal(weight, before)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
