@@ -841,13 +841,15 @@ def choose_learning_rate(
     args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    parts, features = search.parts_of(splits), []
+    parts, features, start = search.parts_of(splits), [], training.rng_state()
 
     def make_run(rate: float, epochs: int) -> FineTuning:
+        loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
+        training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
         run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders)
         features[:] = features or run.features()
         run.start(features)
@@ -855,7 +857,8 @@ def choose_learning_rate(
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
     found = search.choose_learning_rate(make_run, args.epochs, begin, args.output_dir, args.resume, settings)
-    training.seed_everything(args.seed)
+    loaders.clear()
+    training.restore_rng_state(start)  # so that a run given the rate found is this one
     return found
 
 
@@ -1185,6 +1188,7 @@ def evaluate_adapter(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
             f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
         )
+    training.check_batches(model, len(splits.val), len(splits.val), args.batch_size)
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = evaluate(model.to(device), loaders[-1], device, dtype)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lora_functional import LoRASettings
-from lora_fusion import fuse
+from lora_fusion import fuse, is_adapted
 from moco import InputError
 from moco.backbones import head_name, in_head
 
@@ -23,13 +23,8 @@ DEFAULT = "default"  # the name of an adapter that was in the model before any w
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that have an adapter now, by name."""
-    layers = {name: module for name, module in model.named_modules() if _may_be_adapted(module)}
+    layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
     return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
-
-
-def _may_be_adapted(module: nn.Module) -> bool:
-    # isinstance(module, AdaptedLayer) says the same, and takes longer than all the rest of a switch.
-    return hasattr(type(module), "adapted_state")
 
 
 def recorded_settings(record: Mapping[str, Any]) -> LoRASettings:
@@ -73,7 +68,7 @@ class Form(NamedTuple):
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    return module.adapted_state() if _may_be_adapted(module) else {}
+    return module.adapted_state() if is_adapted(module) else {}
 
 
 @dataclass

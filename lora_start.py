@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_fusion import AdaptedLayer
+from lora_fusion import is_adapted
 from moco import distributed
 
 # Measured, see benchmarks/RESULTS.md: A's rows are so many times as long as those of a random start, 1 / sqrt(3). Adam
@@ -70,7 +70,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each adapter's A (r, fan_in) and B (fan_out, r)."""
     for module in model.modules():
-        if isinstance(module, AdaptedLayer):
+        if is_adapted(module):
             for name, parameter in module.named_parameters(recurse=False):
                 if name.startswith("lora_A"):
                     yield parameter, getattr(module, name.replace("lora_A", "lora_B"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_fusion import AdaptedLayer, unfuse
+from lora_fusion import is_adapted, unfuse
 from lora_residents import Adapter, Form, Residents, adapted_layers
 from moco import InputError, listed, printable
 from moco.backbones import build_backbone, head_name, in_head, unwrapped
@@ -82,7 +82,7 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             if _is_adapter(module, name) or name in module._non_persistent_buffers_set:
                 continue
             known = getattr(module, "float_digests", {}).get(name)
-            if known is None and isinstance(module, AdaptedLayer) and module.merged:
+            if known is None and is_adapted(module) and module.merged:
                 tensor = module.base(name)
             yield f"{prefix}.{name}".lstrip("."), tensor, known
 
@@ -102,7 +102,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    rounded = isinstance(module, AdaptedLayer) and name in module.float_digests
+    rounded = is_adapted(module) and name in module.float_digests
     return module.base(name).shape if rounded else parameter.shape
 
 
@@ -113,7 +113,7 @@ def full_rank(model: nn.Module) -> int:
 
 
 def _is_adapter(module: nn.Module, name: str) -> bool:
-    return isinstance(module, AdaptedLayer) and name.startswith("lora_")
+    return is_adapted(module) and name.startswith("lora_")
 
 
 # ----------------------------------------------------------------------------------------------------------- manager
@@ -192,7 +192,7 @@ class LoRAManager:
             self.use(None)
         vars(self.model).pop("resident_adapters", None)
         for layer in self._layers().values():
-            if isinstance(layer, AdaptedLayer):  # attention removes its output projection's adapter with its own
+            if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
         unfuse(self.model)
         return self.model

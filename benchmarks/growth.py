@@ -18,6 +18,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from benchmarks import compare_peers
@@ -80,9 +81,10 @@ def measure(point: Point, args: argparse.Namespace) -> dict[str, Any]:
     """What `benchmarks.compare_peers` says of a point, measured now unless it was before."""
     model, batch, rank = point
     folder = args.output_dir / f"{model}_b{batch}_r{rank}"
-    found = list(folder.glob("*.json"))
-    if found:
-        return json.loads(found[0].read_text())
+    for path in folder.glob(f"*_{torch.device(args.device).type}_{args.precision}.json"):
+        found = json.loads(path.read_text())
+        if found["image_size"] == args.image_size and {*args.variants} <= {*found["variants"]}:
+            return found
     command = f"--model {model} --batch-size {batch} --rank {rank} --steps {args.steps} --image-size {args.image_size}"
     command += f" --device {args.device} --precision {args.precision} --variants {','.join(args.variants)}"
     return compare_peers.main([*shlex.split(command), "--output-dir", str(folder)])

@@ -200,5 +200,5 @@ def fix_positions(vit: VisionTransformer) -> None:
     angle = torch.outer(torch.arange(side), frequency)  # (side, D / 4)
     rows, columns = angle.repeat_interleave(side, dim=0), angle.repeat(side, 1)  # (side * side, D / 4), row by row
     grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)  # (side * side, D)
-    position.data = torch.cat([torch.zeros(1, vit.hidden_dim), grid])[None]
+    position.data = torch.cat([torch.zeros(1, vit.hidden_dim), grid])[None].to(position)
     position.requires_grad_(False)

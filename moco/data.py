@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
 
-from moco import InputError, distributed, printable
+from moco import InputError, distributed, listed, printable
 from moco.folders import (
     EVALUATION_NAMES,
     IMAGE_SUFFIXES,
@@ -62,7 +62,8 @@ _TORCHVISION = {
     "eurosat": (datasets.EuroSAT, {}, None),
 }
 UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
-DATASETS = ("digits", "imagefolder", UNLABELLED_SET, *_TORCHVISION)
+DOWNLOADED = tuple(_TORCHVISION)
+DATASETS = ("digits", "imagefolder", UNLABELLED_SET, *DOWNLOADED)
 EVAL_SPLITS = ("held-out", "validation")
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
@@ -103,10 +104,13 @@ class LabelledImages(Dataset):
         return images
 
     def at_most(self, count: int) -> "LabelledImages":
-        """All of the images, or so many drawn at random, always the same ones."""
+        """All of the images, or so many drawn at random, always the same, of each class one or more if they suffice."""
         if len(self) <= count:
             return self
-        return self.subset(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].numpy())
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).numpy()
+        _, first = np.unique(np.asarray(self.labels)[order], return_index=True)  # of each class
+        others = np.setdiff1d(np.arange(len(self)), first)
+        return self.subset(order[np.sort(np.concatenate([first, others])[:count])])
 
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
@@ -182,7 +186,11 @@ def load_splits(
         raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
     train, val, class_names = splits
     if skip_unreadable:
+        labels = set(train.labels)
         train, val = readable(train), readable(val)
+        gone = [class_names[label] for label in sorted(labels - set(train.labels))]
+        if gone:
+            raise InputError(f"no training image of {listed(gone)} can be read: mend some, or leave the class out")
     if eval_split == "validation":
         train, val = validation_part(train)
     if not for_training_only:

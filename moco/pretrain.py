@@ -39,7 +39,7 @@ from moco.options import non_negative_float, non_negative_int, positive_float, p
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"checkpoint", "merge_into"}  # a digest tells another base
+FREE_TO_CHANGE |= {"checkpoint", "merge_into", "tensorboard"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
 METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
@@ -424,6 +424,9 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     images, labelled = load_images(args)
     if len(images) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
+    synchronized = device.type == "cuda" and distributed.world_size() > 1
+    if args.moco_version == 3 and args.batch_size == distributed.world_size() and not synchronized:
+        raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     views = data.two_crops(
@@ -437,6 +440,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     at_times = {"keep_workers": False}  # they would idle for many epochs
     transform, bounds = data.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
     knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
+    if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
+        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer, or drop --knn-dir")
     knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
     if images.labels[0] != data.UNLABELLED:
         return loader, knn_loaders, None

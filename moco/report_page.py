@@ -71,9 +71,9 @@ def write_page(
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
-    write_text(
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', folder / "report.html"
-    )
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+    # A folder's name may have bytes that are no character.
+    write_text(page.encode("utf-8", "replace").decode(), folder / "report.html")
 
 
 def confusion_counts(result: Evaluation, classes: int) -> Tensor:

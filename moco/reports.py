@@ -141,6 +141,11 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(file, dpi=120, bbox_inches="tight")
 
 
+def drawn(text: str) -> str:
+    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
     """Rows are true classes, columns predictions; the counts are written out for up to 20 classes."""
     from matplotlib.figure import Figure
@@ -152,7 +157,7 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
     side = min(12, 3 + 0.4 * len(class_names))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    display = ConfusionMatrixDisplay(matrix, display_labels=class_names if few else None)
+    display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in class_names] if few else None)
     rotation = 45 if few and max(map(len, class_names)) > 3 else "horizontal"
     display.plot(ax=axes, include_values=few, cmap="Blues", xticks_rotation=rotation)
     if not few:
@@ -185,7 +190,7 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
             said, true = (class_names[labels[i]] for labels in (result.predictions, result.labels))
             told = true if said == true else f"{true}, taken for {said}"
             place.imshow(images[i][0])
-            place.set_title("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"]), fontsize=8)
+            place.set_title(drawn("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"])), fontsize=8)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)
 

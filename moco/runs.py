@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moco import InputError, distributed
+from moco.data import DOWNLOADED
 from moco.folders import UnreadableImage
 from moco.training import restore_rng_state, rng_state, select_device, select_precision
 
@@ -35,7 +36,7 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
     # os.path and not Path: that raises an error for a name too long for the file system.
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "--tensorboard needs the package tensorboard: pip install tensorboard"
-    if args.data_dir is not None and not os.path.exists(args.data_dir):
+    if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
     existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
     if not os.path.isdir(existing):
@@ -204,6 +205,10 @@ def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[s
 # How a run fails
 
 
+# What CUDA, cuBLAS and cuDNN say, in errors of no type of their own.
+NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
 @contextlib.contextmanager
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Within this block running out of memory, a killed worker and a lost process are an InputError.
@@ -223,9 +228,14 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
     except UnreadableImage as error:
         raise InputError(_all_unreadable(error, loaders)) from None
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            where = device if isinstance(error, torch.OutOfMemoryError) else "cpu"
-            raise InputError(f"out of memory on {where}: {saves_memory}") from None
+        on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
+        if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
+        if "Expected to have finished reduction" in str(error):  # DistributedDataParallel
+            raise InputError(
+                "a layer with an adapter has no part in the output: start one process alone, which names it, and leave "
+                "it out with --exclude-modules"
+            ) from None
         if distributed.is_lost_peer(error):
             raise InputError(
                 "another process of this run has ended: look for its message, or whether it was killed"

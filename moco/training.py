@@ -81,8 +81,9 @@ def select_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         if several and device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"--device {name!r} is not available here; use --device auto or --device cpu") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise InputError(f"--device {name!r} is not available here{reason}; use another, or --device cpu") from None
     return device
 
 

@@ -393,6 +393,7 @@ IMAGES = [
     case("no such folder for the accuracy", "pretrain --knn-dir gone", "--knn-dir gone: no such folder"),
     case("a folder without classes for the accuracy", "pretrain --knn-dir images/train/dark", "images/train/dark",
          "at least two classes, found none"),
+    case("nothing to normalise", "pretrain --moco-version 3 --batch-size 1", "need two images", "raise --batch-size"),
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
     case("pretraining without a folder", "pretrain --data-dir absent", "--data-dir absent: no such folder"),
 ]  # fmt: skip

@@ -110,8 +110,9 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
             name: {"step_seconds": 1.0, "memory_bytes": size, "resident_bytes": size} for name in ("full", "lora")
         }
         result = {"machine": {"device": "a CPU", "threads": 2}, "versions": {}, "commit": "abc", "variants": variants}
-        args.output_dir.mkdir(parents=True)
-        (args.output_dir / "point.json").write_text(json.dumps(result))
+        result["image_size"] = args.image_size
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / f"point_cpu_{args.precision}.json").write_text(json.dumps(result))
         return result
 
     monkeypatch.setattr(compare_peers, "main", main)
@@ -136,3 +137,6 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     assert result["fits"] == {"full": 70, "lora": 70}
     assert "| LoRA here | 1.00 s, 1,400 MB | 1.00 s, 1,800 MB |" in capsys.readouterr().out
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+    growth.main([*command, "--precision", "bf16"])  # what was measured in float32 is of no use
+    growth.main([*command, "--image-size", "192"])
+    assert len(measured) == 3 * 6

@@ -296,6 +296,22 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
         data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
+def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    two_classes(tmp_path, "train", "val")
+    for path in (tmp_path / "train/dog").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no training image of dog can be read"):
+        data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+
+
+def test_a_drawn_part_has_every_class(tmp_path):
+    labels = [0] * 500 + [1]
+    images = data.LabelledImages([(Image.new("L", (2, 2)), label) for label in labels], labels)
+    assert sorted({*images.at_most(10).labels}) == [0, 1] and len(images.at_most(10)) == 10
+    drawn = data.LabelledImages(images.source, [0] * 501).at_most(10)  # where nothing is missing, as randperm says
+    assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
+
+
 def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")

@@ -252,7 +252,10 @@ def test_a_killed_worker_names_the_image_that_it_was_reading(start, own_images, 
     assert_one_line(child, "a process that loads images was killed", str(stuck), "--workers 0")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv")],
+)
 def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, error):
     def full(*_):
         raise error

@@ -686,6 +686,19 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
 
 
+def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypatch, tmp_path):
+    """Random numbers of training included; and the loaders of the trials are gone, with their processes."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    loaders, real = [], FineTuning.finish
+    monkeypatch.setattr(FineTuning, "finish", lambda run: loaders.append(len(run.loaders)) or real(run))
+    found = finetune("--learning-rate auto --mixup 0.5 --epochs 1", output="found")
+    main = finetune_lora.main
+    main(["--config", str(found["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"])
+    ours, theirs = (tensors(tmp_path / name / "lora.pth") for name in ("found", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert loaders[0] == loaders[1]
+
+
 def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
     torch.save({"trials": []}, tmp_path / "other.pth")
     for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this

@@ -51,6 +51,16 @@ def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
     assert size(tmp_path / "none.png")[1] < size(tmp_path / "some.png")[1]
 
 
+def test_names_are_drawn_as_they_are(tmp_path):
+    """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
+    assert reports.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
+    result = evaluation([0, 1], [1, 0])
+    images = LabelledImages([(Image.new("RGB", (4, 4)), label) for label in (0, 1)], [0, 1])
+    names = ["under$10%", "over$10% caf\udce9"]
+    reports.plot_mistakes(result, images, names, tmp_path / "mistakes.png")
+    reports.plot_confusion_matrix(result, names, tmp_path / "matrix.png")
+
+
 @pytest.mark.parametrize("classes", [2, 30])
 def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
     labels = list(range(classes)) * 2
