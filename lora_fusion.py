@@ -402,7 +402,7 @@ def _set_fast_paths(model: nn.Module) -> None:
             flag, value = "qkv_bias_separate", True
         else:
             continue
-        if any(isinstance(m, AdaptedLayer) for m in module.modules()):
+        if any(is_adapted(m) for m in module.modules()):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
             setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
