@@ -56,7 +56,7 @@ def adapters(r: int) -> list[str]:
 
 # title, flags, the learning rate where the search begins
 METHODS = {
-    "probe": ("linear probe", PROBE, 3e-2),
+    "probe": ("linear probe", PROBE, 1e-3),  # trains on from the probe that every run begins with
     **{f"lora_{r}": (f"LoRA r={r}", adapters(r), 3e-4) for r in (4, 8, 16, 32)},
     **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", *adapters(r)], 3e-4) for r in (4, 8, 16)},
     "lora_8_random": ("LoRA r=8, random start", [*adapters(8), "--lora-init", "random"], 3e-3),
@@ -296,8 +296,9 @@ def add_shares(rows: list[dict[str, Any]]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| labels per class | method | accuracy | of full | learning rate | trained | file | memory | time | CPU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| labels per class | method | accuracy | over its start | of full | learning rate | trained | file | memory | "
+        "time | CPU |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         share = "-" if row["share_of_full"] is None else f"{row['share_of_full']:.1%}"
@@ -305,6 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             str(row["labels_per_class"] or "all"),
             row["title"],
             f"{row['mean']:.2%} ± {row['spread']:.2%}",
+            f"{100 * statistics.mean(above):+.1f}" if (above := row["above_probe"]) else "",  # points
             share,
             f"{row['learning_rate']:g}",
             f"{row['trainable_share']:.2%}",

@@ -32,15 +32,15 @@ def test_a_run_is_a_run_of_the_command_line():
 
 def test_the_learning_rate_is_searched_until_the_best_has_a_worse_one_on_either_side(tmp_path):
     log = quality.Log(tmp_path / "runs.jsonl", [])
-    accuracies = {3e-2: (0.7, 0.9), 1e-2: (0.6, 1.2), 1e-1: (0.8, 0.7), 3e-1: (0.8, 0.6), 1.0: (0.5, 2.0)}
+    accuracies = {1e-3: (0.7, 0.9), 3e-4: (0.6, 1.2), 3e-3: (0.8, 0.7), 1e-2: (0.8, 0.6), 3e-2: (0.5, 2.0)}
     tried = []
     while runs := log.rates_to_try("probe", 10):
         tried.append([rate for _, _, rate, _, _ in runs])
         for run in runs:
             log.add(record(*run, *accuracies[run[2]]))
-    assert tried == [[1e-2, 3e-2, 1e-1], [3e-1], [1.0]]
-    log.add(record("probe", 10, 1e-2, 0, "held-out", 1.0))
-    assert log.best_rate("probe", 10) == 3e-1  # as accurate as 1e-1, with the lower loss; held-out runs do not count
+    assert tried == [[3e-4, 1e-3, 3e-3], [1e-2], [3e-2]]
+    log.add(record("probe", 10, 3e-4, 0, "held-out", 1.0))
+    assert log.best_rate("probe", 10) == 1e-2  # as accurate as 3e-3, with the lower loss; held-out runs do not count
 
 
 def test_finished_runs_are_found_again_and_other_options_are_refused(tmp_path):
@@ -95,7 +95,7 @@ def test_rows_state_mean_spread_and_share_of_full_fine_tuning(tmp_path):
     quality.add_shares(rows)
     assert rows[0]["mean"] == pytest.approx(0.97) and rows[0]["spread"] == pytest.approx(0.02 / 2**0.5)
     assert rows[0]["share_of_full"] == pytest.approx(0.97 / 0.99) and rows[1]["share_of_full"] == 1
-    assert "| all | LoRA r=8 | 97.00% ± 1.41% | 98.0% |" in quality.table(rows)
+    assert "| all | LoRA r=8 | 97.00% ± 1.41% | +7.0 | 98.0% |" in quality.table(rows)
     quality.plot(rows, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert json.dumps(rows)
