@@ -449,7 +449,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument(
         "--learning-rate",
         type=or_auto(positive_float),
-        default=3e-4,
+        default=1e-4,
         help="of AdamW, at its peak; auto: search for it",
     )
     tune.add_argument(

@@ -16,7 +16,7 @@ from moco.training import Evaluation, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
-LOW_RATE = 3e-4  # the default; below it adapters mostly gain from more
+LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
 
 
 def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> dict[str, Any]:
