@@ -3,7 +3,7 @@
     python finetune_lora.py                                          # shipped backbone, embedded digits, CPU, a minute
     python finetune_lora.py --use-qlora                              # the frozen weights in 4 bits
     python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
-    python finetune_lora.py --lora-rank 0 --no-freeze-backbone       # full fine-tuning, for comparison
+    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --learning-rate 3e-4    # full, for comparison
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and

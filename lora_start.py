@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lora_fusion import is_adapted
 from moco import distributed
 
-# Measured, see benchmarks/RESULTS.md: A's rows are so many times as long as those of a random start, 1 / sqrt(3). Adam
-# moves B by about the learning rate in each step, so W moves so many times as fast: the rates are full fine-tuning's.
+# A's rows are so many times as long as those of a random start, 1 / sqrt(3). Adam moves B by about the learning rate in
+# each step, so W moves so many times as fast. With 24 the default rate is a good one: see benchmarks/RESULTS.md.
 LENGTH = 24.0
 IMAGES = 256  # whose gradient is enough
 

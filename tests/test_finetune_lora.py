@@ -565,19 +565,19 @@ def as_if_on_many_images(monkeypatch) -> None:
     monkeypatch.setattr(finetune_lora, "CollapseGuard", lambda constant, _, norms: CollapseGuard(constant, 1000, norms))
 
 
-def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_a_quarter_of_the_rate(finetune, monkeypatch, capsys):
+def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, monkeypatch, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0]))
     as_if_on_many_images(monkeypatch)
     results = finetune("--schedule constant --epochs 4")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-3),
-        (4, pytest.approx(1e-3 / 4)),
+        (4, pytest.approx(1e-3 / 8)),
     ]
     rates = [row["learning_rate"] for row in metrics(results["folder"])]
-    assert rates == pytest.approx([1e-3, 1e-3 / 4, 1e-3 / 16, 1e-3 / 16])
+    assert rates == pytest.approx([1e-3, 1e-3 / 8, 1e-3 / 64, 1e-3 / 64])
     told = capsys.readouterr().out
-    assert "epoch 2: training collapsed; back to epoch 1, with learning rate 2.5e-04" in told
+    assert "epoch 2: training collapsed; back to epoch 1, with learning rate 1.3e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, with" in told
 
 
@@ -592,7 +592,7 @@ def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_follo
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [(2, 1e-3)]
     rows = metrics(results["folder"])
     assert [row["val_accuracy"] for row in rows] == [pytest.approx(0.4), 1.0]
-    assert rows[0]["learning_rate"] == pytest.approx(1e-3 / 4)
+    assert rows[0]["learning_rate"] == pytest.approx(1e-3 / 8)
 
 
 def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
@@ -602,7 +602,7 @@ def test_what_a_collapse_did_is_undone(finetune, monkeypatch):
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.87, 0.4, 1.0, 1.0, 1.0]))
     repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 1.0, 1.0]))
-    lower = finetune(f"{dropout} --learning-rate 2e-3", output="lower")
+    lower = finetune(f"{dropout} --learning-rate 1e-3", output="lower")
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (repeated, lower))
     assert repeated["retreats"] and not lower["retreats"]
     for name, tensor in theirs.items():
