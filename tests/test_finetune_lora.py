@@ -138,7 +138,7 @@ def finished(base, images, tmp_path_factory) -> tuple[dict, Path, str]:
     """A run of six epochs that others look at: its results, its folder and what it printed."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 6"
-    argv += " --learning-rate 3e-3 --lora-rank 4 --warmup-epochs 1"
+    argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
     with contextlib.redirect_stdout(printed):
         results = finetune_lora.main(argv.split())
     return results, folder, printed.getvalue()
@@ -176,9 +176,9 @@ def test_metrics_has_a_row_per_epoch(finished):
     assert results["val_accuracy"] == rows[-1]["val_accuracy"]
     assert results["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     # 21 images in batches of 8: the first of three warm-up steps, then a cosine whose every epoch begins lower.
-    assert rows[0]["learning_rate"] == pytest.approx(1e-3) and rows[1]["learning_rate"] == pytest.approx(3e-3)
+    assert rows[0]["learning_rate"] == pytest.approx(1e-4) and rows[1]["learning_rate"] == pytest.approx(3e-4)
     rates = [row["learning_rate"] for row in rows[1:]]
-    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-3
+    assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 1e-4
 
 
 def test_results_say_what_came_out(finished):
