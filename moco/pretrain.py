@@ -38,8 +38,18 @@ from moco.files import open_atomically, read_checkpoint, save_atomically, stored
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"checkpoint", "merge_into", "tensorboard"}  # a digest tells another base
+FREE_TO_CHANGE = {
+    "config",
+    "output_dir",
+    "resume",
+    "device",
+    "workers",
+    "knn_every",
+    "knn_dir",
+    "save_every",
+    "tensorboard",
+}
+FREE_TO_CHANGE |= {"checkpoint", "merge_into"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
 METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
@@ -441,7 +451,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     transform, bounds = data.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
     knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
     if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
-        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer, or drop --knn-dir")
+        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
     knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
     if images.labels[0] != data.UNLABELLED:
         return loader, knn_loaders, None

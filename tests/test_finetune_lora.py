@@ -267,6 +267,14 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
 
 
+def test_crop_min_reaches_the_crops(finetune, monkeypatch):
+    made, real = [], finetune_lora.train_transform
+    monkeypatch.setattr(finetune_lora, "train_transform", lambda *a, **given: made.append(given) or real(*a, **given))
+    finetune("--augmentation crop --epochs 1")
+    finetune("--augmentation crop --epochs 1 --crop-min 0.4", output="other")
+    assert [given["crop_min"] for given in made] == [0.75, 0.4]
+
+
 def test_the_curves_show_losses_that_can_be_compared(finetune):
     """Label smoothing raises the loss that is minimised, even of a perfect classifier; the table has the plain one."""
     results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2 --head-init random")

@@ -1,11 +1,13 @@
 """moco/runs.py: how a run begins, stops and fails."""
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moco import InputError, runs
 
@@ -66,3 +68,22 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     assert script.stdout.readline() == b"0\n"
     script.stdout.close()
     assert script.wait(60) == 141 and script.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("told", "remedy"),
+    [
+        ("CUDA error: out of memory", "out of memory on meta: lower it"),
+        ("Expected to have finished reduction in the prior iteration", "--exclude-modules"),
+    ],
+)
+def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):
+    with pytest.raises(InputError, match=remedy), runs.faults_explained(torch.device("meta"), "lower it"):
+        raise RuntimeError(told)
+
+
+@pytest.mark.parametrize(("dataset", "problems"), [("cifar10", 0), ("imagefolder", 1)])
+def test_a_set_that_is_downloaded_needs_no_folder_yet(tmp_path, dataset, problems):
+    given = {"dataset": dataset, "data_dir": tmp_path / "new", "output_dir": tmp_path}
+    args = argparse.Namespace(device="cpu", precision="fp32", tensorboard=False, **given)
+    assert len(list(runs.environment_problems(args))) == problems

@@ -270,3 +270,13 @@ def test_digits_views_without_strength_are_the_image():
     image = a_digit()
     still = transforms.two_crops(32, "digits", rotation=0, scale=0, shift=0, noise=0)
     torch.testing.assert_close(still(image)[0], transforms.eval_transform(32)(image))
+
+
+def test_crop_min_is_the_least_share_of_an_image_that_is_shown():
+    """A gradient from left to right: how much of it a crop spans tells its width."""
+    ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (200, 1)))
+    for share, least in ((1.0, 195), (0.05, 0)):
+        torch.manual_seed(0)
+        crop = transforms.train_transform(64, "crop", (0, 0, 0), (1, 1, 1), share)
+        spans = [float(np.ptp(crop(ramp).numpy()) * 255) for _ in range(30)]
+        assert min(spans) >= least and (share == 1.0 or min(spans) < 100)
