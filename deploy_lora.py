@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from finetune_lora import load_finetuned
 from lora_peft import from_peft, to_peft
-from lora_utils import LoRAManager, read_adapter_file
+from lora_utils import LoRAManager, find_base, read_adapter_file
 from moco import InputError, listed, printable, reports, training
-from moco.backbones import TIMM, forward_features
+from moco.backbones import TIMM, headless
 from moco.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
-from moco.files import found_path, open_atomically, save_atomically, write_csv, write_text
+from moco.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from moco.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
 from moco.options import positive_int, unknown_words, worker_count
 from moco.runs import faults_explained, progress_bar, run_script
@@ -123,7 +123,7 @@ def embed(args: argparse.Namespace) -> Tensor:
     """
     with _model_on_device(args) as (model, _, make_loader):
         images = readable(_images(args.images))
-        features = _outputs(args, model, make_loader(images), "embed", forward_features)
+        features = _outputs(args, headless(model), make_loader(images), "embed")
     with open_atomically(args.output) as file:
         np.save(file, features.numpy())
     paths = args.output.with_name(f"{args.output.stem}_paths.csv")
@@ -153,13 +153,13 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 
 
 @torch.no_grad()
-def _outputs(args, model: nn.Module, loader, title: str, compute: Callable = nn.Module.__call__) -> Tensor:
-    """`compute(model, images)` of all images, float32 on the CPU: (N, D)."""
+def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
+    """The model's output for all images, float32 on the CPU: (N, D)."""
     device, dtype = _device_and_precision(args)
     outputs = []
     for images, _ in progress_bar(loader, title):
         with training.autocast(device, dtype):
-            outputs.append(compute(model, training.to_device(images, device)).float().cpu())
+            outputs.append(model(training.to_device(images, device)).float().cpu())
     return torch.cat(outputs)
 
 
@@ -199,12 +199,14 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     config = about.get("config")
     recorded = config.get("data") if isinstance(config, dict) else None
     kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
-    if not isinstance(recorded, dict) or any(type(recorded.get(k)) not in (t, type(None)) for k, t in kinds.items()):
+    lists = recorded.get("data_list") or [] if isinstance(recorded, dict) else []
+    of_kinds = isinstance(recorded, dict) and all(type(recorded.get(k)) in (t, type(None)) for k, t in kinds.items())
+    if not of_kinds or not all(isinstance(path, str) for path in lists):
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     data = {key: recorded[key] for key in kinds if recorded.get(key) is not None}
-    for key in ("data_dir", "val_dir"):
-        if key in data:
-            data[key] = found_path(data[key])
+    for key in {"data_dir", "val_dir"} & data.keys():
+        data[key] = found_path(data[key])
+    data |= {"data_list": [found_path(path) for path in lists]} if lists else {}
     return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
 
 
@@ -238,6 +240,8 @@ def _sort(rows: list[dict[str, Any]], folder: Path) -> None:
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Write base and adapter as one state_dict with the stock model's own keys; returns the adapter's metadata."""
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
+    if any(same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
+        raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
     LoRAManager(model).merge_lora_weights()
     state = model.state_dict()
     if args.output.suffix == ".safetensors":
@@ -359,8 +363,7 @@ def check_output(args: argparse.Namespace) -> list[str]:
     return [
         f"--output {args.output} is read by this very command; name another file"
         for path in (args.adapter, args.checkpoint, *(images if isinstance(images, list) else []))
-        if path is not None and os.path.exists(args.output) and os.path.exists(path)
-        if os.path.samefile(args.output, path)
+        if same_file(args.output, path)
     ]
 
 

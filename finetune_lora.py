@@ -41,13 +41,13 @@ from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_c
 from lora_residents import KINDS, Form, recorded_settings
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import PATCH_EMBEDDINGS, block_names, build_backbone, headless, in_head, normalization, unwrapped
+from moco.backbones import PATCH_EMBEDDINGS, block_names, headless, in_head, normalization, unwrapped
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.collapse import CollapseGuard
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
 from moco.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
-from moco.probe import head_accuracy, head_temperatures, init_head_from_probe, soften_head
+from moco.probe import HeadTemperature, choose_temperature, head_accuracy, init_head_from_probe, soften_head
 from moco.training import evaluate
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
@@ -486,10 +486,6 @@ def add_lora_to_model(
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     chosen = choose_layers(model, target_modules, exclude_modules, adapt_last)
-    if settings.r > (highest := full_rank(_unwrap(model))):
-        raise InputError(
-            f"rank {settings.r} is above {highest}, the full rank of this model's largest layer; lower r (--lora-rank)"
-        )
     return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora, base_dtype)
 
 
@@ -523,11 +519,11 @@ def adapt_layers(
     highest = full_rank(model)
     for name, own in settings.items():
         if own.r > highest:
-            raise InputError(f"{name} has rank {own.r}, above {highest}, the full rank of this model's largest layer")
+            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest layer's; lower r (--lora-rank)")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)
-    for name, layer in _outermost(model, LoRALayer):
+    for name, layer in outermost_layers(model, LoRALayer):
         in_four = isinstance(layer, _FourBits)
         if layer.float_digests and (name not in chosen or in_four != use_qlora):
             bits = 4 if in_four else 16
@@ -535,7 +531,7 @@ def adapt_layers(
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
-    for _, layer in _outermost(model, LoRALayer):
+    for _, layer in outermost_layers(model, LoRALayer):
         if not layer.float_digests:
             layer.remove_lora()
     for name, layer in chosen.items():
@@ -572,7 +568,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return unwrapped(model)
 
 
-def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
+def outermost_layers(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
     """Yields (name, module) of a kind, except modules inside attention, which belong to it."""
     inside = set()
     for name, module in model.named_modules():
@@ -585,7 +581,7 @@ def _outermost(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can be adapted, and those that are, by name."""
-    layers = _outermost(model, (*ADAPTED, LoRALayer))
+    layers = outermost_layers(model, (*ADAPTED, LoRALayer))
     return {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
 
 
@@ -679,7 +675,9 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
 # --------------------------------------------------------------------------------------------------------- predicting
 
 
-def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_finetuned(
+    adapter_path: str | Path, checkpoint: str | Path | None = None, stage1_adapter: str | Path | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """A fine-tuned model, in eval mode, ready to predict:
 
         model, info = load_finetuned("checkpoints/lora/lora.pth")
@@ -688,7 +686,7 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
 
     Args:
         adapter_path: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
-        checkpoint: the base, if it is not where it was at training.
+        checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
 
     Returns:
         The model and the file's metadata, with `transform` from a PIL RGB image to the model's input, (3, H, W).
@@ -699,7 +697,7 @@ def load_finetuned(adapter_path: str | Path, checkpoint: str | Path | None = Non
     content = read_adapter_file(adapter_path)
     metadata = content["metadata"]
     lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
-    base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint)
+    base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
     model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
     load_adapters(model, adapter_path, base)
     transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
@@ -793,7 +791,7 @@ def main(
         print(f"device: {device}, precision: {dtype}")
         begin = functools.cache(functools.partial(runs.begin_folder, args.output_dir, FineTuning.FILES, args.resume))
         if args.learning_rate == "auto":
-            args.learning_rate, args.resume = choose_learning_rate(args, splits, device, dtype, loaders, begin)
+            args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
         if args.resume:
             run.resume(args.resume)
@@ -825,7 +823,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size)
     if args.from_scratch:  # the file told the architecture alone
-        model = build_backbone(report["arch"], num_classes, report["image_size"])
+        model, _ = load_backbone(checkpoints.NO_CHECKPOINT, num_classes, report["arch"], report["image_size"])
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
@@ -837,7 +835,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     return model, report
 
 
-def choose_learning_rate(
+def search_learning_rate(
     args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
@@ -856,7 +854,8 @@ def choose_learning_rate(
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
-    found = search.choose_learning_rate(make_run, args.epochs, begin, args.output_dir, args.resume, settings)
+    where = (begin, args.output_dir, args.resume)
+    found = search.choose_learning_rate(make_run, args.epochs, *where, settings, FineTuning.FREE_TO_CHANGE)
     loaders.clear()
     training.restore_rng_state(start)  # so that a run given the rate found is this one
     return found
@@ -912,8 +911,8 @@ class FineTuning:
         self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.retreats: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
-        self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}  # training
-        self.temperatures = (1.0, 0.0)  # of the head, see `head_temperatures`
+        self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}
+        self.head_temperature = HeadTemperature()
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
         loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
@@ -921,24 +920,24 @@ class FineTuning:
         return self.loaders[-1]
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of training images, of the evaluation images, and of the former augmented."""
-        train, once = self.splits.train.at_most(KNN_IMAGES), {"keep_workers": False}
-        bank = self.add_loader(train, self.eval_transform, **once)
-        augmented = self.add_loader(train, self.augmentation, **once)
-        bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, augmented))
+        """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""
+        train, views = self.splits.train.at_most(KNN_IMAGES), [self.eval_transform]
+        views += [self.augmentation] if self.args.head_init == "probe" else []
+        bank, *augmented = (self.add_loader(train, view, keep_workers=False) for view in views)
+        bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, *augmented))
         return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
 
     def start(self, features: list[tuple[Tensor, Tensor]]) -> None:
         """Measure what the backbone knows before any training, start the head from it, and the adapters after that."""
-        bank, queries, augmented = features
+        bank, queries, *augmented = features
         self.before = {"knn_accuracy": training.knn_accuracy(*bank, *queries), "probe_accuracy": None}
         if self.args.head_init == "probe":
-            both = (torch.cat(views) for views in zip(bank, augmented, strict=True))
+            both = (torch.cat(views) for views in zip(bank, *augmented, strict=True))
             init_head_from_probe(self.model, *both, 2, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
             trains = self.args.lora_rank > 0 or self.args.train_norms or not self.args.freeze_backbone
             steps = self.steps_per_epoch * self.args.epochs if trains else 0  # a head alone cannot harm the features
-            self.temperatures = head_temperatures(self.model, *augmented, steps, self.args.label_smoothing)
+            self.head_temperature = choose_temperature(self.model, *augmented[0], steps, self.args.label_smoothing)
             soften_head(self.model, self.temperature())
         self.start_adapters()
 
@@ -958,7 +957,7 @@ class FineTuning:
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
         faster = lora_start.LENGTH if self.args.lora_init == "gradient" and self.args.lora_rank > 0 else 1.0
-        return max(self.temperatures[0], self.temperatures[1] * self.schedule.base_lrs[0] * faster)
+        return self.head_temperature.at(self.schedule.base_lrs[0] * faster)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -1006,7 +1005,8 @@ class FineTuning:
                 self.stop.check()
         with self.average.in_place():
             result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
-        if self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch):
+        collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
+        if collapsed or not math.isfinite(result.loss):
             return False
         seconds = time.perf_counter() - started
         row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
@@ -1121,7 +1121,7 @@ class FineTuning:
             "class_names": list(self.class_names),
             "image_size": self.report["image_size"],
             **self.normalization,
-            "checkpoint": checkpoints.stored(self.args.checkpoint),
+            "checkpoint": checkpoints.stored_checkpoint(self.args.checkpoint),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
             "lora": options.lora_options(self.args),
             "epoch": len(self.history),
@@ -1135,7 +1135,7 @@ class FineTuning:
             **self.trained(),
             "progress": vars(self.progress) if self.progress else None,
             "good": self.good if self.progress or not self.does_well() else None,  # then it is this very state
-            "temperatures": self.temperatures,
+            "head_temperature": tuple(self.head_temperature),
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,
@@ -1162,7 +1162,7 @@ class FineTuning:
         runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
-        self.good, self.temperatures = state["good"], state["temperatures"]
+        self.good, self.head_temperature = state["good"], HeadTemperature(*state["head_temperature"])
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 
@@ -1181,14 +1181,14 @@ def evaluate_adapter(
     args: argparse.Namespace, base: Path | None, device: torch.device, dtype: torch.dtype, loaders: list[DataLoader]
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
-    model, info = load_finetuned(args.eval_only, base)
+    model, info = load_finetuned(args.eval_only, base, args.stage1_adapter)
     splits = load_splits(args.dataset, args.data_dir, args.eval_split, **options.image_sources(args))
     if splits.class_names != info["class_names"]:
         raise InputError(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
             f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
         )
-    training.check_batches(model, len(splits.val), len(splits.val), args.batch_size)
+    training.check_processes(len(splits.val))
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = evaluate(model.to(device), loaders[-1], device, dtype)

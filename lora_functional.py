@@ -242,10 +242,9 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
     Half the memory of the activations, and gradients with a relative error of some 0.2% (after Gist, ISCA 2018, and
     Mesa, arXiv 2111.11124). The output is exact. Kept as they are: parameters, tensors of one or two dimensions, such
-    as A and B, and the statistics of LayerNorm and attention.
+    as A and B, and the statistics of LayerNorm and of attention, whoever calls `F.scaled_dot_product_attention`: it is
+    replaced within the block.
     """
-
-    _current: "SavedIn16Bits | None" = None
 
     def __init__(self):
         super().__init__(functools.partial(self._pack, least_dim=3), self._unpack)
@@ -253,22 +252,22 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
     def __enter__(self):
         super().__enter__()
-        self._before, SavedIn16Bits._current = SavedIn16Bits._current, self
+        self._attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self._attend
 
     def __exit__(self, *args):
-        SavedIn16Bits._current = self._before
+        F.scaled_dot_product_attention = self._attention
         self._known.clear()
         super().__exit__(*args)
 
-    @classmethod
-    def of_attention(cls) -> contextlib.AbstractContextManager:
-        """For the product itself: q, k, v and the output have four dimensions, and the log-sum-exp three."""
-        if cls._current is None:
-            return contextlib.nullcontext()
-        pack = functools.partial(cls._current._pack, least_dim=4)
-        return torch.autograd.graph.saved_tensors_hooks(pack, cls._unpack)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
+        # q, k, v and the output have four dimensions, the log-sum-exp three. A mask has four as well, but CUDA's
+        # kernels want back the padded layout that they saved: with one, all is kept as it is.
+        least_dim = 4 if attn_mask is None else math.inf
+        pack = functools.partial(self._pack, least_dim=least_dim)
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+            return self._attention(query, key, value, attn_mask, *args, **kwargs)
 
-    def _pack(self, tensor: Tensor, least_dim: int) -> Tensor | tuple:
+    def _pack(self, tensor: Tensor, least_dim: float) -> Tensor | tuple:
         is_activation = tensor.dtype == torch.float32 and tensor.dim() >= least_dim and tensor.shape[-1] > 1
         if not is_activation or isinstance(tensor, nn.Parameter):
             return tensor
@@ -906,8 +905,7 @@ def attend(
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v
     else:
-        with SavedIn16Bits.of_attention():
-            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
 
 

@@ -5,7 +5,7 @@ An adapted layer saves time and memory if it does its neighbour's work too:
   disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
   it go along: on a CPU oneDNN does the one or the other while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
-  With selective gradient checkpointing the same is done to GELU.
+  With selective gradient checkpointing so are GELU, attention's output and the sum between attention and the MLP.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
 - The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
   values still come from every token.
@@ -37,9 +37,8 @@ from moco import InputError
 
 
 class AdaptedLayer(Protocol):
-    """What a layer with an adapter offers and a stock layer does not.
+    """A layer with an adapter. Its `forward` takes one more argument than the stock layer's:
 
-    Its `forward` takes one more argument than the stock layer's:
     - linear layers and attention take `before`, an operation on each row of the input, to apply first;
     - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
       add, and `relu`.
@@ -426,6 +425,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         mode: 'none'; 'selective': the outputs of GELU and of attention and the sum between attention and MLP, which the
             adapted layer behind recomputes: six of the fourteen widths that a ViT's block saves per token, for
             attention's heads twice and one of twelve products; 'full': whole blocks, of which only the input is saved.
+            timm's models recompute their own blocks in mode 'full', and know no other.
             The outputs of LayerNorm are recomputed in every mode: an eighth of a block's activations for less than 1%
             of its time.
 
@@ -438,13 +438,24 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     blocks = [m for m in model.modules() if type(m) in kinds or STOCK.get(type(m)) in kinds]
     if mode == "selective":
         blocks += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
-    if mode != "none" and not blocks:
+    if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
         raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
     for module in model.modules():
         vars(module).pop("recomputed", None)
     for block in blocks:
         block.recomputed = True
     fuse(model)
+
+
+def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
+    """Let one of timm's models recompute its own blocks if the mode is 'full', else no longer. True if it does."""
+    if not hasattr(model, "set_grad_checkpointing"):
+        return False
+    try:
+        model.set_grad_checkpointing(mode == "full")
+    except AssertionError:  # how timm says that a model cannot
+        return False
+    return mode == "full"
 
 
 def set_patch_dropout(model: nn.Module, share: float) -> None:

@@ -27,13 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune_lora import LoRAConv2d, LoRALayer, LoRAMultiheadAttention, adapt_layers, load_base, load_finetuned
+from finetune_lora import (
+    LoRAConv2d,
+    LoRALayer,
+    LoRAMultiheadAttention,
+    adapt_layers,
+    load_base,
+    load_finetuned,
+    outermost_layers,
+)
 from lora_functional import LoRASettings
 from lora_utils import LoRAManager, find_base, read_adapter_file
 from moco import InputError, listed, printable
 from moco.backbones import head_name, normalization
-from moco.checkpoints import load_backbone
-from moco.files import open_atomically, read_safetensors, stored_path
+from moco.checkpoints import load_backbone, stored_checkpoint
+from moco.files import open_atomically, read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel
@@ -77,7 +85,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
     shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"]
     base, _ = load_base(*find_base(adapter, metadata, checkpoint), *shape)
-    layers = _outermost(model)
+    layers = dict(outermost_layers(model, LoRALayer))
     packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
     ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
     head = head_name(model)
@@ -106,16 +114,9 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     return error
 
 
-def _outermost(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapted layers by name, without attention's output projections, which belong to the attention."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
-    inside = {f"{name}.out_proj" for name, layer in layers.items() if isinstance(layer, LoRAMultiheadAttention)}
-    return {name: layer for name, layer in layers.items() if name not in inside}
-
-
 def _obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     """What has no place in PEFT's form, each with the reason."""
-    layers, head = _outermost(model), f"{head_name(model)}."
+    layers, head = dict(outermost_layers(model, LoRALayer)), f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
         return
@@ -232,7 +233,7 @@ def from_peft(
     error = _difference(theirs, model.eval(), report["image_size"], TOLERANCE)
     about = {"arch": report["arch"], "class_names": class_names, "image_size": report["image_size"]}
     about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
-    about["checkpoint"] = str(stored_path(checkpoint.absolute()))
+    about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error
 

@@ -415,12 +415,12 @@ class LoRAManager:
 # -------------------------------------------------------------------------------------------------------------- file
 
 
-def _refuse(path: str | Path, problems: list[str], shown: int = 4) -> None:
+def _refuse(path: str | Path, problems: list[str]) -> None:
     """Raises InputError if there are problems, with the first few of them."""
     problems = [printable(problem) for problem in sorted(problems)]
-    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
     if problems:
-        raise InputError(f"{path} does not fit this model: {'; '.join(problems[:shown] + more)}")
+        raise InputError(f"{path} does not fit this model: {'; '.join(problems[:4] + more)}")
 
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
@@ -493,13 +493,16 @@ def _is_layer_record(name: Any, record: Any) -> bool:
 
 
 def find_base(
-    path: str | Path, metadata: dict[str, Any], checkpoint: str | Path | None = None
+    path: str | Path,
+    metadata: dict[str, Any],
+    checkpoint: str | Path | None = None,
+    stage1_adapter: str | Path | None = None,
 ) -> tuple[Path, Path | None]:
     """The checkpoint that an adapter file was trained over, and the stage-1 adapter that was merged into it, if any.
 
     Args:
         path: the adapter file, whose metadata says where both were.
-        checkpoint: where the checkpoint is now, if not there. The stage-1 adapter may lie beside `path` as well.
+        checkpoint, stage1_adapter: where they are now, if not there. The second may lie beside `path` as well.
 
     Raises:
         InputError: one of them is not there.
@@ -509,10 +512,12 @@ def find_base(
         raise InputError(f"{path}: its base, {base}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
-    places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+    known = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+    places = known if stage1_adapter is None else [Path(stage1_adapter)]
     stage1 = next((place for place in places if os.path.exists(place)), None)
     if stage1 is None:
-        raise InputError(f"{path}: its stage-1 adapter, {printable(stored)}, is not there; put it beside the file")
+        wanted = printable(stored if stage1_adapter is None else stage1_adapter)
+        raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it beside the file")
     return base, stage1
 
 

@@ -1,1 +1,5 @@
-"""Training steps of LoRA here, beside full fine-tuning and other LoRA libraries: see `compare_peers` and RESULTS.md."""
+"""What the toolkit costs and reaches, beside its peers. RESULTS.md tells what was measured; each script, how."""
+
+from pathlib import Path
+
+MEASURED = Path(__file__).parent / "measured"  # where the scripts write; what is published is copied to results/

@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora_functional import SavedIn16Bits, bitsandbytes_functional
 from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout
@@ -571,7 +572,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--variants", help=f"comma-separated, from {','.join(VARIANTS)} (default: all that apply)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output-dir", type=Path, default=MEASURED)
     parser.add_argument("--only-memory", metavar="VARIANT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_image_size(args.model)
@@ -601,6 +602,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     memory = {name: measure_memory_apart(name, command) for name in names}
     timed = measure_time(names, args)
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()  # which the processes of a next measurement may need
     result["variants"] = {name: {**timed[name], **memory[name]} for name in names}
     summarise(result)
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import finetune_lora
-from benchmarks import quality
+from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import forget_peak
 from finetune_lora import load_base
 from moco import InputError, options, pretrain, training
@@ -84,7 +84,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--probes-only", action="store_true", help="leave out fine-tuning")
     parser.add_argument("--labels", type=positive_int, nargs="+", default=[5, 10, 50], help="labels per class")
     parser.add_argument("--seeds", type=positive_int, default=5, help="draws of labels")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/domain"))
+    parser.add_argument("--output-dir", type=Path, default=MEASURED / "domain")
     args, passed_on = parser.parse_known_args(argv)
     read_stage1(args, passed_on, [])  # what is wrong with the options shows now, not in an hour
     quality.parse([*quality_flags("none", args), *passed_on, *args.finetune])

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import compare_peers
+from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
 from moco.options import positive_float, positive_int
 from moco.runs import run_script
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=positive_int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/growth"))
+    parser.add_argument("--output-dir", type=Path, default=MEASURED / "growth")
     return parser.parse_args(argv)
 
 

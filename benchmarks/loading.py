@@ -34,6 +34,7 @@ from torchvision import datasets
 from torchvision import transforms as T
 
 import finetune_lora
+from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from moco import InputError, data
 from moco.options import positive_int
@@ -77,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--data-dir", type=Path, help="photographs for the training rows, as finetune_lora.py reads them"
     )
     parser.add_argument("--batches", type=positive_int, default=16, help="of 32 images, in each training row")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output-dir", type=Path, default=MEASURED)
     args = parser.parse_args(argv)
     if "training" in (args.only or []) and not args.data_dir:
         raise InputError("the training rows need photographs: give --data-dir")

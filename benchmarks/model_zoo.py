@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit, describe_versions
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora_residents import adapted_layers
@@ -31,7 +32,6 @@ from moco import InputError
 from moco.backbones import build_backbone
 from moco.runs import run_script
 
-RESULTS = Path(__file__).parent / "results"
 EXACT = 1e-9  # relative, in float64
 CLASSES = 5
 
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=MODELS, metavar="LIBRARY:MODEL", help="some of MODELS")
     parser.add_argument("--switching", action="store_true", help="time switching among adapters instead")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--output-dir", type=Path, default=MEASURED)
     args = parser.parse_args(argv)
     if unknown := [name for name in args.only if name not in MODELS]:
         raise InputError(f"{unknown[0]} is none of the models of this script: see MODELS in it")

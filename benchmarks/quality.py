@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import finetune_lora
+from benchmarks import MEASURED
 from finetune_lora import choose_layers
 from moco import InputError
 from moco.backbones import head_name
@@ -115,7 +116,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=positive_int, default=5)
     parser.add_argument("--rates", action="store_true", help="every method at every learning rate, none chosen")
     parser.add_argument("--jobs", type=positive_int, default=1, help="runs at a time")
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/quality"))
+    parser.add_argument("--output-dir", type=Path, default=MEASURED / "quality")
     args, passed_on = parser.parse_known_args(argv)
     wrong = [labels for labels in args.labels if labels != "all" and not (labels.isdigit() and int(labels) > 0)]
     if wrong:

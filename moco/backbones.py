@@ -116,13 +116,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """What the classifier head receives: images (N, 3, H, W) -> (N, D). The model and its head stay untouched."""
-    # A head that was merely ignored would still run, and a projector's BatchNorm would take these images into its
-    # statistics.
     return headless(model)(images)
 
 
 def headless(model: nn.Module) -> nn.Module:
-    """A shallow copy that shares every layer, whatever was swapped in, and has nothing in its head's place."""
+    """A shallow copy with nothing in the classifier head's place, which shares every layer; or the model, without head.
+
+    A head that was merely ignored would still run, and a projector's BatchNorm would take images into its statistics.
+    """
     name = head_name(model)
     if name is None:
         return model
@@ -146,9 +147,7 @@ def block_names(model: nn.Module) -> list[str]:
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:
-    """The model with an identity in the place of a module in it."""
-    # A shallow copy shares every layer, whatever was swapped in, and lacks only the head: a head that was merely
-    # ignored would still run, and a projector's BatchNorm would take these images into its statistics.
+    """A shallow copy of the model with an identity in the place of a module in it."""
     child, _, rest = name.partition(".")
     copied = copy.copy(model)
     copied._modules = {**model._modules, child: _without(model._modules[child], rest) if rest else nn.Identity()}

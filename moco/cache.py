@@ -146,9 +146,9 @@ def _memory_folder() -> Path:
     return Path(_own_memory.name)
 
 
-def _bytes_needed(images: LabelledImages, samples: int = 64) -> tuple[int, int]:
+def _bytes_needed(images: LabelledImages) -> tuple[int, int]:
     """Estimates from a few images: bytes of all, and of those that are not kept yet."""
-    source, step = images.source, max(1, len(images) // samples)
+    source, step = images.source, max(1, len(images) // 64)
     sizes, missing = [], []
     for i in images.indices[::step].tolist():
         with contextlib.suppress(InputError):  # what cannot be read is told when it is its turn

@@ -36,9 +36,9 @@ def load_backbone(
 
     Args:
         path: a file of MoCo v1, v2 or v3, main_lincls, convert_to_deit, lightly, this toolkit's stage 1 or torchvision;
-            a `.safetensors` file of tensors under timm's or torchvision's names.
+            a `.safetensors` file of tensors under timm's or torchvision's names; with a `timm:` arch, any file that has
+            that model's own keys. 'none': random weights.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
-            With a `timm:` arch, any file that has that model's own keys. 'none': random weights.
         arch: one of `moco.backbones.ARCHS`, or `timm:` and a model of timm; by default what the file says or its shapes
             imply.
         image_size: by default the file's own. A ViT's position embedding is interpolated to any other.
@@ -53,7 +53,7 @@ def load_backbone(
     """
     if is_none(path):
         return _random_backbone(num_classes, arch, image_size)
-    content = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    content = _read(path)
     source = _identify(path, content, arch)
     arch = _find_arch(source) if arch is None else arch
     size = _find_image_size(source, arch) if image_size is None else image_size
@@ -88,8 +88,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     Raises:
         InputError: the file cannot be read, or these tensors are of no use.
     """
-    content = read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
-    tensors = _find_state_dict(path, content)[1]
+    tensors = _find_state_dict(path, _read(path))[1]
     prefix, encoder, dropped = _split(path, tensors)
     parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "predictor": {}}
     if prefix not in ("encoder_q.", "base_encoder."):
@@ -107,6 +106,10 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     return (2 if "0.weight" in parts["projector"] else 1), parts
 
 
+def _read(path: str | os.PathLike) -> Any:
+    return read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+
+
 NO_CHECKPOINT = "none"
 
 
@@ -115,7 +118,7 @@ def is_none(path: str | os.PathLike) -> bool:
     return str(path) == NO_CHECKPOINT
 
 
-def stored(path: str | os.PathLike) -> str:
+def stored_checkpoint(path: str | os.PathLike) -> str:
     """A checkpoint's path as files keep it: absolute, or relative to the toolkit if it is inside."""
     return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
 

@@ -214,19 +214,16 @@ def load_unlabelled(
     if data_list:
         path = Path(data_list[0])
         folder = _existing("--data-dir", data_dir) if data_dir else path.parent
-        names, _ = read_list(path, folder)
+        source = ImageFiles(folder, read_list(path, folder)[0], ())
     else:
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
         if (folder / "train").is_dir():
             folder = folder / "train"
-        if shard_names(folder):
-            images = read_shards(folder)[0]
-            return LabelledImages(images, images.labels)
-        names = image_names(folder)
-        if not names:
+        source = read_shards(folder)[0] if shard_names(folder) else ImageFiles(folder, image_names(folder), ())
+        if len(source) == 0:
             raise InputError(f"{folder}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
-    labels = [UNLABELLED] * len(names)
-    images = LabelledImages(ImageFiles(folder, names, labels), labels)
+    source.labels = [UNLABELLED] * len(source)
+    images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
 
 

@@ -57,10 +57,10 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def first_to_fail() -> bool:
-    """Asked by a process that stops on a fault: shall it report it?
+def claim_report() -> bool:
+    """Is this the first process to fail, so that its error is the one to print?
 
-    One that fails takes the others with it, at their next exchange; their errors say nothing more.
+    A process that fails takes the others with it, at their next exchange; their errors say nothing more.
     """
     if not launched():
         return True

@@ -48,6 +48,12 @@ def found_path(path: str | os.PathLike) -> Path:
     return inside if not os.path.exists(path) and os.path.exists(inside) else path
 
 
+def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
+    """Are both there, and one?"""
+    paths = (first, second)
+    return all(path is not None and os.path.exists(path) for path in paths) and os.path.samefile(*paths)
+
+
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 

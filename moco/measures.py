@@ -13,12 +13,13 @@ def alignment(first: Tensor, second: Tensor) -> float:
     return (_on_sphere(first) - _on_sphere(second)).square().sum(1).mean().item()
 
 
-def uniformity(features: Tensor, t: float = 2.0) -> float:
-    """The logarithm of the mean Gaussian potential exp(-t d^2) over all pairs of features (N, D), N > 1: -4t to 0.
+def uniformity(features: Tensor) -> float:
+    """The logarithm of the mean Gaussian potential exp(-t d^2) over all pairs of features (N, D), N > 1: -8 to 0.
 
-    2005.10242, equation of L_uniform. The lower, the more evenly the images lie on the unit sphere; 0: on one point.
+    2005.10242, equation of L_uniform with t = 2. The lower, the more evenly the images lie on the
+    unit sphere; 0: on one point.
     """
-    return F.pdist(_on_sphere(features)).square().mul(-t).exp().mean().log().item()
+    return F.pdist(_on_sphere(features)).square().mul(-2).exp().mean().log().item()
 
 
 def effective_rank(features: Tensor) -> float:

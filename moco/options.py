@@ -86,8 +86,8 @@ def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
 
 def read_pattern(entries: list[str] | None) -> dict[str, float]:
     """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
-    pairs = [entry.rpartition("=") for entry in entries or []]
-    return {layer: int(value) if value.isdecimal() else float(value) for layer, _, value in pairs}
+    pairs = [(layer, float(value)) for layer, _, value in (entry.rpartition("=") for entry in entries or [])]
+    return {layer: int(value) if value.is_integer() else value for layer, value in pairs}
 
 
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
@@ -343,7 +343,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     )
     group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
     group.add_argument(
-        "--cache-images", choices=CACHES, default="none", help="keep large training images decoded, at twice the size"
+        "--cache-images", choices=CACHES, default="none", help="keep training images decoded, at most at twice the size"
     )
     return group
 
@@ -375,8 +375,14 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     return group
 
 
-def complete_data_options(args: argparse.Namespace) -> list[str]:
-    """Fill in the default data set; what is wrong with the options of the images together, a line each."""
+def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in the default data set, and where a configuration's paths lead.
+
+    Returns what is wrong with the options of the images together, a line each.
+    """
+    for name in (name for name in PATHS if sources.get(name) == "config" and getattr(args, name)):
+        value = getattr(args, name)
+        setattr(args, name, [found_path(path) for path in value] if isinstance(value, list) else found_path(value))
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
     problems = []
@@ -390,6 +396,8 @@ def complete_data_options(args: argparse.Namespace) -> list[str]:
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
     return problems
 
+
+PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # that are read
 
 # Where the images are and which are left out may change between a run and its resumption: a digest tells other images.
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
@@ -500,14 +508,14 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing full, "
-    "--precision bf16 or --use-qlora"
+    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT), "
+    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
 
 def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in what follows from other options; what is wrong with the data's, a line each."""
-    problems = complete_data_options(args)
+    """Fill in the options that follow from others; returns the problems with the data options, a line each."""
+    problems = complete_data_options(args, sources)
     if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # what the gradient of a random head says is random
@@ -518,8 +526,6 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
             setattr(args, option, args.output_dir / name)
         elif path is not None and path.name == str(path) and not os.path.exists(path):
             setattr(args, option, args.output_dir / path)
-    for name in [n for n in ("checkpoint", "stage1_adapter") if sources[n] == "config" and getattr(args, n)]:
-        setattr(args, name, found_path(getattr(args, name)))
     return problems
 
 

@@ -29,12 +29,11 @@ from torch.utils.data import DataLoader
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
 from lora_utils import LoRAManager, trained_state
-from moco import InputError, data, distributed, measures, options, reports, runs, training
+from moco import InputError, checkpoints, data, distributed, measures, options, reports, runs, training
 from moco.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
 from moco.builder import MoCo, MoCoV3
 from moco.cache import keep_images
-from moco.checkpoints import describe_base, load_contrast
-from moco.files import open_atomically, read_checkpoint, save_atomically, stored_path, write_csv
+from moco.files import open_atomically, read_checkpoint, same_file, save_atomically, write_csv
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    problems = options.complete_data_options(args)
+    problems = options.complete_data_options(args, sources)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems += runs.environment_problems(args)
@@ -117,11 +116,22 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
+    if args.checkpoint is not None and not args.resume:
+        problems += overwritten(args)
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
-    if args.moco_version != 3 and args.queue_size < args.batch_size:
+    if args.moco_version in (1, 2) and args.queue_size < args.batch_size:
         problems.append(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     return problems
+
+
+def overwritten(args: argparse.Namespace) -> list[str]:
+    """What would be written where the checkpoint is, a line each."""
+    names = {*Pretraining.FILES, *(f"moco_stage1_epoch_{epoch}.pth" for epoch in range(1, args.epochs + 1))}
+    written = args.output_dir / args.checkpoint.name if args.checkpoint.name in names else None
+    places = {"--output-dir": written, "--merge-into": args.merge_into}
+    told = f"--checkpoint {args.checkpoint} would be overwritten: give another"
+    return [f"{told} {option}" for option, place in places.items() if same_file(place, args.checkpoint)]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -206,9 +216,8 @@ class Pretraining:
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
-        if distributed.is_main():
-            # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
-            runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
+        # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
+        runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
         if self.args.checkpoint and self.before is None:
             self.before = self.measure()
             print(f"before{describe_measures(self.before)}")
@@ -316,21 +325,22 @@ class Pretraining:
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
-        metadata["checkpoint"] = str(stored_path(args.checkpoint.absolute()))
+        metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
         LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
         if last and args.merge_into is not None:
             manager = LoRAManager(encoder)
             manager.merge_lora_weights()  # encoder_k, which shares the base, must not be asked for anything now
-            names = [name for name in self.model.state_dict() if not name.startswith(("encoder_k.", "queue"))]
-            state = {"model": {name: self.model.state_dict()[name] for name in names}, "arch": args.arch}
+            tensors = self.model.state_dict().items()
+            merged = {name: tensor.cpu() for name, tensor in tensors if not name.startswith(("encoder_k.", "queue"))}
+            state = {"model": merged, "arch": args.arch}
             save_atomically({**state, "epoch": self.epoch, "config": self.config()}, args.merge_into)
             manager.unmerge_lora_weights()
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: all, or over a frozen base those that change, which both encoders have."""
-        state = self.model.state_dict()
+        state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}  # to be read without a GPU
         if self.args.lora_rank == 0:
             return state
         changing = trained_state(self.model)
@@ -481,14 +491,14 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
 
     Of `args` it fills in what follows from the checkpoint: arch, image size, version and widths.
     """
-    version, parts = load_contrast(args.checkpoint) if args.checkpoint else (None, {})
+    version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     args.moco_version = args.moco_version or version or 3
     outputs = [t.shape[0] for name, t in parts.get("projector", {}).items() if name.endswith("weight") and t.dim() == 2]
     args.dim = args.dim or (outputs[-1] if outputs else 256)
     args.mlp_dim = args.mlp_dim or (outputs[0] if len(outputs) > 1 and version == 3 else 4096)
     if args.checkpoint:
         backbone, report = load_base(args.checkpoint, None, 1, args.arch, args.image_size)
-        args.arch, args.image_size, origin = report["arch"], report["image_size"], describe_base(report)
+        args.arch, args.image_size, origin = report["arch"], report["image_size"], checkpoints.describe_base(report)
         if args.moco_version == 3 and args.arch.startswith("vit"):  # its positions stay as they are
             backbone.encoder.pos_embedding.requires_grad_(False)
     else:

@@ -5,6 +5,7 @@ has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,21 @@ TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
 GENTLE, STEPS = 0.3, 500
 
 
+class HeadTemperature(NamedTuple):
+    """What to divide a head's logits by before training, so that it keeps what the probe knows."""
+
+    least: float = 1.0
+    per_rate: float = 0.0
+
+    def at(self, rate: float) -> float:
+        """The temperature for adapters that train at a learning rate."""
+        return max(self.least, self.per_rate * rate)
+
+
 def init_head_from_probe(
     model: nn.Module, features: Tensor, labels: Tensor, views: int = 1, class_weights: str = "none"
-) -> float:
-    """Set the head of `model` to the linear probe of its features; returns the probe's C.
+) -> None:
+    """Set the head of `model` to the linear probe of its features.
 
     Args:
         model: its head is a linear layer from D features to K classes.
@@ -35,21 +47,18 @@ def init_head_from_probe(
         class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
     """
     head = _linear_head(model)
-    weight, bias, strength = fit_linear_probe(features, labels, head.out_features, views, class_weights)
+    weight, bias, _ = fit_linear_probe(features, labels, head.out_features, views, class_weights)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
-    return strength
 
 
 @torch.no_grad()
-def head_temperatures(
+def choose_temperature(
     model: nn.Module, features: Tensor, labels: Tensor, steps: int, label_smoothing: float = 0.0
-) -> tuple[float, float]:
-    """What to divide the logits by before training, so that it keeps what the probe knows: (least, per_rate).
-
-    The temperature for adapters that train at some learning rate is ``max(least, per_rate * rate)``:
+) -> HeadTemperature:
+    """The temperature for the head of `model`, which is the probe:
     - `least` has the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
       confidence that the probe has in images without augmentation, or that label smoothing forbids. At least 1.
     - `per_rate` is min(steps, STEPS) * (standard deviation of the logits) / GENTLE: Adam moves every weight of the
@@ -62,7 +71,7 @@ def head_temperatures(
     """
     logits = _linear_head(model)(features)
     losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
-    return TEMPERATURES[losses.index(min(losses))], min(steps, STEPS) * logits.std().item() / GENTLE
+    return HeadTemperature(TEMPERATURES[losses.index(min(losses))], min(steps, STEPS) * logits.std().item() / GENTLE)
 
 
 @torch.no_grad()

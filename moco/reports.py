@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -228,6 +229,7 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
+    adapter, config = (shlex.quote(str(folder / name)) for name in ("lora.pth", "config.yaml"))
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     return [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
@@ -241,6 +243,6 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png, mistakes.png; report.html shows them all"),
-        ("merge it", f"python deploy_lora.py merge {folder / 'lora.pth'} --output merged.pth"),
-        ("evaluate it", f"python finetune_lora.py --config {folder / 'config.yaml'} --eval-only {folder / 'lora.pth'}"),
+        ("merge it", f"python deploy_lora.py merge {adapter} --output merged.pth"),
+        ("evaluate it", f"python finetune_lora.py --config {config} --eval-only {adapter}"),
     ]

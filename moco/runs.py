@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moco import InputError, distributed
+from moco import InputError, distributed, printable
 from moco.data import DOWNLOADED
 from moco.folders import UnreadableImage
 from moco.training import restore_rng_state, rng_state, select_device, select_precision
@@ -111,7 +111,10 @@ class StopRequests:
             raise Stopped(self.signum or signal.SIGTERM)
 
     def watched(self, batches: Iterable) -> Iterable:
-        """The batches, with a check before each; without, where the processes' numbers of batches may differ."""
+        """Yields the batches, and checks for a stop request before each.
+
+        In several processes it does not check: that is an exchange, and their numbers of batches may differ.
+        """
         for batch in batches:
             if distributed.world_size() == 1:
                 self.check()
@@ -166,8 +169,13 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
+def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of a configuration with sections, as `section.key`."""
+    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+
+
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
-    """How the settings of a resumed run differ, except for those that are free to change what is not computed."""
+    """The settings that differ from the interrupted run's, except those in `free`: they change nothing computed."""
     return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
 
 
@@ -184,11 +192,7 @@ def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[s
     """
     if not isinstance(then, dict) or then.keys() != now.keys():
         raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-    settings = [
-        {f"{section}.{key}": value for section, values in state["config"].items() for key, value in values.items()}
-        for state in (then, now)
-    ]
-    changed = changed_settings(*settings, free)
+    changed = changed_settings(*(flat(state["config"]) for state in (then, now)), free)
     if changed or then["class_names"] != now["class_names"]:
         what = ", ".join(changed) or "other classes"
         raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
@@ -237,11 +241,14 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
                 "it out with --exclude-modules"
             ) from None
         if distributed.is_lost_peer(error):
+            cause = printable(
+                (str(error).strip().splitlines() or ["no reason given"])[-1]
+            )  # NCCL's own faults look alike
             raise InputError(
-                "another process of this run has ended: look for its message, or whether it was killed"
+                f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
             ) from None
         # A worker that ends while it hands over a batch breaks the connection.
-        if "DataLoader worker" not in str(error) and not (
+        if not any(thing in str(error) for thing in ("DataLoader worker", "Pin memory thread")) and not (
             any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
         ):
             raise
@@ -261,8 +268,8 @@ def _all_unreadable(error: UnreadableImage, loaders: Iterable[DataLoader]) -> st
     """What to say of an unreadable image, and of all others, a line each."""
     until = time.monotonic() + LOOKING
     found = [str(error).rpartition("UnreadableImage: ")[2].strip()]  # a worker's error begins with its traceback
-    for loader in loaders:
-        found += loader.dataset.unreadable(until - time.monotonic())
+    for dataset in {id(loader.dataset.dataset): loader.dataset for loader in loaders}.values():  # each set once
+        found += dataset.unreadable(until - time.monotonic())
     found = list(dict.fromkeys(found))
     more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
     late = [f"looked for others for {LOOKING} seconds only"] if time.monotonic() > until else []
@@ -281,7 +288,7 @@ def run_script(main: Callable[[], Any]) -> None:
         distributed.leave()
     except InputError as error:
         sys.stdout.flush()
-        if distributed.first_to_fail():
+        if distributed.claim_report():
             # A DataLoader worker's error arrives with the worker's traceback as text before the message.
             print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
@@ -299,6 +306,6 @@ def run_script(main: Callable[[], Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as other programs end then
     except Exception:
-        if distributed.first_to_fail():
+        if distributed.claim_report():
             raise
         sys.exit(2)

@@ -6,11 +6,11 @@ are saved as they are made, so that a search that was stopped goes on where it w
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moco import InputError, data, distributed, reports
+from moco import InputError, data, distributed, reports, runs
 from moco.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -58,6 +58,7 @@ def choose_learning_rate(
     folder: Path,
     resume: Path | None,
     settings: dict[str, Any],
+    free: Container[str] = (),
 ) -> tuple[float, Path | None]:
     """The best rate, found by a search or recalled from the run to go on with, and the `last.pth` of that run, if any.
 
@@ -69,16 +70,19 @@ def choose_learning_rate(
         folder: gets `last.pth`, `learning_rates.csv` and `learning_rates.png`.
         resume: the `last.pth` to go on from.
         settings: `config` and `images` of the run, which an interrupted search must share.
+        free: names of settings, as `section.key`, that may differ because they do not change what is computed.
     """
     known = []
     if resume is not None:
         state = read_checkpoint(resume)
-        if not isinstance(state, dict) or not settings.keys() <= state.keys():
+        if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
             raise InputError(f"{resume} is not a last.pth of this version of the script; start without --resume")
         if "trials" not in state:
             return state["config"]["finetune"]["learning_rate"], resume
-        if {name: state[name] for name in settings} != settings:
-            raise InputError(f"{resume} is of a search with other settings or images; start without --resume")
+        changed = runs.changed_settings(*(runs.flat(of["config"]) for of in (state, settings)), free)
+        if changed or state["images"] != settings["images"]:
+            what = ", ".join(changed) or "other images"
+            raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
         known = [Trial(*trial) for trial in state["trials"]]
 
     epochs = min(epochs, MOST_EPOCHS)
@@ -99,6 +103,7 @@ def choose_learning_rate(
 
     print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, over at most {IMAGES:,} images each")
     rate, trials = find_learning_rate(trial, known, tried)
+    begin()
     if distributed.is_main():
         reports.plot_learning_rates(trials, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")

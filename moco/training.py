@@ -42,7 +42,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -154,15 +154,22 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def batch_norm_trains(model: nn.Module) -> bool:
     """Does any BatchNorm take statistics of the batch in training?"""
-    return any(isinstance(module, _BatchNorm) and module.training for module in model.train().modules())
+    return any(isinstance(module, _BatchNorm) and not getattr(module, "frozen", False) for module in model.modules())
+
+
+def check_processes(*images: int) -> None:
+    """Raises InputError if there are more processes than images in any of the sets, of which these are the sizes."""
+    if distributed.world_size() > min(images):
+        raise InputError(
+            f"{distributed.world_size()} processes are more than there are images to train or evaluate on; start fewer"
+        )
 
 
 def check_batches(model: nn.Module, train_images: int, val_images: int, batch_size: int) -> None:
-    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch."""
-    processes, norms_train = distributed.world_size(), batch_norm_trains(model)
-    if processes > min(train_images, val_images):
-        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
-    if norms_train and processes > 1:
+    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch in training."""
+    check_processes(train_images, val_images)
+    norms_train = batch_norm_trains(model)
+    if norms_train and distributed.world_size() > 1:
         raise InputError(
             "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
             "freeze it (--freeze-backbone, no --train-norms)"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from moco import InputError
 
@@ -26,10 +27,11 @@ class Child:
     """
 
     def __init__(self, module: str, options: str, log: Path, before: Callable | None = None, environment=None):
-        os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which starts with the first child
         self.log = log
         self.process = SERVER.Process(target=_run, args=(module, options.split(), log, before, environment or {}))
-        self.process.start()
+        # For the server, which starts with the first child: once bitsandbytes has seen a GPU, no fork may use CUDA.
+        with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}):
+            self.process.start()
 
     @property
     def output(self) -> str:

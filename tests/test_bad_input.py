@@ -591,6 +591,8 @@ OUTPUTS = [
     case("4-bit weights without adapters, pretraining", "pretrain --checkpoint base.pth --use-qlora",
          "--use-qlora with --lora-rank 0"),
     case("nothing to merge", "pretrain --checkpoint base.pth --merge-into m.pth", "--merge-into without --lora-rank"),
+    case("merged over its own base", "pretrain --checkpoint base.pth --lora-rank 2 --merge-into base.pth",
+         "--checkpoint base.pth would be overwritten: give another --merge-into"),
     case("nowhere to merge to", "pretrain --checkpoint base.pth --lora-rank 2 --merge-into a/m.pth", "no folder a"),
     case("a rank too high, pretraining", "pretrain --checkpoint base.pth --lora-rank 999", "rank 999 is above"),
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),

@@ -86,6 +86,8 @@ def test_merge_finds_a_base_that_has_moved(adapter, tmp_path):
     merged, moved = tmp_path / "merged.pth", tmp_path / "moved.pth"
     deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
     before = torch.load(merged)
+    with pytest.raises(InputError, match=r"base\.pth is what .* was trained over; name another file"):
+        deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "base.pth")])
     (tmp_path / "base.pth").rename(moved)
     deploy_lora.main(["merge", str(adapter), "--output", str(merged), "--checkpoint", str(moved)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in torch.load(merged).items())

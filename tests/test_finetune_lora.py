@@ -489,6 +489,9 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
     assert read_checkpoint(tmp_path / "out/last.pth")["schedule"]["last_epoch"] == 5
     with pytest.raises(InputError, match="BatchNorm that trains needs two images or more: raise --batch-size"):
         finetune_lora.main(f"{argv} --batch-size 1".split())
+    # To evaluate, BatchNorm needs no other image.
+    alone = f"--eval-only {tmp_path / 'out/lora.pth'} --data-dir {images} --batch-size 1 --device cpu"
+    assert 0 <= finetune_lora.main(alone.split())["val_accuracy"] <= 1
 
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
@@ -694,6 +697,47 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
 
 
+def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch, tmp_path, images):
+    """All trials are made, but the run has not begun."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(finetune_lora.search.reports, "plot_learning_rates", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune("--learning-rate auto", output="stopped")
+    monkeypatch.undo()
+    moved = shutil.copytree(images, tmp_path / "moved")
+    command = f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}"
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(
+        FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(run.METRICS, 0.5)) or True
+    )
+    with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
+        finetune(f"{command} --batch-size 4", output="elsewhere")
+    results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")
+    assert results["learning_rate"] == 1e-4 and (tmp_path / "elsewhere/learning_rates.png").exists()
+
+
+def test_a_search_is_not_resumed_from_pretraining(finetune, tmp_path):
+    torch.save({"config": {"epochs": 3}, "images": ""}, tmp_path / "last.pth")
+    with pytest.raises(InputError, match=r"last\.pth is not a last\.pth of this version of the script"):
+        finetune(f"--learning-rate auto --resume {tmp_path / 'last.pth'}")
+
+
+def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
+    """The last step of an epoch has a finite loss and leaves NaN: every answer is then the first class."""
+    real, done = FineTuning.step, []
+
+    def step(self, micro_batches):
+        result = real(self, micro_batches)
+        if not done and self.schedule.last_epoch == self.steps_per_epoch:
+            done.append(1)
+            next(p for p in self.model.parameters() if p.requires_grad).data.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune("--head-init random")
+    assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])
+
+
 def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypatch, tmp_path):
     """Random numbers of training included; and the loaders of the trials are gone, with their processes."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
@@ -786,6 +830,18 @@ def test_from_scratch_starts_elsewhere_and_is_saved_whole(ways, base):
     assert (found[name] - start[name]).abs().mean() > 0.01  # two epochs alone move it by a tenth of that
 
 
+def test_what_random_weights_start_with_comes_back_from_its_file(finetune, tmp_path, monkeypatch):
+    def killed(_):
+        raise InputError("killed in the first epoch")
+
+    monkeypatch.setattr(FineTuning, "train_epoch", killed)
+    with pytest.raises(InputError, match="killed"):
+        finetune("--from-scratch --lora-rank 2 --no-freeze-backbone")
+    state = load_finetuned(tmp_path / "out/lora.pth")[0].state_dict()
+    saved = tensors(tmp_path / "out/lora.pth")
+    assert saved.keys() == state.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+
+
 @pytest.mark.parametrize("way", ["lora", "qlora", "rslora"])
 def test_adapters_train_and_the_base_does_not(ways, way):
     results = ways[way]
@@ -852,7 +908,7 @@ def test_a_resnet_goes_the_same_way(norms_train, images, tmp_path):
 
 def test_targets_choose_the_layers(finetune):
     targets = "--target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5"
-    results = finetune(f"--epochs 1 {targets} --rank-pattern encoder_layer_4=3 --alpha-pattern mlp.0=2.5")
+    results = finetune(f"--epochs 1 {targets} --rank-pattern encoder_layer_4=+3 --alpha-pattern mlp.0=2.5")
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
     assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
     assert {name for name, layer in layers.items() if layer["r"] == 3} == {n for n in layers if "_4." in n}
@@ -966,6 +1022,23 @@ def test_every_command_of_the_guide_runs(command, fresh_clone):
     assert results["epochs"] == used["epochs"] == len(metrics(Path("checkpoints/lora")))
     model, _ = load_finetuned("checkpoints/lora/lora.pth")
     assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
+
+
+def test_a_run_started_elsewhere_is_repeated_from_its_config(images, fresh_clone, tmp_path, monkeypatch):
+    """What lies in the toolkit is stored relative to it, and found from any folder."""
+    shutil.copytree(images, tmp_path / "mine")
+    listed = [
+        f"{path.relative_to(tmp_path / 'mine')},{path.parent.name}" for path in (tmp_path / "mine").rglob("*.png")
+    ]
+    (tmp_path / "mine/list.csv").write_text("\n".join(listed))
+    (tmp_path / "else/where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "else/where")
+    common = "--device cpu --epochs 1 --lora-rank 2"
+    for sources in (f"--data-dir {tmp_path / 'mine'}", f"--data-list {tmp_path / 'mine/list.csv'}"):
+        results = finetune_lora.main(f"{sources} --output-dir first {common}".split())
+        again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
+        assert again["val_loss"] == results["val_loss"]
+        assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]
 
 
 def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):

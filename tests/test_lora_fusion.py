@@ -988,4 +988,10 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     with SavedIn16Bits():
         attended, _ = lora_functional.attend(q, q, q, 2)
         nn.LayerNorm(16, elementwise_affine=False)(attended)
+        nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
+        assert (2, 4, 7) in exact
+        mask = torch.zeros(2, 1, 7, 7)
+        lora_functional.attend(q, q, q, 2, mask)
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
+    assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
+    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"

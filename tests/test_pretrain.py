@@ -208,6 +208,12 @@ def test_a_queue_longer_than_the_data_is_told(run, capsys):
     assert capsys.readouterr().out.count("is more than there are images") == 1
 
 
+def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
+    monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 5)  # a fifth of twenty images is held out
+    with pytest.raises(InputError, match="the k-NN accuracy has fewer images than there are processes: start fewer"):
+        run("--batch-size 10")
+
+
 def test_bfloat16(run):
     assert 0 <= run("--epochs 1 --precision bf16")["knn_accuracy"] <= 1
 
@@ -395,6 +401,17 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base):
     assert changed == {name for name, layer in _weights(content, in_memory)}
 
 
+def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
+    whole = run("--epochs 1")["checkpoint"]
+    for epochs in (1, 3):
+        with pytest.raises(InputError, match=r"epoch_1\.pth would be overwritten: give another --output-dir"):
+            run(f"--epochs {epochs} --checkpoint {whole}")
+    run(f"--epochs 1 --checkpoint {whole}", "elsewhere")
+    shutil.copy(whole, whole.with_name("last.pth"))
+    with pytest.raises(InputError, match=r"last\.pth would be overwritten"):
+        run(f"--checkpoint {whole.with_name('last.pth')} --lora-rank 2")
+
+
 @pytest.mark.parametrize("options", ["--moco-version 2", "--use-qlora"])
 def test_stage_1_goes_on_from_what_was_merged(adapt, run, tmp_path, capsys, options):
     """Projector and predictor are in the file as well, and tell the version."""
@@ -470,7 +487,12 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     again = finetune(f"--eval-only {adapter} {options}")
     assert again["val_accuracy"] == results["val_accuracy"]
 
-    shutil.move(stage1, adapter.with_name("moco_lora.pth"))  # beside the file it is found
+    elsewhere = shutil.move(stage1, tmp_path / "elsewhere.pth")
+    assert (
+        finetune(f"--eval-only {adapter} --stage1-adapter {elsewhere} {options}")["val_accuracy"]
+        == again["val_accuracy"]
+    )
+    shutil.move(elsewhere, adapter.with_name("moco_lora.pth"))  # beside the file it is found
     assert torch.equal(load_finetuned(adapter)[0](x), model(x))
     other = adapt(f"{options} --seed 1", "other")["checkpoint"]
     shutil.copy(other, adapter.with_name("moco_lora.pth"))

@@ -11,9 +11,9 @@ from torch import nn
 from moco.probe import (
     GENTLE,
     STRENGTHS,
+    choose_temperature,
     fit_linear_probe,
     head_accuracy,
-    head_temperatures,
     init_head_from_probe,
     soften_head,
 )
@@ -98,7 +98,7 @@ def test_the_temperature_grows_with_the_rate_and_the_number_of_steps_up_to_a_lim
     init_head_from_probe(model, features, labels)
     spread = model.fc(features).std().item()
     for steps, counted in {200: 200, 10_000: 500}.items():
-        assert head_temperatures(model, features, labels, steps)[1] == pytest.approx(counted * spread / GENTLE)
+        assert choose_temperature(model, features, labels, steps).per_rate == pytest.approx(counted * spread / GENTLE)
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
@@ -106,8 +106,8 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
-    assert head_temperatures(model, features, labels, 200)[0] == 1
-    least, _ = head_temperatures(model, features, labels, 200, label_smoothing=0.1)
+    assert choose_temperature(model, features, labels, 200).least == 1
+    least = choose_temperature(model, features, labels, 200, label_smoothing=0.1).least
     soften_head(model, least)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)

@@ -70,6 +70,7 @@ def test_any_image_format_and_names_in_folders_will_do(tmp_path):
 def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     write_set(tmp_path, 120)
     images = data.load_unlabelled(tmp_path)
+    assert set(images.labels) == {images[0][1]} == {data.UNLABELLED}  # though the archives have labels
     loader = data.build_loader(data.Transformed(images, level), 8, shuffle=True, seed=1)
     batches = loader.batch_sampler
     batches.epoch = 3
@@ -137,7 +138,7 @@ def test_a_damaged_image_is_named_with_its_archive(tmp_path):
     for i in (0, 1):
         with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
             images[i]
-    assert len(data.readable(images)) == 1
+    assert len(data.readable(images)) == len(data.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
 
 
 def test_archives_without_labels_cannot_be_learnt_from(tmp_path):

@@ -17,6 +17,7 @@ from finetune_lora import (
     main,
     remove_lora_from_model,
 )
+from lora_fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from moco import InputError
 from moco.backbones import build_backbone, default_image_size, forward_features, head_name, in_head, normalization
@@ -272,6 +273,35 @@ def test_a_model_of_timm_s_leaves_for_onnx_and_peft_and_comes_back(name, checkpo
     again, info = load_finetuned(tmp_path / "back.pth")
     assert_close(again(x), expected, FP32)
     assert info["mean"] == list(normalization(f"timm:{name}")["mean"]) and info["class_names"] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_gradient_checkpointing_recomputes_timm_s_own_blocks(name):
+    model = build_backbone(f"timm:{name}", 3)
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2))).train()
+    x, trained = images(), [p for p in model.parameters() if p.requires_grad]
+    block = model.blocks[0] if name == "test_vit" else model.layer1[0]
+    calls = []
+    block.register_forward_hook(lambda *_: calls.append(1))
+
+    def gradients(mode: str) -> tuple[list[torch.Tensor], int]:
+        calls.clear()
+        set_gradient_checkpointing(model, mode)
+        return list(torch.autograd.grad(model(x).square().sum(), trained)), len(calls)
+
+    expected, once = gradients("none")
+    recomputed, twice = gradients("full")
+    assert (once, twice, gradients("none")[1]) == (1, 2, 1)
+    for gradient, wanted in zip(recomputed, expected, strict=True):
+        assert_close(gradient, wanted, FP32)
+
+
+def test_gradient_checkpointing_that_timm_has_not():
+    with pytest.raises(InputError, match="selective finds nothing to recompute"):
+        set_gradient_checkpointing(add_lora_to_model(build_backbone("timm:test_vit", 3), r=2), "selective")
+    model = timm.create_model("dla34")
+    with pytest.raises(InputError, match="full finds nothing to recompute"):
+        set_gradient_checkpointing(model, "full")
 
 
 def test_random_weights_from_the_command_line(finetune):

@@ -36,6 +36,16 @@ def test_rng_state_survives_a_file_read_with_weights_only(tmp_path):
     assert draw() == expected
 
 
+@pytest.mark.parametrize(("train", "val"), [(2, 9), (9, 2)])
+def test_each_process_needs_an_image(monkeypatch, train, val):
+    model = nn.Linear(2, 2)
+    training.check_batches(model, train, val, batch_size=4)
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 3)
+    training.check_batches(model, 3, 3, batch_size=4)
+    with pytest.raises(InputError, match="3 processes are more than there are images to train or evaluate on"):
+        training.check_batches(model, train, val, batch_size=4)
+
+
 def test_device_and_precision():
     cpu = training.select_device("cpu")
     assert training.select_device("auto").type in ("cpu", "cuda", "mps")
