@@ -519,7 +519,7 @@ def adapt_layers(
     highest = full_rank(model)
     for name, own in settings.items():
         if own.r > highest:
-            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest layer's; lower r (--lora-rank)")
+            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
     _check_shared_weights(model, chosen)
     if use_qlora:
         _check_four_bits(model, chosen)

@@ -37,6 +37,7 @@ import finetune_lora
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from moco import InputError, data
+from moco.backbones import build_backbone
 from moco.options import positive_int
 from moco.runs import run_script
 
@@ -286,7 +287,7 @@ def start(folder: str) -> None:
 def measure_training(args: argparse.Namespace) -> list[dict]:
     """Rows of a ResNet-18 with adapters on these photographs at 224 pixels, by number of loading processes."""
     splits = data.load_splits("imagefolder", args.data_dir)
-    model = finetune_lora.build_backbone("resnet18", len(splits.class_names), PIXELS)
+    model = build_backbone("resnet18", len(splits.class_names), PIXELS)
     finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
     finetune_lora.freeze_backbone_params(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

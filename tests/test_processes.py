@@ -46,10 +46,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_close(ours: dict, theirs: dict) -> None:
-    """Tensors by name, to the rounding of sums in another order."""
+    """Tensors by name, to the rounding of sums in another order: 3e-4 of each tensor's largest element."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=f"{name} differs")
+        size = theirs[name].abs().max().item()
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=3e-4 * size + 1e-6, msg=f"{name} differs")
 
 
 def with_sgd() -> None:
