@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
@@ -670,6 +669,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
             trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
             parameter.requires_grad_(trains and parameter.is_floating_point() and parameter_name not in rounded)
         freeze_statistics(module, not whole, model.training)
+    fuse(model)
 
 
 # --------------------------------------------------------------------------------------------------------- predicting

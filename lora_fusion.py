@@ -32,6 +32,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
+import lora_functional as functional
 from lora_functional import Rebuilt, SelfAttention, max_pool2d_relu
 from moco import InputError
 
@@ -135,6 +136,38 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
         and not _trains(operation)
         and not is_hooked(operation, layer)
     )
+
+
+def is_frozen(attention: nn.Module) -> bool:
+    """Is this a stock attention, batch first and with nothing unusual in it, whose weights do not train?"""
+    return (
+        type(attention) is nn.MultiheadAttention
+        and attention.batch_first
+        and attention._qkv_same_embed_dim
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and not _trains(attention)
+    )
+
+
+def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
+    """``attention(x, x, x)`` of a frozen one, or its first ``tokens`` tokens. x: (N, L, E).
+
+    The stock forward works on (L, N, E), which is not contiguous then. Where the weight needs a gradient, PyTorch folds
+    both dimensions into one product; else it makes L products, and in bf16 on a CPU a copy of the weight for each: 20
+    times as slow in a ViT-B/16.
+    """
+    q, k, v = functional.frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    dropout = attention.dropout if attention.training else 0.0
+    attended, _ = functional.attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
+    return functional.frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
+
+
+def compute(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, a frozen linear layer by the fastest product."""
+    if type(layer) is nn.Linear and not _trains(layer) and not is_hooked(layer):
+        return functional.frozen_linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def by_rows(*modules: nn.Module) -> bool:
@@ -253,19 +286,19 @@ class FusedMLPBlock(MLPBlock):
     def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
         """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
-        x = linear(input) if before is None else linear(input, before=before)
+        x = compute(linear, input) if before is None else linear(input, before=before)
         if self.recomputed and len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
                 x, rest = linear(x, before=gelu), after
         for module in rest:
-            x = module(x)
+            x = compute(module, x)
         return x
 
 
 class FusedEncoderBlock(EncoderBlock):
-    """The block of a ViT. Each LayerNorm is recomputed in backward by the layer behind it."""
+    """The block of a ViT. Each LayerNorm is recomputed in backward by the adapted layer behind it."""
 
     recomputed = False
 
@@ -281,6 +314,8 @@ class FusedEncoderBlock(EncoderBlock):
             return x + mlp(x, before=middle)
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
+        elif is_frozen(attention) and not is_hooked(attention, attention.out_proj):
+            x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
             x = self.ln_1(input)
             x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
@@ -359,16 +394,20 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block its fused class if a layer in it is adapted or the block is `recomputed`, else its stock class.
+    """Give each block its fused class if that computes something in another way, else its stock class.
 
-    Call it after layers have got or lost their adapters.
+    That is so if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call it after
+    layers have got or lost their adapters, or were frozen.
     """
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             has_adapted = any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
-            changed = has_adapted or vars(block).get("recomputed") or vars(block).get("patch_dropout")
+            frozen = (
+                is_frozen(block.self_attention) if stock is EncoderBlock else stock is MLPBlock and not _trains(block)
+            )
+            changed = has_adapted or frozen or vars(block).get("recomputed") or vars(block).get("patch_dropout")
             block.__class__ = FUSED[stock] if changed else stock
     _set_fast_paths(model)
 
@@ -384,7 +423,8 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, Freezable):
             module.__class__ = _stock_norm(module)
             vars(module).pop("frozen", None)
-    fuse(model)
+        module.__class__ = STOCK.get(type(module), type(module))
+    _set_fast_paths(model)
 
 
 def _set_fast_paths(model: nn.Module) -> None:

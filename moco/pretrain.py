@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
+from lora_fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco import InputError, checkpoints, data, distributed, measures, options, reports, runs, training
 from moco.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
@@ -507,6 +508,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(backbone.to(device), args).to(device)
+    fuse(model.encoder_k)  # which is frozen
     return model, origin + "".join(start_from(model, parts))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import (
+    BF16,
     EXACT,
     FP32,
     Operations,
@@ -921,6 +922,56 @@ def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
     before = saved_bytes(model, x)
     set_gradient_checkpointing(model, "selective")
     assert before - saved_bytes(model, x) == 8 * 5 * (16 + 2) * 4  # what the two heads answer, in the first block
+
+
+# ------------------------------------------------------------------------------------------------- frozen attention
+
+
+FROZEN_ATTENTION = {
+    "a linear probe": lambda model: freeze_backbone_params(model),
+    "adapters above": lambda model: freeze_backbone_params(add_lora_to_model(model, adapt_last=1)),
+    "adapters beside": lambda model: freeze_backbone_params(add_lora_to_model(model, target_modules="mlp")),
+}
+
+
+@pytest.mark.parametrize("way", FROZEN_ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
+    """Outputs and gradients; and no product is made for each token."""
+    model, x = vit(), images(16)
+    FROZEN_ATTENTION[way](model)
+    randomize_adapters(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model.train()(x)
+        return logits, torch.autograd.grad(logits.float().square().sum(), trained)
+
+    with Operations() as operations:
+        logits, gradients = run()
+    assert operations.count("bmm") == 0
+    blocks = [m for m in model.modules() if type(m) is lora_fusion.FusedEncoderBlock]
+    assert any(lora_fusion.is_frozen(block.self_attention) for block in blocks)
+    for block in blocks:
+        if lora_fusion.is_frozen(block.self_attention):
+            block.self_attention.register_forward_hook(lambda *_: None)  # which has to see the stock layer's call
+    expected, wanted = run()
+    limit = FP32 if dtype == torch.float32 else BF16
+    assert_close(logits, expected, limit)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert_close(gradient, other, limit)
+
+
+def test_attention_that_trains_again_is_the_stock_one():
+    model = vit()
+    freeze_backbone_params(model)
+    assert type(model.encoder.layers[0]) is lora_fusion.FusedEncoderBlock
+    freeze_backbone_params(model, freeze=False)
+    assert type(model.encoder.layers[0]) is EncoderBlock
+    freeze_backbone_params(add_lora_to_model(model))
+    LoRAManager(model).unload()
+    assert type(model.encoder.layers[0]) is EncoderBlock
 
 
 # ------------------------------------------------------------------------------------------- activations in 16 bits
