@@ -23,7 +23,7 @@ SECTIONS = (
 WITH_PICTURES = {2, 3, 5, 6, 7, 9}
 
 # In place of the cell tagged "parameters"; nothing else differs from what a reader runs.
-PARAMETERS = "EPOCHS = 3\nLABELS_PER_CLASS = 40"
+PARAMETERS = "EPOCHS = 3\nLABELS_PER_CLASS = 20"
 
 # What is read out of the kernel after the last cell.
 REPORT = """
