@@ -32,6 +32,7 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, 
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     measured = compare_peers.measure_memory_apart("lora", TINY)
     weights = 4 * 11.2e6

@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from children import together
@@ -31,6 +32,7 @@ def impatient() -> None:
     pretrain.main = main
 
 
+@pytest.mark.slow
 def test_others_wait_for_a_download_longer_than_an_exchange_may_take(tmp_path):
     children = together("moco.pretrain", str(tmp_path), tmp_path / "log", before=impatient)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]

@@ -157,7 +157,7 @@ def checkpoints() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["zip", "pickle in a sound zip", "legacy"])
-@fuzz(100, edits=EDITS, kept=KEPT)
+@fuzz(50, edits=EDITS, kept=KEPT)
 def test_bytes_of_a_checkpoint(checkpoints, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / "mutated.pth"
     if kind == "pickle in a sound zip":
@@ -179,7 +179,7 @@ def pretrained() -> dict:
     return {"arch": "vit_mini", "epoch": 3, "config": {"image_size": 16, "seed": 0}, "model": model}
 
 
-@fuzz(25, changes=changes())
+@fuzz(12, changes=changes())
 def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     path.write_bytes(torch_file(edited(pretrained, changes)))
@@ -230,7 +230,7 @@ def check_load(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pth", "pickle in a sound zip", "safetensors"])
-@fuzz(100, edits=EDITS, kept=KEPT)
+@fuzz(50, edits=EDITS, kept=KEPT)
 def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
     path = tmp_path_factory.getbasetemp() / ("mutated.safetensors" if kind == "safetensors" else "mutated.pth")
     if kind == "pickle in a sound zip":
@@ -240,7 +240,7 @@ def test_bytes_of_an_adapter(adapters, tmp_path_factory, kind, edits, kept):
     check_load(path)
 
 
-@fuzz(150, changes=changes())
+@fuzz(75, changes=changes())
 def test_content_of_an_adapter(adapters, tmp_path_factory, changes):
     path = tmp_path_factory.getbasetemp() / "edited.pth"
     content = torch.load(io.BytesIO(adapters["pth"]), weights_only=True)
@@ -256,7 +256,7 @@ def header_of(data: bytes) -> tuple[dict, bytes]:
 DTYPES = st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "X"])
 
 
-@fuzz(150, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
+@fuzz(75, changes=changes(st.one_of(PLAIN, DTYPES, st.lists(st.integers(0, 2**40), max_size=3))))
 def test_header_of_a_safetensors_adapter(adapters, tmp_path_factory, changes):
     """Declared types, shapes and places of the tensors, and the description inside."""
     path = tmp_path_factory.getbasetemp() / "edited.safetensors"
@@ -281,7 +281,7 @@ def described(base, tmp_path_factory) -> dict:
     return read_adapter_file(path)
 
 
-@fuzz(25, changes=changes(), everywhere=st.booleans())
+@fuzz(12, changes=changes(), everywhere=st.booleans())
 def test_description_of_an_adapter(described, tmp_path_factory, changes, everywhere):
     """Through `load_finetuned`, which builds the model that the file describes."""
     path = tmp_path_factory.getbasetemp() / "described.pth"
@@ -316,14 +316,14 @@ def check_config(path: Path) -> None:
             assert str(error) and all(line.isprintable() for line in str(error).split("\n")), error
 
 
-@fuzz(80, config=st.sampled_from(CONFIGS), edits=EDITS, kept=KEPT)
+@fuzz(40, config=st.sampled_from(CONFIGS), edits=EDITS, kept=KEPT)
 def test_bytes_of_a_config(tmp_path_factory, config, edits, kept):
     path = tmp_path_factory.getbasetemp() / "mutated.yaml"
     path.write_bytes(mutate(config, edits, kept))
     check_config(path)
 
 
-@fuzz(80, content=st.one_of(st.binary(max_size=40), st.text(max_size=40), st.lists(YAML_WORDS, max_size=12)))
+@fuzz(40, content=st.one_of(st.binary(max_size=40), st.text(max_size=40), st.lists(YAML_WORDS, max_size=12)))
 def test_a_config_of_anything(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
     text = "".join(content) if isinstance(content, list) else content
@@ -331,7 +331,7 @@ def test_a_config_of_anything(tmp_path_factory, content):
     check_config(path)
 
 
-@fuzz(80, sections=SECTIONS)
+@fuzz(40, sections=SECTIONS)
 def test_a_config_of_any_values(tmp_path_factory, sections):
     path = tmp_path_factory.getbasetemp() / "values.yaml"
     path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8", errors="replace")
@@ -344,7 +344,7 @@ FLAGS = st.sampled_from(
 WORDS = st.one_of(FLAGS, st.text(max_size=6), NUMBERS.map(str), FLAGS.map(lambda flag: f"{flag}=1"))
 
 
-@fuzz(150, words=st.lists(WORDS, max_size=6))
+@fuzz(75, words=st.lists(WORDS, max_size=6))
 def test_any_command_line(words):
     """It is read, or refused by an InputError; no other exception comes out."""
     with contextlib.suppress(InputError):

@@ -407,7 +407,9 @@ def test_layers_that_are_no_longer_targets_are_stock_layers_again():
         target = model.get_submodule(name)
         around = {*target.modules(), *(block for block in model.modules() if target in block.children())}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
-            if ours not in around and not isinstance(ours, nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer):
+            if ours not in around and not isinstance(
+                ours, nn.BatchNorm2d | EncoderBlock | MLPBlock | VisionTransformer
+            ):
                 assert type(ours) is type(theirs)
                 assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
         assert_close(model(x), dense_twin(stock, model)(x.double()), FP32)

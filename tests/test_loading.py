@@ -45,6 +45,7 @@ def test_the_photographs_are_what_they_are_said_to_be(tmp_path):
     assert loading.bytes_of(tmp_path) == pytest.approx(sum(path.stat().st_size for path in paths) / 3)
 
 
+@pytest.mark.slow
 def test_the_start_is_measured_in_a_process_of_its_own(tmp_path, capsys):
     result = loading.main(["--only", "start", "--files", "3000", "--output-dir", str(tmp_path)])["start"]
     assert result["files"] == 3000 and all(value >= 0 for value in result.values())
