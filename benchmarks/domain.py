@@ -44,7 +44,7 @@ ADAPTERS = ["--lora-rank", "8"]
 # title, flags of stage 1 (None: no stage 1), the learning rates that it tries
 ROWS = {
     "none": ("no adaptation", None, ()),
-    "adapters": ("stage 1 continued in adapters", ADAPTERS, ("1e-3", "3e-3")),
+    "adapters": ("stage 1 continued in adapters", ADAPTERS, ("1e-3", "3e-3", "1e-2")),
     "full": ("stage 1 continued in full", [], ("1e-4", "3e-4")),
     "scratch": ("stage 1 from scratch on the domain", [], ("1e-3",)),
 }

@@ -11,9 +11,11 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
+from torchvision.models.vision_transformer import EncoderBlock
 
 import deploy_lora
 from finetune_lora import load_base, load_finetuned
+from lora_fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import InputError, data, options, pretrain
 from moco.checkpoints import load_backbone
@@ -212,6 +214,19 @@ def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
     monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 5)  # a fifth of twenty images is held out
     with pytest.raises(InputError, match="the k-NN accuracy has fewer images than there are processes: start fewer"):
         run("--batch-size 10")
+
+
+def test_the_momentum_encoder_computes_its_attention_batch_first(run, monkeypatch):
+    """It is frozen. Both encoders are the same backbone, and answer alike."""
+    seen, real = [], pretrain.Pretraining.train
+    monkeypatch.setattr(pretrain.Pretraining, "train", lambda self: (seen.append(self.model), real(self)))
+    run("--epochs 1")
+    queries, keys = seen[0].encoder_q.eval(), seen[0].encoder_k.eval()
+    assert {type(block) for block in keys.encoder.layers} == {FusedEncoderBlock}
+    assert {type(block) for block in queries.encoder.layers} == {EncoderBlock}
+    keys.load_state_dict(queries.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(keys(x), queries(x), rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16(run):
