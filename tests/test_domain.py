@@ -39,6 +39,7 @@ def run(base, images, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_each_row_fine_tunes_the_backbone_of_its_own_stage_1(run, base, tmp_path, capsys):
     result = run("none adapters full scratch")
     none, adapters, full, scratch = (" ".join(flags) for flags in run.given)
