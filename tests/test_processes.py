@@ -84,6 +84,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_them(options, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1"]

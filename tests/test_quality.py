@@ -62,6 +62,7 @@ def test_a_line_that_was_cut_short_is_forgotten(tmp_path):
     assert len(log.runs) == 1 and path.read_text() == whole
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_the_command_and_is_named(monkeypatch):
     """A Pool would wait for it for ever."""
     job = ("lora_8", 10, 3e-3, 4, "held-out"), [], 1
