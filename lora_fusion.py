@@ -138,8 +138,8 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
     )
 
 
-def is_frozen(attention: nn.Module) -> bool:
-    """Is this a stock attention, batch first and with nothing unusual in it, whose weights do not train?"""
+def is_frozen_attention(attention: nn.Module) -> bool:
+    """Is this a stock attention, batch first and without options that a ViT does not use, which does not train?"""
     return (
         type(attention) is nn.MultiheadAttention
         and attention.batch_first
@@ -151,11 +151,11 @@ def is_frozen(attention: nn.Module) -> bool:
 
 
 def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | None = None) -> Tensor:
-    """``attention(x, x, x)`` of a frozen one, or its first ``tokens`` tokens. x: (N, L, E).
+    """``attention(x, x, x)`` of a frozen attention: (N, L, E), or its first ``tokens`` tokens. x: (N, L, E).
 
-    The stock forward works on (L, N, E), which is not contiguous then. Where the weight needs a gradient, PyTorch folds
-    both dimensions into one product; else it makes L products, and in bf16 on a CPU a copy of the weight for each: 20
-    times as slow in a ViT-B/16.
+    The stock forward transposes x to (L, N, E), which is not contiguous. If the weight needs a gradient, PyTorch still
+    makes one product of it. If not, it makes L products, in bf16 on a CPU with a copy of the weight for each: 20 times
+    as slow in a ViT-B/16.
     """
     q, k, v = functional.frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     dropout = attention.dropout if attention.training else 0.0
@@ -163,8 +163,8 @@ def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | 
     return functional.frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def compute(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, a frozen linear layer by the fastest product."""
+def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``; a frozen linear layer takes the fastest product."""
     if type(layer) is nn.Linear and not _trains(layer) and not is_hooked(layer):
         return functional.frozen_linear(x, layer.weight, layer.bias)
     return layer(x)
@@ -286,14 +286,14 @@ class FusedMLPBlock(MLPBlock):
     def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
         """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
-        x = compute(linear, input) if before is None else linear(input, before=before)
+        x = apply_layer(linear, input) if before is None else linear(input, before=before)
         if self.recomputed and len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
                 x, rest = linear(x, before=gelu), after
         for module in rest:
-            x = compute(module, x)
+            x = apply_layer(module, x)
         return x
 
 
@@ -314,7 +314,7 @@ class FusedEncoderBlock(EncoderBlock):
             return x + mlp(x, before=middle)
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
-        elif is_frozen(attention) and not is_hooked(attention, attention.out_proj):
+        elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
             x = self.ln_1(input)
@@ -404,9 +404,8 @@ def fuse(model: nn.Module) -> None:
         if stock in FUSED:
             inside = block.modules() if stock is VisionTransformer else block.children()
             has_adapted = any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
-            frozen = (
-                is_frozen(block.self_attention) if stock is EncoderBlock else stock is MLPBlock and not _trains(block)
-            )
+            frozen_mlp = stock is MLPBlock and not _trains(block)
+            frozen = frozen_mlp or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
             changed = has_adapted or frozen or vars(block).get("recomputed") or vars(block).get("patch_dropout")
             block.__class__ = FUSED[stock] if changed else stock
     _set_fast_paths(model)

@@ -38,18 +38,8 @@ from moco.files import open_atomically, read_checkpoint, same_file, save_atomica
 from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
-FREE_TO_CHANGE = {
-    "config",
-    "output_dir",
-    "resume",
-    "device",
-    "workers",
-    "knn_every",
-    "knn_dir",
-    "save_every",
-    "tensorboard",
-}
-FREE_TO_CHANGE |= {"checkpoint", "merge_into"}  # a digest tells another base
+FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
+FREE_TO_CHANGE |= {"tensorboard", "checkpoint", "merge_into"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
 METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
@@ -121,8 +111,6 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         problems += overwritten(args)
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
-    if args.moco_version in (1, 2) and args.queue_size < args.batch_size:
-        problems.append(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     return problems
 
 
@@ -445,6 +433,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     images, labelled = load_images(args)
     if len(images) < args.batch_size:
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
+    if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
+        raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
     synchronized = device.type == "cuda" and distributed.world_size() > 1
     if args.moco_version == 3 and args.batch_size == distributed.world_size() and not synchronized:
         raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")

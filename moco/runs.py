@@ -241,9 +241,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
                 "it out with --exclude-modules"
             ) from None
         if distributed.is_lost_peer(error):
-            cause = printable(
-                (str(error).strip().splitlines() or ["no reason given"])[-1]
-            )  # NCCL's own faults look alike
+            cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
             raise InputError(
                 f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
             ) from None

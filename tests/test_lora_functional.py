@@ -757,3 +757,23 @@ def test_autocast_does_not_round_what_is_merged(function):
         merged = function(weight, A, B, 0.5)
     assert merged.dtype == torch.float32 and torch.equal(weight, before)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["MKL", "oneDNN"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_linear_layer_is_the_stock_one(monkeypatch, device, by_onednn, bias):
+    """Whichever product it takes: with and without a gradient of the input, under autocast, and for no input at all."""
+    monkeypatch.setattr(lora_functional, "PREFERS_ONEDNN_LINEAR", by_onednn)
+    layer = nn.Linear(6, 5, bias=bias, device=device).requires_grad_(False)
+    for shape in ((3, 6), (2, 4, 6), (0, 4, 6)):
+        x = torch.randn(shape, device=device)
+        y = lora_functional.frozen_linear(x, layer.weight, layer.bias)
+        assert y.shape == (*shape[:-1], 5)
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(lora_functional.frozen_linear(x, layer.weight, layer.bias), layer(x))
+    ours, theirs = (torch.ones(2, 3, 6, device=device, requires_grad=True) for _ in range(2))
+    lora_functional.frozen_linear(ours, layer.weight, layer.bias).square().sum().backward()
+    layer(theirs).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

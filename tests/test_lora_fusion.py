@@ -952,15 +952,25 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
         logits, gradients = run()
     assert operations.count("bmm") == 0
     blocks = [m for m in model.modules() if type(m) is lora_fusion.FusedEncoderBlock]
-    assert any(lora_fusion.is_frozen(block.self_attention) for block in blocks)
-    for block in blocks:
-        if lora_fusion.is_frozen(block.self_attention):
-            block.self_attention.register_forward_hook(lambda *_: None)  # which has to see the stock layer's call
+    assert any(lora_fusion.is_frozen_attention(block.self_attention) for block in blocks)
+    for module in model.modules():  # from here on the blocks are torchvision's
+        module.__class__ = lora_fusion.STOCK.get(type(module), type(module))
     expected, wanted = run()
     limit = FP32 if dtype == torch.float32 else BF16
     assert_close(logits, expected, limit)
     for gradient, other in zip(gradients, wanted, strict=True):
         assert_close(gradient, other, limit)
+
+
+@pytest.mark.parametrize("way", FROZEN_ATTENTION)
+def test_a_hook_on_frozen_attention_sees_the_stock_call(way):
+    model, x, seen = vit(), images(16), []
+    FROZEN_ATTENTION[way](model)
+    expected = model(x)
+    attention = model.encoder.layers[0].self_attention
+    attention.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments)))
+    assert_close(model(x), expected, FP32)
+    assert seen == [3]  # query, key and value
 
 
 def test_attention_that_trains_again_is_the_stock_one():

@@ -436,6 +436,9 @@ def test_stage_1_goes_on_from_what_was_merged(adapt, run, tmp_path, capsys, opti
     run(f"--checkpoint {merged} --epochs 1", "on")
     told = capsys.readouterr().out
     assert "projector taken over" in told and ("predictor taken over" in told) == ("2" not in options)
+    if "2" in options:  # which the checkpoint says
+        with pytest.raises(InputError, match="--queue-size 4 is smaller than --batch-size 8; raise it"):
+            run(f"--checkpoint {merged} --queue-size 4", "short")
     assert f"MoCo v{2 if '2' in options else 3}," in told
 
 
