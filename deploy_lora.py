@@ -199,14 +199,17 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     config = about.get("config")
     recorded = config.get("data") if isinstance(config, dict) else None
     kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
-    lists = recorded.get("data_list") or [] if isinstance(recorded, dict) else []
-    of_kinds = isinstance(recorded, dict) and all(type(recorded.get(k)) in (t, type(None)) for k, t in kinds.items())
-    if not of_kinds or not all(isinstance(path, str) for path in lists):
+    if (
+        not isinstance(recorded, dict)
+        or any(type(recorded.get(key)) not in (kind, type(None)) for key, kind in kinds.items())
+        or not all(isinstance(path, str) for path in recorded.get("data_list") or ())
+    ):
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     data = {key: recorded[key] for key in kinds if recorded.get(key) is not None}
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = found_path(data[key])
-    data |= {"data_list": [found_path(path) for path in lists]} if lists else {}
+    if "data_list" in data:
+        data["data_list"] = [found_path(path) for path in data["data_list"]]
     return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
 
 
