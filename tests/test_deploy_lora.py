@@ -222,12 +222,13 @@ def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
 
 
 @pytest.mark.parametrize("data", [None, [], {"data_dir": 3}, {"data_list": "mine.csv"}, {"data_list": [1]}])
-def test_a_file_that_does_not_say_where_its_images_are(adapter, data, tmp_path):
-    content = torch.load(adapter)
+def test_a_file_that_does_not_say_where_its_images_are(adapter_for_images, data, tmp_path):
+    path = tmp_path / "theirs.pth"
+    content = torch.load(adapter_for_images)
     content["metadata"]["config"] = {"data": data}
-    torch.save(content, tmp_path / "theirs.pth")
+    torch.save(content, path)
     with pytest.raises(InputError, match="does not say which images it was evaluated on: give a folder"):
-        run("evaluate --device cpu", tmp_path / "theirs.pth")
+        run("evaluate --device cpu", path)
 
 
 # ------------------------------------------------------------------------------------ graphs that serve without it
