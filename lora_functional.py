@@ -57,6 +57,10 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in platform.processor()  # Windows
 
 
+def _has_bf16_without_matrix_unit() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
 # What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way.
 PREFERS_ONEDNN_LINEAR = (
     "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and _is_amd()
@@ -67,6 +71,12 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
     ONEDNN_DTYPES = (torch.float32,)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         ONEDNN_DTYPES += (torch.bfloat16,)
+# On a CPU with products in bfloat16, PyTorch's attention makes them from many small ones, unless it has a matrix unit
+# (AMX), for which it has a path of its own. Up to this many scores in a head `_Attention` is faster, above it slower.
+PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and _has_bf16_without_matrix_unit()
+MOST_SCORES = 2**19
+# The attention of some images, or of some heads of one, is computed at a time: so many scores.
+SCORES_AT_A_TIME = 2**19
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.
 LEAK = 1e-30
@@ -918,8 +928,71 @@ def attend(
         weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v
     else:
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
+        attended = _Attention.apply(q, k, v) if by_products else F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
+
+
+def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    in_bf16 = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16
+    able = PREFERS_BATCHED_ATTENTION and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    return in_bf16 and able and 0 < q.shape[-2] * k.shape[-2] <= MOST_SCORES
+
+
+class _Attention(torch.autograd.Function):
+    """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
+
+    As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
+    and nothing of the scores' size is kept: backward computes the weights once more.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        attended = _empty_heads(q, v.shape[-1])
+        for part in _parts_of_heads(q, k):
+            q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
+            attended[part] = (_attention_weights(q_p, k_p) @ v_p).view_as(attended[part])
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    @_in_its_own_dtype
+    def backward(ctx, gy):
+        q, k, v = ctx.saved_tensors
+        scaling = 1 / math.sqrt(q.shape[-1])
+        gq, gk, gv = (_empty_heads(t, t.shape[-1]) for t in (q, k, v))
+        for part in _parts_of_heads(q, k):
+            q_p, k_p, v_p, gy_p = (t[part].flatten(0, 1) for t in (q, k, v, gy.to(q.dtype)))
+            weights = _attention_weights(q_p, k_p)
+            gv[part] = (weights.mT @ gy_p).view_as(gv[part])
+            # What all values have in common changes no score's gradient, and would only be rounded.
+            g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
+            g_scores = torch.ops.aten._softmax_backward_data(g_weights, weights, -1, weights.dtype)
+            gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
+            gk[part] = (g_scores.mT @ q_p).mul_(scaling).view_as(gk[part])
+        return gq, gk, gv
+
+
+def _attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """q: (N, L, D), k: (N, S, D) -> (N, L, S). Scores rounded to bfloat16 would double attention's error."""
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1], dtype=torch.float32)
+    # In place, as in `effective_weight`.
+    scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
+    return scores.softmax(-1).to(q.dtype)
+
+
+def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Which images and which heads of them to compute at a time."""
+    N, H, L, _ = q.shape
+    images, heads = (max(SCORES_AT_A_TIME // (n * L * k.shape[2]), 1) for n in (H, 1))
+    return [(slice(n, n + images), slice(h, h + heads)) for n in range(0, N, images) for h in range(0, H, heads)]
+
+
+def _empty_heads(like: Tensor, width: int) -> Tensor:
+    """(N, H, L, width), with the heads of a token side by side in memory: (N, L, H width) is then a view."""
+    N, H, L, _ = like.shape
+    return like.new_empty(N, L, H, width).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- pooling

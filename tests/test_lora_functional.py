@@ -634,6 +634,57 @@ def test_dropped_attention_weights(need_weights):
     assert (attended - 1).abs().max() > 0.1 and abs(attended.mean() - 1) < 0.1  # those that stay are doubled
 
 
+@pytest.mark.parametrize("at_a_time", [3 * H * L * S, H * L * S, L * S], ids=["images", "image", "head"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast):
+    """Attention in bfloat16 by products over all heads, in parts: outputs and gradients, peaked attention too."""
+    monkeypatch.setattr(lora_functional, "SCORES_AT_A_TIME", at_a_time)
+    errors = {}
+    for batched in (False, True):
+        monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
+        torch.manual_seed(0)
+        precise = [2 * torch.randn(50, 5, H * 8, dtype=torch.float64) for _ in range(3)]
+        precise[0] = precise[0][:, :3]  # fewer queries than keys
+        gradient = torch.randn(50, 3, H * 8, dtype=torch.float64)
+        results = []
+        for dtype in (torch.float64, torch.bfloat16):
+            qkv = [t.to(dtype, copy=True).requires_grad_() for t in precise]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+                attended, _ = attend(*qkv, H)
+            assert ("_Attention" in _function_names(attended)) == (batched and dtype == torch.bfloat16)
+            attended.backward(gradient.to(dtype))
+            results.append([attended.detach(), *(t.grad for t in qkv)])
+            assert all(t.dtype == dtype for t in results[-1])
+        errors[batched] = [((low - high).norm() / high.norm()).item() for high, low in zip(*results, strict=True)]
+    for ours, theirs in zip(errors[True], errors[False], strict=True):
+        assert 0 < ours < 1.15 * theirs < 0.02
+
+
+def _function_names(tensor: torch.Tensor) -> str:
+    names, nodes = [], [tensor.grad_fn]
+    while nodes:
+        names.append(nodes[-1].name())
+        nodes = [*nodes[:-1], *(node for node, _ in nodes.pop().next_functions if node is not None)]
+    return " ".join(names)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    q, v = torch.randn(number, 4, 8).bfloat16(), torch.randn(number, 4, 8).bfloat16()
+    attended, _ = attend(q, q, v, 2)
+    expected, _ = attend(q.float(), q.float(), v.float(), 2)
+    torch.testing.assert_close(attended.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_batched_attention_keeps_q_k_and_v_alone(monkeypatch):
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    kept, qkv = [], torch.randn(2, 5, 24, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        attend(*qkv.chunk(3, -1), 2)
+    assert {t.untyped_storage().data_ptr() for t in kept} == {qkv.data_ptr()}
+
+
 def test_one_tensor_stays_one():
     x, y, calls = random(L, N, E), random(L, N, E), []
     a, b, c = once_each(lambda t: calls.append(t) or t + 1, x, y, x)

@@ -357,7 +357,7 @@ def test_the_last_block_keeps_the_class_token_alone():
 
 @pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 4e-2)])
+@pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 5e-2)])
 def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance):
     stock, x = vit(hidden_dim=32, mlp_dim=64).to(dtype), images(16, 8, dtype=dtype)
     model = frozen(copy.deepcopy(stock), target_modules=targets)
@@ -935,9 +935,10 @@ FROZEN_ATTENTION = {
 
 
 @pytest.mark.parametrize("way", FROZEN_ATTENTION)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
+@pytest.mark.parametrize("dtype, batched", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, batched):
     """Outputs and gradients; and no product is made for each token."""
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
     model, x = vit(), images(16)
     FROZEN_ATTENTION[way](model)
     randomize_adapters(model)
@@ -950,13 +951,13 @@ def test_frozen_attention_is_the_stock_one_batch_first(way, dtype):
 
     with Operations() as operations:
         logits, gradients = run()
-    assert operations.count("bmm") == 0
+    assert batched or operations.count("bmm") == 0
     blocks = [m for m in model.modules() if type(m) is lora_fusion.FusedEncoderBlock]
     assert any(lora_fusion.is_frozen_attention(block.self_attention) for block in blocks)
     for module in model.modules():  # from here on the blocks are torchvision's
         module.__class__ = lora_fusion.STOCK.get(type(module), type(module))
     expected, wanted = run()
-    limit = FP32 if dtype == torch.float32 else BF16
+    limit = FP32 if dtype == torch.float32 else 3 * BF16  # both are rounded
     assert_close(logits, expected, limit)
     for gradient, other in zip(gradients, wanted, strict=True):
         assert_close(gradient, other, limit)
