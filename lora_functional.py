@@ -49,21 +49,21 @@ ALL_ROWS = slice(None)
 PARTS, PART_NUMEL = 8, 2**17
 
 
-def _is_amd() -> bool:
-    """Is this a processor of AMD's? MKL, whose products PyTorch uses, keeps its fastest code for Intel's."""
+def _describe_cpu() -> str:
+    """On Linux with the instructions that it knows."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read(4096)
-    return "AuthenticAMD" in platform.processor()  # Windows
+            return file.read(4096)  # the first core
+    return platform.processor()
 
 
-def _has_bf16_without_matrix_unit() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-
-
-# What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way.
+CPU = _describe_cpu()
+# What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way, and MKL,
+# which it uses, keeps its fastest code for Intel's processors.
 PREFERS_ONEDNN_LINEAR = (
-    "AVX512" in torch.backends.cpu.get_cpu_capability() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and _is_amd()
+    "AVX512" in torch.backends.cpu.get_cpu_capability()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and "AuthenticAMD" in CPU
 )
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
@@ -73,7 +73,7 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
         ONEDNN_DTYPES += (torch.bfloat16,)
 # On a CPU with products in bfloat16, PyTorch's attention makes them from many small ones, unless it has a matrix unit
 # (AMX), for which it has a path of its own. Up to this many scores in a head `_Attention` is faster, above it slower.
-PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and _has_bf16_without_matrix_unit()
+PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
 MOST_SCORES = 2**19
 # The attention of some images, or of some heads of one, is computed at a time: so many scores.
 SCORES_AT_A_TIME = 2**19
