@@ -892,9 +892,9 @@ class FineTuning:
         self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
         self.meter = data.LoadingMeter()
         self.optimizer = training.build_optimizer(model, args)
-        self.average = training.WeightAverage(trained_state(model), args.ema)
-        self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
         images = Counter(splits.train.labels)  # per class
+        self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))
+        self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
         self.guard = CollapseGuard(max(images.values()) / len(splits.train), len(splits.val), norms_train)
         balanced = args.class_weights == "balanced"
         self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
@@ -942,17 +942,17 @@ class FineTuning:
         self.start_adapters()
 
     def start_adapters(self) -> None:
-        """Start the adapters at the gradient of the first images."""
-        if self.args.lora_init == "random":
-            return
+        """Start the adapters at the gradient of the first images. From here on is what training changes."""
 
         def backward() -> None:
             number = math.ceil(lora_start.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
             for micro_batches in itertools.islice(self.steps(epoch=1), number):
                 self.backward(micro_batches, lambda loss: loss)
 
-        with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
-            lora_start.start_at_gradient(self.model, backward, self.args.seed)
+        if self.args.lora_init == "gradient":
+            with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
+                lora_start.start_at_gradient(self.model, backward, self.args.seed)
+        self.average.begin()
 
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""

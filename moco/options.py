@@ -64,6 +64,7 @@ non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
 def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -482,6 +483,12 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup, as 0.2; 0: none")
     tune.add_argument("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix, as 1; 0: none")
     tune.add_argument("--ema", type=fraction, default=0.0, help="decay of an average of the weights, as 0.999; 0: none")
+    tune.add_argument(
+        "--wise-ft",
+        type=or_auto(positive_share),
+        default="auto",
+        help="share of what training changes to keep; auto: more, the more images per class",
+    )
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(

@@ -44,6 +44,7 @@ def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> di
         "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
         "macro_f1": macro_f1(result),
         "learning_rate": run.args.learning_rate,
+        "kept_share": run.average.share,
         "retreats": run.retreats,
         "epochs": len(run.history),
         "seconds": sum(row["seconds"] for row in run.history),
@@ -226,6 +227,7 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     probe, told = results["probe_accuracy_before"], against_the_probe(results)
     trained, total = results["trainable_parameters"], results["total_parameters"]
+    kept = f", {results['kept_share']:.0%} of their change kept" if results["kept_share"] < 1 else ""
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
@@ -237,7 +239,7 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
         *([("", told)] if told else []),
         ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
-        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%}){kept}"),
         ("adapter file", sizes),
         ("training time", f"{results['seconds']:.1f} s"),
         ("peak memory", memory),

@@ -284,20 +284,49 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     )
 
 
-class WeightAverage:
-    """An exponential moving average of what trains, for evaluation and for the file that a run leaves.
+# With so many images per class, half of what training changes is kept. Measured, see benchmarks/RESULTS.md.
+IMAGES_WORTH_THE_START = 5.0
 
-    In step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself, so that it soon forgets where a short run began.
-    (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's `AveragedModel` would copy the frozen base too.
+
+def kept_share(args: argparse.Namespace, images: Mapping[int, int]) -> float:
+    """What share of training's change is evaluated and saved, from above 0 to 1: `--wise-ft`.
+
+    The fewer the images, the more of the change fits them alone. Unless told otherwise m / (m + 5) with m images per
+    class, and 1 where the start is no linear probe or the whole backbone trains, which would have to be kept twice.
+
+    Args:
+        images: the number of training images of each class.
+    """
+    if args.wise_ft != "auto":
+        return args.wise_ft
+    per_class = sum(images.values()) / len(images)
+    starts_well = args.head_init == "probe" and args.freeze_backbone
+    return per_class / (per_class + IMAGES_WORTH_THE_START) if starts_well else 1.0
+
+
+class WeightAverage:
+    """What is evaluated of what trains, and saved for use: an average over time, and of that one with the start.
+
+    The average over time is an exponential moving one: in step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself,
+    so that it soon forgets where a short run began. (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's
+    `AveragedModel` would copy the frozen base too. What is then taken is ``start + share (average - start)`` (WiSE-FT,
+    arXiv 2109.01903). B of an adapter starts at zero, so that its update shrinks by the share.
 
     Args:
         tensors: the model's own, which training changes in place.
-        decay: 0: no average; the weights themselves.
+        decay: 0: no average over time; the weights themselves.
+        share: 1: nothing of the start.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float):
-        self.tensors, self.decay, self.steps = tensors, decay, 0
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float, share: float = 1.0):
+        self.tensors, self.decay, self.share, self.steps = tensors, decay, share, 0
         self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
+        self.start: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """The weights are now as training starts."""
+        if self.share < 1:
+            self.start = {name: tensor.detach().clone() for name, tensor in self._floats(self.tensors)}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -307,37 +336,41 @@ class WeightAverage:
         self.steps += 1
         if not self.averages:
             self.averages = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        pairs = [(self.averages[name], tensor) for name, tensor in self.tensors.items()]
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        floats = [(average, self.tensors[name]) for name, average in self._floats(self.averages)]
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)
-        for average, tensor in pairs:
+        for name, average in self.averages.items():
             if not average.is_floating_point():  # BatchNorm's count of batches
-                average.copy_(tensor)
+                average.copy_(self.tensors[name])
+
+    @staticmethod
+    def _floats(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within this block the model has the averages in place of its weights."""
-        self._swap()
+        trained = {name: self.tensors[name].detach().clone() for name in (self.averages or self.start)}
         try:
+            with torch.no_grad():
+                for name in trained:
+                    self.tensors[name].copy_(self.averages.get(name, trained[name]))
+                for name, start in self.start.items():
+                    self.tensors[name].copy_(torch.lerp(start, self.tensors[name], self.share))
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, average in self.averages.items():
-            weight = self.tensors[name].clone()
-            self.tensors[name].copy_(average)
-            average.copy_(weight)
+            with torch.no_grad():
+                for name, tensor in trained.items():
+                    self.tensors[name].copy_(tensor)
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "averages": self.averages}
+        return {"steps": self.steps, "averages": self.averages, "start": self.start}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo everything since `state()` returned this."""
         self.steps = state["steps"]
-        self.averages = {name: average.clone().to(self.tensors[name]) for name, average in state["averages"].items()}
+        for kind in ("averages", "start"):
+            setattr(self, kind, {name: tensor.clone().to(self.tensors[name]) for name, tensor in state[kind].items()})
 
 
 SCHEDULES = ("cosine", "step", "constant")

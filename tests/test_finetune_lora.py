@@ -346,7 +346,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
 
     steps: list[FineTuning] = []
     monkeypatch.setattr(FineTuning, "step", step)
-    results = finetune(f"--ema 0.3 --learning-rate 1e-2 --lora-init random {way}")
+    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 --lora-init random {way}")
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     assert len(averages) > 2 and len(steps) == 6
     for name, average in averages.items():
@@ -383,6 +383,29 @@ def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dic
         position += size
     result = run.step(MicroBatches(iter(batches), len(batches), sum(sizes)))
     return result, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("way", ["", "--use-qlora", "--train-norms", "--no-freeze-backbone --lora-rank 0"])
+def test_part_of_the_change_is_evaluated_and_saved(finetune, images, monkeypatch, way):
+    """Of the adapters, the head and what else trains; training itself goes on from all of it."""
+    starts, steps, real_step = [], [], FineTuning.step
+
+    def step(run, micro_batches):
+        if not steps:
+            starts.append({name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad})
+        steps.append(run)
+        return real_step(run, micro_batches)
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune(f"--wise-ft 0.25 --learning-rate 1e-3 {way}")
+    assert results["kept_share"] == 0.25
+    saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
+    for name, start in starts[0].items():
+        torch.testing.assert_close(saved[name], torch.lerp(start, weights[name], 0.25), rtol=1e-4, atol=1e-6, msg=name)
+    assert any(not torch.equal(start, weights[name]) for name, start in starts[0].items())
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01", "--use-qlora"])

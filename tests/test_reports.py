@@ -96,7 +96,7 @@ def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
     ],
 )
 def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, told):
-    results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds"), 1)
+    results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds", "kept_share"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
     results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}

@@ -1,5 +1,7 @@
 """moco/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
+import argparse
+import copy
 import math
 import random
 import sys
@@ -90,7 +92,7 @@ def test_an_average_keeps_counts_and_gives_the_weights_back():
     for _ in range(3):
         model(torch.rand(4, 2))
         average.update()
-    state = {"steps": average.steps, "averages": {name: t.clone() for name, t in average.state()["averages"].items()}}
+    state = copy.deepcopy(average.state())
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.in_place():
         assert model.num_batches_tracked == 3 and not torch.equal(model.running_mean, weights["running_mean"])
@@ -99,6 +101,48 @@ def test_an_average_keeps_counts_and_gives_the_weights_back():
     average.restore(state)
     assert average.steps == 3
     assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_share_of_the_change_is_kept(decay):
+    """Weights and statistics lie on the line from where training began to where it is, or its average over time."""
+    model = nn.BatchNorm1d(2)
+    average = training.WeightAverage(model.state_dict(), decay, share=0.25)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    average.begin()
+    with average.in_place():
+        assert torch.equal(model.weight, torch.full((2,), 3.0))
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    model(torch.rand(4, 2))
+    average.update()
+    trained = copy.deepcopy(model.state_dict())
+    with average.in_place():
+        torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
+        torch.testing.assert_close(model.running_mean, 0.25 * trained["running_mean"])
+        assert model.num_batches_tracked == 1
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    resumed = training.WeightAverage(model.state_dict(), decay, share=0.25)
+    resumed.restore(copy.deepcopy(average.state()))
+    with resumed.in_place():
+        torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
+
+
+@pytest.mark.parametrize(
+    "options, share",
+    [
+        ({}, 0.5),  # of five images per class
+        ({"wise_ft": 0.3}, 0.3),
+        ({"head_init": "random"}, 1.0),
+        ({"freeze_backbone": False}, 1.0),
+        ({"freeze_backbone": False, "wise_ft": 0.3}, 0.3),
+    ],
+    ids=str,
+)
+def test_how_much_of_the_change_is_kept(options, share):
+    args = argparse.Namespace(**{"wise_ft": "auto", "head_init": "probe", "freeze_backbone": True} | options)
+    assert training.kept_share(args, {0: 2, 1: 8}) == share
 
 
 def learning_rates(**options) -> list[float]:
