@@ -942,7 +942,7 @@ class FineTuning:
         self.start_adapters()
 
     def start_adapters(self) -> None:
-        """Start the adapters at the gradient of the first images. From here on is what training changes."""
+        """Start the adapters at the gradient of the first images, and remember this start."""
 
         def backward() -> None:
             number = math.ceil(lora_start.IMAGES / (self.args.batch_size * self.args.accumulation_steps))

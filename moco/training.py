@@ -289,10 +289,10 @@ IMAGES_WORTH_THE_START = 5.0
 
 
 def kept_share(args: argparse.Namespace, images: Mapping[int, int]) -> float:
-    """What share of training's change is evaluated and saved, from above 0 to 1: `--wise-ft`.
+    """What share of training's change is evaluated and saved, above 0 and at most 1: `--wise-ft`.
 
-    The fewer the images, the more of the change fits them alone. Unless told otherwise m / (m + 5) with m images per
-    class, and 1 where the start is no linear probe or the whole backbone trains, which would have to be kept twice.
+    With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
+    where the head did not start as a linear probe, and where the whole backbone trains, of which it would keep a copy.
 
     Args:
         images: the number of training images of each class.

@@ -660,6 +660,21 @@ def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch,
         assert 0 < ours < 1.15 * theirs < 0.02
 
 
+def test_what_the_values_have_in_common_is_not_rounded():
+    """It changes no score's gradient, but is large beside what does."""
+    torch.manual_seed(0)
+    q, k, v, gradient = (torch.randn(4, 2, 50, 8, dtype=torch.float64) for _ in range(4))
+    v = (v + 8).bfloat16().double()
+    errors = []
+    for function in (lora_functional._Attention.apply, F.scaled_dot_product_attention):
+        low, high = (q.bfloat16().requires_grad_(), q.bfloat16().double().requires_grad_())
+        keys = k.bfloat16()
+        function(low, keys, v.bfloat16()).backward(gradient.bfloat16())
+        F.scaled_dot_product_attention(high, keys.double(), v).backward(gradient.bfloat16().double())
+        errors.append(((low.grad - high.grad).norm() / high.grad.norm()).item())
+    assert errors[0] < 0.5 * errors[1]
+
+
 def _function_names(tensor: torch.Tensor) -> str:
     names, nodes = [], [tensor.grad_fn]
     while nodes:

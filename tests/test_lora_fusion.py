@@ -957,7 +957,7 @@ def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, 
     for module in model.modules():  # from here on the blocks are torchvision's
         module.__class__ = lora_fusion.STOCK.get(type(module), type(module))
     expected, wanted = run()
-    limit = FP32 if dtype == torch.float32 else 3 * BF16  # both are rounded
+    limit = FP32 if dtype == torch.float32 else BF16 * (3 if batched else 1)  # batched, they round differently
     assert_close(logits, expected, limit)
     for gradient, other in zip(gradients, wanted, strict=True):
         assert_close(gradient, other, limit)
