@@ -459,13 +459,34 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return _linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-class SelfAttention(NamedTuple):
-    """Attention of several heads as an operation `before` a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E)."""
+class SelfAttention:
+    """Attention of several heads as an operation `before` a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
-    num_heads: int
+    In backward it is computed once more, by the layer's own backward pass, or before that by `replay`, for whoever
+    needs the layer's output again.
+    """
+
+    def __init__(self, num_heads: int):
+        self.num_heads = num_heads
+        self._replayed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, qkv: Tensor) -> Tensor:
         return attend(*qkv.chunk(3, -1), self.num_heads)[0]
+
+    def replay(self, qkv: Tensor) -> Tensor:
+        """The output again. The layer's backward pass, which comes next, will find it, and its graph."""
+        self._replayed = self._with_graph(qkv)
+        return self._replayed[1].detach()
+
+    def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of a graph of their own."""
+        replayed, self._replayed = self._replayed, None
+        return replayed or self._with_graph(qkv)
+
+    @torch.enable_grad()
+    def _with_graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        qkv = qkv.detach().requires_grad_()
+        return qkv, self(qkv)
 
 
 class Rebuilt(NamedTuple):
@@ -487,15 +508,14 @@ def _evaluate(
 ) -> tuple[Tensor, list[Tensor]]:
     """``before(x)`` and what its derivative needs beside x.
 
-    Of a LayerNorm each row's mean and reciprocal deviation, of attention input and output of its own graph.
+    Of a LayerNorm each row's mean and reciprocal deviation, of attention input and output of its own graph, which in
+    the forward pass would only hold memory.
     """
     if isinstance(before, nn.GELU):
         return F.gelu(x, approximate=before.approximate), []
     if isinstance(before, SelfAttention):
-        with torch.set_grad_enabled(in_backward):  # in the forward pass a graph would only hold memory
-            x = x.detach().requires_grad_(in_backward)
-            attended = before(x)
-        return attended.detach(), [x, attended]
+        graph = before.graph(x) if in_backward else (x, before(x))
+        return graph[1].detach(), list(graph)
     norm = before.normalized_shape, before.weight, before.bias, before.eps
     y, *statistics = torch.ops.aten.native_layer_norm(x if norm[1] is None else x.to(norm[1].dtype), *norm)
     return y, statistics

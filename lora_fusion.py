@@ -5,7 +5,7 @@ An adapted layer saves time and memory if it does its neighbour's work too:
   disappears, and so does the copy of them that it would save for backward. The residual's addition and the ReLU behind
   it go along: on a CPU oneDNN does the one or the other while it writes the output.
 - A LayerNorm in front of attention or of the MLP is recomputed in backward: only its input is saved, not its output.
-  With selective gradient checkpointing so are GELU, attention's output and the sum between attention and the MLP.
+  So is GELU. With selective gradient checkpointing so are attention's output and the sum between attention and the MLP.
 - A ResNet's stem is pooled before its ReLU: its largest activation is not saved.
 - The last block of a ViT computes the class token alone, which is all that the classifier reads. Attention's keys and
   values still come from every token.
@@ -279,15 +279,13 @@ class FusedResNet(ResNet):
 
 
 class FusedMLPBlock(MLPBlock):
-    """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. If `recomputed`, the GELU is."""
-
-    recomputed = False
+    """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
     def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
         """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
         x = apply_layer(linear, input) if before is None else linear(input, before=before)
-        if self.recomputed and len(rest) > 2:
+        if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
@@ -308,10 +306,12 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
         residual = input if tokens is None else input[:, :tokens]
-        middle = None if tokens is not None else self.recomputed_middle(input)
-        if middle is not None:
-            x = middle.rebuild(*middle.parts)
-            return x + mlp(x, before=middle)
+        takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
+        if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
+            heads = SelfAttention(attention.num_heads)
+            x = attention.out_proj(qkv, before=heads) + input
+            again = Rebuilt(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
+            return x + mlp(x, before=again)
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
@@ -319,26 +319,23 @@ class FusedEncoderBlock(EncoderBlock):
         else:
             x = self.ln_1(input)
             x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
-        x = self.dropout(x) + residual
-        if type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0]):
-            return x + mlp(x, before=self.ln_2)
-        return x + mlp(self.ln_2(x))
+        attended = self.dropout(x)
+        x = attended + residual
+        if not takes_norm:
+            return x + mlp(self.ln_2(x))
+        # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
+        again = Rebuilt(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
+        return x + mlp(x, before=again)
 
-    def recomputed_middle(self, input: Tensor) -> Rebuilt | None:
-        """``input + attention(ln_1(input))`` as something to compute again in backward, with ln_2 behind it; or None.
+    def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
+        """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
 
-        It costs attention's heads and the output projection once more, one of the block's twelve products.
+        That costs the output projection once more, one of the block's twelve products, beside attention's heads.
         """
-        attention, mlp = self.self_attention, self.mlp
-        alone = type(mlp) is FusedMLPBlock and not is_hooked(attention, self.dropout, mlp)
-        drops = self.dropout.training and self.dropout.p > 0
-        if drops or not (alone and recomputes(self.ln_1, attention) and recomputes(self.ln_2, mlp[0])):
+        attention, drops = self.self_attention, self.dropout.training and self.dropout.p > 0
+        if drops or is_hooked(attention, self.dropout) or not recomputes(self.ln_1, attention):
             return None
-        qkv = attention.project_packed(input, self.ln_1)  # (N, L, 3 E)
-        if qkv is None:
-            return None
-        heads = SelfAttention(attention.num_heads)
-        return Rebuilt(self.ln_2, lambda qkv, x: attention.out_proj(qkv, before=heads) + x, (qkv, input))
+        return attention.project_packed(input, self.ln_1)
 
 
 class FusedVisionTransformer(VisionTransformer):
@@ -449,34 +446,31 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-# Mode -> the blocks that are `recomputed`, as stock or as fused ones.
-RECOMPUTED = {
-    "none": (),
-    "selective": (FusedMLPBlock,),  # and adapted attention, with the block's middle
-    "full": (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer),
-}
+MODES = ("none", "selective", "full")
+WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
 
 
 def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'none'; 'selective': the outputs of GELU and of attention and the sum between attention and MLP, which the
-            adapted layer behind recomputes: six of the fourteen widths that a ViT's block saves per token, for
-            attention's heads twice and one of twelve products; 'full': whole blocks, of which only the input is saved.
+        mode: 'none'; 'selective': attention's output and the sum between attention and MLP, which the adapted layer
+            behind recomputes: two of the ten widths that a ViT's block saves per token, for attention's heads once
+            more and one of twelve products; 'full': whole blocks, of which only the input is saved.
             timm's models recompute their own blocks in mode 'full', and know no other.
-            The outputs of LayerNorm are recomputed in every mode: an eighth of a block's activations for less than 1%
-            of its time.
+            The outputs of LayerNorm and GELU are recomputed in every mode: six of sixteen widths, for no more time
+            than it takes to write and read them.
 
     Raises:
         InputError: a mode that does not exist, or a model without anything to recompute.
     """
-    if mode not in RECOMPUTED:
+    if mode not in MODES:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
-    kinds = RECOMPUTED[mode]
-    blocks = [m for m in model.modules() if type(m) in kinds or STOCK.get(type(m)) in kinds]
+    blocks = []
     if mode == "selective":
-        blocks += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
+        blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
+    elif mode == "full":
+        blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
         raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
     for module in model.modules():

@@ -263,6 +263,9 @@ VARIANTS = {
     "lora_half_patches": Variant("LoRA here, half the patches", lora_half_the_patches, save_here, models="vit"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
+    "qlora_selective": Variant(
+        "QLoRA here, selective checkpointing", qlora_selective, save_here, "bitsandbytes", "vit"
+    ),
     "qlora_selective_16bit": Variant(
         *("QLoRA here, selective, 16-bit activations", qlora_selective, save_here, "bitsandbytes", "vit"),
         around=SavedIn16Bits,

@@ -498,7 +498,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--gradient-checkpointing",
         choices=("none", "selective", "full"),
         default="none",
-        help="none, selective (GELU, attention) or full (blocks)",
+        help="none, selective (attention) or full (blocks)",
     )
     tune.add_argument(
         "--activation-precision",
