@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import io
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -22,6 +24,8 @@ from moco import InputError, distributed, printable
 from moco.data import DOWNLOADED
 from moco.folders import UnreadableImage
 from moco.training import restore_rng_state, rng_state, select_device, select_precision
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How a run begins
@@ -274,6 +278,20 @@ def _all_unreadable(error: UnreadableImage, loaders: Iterable[DataLoader]) -> st
     return "\n".join(found[:20] + more + late)
 
 
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for its next tensors, where its memory is glibc's.
+
+    Blocks of more than 32 MB are else given back at once, and new ones come page by page, each filled with zeros: a
+    fifth of a step of LoRA on a ResNet-50, on a CPU (batch 16, 224 pixels). Settings in the environment come first.
+    """
+    settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if platform.system() != "Linux" or settings & os.environ.keys():
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def run_script(main: Callable[[], Any]) -> None:
     """Run main and exit: 0, 2 for an InputError, 128 + signal if stopped. Of several failing processes only one prints.
 
@@ -281,6 +299,7 @@ def run_script(main: Callable[[], Any]) -> None:
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
+    keep_freed_memory()
     try:
         main()
         distributed.leave()

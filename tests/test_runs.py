@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,28 @@ runs.run_script(main)
         done = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
     assert done.returncode == 2
     assert (tmp_path / "run.log").read_text().splitlines() == ["epoch 1", "a warning", "epoch 2", "error: disk full"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
+    code = """
+import resource, torch
+from moco import runs
+def main():
+    for _ in range(11):
+        torch.ones(2**24)  # 64 MB
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+faults = []
+runs.run_script(main)
+print((faults[-1] - faults[0]) // 10)
+"""
+    run = [sys.executable, "-c", code]
+    own, users = (
+        int(subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **more}).stdout)
+        for more in ({}, {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    )
+    assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
 
 
 def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_path):
