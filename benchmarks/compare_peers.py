@@ -406,7 +406,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def measure_memory_apart(name: str, command: list[str]) -> dict[str, int]:
-    """`measure_memory` in fresh processes: with one mapping per large tensor, and as the allocator is by default."""
+    """`measure_memory` in fresh processes: with one mapping per large tensor, and as a script here runs."""
     run = [sys.executable, "-m", "benchmarks.compare_peers", *command, "--only-memory", name]
     measured = []
     for setting in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {}):
