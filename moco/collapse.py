@@ -39,18 +39,22 @@ class CollapseGuard:
     def __init__(self, constant_accuracy: float, images: int, norms_train: bool):
         self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
 
-    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int, share: float = 1 / 3) -> bool:
-        """Is this share lost of what the best of the earlier ones is better than a constant answer? Not by chance?"""
-        best = max(earlier)
-        middle = (best + accuracy) / 2
-        chance = 3 * math.sqrt(2 * middle * (1 - middle) / self.images)  # three standard errors of the difference
-        return self._settled(step) and accuracy < best - max((best - self.constant_accuracy) * share, chance)
+    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int) -> bool:
+        """Is a third lost of what the best of the earlier ones is better than a constant answer? Not by chance?"""
+        return self._settled(step) and self._lost(accuracy, earlier, share=1 / 3, errors=3)
 
     def is_good(self, accuracies: Sequence[float], step: int) -> bool:
-        """Is the state after these epochs one to go back to? The start is."""
+        """Is the state after these epochs one to go back to? The start is, and one that has lost as good as nothing."""
         if len(accuracies) == 1:
             return True
-        return self._settled(step) and not self.has_collapsed(accuracies[-1], accuracies, step, share=1 / 8)
+        return self._settled(step) and not self._lost(accuracies[-1], accuracies, share=1 / 8, errors=1)
+
+    def _lost(self, accuracy: float, earlier: Sequence[float], share: float, errors: float) -> bool:
+        """More than this share, and more than so many standard errors of the difference."""
+        best = max(earlier)
+        middle = (best + accuracy) / 2
+        chance = errors * math.sqrt(2 * middle * (1 - middle) / self.images)
+        return accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
     def _settled(self, step: int) -> bool:
         return not self.norms_train or step >= SETTLING_STEPS

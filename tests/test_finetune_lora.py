@@ -599,6 +599,14 @@ def as_if_on_many_images(monkeypatch) -> None:
     monkeypatch.setattr(finetune_lora, "CollapseGuard", lambda constant, _, norms: CollapseGuard(constant, 1000, norms))
 
 
+def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good():
+    """On few images a collapse must be clear. A state to go back to must be as good as the best one."""
+    guard = CollapseGuard(constant_accuracy=0.15, images=713, norms_train=False)
+    assert guard.has_collapsed(0.16, [0.24], step=4) and not guard.has_collapsed(0.18, [0.24], step=4)
+    assert not guard.is_good([0.24, 0.18], step=4) and guard.is_good([0.24, 0.225], step=4)
+    assert guard.is_good([0.24], step=0)
+
+
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, monkeypatch, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0]))
