@@ -462,8 +462,8 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
 class SelfAttention:
     """Attention of several heads as an operation `before` a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
-    In backward it is computed once more, by the layer's own backward pass, or before that by `replay`, for whoever
-    needs the layer's output again.
+    In backward it is computed once more: by the layer's own backward pass, or shortly before that by `replay`, if the
+    layer's output is needed again.
     """
 
     def __init__(self, num_heads: int):
@@ -474,12 +474,12 @@ class SelfAttention:
         return attend(*qkv.chunk(3, -1), self.num_heads)[0]
 
     def replay(self, qkv: Tensor) -> Tensor:
-        """The output again. The layer's backward pass, which comes next, will find it, and its graph."""
+        """The output once more. It is kept, with its graph, for the layer's backward pass, which comes next."""
         self._replayed = self._with_graph(qkv)
         return self._replayed[1].detach()
 
     def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of a graph of their own."""
+        """Input and output of a graph of their own; what `replay` kept is handed over."""
         replayed, self._replayed = self._replayed, None
         return replayed or self._with_graph(qkv)
 

@@ -44,7 +44,7 @@ class CollapseGuard:
         return self._settled(step) and self._lost(accuracy, earlier, share=1 / 3, errors=3)
 
     def is_good(self, accuracies: Sequence[float], step: int) -> bool:
-        """Is the state after these epochs one to go back to? The start is, and one that has lost as good as nothing."""
+        """Is the state after these epochs one to go back to? The start is, and one that has lost next to nothing."""
         if len(accuracies) == 1:
             return True
         return self._settled(step) and not self._lost(accuracies[-1], accuracies, share=1 / 8, errors=1)

@@ -281,8 +281,9 @@ def _all_unreadable(error: UnreadableImage, loaders: Iterable[DataLoader]) -> st
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next tensors, where its memory is glibc's.
 
-    Blocks of more than 32 MB are else given back at once, and new ones come page by page, each filled with zeros: a
-    fifth of a step of LoRA on a ResNet-50, on a CPU (batch 16, 224 pixels). Settings in the environment come first.
+    Otherwise blocks of more than 32 MB go back to the system at once, and new ones come page by page, each filled with
+    zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels). If the environment has
+    settings for this, they stand.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     if platform.system() != "Linux" or settings & os.environ.keys():
