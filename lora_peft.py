@@ -109,6 +109,11 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             print(
                 "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"
             )
+        if metadata.get("stage1_adapter"):
+            print(
+                "the adapter was trained over a checkpoint and its stage-1 adapter; in PEFT it belongs on what "
+                "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
+            )
         error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else TOLERANCE)
         _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in (CONFIG, WEIGHTS)})
     return error

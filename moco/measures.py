@@ -1,8 +1,12 @@
-"""What can be known of features without a label: how close the views of an image are, and how the images spread."""
+"""What is measured of features: without a label how close the views of an image are, and how the images spread."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Names in the metrics, and titles. The first is `moco.training.knn_accuracy`, which needs labels.
+TITLES = {"knn_accuracy": "k-NN", "alignment": "alignment", "uniformity": "uniformity"}
+TITLES |= {"effective_rank": "effective rank"}
 
 
 def alignment(first: Tensor, second: Tensor) -> float:

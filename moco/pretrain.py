@@ -41,13 +41,12 @@ from moco.options import non_negative_float, non_negative_int, positive_float, p
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
 FREE_TO_CHANGE |= {"tensorboard", "checkpoint", "merge_into"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
-WITHOUT_LABELS = ("alignment", "uniformity", "effective_rank")  # what is measured where no image has a label
-METRICS = ("epoch", "loss", "knn_accuracy", *WITHOUT_LABELS, "learning_rate", "seconds")
+METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
 COLLAPSED_RANK = 2.0  # fewer directions than this hold features that tell no images apart
-MEASURED = 2_048  # images, without labels
+MEASURED = 2_048  # images of which alignment, uniformity and effective rank are
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -55,8 +54,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain as the options say.
 
     Returns:
-        The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels) and,
-        without labels, `alignment`, `uniformity` and `effective_rank` (`moco.measures`); `before`, the same of a
+        The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels),
+        `effective_rank` and, without labels, `alignment` and `uniformity` (`moco.measures`); `before`, the same of a
         checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
         the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
@@ -295,6 +294,8 @@ class Pretraining:
                 training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
             )
             measured["knn_accuracy"] = training.knn_accuracy(*bank, *queries)
+            features = bank[0][:: math.ceil(len(bank[0]) / MEASURED)]  # evenly: they are sorted by class
+            measured["effective_rank"] = measures.effective_rank(features)
         if self.view_loader:
             first, second = (self.features_of_view(number) for number in (0, 1))
             measured["alignment"] = measures.alignment(first, second)
@@ -400,7 +401,7 @@ class Pretraining:
     def results(self) -> dict[str, Any]:
         last, adapters = self.history[-1], self.args.lora_rank > 0
         return {
-            **{name: last[name] for name in ("loss", "knn_accuracy", *WITHOUT_LABELS)},
+            **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.before,
             "epochs": self.epoch,
             "peak_memory_bytes": training.peak_memory_bytes(self.device),
@@ -418,8 +419,8 @@ class Pretraining:
 
 def describe_measures(row: dict[str, float | None]) -> str:
     """What was measured of the features, and whether they have collapsed."""
-    shown = {"k-NN": "knn_accuracy", **{name.replace("_", " "): name for name in WITHOUT_LABELS}}
-    text = "".join(f"  {title} {row[name]:.3f}" for title, name in shown.items() if row.get(name) is not None)
+    shown = [(title, row[name]) for name, title in measures.TITLES.items() if row.get(name) is not None]
+    text = "".join(f"  {title} {value:.3f}" for title, value in shown)
     collapsed = (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK
     return text + ("  the features have collapsed: lower --learning-rate or warm up longer" if collapsed else "")
 

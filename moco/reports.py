@@ -12,6 +12,7 @@ from typing import Any
 from moco import distributed
 from moco.data import LabelledImages
 from moco.files import open_atomically, write_text
+from moco.measures import TITLES
 from moco.report_page import BLUE, ORANGE, write_page
 from moco.training import Evaluation, peak_memory_bytes
 
@@ -124,23 +125,21 @@ def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
 
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
-    """Contrastive loss and k-NN accuracy by epoch, on an axis each; without labels the effective rank of features."""
+    """By epoch, a panel each: the contrastive loss, and what was measured of the features."""
     from matplotlib.figure import Figure
 
-    labelled = any(row["knn_accuracy"] is not None for row in history)
-    name, title = ("knn_accuracy", "k-NN accuracy") if labelled else ("effective_rank", "effective rank of features")
-
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    axes.plot([row["epoch"] for row in history], [row["loss"] for row in history], color=BLUE)
-    axes.set(xlabel="epoch", ylabel="contrastive loss")
-    measured = [row for row in history if row[name] is not None]
-    right = axes.twinx()
-    right.plot([row["epoch"] for row in measured], [row[name] for row in measured], "o-", color=ORANGE)
-    right.set_ylabel(title)
-    figure.legend(["loss", title], loc="outside upper center", ncols=2)
+    panels = {"loss": "contrastive loss", **TITLES}
+    measured = {name: [row for row in history if row[name] is not None] for name in panels}
+    measured = {name: rows for name, rows in measured.items() if rows}
+    figure = Figure(figsize=(3.6 * len(measured), 3.2), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+        style, color = ("-", BLUE) if name == "loss" else ("o-", ORANGE)
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], style, color=color)
+        axes.set(xlabel="epoch", title=panels[name])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
     with open_atomically(path) as file:
-        figure.savefig(file, dpi=120, bbox_inches="tight")
+        figure.savefig(file, dpi=120)
 
 
 def drawn(text: str) -> str:

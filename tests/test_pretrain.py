@@ -102,16 +102,19 @@ def test_measuring_changes_nothing_and_repeats_itself(run, flat):
     often, seldom = (run(f"--data-dir {flat} --knn-every {n}", str(n)) for n in (1, 2))
     first, second = (torch.load(results["checkpoint"]) for results in (often, seldom))
     assert all(torch.equal(tensor, second["model"][name]) for name, tensor in first["model"].items())
-    assert [often[name] for name in pretrain.WITHOUT_LABELS] == [seldom[name] for name in pretrain.WITHOUT_LABELS]
+    assert [often[name] for name in pretrain.measures.TITLES] == [seldom[name] for name in pretrain.measures.TITLES]
 
 
-def test_features_that_have_collapsed_show(run, flat, monkeypatch):
+@pytest.mark.parametrize("labels", [True, False])
+def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsys, labels):
     def collapsed(model, x):
         return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
 
     monkeypatch.setattr(pretrain.training, "forward_features", collapsed)
-    results = run(f"--data-dir {flat}")
-    assert results["effective_rank"] == pytest.approx(1, abs=0.1) and results["uniformity"] == pytest.approx(0, abs=0.1)
+    results = run(f"--data-dir {folder if labels else flat}")
+    assert results["effective_rank"] == pytest.approx(1, abs=0.1)
+    assert results["uniformity"] is None if labels else results["uniformity"] == pytest.approx(0, abs=0.1)
+    assert "the features have collapsed: lower --learning-rate" in capsys.readouterr().out
 
 
 def test_a_folder_of_class_folders_can_be_used_without_labels(run, capsys):
@@ -488,6 +491,35 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"last\.pth: trained over another base than .*other\.pth"):
         adapt(f"--checkpoint {tmp_path / 'other.pth'} --resume {tmp_path / 'out/last.pth'}")
+
+
+@pytest.fixture
+def trained_over_stage_1(adapt, finetune, tmp_path):
+    """An adapter file of fine-tuning over a stage-1 adapter; an image as its model sees it; and the model's logits."""
+    adapter = finetune(f"--stage1-adapter {adapt()['checkpoint']} --epochs 1")["folder"] / "lora.pth"
+    pixels = np.random.RandomState(1).randint(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    model, info = load_finetuned(adapter)
+    x = info["transform"](Image.fromarray(pixels))[None]
+    with torch.no_grad():
+        return adapter, x, model(x)
+
+
+def test_predictions_and_exports_are_over_base_and_stage_1_adapter(trained_over_stage_1, tmp_path):
+    adapter, x, logits = trained_over_stage_1
+    argv = ["predict", str(adapter), str(tmp_path / "image.png"), "--output", str(tmp_path / "p.csv")]
+    (row,) = deploy_lora.main([*argv, "--device", "cpu"])
+    assert float(row["probability"]) == pytest.approx(logits.softmax(1).max().item(), abs=1e-4)
+    deploy_lora.main(["export", str(adapter), "--output", str(tmp_path / "model.pt2")])
+    exported = torch.export.load(tmp_path / "model.pt2").module()(x)
+    torch.testing.assert_close(exported, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(trained_over_stage_1, tmp_path, capsys):
+    pytest.importorskip("peft")
+    adapter, *_ = trained_over_stage_1
+    deploy_lora.main(["convert", str(adapter), "--to", "peft", "--output", str(tmp_path / "peft")])
+    assert "load_base(checkpoint, stage1_adapter, num_classes)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", ["", "--use-qlora"])
