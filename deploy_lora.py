@@ -19,7 +19,6 @@ import json
 import os
 import reprlib
 import shutil
-import statistics
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +79,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     results = {
         "images": len(result.labels),
         "accuracy": result.accuracy,
-        "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
-        "macro_f1": reports.macro_f1(result),
+        "balanced_accuracy": result.balanced_accuracy,
+        "macro_f1": result.macro_f1,
         "loss": result.loss,
         "accuracy_per_class": per_class,
     }

@@ -868,7 +868,6 @@ class FineTuning:
     `moco.transforms.train_transform`, and nothing else.
     """
 
-    METRICS = ("epoch", "train_loss", "val_loss", "val_accuracy", "learning_rate", "seconds")
     FILES = (
         *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
         *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html", "tensorboard"),
@@ -1008,9 +1007,7 @@ class FineTuning:
         collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
         if collapsed or not math.isfinite(result.loss):
             return False
-        seconds = time.perf_counter() - started
-        row = (epoch, now.loss, result.loss, result.accuracy, now.learning_rate, seconds)
-        self.history.append(dict(zip(self.METRICS, row, strict=True)))
+        self.history.append(now.row(epoch, result, time.perf_counter() - started))
         self.progress = None
         return True
 
@@ -1100,14 +1097,15 @@ class FineTuning:
         self.save_state() if self.progress else self.save()  # the adapter of epoch 0 is the probe
 
     def save(self) -> None:
-        """The files of a finished epoch."""
-        if distributed.is_main():
+        """The files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
+        by = self.args.keep_best if self.path("lora.pth").exists() and self.history else None
+        if distributed.is_main() and (by is None or training.best_epoch(self.history, by) is self.history[-1]):
             with self.average.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         if distributed.is_main():
-            write_csv(self.history, self.METRICS, self.path("metrics.csv"))
+            write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
 
     def save_state(self) -> None:
         state = self.state()  # to which every process contributes
@@ -1170,11 +1168,13 @@ class FineTuning:
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
+        kept_epoch = len(self.history)
         with self.average.in_place():
+            if self.args.keep_best:
+                kept_epoch = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))["epoch"]
             result = evaluate(self.model, self.val_loader, self.device, self.dtype)
-        if not distributed.is_main():
-            return {}
-        return reports.write_finetuning(self, result, count_parameters(self.model))
+        counts = count_parameters(self.model)
+        return reports.write_finetuning(self, result, kept_epoch, counts) if distributed.is_main() else {}
 
 
 def evaluate_adapter(

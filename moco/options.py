@@ -25,7 +25,7 @@ from moco.cache import CACHES
 from moco.checkpoints import is_none, option_problems
 from moco.data import AUGMENTATIONS, CROP_MIN, DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from moco.files import found_path, stored_path
-from moco.training import PRECISIONS, SCHEDULES
+from moco.training import BEST_BY, PRECISIONS, SCHEDULES
 
 # One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
 # keys that only fine-tuning has.
@@ -489,6 +489,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default="auto",
         help="share of what training changes to keep; auto: more, the more images per class",
     )
+    tune.add_argument("--keep-best", choices=BEST_BY, help="lora.pth is the best epoch by this, not the last")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(

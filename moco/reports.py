@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,36 +13,37 @@ from moco.data import LabelledImages
 from moco.files import open_atomically, write_text
 from moco.measures import TITLES
 from moco.report_page import BLUE, ORANGE, write_page
-from moco.training import Evaluation, peak_memory_bytes
+from moco.training import Evaluation, best_epoch, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
 LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
 
 
-def write_finetuning(run: Any, result: Evaluation, counts: dict[str, int]) -> dict[str, Any]:
+def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
     """Write and print the results of a `FineTuning`; returns what `results.json` has.
 
     Args:
-        result: of the model as it was saved, on the evaluation images.
+        result: of the model as it was saved after `kept_epoch`, on the evaluation images.
         counts: its parameters, as `count_parameters` gives them.
     """
     names, per_class = run.class_names, accuracy_per_class(result, run.class_names)
-    start = {"epoch": 0, "val_accuracy": run.before["probe_accuracy"]}  # where no epoch did well
-    best = max(run.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=start)
+    best = {"epoch": 0, "val_accuracy": run.before["probe_accuracy"]}  # where no epoch did well
+    best = best_epoch(run.history, run.args.keep_best or "accuracy") if run.history else best
     results = {
         "val_accuracy": result.accuracy,
         "val_loss": result.loss,
         "val_images": len(result.labels),
         "eval_split": run.args.eval_split,
+        "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
         # Chosen on the very images that it was measured on: no number to publish.
         "best_epoch": best["epoch"],
         "best_val_accuracy": best["val_accuracy"],
         "knn_accuracy_before": run.before["knn_accuracy"],
         "probe_accuracy_before": run.before["probe_accuracy"],
         "accuracy_per_class": per_class,
-        "balanced_accuracy": statistics.mean(share for share in per_class.values() if share is not None),
-        "macro_f1": macro_f1(result),
+        "balanced_accuracy": result.balanced_accuracy,
+        "macro_f1": result.macro_f1,
         "learning_rate": run.args.learning_rate,
         "kept_share": run.average.share,
         "retreats": run.retreats,
@@ -202,13 +202,6 @@ def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[s
     return dict(zip(class_names, [hit.mean().item() if len(hit) else None for hit in hits], strict=True))
 
 
-def macro_f1(result: Evaluation) -> float:
-    """The mean over the classes of the harmonic mean of precision and recall."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(result.labels, result.predictions, average="macro", zero_division=0))
-
-
 def against_the_probe(results: dict[str, Any]) -> str:
     """What to try where a run hardly moved from the linear probe that it began with; else nothing."""
     after, probe = results["val_accuracy"], results["probe_accuracy_before"]
@@ -231,11 +224,14 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
     adapter, config = (shlex.quote(str(folder / name)) for name in ("lora.pth", "config.yaml"))
+    accuracy = f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"
+    if results["config"]["finetune"]["keep_best"]:
+        accuracy += f", chosen on them: epoch {results['kept_epoch']} of {results['epochs']}"
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     return [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
-        ("accuracy after", f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"),
+        ("accuracy after", accuracy),
         *([("", told)] if told else []),
         ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
         ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%}){kept}"),

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,9 +245,14 @@ def micro_batches(
         yield MicroBatches(itertools.islice(shares, number), number, images)
 
 
+BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}  # --keep-best
+
+
 @dataclass
 class Progress:
     """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
+
+    METRICS = ("epoch", "train_loss", "val_loss", *BEST_BY.values(), "learning_rate", "seconds")
 
     learning_rate: float  # of its first step
     steps: int = 0
@@ -265,6 +270,16 @@ class Progress:
     @property
     def loss(self) -> float:
         return self.loss_sum / self.images
+
+    def row(self, epoch: int, result: "Evaluation", seconds: float) -> dict[str, float]:
+        """The finished epoch in `metrics.csv`."""
+        measured = result.loss, result.accuracy, result.balanced_accuracy, result.macro_f1
+        return dict(zip(self.METRICS, (epoch, self.loss, *measured, self.learning_rate, seconds), strict=True))
+
+
+def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]:
+    """The row with the highest value of what `by` names in BEST_BY; of equal ones that with the lowest loss."""
+    return max(history, key=lambda row: (row[BEST_BY[by]], -row["val_loss"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,6 +486,22 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the classes' accuracies, of those that have images."""
+        return self._mean_over_classes("recall_score", labels=self.labels.unique())
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean over the classes of the harmonic mean of precision and recall."""
+        return self._mean_over_classes("f1_score")
+
+    def _mean_over_classes(self, score: str, **classes: Tensor) -> float:
+        from sklearn import metrics  # takes a second, which no loading process shall wait
+
+        score = getattr(metrics, score)
+        return float(score(self.labels, self.predictions, average="macro", zero_division=0, **classes))
 
 
 @torch.no_grad()

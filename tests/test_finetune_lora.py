@@ -23,7 +23,7 @@ import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora_start import LENGTH, adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError, collapse, runs
+from moco import InputError, collapse, runs, training
 from moco.backbones import build_backbone
 from moco.checkpoints import load_backbone
 from moco.collapse import Collapsed, CollapseGuard
@@ -704,6 +704,47 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     assert len(calls) == (3 + 2) + (3 + 3)
 
 
+@pytest.mark.parametrize(("by", "kept"), [("accuracy", 1), ("balanced", 2), ("f1", 2), (None, 3)])
+def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept):
+    """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])  # right of them: five, of the frequent class; four, of all; three
+    answers = [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]]
+    left = [torch.tensor(answer) for answer in answers]
+
+    def evaluation(*args):
+        real = evaluate(*args)
+        if not left:
+            return real
+        answer = left.pop(0)
+        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
+
+    monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
+    options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
+    results = finetune(options)
+    assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
+    assert (f"chosen on them: epoch {kept} of 3" in capsys.readouterr().out) == (by is not None)
+    adapter = results["folder"] / "lora.pth"
+    assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
+    model, info = load_finetuned(adapter)
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4)
+    again = finetune(f"{options} --resume")
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
+    assert again["kept_epoch"] == kept
+
+
+WAYS = ["--use-qlora", "--lora-rank 0", "--lora-rank 0 --no-freeze-backbone"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, monkeypatch, capsys, way):
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    results = finetune(f"--learning-rate auto --epochs 1 {way}")
+    told = capsys.readouterr().out
+    assert told.index("searching for a learning rate: 2 runs of 1 epochs") < told.index("learning rate 1e-04: val")
+    assert results["learning_rate"] in (1e-4, 1e-3) and results["config"]["finetune"]["learning_rate"] != "auto"
+
+
 def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-5, 1e-4, 1e-3))
     whole = finetune("--learning-rate auto", output="whole")
@@ -740,7 +781,7 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
     command = f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}"
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     monkeypatch.setattr(
-        FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(run.METRICS, 0.5)) or True
+        FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(training.Progress.METRICS, 0.5)) or True
     )
     with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{command} --batch-size 4", output="elsewhere")

@@ -20,10 +20,11 @@ def evaluation(labels: list[int], predictions: list[int], confidences: list[floa
     return Evaluation(0.3, (labels == predictions).float().mean().item(), predictions, labels, confidences)
 
 
-def test_macro_f1_and_accuracy_per_class_are_scikit_learns():
+def test_macro_f1_and_balanced_accuracy_are_scikit_learns():
     labels, predictions = [0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 2]
     result = evaluation(labels, predictions)
-    assert reports.macro_f1(result) == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert result.macro_f1 == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert result.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predictions))
     per_class = reports.accuracy_per_class(result, ["a", "b", "c", "absent"])
     assert per_class["absent"] is None
     present = [share for share in per_class.values() if share is not None]
@@ -100,6 +101,7 @@ def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, to
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
     results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
+    results |= {"config": {"finetune": {"keep_best": None}}}
     summary = str(reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
 
