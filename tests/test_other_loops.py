@@ -122,17 +122,23 @@ def test_a_merged_model_can_be_exported(build, side, four_bits):
 @pytest.mark.slow
 @MODELS
 @STORED
-def test_inductor_compiles_training_steps(build, side, four_bits):
-    """The compiler that `torch.compile` takes by itself: answers and gradients are the same."""
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+def test_inductor_compiles_training_steps(build, side, four_bits, low):
+    """The compiler that `torch.compile` takes by itself: the same answers and gradients, to the noise of bf16."""
     model, x = frozen(build(), use_qlora=four_bits).train(), images(side)
-    compiled, gradients = torch.compile(copy.deepcopy(model)), []
-    answers = [one(x) for one in (model, compiled)]
-    for one, answer in zip((model, compiled), answers, strict=True):
+
+    def results(one, low):
+        one = copy.deepcopy(one)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            answer = one(x).float()
         answer.square().sum().backward()
-        gradients.append([p.grad for p in one.parameters() if p.grad is not None])
-    assert_close(answers[1], answers[0], FP32)
-    for actual, wanted in zip(*reversed(gradients), strict=True):
-        assert_close(actual, wanted, FP32)
+        return torch.cat([t.flatten() for t in (answer, *(p.grad for p in one.parameters() if p.grad is not None))])
+
+    exact, own, theirs = results(model, False), results(model, low), results(torch.compile(model), low)
+    if low:
+        assert (theirs - exact).norm() < 2 * (own - exact).norm()
+    else:
+        assert_close(theirs, own, FP32)
 
 
 def test_accelerate_prepares_and_unwraps():
