@@ -13,7 +13,8 @@ Memory: each variant takes a few steps in a fresh process of its own, above its 
 tensors' memory. On a CPU it is told twice: "tensors" is the peak of the process when every large tensor is a mapping of
 its own, which ends with it; "resident" is the peak with glibc's defaults, which counts the holes in its heap as well.
 The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants
-named oneDNN do the same, so that like can be compared with like. On a GPU there are compiled variants as well.
+named oneDNN do the same, and where they are measured all speeds are against them. On a GPU there are compiled variants
+as well. A variant that fails, for want of memory say, is left out, and the last line of its error is told.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
 """
@@ -433,11 +434,15 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def summarise(result: dict) -> None:
-    """Add to every variant what the table and the plot show."""
+    """Add to every variant what the table and the plot show.
+
+    Speed is against full fine-tuning and PEFT with this toolkit's products, where these were measured as well.
+    """
     total = sum(p.numel() for p in build_backbone(result["model"], NUM_CLASSES).parameters())
     for name, variant in result["variants"].items():
         for against in ("full", "peft"):
-            values = ratios(result, name, against)
+            alike = f"{against}_onednn"
+            values = ratios(result, name, alike if alike in result["variants"] else against)
             variant[f"speedup_over_{against}"] = values and quartiles(values)
         variant["step_seconds"] = statistics.median(variant["seconds"])
         variant["trainable_share"] = variant["trainable_parameters"] / total
@@ -603,7 +608,13 @@ def main(argv: list[str] | None = None) -> dict:
         "machine": describe_machine(args),
         "versions": describe_versions(),
     }
-    memory = {name: measure_memory_apart(name, command) for name in names}
+    memory, result["left_out"] = {}, {}
+    for name in names:
+        try:
+            memory[name] = measure_memory_apart(name, command)
+        except RuntimeError as error:  # the others are measured all the same
+            result["left_out"][name] = str(error).strip().splitlines()[-1]
+    names = list(memory)
     timed = measure_time(names, args)
     if args.device.type == "cuda":
         torch.cuda.empty_cache()  # which the processes of a next measurement may need
@@ -614,7 +625,7 @@ def main(argv: list[str] | None = None) -> dict:
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     if "full" in names:
         plot(result, path.with_suffix(".png"))
-    for key in ("command", "commit", "machine", "versions"):
+    for key in ("command", "commit", "machine", "versions", "left_out"):
         print(f"{key}: {result[key]}")
     print(markdown_table(result))
     return result

@@ -22,6 +22,7 @@ import os
 import random
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,7 @@ import torch
 
 import finetune_lora
 from benchmarks import MEASURED, quality
-from benchmarks.compare_peers import forget_peak
+from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
 from moco import InputError, options, pretrain, training
 from moco.data import Transformed, build_loader, eval_transform, load_splits
@@ -64,7 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tuned = {} if args.probes_only else few_labels(name, flags, args)
         common = {"row": name, "title": ROWS[name][0], "stage1": stage1}
         rows += [{**common, "labels_per_class": n, "probes": probed[n], "lora": tuned.get(n)} for n in args.labels]
-    result = {"command": argv, "torch": torch.__version__, "rows": rows}
+    command = shlex.join(["python", "-m", "benchmarks.domain", *(sys.argv[1:] if argv is None else argv)])
+    result = {"command": command, "commit": current_commit(), "torch": torch.__version__, "rows": rows}
     if {"adapters", "full"} <= set(args.rows):
         result["costs"] = costs(args, passed_on)
     (args.output_dir / "domain.json").write_text(json.dumps(result, indent=2, default=str))

@@ -137,11 +137,14 @@ def plot(result: dict[str, Any], args: argparse.Namespace) -> None:
         axes[1, column].set_xticks(positions, map(str, sweep["at"]))
         axes[1, column].set_xlabel(name)
         for panel in axes[:, column]:
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("seconds per step")
     axes[1, 0].set_ylabel("peak memory of the tensors, GB")
     axes[1, 0].axhline(args.fits_into, color="grey", linestyle=":")
+    fits = ", ".join(map(str, result["fits"].values()))
+    axes[1, 0].set_title(f"largest batch in {args.fits_into:g} GB, in the order above: {fits}", fontsize=8)
+    for panel in axes.flat:
+        panel.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)
     machine = result["machine"]
     figure.suptitle(

@@ -21,7 +21,7 @@ class Collapsed(InputError):
     def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
         super().__init__(
             f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
-            "--warmup-epochs 1, --clip-grad-norm 1 or --precision fp32; "
+            "--precision fp32 or --clip-grad-norm 1; "
             f"the adapter of epoch {good_epoch} is in {adapter}"
         )
         self.results = results

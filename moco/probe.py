@@ -103,7 +103,8 @@ def fit_linear_probe(
     the first that is worse are not tried. A class with a single image leaves nothing to validate on: C is then 1. A
     class without any gets zeros.
 
-    The time grows with N * D * K: 14 s on a core for 10,000 rows of 2,048 features and 100 classes.
+    The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100
+    classes.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 

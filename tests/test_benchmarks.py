@@ -32,6 +32,35 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, 
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
 
 
+def test_a_variant_that_fails_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    def memory_of_lora_alone(name, command):
+        if name != "lora":
+            raise RuntimeError("Traceback:\n  ...\nOutOfMemoryError: no room")
+        return memory(name, command)
+
+    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory_of_lora_alone)
+    result = compare_peers.main([*TINY, "--variants", "full,lora", "--output-dir", str(tmp_path)])
+    assert set(result["variants"]) == {"lora"} and result["left_out"] == {"full": "OutOfMemoryError: no room"}
+    assert "OutOfMemoryError: no room" in capsys.readouterr().out
+
+
+def test_speed_is_against_the_peers_with_the_same_products():
+    names = {"full": 4.0, "full_onednn": 2.0, "peft": 3.0, "lora": 1.0}
+    variants = {
+        name: {"seconds": [s], "trainable_parameters": 1, "memory_bytes": 1, "resident_bytes": 1}
+        for name, s in names.items()
+    }
+    compare_peers.summarise({"model": "resnet18", "variants": variants})
+    assert variants["lora"]["speedup_over_full"][1] == 2 and variants["lora"]["speedup_over_peft"][1] == 3
+
+
+def test_a_gpu_has_compiled_variants_and_none_of_onednn():
+    args = parse_arguments(["--model", "vit_b_16", "--precision", "bf16"])
+    args.device = torch.device("cuda")
+    names = compare_peers.choose_variants(args)
+    assert {"full", "full_compiled", "lora", "lora_compiled", "qlora"} <= set(names) and "full_onednn" not in names
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     measured = compare_peers.measure_memory_apart("lora", TINY)
