@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from dense import (
     BF16,
+    DEVICES,
     EXACT,
     FP32,
     Operations,
@@ -706,6 +707,23 @@ def test_a_compiled_vit_is_one_graph_and_computes_the_same(low, base_dtype):
     else:
         assert_close(theirs, own, FP32)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("base_dtype", [None, torch.float16], ids=["float base", "base in 16 bits"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_vit_in_float16_is_near_float32(device, base_dtype, mode):
+    """What `--precision auto` takes on GPUs without bfloat16."""
+    model, x = frozen(vit(), base_dtype=base_dtype).to(device), images(16).to(device)
+    set_gradient_checkpointing(model, mode)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = []
+    for low in (False, True):
+        with torch.autocast(device, torch.float16, enabled=low):
+            y = model(x).float()
+        results.append(torch.cat([t.flatten() for t in (y, *torch.autograd.grad(y.square().mean(), trained))]))
+    exact, half = results
+    assert exact.dtype == half.dtype == torch.float32 and 0 < (half - exact).norm() < 1e-2 * exact.norm()
 
 
 # ------------------------------------------------------------------------- the fast paths of PyTorch's encoders
