@@ -854,7 +854,7 @@ def search_learning_rate(
         return run
 
     settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
-    where = (begin, args.output_dir, args.resume)
+    where = (len(parts.val), begin, args.output_dir, args.resume)
     found = search.choose_learning_rate(make_run, args.epochs, *where, settings, FineTuning.FREE_TO_CHANGE)
     loaders.clear()
     training.restore_rng_state(start)  # so that a run given the rate found is this one

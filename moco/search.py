@@ -6,7 +6,7 @@ are saved as they are made, so that a search that was stopped goes on where it w
 """
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from moco import InputError, data, distributed, reports, runs
 from moco.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+USUAL = 1e-4  # the default of --learning-rate
 MOST_EPOCHS = 20  # of a trial
 IMAGES = 2_000  # at most so many train, and as many validate
 
@@ -28,13 +29,15 @@ class Trial(NamedTuple):
 
 def find_learning_rate(
     trial: Callable[[float], tuple[float, float]],
+    images: int,
     known: Iterable[Trial] = (),
     tried: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> tuple[float, list[Trial]]:
-    """The best rate by validation accuracy, by loss where that is equal, and every trial that was made.
+    """The rate that `choose` takes, and every trial that was made.
 
     Args:
         trial: trains at a rate and returns validation accuracy and loss.
+        images: on how many the accuracy is measured.
         known: trials of an interrupted search, which are not repeated.
         tried: called after each trial with all so far.
     """
@@ -42,7 +45,19 @@ def find_learning_rate(
     for rate in RATES[len(trials) :]:
         trials.append(Trial(rate, *trial(rate)))
         tried(trials)
-    return min(trials, key=lambda t: (-t.val_accuracy, t.val_loss)).learning_rate, trials
+    return choose(trials, images), trials
+
+
+def choose(trials: Sequence[Trial], images: int) -> float:
+    """Of the rates within a standard error of the best accuracy the one nearest to the usual rate.
+
+    A few hundred images tell rates apart that differ by some points, not the best from the second best. (The rule of
+    one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
+    """
+    best = max(trial.val_accuracy for trial in trials)
+    error = math.sqrt(best * (1 - best) / images)
+    alike = [trial.learning_rate for trial in trials if trial.val_accuracy >= best - error]
+    return min(alike, key=lambda rate: abs(math.log(rate / USUAL)))
 
 
 def parts_of(splits: data.Splits) -> data.Splits:
@@ -54,6 +69,7 @@ def parts_of(splits: data.Splits) -> data.Splits:
 def choose_learning_rate(
     make_run: Callable[[float, int], Any],
     epochs: int,
+    images: int,
     begin: Callable[[], None],
     folder: Path,
     resume: Path | None,
@@ -66,6 +82,7 @@ def choose_learning_rate(
         make_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
             collapses, and `history`.
         epochs: of the run that the rate is for.
+        images: on how many the trials are judged.
         begin: makes the folder ready; called when there is something to save.
         folder: gets `last.pth`, `learning_rates.csv` and `learning_rates.png`.
         resume: the `last.pth` to go on from.
@@ -102,7 +119,7 @@ def choose_learning_rate(
             write_csv([trial._asdict() for trial in trials], Trial._fields, folder / "learning_rates.csv")
 
     print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, over at most {IMAGES:,} images each")
-    rate, trials = find_learning_rate(trial, known, tried)
+    rate, trials = find_learning_rate(trial, images, known, tried)
     begin()
     if distributed.is_main():
         reports.plot_learning_rates(trials, folder / "learning_rates.png")

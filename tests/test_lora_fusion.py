@@ -688,8 +688,7 @@ def test_a_compiled_block_is_one_graph_and_computes_the_same(block, shape):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("base_dtype", [None, torch.bfloat16], ids=["float base", "base in 16 bits"])
-@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("low, base_dtype", [(False, None), (True, torch.bfloat16)], ids=["fp32", "bf16"])
 def test_a_compiled_vit_is_one_graph_and_computes_the_same(low, base_dtype):
     """In low precision no further from the answers and gradients of float32 than the model itself."""
     model, x = frozen(vit(), base_dtype=base_dtype), images(16)

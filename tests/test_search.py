@@ -2,14 +2,21 @@
 
 import contextlib
 
-from moco.search import RATES, Trial, find_learning_rate
+from moco.search import RATES, Trial, choose, find_learning_rate
 
 
-def test_the_best_rate_is_found_by_accuracy_and_then_by_loss():
-    accuracies = dict(zip(RATES, [0.5, 0.6, 0.9, 0.8, 0.9, 0.9, 0.0], strict=True))
-    rate, trials = find_learning_rate(lambda rate: (accuracies[rate], abs(rate - 1e-3)))
-    assert rate == 1e-3 and accuracies[1e-3] == 0.9
+def test_a_rate_is_found_that_is_better_by_more_than_chance():
+    accuracies = dict(zip(RATES, [0.5, 0.6, 0.7, 0.8, 0.9, 0.89, 0.0], strict=True))
+    rate, trials = find_learning_rate(lambda rate: (accuracies[rate], 0.0), images=100)  # 0.9 has an error of 0.03
+    assert rate == 1e-3
     assert [(trial.learning_rate, trial.val_accuracy) for trial in trials] == list(accuracies.items())
+
+
+def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
+    accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
+    trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
+    assert choose(trials, 100) == 3e-4 and choose(trials, 20) == 1e-4 and choose(trials, 10_000) == 1e-3
+    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], 5) == 1e-4
 
 
 def test_an_interrupted_search_goes_on_with_what_it_knows():
@@ -26,6 +33,6 @@ def test_an_interrupted_search_goes_on_with_what_it_knows():
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        find_learning_rate(trial, tried=stop_after_five)
-    rate, trials = find_learning_rate(trial, known=saved)
-    assert rate == RATES[0] and made == list(RATES) == [trial.learning_rate for trial in trials]
+        find_learning_rate(trial, 1000, tried=stop_after_five)
+    rate, trials = find_learning_rate(trial, 1000, known=saved)
+    assert rate == 1e-4 and made == list(RATES) == [trial.learning_rate for trial in trials]

@@ -145,6 +145,14 @@ def test_how_much_of_the_change_is_kept(options, share):
     assert training.kept_share(args, {0: 2, 1: 8}) == share
 
 
+def test_the_best_epoch_by_each_measure():
+    names = ("epoch", "val_loss", *training.BEST_BY.values())
+    rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
+    history = [dict(zip(names, row, strict=True)) for row in rows]
+    best = {by: training.best_epoch(history, by)["epoch"] for by in training.BEST_BY}
+    assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
+
+
 def learning_rates(**options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = training.lr_schedule(optimizer, 10, **options)
