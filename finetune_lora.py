@@ -746,13 +746,11 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
     def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
-    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, _complete)
+    def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+        problems = options.complete_finetune_options(args, sources)
+        return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
 
-
-def _complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in what follows from other options; what is wrong with them together, a line each."""
-    problems = options.complete_finetune_options(args, sources)
-    return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
+    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, complete)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -890,7 +888,8 @@ class FineTuning:
         kept = keep_images(splits.train, args.cache_images, size)
         self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
         self.meter = data.LoadingMeter()
-        self.optimizer = training.build_optimizer(model, args)
+        self.faster = lora_start.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
+        self.optimizer = training.build_optimizer(model, args, self.faster)
         images = Counter(splits.train.labels)  # per class
         self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))
         self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
@@ -955,8 +954,11 @@ class FineTuning:
 
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        faster = lora_start.LENGTH if self.args.lora_init == "gradient" and self.args.lora_rank > 0 else 1.0
-        return self.head_temperature.at(self.schedule.base_lrs[0] * faster)
+        return self.head_temperature.at(self.rate() * self.faster)
+
+    def rate(self) -> float:
+        """The learning rate at its peak: collapses lower it."""
+        return self.args.learning_rate / collapse.RETREAT_FACTOR ** len(self.retreats)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -983,7 +985,7 @@ class FineTuning:
         """What is left of the epoch, and its evaluation; False, and none of that, if the training collapses."""
         epoch = len(self.history) + 1
         if self.progress is None:
-            self.progress = training.Progress(self.optimizer.param_groups[0]["lr"])
+            self.progress = training.Progress(self.rate() * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
             if self.does_well():
                 self.good = runs.copy_to_cpu({"epochs": len(self.history), "state": self.trained()})
         now = self.progress
@@ -1021,7 +1023,7 @@ class FineTuning:
 
     def retreat(self) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
-        epoch, rate, temperature = len(self.history) + 1, self.schedule.base_lrs[0], self.temperature()
+        epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
         self.restore(self.good["state"])
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
@@ -1033,17 +1035,13 @@ class FineTuning:
             soften_head(self.model, self.temperature() / temperature)
             self.start_adapters()
         self.save()
-        rate = self.schedule.base_lrs[0]
-        print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, with learning rate {rate:.1e}")
+        print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, learning rate {self.rate():.1e}")
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         return training.micro_batches(self.train_loader, self.meter, epoch, start, self.args.accumulation_steps)
 
     def step(self, micro_batches: training.MicroBatches) -> tuple[float, int]:
-        """One optimizer step, as if its batches were one: the sum of the images' losses, and the number of hits.
-
-        With several processes, each computes its share; gradients and results are those of the whole.
-        """
+        """One optimizer step, as if its batches, and those of all processes, were one: sums of losses and of hits."""
         self.optimizer.zero_grad(set_to_none=True)
         # The gradients are averaged over the processes; it is their sum that belongs to the whole.
         share = distributed.world_size() / micro_batches.images
@@ -1134,6 +1132,7 @@ class FineTuning:
             "progress": vars(self.progress) if self.progress else None,
             "good": self.good if self.progress or not self.does_well() else None,  # then it is this very state
             "head_temperature": tuple(self.head_temperature),
+            "faster": self.faster,
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,

@@ -286,12 +286,17 @@ def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]
 # Optimizer, schedule, average of the weights
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW over everything that trains: the head at a rate of its own, biases and norms without weight decay."""
+def build_optimizer(model: nn.Module, args: argparse.Namespace, faster: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over everything that trains: biases and norms without weight decay, the head at a rate of its own.
+
+    Args:
+        faster: times the learning rate at which adapters learn.
+    """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
+            rate = args.learning_rate * faster if name.rpartition(".")[2].startswith("lora_") else rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
@@ -325,7 +330,7 @@ class WeightAverage:
     The average over time is an exponential moving one: in step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself,
     so that it soon forgets where a short run began. (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's
     `AveragedModel` would copy the frozen base too. What is then taken is ``start + share (average - start)`` (WiSE-FT,
-    arXiv 2109.01903). B of an adapter starts at zero, so that its update shrinks by the share.
+    arXiv 2109.01903). Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays.
 
     Args:
         tensors: the model's own, which training changes in place.
@@ -341,7 +346,8 @@ class WeightAverage:
     def begin(self) -> None:
         """The weights are now as training starts."""
         if self.share < 1:
-            self.start = {name: tensor.detach().clone() for name, tensor in self._floats(self.tensors)}
+            floats = ((n, t) for n, t in self._floats(self.tensors) if not n.rpartition(".")[2].startswith("lora_A"))
+            self.start = {name: tensor.detach().clone() for name, tensor in floats}
 
     @torch.no_grad()
     def update(self) -> None:

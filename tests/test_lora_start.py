@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora_start import LENGTH, adapter_pairs, start_at_gradient
+from lora_start import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager
 from moco.backbones import build_backbone
 
@@ -111,7 +111,7 @@ def test_the_model_answers_as_before_and_rows_are_orthogonal():
     assert torch.equal(model(x), before)
     assert all(p.grad is None for p in model.parameters())
     for A, B in adapter_pairs(model):
-        torch.testing.assert_close(A @ A.T / (LENGTH**2 / 3), torch.eye(R))
+        torch.testing.assert_close(3 * A @ A.T, torch.eye(R))
         assert not B.any()
 
 
@@ -162,7 +162,7 @@ def test_a_rank_above_the_layer_s_inputs():
     x, labels = batch()
     start_at_gradient(model, lambda: F.cross_entropy(model(x), labels).backward())
     A = model[0].lora_A.detach()
-    torch.testing.assert_close(A[:3] @ A[:3].T / (LENGTH**2 / 3), torch.eye(3))
+    torch.testing.assert_close(3 * A[:3] @ A[:3].T, torch.eye(3))
     assert A[3:].any(1).all()
 
 

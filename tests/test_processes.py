@@ -56,7 +56,7 @@ def assert_close(ours: dict, theirs: dict) -> None:
 def with_sgd() -> None:
     """AdamW would blow up the rounding of gradients that are nearly zero, and hide a gradient of the wrong size."""
 
-    def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    def build_optimizer(model: nn.Module, *_) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
     training.build_optimizer = build_optimizer
