@@ -609,6 +609,14 @@ def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good()
     assert guard.is_good([0.24], step=0)
 
 
+@pytest.mark.parametrize(("norms_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
+def test_how_much_may_be_lost(norms_train, share):
+    """Of 30 points above a constant answer, on so many images that chance hardly counts."""
+    guard = CollapseGuard(constant_accuracy=0.1, images=100_000, norms_train=norms_train)
+    assert guard.has_collapsed(0.4 - 0.3 * share - 0.01, [0.4, 0.35], step=100)
+    assert not guard.has_collapsed(0.4 - 0.3 * share + 0.01, [0.4, 0.35], step=100)
+
+
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, monkeypatch, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0]))
