@@ -44,7 +44,8 @@ class CollapseGuard:
 
         Where BatchNorm trains it is a third: its statistics change in the first epochs of good runs as well.
         """
-        return self._settled(step) and self._lost(accuracy, earlier, share=1 / 3 if self.norms_train else 1 / 4, errors=3)
+        share = 1 / 3 if self.norms_train else 1 / 4
+        return self._settled(step) and self._lost(accuracy, earlier, share, errors=3)
 
     def is_good(self, accuracies: Sequence[float], step: int) -> bool:
         """Is the state after these epochs one to go back to? The start is, and one that has lost next to nothing."""
