@@ -862,6 +862,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 def test_what_files_declare_takes_no_memory(workplace):
     write(workplace, GREEDY)

@@ -82,7 +82,7 @@ def assert_same(ours, theirs, where: str = "") -> None:
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow if w == "qlora" else ()) for w in WAYS])
 def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
     whole, killed, when = start(way, output="whole"), start(way), random.Random(way)
     kills = 0

@@ -743,10 +743,8 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     assert again["kept_epoch"] == kept
 
 
-WAYS = ["--use-qlora", "--lora-rank 0", "--lora-rank 0 --no-freeze-backbone"]
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["--use-qlora", "--lora-rank 0", "--lora-rank 0 --no-freeze-backbone"])
 def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, monkeypatch, capsys, way):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     results = finetune(f"--learning-rate auto --epochs 1 {way}")

@@ -97,6 +97,7 @@ def computed(executed) -> dict[str, Any]:
     return json.loads(executed.cells[-1].outputs[-1]["text"])
 
 
+@pytest.mark.slow
 def test_moco_knows_the_digits_and_training_improves_on_it(computed):
     knn, runs = computed["k-NN"], computed["runs"]
     # What the prose says of the three.
@@ -108,6 +109,7 @@ def test_moco_knows_the_digits_and_training_improves_on_it(computed):
     assert computed["epochs"] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_stage_1_goes_on_with_other_images_in_a_file_of_adapters(computed, folder):
     before, after = computed["on paper"]
     assert before < computed["k-NN"]["moco"] - 0.1
@@ -115,12 +117,14 @@ def test_stage_1_goes_on_with_other_images_in_a_file_of_adapters(computed, folde
     assert (folder / computed["stage 1"]).stat().st_size < 1e6
 
 
+@pytest.mark.slow
 def test_what_it_evaluates_is_what_the_run_says(computed):
     lora = computed["runs"]["lora"]
     assert computed["evaluated"] == pytest.approx(lora["val_accuracy"], abs=1e-6)
     assert computed["per_class"] == pytest.approx([100 * x for x in lora["accuracy_per_class"].values()], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_each_method_trains_what_it_should(computed):
     runs, head = computed["runs"], 192 * 10 + 10
     trained = {name: run["trainable_parameters"] for name, run in runs.items()}
@@ -130,12 +134,14 @@ def test_each_method_trains_what_it_should(computed):
     assert computed["batch_norm_trains"] is False
 
 
+@pytest.mark.slow
 def test_every_adapter_moved(computed):
     values = np.array(list(computed["spectra"].values()))  # (kinds, blocks, r)
     assert values.shape == (6, 6, 8)
     assert (values[..., 0] > 1e-3).all() and (np.diff(values) <= 1e-6).all()
 
 
+@pytest.mark.slow
 def test_files_and_merged_weights_give_the_same_answers(computed, folder):
     at_start, switched_off, reloaded, merged = computed["differences"]
     assert max(at_start, switched_off, reloaded) < 1e-5 and merged < 1e-3
@@ -147,6 +153,7 @@ def test_files_and_merged_weights_give_the_same_answers(computed, folder):
     assert all(name.startswith("checkpoints/notebook/") for name in files)
 
 
+@pytest.mark.slow
 def test_four_bits_are_four_bits(computed):
     (weights, whole), (weights_4_bit, whole_4_bit) = computed["memory"]["LoRA"], computed["memory"]["QLoRA"]
     assert 4 < computed["bits_per_weight"] == 32 * weights_4_bit / weights < 4.5
@@ -154,6 +161,7 @@ def test_four_bits_are_four_bits(computed):
     assert 0.01 < computed["rounded"] < 0.2  # of the largest weight of the block; half the widest step is 0.15
 
 
+@pytest.mark.slow
 def test_it_draws_what_is_committed(executed):
     drawn, committed = pictures(executed.cells), pictures(nbformat.read(NOTEBOOK, as_version=4).cells)
     assert len(drawn) == len(committed)

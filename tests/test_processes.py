@@ -62,7 +62,7 @@ def with_sgd() -> None:
     training.build_optimizer = build_optimizer
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
     children = together("finetune_lora", options(way), tmp_path / "log", before=with_sgd)

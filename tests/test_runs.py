@@ -51,6 +51,7 @@ runs.run_script(main)
     assert (tmp_path / "run.log").read_text().splitlines() == ["epoch 1", "a warning", "epoch 2", "error: disk full"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
 def test_freed_memory_is_kept_for_the_next_tensor():
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""

@@ -173,6 +173,7 @@ def test_schedules():
     assert learning_rates(schedule="step") == pytest.approx([2.0] * 6 + [0.2] * 2 + [0.02] * 2)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_allocated():
     before = training.peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(before // 4 + 64 * 2**20 // 4)  # more than the process ever held
