@@ -615,6 +615,8 @@ def main(argv: list[str] | None = None) -> dict:
         except RuntimeError as error:  # the others are measured all the same
             result["left_out"][name] = str(error).strip().splitlines()[-1]
     names = list(memory)
+    if not names:
+        raise RuntimeError(f"no variant could be measured: {result['left_out']}")
     timed = measure_time(names, args)
     if args.device.type == "cuda":
         torch.cuda.empty_cache()  # which the processes of a next measurement may need

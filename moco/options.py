@@ -459,7 +459,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--learning-rate",
         type=or_auto(positive_float),
         default=1e-4,
-        help="of AdamW, at its peak; auto: search for it",
+        help="of AdamW, at its peak; adapters that start at the gradient: 24 times it; auto: search",
     )
     tune.add_argument(
         "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
