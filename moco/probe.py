@@ -107,12 +107,14 @@ def fit_linear_probe(
     classes.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     weights = None if class_weights == "none" else class_weights
     X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
     count = len(y) // views
     folds, best = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min()), 1.0
-    with warnings.catch_warnings():
+    # One thread for the products: with few classes those of several wait for each other, up to 16 times as long.
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is a fair start all the same
         if folds > 1:
             parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(X[:count], y[:count])
