@@ -50,11 +50,13 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     content = read_adapter_file(args.adapter)
     numel = sum(tensor.numel() for tensor in content["tensors"].values())
     size = args.adapter.stat().st_size / 1e6
-    print(f"{args.adapter}: {len(content['layers'])} adapted layers, {numel:,} parameters, {size:.2f} MB")
+    adapted = sum(record["r"] > 0 for record in content["layers"].values())
+    print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
     for key, value in content["metadata"].items():
         print(f"  {printable(key)}: {printable(_SHORT.repr(value), 1000)}")
     for name, record in content["layers"].items():
-        print(f"  {printable(name)}: {printable(record['kind'])}, r={record['r']}, scaling={record['scaling']:g}")
+        how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
+        print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
 
 

@@ -26,21 +26,31 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
-from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lora_functional as functional
 import lora_fusion
 import lora_start
 import lora_utils
-from lora_functional import LoRASettings, NF4Weight, matches_layer, settings_by_layer
-from lora_fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
+from lora_functional import NF4Weight
+from lora_fusion import freeze_statistics, fuse, is_adapted, scale_and_shift, set_gradient_checkpointing
 from lora_residents import KINDS, Form, recorded_settings
+from lora_targets import (
+    NO_ADAPTER,
+    LoRASettings,
+    adaptable_layers,
+    changeable,
+    check_four_bits,
+    check_shared_weights,
+    choose_layers,
+    layers_below,
+    outermost_layers,
+    settings_by_layer,
+)
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import PATCH_EMBEDDINGS, block_names, headless, in_head, normalization, unwrapped
+from moco.backbones import headless, in_head, normalization
 from moco.cache import keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.collapse import CollapseGuard
@@ -85,8 +95,13 @@ class LoRALayer:
         self._init_adapters(settings)
 
     @classmethod
-    def adapt(cls, layer: nn.Module, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> "LoRALayer":
-        """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree."""
+    def adapt(
+        cls, layer: nn.Module, settings: LoRASettings | None, base_dtype: torch.dtype | None = None
+    ) -> "LoRALayer":
+        """Turn a stock layer into its adapted kind, in place: same object, same parameters, same place in the tree.
+
+        With no settings its rank is 0: the layer computes with its base, which is stored as an adapted layer's is.
+        """
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
@@ -95,8 +110,8 @@ class LoRALayer:
         layer._init_adapters(settings, base_dtype)
         return layer
 
-    def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
-        vars(self).update(vars(settings), scaling=settings.scaling)
+    def _init_adapters(self, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> None:
+        vars(self).update(NO_ADAPTER if settings is None else {**vars(settings), "scaling": settings.scaling})
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
@@ -119,14 +134,14 @@ class LoRALayer:
         shapes = {"lora_A": (self.r, math.prod(base.shape[1:])), "lora_B": (fan_out or base.shape[0], self.r)}
         for name, shape in shapes.items():
             tensor = torch.empty(shape, dtype=dtype, device=self._parameters[weight_name].device)
-            self.register_parameter(name + suffix, nn.Parameter(tensor))
+            self.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=self.r > 0))
 
     def _adapter_names(self) -> list[str]:
         return [name for name in self._parameters if name.startswith("lora_")]
 
     def reset_lora_parameters(self) -> None:
         """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name in self._adapter_names():
+        for name in self._adapter_names() if self.r else ():
             if name.startswith("lora_A"):
                 nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
             else:
@@ -148,9 +163,9 @@ class LoRALayer:
         """The weight without the adapter, merged or not."""
         return self._base_data.get(name, self._parameters[name])
 
-    def _base_to_merge(self, name: str = "weight") -> Tensor | NF4Weight:
+    def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
-        return base.float() if name in self.float_digests and isinstance(base, Tensor) else base
+        return functional.dense_weight(base, torch.float32) if name in self.float_digests else base
 
     @property
     def merged(self) -> bool:
@@ -161,7 +176,8 @@ class LoRALayer:
         """Put W_eff in the weight's place. Merging twice is merging once."""
         if not self.merged:
             base_data = {name: getattr(self, name).data for name in self.weight_names}
-            for name, weight in self.effective_weights().items():
+            merged = self.effective_weights() if self.r else {n: self._base_to_merge(n) for n in base_data}
+            for name, weight in merged.items():
                 getattr(self, name).data = weight
             self._base_data = base_data
 
@@ -173,12 +189,12 @@ class LoRALayer:
 
     @property
     def _is_active(self) -> bool:
-        return self.lora_enabled and not self.merged
+        return self.lora_enabled and not self.merged and self.r > 0
 
-    def _weight_without_adapter(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The dense weight of a layer whose adapter is merged or switched off."""
-        weight = self._parameters[name] if self.lora_enabled else self.base(name)
-        return functional.dense_weight(weight, dtype) if self.float_digests else weight
+    def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
+        """The dense weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
+        weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
+        return functional.dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
 
     @property
     def _drops(self) -> bool:
@@ -224,7 +240,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         if before is not None and (self._drops or not self._is_active):  # dropout needs the output of `before`
             x, before = before(x), None
         if not self._is_active:
-            return F.linear(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+            return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
         A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
         return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, before)
 
@@ -245,7 +261,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     ) -> Tensor:
         """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias."""
         if not self._is_active:
-            y = self._conv_forward(x, self._weight_without_adapter("weight", x.dtype), self.bias)
+            y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
             y = y if batch_norm is None else batch_norm(y)
             y = y if residual is None else y + residual
             return F.relu(y) if relu else y
@@ -302,9 +318,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
         E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
-        by_input = packed and self._is_active and key is value  # what reads the same input is one product
+        by_input = packed and key is value  # what reads the same input is one product
         counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
-        if before is not None and (self._drops or not by_input):
+        if before is not None and (self._drops or not (by_input and self._is_active)):
             (query, key, value), before = functional.once_each(before, query, key, value), None
         inputs, (A, B) = (query, key, value), self._factors()
         adapter_inputs = functional.once_each(self._adapter_input, *inputs)
@@ -318,7 +334,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
                 W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
                 y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
             else:
-                y = F.linear(inputs[i], self._weight_without_adapter(name, inputs[i].dtype)[rows], bias)
+                y = functional.frozen_linear(inputs[i], self._weight_without_adapter(name, inputs[i])[rows], bias)
             projected.append(y)  # (N, L, count E)
         return projected
 
@@ -436,7 +452,7 @@ class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     _linear_kind = QLoRALinear
 
 
-# Which layer becomes what: with float and with 4-bit base. Exact types: a subclass may compute something else.
+# Which layer becomes what: with float and with 4-bit base. `lora_targets.ADAPTABLE` has the same layers.
 ADAPTED = {
     nn.Linear: (LoRALinear, QLoRALinear),
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
@@ -469,10 +485,10 @@ def add_lora_to_model(
         target_modules: names, suffixes, containing modules or regular expressions of the layers to adapt. None: every
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
-        use_qlora: store the adapted weights in 4 bits.
+        use_qlora: store the adapted weights in 4 bits, and those of the layers below `adapt_last`.
         rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
             in `target_modules`, selects; the first name that does counts.
-        base_dtype: torch.bfloat16 or float16: store the adapted float32 weights in it. Autocast to the same dtype then
+        base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. None: as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
@@ -485,12 +501,14 @@ def add_lora_to_model(
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
     chosen = choose_layers(model, target_modules, exclude_modules, adapt_last)
-    return adapt_layers(model, settings_by_layer(chosen, settings, rank_pattern, alpha_pattern), use_qlora, base_dtype)
+    by_layer = settings_by_layer(chosen, settings, rank_pattern, alpha_pattern)
+    below = layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
+    return adapt_layers(model, dict.fromkeys(below) | by_layer, use_qlora, base_dtype)
 
 
 def adapt_layers(
     model: nn.Module,
-    settings: Mapping[str, LoRASettings],
+    settings: Mapping[str, LoRASettings | None],
     use_qlora: bool = False,
     base_dtype: torch.dtype | None = None,
 ) -> nn.Module:
@@ -498,14 +516,17 @@ def adapt_layers(
 
     Args:
         settings: by layer names as `choose_layers` returns them. An attention's output projection is adapted with the
-            attention, with the same settings unless its own name is among these.
+            attention, with the same settings unless its own name is among these. None: no adapter, but the weight is
+            stored as theirs are, in 4 or 16 bits.
         use_qlora, base_dtype: see `add_lora_to_model`.
 
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, _unwrap(model)
-    candidates = _candidates(model)
+    wrapped, model = model, changeable(model)
+    if not use_qlora and base_dtype not in functional.LOW_PRECISION:
+        settings = {name: own for name, own in settings.items() if own is not None}
+    candidates = adaptable_layers(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
     projections = {
         f"{name}.out_proj".lstrip("."): name
@@ -517,12 +538,12 @@ def adapt_layers(
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
     highest = full_rank(model)
     for name, own in settings.items():
-        if own.r > highest:
+        if own is not None and own.r > highest:
             raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
-    _check_shared_weights(model, chosen)
+    check_shared_weights(model, chosen)
     if use_qlora:
-        _check_four_bits(model, chosen)
-    for name, layer in outermost_layers(model, LoRALayer):
+        check_four_bits(model, chosen)
+    for name, layer in outermost_layers(model, is_adapted):
         in_four = isinstance(layer, _FourBits)
         if layer.float_digests and (name not in chosen or in_four != use_qlora):
             bits = 4 if in_four else 16
@@ -530,7 +551,7 @@ def adapt_layers(
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
-    for _, layer in outermost_layers(model, LoRALayer):
+    for _, layer in outermost_layers(model, is_adapted):
         if not layer.float_digests:
             layer.remove_lora()
     for name, layer in chosen.items():
@@ -556,94 +577,8 @@ def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         InputError: layers in 4 or 16 bits, without `merge`: their float weights are gone. The model is as it was.
     """
-    LoRAManager(_unwrap(model)).unload(merge)
+    LoRAManager(changeable(model)).unload(merge)
     return model
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
-    if isinstance(model, DistributedDataParallel):
-        raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
-    return unwrapped(model)
-
-
-def outermost_layers(model: nn.Module, kind) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (name, module) of a kind, except modules inside attention, which belong to it."""
-    inside = set()
-    for name, module in model.named_modules():
-        if id(module) not in inside and isinstance(module, kind):
-            yield name, module
-        # Swin's attention reads the weights of its layers and never calls them.
-        if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
-            inside.update(id(m) for m in module.modules())
-
-
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can be adapted, and those that are, by name."""
-    layers = outermost_layers(model, (*ADAPTED, LoRALayer))
-    return {name: m for name, m in layers if _has_adapted_kind(m) or isinstance(m, LoRALayer)}
-
-
-def choose_layers(
-    model: nn.Module,
-    target_modules: str | Sequence[str] | None = None,
-    exclude_modules: str | Sequence[str] | None = None,
-    adapt_last: int | None = None,
-) -> dict[str, nn.Module]:
-    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
-
-    Raises:
-        InputError: a target that is no regular expression or matches nothing, too few blocks, or no layer left.
-    """
-    model = _unwrap(model)
-    candidates = _candidates(model)
-    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
-    if targets is None:
-        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
-        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
-    else:
-        matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
-        unmatched = [target for target in targets if not matches[target]]
-        if unmatched:
-            raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
-        chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
-    chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
-    if adapt_last is not None:
-        blocks = block_names(model)
-        if not 1 <= adapt_last <= len(blocks):
-            raise InputError(f"adapt_last is {adapt_last}; give a number from 1 to {len(blocks)}, the model's blocks")
-        chosen = {n: layer for n, layer in chosen.items() if any(matches_layer(n, b) for b in blocks[-adapt_last:])}
-    if not chosen:
-        raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
-    return chosen
-
-
-def _has_adapted_kind(layer: nn.Module) -> bool:
-    """Has it exactly a type in `ADAPTED`, and weights? Pruning and weight_norm replace these by other parameters."""
-    if type(layer) is nn.MultiheadAttention:
-        names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-        return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
-    return type(layer) in ADAPTED and "weight" in layer._parameters
-
-
-def _check_shared_weights(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
-    if shared:
-        raise InputError(f"{shared[0]} shares its weight with another layer: leave it out with exclude_modules")
-
-
-def _check_four_bits(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    of_head = [name for name in chosen if in_head(model, name)]
-    if of_head:
-        raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
-    double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
-    if double:
-        raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
-    try:
-        functional.bitsandbytes_functional()
-    except ImportError as error:
-        raise InputError(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -659,7 +594,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
     Raises:
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
     """
-    model = _unwrap(model)
+    model = changeable(model)
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
@@ -667,7 +602,8 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         rounded = getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
-            parameter.requires_grad_(trains and parameter.is_floating_point() and parameter_name not in rounded)
+            possible = parameter.is_floating_point() and parameter.numel() > 0 and parameter_name not in rounded
+            parameter.requires_grad_(trains and possible)
         freeze_statistics(module, not whole, model.training)
     fuse(model)
 

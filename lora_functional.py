@@ -27,13 +27,10 @@ import copy
 import functools
 import logging
 import math
-import numbers
 import os
 import platform
-import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,8 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from moco import InputError, listed
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
@@ -81,79 +76,6 @@ SCORES_AT_A_TIME = 2**19
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.
 LEAK = 1e-30
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
-
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        problems = []
-        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
-            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
-        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
-        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
-        if problems:
-            raise InputError("; ".join(problems))
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-def matches_layer(name: str, target: str) -> bool:
-    """Is the target a layer's name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
-    try:
-        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
-
-
-def settings_by_layer(
-    layers: Iterable[str],
-    settings: LoRASettings,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-) -> dict[str, LoRASettings]:
-    """The settings of each layer by its name: those given, with another rank or alpha where a pattern has one for it.
-
-    Args:
-        rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
-
-    Raises:
-        InputError: a target that matches no layer, or a value out of its range.
-    """
-    layers, patterns = list(layers), {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
-    for target in (target for pattern in patterns.values() for target in pattern):
-        if not any(matches_layer(name, target) for name in layers):
-            raise InputError(f"no adapted layer matches {target!r}; there are: {listed(layers, 12)}")
-    chosen = {}
-    for name in layers:
-        changes = {}
-        for field, pattern in patterns.items():
-            values = [value for target, value in pattern.items() if matches_layer(name, target)]
-            changes |= {field: values[0]} if values else {}
-        chosen[name] = replace(settings, **changes)
-    return chosen
 
 
 class NF4Weight:
@@ -318,7 +240,7 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         W: (out, in).
     """
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    if needs_gradient or compute_dtype(x) != x.dtype:
+    if needs_gradient or compute_dtype(x) != x.dtype or x.dim() == 1:
         return F.linear(x, W, bias)
     return _linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
 

@@ -34,9 +34,9 @@ from finetune_lora import (
     adapt_layers,
     load_base,
     load_finetuned,
-    outermost_layers,
 )
-from lora_functional import LoRASettings
+from lora_fusion import is_adapted
+from lora_targets import LoRASettings, outermost_layers
 from lora_utils import LoRAManager, find_base, read_adapter_file
 from moco import InputError, listed, printable
 from moco.backbones import head_name, normalization
@@ -85,7 +85,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
     shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"]
     base, _ = load_base(*find_base(adapter, metadata, checkpoint), *shape)
-    layers = dict(outermost_layers(model, LoRALayer))
+    layers = _adapted_layers(model)
     packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
     ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
     head = head_name(model)
@@ -104,7 +104,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         config.save_pretrained(scratch)
         safetensors.torch.save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        four_bits = any(layer.float_digests for layer in layers.values())
+        four_bits = any(getattr(module, "float_digests", ()) for module in model.modules())
         if four_bits:
             print(
                 "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"
@@ -119,9 +119,13 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     return error
 
 
+def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
+
+
 def _obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     """What has no place in PEFT's form, each with the reason."""
-    layers, head = dict(outermost_layers(model, LoRALayer)), f"{head_name(model)}."
+    layers, head = _adapted_layers(model), f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
         return

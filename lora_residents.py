@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_functional import LoRASettings
 from lora_fusion import fuse, is_adapted
+from lora_targets import LoRASettings
 from moco import InputError
 from moco.backbones import head_name, in_head
 
@@ -27,8 +27,10 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
 
 
-def recorded_settings(record: Mapping[str, Any]) -> LoRASettings:
-    """How a layer was adapted, from its record in an adapter file."""
+def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
+    """How a layer was adapted, from its record in an adapter file. None: not at all, but it was in 4 bits."""
+    if record["r"] == 0:
+        return None
     return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
 
 
@@ -156,7 +158,9 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        lacking = [path for path, form in self.base.layers.items() if form.is_rounded and path not in records]
+        stored = {path: form for path, form in self.base.layers.items() if form.is_rounded and path not in records}
+        # Without an adapter 16 bits are no property of a file's.
+        lacking = [path for path, form in stored.items() if form.state["r"] > 0 or "_nf4_state" in form.state]
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:

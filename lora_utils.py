@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lora_fusion import is_adapted, unfuse
 from lora_residents import Adapter, Form, Residents, adapted_layers
+from lora_targets import NO_ADAPTER
 from moco import InputError, listed, printable
 from moco.backbones import build_backbone, head_name, in_head, unwrapped
 from moco.checkpoints import is_none, tensor_digest
@@ -29,6 +30,7 @@ from moco.files import found_path, is_plain_tensor, open_atomically, read_checkp
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
+FOUR_BITS = "QLoRA"  # how the kinds of layers over 4-bit weights begin
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
 # ------------------------------------------------------------------------------------------------ what a model holds
@@ -132,11 +134,18 @@ class LoRAManager:
     def _layers(self) -> dict[str, nn.Module]:
         return adapted_layers(self.model)
 
+    def _in_file(self) -> dict[str, nn.Module]:
+        """The layers that an adapter file names: those with an adapter, and what is in 4 bits without one.
+
+        That a layer without an adapter is in 16 bits changes nothing under autocast, and is not told.
+        """
+        return {n: layer for n, layer in self._layers().items() if layer.r or _kind(layer).startswith(FOUR_BITS)}
+
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
         tensors = {
             f"{prefix}.{name}".lstrip("."): parameter
-            for prefix, module in self._layers().items()
+            for prefix, module in self._in_file().items()
             for name, parameter in module.named_parameters(recurse=False)
             if _is_adapter(module, name)
         }
@@ -182,7 +191,7 @@ class LoRAManager:
         base |= residents.base.layers if residents else {}
         rounded = [name for name, form in base.items() if form.is_rounded]
         if rounded and not (merge and layers):
-            bits = 4 if base[rounded[0]].kind.__name__.startswith("QLoRA") else 16
+            bits = 4 if base[rounded[0]].kind.__name__.startswith(FOUR_BITS) else 16
             raise InputError(
                 f"{rounded[0]} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
                 f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
@@ -217,13 +226,16 @@ class LoRAManager:
         self.model.base_digests, self.model.resized_digests = before, computed
 
     def get_lora_info(self) -> dict[str, Any]:
-        """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters."""
+        """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters.
+
+        A layer of rank 0 has no adapter, but is stored in 4 bits.
+        """
         layers = {}
-        for name, layer in self._layers().items():
+        for name, layer in self._in_file().items():
             own = {n: p for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)}
             layers[name] = {**_layer_record(layer), "parameters": sum(p.numel() for p in own.values())}
         return {
-            "num_layers": len(layers),
+            "num_layers": sum(record["r"] > 0 for record in layers.values()),
             "lora_parameters": sum(record["parameters"] for record in layers.values()),
             "merged": any(layer.merged for layer in self._layers().values()),
             "layers": layers,
@@ -334,7 +346,7 @@ class LoRAManager:
         content = {
             "format_version": FORMAT_VERSION,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-            "layers": {name: _layer_record(layer) for name, layer in self._layers().items()},
+            "layers": {name: _layer_record(layer) for name, layer in self._in_file().items()},
             "base_hash": _hash(now, without=tensors),
             "metadata": _plain_values(own if metadata is None else metadata),
         }
@@ -371,13 +383,13 @@ class LoRAManager:
         with torch.no_grad():
             for name, tensor in content["tensors"].items():
                 state[name].copy_(tensor)
-        for name, layer in self._layers().items():
+        for name, layer in self._in_file().items():
             record = content["layers"][name]
             for field in ("lora_alpha", "lora_dropout", "use_rslora", "scaling"):
                 setattr(layer, field, record[field])
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
-        layers, records = self._layers(), content["layers"]
+        layers, records = self._in_file(), content["layers"]
         if any(layer.merged for layer in layers.values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
         problems = [f"{name} is adapted in the file but not here" for name in records if name not in layers]
@@ -423,8 +435,12 @@ def _refuse(path: str | Path, problems: list[str]) -> None:
         raise InputError(f"{path} does not fit this model: {'; '.join(problems[:4] + more)}")
 
 
+def _kind(layer: nn.Module) -> str:
+    return type(layer).__name__
+
+
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
-    return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
+    return {"kind": _kind(layer), **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
@@ -489,6 +505,8 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
     if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
         return False
+    if record["r"] == 0:
+        return record["kind"].startswith(FOUR_BITS) and record == {"kind": record["kind"], **NO_ADAPTER}
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
 
 

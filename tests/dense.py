@@ -59,7 +59,7 @@ def randomize_adapters(model: nn.Module, std: float = 0.3) -> nn.Module:
 
 def adapters(layer: nn.Module) -> Iterator[tuple[str, slice, nn.Parameter, nn.Parameter]]:
     """(weight, its rows, A, B) of every adapter that the layer itself owns."""
-    own = dict(layer.named_parameters(recurse=False))
+    own = dict(layer.named_parameters(recurse=False)) if getattr(layer, "r", 0) else {}
     if "lora_A" in own:
         yield "weight", slice(None), own["lora_A"], own["lora_B"]
     elif "lora_A_q" in own:

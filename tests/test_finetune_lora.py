@@ -521,8 +521,9 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
-def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune):
-    """Also in what the file says, from which the model is built anew."""
+@pytest.mark.parametrize("flags", ["", "--use-qlora", "--precision bf16"])
+def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
+    """Also in what the file says, from which the model is built anew, with what was in 4 bits below."""
     seen, real_step = [], FineTuning.step
 
     def step(run, micro_batches):
@@ -534,12 +535,18 @@ def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineTuning, "step", step)
-        results = finetune("--adapt-last 2 --epochs 1")
+        results = finetune(f"--adapt-last 2 --epochs 1 {flags}")
     assert seen[:6] == [False] * 4 + [True] * 2
     layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
-    assert layers and all(re.match(r"encoder\.layers\.encoder_layer_[45]\.", name) for name in layers)
+    blocks = {
+        int(re.match(r"encoder\.layers\.encoder_layer_(\d)\.", name)[1]): r["r"] > 0 for name, r in layers.items()
+    }
+    adapted = {4: True, 5: True}
+    assert blocks == ({0: False, 1: False, 2: False, 3: False} | adapted if flags == "--use-qlora" else adapted)
     model, _ = load_finetuned(results["folder"] / "lora.pth")
     assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
+    again = finetune(f"{flags} --eval-only {results['folder'] / 'lora.pth'}")
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-6)
 
 
 def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):

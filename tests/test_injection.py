@@ -41,6 +41,7 @@ from finetune_lora import (
     remove_lora_from_model,
     set_gradient_checkpointing,
 )
+from lora_functional import dense_weight
 from lora_utils import LoRAManager, unused_adapters
 from moco import InputError
 from moco.backbones import block_names
@@ -664,6 +665,48 @@ def test_the_last_blocks_alone_are_adapted(build, side, last):
     first.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     model(x).sum().backward()
     assert seen == [False]
+
+
+STORAGE = {"4 bits": {"use_qlora": True}, "bfloat16": {"base_dtype": torch.bfloat16}}
+
+
+@pytest.mark.parametrize("storage", STORAGE.values(), ids=STORAGE)
+@pytest.mark.parametrize("build, side, last", [(resnet, 32, 2), (vit, 16, 1)], ids=["resnet", "vit"])
+def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, side, last, storage):
+    """And is what the stock model computes with the rounded weights, merged and taken out as well."""
+    stock, x = build().eval(), images(side)
+    wanted = choose_layers(stock)
+    model = frozen(copy.deepcopy(stock), adapt_last=last, **storage).eval()
+    stored = {name: m for name, m in model.named_modules() if getattr(m, "float_digests", {})}
+    assert set(wanted) <= set(stored)
+    assert {n for n, layer in stored.items() if layer.r} == {
+        n for n in stored if n.startswith(tuple(block_names(stock)[-last:]))
+    }
+    with torch.no_grad():
+        for name, layer in stored.items():
+            for weight in layer.float_digests:
+                stock.get_submodule(name).get_parameter(weight).copy_(dense_weight(layer.base(weight), torch.float32))
+    twin = dense_twin(stock, model)
+    compare_with_dense(stock, model, [x], FP32)
+    assert not unused_adapters(model)
+
+    before, manager = snapshot(model), LoRAManager(model)
+    manager.merge_lora_weights()
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert_close(model(x), twin(x.double()), FP32)
+    manager.unmerge_lora_weights()
+    assert_unchanged(before, model)
+    remove_lora_from_model(model, merge=True)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+    assert_close(model(x), twin(x.double()), FP32)
+
+
+def test_autocast_computes_the_same_with_what_is_frozen_below_in_16_bits():
+    stock, x = vit(hidden_dim=32, num_layers=3), images(16)
+    plain, stored = (frozen(copy.deepcopy(stock), adapt_last=1, base_dtype=dtype) for dtype in (None, torch.bfloat16))
+    stored.load_state_dict({n: p for n, p in plain.named_parameters() if "lora_" in n}, strict=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stored(x), plain(x))
 
 
 @pytest.mark.parametrize("wrong", [0, 3])

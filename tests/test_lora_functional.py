@@ -1,10 +1,8 @@
 """lora_functional.py: every gradient by finite differences, every path against dense stock operations."""
 
 import copy
-import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,6 @@ import lora_functional
 from lora_functional import (
     PLAIN,
     Geometry,
-    LoRASettings,
     NF4Weight,
     append_keys,
     attend,
@@ -33,7 +30,6 @@ from lora_functional import (
     pad_for_conv2d,
     to_batch_first,
 )
-from moco import InputError
 
 SCALING = 1.7
 
@@ -60,44 +56,6 @@ def double(*shape: int) -> torch.Tensor:
 def gradcheck(function, *tensors) -> bool:
     """Finite differences against backward, in random directions; every direction is a thousand times slower."""
     return torch.autograd.gradcheck(function, tensors, fast_mode=True)
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
-
-
-def test_scaling():
-    """alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
-    assert LoRASettings() == LoRASettings(8, 16, 0, False)
-    assert LoRASettings(4, 16).scaling == 4
-    assert LoRASettings(4, 16, use_rslora=True).scaling == 8
-
-
-def test_settings_of_any_kind_of_number():
-    """They come from NumPy as well; what is kept is what an adapter file can hold."""
-    kept = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
-    assert [type(value) for value in kept.values()] == [int, float, float, bool]
-    assert list(kept.values()) == [4, 6, 0, True]
-
-
-@pytest.mark.parametrize(
-    "name, wrong",
-    [
-        ("r", [0, -1, True, 2.0, "8", None]),
-        ("lora_alpha", [0, -16, "16", math.inf, math.nan, None]),
-        ("lora_dropout", [-0.1, 1, 1.5, math.nan, "0", None]),
-    ],
-)
-def test_impossible_settings(name, wrong):
-    for value in wrong:
-        with pytest.raises(InputError, match=f"^{name} is {value!r}; give"):
-            LoRASettings(**{name: value})
-    with pytest.raises(InputError, match=r"r is 0.*; lora_alpha is 0.*; lora_dropout is 1"):
-        LoRASettings(0, 0, 1)
-
-
-def test_settings_do_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        LoRASettings().r = 4
 
 
 # -------------------------------------------------------------------------------------------------------------- linear

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import DEVICES, randomize_adapters, resnet, vit
+from dense import BF16, DEVICES, assert_close, randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
 import lora_residents
@@ -296,6 +296,47 @@ def test_adapters_in_4_bits_and_in_float_over_a_float_base(arch, tmp_path):
     manager.unload()
     assert manager.names == []
     assert_equal(manager.model.state_dict(), before)
+
+
+def test_adapters_in_the_last_blocks_over_4_bits_below(arch, tmp_path):
+    """Beside one in all blocks over a float base, and two of a kind in one model."""
+    last = {"adapt_last": 1 if arch == "vit" else 3, "use_qlora": True}
+    alone = {"upper": add_lora_to_model(base(arch, 6), r=2, **last), "pets": trained(arch, "pets")}
+    freeze_backbone_params(randomize_adapters(alone["upper"], std=0.1))
+    LoRAManager(alone["upper"]).save_lora_checkpoint(tmp_path / "upper.safetensors")
+    manager = LoRAManager(base(arch))
+    freeze_backbone_params(manager.model)
+    manager.load_lora_checkpoint(tmp_path / "upper.safetensors", name="upper")
+    manager.load_lora_checkpoint(saved(alone["pets"], "pets", tmp_path), name="pets")
+    for name in ("upper", "pets", "upper"):
+        manager.use(name)
+        assert_same(manager.model, alone[name])
+
+    model = copy.deepcopy(alone["upper"])
+    LoRAManager(model).load_lora_checkpoint(tmp_path / "upper.safetensors", name="again")
+    for name in ("again", "default"):
+        LoRAManager(model).use(name)
+        assert_same(model, alone["upper"])
+
+
+def test_adapters_in_the_last_blocks_over_16_bits_below(arch, tmp_path):
+    """Which are no property of a file's: it fits a float base as well, and another file this one."""
+    last = {"adapt_last": 1 if arch == "vit" else 3}
+    stored = add_lora_to_model(base(arch, 6), r=2, **last, base_dtype=torch.bfloat16)
+    freeze_backbone_params(randomize_adapters(stored, std=0.1))
+    LoRAManager(stored).save_lora_checkpoint(tmp_path / "stored.pth")
+    plain = add_lora_to_model(base(arch, 6), r=2, **last)
+    freeze_backbone_params(plain)
+    LoRAManager(plain).load_lora_checkpoint(tmp_path / "stored.pth")
+    LoRAManager(plain).save_lora_checkpoint(tmp_path / "plain.pth")
+    LoRAManager(stored).load_lora_checkpoint(tmp_path / "plain.pth", name="again")
+    for model in (plain, stored):
+        model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for name in ("again", "default"):
+            LoRAManager(stored).use(name)
+            tolerance = 1e-9 if arch == "vit" else BF16  # a BatchNorm is folded into the float weight, or the rounded
+            assert_close(stored(images()), plain(images()), tolerance)
 
 
 def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):

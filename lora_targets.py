@@ -1,0 +1,200 @@
+"""Which layers of a model get adapters, and with which settings."""
+
+import math
+import numbers
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+import lora_functional as functional
+from lora_fusion import is_adapted
+from moco import InputError, listed
+from moco.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
+
+# The layers that can be adapted. Exact types: a subclass may compute something else.
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+
+# ------------------------------------------------------------------------------------------------------- the settings
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the update is scaled by alpha / r.
+        lora_dropout: 0 <= p < 1, on the adapter's input.
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+
+    Raises:
+        InputError: values out of these ranges, all of them in one message.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        problems = []
+        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
+            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
+        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
+            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
+        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
+        if problems:
+            raise InputError("; ".join(problems))
+        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+# The fields of a layer without an adapter, which is only stored as adapted ones are.
+NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
+
+
+def matches_layer(name: str, target: str) -> bool:
+    """Is the target a layer's name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
+    try:
+        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
+
+
+def settings_by_layer(
+    layers: Iterable[str],
+    settings: LoRASettings,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, LoRASettings]:
+    """The settings of each layer by its name: those given, with another rank or alpha where a pattern has one for it.
+
+    Args:
+        rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
+
+    Raises:
+        InputError: a target that matches no layer, or a value out of its range.
+    """
+    layers, patterns = list(layers), {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
+    for target in (target for pattern in patterns.values() for target in pattern):
+        if not any(matches_layer(name, target) for name in layers):
+            raise InputError(f"no adapted layer matches {target!r}; there are: {listed(layers, 12)}")
+    chosen = {}
+    for name in layers:
+        changes = {}
+        for field, pattern in patterns.items():
+            values = [value for target, value in pattern.items() if matches_layer(name, target)]
+            changes |= {field: values[0]} if values else {}
+        chosen[name] = replace(settings, **changes)
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------------------- the layers
+
+
+def changeable(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
+    if isinstance(model, DistributedDataParallel):
+        raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
+    return unwrapped(model)
+
+
+def outermost_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (name, module) of the modules wanted, except those inside attention, which belong to it."""
+    inside = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside and wanted(module):
+            yield name, module
+        # Swin's attention reads the weights of its layers and never calls them.
+        if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
+            inside.update(id(m) for m in module.modules())
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be adapted, and those that are, by name."""
+    return dict(outermost_layers(model, lambda module: is_adapted(module) or _has_adaptable_kind(module)))
+
+
+def choose_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    adapt_last: int | None = None,
+) -> dict[str, nn.Module]:
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
+
+    Raises:
+        InputError: a target that is no regular expression or matches nothing, too few blocks, or no layer left.
+    """
+    model = changeable(model)
+    candidates = adaptable_layers(model)
+    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
+    if targets is None:
+        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
+    else:
+        matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
+        unmatched = [target for target in targets if not matches[target]]
+        if unmatched:
+            raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
+        chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
+    chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
+    if adapt_last is not None:
+        chosen = {name: layer for name, layer in chosen.items() if _in_last_blocks(model, name, adapt_last)}
+    if not chosen:
+        raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
+    return chosen
+
+
+def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
+    blocks = block_names(model)
+    if not 1 <= number <= len(blocks):
+        raise InputError(f"adapt_last is {number}; give a number from 1 to {len(blocks)}, the model's blocks")
+    return any(matches_layer(name, block) for block in blocks[-number:])
+
+
+def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
+    """The layers below the last blocks that would be adapted without this limit."""
+    model = changeable(model)
+    return [n for n in choose_layers(model, None, exclude_modules) if not _in_last_blocks(model, n, adapt_last)]
+
+
+def _has_adaptable_kind(layer: nn.Module) -> bool:
+    """Has it exactly a type in `ADAPTABLE`, and weights? Pruning and weight_norm replace these by other parameters."""
+    if type(layer) is nn.MultiheadAttention:
+        names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+        return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
+    return type(layer) in ADAPTABLE and "weight" in layer._parameters
+
+
+def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raises InputError if a layer chosen shares its weight: to adapt the one would be to adapt the other."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
+    if shared:
+        raise InputError(f"{shared[0]} shares its weight with another layer: leave it out with exclude_modules")
+
+
+def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raises InputError if the layers chosen cannot be stored in 4 bits."""
+    of_head = [name for name in chosen if in_head(model, name)]
+    if of_head:
+        raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
+    double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
+    if double:
+        raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
+    try:
+        functional.bitsandbytes_functional()
+    except ImportError as error:
+        raise InputError(str(error)) from None
