@@ -51,7 +51,7 @@ from lora_targets import (
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import headless, in_head, normalization
-from moco.cache import keep_images
+from moco.cache import KeptFeatures, keep_features, keep_images
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.collapse import CollapseGuard
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -818,11 +818,15 @@ class FineTuning:
         self.eval_transform = eval_transform(size, **self.normalization)
         self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
         self.loaders = loaders  # to which it adds its own
-        self.val_loader = self.add_loader(splits.val, self.eval_transform)
+        # What computes, of the images or of what is kept of them.
+        self.network, self.images = model, splits._replace(train=keep_images(splits.train, args.cache_images, size))
+        if args.cache_features != "none":
+            self.begin_above_frozen_blocks()
+        self.val_loader = self.add_loader(self.images.val, self.eval_transform)
         norms_train = training.batch_norm_trains(model)
         drop = norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
-        kept = keep_images(splits.train, args.cache_images, size)
-        self.train_loader = self.add_loader(kept, self.augmentation, shuffle=True, seed=args.seed, drop_last=drop)
+        shuffling = {"shuffle": True, "seed": args.seed, "drop_last": drop}
+        self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
         self.meter = data.LoadingMeter()
         self.faster = lora_start.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
         self.optimizer = training.build_optimizer(model, args, self.faster)
@@ -836,7 +840,7 @@ class FineTuning:
         total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
         self.schedule = training.lr_schedule(self.optimizer, total, warmup, args.schedule)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.parallel = distributed.parallel(model, device)
+        self.parallel = distributed.parallel(self.network, device)
         # Until here all processes drew the same; from here on each draws its own dropout.
         if distributed.rank() > 0:
             training.seed_everything(args.seed + distributed.rank())
@@ -849,17 +853,32 @@ class FineTuning:
         self.head_temperature = HeadTemperature()
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
-        loading |= {"batch_size": self.args.batch_size, "workers": self.args.workers, "device": self.device}
+        workers = 0 if isinstance(images, KeptFeatures) else self.args.workers
+        loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         self.loaders.append(build_loader(Transformed(images, transform), **loading))
         return self.loaders[-1]
 
+    def begin_above_frozen_blocks(self) -> None:
+        """`--cache-features`: compute what the blocks below those that train make of each image, once."""
+        lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
+
+        def kept(images) -> KeptFeatures:
+            loader = self.add_loader(images, self.eval_transform, keep_workers=False)
+            bar = runs.progress_bar(loader, "blocks below")
+            batches = training.computed(lower, (batch for batch, _ in bar), self.device, self.dtype)
+            return keep_features(images, batches, loader.batch_sampler.batch_size, self.args.cache_features)
+
+        with training.eval_mode(self.model):
+            self.images = self.images._replace(train=kept(self.images.train), val=kept(self.images.val))
+        self.eval_transform = self.augmentation = nn.Identity()
+
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""
-        train, views = self.splits.train.at_most(KNN_IMAGES), [self.eval_transform]
+        train, views = self.images.train.at_most(KNN_IMAGES), [self.eval_transform]
         views += [self.augmentation] if self.args.head_init == "probe" else []
         bank, *augmented = (self.add_loader(train, view, keep_workers=False) for view in views)
         bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, *augmented))
-        return [training.extract_features(self.model, bar, self.device, self.dtype) for bar in bars]
+        return [training.extract_features(self.network, bar, self.device, self.dtype) for bar in bars]
 
     def start(self, features: list[tuple[Tensor, Tensor]]) -> None:
         """Measure what the backbone knows before any training, start the head from it, and the adapters after that."""
@@ -941,7 +960,7 @@ class FineTuning:
                     return False
                 self.stop.check()
         with self.average.in_place():
-            result = evaluate(self.model, self.stop.watched(self.val_loader), self.device, self.dtype)
+            result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
         collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
         if collapsed or not math.isfinite(result.loss):
             return False
@@ -1107,7 +1126,7 @@ class FineTuning:
         with self.average.in_place():
             if self.args.keep_best:
                 kept_epoch = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))["epoch"]
-            result = evaluate(self.model, self.val_loader, self.device, self.dtype)
+            result = evaluate(self.network, self.val_loader, self.device, self.dtype)
         counts = count_parameters(self.model)
         return reports.write_finetuning(self, result, kept_epoch, counts) if distributed.is_main() else {}
 

@@ -19,6 +19,7 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `A
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeGuard
@@ -35,6 +36,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 import lora_functional as functional
 from lora_functional import Rebuilt, SelfAttention, max_pool2d_relu
 from moco import InputError
+from moco.backbones import block_names, head_name, headless
 
 
 class AdaptedLayer(Protocol):
@@ -274,7 +276,12 @@ class FusedResNet(ResNet):
             x = max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         else:
             x = pool(relu(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.from_block(x)
+
+    def from_block(self, x: Tensor, first: int = 0) -> Tensor:
+        """The model's output from what its stage of this number (0 is the first) receives."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
+            x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
@@ -354,11 +361,15 @@ class FusedVisionTransformer(VisionTransformer):
         if not reads_one and not drops:
             return self.heads(encoder(x)[:, 0])
         x = x + encoder.pos_embedding
-        x = encoder.dropout(drop_patches(x, self.patch_dropout) if drops else x)
-        *layers, last = encoder.layers
+        return self.from_block(encoder.dropout(drop_patches(x, self.patch_dropout) if drops else x))
+
+    def from_block(self, x: Tensor, first: int = 0) -> Tensor:
+        """The model's output from what its block of this number (0 is the first) receives, (N, 1 + patches, E)."""
+        *layers, last = list(self.encoder.layers)[first:]
         for layer in layers:
             x = layer(x)
-        return self.heads(encoder.ln(last(x, tokens=1) if reads_one else last(x))[:, 0])
+        reads_one = reads_class_token_alone(self.encoder)
+        return self.heads(self.encoder.ln(last(x, tokens=1) if reads_one else last(x))[:, 0])
 
 
 def drop_patches(x: Tensor, share: float) -> Tensor:
@@ -442,6 +453,77 @@ def _set_fast_paths(model: nn.Module) -> None:
             setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
+
+
+# --------------------------------------------------------------------------------------------------- the upper part
+
+
+class UpperResNet(FusedResNet):
+    """A ResNet that begins with one of its stages."""
+
+    first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_block(x, self.first)
+
+
+class UpperVisionTransformer(FusedVisionTransformer):
+    """A ViT that begins with one of its blocks."""
+
+    first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_block(x, self.first)
+
+
+class HeadAlone(nn.Module):
+    """A model that begins with its classifier head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(head_name(self))(x)
+
+
+def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
+
+    The upper half has the last so many blocks (as `moco.backbones.block_names` has them) and the head; None: the head.
+    It is a shallow copy of the model, which shares every layer.
+
+    Raises:
+        InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.
+    """
+    upper = copy.copy(model)
+    if last is None:
+        upper.__class__ = HeadAlone
+        return headless(model), upper
+    uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
+    kind = STOCK.get(type(model), type(model))
+    if kind not in uppers:
+        raise InputError(f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}")
+    blocks = block_names(model)
+    upper.__class__, upper.first = uppers[kind], len(blocks) - last
+    return functools.partial(input_of, model, blocks[-last]), upper
+
+
+class _Reached(Exception):
+    """The way out of a model's forward."""
+
+
+def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What the module of this name receives in ``model(x)``, which runs no further."""
+    received = []
+
+    def stop(module: nn.Module, inputs: tuple) -> None:
+        received.append(inputs[0])
+        raise _Reached
+
+    handle = model.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_Reached):
+            model(x)
+    finally:
+        handle.remove()
+    return received[0]
 
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing

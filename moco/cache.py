@@ -1,19 +1,28 @@
-"""Decoded images of training kept for the next epochs, in memory or on disk, at twice the size of the model's input.
+"""What is kept for the next epochs, in memory or on disk: decoded images, or what frozen blocks make of them.
 
-Views are then made of the kept image: crops of a large photograph that take less than half of its shorter side are
-enlarged, as they are of ImageNet's photographs of some 375 pixels. Evaluation reads the files themselves.
+Images of training are kept at twice the size of the model's input. Views are then made of the kept image: crops of a
+large photograph that take less than half of its shorter side are enlarged, as they are of ImageNet's photographs of
+some 375 pixels. Evaluation reads the files themselves.
+
+Features are kept where every epoch has the same: of images without augmentation, below the first block that trains.
 """
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from moco import InputError, distributed
 from moco.data import LabelledImages
@@ -125,9 +134,59 @@ def _disk_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--cache-images disk: cannot make {folder}: {error.strerror}; set XDG_CACHE_HOME to another place"
+            f"cannot make {folder} for what is kept: {error.strerror}; set XDG_CACHE_HOME to another place"
         ) from None
     return folder
+
+
+class KeptFeatures(LabelledImages):
+    """(features, label) pairs: what frozen blocks make of images. The source is a `TensorDataset` of the features."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.undecoded(i)
+
+
+def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size: int, where: str) -> KeptFeatures:
+    """Keep the features of all images, and say how much they take; the file that holds them ends with the process.
+
+    Args:
+        batches: of features (n, ...), of the images in order. With several processes each has its share of each batch,
+            and every process gets all.
+        batch_size: of all processes together.
+        where: 'ram' or 'disk'.
+
+    Raises:
+        InputError: there is no such place, or not enough room.
+    """
+    first, step = distributed.rank(), distributed.world_size()
+    folder = _memory_folder() if where == "ram" else _disk_folder()
+    own = str(folder / f"features-{os.getpid()}-{next(_numbers)}")
+    path, kept = Path(distributed.gather(own)[0]), None
+    try:
+        for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
+            if kept is None:
+                kept = _mapped(path, (len(images), *features.shape[1:]), features.dtype, where)
+            kept[start + first :: step][: len(features)] = features.cpu()
+        distributed.all_sum(0)  # all have opened the file, and written their share
+    finally:
+        path.unlink(missing_ok=True)  # what is mapped stays until nobody uses it
+    return KeptFeatures(TensorDataset(kept), images.labels)
+
+
+_numbers = itertools.count()
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:
+    """A tensor whose memory is a file."""
+    numel = math.prod(shape)
+    needed, free = numel * dtype.itemsize, shutil.disk_usage(path.parent).free
+    print(f"keeping features in {path.parent}: {needed / 1e9:.2f} GB")
+    if needed > free:
+        raise InputError(
+            f"--cache-features {where}: {path.parent} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: "
+            f"free some, or use --cache-features {'disk or ' if where == 'ram' else ''}none"
+        )
+    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
 
 
 _own_memory: tempfile.TemporaryDirectory | None = None  # goes with the process
@@ -137,7 +196,7 @@ def _memory_folder() -> Path:
     """A folder in memory that ends with this process; what killed processes have left there is removed."""
     global _own_memory
     if not _MEMORY.is_dir():
-        raise InputError(f"--cache-images ram: this system has no {_MEMORY}; use --cache-images disk")
+        raise InputError(f"this system has no {_MEMORY}, in which memory could be shared: keep them on disk")
     for folder in _MEMORY.glob(f"{_PREFIX}*-*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdecimal() and not Path("/proc", pid).exists():

@@ -97,7 +97,7 @@ class LabelledImages(Dataset):
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
-        images = LabelledImages(self.source, [])
+        images = type(self)(self.source, [])
         images.indices = self.indices[positions]
         images.labels = [self.labels[i] for i in positions]
         images.times_split = self.times_split

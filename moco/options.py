@@ -356,6 +356,12 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
     )
     group.add_argument("--crop-min", type=fraction, default=CROP_MIN, help="smallest share of an image in a crop")
+    group.add_argument(
+        "--cache-features",
+        choices=CACHES,
+        default="none",
+        help="compute what frozen blocks below --adapt-last give once; needs --augmentation none",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
@@ -537,6 +543,26 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
     return problems
 
 
+def _cache_problems(args: argparse.Namespace) -> list[str]:
+    """Why what is below the blocks that train is not the same in each epoch, a line each."""
+    if args.cache_features == "none":
+        return []
+    reasons = {
+        "--augmentation none": args.augmentation != "none",
+        "--adapt-last, or --lora-rank 0": args.lora_rank > 0 and args.adapt_last is None,
+        "--freeze-backbone": not args.freeze_backbone,
+        "--no-train-norms": args.train_norms,
+        "--mixup 0": args.mixup > 0,
+        "--cutmix 0": args.cutmix > 0,
+        "--patch-dropout 0": args.patch_dropout > 0,
+    }
+    return [
+        f"--cache-features needs {remedy}: features are kept that no epoch changes"
+        for remedy, applies in reasons.items()
+        if applies
+    ]
+
+
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
     problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.use_qlora)
@@ -546,7 +572,7 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    problems += adapter_problems(args)
+    problems += adapter_problems(args) + _cache_problems(args)
     if args.train_norms and not args.freeze_backbone:
         problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":

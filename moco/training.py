@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -440,6 +440,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+@torch.no_grad()
+def computed(
+    function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """What a function of images (N, 3, H, W) makes of each batch, on a device and in a precision."""
+    for batch in batches:
+        with autocast(device, dtype):
+            result = function(to_device(batch, device))
+        yield result
 
 
 @torch.no_grad()

@@ -225,6 +225,13 @@ FLAGS = [
     case("only label smoothing", "finetune --label-smoothing 1", "--label-smoothing: expected a number from 0"),
     case("no gradient left", "finetune --clip-grad-norm 0", "--clip-grad-norm: expected a number above 0"),
     case("too many upper blocks", "finetune --adapt-last 7", "adapt_last is 7; give a number from 1 to 6"),
+    case(
+        "features that change",
+        "finetune --cache-features ram --mixup 1",
+        "--cache-features needs --augmentation none: features are kept that no epoch changes",
+        "--cache-features needs --adapt-last, or --lora-rank 0",
+        "--cache-features needs --mixup 0",
+    ),
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
     case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.vision_transformer import VisionTransformer
 
 from lora_utils import read_adapter_file
 from moco import InputError, cache, data, pretrain
@@ -128,7 +129,7 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
         cache.keep_images(photos, "disk", 32)
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
-    with pytest.raises(InputError, match=r"this system has no .*gone; use --cache-images disk"):
+    with pytest.raises(InputError, match=r"this system has no .*gone.*: keep them on disk"):
         cache.keep_images(photos, "ram", 32)
 
 
@@ -173,6 +174,33 @@ def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, pla
     ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert count_files(place if where == "disk" else tmp_path / "shm") == 21  # of training alone
+
+
+# ------------------------------------------------------------------------------------------------------------- features
+
+
+@pytest.mark.parametrize("flags", ["--adapt-last 2", "--adapt-last 1 --use-qlora --precision bf16", "--lora-rank 0"])
+@pytest.mark.parametrize("where", ["disk", "ram"])
+def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flags, where, place, tmp_path, capsys):
+    """Bit for bit, while what is below sees each of the 21 + 15 images once, in batches of 8."""
+    plain, calls, embed = finetune(flags, "plain"), [], VisionTransformer._process_input
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
+        kept = finetune(f"{flags} --cache-features {where}", "kept")
+    assert calls == [8, 8, 5, 8, 7]
+    assert capsys.readouterr().out.count("keeping features in") == 2
+    assert kept["val_loss"] == plain["val_loss"] and kept["knn_accuracy_before"] == plain["knn_accuracy_before"]
+    ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert count_files(place if where == "disk" else tmp_path / "shm") == 0
+
+
+def test_features_that_find_no_room_are_refused(photos, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(
+        InputError, match=r"--cache-features disk: .* has room for 0.00 GB, .* use --cache-features none"
+    ):
+        cache.keep_features(photos, [torch.zeros(3, 5)], 3, "disk")
 
 
 def test_pretraining_with_kept_images_is_what_it_is_without(place, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from dense import (
     BF16,
     DEVICES,
@@ -39,9 +40,10 @@ from finetune_lora import (
     set_gradient_checkpointing,
 )
 from lora_functional import SavedIn16Bits
-from lora_fusion import FusedVisionTransformer, set_patch_dropout
+from lora_fusion import FusedVisionTransformer, set_patch_dropout, split_model
 from lora_utils import LoRAManager
 from moco import InputError
+from moco.backbones import head_name
 
 
 @pytest.fixture(autouse=True)
@@ -1132,3 +1134,40 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
     assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+
+
+# ------------------------------------------------------------------------------------------------------ the upper part
+
+
+@pytest.mark.parametrize("last", [None, 1, 2])
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_the_halves_of_a_model_are_the_model(build, side, last):
+    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    adapted = frozen(copy.deepcopy(stock), adapt_last=last).eval()
+    for model in (stock, adapted):
+        lower, upper = split_model(model, last)
+        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
+        expected = model(x)
+        wanted = torch.autograd.grad(expected.square().sum(), list(upper.get_submodule(head_name(model)).parameters()))
+        with torch.no_grad():
+            features = lower(x)
+        actual = upper(features)
+        found = torch.autograd.grad(actual.square().sum(), list(model.get_submodule(head_name(model)).parameters()))
+        for ours, theirs in zip((actual, *found), (expected, *wanted), strict=True):
+            assert_close(ours, theirs, EXACT)
+    if last is not None:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        upper(features).square().sum().backward()
+        for name, gradient in expected.items():
+            assert_close(model.get_parameter(name).grad, gradient, EXACT, name)
+
+
+def test_another_model_has_no_halves():
+    model = torchvision.models.swin_t(weights=None)
+    with pytest.raises(InputError, match="not SwinTransformer"):
+        split_model(model, 1)
+    assert split_model(model, None)[1](torch.ones(2, 768)).shape == (2, 1000)

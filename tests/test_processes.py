@@ -24,6 +24,7 @@ TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 
 WAYS = {
     "lora": "--label-smoothing 0.1",
     "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
+    "features": "--augmentation none --adapt-last 1 --cache-features disk",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -62,8 +63,9 @@ def with_sgd() -> None:
     training.build_optimizer = build_optimizer
 
 
-@pytest.mark.parametrize("way", ["lora", pytest.param("qlora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
     children = together("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
