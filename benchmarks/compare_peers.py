@@ -46,7 +46,7 @@ from torch import nn
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora_functional import SavedIn16Bits, bitsandbytes_functional
-from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout
+from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout, split_model
 from lora_utils import LoRAManager
 from moco import InputError
 from moco.backbones import block_names, build_backbone, default_image_size, head_name
@@ -83,8 +83,16 @@ def lora_selective(model: nn.Module, args) -> nn.Module:
     return lora(model, args, "selective")
 
 
-def lora_last_half(model: nn.Module, args) -> nn.Module:
-    return lora(model, args, adapt_last=len(block_names(model)) // 2)
+def lora_last_half(model: nn.Module, args, **options) -> nn.Module:
+    return lora(model, args, adapt_last=half_of_the_blocks(model), **options)
+
+
+def qlora_last_half(model: nn.Module, args) -> nn.Module:
+    return lora_last_half(model, args, use_qlora=True)
+
+
+def half_of_the_blocks(model: nn.Module) -> int:
+    return len(block_names(model)) // 2
 
 
 def lora_and_norms(model: nn.Module, args) -> nn.Module:
@@ -232,6 +240,7 @@ class Variant:
     around: Callable = contextlib.nullcontext  # what the forward runs in
     device: str = ""  # on which type of device it is run unless asked for
     compiled: bool = False
+    features_kept: bool = False  # does a step begin with the upper half of the blocks?
 
 
 VARIANTS = {
@@ -260,10 +269,14 @@ VARIANTS = {
         "LoRA here, selective, 16-bit activations", lora_selective, save_here, models="vit", around=SavedIn16Bits
     ),
     "lora_last_half": Variant("LoRA here, last half of the blocks", lora_last_half, save_here),
+    "lora_last_half_kept": Variant(
+        "LoRA here, last half, features below kept", lora_last_half, save_here, features_kept=True
+    ),
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
     "lora_half_patches": Variant("LoRA here, half the patches", lora_half_the_patches, save_here, models="vit"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
+    "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
     "qlora_selective": Variant(
         "QLoRA here, selective checkpointing", qlora_selective, save_here, "bitsandbytes", "vit"
     ),
@@ -300,6 +313,9 @@ class Training:
     def __init__(self, name: str, args):
         self.name, self.args = name, args
         self.model = build_variant(name, args)
+        self.lower, self.network = nn.Identity(), self.model
+        if VARIANTS[name].features_kept:
+            self.lower, self.network = split_model(self.model, half_of_the_blocks(self.model))
         if VARIANTS[name].compiled:
             self.model.compile()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -308,11 +324,13 @@ class Training:
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """A training step; returns its seconds."""
+        with torch.no_grad(), autocast(self.args.device, self.dtype):
+            inputs = self.lower(images)
         synchronize(self.args.device)
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
-            logits = self.model(images)
+            logits = self.network(inputs)
         self.loss = F.cross_entropy(logits.float(), labels)
         self.loss.backward()
         self.optimizer.step()
