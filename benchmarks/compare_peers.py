@@ -15,6 +15,7 @@ its own, which ends with it; "resident" is the peak with glibc's defaults, which
 The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants
 named oneDNN do the same, and where they are measured all speeds are against them. On a GPU there are compiled variants
 as well. A variant that fails, for want of memory say, is left out, and the last line of its error is told.
+The variants named `lora_...` that are not in the table by default undo one thing each, such as `lora_unfolded`.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
 """
@@ -35,14 +36,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora_functional
+import lora_fusion
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora_functional import SavedIn16Bits, bitsandbytes_functional
@@ -76,6 +82,12 @@ def lora(model: nn.Module, args, checkpointing: str = "none", **options) -> nn.M
     add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, base_dtype=base_dtype, **options)
     freeze_backbone_params(model)
     set_gradient_checkpointing(model, checkpointing)
+    return model
+
+
+def lora_float_base(model: nn.Module, args) -> nn.Module:
+    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank)
+    freeze_backbone_params(model)
     return model
 
 
@@ -241,6 +253,8 @@ class Variant:
     device: str = ""  # on which type of device it is run unless asked for
     compiled: bool = False
     features_kept: bool = False  # does a step begin with the upper half of the blocks?
+    without: tuple[types.ModuleType, str, Any] | None = None  # a name in a module here, and what stands in its place
+    by_default: bool = True
 
 
 VARIANTS = {
@@ -288,6 +302,31 @@ VARIANTS = {
 }
 
 
+def _never(*_) -> bool:
+    return False
+
+
+def _always(*_) -> bool:
+    return True
+
+
+# LoRA here, with one thing undone each: what it is worth. Only if asked for.
+for name, title, models, *undone in (
+    ("all_tokens", "all tokens in the last block", "vit", lora_fusion, "reads_class_token_alone", _never),
+    ("saved", "LayerNorm and GELU saved", "vit", lora_fusion, "recomputes", _never),
+    ("side_path", "W + s B A never built", "vit", lora_functional, "_merge_pays", _never),
+    ("merged", "W + s B A always built", "vit", lora_functional, "_merge_pays", _always),
+    ("mkl", "MKL's products", "vit", lora_functional, "PREFERS_ONEDNN_LINEAR", False),
+    ("pytorch_attention", "PyTorch's attention", "vit", lora_functional, "PREFERS_BATCHED_ATTENTION", False),
+    ("unfolded", "BatchNorm not folded", "resnet", lora_fusion, "folds", _never),
+    ("kernel_side_path", "kernels never merged", "resnet", lora_functional, "_kernel_merges", _never),
+):
+    VARIANTS[f"lora_{name}"] = Variant(
+        f"LoRA here, {title}", lora, save_here, None, models, without=tuple(undone), by_default=False
+    )
+VARIANTS["lora_float_base"] = Variant("LoRA here, base in float32", lora_float_base, save_here, by_default=False)
+
+
 def build_variant(name: str, args) -> nn.Module:
     """The variant's model in train mode on args.device, from the same random weights as all others."""
     torch.manual_seed(args.seed)
@@ -329,13 +368,19 @@ class Training:
         synchronize(self.args.device)
         start = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
-            logits = self.network(inputs)
-        self.loss = F.cross_entropy(logits.float(), labels)
-        self.loss.backward()
+        with self.undone():
+            with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
+                logits = self.network(inputs)
+            self.loss = F.cross_entropy(logits.float(), labels)
+            self.loss.backward()
         self.optimizer.step()
         synchronize(self.args.device)
         return time.perf_counter() - start
+
+    def undone(self) -> contextlib.AbstractContextManager:
+        """What the variant leaves out is left out within this block."""
+        without = VARIANTS[self.name].without
+        return mock.patch.object(*without) if without else contextlib.nullcontext()
 
     def check(self) -> None:
         """After two steps or more: does everything train that should, and nothing else?"""
@@ -573,6 +618,7 @@ def choose_variants(args) -> list[str]:
         if absent:
             print(f"left out, not installed: {', '.join(absent)}", file=sys.stderr)
         here = [name for name in fitting if VARIANTS[name].device in ("", args.device.type)]
+        here = [name for name in here if VARIANTS[name].by_default]
         return [name for name in here if name not in absent]
     names = args.variants.split(",")
     for name in names:
