@@ -59,6 +59,16 @@ def test_info_tells_what_is_in_the_file(adapter, capsys):
     assert sum(tensor.numel() for tensor in content["tensors"].values()) == 4419
 
 
+def test_info_tells_what_is_frozen_in_4_bits(base, tmp_path, capsys):
+    model, _ = load_backbone(base, 3)
+    LoRAManager(add_lora_to_model(model, adapt_last=2, use_qlora=True)).save_lora_checkpoint(tmp_path / "lora.pth")
+    deploy_lora.main(["info", str(tmp_path / "lora.pth")])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "lora.pth: 8 adapted layers" in first  # attention, its output projection and two linear layers in each block
+    assert sum(line.endswith("frozen in 4 bits") for line in rest) == 16
+    assert "  encoder.layers.encoder_layer_0.mlp.0: QLoRALinear, frozen in 4 bits" in rest
+
+
 def test_info_does_not_unfold_what_a_stranger_has_folded(base, tmp_path, capsys):
     """A list that holds the same list twice, 60 times over, is short in the file and endless in print."""
     content = ["lol"]
