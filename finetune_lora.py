@@ -774,6 +774,7 @@ def search_learning_rate(
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
     parts, features, start = search.parts_of(splits), [], training.rng_state()
+    kept = []  # what `--cache-features` keeps, for all trials
 
     def make_run(rate: float, epochs: int) -> FineTuning:
         loaders.clear()  # which ends the last trial's loading processes
@@ -782,7 +783,8 @@ def search_learning_rate(
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
-        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders)
+        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders, *kept)
+        kept[:] = [run.images]
         features[:] = features or run.features()
         run.start(features)
         return run
@@ -807,19 +809,22 @@ class FineTuning:
         *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html", "tensorboard"),
     )
     # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers")
+    FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features")
     FREE_TO_CHANGE += tuple(f"data.{name}" for name in options.PLACES_OF_IMAGES)
 
-    def __init__(self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders: list[DataLoader]):
+    def __init__(
+        self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders, kept: Splits | None = None
+    ):
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
         size, self.normalization = report["image_size"], normalization(report["arch"])
         self.eval_transform = eval_transform(size, **self.normalization)
         self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
-        self.loaders = loaders  # to which it adds its own
-        # What computes, of the images or of what is kept of them.
-        self.network, self.images = model, splits._replace(train=keep_images(splits.train, args.cache_images, size))
+        self.loaders = loaders  # a list to which it adds its own
+        # What computes, and from what: the images, or what is kept of them, by this run or by one before.
+        self.network = model
+        self.images = kept or splits._replace(train=keep_images(splits.train, args.cache_images, size))
         if args.cache_features != "none":
             self.begin_above_frozen_blocks()
         self.val_loader = self.add_loader(self.images.val, self.eval_transform)
@@ -860,15 +865,17 @@ class FineTuning:
 
     def begin_above_frozen_blocks(self) -> None:
         """`--cache-features`: compute what the blocks below those that train make of each image, once."""
-        lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
 
         def kept(images) -> KeptFeatures:
+            if isinstance(images, KeptFeatures):
+                return images
             loader = self.add_loader(images, self.eval_transform, keep_workers=False)
             bar = runs.progress_bar(loader, "blocks below")
             batches = training.computed(lower, (batch for batch, _ in bar), self.device, self.dtype)
             return keep_features(images, batches, loader.batch_sampler.batch_size, self.args.cache_features)
 
         with training.eval_mode(self.model):
+            lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
             self.images = self.images._replace(train=kept(self.images.train), val=kept(self.images.val))
         self.eval_transform = self.augmentation = nn.Identity()
 

@@ -239,7 +239,7 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         x: (..., in).
         W: (out, in).
     """
-    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
     if needs_gradient or compute_dtype(x) != x.dtype or x.dim() == 1:
         return F.linear(x, W, bias)
     return _linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))

@@ -40,13 +40,15 @@ from moco.backbones import block_names, head_name, headless
 
 
 class AdaptedLayer(Protocol):
-    """A layer with an adapter. Its `forward` takes one more argument than the stock layer's:
+    """A layer with an adapter, or of rank 0: without one, but stored as they are. Its `forward` takes one more argument
+    than the stock layer's:
 
     - linear layers and attention take `before`, an operation on each row of the input, to apply first;
     - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
       add, and `relu`.
     """
 
+    r: int
     float_digests: Mapping[str, str]
 
     def merge(self) -> None: ...
@@ -499,7 +501,10 @@ def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], 
     uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
     kind = STOCK.get(type(model), type(model))
     if kind not in uppers:
-        raise InputError(f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}")
+        raise InputError(
+            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
+            "--cache-features none"
+        )
     blocks = block_names(model)
     upper.__class__, upper.first = uppers[kind], len(blocks) - last
     return functools.partial(input_of, model, blocks[-last]), upper

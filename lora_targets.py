@@ -1,5 +1,6 @@
 """Which layers of a model get adapters, and with which settings."""
 
+import itertools
 import math
 import numbers
 import re
@@ -165,9 +166,10 @@ def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
 
 
 def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
-    """The layers below the last blocks that would be adapted without this limit."""
+    """The layers before the last blocks that could be adapted, but for those to be left alone."""
     model = changeable(model)
-    return [n for n in choose_layers(model, None, exclude_modules) if not _in_last_blocks(model, n, adapt_last)]
+    names = choose_layers(model, None, exclude_modules)
+    return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 
 
 def _has_adaptable_kind(layer: nn.Module) -> bool:

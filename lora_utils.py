@@ -137,9 +137,15 @@ class LoRAManager:
     def _in_file(self) -> dict[str, nn.Module]:
         """The layers that an adapter file names: those with an adapter, and what is in 4 bits without one.
 
-        That a layer without an adapter is in 16 bits changes nothing under autocast, and is not told.
+        That a layer is in 16 bits, with an adapter or without, is no property of a file's: autocast rounds the same.
         """
         return {n: layer for n, layer in self._layers().items() if layer.r or _kind(layer).startswith(FOUR_BITS)}
+
+    def _to_merge(self) -> dict[str, nn.Module]:
+        """The layers that merging makes dense floats: those with adapters, and what is stored in fewer bits below."""
+        layers = self._layers()
+        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.float_digests and not m.r}
+        return layers | stored if layers else {}
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
@@ -155,12 +161,12 @@ class LoRAManager:
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
-        for layer in self._layers().values():
+        for layer in self._to_merge().values():
             layer.merge()
 
     def unmerge_lora_weights(self) -> None:
         """Undo `merge_lora_weights`; the base weights come back bit for bit."""
-        for layer in self._layers().values():
+        for layer in self._to_merge().values():
             layer.unmerge()
 
     @contextlib.contextmanager
@@ -200,7 +206,7 @@ class LoRAManager:
             self.unmerge_lora_weights()
             self.use(None)
         vars(self.model).pop("resident_adapters", None)
-        for layer in self._layers().values():
+        for layer in self._to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
         unfuse(self.model)
@@ -214,7 +220,7 @@ class LoRAManager:
         """
         before = base_digests(self.model)
         sources = {}
-        for name, layer in self._layers().items():
+        for name, layer in self._to_merge().items():
             factors = [f"{layer.scaling:.17g}", type(layer).__name__]
             factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
             sources |= {f"{name}.{weight}".lstrip("."): factors for weight in layer.weight_names}
@@ -393,7 +399,10 @@ class LoRAManager:
         if any(layer.merged for layer in layers.values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
         problems = [f"{name} is adapted in the file but not here" for name in records if name not in layers]
-        problems += [f"{name} is adapted here but not in the file" for name in layers if name not in records]
+        surplus = {name: layer for name, layer in layers.items() if name not in records}
+        problems += [f"{name} is adapted here but not in the file" for name, layer in surplus.items() if layer.r]
+        frozen = [name for name, layer in surplus.items() if not layer.r]
+        problems += [f"{name} is frozen in 4 bits here but not in the file: use load_finetuned" for name in frozen]
         for name in layers.keys() & records.keys():
             here = _layer_record(layers[name])
             for field in ("kind", "r"):

@@ -255,6 +255,7 @@ class Variant:
     features_kept: bool = False  # does a step begin with the upper half of the blocks?
     without: tuple[types.ModuleType, str, Any] | None = None  # a name in a module here, and what stands in its place
     by_default: bool = True
+    precision: str = ""  # the only one in which it is another computation
 
 
 VARIANTS = {
@@ -311,20 +312,22 @@ def _always(*_) -> bool:
 
 
 # LoRA here, with one thing undone each: what it is worth. Only if asked for.
-for name, title, models, *undone in (
-    ("all_tokens", "all tokens in the last block", "vit", lora_fusion, "reads_class_token_alone", _never),
-    ("saved", "LayerNorm and GELU saved", "vit", lora_fusion, "recomputes", _never),
-    ("side_path", "W + s B A never built", "vit", lora_functional, "_merge_pays", _never),
-    ("merged", "W + s B A always built", "vit", lora_functional, "_merge_pays", _always),
-    ("mkl", "MKL's products", "vit", lora_functional, "PREFERS_ONEDNN_LINEAR", False),
-    ("pytorch_attention", "PyTorch's attention", "vit", lora_functional, "PREFERS_BATCHED_ATTENTION", False),
-    ("unfolded", "BatchNorm not folded", "resnet", lora_fusion, "folds", _never),
-    ("kernel_side_path", "kernels never merged", "resnet", lora_functional, "_kernel_merges", _never),
+for name, title, models, precision, *undone in (
+    ("all_tokens", "all tokens in the last block", "vit", "", lora_fusion, "reads_class_token_alone", _never),
+    ("saved", "LayerNorm and GELU saved", "vit", "", lora_fusion, "recomputes", _never),
+    ("side_path", "W + s B A never built", "vit", "fp32", lora_functional, "_merge_pays", _never),
+    ("merged", "W + s B A always built", "vit", "bf16", lora_functional, "_merge_pays", _always),
+    ("mkl", "MKL's products", "vit", "fp32", lora_functional, "PREFERS_ONEDNN_LINEAR", False),
+    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", lora_functional, "PREFERS_BATCHED_ATTENTION", False),
+    ("unfolded", "BatchNorm not folded", "resnet", "", lora_fusion, "folds", _never),
+    ("kernel_side_path", "kernels never merged", "resnet", "", lora_functional, "_kernel_merges", _never),
 ):
     VARIANTS[f"lora_{name}"] = Variant(
-        f"LoRA here, {title}", lora, save_here, None, models, without=tuple(undone), by_default=False
+        f"LoRA here, {title}", lora, save_here, None, models, without=undone, by_default=False, precision=precision
     )
-VARIANTS["lora_float_base"] = Variant("LoRA here, base in float32", lora_float_base, save_here, by_default=False)
+VARIANTS["lora_float_base"] = Variant(
+    "LoRA here, base in float32", lora_float_base, save_here, by_default=False, precision="bf16"
+)
 
 
 def build_variant(name: str, args) -> nn.Module:
@@ -626,6 +629,8 @@ def choose_variants(args) -> list[str]:
             raise InputError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
         if name not in fitting:
             raise InputError(f"{name} is not for {args.model}")
+        if VARIANTS[name].precision not in ("", args.precision):
+            raise InputError(f"{name} is what lora is, unless with --precision {VARIANTS[name].precision}")
         if name in absent:
             remedy = "pip install -r benchmarks/requirements.txt"
             raise InputError(f"{name} needs {VARIANTS[name].package}: {remedy}")

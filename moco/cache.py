@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import platform
 import shutil
 import tempfile
 import warnings
@@ -147,7 +148,7 @@ class KeptFeatures(LabelledImages):
 
 
 def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size: int, where: str) -> KeptFeatures:
-    """Keep the features of all images, and say how much they take; the file that holds them ends with the process.
+    """Keep the features of all images in a file that ends with the processes, and say how much they take.
 
     Args:
         batches: of features (n, ...), of the images in order. With several processes each has its share of each batch,
@@ -156,37 +157,42 @@ def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size:
         where: 'ram' or 'disk'.
 
     Raises:
-        InputError: there is no such place, or not enough room.
+        InputError: there is no such place, not enough room, or the processes are on several machines.
     """
-    first, step = distributed.rank(), distributed.world_size()
-    folder = _memory_folder() if where == "ram" else _disk_folder()
-    own = str(folder / f"features-{os.getpid()}-{next(_numbers)}")
-    path, kept = Path(distributed.gather(own)[0]), None
-    try:
-        for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
-            if kept is None:
-                kept = _mapped(path, (len(images), *features.shape[1:]), features.dtype, where)
-            kept[start + first :: step][: len(features)] = features.cpu()
-        distributed.all_sum(0)  # all have opened the file, and written their share
-    finally:
-        path.unlink(missing_ok=True)  # what is mapped stays until nobody uses it
+    first, step, kept = distributed.rank(), distributed.world_size(), None
+    for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
+        if kept is None:  # each process has a share of the first batch
+            kept = _shared_tensor((len(images), *features.shape[1:]), features.dtype, where)
+        kept[start + first :: step][: len(features)] = features.cpu()
+    distributed.all_sum(0)  # all have written their share
     return KeptFeatures(TensorDataset(kept), images.labels)
 
 
-_numbers = itertools.count()
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:
-    """A tensor whose memory is a file."""
-    numel = math.prod(shape)
-    needed, free = numel * dtype.itemsize, shutil.disk_usage(path.parent).free
-    print(f"keeping features in {path.parent}: {needed / 1e9:.2f} GB")
+def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:
+    """A tensor whose memory is one file for all processes; it has no name any more, so that nothing is left behind."""
+    if len(set(distributed.gather(platform.node()))) > 1:
+        raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
+    folder, numel = _memory_folder() if where == "ram" else _disk_folder(), math.prod(shape)
+    needed, free = numel * dtype.itemsize, shutil.disk_usage(folder).free
+    print(f"keeping features in {folder}: {needed / 1e9:.2f} GB")
     if needed > free:
         raise InputError(
-            f"--cache-features {where}: {path.parent} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: "
+            f"--cache-features {where}: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: "
             f"free some, or use --cache-features {'disk or ' if where == 'ram' else ''}none"
         )
-    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
+    path = Path(distributed.gather(_empty_file(folder) if distributed.is_main() else "")[0])
+    tensor = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
+    distributed.all_sum(0)  # all have opened it
+    if distributed.is_main():
+        with contextlib.suppress(PermissionError):  # on Windows a file in use cannot lose its name
+            path.unlink()
+    return tensor
+
+
+def _empty_file(folder: Path) -> str:
+    file, name = tempfile.mkstemp(prefix="features-", dir=folder)
+    os.close(file)
+    return name
 
 
 _own_memory: tempfile.TemporaryDirectory | None = None  # goes with the process
@@ -196,7 +202,7 @@ def _memory_folder() -> Path:
     """A folder in memory that ends with this process; what killed processes have left there is removed."""
     global _own_memory
     if not _MEMORY.is_dir():
-        raise InputError(f"this system has no {_MEMORY}, in which memory could be shared: keep them on disk")
+        raise InputError(f"this system has no {_MEMORY} for what is kept in memory: keep it on disk instead of ram")
     for folder in _MEMORY.glob(f"{_PREFIX}*-*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdecimal() and not Path("/proc", pid).exists():

@@ -544,7 +544,7 @@ class Transformed(Dataset):
 
     def unreadable(self, seconds: float) -> list[str]:
         """What is wrong with each image file that cannot be read; of those that are reached within so many seconds."""
-        files = isinstance(self.dataset, LabelledImages)
+        files = isinstance(getattr(self.dataset, "source", None), ImageFiles | ShardedImages)
         return [str(error) for error in unreadable_among(self.dataset, seconds).values()] if files else []
 
     def names_being_read(self) -> list[str]:

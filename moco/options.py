@@ -499,7 +499,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
-        "--base-dtype", choices=PRECISIONS, default="auto", help="of frozen weights that are adapted; auto: --precision"
+        "--base-dtype",
+        choices=PRECISIONS,
+        default="auto",
+        help="of frozen weights, adapted or below --adapt-last; auto: --precision",
     )
     tune.add_argument(
         "--gradient-checkpointing",
@@ -573,6 +576,11 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args) + _cache_problems(args)
+    if args.train_norms and args.adapt_last and args.use_qlora:
+        problems.append(
+            "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
+            "which backward would keep as floats; drop one of the three"
+        )
     if args.train_norms and not args.freeze_backbone:
         problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":

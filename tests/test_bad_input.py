@@ -232,6 +232,11 @@ FLAGS = [
         "--cache-features needs --adapt-last, or --lora-rank 0",
         "--cache-features needs --mixup 0",
     ),
+    case(
+        "norms below 4 bits",
+        "finetune --adapt-last 2 --use-qlora --train-norms",
+        "--train-norms with --adapt-last and --use-qlora",
+    ),
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
     case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
+import finetune_lora
 from lora_utils import read_adapter_file
-from moco import InputError, cache, data, pretrain
+from moco import InputError, cache, data, pretrain, runs
+from moco.backbones import build_backbone
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +131,7 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
         cache.keep_images(photos, "disk", 32)
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
-    with pytest.raises(InputError, match=r"this system has no .*gone.*: keep them on disk"):
+    with pytest.raises(InputError, match=r"this system has no .*gone .*: keep it on disk"):
         cache.keep_images(photos, "ram", 32)
 
 
@@ -193,6 +195,36 @@ def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flag
     ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert count_files(place if where == "disk" else tmp_path / "shm") == 0
+
+
+def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images):
+    """Through the script, and resumed with the features elsewhere."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 3).state_dict(), tmp_path / "base.pth")
+    argv = f"--checkpoint {tmp_path / 'base.pth'} --data-dir {images} --image-size 32 --device cpu --augmentation none"
+    argv += " --adapt-last 1 --batch-size 8 --epochs 2 --output-dir "
+    plain = finetune_lora.main(f"{argv} {tmp_path / 'plain'}".split())
+    with pytest.raises(runs.Stopped):
+        finetune_lora.main(f"{argv} {tmp_path / 'kept'} --cache-features disk".split(), stop_after_an_epoch)
+    kept = finetune_lora.main(f"{argv} {tmp_path / 'kept'} --cache-features ram --resume".split())
+    assert kept["val_loss"] == plain["val_loss"] and kept["epochs"] == 2
+
+
+def stop_after_an_epoch(run) -> None:
+    raise runs.Stopped(2)
+
+
+def test_the_trials_of_auto_share_what_is_kept(finetune, monkeypatch):
+    calls, embed = [], VisionTransformer._process_input
+    monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
+    finetune("--adapt-last 1 --cache-features disk --learning-rate auto")
+    assert sum(calls) == 21 + 21 + 15  # the parts of the training images once, and for the run both splits
+
+
+def test_processes_on_several_machines_share_no_features(photos, monkeypatch):
+    monkeypatch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
+    with pytest.raises(InputError, match="several machines share no file; use --cache-features none"):
+        cache.keep_features(photos, [torch.zeros(3, 5)], 3, "disk")
 
 
 def test_features_that_find_no_room_are_refused(photos, monkeypatch):

@@ -666,6 +666,21 @@ def test_a_merged_layer_computes_with_the_merged_weight_alone(case):
     assert all(p.grad is None for name, p in layer.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.parametrize(
+    "stock, x", [(nn.Linear(16, 8), torch.ones(3, 16)), (nn.Conv2d(2, 4, 3), torch.ones(1, 2, 5, 5))]
+)
+def test_a_bias_trains_beside_a_merged_or_a_disabled_adapter(stock, x):
+    """Also where neither the input nor the weight needs a gradient."""
+    layer = adapted(stock)
+    layer(x).sum().backward()
+    expected = layer.bias.grad
+    layer.merge()
+    for layer.lora_enabled in (True, False):
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert torch.equal(layer.bias.grad, expected)
+
+
 def test_a_merged_layer_converts_with_its_base():
     layer = adapted(nn.Linear(8, 8))
     before = layer.weight.clone()

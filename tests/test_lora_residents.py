@@ -337,6 +337,13 @@ def test_adapters_in_the_last_blocks_over_16_bits_below(arch, tmp_path):
             LoRAManager(stored).use(name)
             tolerance = 1e-9 if arch == "vit" else BF16  # a BatchNorm is folded into the float weight, or the rounded
             assert_close(stored(images()), plain(images()), tolerance)
+    LoRAManager(stored).use("again")
+    LoRAManager(stored).merge_lora_weights()
+    assert {p.dtype for p in stored.parameters()} == {torch.float32}
+    assert list(stored.state_dict()) == list(base(arch, 6).state_dict())
+    LoRAManager(stored).unmerge_lora_weights()
+    remove_lora_from_model(stored, merge=True)
+    assert [type(m) for m in stored.modules()] == [type(m) for m in base(arch, 6).modules()]
 
 
 def test_a_4_bit_base_takes_no_adapter_that_was_trained_over_float_weights(tmp_path):
