@@ -734,8 +734,8 @@ def finetune(options: str) -> dict:
     return finetune_lora.main([*COMMANDS["finetune"][1].split(), *options.split()])
 
 
-def test_the_last_of_two_equal_flags_counts(workplace):
-    assert finetune("--seed 3 --seed 4 --batch-size 21")["config"]["finetune"]["seed"] == 4
+def test_the_last_of_two_equal_flags_counts():
+    assert finetune_lora.read_options(["--seed", "3", "--seed", "4"])[0].seed == 4
 
 
 @pytest.mark.parametrize(

@@ -181,8 +181,14 @@ def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, pla
 # ------------------------------------------------------------------------------------------------------------- features
 
 
-@pytest.mark.parametrize("flags", ["--adapt-last 2", "--adapt-last 1 --use-qlora --precision bf16", "--lora-rank 0"])
-@pytest.mark.parametrize("where", ["disk", "ram"])
+@pytest.mark.parametrize(
+    "flags, where",
+    [
+        ("--adapt-last 2", "disk"),
+        ("--adapt-last 1 --use-qlora --precision bf16", "ram"),
+        ("--lora-rank 0", "disk"),
+    ],
+)
 def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flags, where, place, tmp_path, capsys):
     """Bit for bit, while what is below sees each of the 21 + 15 images once, in batches of 8."""
     plain, calls, embed = finetune(flags, "plain"), [], VisionTransformer._process_input

@@ -43,6 +43,7 @@ def test_an_example_that_finds_something_wrong_raises():
         examples.example_4_inference(untrained)
 
 
+@pytest.mark.slow
 def test_the_sizes_are_those_of_files(capsys):
     examples.main(["--only", "5"])
     for line in capsys.readouterr().out.splitlines():

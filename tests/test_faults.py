@@ -82,7 +82,9 @@ def assert_same(ours, theirs, where: str = "") -> None:
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow if w == "qlora" else ()) for w in WAYS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=pytest.mark.slow if w in ("qlora", "full") else ()) for w in WAYS]
+)
 def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
     whole, killed, when = start(way, output="whole"), start(way), random.Random(way)
     kills = 0
@@ -103,7 +105,11 @@ def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
 
 @pytest.mark.parametrize(
     ("way", "signum", "workers"),
-    [("lora", signal.SIGTERM, 1), ("full", signal.SIGINT, 0), ("pretrain", signal.SIGINT, 0)],
+    [
+        ("lora", signal.SIGTERM, 1),
+        pytest.param("full", signal.SIGINT, 0, marks=pytest.mark.slow),
+        ("pretrain", signal.SIGINT, 0),
+    ],
 )
 def test_an_interrupted_run_saves_where_it_is_and_goes_on(start, way, signum, workers):
     whole, stopped = start(way, output="whole"), start(way, f"--workers {workers}")

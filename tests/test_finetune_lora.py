@@ -970,7 +970,7 @@ def test_norms_may_train_beside_the_adapters(ways):
     assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
 
 
-@pytest.mark.parametrize("norms_train", [False, True])
+@pytest.mark.parametrize("norms_train", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resnet_goes_the_same_way(norms_train, images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
