@@ -168,7 +168,7 @@ def test_images_in_memory_and_no_cache_are_left_alone(photos):
     assert cache.keep_images(digits, "ram", 32) is digits and cache.keep_images(photos, "none", 32) is photos
 
 
-@pytest.mark.parametrize("where", ["disk", "ram"])
+@pytest.mark.parametrize("where", ["disk", pytest.param("ram", marks=pytest.mark.slow)])
 def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, place, tmp_path):
     """Images that are no larger than twice the model's input are kept as they are."""
     plain, kept = finetune("--workers 1", "plain"), finetune(f"--cache-images {where} --workers 1", "kept")

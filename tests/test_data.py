@@ -514,6 +514,7 @@ def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
     assert [chosen(files[1], 8, device) for device in ("cuda", "cpu")] == [2, 1]
 
 
+@pytest.mark.slow
 def test_what_workers_receive_and_import_is_little(digits):
     """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
     for transform in transforms_of_all_kinds():

@@ -53,6 +53,7 @@ def fail_first() -> None:
     pretrain.main = main
 
 
+@pytest.mark.slow
 def test_a_download_that_fails_lets_the_others_go_on(tmp_path):
     """They then try it themselves, and all report the same."""
     children = together("moco.pretrain", str(tmp_path), tmp_path / "log", before=fail_first)

@@ -29,6 +29,7 @@ def test_checkpoints_and_inference_agree_with_what_was_trained(trained, capsys):
     assert adapted > 90 and adapted > bare
 
 
+@pytest.mark.slow
 def test_serving_answers_for_each_task(trained, capsys):
     examples.example_6_serving(trained)
     right, of = map(

@@ -826,6 +826,7 @@ def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
     assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypatch, tmp_path):
     """Random numbers of training included; and the loaders of the trials are gone, with their processes."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
@@ -1112,6 +1113,7 @@ def test_every_command_of_the_guide_runs(command, fresh_clone):
     assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_started_elsewhere_is_repeated_from_its_config(images, fresh_clone, tmp_path, monkeypatch):
     """What lies in the toolkit is stored relative to it, and found from any folder."""
     shutil.copytree(images, tmp_path / "mine")

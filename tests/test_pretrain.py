@@ -522,7 +522,7 @@ def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(traine
     assert "load_base(checkpoint, stage1_adapter, num_classes)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", ["", "--use-qlora"])
+@pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), "--use-qlora"])
 def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options):
     stage1 = adapt(options)["checkpoint"]
     results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}")

@@ -200,6 +200,7 @@ def test_a_killed_process_stops_the_other(options, tmp_path):
     read_checkpoint(tmp_path / "out" / "last.pth")
 
 
+@pytest.mark.slow
 def test_one_signal_stops_both_at_the_same_step_and_both_go_on(options, tmp_path):
     """The signal reaches one process alone; with dropout, whose state each process has."""
     dropout = " --lora-dropout 0.2"

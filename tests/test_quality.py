@@ -72,6 +72,7 @@ def test_a_killed_run_ends_the_command_and_is_named(monkeypatch):
             quality.apart(job)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_run_is_the_command_s(monkeypatch):
     monkeypatch.setattr(quality, "train", children.fail)
     with pytest.raises(InputError, match="out of images"):

@@ -85,6 +85,7 @@ def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_pa
     assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     """As in `deploy_lora.py info lora.pth | head`."""
     code = "from moco import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"

@@ -245,6 +245,7 @@ def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, 
     assert main(argv.split())["val_accuracy"] == results["val_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
 def test_a_model_of_timm_s_leaves_for_onnx_and_peft_and_comes_back(name, checkpoint, tmp_path, capsys):
     onnxruntime, peft = pytest.importorskip("onnxruntime"), pytest.importorskip("peft")
