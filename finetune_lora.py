@@ -822,7 +822,7 @@ class FineTuning:
         self.eval_transform = eval_transform(size, **self.normalization)
         self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
         self.loaders = loaders  # a list to which it adds its own
-        # What computes, and from what: the images, or what is kept of them, by this run or by one before.
+        # What computes, and its input: the images, or the features that this run or an earlier trial has kept.
         self.network = model
         self.images = kept or splits._replace(train=keep_images(splits.train, args.cache_images, size))
         if args.cache_features != "none":

@@ -22,7 +22,7 @@ DEFAULT = "default"  # the name of an adapter that was in the model before any w
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter now, or are stored for one above them, by name."""
+    """The layers that have an adapter now, and those of rank 0, which are stored as if they had one, by name."""
     layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
     return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
 

@@ -148,7 +148,7 @@ class KeptFeatures(LabelledImages):
 
 
 def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size: int, where: str) -> KeptFeatures:
-    """Keep the features of all images in a file that ends with the processes, and say how much they take.
+    """Keep the features of all images in a file that is gone when the processes end, and say how much they take.
 
     Args:
         batches: of features (n, ...), of the images in order. With several processes each has its share of each batch,
@@ -202,7 +202,9 @@ def _memory_folder() -> Path:
     """A folder in memory that ends with this process; what killed processes have left there is removed."""
     global _own_memory
     if not _MEMORY.is_dir():
-        raise InputError(f"this system has no {_MEMORY} for what is kept in memory: keep it on disk instead of ram")
+        raise InputError(
+            f"this system has no {_MEMORY}, where images and features are kept in memory: use disk instead of ram"
+        )
     for folder in _MEMORY.glob(f"{_PREFIX}*-*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdecimal() and not Path("/proc", pid).exists():

@@ -131,7 +131,7 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
         cache.keep_images(photos, "disk", 32)
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
-    with pytest.raises(InputError, match=r"this system has no .*gone .*: keep it on disk"):
+    with pytest.raises(InputError, match=r"this system has no .*gone, .*: use disk instead of ram"):
         cache.keep_images(photos, "ram", 32)
 
 
