@@ -51,7 +51,7 @@ from lora_targets import (
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
 from moco.backbones import headless, in_head, normalization
-from moco.cache import KeptFeatures, keep_features, keep_images
+from moco.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
 from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
 from moco.collapse import CollapseGuard
 from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
@@ -864,20 +864,26 @@ class FineTuning:
         return self.loaders[-1]
 
     def begin_above_frozen_blocks(self) -> None:
-        """`--cache-features`: compute what the blocks below those that train make of each image, once."""
+        """`--cache-features`: compute what the blocks below those that train make of each image and view, once."""
 
-        def kept(images) -> KeptFeatures:
+        def features(loader: DataLoader) -> Iterator[Tensor]:
+            bar = runs.progress_bar(loader, "blocks below")
+            yield from training.computed(lower, (batch for batch, _ in bar), self.device, self.dtype)
+
+        def kept(images, views: int = 0) -> KeptFeatures:
             if isinstance(images, KeptFeatures):
                 return images
-            loader = self.add_loader(images, self.eval_transform, keep_workers=False)
-            bar = runs.progress_bar(loader, "blocks below")
-            batches = training.computed(lower, (batch for batch, _ in bar), self.device, self.dtype)
-            return keep_features(images, batches, loader.batch_sampler.batch_size, self.args.cache_features)
+            loaders = [self.add_loader(images, self.eval_transform, keep_workers=False)]
+            # Each pass over a loader has other views than the one before.
+            loaders += [self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)] * views
+            size, where = loaders[0].batch_sampler.batch_size, self.args.cache_features
+            return keep_features(images, [features(loader) for loader in loaders], size, where)
 
         with training.eval_mode(self.model):
             lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
-            self.images = self.images._replace(train=kept(self.images.train), val=kept(self.images.val))
-        self.eval_transform = self.augmentation = nn.Identity()
+            views = 0 if self.args.augmentation == "none" else self.args.cached_views
+            self.images = self.images._replace(train=kept(self.images.train, views), val=kept(self.images.val))
+        self.eval_transform, self.augmentation = plain_view, drawn_view
 
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""

@@ -4,7 +4,8 @@ Images of training are kept at twice the size of the model's input. Views are th
 large photograph that take less than half of its shorter side are enlarged, as they are of ImageNet's photographs of
 some 375 pixels. Evaluation reads the files themselves.
 
-Features are kept where every epoch has the same: of images without augmentation, below the first block that trains.
+Features are kept below the first block that trains: of each image as it is, and of some augmented views of it, of which
+an epoch then draws one.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import platform
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,18 +142,33 @@ def _disk_folder() -> Path:
 
 
 class KeptFeatures(LabelledImages):
-    """(features, label) pairs: what frozen blocks make of images. The source is a `TensorDataset` of the features."""
+    """(features, label) pairs: what frozen blocks make of images. The source is a `TensorDataset` of the features.
+
+    Features are (views, ...): of the image as it is, then of augmented views, if there are any.
+    """
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.undecoded(i)
 
 
-def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size: int, where: str) -> KeptFeatures:
+def plain_view(features: Tensor) -> Tensor:
+    """Of `KeptFeatures`: those of the image as it is."""
+    return features[0]
+
+
+def drawn_view(features: Tensor) -> Tensor:
+    """Of `KeptFeatures`: those of an augmented view, drawn at random, or of the image as it is where that is all."""
+    return features[torch.randint(min(1, len(features) - 1), len(features), ())]
+
+
+def keep_features(
+    images: LabelledImages, views: Sequence[Iterable[Tensor]], batch_size: int, where: str
+) -> KeptFeatures:
     """Keep the features of all images in a file that is gone when the processes end, and say how much they take.
 
     Args:
-        batches: of features (n, ...), of the images in order. With several processes each has its share of each batch,
-            and every process gets all.
+        views: batches of features (n, ...), of the images in order: first of the images as they are, then of each
+            augmented view. With several processes each has its share of each batch, and every process gets all.
         batch_size: of all processes together.
         where: 'ram' or 'disk'.
 
@@ -160,10 +176,11 @@ def keep_features(images: LabelledImages, batches: Iterable[Tensor], batch_size:
         InputError: there is no such place, not enough room, or the processes are on several machines.
     """
     first, step, kept = distributed.rank(), distributed.world_size(), None
-    for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
-        if kept is None:  # each process has a share of the first batch
-            kept = _shared_tensor((len(images), *features.shape[1:]), features.dtype, where)
-        kept[start + first :: step][: len(features)] = features.cpu()
+    for view, batches in enumerate(views):
+        for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
+            if kept is None:  # each process has a share of the first batch
+                kept = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
+            kept[start + first :: step, view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # all have written their share
     return KeptFeatures(TensorDataset(kept), images.labels)
 

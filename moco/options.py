@@ -360,7 +360,10 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         "--cache-features",
         choices=CACHES,
         default="none",
-        help="compute what frozen blocks below --adapt-last give once; needs --augmentation none",
+        help="compute what frozen blocks below --adapt-last give once, of each image and of --cached-views",
+    )
+    group.add_argument(
+        "--cached-views", type=positive_int, default=4, help="augmented views of each training image that are kept then"
     )
 
 
@@ -551,7 +554,6 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
     if args.cache_features == "none":
         return []
     reasons = {
-        "--augmentation none": args.augmentation != "none",
         "--adapt-last, or --lora-rank 0": args.lora_rank > 0 and args.adapt_last is None,
         "--freeze-backbone": not args.freeze_backbone,
         "--no-train-norms": args.train_norms,

@@ -45,12 +45,13 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finetune(base, images, tmp_path):
-    """finetune("--epochs 1", "out") runs the script on these images; its results, with the folder as `folder`."""
+    """finetune("--epochs 1", "out") runs the script on these images, with what else `main` takes; its results, with the
+    folder as `folder`."""
 
-    def run(options: str = "", output: str = "out") -> dict:
+    def run(options: str = "", output: str = "out", **more) -> dict:
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path / output} --device cpu"
         argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-3"
-        return finetune_lora.main([*argv.split(), *options.split()]) | {"folder": tmp_path / output}
+        return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
 
     return run
 

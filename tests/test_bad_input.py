@@ -228,8 +228,7 @@ FLAGS = [
     case(
         "features that change",
         "finetune --cache-features ram --mixup 1",
-        "--cache-features needs --augmentation none: features are kept that no epoch changes",
-        "--cache-features needs --adapt-last, or --lora-rank 0",
+        "--cache-features needs --adapt-last, or --lora-rank 0: features are kept that no epoch changes",
         "--cache-features needs --mixup 0",
     ),
     case(

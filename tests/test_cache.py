@@ -1,5 +1,6 @@
 """moco/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
 import finetune_lora
+from lora_fusion import split_model
 from lora_utils import read_adapter_file
-from moco import InputError, cache, data, pretrain, runs
+from moco import InputError, cache, data, pretrain, runs, training, transforms
 from moco.backbones import build_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -216,8 +218,48 @@ def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images):
     assert kept["val_loss"] == plain["val_loss"] and kept["epochs"] == 2
 
 
+def test_a_run_over_kept_views_goes_on_as_if_it_had_not_stopped(finetune):
+    flags = "--adapt-last 1 --augmentation crop --cache-features disk --cached-views 2"
+    whole = finetune(flags, "whole")
+    with pytest.raises(runs.Stopped):
+        finetune(flags, "stopped", after_epoch=stop_after_an_epoch)
+    resumed = finetune(f"{flags} --workers 1 --resume", "stopped")
+    assert resumed["val_loss"] == whole["val_loss"] and resumed["epochs"] == 2
+
+
 def stop_after_an_epoch(run) -> None:
     raise runs.Stopped(2)
+
+
+def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
+    """First of each image as it is, then as two epochs would draw it; an epoch takes one of those two."""
+    found = []
+
+    def look(run) -> None:
+        plain = transforms.eval_transform(16, **run.normalization)
+        drawn = transforms.train_transform(16, "crop", **run.normalization)
+        loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
+        with training.eval_mode(run.model), torch.no_grad():
+            below = split_model(run.model, 1)[0]
+            expected = [below(images) for loader in (loaders[0], loaders[1], loaders[1]) for images, _ in loader]
+        found.append((run.images.train.source.tensors[0], torch.stack(expected, 1)))
+        taken = next(iter(run.train_loader))[0]
+        found.append((taken, expected))
+
+    finetune("--adapt-last 1 --augmentation crop --cache-features ram --cached-views 2 --epochs 1", after_epoch=look)
+    (kept, images), (taken, (as_it_is, *views)) = found
+    torch.testing.assert_close(kept, images)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations((as_it_is, *views), 2))
+    distances = torch.stack([(taken[:, None] - view[None]).abs().amax((2, 3)).amin(1) for view in (as_it_is, *views)])
+    assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # both, and nothing else
+
+
+def test_augmented_views_are_drawn_alike_and_the_plain_one_where_it_is_alone():
+    views = torch.arange(3.0)[:, None]
+    torch.manual_seed(0)
+    drawn = [cache.drawn_view(views).item() for _ in range(400)]
+    assert set(drawn) == {1.0, 2.0} and 160 < drawn.count(1.0) < 240
+    assert cache.drawn_view(views[:1]).item() == cache.plain_view(views).item() == 0.0
 
 
 def test_the_trials_of_auto_share_what_is_kept(finetune, monkeypatch):
@@ -230,7 +272,7 @@ def test_the_trials_of_auto_share_what_is_kept(finetune, monkeypatch):
 def test_processes_on_several_machines_share_no_features(photos, monkeypatch):
     monkeypatch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
     with pytest.raises(InputError, match="several machines share no file; use --cache-features none"):
-        cache.keep_features(photos, [torch.zeros(3, 5)], 3, "disk")
+        cache.keep_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
 
 
 def test_features_that_find_no_room_are_refused(photos, monkeypatch):
@@ -238,7 +280,7 @@ def test_features_that_find_no_room_are_refused(photos, monkeypatch):
     with pytest.raises(
         InputError, match=r"--cache-features disk: .* has room for 0.00 GB, .* use --cache-features none"
     ):
-        cache.keep_features(photos, [torch.zeros(3, 5)], 3, "disk")
+        cache.keep_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
 
 
 def test_pretraining_with_kept_images_is_what_it_is_without(place, tmp_path):
