@@ -1,6 +1,6 @@
 """Fine-tune a MoCo-pretrained backbone with LoRA or QLoRA.
 
-    python finetune_lora.py                                          # shipped backbone, embedded digits, CPU, a minute
+    python finetune_lora.py                                          # shipped backbone, embedded digits, half a minute
     python finetune_lora.py --use-qlora                              # the frozen weights in 4 bits
     python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone --learning-rate 3e-4    # full, for comparison
@@ -881,8 +881,8 @@ class FineTuning:
 
         with training.eval_mode(self.model):
             lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
-            views = 0 if self.args.augmentation == "none" else self.args.cached_views
-            self.images = self.images._replace(train=kept(self.images.train, views), val=kept(self.images.val))
+            train = kept(self.images.train, self.args.cached_views or 0)
+            self.images = self.images._replace(train=train, val=kept(self.images.val))
         self.eval_transform, self.augmentation = plain_view, drawn_view
 
     def features(self) -> list[tuple[Tensor, Tensor]]:

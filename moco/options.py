@@ -31,7 +31,7 @@ from moco.training import BEST_BY, PRECISIONS, SCHEDULES
 # keys that only fine-tuning has.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": ("labels_per_class", "augmentation", "crop_min"),
+    "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views"),
     "moco": (),
     "finetune": (),
 }
@@ -344,7 +344,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     )
     group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
     group.add_argument(
-        "--cache-images", choices=CACHES, default="none", help="keep training images decoded, at most at twice the size"
+        "--cache-images",
+        choices=CACHES,
+        default="none",
+        help="keep training images decoded, at most twice --image-size",
     )
     return group
 
@@ -360,10 +363,10 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         "--cache-features",
         choices=CACHES,
         default="none",
-        help="compute what frozen blocks below --adapt-last give once, of each image and of --cached-views",
+        help="run the frozen blocks below --adapt-last only once per image and kept view",
     )
     group.add_argument(
-        "--cached-views", type=positive_int, default=4, help="augmented views of each training image that are kept then"
+        "--cached-views", type=positive_int, help="augmented views of each training image that are kept then (default: 4)"
     )
 
 
@@ -533,6 +536,9 @@ SAVES_MEMORY = (
 )
 
 
+CACHED_VIEWS = 4  # with as many a run of ten epochs was as accurate as with new ones in each: benchmarks/RESULTS.md
+
+
 def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; returns the problems with the data options, a line each."""
     problems = complete_data_options(args, sources)
@@ -540,6 +546,10 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # what the gradient of a random head says is random
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
+    if args.cache_features == "none" and sources["cached_views"] == "command line":
+        problems.append("--cached-views needs --cache-features ram or disk")
+    differ = args.cache_features != "none" and args.augmentation != "none"
+    args.cached_views = (args.cached_views or CACHED_VIEWS) if differ else None
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone

@@ -231,6 +231,7 @@ FLAGS = [
         "--cache-features needs --adapt-last, or --lora-rank 0: features are kept that no epoch changes",
         "--cache-features needs --mixup 0",
     ),
+    case("views of nothing kept", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
     case(
         "norms below 4 bits",
         "finetune --adapt-last 2 --use-qlora --train-norms",

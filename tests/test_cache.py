@@ -223,6 +223,8 @@ def test_a_run_over_kept_views_goes_on_as_if_it_had_not_stopped(finetune):
     whole = finetune(flags, "whole")
     with pytest.raises(runs.Stopped):
         finetune(flags, "stopped", after_epoch=stop_after_an_epoch)
+    with pytest.raises(InputError, match=r"other settings \(data\.cached_views was 2, is None\)"):
+        finetune("--adapt-last 1 --augmentation crop --resume", "stopped")
     resumed = finetune(f"{flags} --workers 1 --resume", "stopped")
     assert resumed["val_loss"] == whole["val_loss"] and resumed["epochs"] == 2
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moco import InputError, options
+import finetune_lora
+from moco import InputError, options, pretrain
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,6 +77,15 @@ def test_the_other_scripts_section_is_passed_over(parse):
     assert parse("", "moco:\n  anything: 1\nmodel:\nfinetune: {epochs: 2}")[0].epochs == 2
     assert parse("", "model: {checkpoint: moco.pth, arch: resnet18}")[0].arch == "resnet18"
     assert parse("", "")[0].epochs == 10  # an empty file is a file without settings
+
+
+def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
+    def keys(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+        return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+
+    fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
+    for section in options.SECTIONS.keys() & fine_tuning.keys() & stage1.keys():
+        assert fine_tuning[section] - stage1[section] <= {*options.SECTIONS[section]}, section
 
 
 def test_the_default_config_is_used_unless_another_is_named_or_it_does_not_apply(parse, tmp_path):
