@@ -366,7 +366,9 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         help="run the frozen blocks below --adapt-last only once per image and kept view",
     )
     group.add_argument(
-        "--cached-views", type=positive_int, help="augmented views of each training image that are kept then (default: 4)"
+        "--cached-views",
+        type=positive_int,
+        help="augmented views of each training image that are kept then (default: 4)",
     )
 
 
