@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -858,7 +859,9 @@ class FineTuning:
         self.head_temperature = HeadTemperature()
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
-        workers = 0 if isinstance(images, KeptFeatures) else self.args.workers
+        # What is kept needs no work, but a GPU would wait while it is copied. Only where processes fork it is shared.
+        idle = isinstance(images, KeptFeatures) and not (self.device.type == "cuda" and sys.platform == "linux")
+        workers = 0 if idle else self.args.workers
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         self.loaders.append(build_loader(Transformed(images, transform), **loading))
         return self.loaders[-1]

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 ALL_ROWS = slice(None)
@@ -354,13 +355,13 @@ class _LoRALinear(torch.autograd.Function):
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         gh = [_product(B_g.T.contiguous(), gy_g.T) for gy_g, B_g in zip(gy_groups, B.chunk(ctx.groups), strict=True)]
-        gh = torch.cat(gh).mul_(ctx.scaling)  # (groups r, N)
+        gh = _stacked(gh).mul_(ctx.scaling)  # (groups r, N)
         gA = _product(gh, adapter_rows) if need_A else None  # (groups r, in)
         gB = None
         if need_B:
             h = _product(A, adapter_rows.T) if h is None else h.T.contiguous()  # (groups r, N)
             gB = [_product(h_g, gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
-            gB = torch.cat(gB).mul_(ctx.scaling)  # (out, r)
+            gB = _stacked(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
         if need_x and isinstance(ctx.before, SelfAttention):
@@ -376,6 +377,11 @@ class _LoRALinear(torch.autograd.Function):
             gy.sum(0) if need_bias else None,
             *[None] * 4,
         )
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """As `torch.cat`, which copies a single one too."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -455,22 +461,23 @@ def _pull_back(before: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, stat
     Of a LayerNorm on a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at
     once, as more calls would cost more than the memory is worth.
     """
-    result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     if isinstance(before, nn.GELU):
+        result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
         approximate = {"approximate": before.approximate}
         return torch.ops.aten.gelu_backward.grad_input(gradient.to(x.dtype), x, **approximate, grad_input=result)
-    parts = PARTS if x.device.type == "cpu" else 1
-    size = max(math.ceil(len(x) / parts), PART_NUMEL // max(x.shape[1], 1), 1)
-    weight, dtype = before.weight, x.dtype if before.weight is None else before.weight.dtype
+    if x.device.type != "cpu":
+        return _pull_back_norm(before, gradient, x, *statistics).to(x.dtype)
+    result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
+    size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     for part, *in_part in zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True):
-        g, rows, mean, deviation = in_part
-        part.copy_(
-            torch.ops.aten.native_layer_norm_backward(
-                *(g.to(dtype), rows.to(dtype), before.normalized_shape, mean, deviation, weight, before.bias),
-                [True, False, False],
-            )[0]
-        )
+        part.copy_(_pull_back_norm(before, *in_part))
     return result
+
+
+def _pull_back_norm(norm: nn.LayerNorm, gradient: Tensor, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    dtype = x.dtype if norm.weight is None else norm.weight.dtype
+    settings = norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(gradient.to(dtype), x.to(dtype), *settings)[0]
 
 
 def lora_linear(
@@ -885,8 +892,17 @@ def attend(
         attended = weights.to(v.dtype) @ v
     else:
         by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
-        attended = _Attention.apply(q, k, v) if by_products else F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        with _sound_kernels(q):
+            ours, theirs = _Attention.apply, F.scaled_dot_product_attention
+            attended = ours(q, k, v) if by_products else theirs(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
+
+
+def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
+    """Of one query, as of a class token alone, cuDNN's gradient may be NaN: github.com/NVIDIA/cudnn-frontend#1072."""
+    if q.device.type != "cuda" or q.shape[-2] > 1 or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:

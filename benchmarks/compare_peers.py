@@ -420,29 +420,43 @@ def random_batch(args, generator: torch.Generator) -> tuple[torch.Tensor, torch.
 # ------------------------------------------------------------------------------------------------------ measurements
 
 
-def measure_time(names: list[str], args) -> dict[str, dict]:
-    """Seconds of every step of every variant, and what there is to say about each without a clock."""
+def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str]]:
+    """Seconds of every step of every variant, with what there is to say about each without a clock; and of those for
+    which there is no room beside the others, why not."""
     generator = torch.Generator().manual_seed(args.seed)
     shuffle = random.Random(args.seed).sample
-    trainings, about = {}, {}
+    trainings, about, left_out = {}, {}, {}
     for name in names:
         print(f"building {name}", file=sys.stderr)
-        training = trainings[name] = Training(name, args)
-        for _ in range(WARMUP_STEPS):
-            training.step(*random_batch(args, generator))
+        try:
+            training = Training(name, args)
+            for _ in range(WARMUP_STEPS):
+                training.step(*random_batch(args, generator))
+        except torch.OutOfMemoryError as error:
+            left_out[name], training = str(error).splitlines()[0], None
+            release(args.device)
+            continue
+        trainings[name] = training
         training.check()
         trained = sum(p.numel() for p in training.trained.values())
         about[name] = {"trainable_parameters": trained, "file_bytes": training.file_bytes()}
-    seconds = {name: [] for name in names}
+    seconds = {name: [] for name in trainings}
     for step in range(args.steps):
         batch = random_batch(args, generator)
-        for name in shuffle(names, len(names)):
+        for name in shuffle(list(trainings), len(trainings)):
             gc.collect()  # never inside a step
             seconds[name].append(trainings[name].step(*batch))
-        print(f"round {step + 1} of {args.steps}", *(f"{n} {seconds[n][-1]:.2f}s" for n in names), file=sys.stderr)
+        print(f"round {step + 1} of {args.steps}", *(f"{n} {s[-1]:.3f}s" for n, s in seconds.items()), file=sys.stderr)
     for training in trainings.values():
         training.check()
-    return {name: {**about[name], "seconds": seconds[name]} for name in names}
+    return {name: {**about[name], "seconds": seconds[name]} for name in trainings}, left_out
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing uses any more, for the next variant or process."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure_memory(name: str, args) -> dict[str, int]:
@@ -472,16 +486,19 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes the present size
 
 
-def measure_memory_apart(name: str, command: list[str]) -> dict[str, int]:
-    """`measure_memory` in fresh processes: with one mapping per large tensor, and as a script here runs."""
+def measure_memory_apart(name: str, command: list[str], device: torch.device) -> dict[str, int]:
+    """`measure_memory` in fresh processes: with one mapping per large tensor, and as a script here runs.
+
+    A GPU's memory is another matter: there both are the same.
+    """
     run = [sys.executable, "-m", "benchmarks.compare_peers", *command, "--only-memory", name]
     measured = []
-    for setting in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {}):
+    for setting in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {})[: 1 if device.type == "cuda" else 2]:
         done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **setting})
         if done.returncode:
             raise RuntimeError(f"memory of {name}: {done.stderr}")
         measured.append(json.loads(done.stdout.splitlines()[-1]))
-    return {**measured[0], "resident_bytes": measured[1]["memory_bytes"]}
+    return {**measured[0], "resident_bytes": measured[-1]["memory_bytes"]}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -680,21 +697,20 @@ def main(argv: list[str] | None = None) -> dict:
     memory, result["left_out"] = {}, {}
     for name in names:
         try:
-            memory[name] = measure_memory_apart(name, command)
+            memory[name] = measure_memory_apart(name, command, args.device)
         except RuntimeError as error:  # the others are measured all the same
             result["left_out"][name] = str(error).strip().splitlines()[-1]
-    names = list(memory)
-    if not names:
+    timed, without_room = measure_time(list(memory), args)
+    result["left_out"] |= without_room
+    release(args.device)
+    if not timed:
         raise RuntimeError(f"no variant could be measured: {result['left_out']}")
-    timed = measure_time(names, args)
-    if args.device.type == "cuda":
-        torch.cuda.empty_cache()  # which the processes of a next measurement may need
-    result["variants"] = {name: {**timed[name], **memory[name]} for name in names}
+    result["variants"] = {name: {**about, **memory[name]} for name, about in timed.items()}
     summarise(result)
 
     path = args.output_dir / f"{args.model}_b{args.batch_size}_{args.device.type}_{args.precision}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    if "full" in names:
+    if "full" in timed:
         plot(result, path.with_suffix(".png"))
     for key in ("command", "commit", "machine", "versions", "left_out"):
         print(f"{key}: {result[key]}")

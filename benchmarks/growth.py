@@ -6,12 +6,13 @@
 
 One thing varies at a time, from a ViT-B/16 with the second of --batches and the second of --ranks: 8 and 8. Each point
 is a run of `benchmarks.compare_peers`, with all variants side by side; see there for what is measured. A finished point
-is kept in --output-dir, and the same command goes on where it stopped. The largest batch that fits is read from the
-line through the peaks of the batches measured.
+is kept in --output-dir, and the same command goes on where it stopped. A variant that finds no room at a point is left
+out there. The largest batch that fits is read from the line through the peaks of the batches measured.
 """
 
 import argparse
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def measure(point: Point, args: argparse.Namespace) -> dict[str, Any]:
     folder = args.output_dir / f"{model}_b{batch}_r{rank}"
     for path in folder.glob(f"*_{torch.device(args.device).type}_{args.precision}.json"):
         found = json.loads(path.read_text())
-        if found["image_size"] == args.image_size and {*args.variants} <= {*found["variants"]}:
+        told_of = {*found["variants"], *found["left_out"]}
+        if found["image_size"] == args.image_size and {*args.variants} <= told_of:
             return found
     command = f"--model {model} --batch-size {batch} --rank {rank} --steps {args.steps} --image-size {args.image_size}"
     command += f" --device {args.device} --precision {args.precision} --variants {','.join(args.variants)}"
@@ -91,17 +93,21 @@ def measure(point: Point, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows(sweep: dict[Any, Point], measured: dict[Point, dict], variants: list[str]) -> dict[str, dict[str, list]]:
-    """For each variant its seconds and bytes along a sweep."""
+    """For each variant its seconds and bytes along a sweep; nan where it was left out."""
     results = [measured[point]["variants"] for point in sweep.values()]
     keys = ("step_seconds", "memory_bytes", "resident_bytes")
-    return {"at": list(sweep), **{v: {key: [result[v][key] for result in results] for key in keys} for v in variants}}
+    nothing = dict.fromkeys(keys, math.nan)
+    columns = {v: {key: [result.get(v, nothing)[key] for result in results] for key in keys} for v in variants}
+    return {"at": list(sweep), **columns}
 
 
 def largest_batch(sweep: dict[str, Any], variant: str, gigabytes: float) -> int:
     """The largest batch whose tensors fit, by the line through the peaks measured; 0 if none does."""
-    if len(sweep["at"]) < 2:
+    pairs = zip(sweep["at"], sweep[variant]["memory_bytes"], strict=True)
+    measured = [(batch, size) for batch, size in pairs if not math.isnan(size)]
+    if len(measured) < 2:
         return 0
-    slope, start = np.polyfit(sweep["at"], sweep[variant]["memory_bytes"], 1)
+    slope, start = np.polyfit(*zip(*measured, strict=True), 1)
     return max(0, int((gigabytes * 1e9 - start) / slope))
 
 
@@ -115,7 +121,7 @@ def tables(result: dict[str, Any], args: argparse.Namespace) -> str:
         parts.append(f"\n| {name} | {' | '.join(map(str, sweep['at']))} |\n" + "|---" * (len(sweep["at"]) + 1) + "|")
         for variant in args.variants:
             pairs = zip(sweep[variant]["step_seconds"], sweep[variant]["memory_bytes"], strict=True)
-            cells = " | ".join(f"{seconds:.2f} s, {size / 1e6:,.0f} MB" for seconds, size in pairs)
+            cells = " | ".join(f"{seconds:.3g} s, {size / 1e6:,.0f} MB" for seconds, size in pairs)
             parts.append(f"| {VARIANTS[variant].title} | {cells} |")
     parts.append(f"\n| | largest batch in {args.fits_into:g} GB |\n|---|---|")
     parts += [f"| {VARIANTS[variant].title} | {batch} |" for variant, batch in result["fits"].items()]

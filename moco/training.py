@@ -79,7 +79,7 @@ def select_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps"):  # such as meta, on which nothing is computed
             raise NotImplementedError
         torch.empty(0, device=device)
-        if several and device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:  # else pinning memory would take room on GPU 0
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""

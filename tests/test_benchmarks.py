@@ -13,7 +13,7 @@ from moco import InputError
 TINY = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "2"]
 
 
-def memory(name, command):
+def memory(name, command, device):
     return {"build_bytes": 10**8, "memory_bytes": 10**9, "resident_bytes": 2 * 10**9}
 
 
@@ -33,15 +33,30 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, 
 
 
 def test_a_variant_that_fails_is_left_out_and_named(tmp_path, monkeypatch, capsys):
-    def memory_of_lora_alone(name, command):
+    def memory_of_lora_alone(name, command, device):
         if name != "lora":
             raise RuntimeError("Traceback:\n  ...\nOutOfMemoryError: no room")
-        return memory(name, command)
+        return memory(name, command, device)
 
     monkeypatch.setattr(compare_peers, "measure_memory_apart", memory_of_lora_alone)
     result = compare_peers.main([*TINY, "--variants", "full,lora", "--output-dir", str(tmp_path)])
     assert set(result["variants"]) == {"lora"} and result["left_out"] == {"full": "OutOfMemoryError: no room"}
     assert "OutOfMemoryError: no room" in capsys.readouterr().out
+
+
+def test_a_variant_without_room_beside_the_others_is_left_out(tmp_path, monkeypatch):
+    class OneAtMost(Training):
+        def step(self, *batch):
+            if self.name == "lora":
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            return super().step(*batch)
+
+    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory)
+    monkeypatch.setattr(compare_peers, "Training", OneAtMost)
+    result = compare_peers.main([*TINY, "--variants", "lora,full", "--output-dir", str(tmp_path)])
+    assert set(result["variants"]) == {"full"} and result["left_out"] == {"lora": "CUDA out of memory."}
+    with pytest.raises(RuntimeError, match="no variant could be measured"):
+        compare_peers.main([*TINY, "--variants", "lora", "--output-dir", str(tmp_path)])
 
 
 def test_speed_is_against_the_peers_with_the_same_products():
@@ -63,7 +78,7 @@ def test_a_gpu_has_compiled_variants_and_none_of_onednn():
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
-    measured = compare_peers.measure_memory_apart("lora", TINY)
+    measured = compare_peers.measure_memory_apart("lora", TINY, torch.device("cpu"))
     weights = 4 * 11.2e6
     assert weights < measured["memory_bytes"] < 20 * weights  # the weights are there, the imports are not
     assert measured["resident_bytes"] > weights
@@ -140,7 +155,9 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
             name: {"step_seconds": 1.0, "memory_bytes": size, "resident_bytes": size} for name in ("full", "lora")
         }
         result = {"machine": {"device": "a CPU", "threads": 2}, "versions": {}, "commit": "abc", "variants": variants}
-        result["image_size"] = args.image_size
+        result |= {"image_size": args.image_size, "left_out": {}}
+        if args.batch_size == 16:  # no room for all weights' gradients
+            result["left_out"]["full"] = variants.pop("full") and "no room"
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / f"point_cpu_{args.precision}.json").write_text(json.dumps(result))
         return result
@@ -165,7 +182,9 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     middle = [("vit_b_16", batch, 8) for batch in (4, 8, 16)]
     assert measured == [*middle, ("vit_b_16", 8, 4), ("vit_small", 8, 8), ("vit_l_16", 8, 8)]
     assert result["fits"] == {"full": 70, "lora": 70}
-    assert "| LoRA here | 1.00 s, 1,400 MB | 1.00 s, 1,800 MB |" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "| LoRA here | 1 s, 1,400 MB | 1 s, 1,800 MB | 1 s, 2,600 MB |" in output
+    assert "| full fine-tuning | 1 s, 1,400 MB | 1 s, 1,800 MB | nan s, nan MB |" in output
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     growth.main([*command, "--precision", "bf16"])  # what was measured in float32 is of no use
     growth.main([*command, "--image-size", "192"])

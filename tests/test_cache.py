@@ -229,6 +229,18 @@ def test_a_run_over_kept_views_goes_on_as_if_it_had_not_stopped(finetune):
     assert resumed["val_loss"] == whole["val_loss"] and resumed["epochs"] == 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("flags", ["--use-qlora", "--precision fp16", "--adapt-last 1 --cache-features disk"])
+def test_a_run_on_a_gpu_goes_on_as_if_it_had_not_stopped(finetune, flags):
+    """But for the rounding of sums in another order."""
+    flags = f"{flags} --augmentation crop --lora-dropout 0.1 --device cuda"
+    whole = finetune(flags, "whole")
+    with pytest.raises(runs.Stopped):
+        finetune(flags, "stopped", after_epoch=stop_after_an_epoch)
+    resumed = finetune(f"{flags} --resume", "stopped")
+    assert resumed["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-2) and resumed["epochs"] == 2
+
+
 def stop_after_an_epoch(run) -> None:
     raise runs.Stopped(2)
 
@@ -254,6 +266,14 @@ def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations((as_it_is, *views), 2))
     distances = torch.stack([(taken[:, None] - view[None]).abs().amax((2, 3)).amin(1) for view in (as_it_is, *views)])
     assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # both, and nothing else
+
+
+def test_processes_that_load_share_what_is_kept(photos):
+    """As they do for a GPU, which would wait for the copies otherwise."""
+    features = torch.randn(3, 2, 5, 4)
+    kept = cache.keep_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
+    batches = [next(iter(data.build_loader(data.Transformed(kept, torch.clone), 3, workers=w))) for w in (0, 1)]
+    assert all(torch.equal(batch, features) and labels.tolist() == [0, 1, 0] for batch, labels in batches)
 
 
 def test_augmented_views_are_drawn_alike_and_the_plain_one_where_it_is_alone():

@@ -24,6 +24,7 @@ from dense import (
     frozen,
     images,
     randomize_adapters,
+    relative_error,
     resnet,
     vit,
 )
@@ -262,7 +263,7 @@ def test_folding_with_dropout_keeps_its_meaning():
 def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
     torch.manual_seed(seed)
     model.zero_grad()
-    loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+    loss = F.cross_entropy(model(x), torch.arange(len(x), device=x.device) % 5)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -361,14 +362,38 @@ def test_the_last_block_keeps_the_class_token_alone():
 @pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 5e-2)])
-def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance):
-    stock, x = vit(hidden_dim=32, mlp_dim=64).to(dtype), images(16, 8, dtype=dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance, device):
+    stock, x = vit(hidden_dim=32, mlp_dim=64).to(device, dtype), images(16, 8, dtype=dtype).to(device)
     model = frozen(copy.deepcopy(stock), target_modules=targets)
     if not (mode == "selective" and targets == "mlp.3"):
         set_gradient_checkpointing(model, mode)
     compare_with_dense(stock, model, [x], tolerance, autocast=autocast)
     model.heads.requires_grad_(False)
     compare_with_dense(stock, model.eval(), [x], tolerance, autocast=autocast)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_vit_in_low_precision(device):
+    """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
+    stock, x = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device), images(64, 4).to(device)
+    compare_with_dense(stock, frozen(copy.deepcopy(stock)), [x], 5e-2, autocast=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resnet_in_low_precision(device):
+    """Rounding lets ReLUs of random weights change their minds: the stock model's own gradients are off by a sixth."""
+    stock, x = (t.to(device, memory_format=torch.channels_last) for t in (resnet().eval(), images(64, 4)))
+    model = frozen(copy.deepcopy(stock))
+    twin = dense_twin(stock, model)
+    results = []
+    for network, low in ((model, True), (copy.deepcopy(twin).float(), True), (twin, False)):
+        t = (x if low else x.double()).clone().requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=low):
+            y = network(t)
+        results.append((y, *torch.autograd.grad(y.double().square().sum(), t)))
+    for ours, dense, exact in zip(*results, strict=True):
+        assert relative_error(ours, exact) < 1.5 * relative_error(dense, exact) + 1e-3
 
 
 def test_the_encoder_alone_still_gives_every_token():
@@ -1067,16 +1092,17 @@ def kept(monkeypatch) -> dict[int, int]:
 @pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_activations_in_16_bits(build, side, mode, four_bits, kept):
+@pytest.mark.parametrize("device", DEVICES)
+def test_activations_in_16_bits(build, side, mode, four_bits, kept, device):
     """The output stays exact, gradients are near, and what is saved is half as large."""
-    model = frozen(build(hidden_dim=64, mlp_dim=128) if build is vit else build(), use_qlora=four_bits)
+    model = build(hidden_dim=64, mlp_dim=128) if build is vit else build()
+    model, x = frozen(model.to(device), use_qlora=four_bits), images(side, 8).to(device)
     if build is vit:
         set_gradient_checkpointing(model, mode)
-    x = images(side, 8)
     expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
     model.zero_grad()
     with SavedIn16Bits():
-        loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+        loss = F.cross_entropy(model(x), torch.arange(len(x), device=device) % 5)
     loss.backward()
     assert torch.equal(loss, expected[0])
     for name, gradient in expected[1].items():
