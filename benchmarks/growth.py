@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
+from lora_functional import PREFERS_ONEDNN_LINEAR
 from moco.options import positive_float, positive_int
 from moco.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
-DEFAULT = ("full", "peft", "lora", "lora_selective_16bit", "qlora_selective_16bit")
+PEERS = ("full", "peft")
+OURS = ("lora", "lora_selective_16bit", "qlora_selective_16bit")
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7")  # Okabe and Ito
 MARKERS = "osD^vP"
 Point = tuple[str, int, int]  # model, batch size, rank
@@ -68,14 +70,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--ranks", type=positive_int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: peers by the same products, and LoRA")
     parser.add_argument("--steps", type=positive_int, default=3, help="rounds that are timed")
     parser.add_argument("--fits-into", type=positive_float, default=8.0, help="GB, for the largest batch")
     parser.add_argument("--image-size", type=positive_int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--output-dir", type=Path, default=MEASURED / "growth")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    by_onednn = PREFERS_ONEDNN_LINEAR and args.precision == "fp32" and torch.device(args.device).type == "cpu"
+    args.variants = args.variants or [*(f"{peer}_onednn" if by_onednn else peer for peer in PEERS), *OURS]
+    return args
 
 
 def measure(point: Point, args: argparse.Namespace) -> dict[str, Any]:

@@ -143,6 +143,14 @@ def test_variants_of_a_vit_train(name):
     training.check()
 
 
+def test_peers_have_the_same_products_as_lora_where_cost_grows(monkeypatch):
+    monkeypatch.setattr(growth, "PREFERS_ONEDNN_LINEAR", True)
+    assert growth.parse([]).variants[:3] == ["full_onednn", "peft_onednn", "lora"]
+    assert growth.parse(["--device", "cuda"]).variants[:3] == ["full", "peft", "lora"]
+    monkeypatch.setattr(growth, "PREFERS_ONEDNN_LINEAR", False)
+    assert growth.parse([]).variants[:2] == ["full", "peft"]
+
+
 def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     """A point is measured once, also by the next run. Memory is 1 GB and 0.1 GB an image: 70 images fit into 8 GB."""
     measured = []
