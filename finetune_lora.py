@@ -839,7 +839,8 @@ class FineTuning:
         images = Counter(splits.train.labels)  # per class
         self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))
         self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
-        self.guard = CollapseGuard(max(images.values()) / len(splits.train), len(splits.val), norms_train)
+        most = max(images.values()) / len(splits.train)
+        self.guard = CollapseGuard(most, len(splits.val), norms_train, not args.freeze_backbone)
         balanced = args.class_weights == "balanced"
         self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)

@@ -34,17 +34,19 @@ class CollapseGuard:
         constant_accuracy: of always answering the most frequent class.
         images: on how many the accuracies are measured.
         norms_train: BatchNorm trains, so that nothing can be told until its statistics have followed the weights.
+        all_train: the whole backbone does.
     """
 
-    def __init__(self, constant_accuracy: float, images: int, norms_train: bool):
+    def __init__(self, constant_accuracy: float, images: int, norms_train: bool, all_train: bool = False):
         self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
+        self.all_train = all_train
 
     def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int) -> bool:
         """Is a quarter lost of what the best of the earlier ones is better than a constant answer? Not by chance?
 
-        Where BatchNorm trains it is a third: its statistics change in the first epochs of good runs as well.
+        Where BatchNorm or the whole backbone trains it is a third: good runs lose more than a quarter at first as well.
         """
-        share = 1 / 3 if self.norms_train else 1 / 4
+        share = 1 / 3 if self.norms_train or self.all_train else 1 / 4
         return self._settled(step) and self._lost(accuracy, earlier, share, errors=3)
 
     def is_good(self, accuracies: Sequence[float], step: int) -> bool:

@@ -605,7 +605,11 @@ def scripted(accuracies: list[float]):
 
 def as_if_on_many_images(monkeypatch) -> None:
     """Accuracies count as if measured on a thousand images, not on fifteen: little of them is chance."""
-    monkeypatch.setattr(finetune_lora, "CollapseGuard", lambda constant, _, norms: CollapseGuard(constant, 1000, norms))
+
+    def guard(constant: float, images: int, *trains: bool) -> CollapseGuard:
+        return CollapseGuard(constant, 1000, *trains)
+
+    monkeypatch.setattr(finetune_lora, "CollapseGuard", guard)
 
 
 def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good():
@@ -616,10 +620,12 @@ def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good()
     assert guard.is_good([0.24], step=0)
 
 
-@pytest.mark.parametrize(("norms_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
-def test_how_much_may_be_lost(norms_train, share):
+@pytest.mark.parametrize(
+    ("trains", "share"), [({}, 1 / 4), ({"norms_train": True}, 1 / 3), ({"all_train": True}, 1 / 3)], ids=str
+)
+def test_how_much_may_be_lost(trains, share):
     """Of 30 points above a constant answer, on so many images that chance hardly counts."""
-    guard = CollapseGuard(constant_accuracy=0.1, images=100_000, norms_train=norms_train)
+    guard = CollapseGuard(0.1, 100_000, **{"norms_train": False, **trains})
     assert guard.has_collapsed(0.4 - 0.3 * share - 0.01, [0.4, 0.35], step=100)
     assert not guard.has_collapsed(0.4 - 0.3 * share + 0.01, [0.4, 0.35], step=100)
 
