@@ -361,7 +361,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("held-out accuracy (%), mean and standard deviation over seeds")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(budgets))
     figure.savefig(path, dpi=150)
 
 
