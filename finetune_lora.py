@@ -860,7 +860,7 @@ class FineTuning:
         self.head_temperature = HeadTemperature()
 
     def add_loader(self, images, transform, **loading) -> DataLoader:
-        # What is kept needs no work, but a GPU would wait while it is copied. Only where processes fork it is shared.
+        # Copying what is kept pays in other processes only beside a GPU, and only forked ones share it.
         idle = isinstance(images, KeptFeatures) and not (self.device.type == "cuda" and sys.platform == "linux")
         workers = 0 if idle else self.args.workers
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}

@@ -893,13 +893,14 @@ def attend(
     else:
         by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
         with _sound_kernels(q):
-            ours, theirs = _Attention.apply, F.scaled_dot_product_attention
-            attended = ours(q, k, v) if by_products else theirs(q, k, v, mask, dropout)
+            stock = F.scaled_dot_product_attention
+            attended = _Attention.apply(q, k, v) if by_products else stock(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
 
 
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
-    """Of one query, as of a class token alone, cuDNN's gradient may be NaN: github.com/NVIDIA/cudnn-frontend#1072."""
+    """PyTorch's kernels but cuDNN's for a single query, as of a class token alone: on CUDA its gradient may be NaN then
+    (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
     if q.device.type != "cuda" or q.shape[-2] > 1 or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -630,6 +630,13 @@ def test_how_much_may_be_lost(trains, share):
     assert not guard.has_collapsed(0.4 - 0.3 * share + 0.01, [0.4, 0.35], step=100)
 
 
+@pytest.mark.parametrize(("flags", "whole"), [("--lora-rank 0 --no-freeze-backbone", True), ("", False)])
+def test_a_run_judges_itself_by_what_trains(finetune, flags, whole):
+    guards = []
+    finetune(f"{flags} --epochs 1", after_epoch=lambda run: guards.append(run.guard))
+    assert [guard.all_train for guard in guards] == [whole]
+
+
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, monkeypatch, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     monkeypatch.setattr(finetune_lora, "evaluate", scripted([1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0]))
