@@ -288,6 +288,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
     stock_class = nn.MultiheadAttention
     recomputed = False  # is the heads' output computed again in backward instead of saved?
+    keeps_weights = True  # are attention's weights saved for backward? see `attend`
     _linear_kind = LoRALinear
 
     def _init_adapters(self, settings: LoRASettings, base_dtype: torch.dtype | None = None) -> None:
@@ -369,8 +370,8 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
             mask = functional.attention_mask(q, k, self.num_heads, attn_mask, padding)
             k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
-            dropout = self.dropout if self.training else 0.0
-            attended, weights = functional.attend(q, k, v, self.num_heads, mask, dropout, need_weights)
+            settings = self.dropout if self.training else 0.0, need_weights, self.keeps_weights
+            attended, weights = functional.attend(q, k, v, self.num_heads, mask, *settings)
             output = self.out_proj(attended)  # (N, L, E)
             weights = weights.mean(1) if need_weights and average_attn_weights else weights  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
@@ -450,6 +451,7 @@ class QLoRAConv2d(_FourBits, LoRAConv2d):
 class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     """`LoRAMultiheadAttention` over a 4-bit base, the output projection's included."""
 
+    keeps_weights = False  # 4 bits are for whoever lacks memory
     _linear_kind = QLoRALinear
 
 

@@ -74,6 +74,9 @@ PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in
 MOST_SCORES = 2**19
 # The attention of some images, or of some heads of one, is computed at a time: so many scores.
 SCORES_AT_A_TIME = 2**19
+# Its weights are kept for backward up to this many keys for each of a head's numbers: at 4 they are as large as q four
+# times, and each query of a ViT with 16 x 16 patches has 3.1 at 224 pixels, 9 at 384.
+MOST_KEYS_KEPT = 4
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.
 LEAK = 1e-30
@@ -279,10 +282,15 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In float32 on an AMD processor with AVX-512 oneDNN is called, which adds the bias on the way: up to 20% faster than
     the product of MKL, which PyTorch chooses. Without AVX-512 MKL's is the faster one, by 20 to 60%, and on Intel's
-    processors by 5 to 9%. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
+    processors by 5 to 9%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias into the output first: 2
+    to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
     """
-    by_onednn = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-    if by_onednn and PREFERS_ONEDNN_LINEAR and x.numel() > 0 and not torch.compiler.is_compiling():
+    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    if x.dtype == torch.bfloat16:  # autocast may still have to round the others
+        pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
+    else:
+        pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
+    if on_cpu and pays and x.numel() > 0:
         return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
     return F.linear(x, W, bias)
 
@@ -405,7 +413,7 @@ class SelfAttention:
         self._replayed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, qkv: Tensor) -> Tensor:
-        return attend(*qkv.chunk(3, -1), self.num_heads)[0]
+        return attend(*qkv.chunk(3, -1), self.num_heads, keep_weights=True)[0]  # of a graph of its own, gone at once
 
     def replay(self, qkv: Tensor) -> Tensor:
         """The output once more. It is kept, with its graph, for the layer's backward pass, which comes next."""
@@ -875,6 +883,7 @@ def attend(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
+    keep_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
 
@@ -883,6 +892,8 @@ def attend(
         k, v: (N, S, E).
         mask: as `attention_mask` returns it.
         dropout: probability of dropping a weight.
+        keep_weights: where the weights are computed here and take little memory, save them for backward, which then
+            computes no score once more: a third less time there.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
@@ -892,9 +903,10 @@ def attend(
         attended = weights.to(v.dtype) @ v
     else:
         by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
+        keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
         with _sound_kernels(q):
             stock = F.scaled_dot_product_attention
-            attended = _Attention.apply(q, k, v) if by_products else stock(q, k, v, mask, dropout)
+            attended = _Attention.apply(q, k, v, keep_weights) if by_products else stock(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
 
 
@@ -916,43 +928,46 @@ class _Attention(torch.autograd.Function):
     """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
 
     As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
-    and nothing of the scores' size is kept: backward computes the weights once more.
+    and nothing of the scores' size is kept: backward computes the weights once more. With `keep_weights` they are kept.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.save_for_backward(q, k, v)
+    def forward(ctx, q, k, v, keep_weights=False):
         attended = _empty_heads(q, v.shape[-1])
+        kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
-            attended[part] = (_attention_weights(q_p, k_p) @ v_p).view_as(attended[part])
+            weights = _attention_weights(q_p, k_p, None if kept is None else kept[part].flatten(0, 1))
+            attended[part] = (weights @ v_p).view_as(attended[part])
+        ctx.save_for_backward(q, k, v, kept)
         return attended
 
     @staticmethod
     @once_differentiable
     @_in_its_own_dtype
     def backward(ctx, gy):
-        q, k, v = ctx.saved_tensors
+        q, k, v, kept = ctx.saved_tensors
         scaling = 1 / math.sqrt(q.shape[-1])
         gq, gk, gv = (_empty_heads(t, t.shape[-1]) for t in (q, k, v))
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p, gy_p = (t[part].flatten(0, 1) for t in (q, k, v, gy.to(q.dtype)))
-            weights = _attention_weights(q_p, k_p)
+            weights = _attention_weights(q_p, k_p) if kept is None else kept[part].flatten(0, 1)
             gv[part] = (weights.mT @ gy_p).view_as(gv[part])
             # What all values have in common changes no score's gradient, and would only be rounded.
             g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
             g_scores = torch.ops.aten._softmax_backward_data(g_weights, weights, -1, weights.dtype)
             gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
             gk[part] = (g_scores.mT @ q_p).mul_(scaling).view_as(gk[part])
-        return gq, gk, gv
+        return gq, gk, gv, None
 
 
-def _attention_weights(q: Tensor, k: Tensor) -> Tensor:
+def _attention_weights(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
     """q: (N, L, D), k: (N, S, D) -> (N, L, S). Scores rounded to bfloat16 would double attention's error."""
     scores = q.new_empty(len(q), q.shape[1], k.shape[1], dtype=torch.float32)
     # In place, as in `effective_weight`.
     scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
-    return scores.softmax(-1).to(q.dtype)
+    weights = scores.softmax(-1)
+    return weights.to(q.dtype) if out is None else out.copy_(weights)
 
 
 def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:

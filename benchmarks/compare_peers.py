@@ -319,6 +319,7 @@ for name, title, models, precision, *undone in (
     ("merged", "W + s B A always built", "vit", "bf16", lora_functional, "_merge_pays", _always),
     ("mkl", "MKL's products", "vit", "fp32", lora_functional, "PREFERS_ONEDNN_LINEAR", False),
     ("pytorch_attention", "PyTorch's attention", "vit", "bf16", lora_functional, "PREFERS_BATCHED_ATTENTION", False),
+    ("weights_again", "attention's weights computed again", "vit", "bf16", lora_functional, "MOST_KEYS_KEPT", 0),
     ("unfolded", "BatchNorm not folded", "resnet", "", lora_fusion, "folds", _never),
     ("kernel_side_path", "kernels never merged", "resnet", "", lora_functional, "_kernel_merges", _never),
 ):

@@ -594,7 +594,8 @@ def test_dropped_attention_weights(need_weights):
 
 @pytest.mark.parametrize("at_a_time", [3 * H * L * S, H * L * S, L * S], ids=["images", "image", "head"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast):
+@pytest.mark.parametrize("keep", [False, True], ids=["", "weights kept"])
+def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast, keep):
     """Attention in bfloat16 by products over all heads, in parts: outputs and gradients, peaked attention too."""
     monkeypatch.setattr(lora_functional, "SCORES_AT_A_TIME", at_a_time)
     errors = {}
@@ -608,7 +609,7 @@ def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch,
         for dtype in (torch.float64, torch.bfloat16):
             qkv = [t.to(dtype, copy=True).requires_grad_() for t in precise]
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
-                attended, _ = attend(*qkv, H)
+                attended, _ = attend(*qkv, H, keep_weights=keep)
             assert ("_Attention" in _function_names(attended)) == (batched and dtype == torch.bfloat16)
             attended.backward(gradient.to(dtype))
             results.append([attended.detach(), *(t.grad for t in qkv)])
@@ -650,12 +651,33 @@ def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
     torch.testing.assert_close(attended.float(), expected, rtol=0.02, atol=0.02)
 
 
-def test_batched_attention_keeps_q_k_and_v_alone(monkeypatch):
+@pytest.mark.parametrize("keys, keep, kept_sizes", [(5, False, []), (5, True, [2 * 2 * 5 * 5]), (17, True, [])])
+def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, keys, keep, kept_sizes):
+    """Heads of 4 numbers: the weights of 16 keys would be four times q."""
     monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
-    kept, qkv = [], torch.randn(2, 5, 24, dtype=torch.bfloat16, requires_grad=True)
+    kept, qkv = [], torch.randn(2, keys, 24, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        attend(*qkv.chunk(3, -1), 2)
-    assert {t.untyped_storage().data_ptr() for t in kept} == {qkv.data_ptr()}
+        attend(*qkv.chunk(3, -1), 2, keep_weights=keep)
+    beside = [t for t in kept if t.untyped_storage().data_ptr() != qkv.data_ptr()]
+    assert len(kept) == 3 + len(beside) and [t.numel() for t in beside] == kept_sizes
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_scores_are_computed_again_only_where_weights_are_not_kept(monkeypatch, grad):
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    calls, weights = [], lora_functional._attention_weights
+    monkeypatch.setattr(lora_functional, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
+    gradients = []
+    for keep in (False, True):
+        torch.manual_seed(0)
+        qkv = torch.randn(2, 5, 24, dtype=torch.bfloat16, requires_grad=True)
+        with torch.set_grad_enabled(grad):
+            attended, _ = attend(*qkv.chunk(3, -1), 2, keep_weights=keep)
+        if grad:
+            attended.float().square().sum().backward()
+            gradients.append(qkv.grad)
+    assert len(calls) == (3 if grad else 2)
+    assert not grad or torch.equal(*gradients)  # bit for bit
 
 
 def test_one_tensor_stays_one():
@@ -801,3 +823,16 @@ def test_a_frozen_linear_layer_is_the_stock_one(monkeypatch, device, by_onednn, 
     lora_functional.frozen_linear(ours, layer.weight, layer.bias).square().sum().backward()
     layer(theirs).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_linear_layer_of_an_input_in_bfloat16_is_the_stock_one(device, dtype, bias_dtype):
+    """What is not in bfloat16 yet, autocast rounds, as it does for the stock layer."""
+    layer = nn.Linear(6, 5, bias=bias_dtype is not None, device=device, dtype=dtype).requires_grad_(False)
+    if bias_dtype is not None:
+        layer.bias.data = layer.bias.data.to(bias_dtype)
+    x = torch.randn(3, 6, device=device, dtype=torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        assert_close(lora_functional.frozen_linear(x, layer.weight, layer.bias), layer(x), BF16)

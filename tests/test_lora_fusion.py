@@ -374,10 +374,15 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, au
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_vit_in_low_precision(device):
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
+def test_a_vit_in_low_precision(monkeypatch, device, mode, batched):
     """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
     stock, x = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device), images(64, 4).to(device)
-    compare_with_dense(stock, frozen(copy.deepcopy(stock)), [x], 5e-2, autocast=True)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, mode)
+    compare_with_dense(stock, model, [x], 5e-2, autocast=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -839,6 +844,23 @@ def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_mid
     assert before - saved_bytes(model, x) == 8 * tokens * (2 * width + heads) * 4  # and log-sum-exps
 
 
+@pytest.mark.parametrize("four_bits, mode, times", [(False, "none", 1), (True, "none", 2), (True, "selective", 2)])
+def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, times):
+    """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
+    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    computed, weights = [], lora_functional._attention_weights
+    monkeypatch.setattr(lora_functional, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
+    model = frozen(vit(), use_qlora=four_bits)
+    set_gradient_checkpointing(model, mode)
+    blocks = len(model.encoder.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images(16))
+    assert len(computed) == blocks
+    logits.sum().backward()
+    last = int(mode == "selective" and not four_bits)  # it attends from the class token alone, and is not replayed
+    assert len(computed) == times * blocks - last
+
+
 def test_attention_that_was_replayed_is_forgotten():
     """A second backward pass over the same graph computes it anew, and gives the same gradients."""
     model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
@@ -999,8 +1021,8 @@ def test_what_a_block_keeps():
     assert kept_by_a_block("selective") == 4 * (8 * 5 * (kept - heads) + packed)  # only the one residual, and no answer
     with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
         low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
-        statistics = (0, 4 * heads)  # some CPUs have an attention here that keeps no log-sum-exps
-        assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 4 * packed for more in statistics]
+        beside = (2 * 5 * heads, 4 * heads)  # attention's weights where it is made of products, or log-sum-exps
+        assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 4 * packed for more in beside]
 
 
 def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
