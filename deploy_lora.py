@@ -156,12 +156,8 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 @torch.no_grad()
 def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     """The model's output for all images, float32 on the CPU: (N, D)."""
-    device, dtype = _device_and_precision(args)
-    outputs = []
-    for images, _ in progress_bar(loader, title):
-        with training.autocast(device, dtype):
-            outputs.append(model(training.to_device(images, device)).float().cpu())
-    return torch.cat(outputs)
+    batches = (images for images, _ in progress_bar(loader, title))
+    return torch.cat([y.float().cpu() for y in training.computed(model, batches, *_device_and_precision(args))])
 
 
 def _images(paths: Sequence[Path]) -> LabelledImages:

@@ -233,7 +233,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     stock_class = nn.Linear
 
     def effective_weights(self) -> dict[str, Tensor]:
-        """The dense weights that a merge puts in place, in the base's dtype."""
+        """The dense weights that a merge puts in place: in the base's dtype, or float32 where that has fewer bits."""
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -492,7 +492,8 @@ def add_lora_to_model(
         rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
             in `target_modules`, selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
-            has them as it would round them anyway, at half the memory. None: as they are.
+            has them as it would round them anyway, at half the memory. The classifier head, which trains, stays as it
+            is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
@@ -559,7 +560,7 @@ def adapt_layers(
             layer.remove_lora()
     for name, layer in chosen.items():
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
-        kinds[use_qlora].adapt(layer, settings[name], base_dtype)
+        kinds[use_qlora].adapt(layer, settings[name], None if in_head(model, name) else base_dtype)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
@@ -1001,6 +1002,9 @@ class FineTuning:
         self.restore(self.good["state"])
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
+        kept = self.path("lora.pth")
+        if distributed.is_main() and kept.exists() and read_adapter_file(kept)["metadata"]["epoch"] > len(self.history):
+            kept.unlink()  # best by the measure of --keep-best, but of an epoch that counts no more
         if len(self.retreats) > collapse.RETREATS:
             self.save()
             raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
@@ -1129,11 +1133,14 @@ class FineTuning:
 
     def resume(self, path: Path) -> None:
         """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
+        if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
+            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
         state = read_checkpoint(path, mapped=False)
         runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
-        self.good, self.head_temperature = state["good"], HeadTemperature(*state["head_temperature"])
+        self.good, self.faster = state["good"], state["faster"]
+        self.head_temperature = HeadTemperature(*state["head_temperature"])
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")
 

@@ -68,14 +68,16 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
     ONEDNN_DTYPES = (torch.float32,)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         ONEDNN_DTYPES += (torch.bfloat16,)
-# On a CPU with products in bfloat16, PyTorch's attention makes them from many small ones, unless it has a matrix unit
-# (AMX), for which it has a path of its own. Up to this many scores in a head `_Attention` is faster, above it slower.
+# On a CPU with products in bfloat16 PyTorch's attention is made of many small ones, unless there is a matrix unit
+# (AMX), for which it has a path of its own. `_Attention` is faster up to MOST_SCORES scores in a head, one for each
+# query and key, and slower above.
 PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
 MOST_SCORES = 2**19
-# The attention of some images, or of some heads of one, is computed at a time: so many scores.
+# It computes some images, or some heads of one, at a time: about so many scores.
 SCORES_AT_A_TIME = 2**19
-# Its weights are kept for backward up to this many keys for each of a head's numbers: at 4 they are as large as q four
-# times, and each query of a ViT with 16 x 16 patches has 3.1 at 224 pixels, 9 at 384.
+# It keeps the weights for backward if there are at most this many times as many keys as numbers in a head: then they
+# take at most this many times the memory of q. A ViT with patches of 16 x 16 pixels has 3.1 times as many at 224
+# pixels, and 9 at 384.
 MOST_KEYS_KEPT = 4
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.
@@ -298,7 +300,7 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` by the product that `_linear` chooses: where that is oneDNN's, thin ones are up to three times as fast.
 
-    Not for some columns of a wider b, which oneDNN reads number by number.
+    Not where b is some columns of a wider matrix, which oneDNN reads number by number.
     """
     return _linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
@@ -721,7 +723,7 @@ def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
     if (pixels := _pixels(x)) is None:
         return F.conv2d(x, matrix[:, :, None, None])
-    return _linear(pixels, matrix).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+    return _linear(pixels, matrix).view(len(x), *x.shape[2:], len(matrix)).permute(0, 3, 1, 2)
 
 
 def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
@@ -756,8 +758,8 @@ def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 
 def _add_pointwise_(y: Tensor, h: Tensor, sB: Tensor) -> Tensor:
     """``y += conv2d(h, sB)`` for a 1x1 kernel, in place. y: (N, out, H, W); h: (N, r, H, W); sB: (out, r)."""
-    if y.is_contiguous(memory_format=torch.channels_last):
-        y.permute(0, 2, 3, 1).flatten(0, 2).addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
+    if (pixels := _pixels(y)) is not None:
+        pixels.addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
     else:
         y.flatten(2).baddbmm_(sB.expand(len(y), -1, -1), h.flatten(2))
     return y

@@ -541,12 +541,12 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'none'; 'selective': attention's output and the sum between attention and MLP, which the adapted layer
-            behind recomputes: two of the ten widths that a ViT's block saves per token, for attention's heads once
-            more and one of twelve products; 'full': whole blocks, of which only the input is saved.
-            timm's models recompute their own blocks in mode 'full', and know no other.
-            The outputs of LayerNorm and GELU are recomputed in every mode: six of sixteen widths, for no more time
-            than it takes to write and read them.
+        mode: 'none': all that backward needs is saved, but for the outputs of LayerNorm and GELU, which adapted layers
+            recompute in every mode: six of the sixteen activations of the block's width per token, in the time that it
+            would take to write and read them.
+            'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
+            are left, for attention's heads and one of the block's twelve matrix products once more.
+            'full': only the input of each block is saved. timm's models know no other mode.
 
     Raises:
         InputError: a mode that does not exist, or a model without anything to recompute.
@@ -607,32 +607,11 @@ class Freezable:
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
 
-    def __reduce_ex__(self, protocol):  # the kind of a subclass cannot be found by its name
+    def __reduce_ex__(self, protocol):  # the kind cannot be found by its name
         return _new_freezable, (_stock_norm(self),), vars(self)
 
 
-class FreezableBatchNorm1d(Freezable, nn.BatchNorm1d):
-    pass
-
-
-class FreezableBatchNorm2d(Freezable, nn.BatchNorm2d):
-    pass
-
-
-class FreezableBatchNorm3d(Freezable, nn.BatchNorm3d):
-    pass
-
-
-class FreezableSyncBatchNorm(Freezable, nn.SyncBatchNorm):
-    pass
-
-
-FREEZABLE = {
-    nn.BatchNorm1d: FreezableBatchNorm1d,
-    nn.BatchNorm2d: FreezableBatchNorm2d,
-    nn.BatchNorm3d: FreezableBatchNorm3d,
-    nn.SyncBatchNorm: FreezableSyncBatchNorm,
-}
+FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # by what it is made of
 
 
 def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
@@ -640,6 +619,9 @@ def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
     if stock not in FREEZABLE:
         FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
     return FREEZABLE[stock]
+
+
+FreezableBatchNorm2d = _freezable_kind(nn.BatchNorm2d)
 
 
 def _new_freezable(stock: type[_BatchNorm]) -> Freezable:

@@ -136,9 +136,10 @@ class Residents:
         fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
-        """Give the model all that an adapter file has, with any numbers in it, while the base is in use.
+        """Give the model, whose base is in use, the layers and tensors that an adapter file names, with any numbers.
 
-        Afterwards comes `adapter.capture`, and in any case `base.put_into`. Returns what does not fit, a line each.
+        The file's numbers are read after that, then comes `adapter.capture`, and in any case `base.put_into`. Returns
+        what does not fit, a line each.
         """
         if not KINDS:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")

@@ -136,21 +136,22 @@ def choose_layers(
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
 
     Raises:
-        InputError: a target that is no regular expression or matches nothing, too few blocks, or no layer left.
+        InputError: a target or exclusion that is no regular expression or matches nothing, too few blocks, or no layer
+            left.
     """
     model = changeable(model)
     candidates = adaptable_layers(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
+    matches = {t: {n for n in candidates if matches_layer(n, t)} for t in (*(targets or ()), *(excluded or ()))}
+    unmatched = [target for target, names in matches.items() if not names]
+    if unmatched:
+        raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     if targets is None:
         kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
         chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
     else:
-        matches = {target: [name for name in candidates if matches_layer(name, target)] for target in targets}
-        unmatched = [target for target in targets if not matches[target]]
-        if unmatched:
-            raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
-        chosen = {n: candidates[n] for n in candidates if any(n in names for names in matches.values())}
-    chosen = {n: layer for n, layer in chosen.items() if not any(matches_layer(n, target) for target in excluded or ())}
+        chosen = {n: layer for n, layer in candidates.items() if any(n in matches[t] for t in targets)}
+    chosen = {n: layer for n, layer in chosen.items() if not any(n in matches[t] for t in excluded or ())}
     if adapt_last is not None:
         chosen = {name: layer for name, layer in chosen.items() if _in_last_blocks(model, name, adapt_last)}
     if not chosen:

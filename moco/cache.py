@@ -121,13 +121,18 @@ def keep_images(images: LabelledImages, where: str, image_size: int) -> Labelled
     print(
         f"keeping decoded images in {folder}: {needed / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB are still to come"
     )
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise InputError(
-            f"--cache-images {where}: {folder} has room for {free / 1e9:.2f} GB, not for {missing / 1e9:.2f} GB: free "
-            f"some, or use --cache-images {'disk or ' if where == 'ram' else ''}none"
-        )
+    _check_room("--cache-images", where, folder, missing)
     return kept
+
+
+def _check_room(option: str, where: str, folder: str | Path, needed: int) -> None:
+    """Raises InputError if fewer bytes than needed are free in this folder."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{option} {where}: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: free some, "
+            f"or use {option} {'disk or ' if where == 'ram' else ''}none"
+        )
 
 
 def _disk_folder() -> Path:
@@ -190,13 +195,9 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Te
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
     folder, numel = _memory_folder() if where == "ram" else _disk_folder(), math.prod(shape)
-    needed, free = numel * dtype.itemsize, shutil.disk_usage(folder).free
+    needed = numel * dtype.itemsize
     print(f"keeping features in {folder}: {needed / 1e9:.2f} GB")
-    if needed > free:
-        raise InputError(
-            f"--cache-features {where}: {folder} has room for {free / 1e9:.2f} GB, not for {needed / 1e9:.2f} GB: "
-            f"free some, or use --cache-features {'disk or ' if where == 'ram' else ''}none"
-        )
+    _check_room("--cache-features", where, folder, needed)
     path = Path(distributed.gather(_empty_file(folder) if distributed.is_main() else "")[0])
     tensor = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
     distributed.all_sum(0)  # all have opened it
@@ -212,7 +213,7 @@ def _empty_file(folder: Path) -> str:
     return name
 
 
-_own_memory: tempfile.TemporaryDirectory | None = None  # goes with the process
+_own_memory: tempfile.TemporaryDirectory | None = None  # removed where Python ends in its ordinary way
 
 
 def _memory_folder() -> Path:
@@ -228,6 +229,12 @@ def _memory_folder() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
     _own_memory = _own_memory or tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=_MEMORY)
     return Path(_own_memory.name)
+
+
+def free_memory() -> None:
+    """Remove what this process keeps in memory, for an end without Python's own clearing up."""
+    if _own_memory is not None:
+        shutil.rmtree(_own_memory.name, ignore_errors=True)
 
 
 def _bytes_needed(images: LabelledImages) -> tuple[int, int]:

@@ -123,15 +123,17 @@ def stored_checkpoint(path: str | os.PathLike) -> str:
     return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
 
 
-def option_problems(path: str | os.PathLike, arch: str | None, use_qlora: bool) -> list[str]:
-    """What is wrong with the options `--checkpoint` and `--arch`, before any file is read."""
+def option_problems(path: str | os.PathLike, arch: str | None, fewer_bits: str | None) -> list[str]:
+    """What is wrong with the options `--checkpoint` and `--arch`, before any file is read.
+
+    Args:
+        fewer_bits: the option that stores the weights in fewer bits, if one does.
+    """
     problems = []
     if is_none(path) and arch is None:
         problems.append("--checkpoint none: random weights have no architecture of their own; say which with --arch")
-    if is_none(path) and use_qlora:
-        problems.append(
-            "--use-qlora with --checkpoint none: random weights in 4 bits are in no file; drop one of the two"
-        )
+    if is_none(path) and fewer_bits is not None:
+        problems.append(f"{fewer_bits} with --checkpoint none: no file could name random weights; drop one of the two")
     if not is_none(path) and not os.path.exists(path):
         problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
     if arch is not None:

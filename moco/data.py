@@ -34,6 +34,7 @@ from moco.folders import (
     labelled_files,
     list_has_labels,
     read_list,
+    unreadable,
 )
 from moco.shards import ShardedImages, read_shards, shard_names
 from moco.transforms import AUGMENTATIONS as AUGMENTATIONS  # these belong to this module's interface
@@ -92,8 +93,11 @@ class LabelledImages(Dataset):
         return to_rgb(image), label
 
     def undecoded(self, i: int) -> tuple[Image.Image, int]:
-        """The same, as it comes from the source: in any mode, and of files only opened."""
-        return self.source[int(self.indices[i])][0], self.labels[i]
+        """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
+        try:
+            return self.source[int(self.indices[i])][0], self.labels[i]
+        except (OSError, SyntaxError) as error:  # torchvision's sets decode their files themselves
+            raise unreadable(self.name(i), error) from None
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
@@ -104,7 +108,7 @@ class LabelledImages(Dataset):
         return images
 
     def at_most(self, count: int) -> "LabelledImages":
-        """All of the images, or so many drawn at random, always the same, of each class one or more if they suffice."""
+        """At most so many images: all, or always the same random ones, if possible with one of each class or more."""
         if len(self) <= count:
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).numpy()
@@ -190,7 +194,7 @@ def load_splits(
         train, val = readable(train), readable(val)
         gone = [class_names[label] for label in sorted(labels - set(train.labels))]
         if gone:
-            raise InputError(f"no training image of {listed(gone)} can be read: mend some, or leave the class out")
+            raise InputError(f"no training image of {listed(gone)} can be read: repair some, or remove the class")
     if eval_split == "validation":
         train, val = validation_part(train)
     if not for_training_only:
@@ -562,8 +566,8 @@ class Batches(Sampler):
 
     Of images in archives (`moco.shards`) a shuffled order takes a few archives at a time.
 
-    A share is every W-th position of a batch. Where W processes do not all get one, a process without has no such batch
-    in fixed order, and in shuffled order the batch's first image as a stand-in (`has_share` tells).
+    Process k of W gets the positions k, k + W, ... of each batch. If a batch has fewer than W images, a process without
+    one passes over the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
     """
 
     ARCHIVES_AT_A_TIME = 8

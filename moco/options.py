@@ -27,8 +27,8 @@ from moco.data import AUGMENTATIONS, CROP_MIN, DATASETS, EVAL_SPLITS, UNLABELLED
 from moco.files import found_path, stored_path
 from moco.training import BEST_BY, PRECISIONS, SCHEDULES
 
-# One file configures both scripts. Each passes over the other's section, and here, by section that both read, are the
-# keys that only fine-tuning has.
+# One file configures both scripts. Each passes over the section that only the other has. These keys of the sections
+# that both read belong to fine-tuning alone: pretraining passes over them.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views"),
@@ -574,7 +574,7 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
         "--patch-dropout 0": args.patch_dropout > 0,
     }
     return [
-        f"--cache-features needs {remedy}: features are kept that no epoch changes"
+        f"--cache-features needs {remedy}: what is kept must be the same in every epoch"
         for remedy, applies in reasons.items()
         if applies
     ]
@@ -582,7 +582,9 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
-    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.use_qlora)
+    in_16_bits = f"--base-dtype {args.base_dtype}" if args.base_dtype in ("bf16", "fp16") else None
+    fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
+    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, fewer_bits)
     if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
         problems.append(
             f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"

@@ -97,16 +97,16 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     if args.checkpoint is not None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.checkpoint is None and args.lora_rank > 0:
-        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give what the adapters are to be over")
+        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
     if args.merge_into is not None and args.lora_rank == 0:
-        problems.append("--merge-into without --lora-rank: nothing is to be merged, every checkpoint is a whole one")
+        problems.append("--merge-into without --lora-rank: there are no adapters to merge; drop it")
     if args.merge_into is not None and not os.path.isdir(args.merge_into.parent):
         problems.append(f"--merge-into {args.merge_into}: no folder {args.merge_into.parent}; make it first")
     if args.checkpoint is None:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.checkpoint is not None and not args.resume:
+    if args.checkpoint is not None:
         problems += overwritten(args)
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")

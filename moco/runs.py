@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moco import InputError, distributed, printable
+from moco import InputError, cache, distributed, printable
 from moco.data import DOWNLOADED
 from moco.folders import UnreadableImage
 from moco.training import restore_rng_state, rng_state, select_device, select_precision
@@ -34,7 +34,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def environment_problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the device, the precision and the folders that the options name, a line each."""
     try:
-        select_precision(args.precision, select_device(args.device))
+        device = select_device(args.device)
+        select_precision(args.precision, device)
+        select_precision(getattr(args, "base_dtype", "auto"), device, "--base-dtype")  # stage 1 has no such option
     except InputError as error:
         yield str(error)
     # os.path and not Path: that raises an error for a name too long for the file system.
@@ -52,7 +54,7 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
     """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are removed.
 
-    They stay if this run goes on from a file in it, `resumed`. Raises InputError if the folder cannot be made.
+    They stay if this run goes on from a file in it, `resumed`. Raises InputError if it cannot be made or emptied.
     """
     if not distributed.is_main():
         return
@@ -62,7 +64,8 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
             for path in [folder / name for name in files]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"--output-dir {folder}: cannot make this folder: {error.strerror}") from None
+        reason = error.strerror or error
+        raise InputError(f"--output-dir {folder}: cannot make or empty it: {reason}; name another folder") from None
 
 
 def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:
@@ -117,7 +120,7 @@ class StopRequests:
     def watched(self, batches: Iterable) -> Iterable:
         """Yields the batches, and checks for a stop request before each.
 
-        In several processes it does not check: that is an exchange, and their numbers of batches may differ.
+        Of several processes none checks: all would have to at the same batch, and their numbers of batches may differ.
         """
         for batch in batches:
             if distributed.world_size() == 1:
@@ -206,7 +209,10 @@ def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[s
             "were there, or start without --resume"
         )
     if then["base"] != now["base"]:
-        raise InputError(f"{path} was trained over another base than {args.checkpoint}; resume with the same")
+        raise InputError(
+            f"{path} was trained over another base than {args.checkpoint}: give the same --checkpoint, and "
+            "--stage1-adapter if there was one"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +227,7 @@ NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Within this block running out of memory, a killed worker and a lost process are an InputError.
 
-    That of an unreadable image names the others as well.
+    If an image cannot be read, the message names the others that cannot be as well.
 
     Args:
         device: where the memory is.
@@ -314,7 +320,8 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         if distributed.is_main():
             print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
-        # At once: Python would wait for loading processes, however long they read.
+        # At once: Python would wait for loading processes, however long they read. Nor does it clear up then.
+        cache.free_memory()
         os._exit(128 + getattr(stop, "signum", signal.SIGINT))
     except BrokenPipeError:
         with contextlib.suppress(BrokenPipeError):

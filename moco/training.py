@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from moco import InputError, distributed
 from moco.backbones import forward_features, in_head
+from moco.checkpoints import is_none
 from moco.data import LoadingMeter
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,24 +91,27 @@ def select_device(name: str) -> torch.device:
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-def select_precision(name: str, device: torch.device) -> torch.dtype:
+def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
     """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
 
     'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
-    Raises InputError for fp16 on the CPU, where it is slow and would need a loss scaler that PyTorch lacks there.
+    Raises InputError, which names the option, for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
     """
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if name == "fp16" and device.type == "cpu":
-        raise InputError("precision fp16 needs a GPU; on the CPU use --precision bf16 or fp32")
+        raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def base_dtype(args) -> torch.dtype | None:
-    """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them."""
-    if not args.freeze_backbone or args.lora_rank == 0:
+    """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them.
+
+    Random weights, which are in no checkpoint, stay as they are: an adapter file has to hold all of them.
+    """
+    if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
         return None
     name = args.precision if args.base_dtype == "auto" else args.base_dtype
     return select_precision(name, select_device(args.device))

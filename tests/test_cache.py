@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,21 +138,26 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
         cache.keep_images(photos, "ram", 32)
 
 
-def test_memory_is_given_back(photos, tmp_path):
+@pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt"])
+def test_memory_is_given_back(photos, tmp_path, end):
+    """At a stop as well, after which Python does not clear up."""
     left = tmp_path / "shm" / "moco-images-999999999-abc"
     left.mkdir()
     program = f"""
 import numpy as np
 from pathlib import Path
-from moco import cache, data
+from moco import cache, data, runs
 cache._MEMORY = Path({str(tmp_path / "shm")!r})
-files = data.ImageFiles({str(tmp_path / "images")!r}, ["b.png"], [0])
-images = cache.keep_images(data.LabelledImages(files, [0]), "ram", 32)
-images[0]
-print(sum(path.is_file() for path in cache._MEMORY.rglob("*")))
+def main():
+    files = data.ImageFiles({str(tmp_path / "images")!r}, ["b.png"], [0])
+    images = cache.keep_images(data.LabelledImages(files, [0]), "ram", 32)
+    images[0]
+    print(sum(path.is_file() for path in cache._MEMORY.rglob("*")))
+    {end}
+runs.run_script(main)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "1"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "1" and done.returncode == (0 if end == "pass" else 128 + signal.SIGINT)
     assert list((tmp_path / "shm").iterdir()) == []  # nor what a killed process had left
 
 

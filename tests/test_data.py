@@ -378,6 +378,27 @@ def test_torchvision_sets_by_name(tmp_path):
         assert [len(part) for part in data.load_splits("one_part", tmp_path)[:2]] == [16, 4]
 
 
+def test_an_unreadable_image_of_a_torchvision_set(tmp_path, monkeypatch, capsys):
+    """Some of these sets decode their files themselves."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+
+    class Files:
+        targets, classes = [0, 0, 1, 1], ["cat", "dog"]
+
+        def __init__(self, root):
+            pass
+
+        def __getitem__(self, i):
+            return Image.open(broken) if i == 3 else Image.new("RGB", (4, 4)), self.targets[i]
+
+    monkeypatch.setattr(data, "_TORCHVISION", {"files": (Files, {}, {})})
+    with pytest.raises(InputError, match=r"image 3: not a readable image .*--skip-unreadable"):
+        list(data.load_splits("files", tmp_path).train)
+    assert [label for _, label in data.load_splits("files", tmp_path, skip_unreadable=True).train] == [0, 0, 1]
+    assert "1 of 4 images cannot be read and are left out:" in capsys.readouterr().out
+
+
 def test_a_failing_download_is_one_clear_error(tmp_path):
     def absent(root, download=False):
         raise OSError("no network") if download else RuntimeError("Dataset not found")

@@ -720,6 +720,32 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monk
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
 
 
+def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, images, monkeypatch):
+    """The third epoch is best by balanced accuracy, but not good enough by accuracy to come back to."""
+    as_if_on_many_images(monkeypatch)
+    labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
+    answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2, [1] * 16 + [0] * 4, [0] * 20, [0] * 20]
+
+    def evaluation(*args):
+        real = evaluate(*args)
+        if not answers:
+            return real
+        answer = torch.tensor(answers.pop(0))
+        accuracy = (answer == labels).float().mean().item()
+        return real._replace(accuracy=accuracy, predictions=answer, labels=labels)
+
+    monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
+    results = finetune("--epochs 4 --keep-best balanced --head-init random")
+    assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
+    assert results["kept_epoch"] == 2 == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+
+
+def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
+    results = finetune("--epochs 1 --keep-best accuracy")
+    with pytest.raises(InputError, match=r"--keep-best: the best adapter is beside .*resume with that folder"):
+        finetune(f"--epochs 1 --keep-best accuracy --resume {results['folder'] / 'last.pth'}", output="elsewhere")
+
+
 def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     real_loss, calls = FineTuning.loss, []
 

@@ -125,6 +125,14 @@ def test_targets(targets, excluded, expected):
     assert adapted_names(model) == expected
 
 
+def test_an_adapted_head_that_trains_is_not_rounded():
+    model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"], base_dtype=torch.bfloat16)
+    freeze_backbone_params(model)
+    head = model.heads.head
+    assert isinstance(head, LoRALinear) and head.weight.dtype == torch.float32 and head.weight.requires_grad
+    assert model.encoder.layers[0].mlp[0].weight.dtype == torch.bfloat16
+
+
 def test_a_name_is_not_matched_by_its_beginning():
     """encoder_layer_1 is not encoder_layer_11."""
     model = nn.ModuleDict({"block_1": nn.Linear(2, 2), "block_11": nn.Linear(2, 2)})
@@ -154,6 +162,7 @@ def test_attention_s_out_proj_is_never_adapted_alone(target):
         ({"target_modules": ["mlp", "nowhere", "elsewhere"]}, "no layer matches nowhere, elsewhere;"),
         ({"target_modules": "*mlp"}, "neither a layer nor a regular expression"),
         ({"exclude_modules": "encoder"}, "no layer is left to adapt"),
+        ({"exclude_modules": ["mlp", "nowhere"]}, "no layer matches nowhere;"),
         ({"r": 0, "lora_alpha": -1, "lora_dropout": 1.0}, "r is 0.*lora_alpha is -1.*lora_dropout is 1.0"),
         ({"r": 2.5}, "r is 2.5"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),

@@ -510,6 +510,14 @@ def test_padding_in_numbers(mode, padding, kernel):
         assert padded is x  # no copy
 
 
+def test_no_image_through_a_pointwise_convolution():
+    x = torch.zeros(0, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    A, B = random(2, 3).requires_grad_(), random(6, 2).requires_grad_()
+    y = lora_conv2d(x, random(6, 3, 1, 1), A, B)
+    y.sum().backward()
+    assert y.shape == (0, 6, 4, 4) and x.grad.shape == x.shape and not A.grad.any() and not B.grad.any()
+
+
 def test_merging_rounds_once():
     """In bfloat16 1 + 1/300 is 1: only in the adapter's precision do three such updates become visible."""
     A, B = torch.ones(3, 8), torch.full((16, 3), 1 / 300)

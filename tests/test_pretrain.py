@@ -428,6 +428,8 @@ def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
     shutil.copy(whole, whole.with_name("last.pth"))
     with pytest.raises(InputError, match=r"last\.pth would be overwritten"):
         run(f"--checkpoint {whole.with_name('last.pth')} --lora-rank 2")
+    with pytest.raises(InputError, match=r"epoch_1\.pth would be overwritten: give another --merge-into"):
+        run(f"--checkpoint {whole} --lora-rank 2 --merge-into {whole} --resume", "elsewhere")
 
 
 @pytest.mark.parametrize("options", ["--moco-version 2", "--use-qlora"])
