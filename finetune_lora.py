@@ -233,7 +233,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     stock_class = nn.Linear
 
     def effective_weights(self) -> dict[str, Tensor]:
-        """The dense weights that a merge puts in place: in the base's dtype, or float32 where that has fewer bits."""
+        """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -381,14 +381,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
         """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
         plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
-        wanted = self.recomputed and plain and not lora_fusion.is_hooked(self.out_proj)
-        return wanted and all(x is None for x in (*masks, self.bias_k))
+        able = self.out_proj._is_active and not self.out_proj._drops and not lora_fusion.is_hooked(self.out_proj)
+        return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
 
     def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
         packed = self.batch_first and self._is_active and self.weight_names == ("in_proj_weight",)
-        random = self._drops or self.out_proj._drops
-        return self._project(x, x, x, before)[0] if packed and not random and self._recomputes() else None
+        return self._project(x, x, x, before)[0] if packed and not self._drops and self._recomputes() else None
 
 
 class _FourBits:
@@ -1002,9 +1001,6 @@ class FineTuning:
         self.restore(self.good["state"])
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        kept = self.path("lora.pth")
-        if distributed.is_main() and kept.exists() and read_adapter_file(kept)["metadata"]["epoch"] > len(self.history):
-            kept.unlink()  # best by the measure of --keep-best, but of an epoch that counts no more
         if len(self.retreats) > collapse.RETREATS:
             self.save()
             raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
@@ -1074,14 +1070,22 @@ class FineTuning:
 
     def save(self) -> None:
         """The files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
-        by = self.args.keep_best if self.path("lora.pth").exists() and self.history else None
-        if distributed.is_main() and (by is None or training.best_epoch(self.history, by) is self.history[-1]):
+        if distributed.is_main() and not self.has_better():
             with self.average.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         if distributed.is_main():
             write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
+
+    def has_better(self) -> bool:
+        """Is `lora.pth` of an epoch that --keep-best prefers to the last? One that a retreat has undone is none."""
+        path, by = self.path("lora.pth"), self.args.keep_best
+        if by is None or not path.exists():
+            return False
+        kept = read_adapter_file(path)["metadata"]["epoch"]
+        since = self.history[kept - 1 :] if 0 < kept <= len(self.history) else self.history[-1:]
+        return len(since) > 1 and training.best_epoch(since, by) is not since[-1]
 
     def save_state(self) -> None:
         state = self.state()  # to which every process contributes

@@ -546,6 +546,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
             are left, for attention's heads and one of the block's twelve matrix products once more.
+            Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
             'full': only the input of each block is saved. timm's models know no other mode.
 
     Raises:

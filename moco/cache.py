@@ -9,9 +9,11 @@ an epoch then draws one.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -198,7 +200,7 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Te
     needed = numel * dtype.itemsize
     print(f"keeping features in {folder}: {needed / 1e9:.2f} GB")
     _check_room("--cache-features", where, folder, needed)
-    path = Path(distributed.gather(_empty_file(folder) if distributed.is_main() else "")[0])
+    path = Path(distributed.gather(_empty_file(folder, needed) if distributed.is_main() else "")[0])
     tensor = torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(shape)
     distributed.all_sum(0)  # all have opened it
     if distributed.is_main():
@@ -207,13 +209,22 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Te
     return tensor
 
 
-def _empty_file(folder: Path) -> str:
+def _empty_file(folder: Path, size: int) -> str:
+    """Its bytes are reserved: where another run takes the room later, writing to the tensor would be a bus error."""
     file, name = tempfile.mkstemp(prefix="features-", dir=folder)
-    os.close(file)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            os.unlink(name)
+            raise InputError(f"--cache-features: {folder} has no room for {size / 1e9:.2f} GB: free some") from None
+    finally:
+        os.close(file)
     return name
 
 
-_own_memory: tempfile.TemporaryDirectory | None = None  # removed where Python ends in its ordinary way
+_own_memory: tempfile.TemporaryDirectory | None = None  # removed at an ordinary exit; before os._exit: `free_memory`
 
 
 def _memory_folder() -> Path:
@@ -232,8 +243,11 @@ def _memory_folder() -> Path:
 
 
 def free_memory() -> None:
-    """Remove what this process keeps in memory, for an end without Python's own clearing up."""
+    """Remove what this process keeps in memory; its loading processes, which would write it anew, are killed."""
     if _own_memory is not None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
         shutil.rmtree(_own_memory.name, ignore_errors=True)
 
 

@@ -133,7 +133,10 @@ def option_problems(path: str | os.PathLike, arch: str | None, fewer_bits: str |
     if is_none(path) and arch is None:
         problems.append("--checkpoint none: random weights have no architecture of their own; say which with --arch")
     if is_none(path) and fewer_bits is not None:
-        problems.append(f"{fewer_bits} with --checkpoint none: no file could name random weights; drop one of the two")
+        problems.append(
+            f"{fewer_bits} with --checkpoint none: an adapter over weights in fewer bits needs their file, and random "
+            "weights are in none; drop one of the two"
+        )
     if not is_none(path) and not os.path.exists(path):
         problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
     if arch is not None:

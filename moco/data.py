@@ -221,7 +221,7 @@ def load_unlabelled(
         source = ImageFiles(folder, read_list(path, folder)[0], ())
     else:
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
-        if (folder / "train").is_dir():
+        if os.path.isdir(folder / "train"):
             folder = folder / "train"
         source = read_shards(folder)[0] if shard_names(folder) else ImageFiles(folder, image_names(folder), ())
         if len(source) == 0:
@@ -236,7 +236,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     if data_list:
         return list_has_labels(Path(data_list[0]))
     root = _folder_of_images(data_dir)
-    root = root / "train" if (root / "train").is_dir() else root
+    root = root / "train" if os.path.isdir(root / "train") else root
     return bool(read_shards(root)[1]) if shard_names(root) else has_class_folders(root)
 
 
@@ -312,7 +312,7 @@ def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs
     is split here.
     """
     root = _folder_of_images(data_dir)
-    train = root / "train" if (root / "train").is_dir() else root
+    train = root / "train" if os.path.isdir(root / "train") else root
     if val_dir is not None:
         held_out = _existing("--val-dir", val_dir)
     else:
@@ -567,7 +567,7 @@ class Batches(Sampler):
     Of images in archives (`moco.shards`) a shuffled order takes a few archives at a time.
 
     Process k of W gets the positions k, k + W, ... of each batch. If a batch has fewer than W images, a process without
-    one passes over the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
+    one skips the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
     """
 
     ARCHIVES_AT_A_TIME = 8

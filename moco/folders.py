@@ -89,10 +89,10 @@ def evaluation_folder(root: Path) -> Path | None:
 
     Raises InputError where several have such a name.
     """
-    found = [root / name for name in EVALUATION_NAMES if (root / name).is_dir()]
+    found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
     if len(found) > 1:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
-    if (root / "test").is_dir():
+    if os.path.isdir(root / "test"):
         print(f"evaluating on {found[0]}; {root / 'test'} is left alone" if found else f"evaluating on {root / 'test'}")
         return found[0] if found else root / "test"
     return found[0] if found else None
@@ -130,7 +130,7 @@ def _folder_names(folder: Path) -> list[str]:
 
 def labelled_files(folder: Path, class_names: list[str], every: bool = True) -> ImageFiles:
     """All images below the class folders. Raises InputError if there are none or, with `every`, none of some class."""
-    found = [image_names(folder, name) if (folder / name).is_dir() else [] for name in class_names]
+    found = [image_names(folder, name) if os.path.isdir(folder / name) else [] for name in class_names]
     empty = [name for name, images in zip(class_names, found, strict=True) if not images]
     if len(empty) == len(class_names) or (every and empty):
         raise InputError(f"{folder}: no images in {', '.join(empty)} (looked for {' '.join(IMAGE_SUFFIXES)})")

@@ -333,7 +333,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
     group.add_argument("--val-dir", type=Path, help="evaluation images, if not in --data-dir: one folder per class")
     group.add_argument(
-        "--data-list", type=Path, nargs="+", help="list of `path,label` lines, or two: for training and for evaluation"
+        "--data-list",
+        type=Path,
+        nargs="+",
+        action="extend",
+        help="list of `path,label` lines, or two: for training and for evaluation",
     )
     group.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
     group.add_argument(
@@ -431,10 +435,16 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
     group.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
-    group.add_argument("--rank-pattern", type=by_layer(positive_int), nargs="+", help="other ranks, as layer4=16")
-    group.add_argument("--alpha-pattern", type=by_layer(positive_float), nargs="+", help="other alphas, as layer4=32")
-    group.add_argument("--target-modules", nargs="+", help="layers to adapt: names, suffixes or regular expressions")
-    group.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    group.add_argument(
+        "--rank-pattern", type=by_layer(positive_int), nargs="+", action="extend", help="other ranks, as layer4=16"
+    )
+    group.add_argument(
+        "--alpha-pattern", type=by_layer(positive_float), nargs="+", action="extend", help="other alphas, as layer4=32"
+    )
+    group.add_argument(
+        "--target-modules", nargs="+", action="extend", help="layers to adapt: names, suffixes or regular expressions"
+    )
+    group.add_argument("--exclude-modules", nargs="+", action="extend", help="layers to leave alone")
     group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
 
 
@@ -582,7 +592,8 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
 
 def finetune_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each."""
-    in_16_bits = f"--base-dtype {args.base_dtype}" if args.base_dtype in ("bf16", "fp16") else None
+    rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
+    in_16_bits = f"--base-dtype {args.base_dtype}" if rounds else None
     fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
     problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, fewer_bits)
     if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):

@@ -474,7 +474,7 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
     if args.knn_dir:
-        labelled = data.load_splits("imagefolder", args.knn_dir)[:2]
+        labelled = data.load_splits("imagefolder", args.knn_dir, skip_unreadable=args.skip_unreadable)[:2]
     return images, labelled
 
 

@@ -119,9 +119,9 @@ def _field(x: int, y: int, side: int, share: float, right: bool, told: str) -> s
 
 def _confusions(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
     """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-    wrong = counts.clone().fill_diagonal_(0).flatten()
-    ranked = wrong.argsort(descending=True, stable=True)[:CONFUSIONS].tolist()
-    places = [divmod(i, len(class_names)) for i in ranked if wrong[i] > 0]
+    found = counts.nonzero()  # not all pairs: they are the square of the classes
+    wrong = found[found[:, 0] != found[:, 1]]
+    places = wrong[counts[tuple(wrong.T)].argsort(descending=True, stable=True)[:CONFUSIONS]].tolist()
     totals = counts.sum(1).tolist()
     return [
         (class_names[row], class_names[column], int(counts[row, column]), f"{counts[row, column] / totals[row]:.1%}")

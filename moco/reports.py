@@ -14,6 +14,7 @@ from moco.files import open_atomically, write_text
 from moco.measures import TITLES
 from moco.report_page import BLUE, ORANGE, write_page
 from moco.training import Evaluation, best_epoch, peak_memory_bytes
+from moco.transforms import AtMost, View
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
@@ -148,12 +149,17 @@ def drawn(text: str) -> str:
 
 
 def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
-    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes."""
+    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes.
+
+    Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
-    matrix = confusion_matrix(result.labels, result.predictions, labels=range(len(class_names)))
+    size = -(-len(class_names) // 1000)
+    groups = range(-(-len(class_names) // size))
+    matrix = confusion_matrix(result.labels // size, result.predictions // size, labels=groups)
     few = len(class_names) <= 20
     side = min(12, 3 + 0.4 * len(class_names))
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -164,7 +170,8 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
     if not few:
         axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-    axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right")
+    counted = f", {size} classes in a row" if size > 1 else ""
+    axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right{counted}")
     with open_atomically(path) as file:
         figure.savefig(file, dpi=150)
 
@@ -173,7 +180,7 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
     """Pictures: the wrong answers that were given with most confidence, and the right ones with least."""
     from matplotlib.figure import Figure
 
-    columns, wrong = 6, result.predictions != result.labels
+    columns, wrong, shrink = 6, result.predictions != result.labels, View(AtMost(256))
     ranked = result.confidences.argsort(descending=True, stable=True)
     shown = {
         "Wrong, most confident first": ranked[wrong[ranked]][: 2 * columns],
@@ -190,7 +197,7 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
         for i, place in zip(chosen.tolist(), axes, strict=False):
             said, true = (class_names[labels[i]] for labels in (result.predictions, result.labels))
             told = true if said == true else f"{true}, taken for {said}"
-            place.imshow(images[i][0])
+            place.imshow(shrink(images.undecoded(i)[0]))
             place.set_title(drawn("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"])), fontsize=8)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from moco import InputError, cache, distributed, printable
-from moco.data import DOWNLOADED
+from moco.data import DOWNLOADED, UNLABELLED_SET
 from moco.folders import UnreadableImage
-from moco.training import restore_rng_state, rng_state, select_device, select_precision
+from moco.training import base_dtype, restore_rng_state, rng_state, select_device, select_precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -36,7 +36,8 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
     try:
         device = select_device(args.device)
         select_precision(args.precision, device)
-        select_precision(getattr(args, "base_dtype", "auto"), device, "--base-dtype")  # stage 1 has no such option
+        if "base_dtype" in args and not args.eval_only:  # an option of fine-tuning alone
+            base_dtype(args)
     except InputError as error:
         yield str(error)
     # os.path and not Path: that raises an error for a name too long for the file system.
@@ -44,6 +45,12 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--tensorboard needs the package tensorboard: pip install tensorboard"
     if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
+    own = args.data_dir is not None and args.dataset in ("imagefolder", UNLABELLED_SET)
+    if own and vars(args).get("data_list") is None and vars(args).get("eval_only") is None:
+        images = os.path.join(args.data_dir, "train")
+        images = Path(images if os.path.isdir(images) else args.data_dir)
+        if args.output_dir.resolve().is_relative_to(images.resolve()):
+            yield f"--output-dir {args.output_dir} is among the images in {images}: name a folder outside"
     existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
     if not os.path.isdir(existing):
         yield f"--output-dir {args.output_dir}: {existing} is a file; name a folder"
@@ -120,7 +127,8 @@ class StopRequests:
     def watched(self, batches: Iterable) -> Iterable:
         """Yields the batches, and checks for a stop request before each.
 
-        Of several processes none checks: all would have to at the same batch, and their numbers of batches may differ.
+        Of several processes none checks: all would have to check at the same batch, and they may have different numbers
+        of batches.
         """
         for batch in batches:
             if distributed.world_size() == 1:
@@ -304,8 +312,8 @@ def run_script(main: Callable[[], Any]) -> None:
 
     Output reaches a log in the order in which it is printed, and the error is its last line.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     keep_freed_memory()
     try:
         main()
@@ -320,7 +328,7 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         if distributed.is_main():
             print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
-        # At once: Python would wait for loading processes, however long they read. Nor does it clear up then.
+        # An ordinary exit would wait for loading processes, however long they read; os._exit runs no cleanup.
         cache.free_memory()
         os._exit(128 + getattr(stop, "signum", signal.SIGINT))
     except BrokenPipeError:

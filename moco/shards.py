@@ -87,10 +87,15 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
+                    continue
                 if member.name.lower().endswith(IMAGE_SUFFIXES) and member.isfile():
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     labels[_key(member.name)] = archive.extractfile(member).read(1000).decode().strip()
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # at the end are zeros, or nothing
+                raise tarfile.ReadError("it is damaged after its first members")
     except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(
             f"{path}: not a tar archive that can be read ({printable(error)}); compressed ones must be unpacked to .tar"

@@ -113,8 +113,8 @@ def base_dtype(args) -> torch.dtype | None:
     """
     if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
         return None
-    name = args.precision if args.base_dtype == "auto" else args.base_dtype
-    return select_precision(name, select_device(args.device))
+    option = "precision" if args.base_dtype == "auto" else "base_dtype"
+    return select_precision(vars(args)[option], select_device(args.device), f"--{option.replace('_', '-')}")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -27,8 +27,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     name = _name(image)
     with _named_if_unreadable(image):
         image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        image = ImageOps.exif_transpose(image) if turned else image
+        image = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
@@ -40,9 +39,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As the EXIF data say. 1: upright; 5 to 8: lying on a side."""
+    """As the EXIF data say. 1: upright, also where they make no sense; 5 to 8: lying on a side."""
     with _named_if_unreadable(image):
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        told = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return told if told in range(1, 9) else 1
 
 
 @contextlib.contextmanager
@@ -63,8 +63,8 @@ _warned_of_12_bits = False
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits."""
-    levels = np.asarray(image).astype(np.float32)
+    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; where they are no numbers, black."""
+    levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
     wide = image.mode.startswith("I;16") or levels.max() > 255
     if wide and levels.max() < 2**12:
         _warn_of_12_bits(name)

@@ -1,11 +1,13 @@
 """moco/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
 
+import errno
 import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,25 +142,45 @@ def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt"])
 def test_memory_is_given_back(photos, tmp_path, end):
-    """At a stop as well, after which Python does not clear up."""
+    """At a stop as well, after which Python does not clear up, and a loading process would write it anew."""
     left = tmp_path / "shm" / "moco-images-999999999-abc"
     left.mkdir()
+    for i in range(8):
+        shutil.copy(tmp_path / "images" / "b.png", tmp_path / "images" / f"b{i}.png")
     program = f"""
-import numpy as np
+import time
 from pathlib import Path
 from moco import cache, data, runs
 cache._MEMORY = Path({str(tmp_path / "shm")!r})
+read = cache._read
+cache._read = lambda place: time.sleep(0.2) or read(place)
 def main():
-    files = data.ImageFiles({str(tmp_path / "images")!r}, ["b.png"], [0])
-    images = cache.keep_images(data.LabelledImages(files, [0]), "ram", 32)
-    images[0]
-    print(sum(path.is_file() for path in cache._MEMORY.rglob("*")))
-    {end}
+    files = data.ImageFiles({str(tmp_path / "images")!r}, [f"b{{i}}.png" for i in range(8)], [0] * 8)
+    images = cache.keep_images(data.LabelledImages(files, [0] * 8), "ram", 32)
+    loader = data.build_loader(data.Transformed(images, data.eval_transform(32)), 1, workers=1)
+    for _ in loader:
+        print(any(path.is_file() for path in cache._MEMORY.rglob("*")))
+        {end}
 runs.run_script(main)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "1" and done.returncode == (0 if end == "pass" else 128 + signal.SIGINT)
+    assert done.stdout.splitlines()[-1] == "True" and done.returncode == (0 if end == "pass" else 128 + signal.SIGINT)
+    time.sleep(0.5)
     assert list((tmp_path / "shm").iterdir()) == []  # nor what a killed process had left
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved")
+def test_room_for_features_is_reserved(tmp_path, monkeypatch):
+    """Where another process takes it meanwhile, writing to the tensor would end this one without a word."""
+    assert os.stat(cache._empty_file(tmp_path, 100_000)).st_blocks * 512 >= 100_000
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"has no room for 0\.10 GB"):
+        cache._empty_file(tmp_path, 100_000_000)
+    assert len(list(tmp_path.glob("features-*"))) == 1
 
 
 def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):

@@ -724,7 +724,8 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     """The third epoch is best by balanced accuracy, but not good enough by accuracy to come back to."""
     as_if_on_many_images(monkeypatch)
     labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
-    answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2, [1] * 16 + [0] * 4, [0] * 20, [0] * 20]
+    answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2, [1] * 16 + [0] * 4]
+    answers += [[0] * 16 + last for last in ([2, 2, 1, 2], [0, 0, 0, 0])]  # after that: better than the second, and not
 
     def evaluation(*args):
         real = evaluate(*args)
@@ -737,7 +738,18 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
     results = finetune("--epochs 4 --keep-best balanced --head-init random")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
-    assert results["kept_epoch"] == 2 == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+    assert results["kept_epoch"] == 3 == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+
+
+def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatch):
+    """It is in the optimizer's state, and the head's temperature depends on it."""
+    runs_made = []
+    finetune("--epochs 1", after_epoch=runs_made.append)
+    monkeypatch.setattr(finetune_lora.lora_start, "FASTER", 2.0)
+    real_train = FineTuning.train
+    monkeypatch.setattr(FineTuning, "train", lambda run, *args: runs_made.append(run) or real_train(run, *args))
+    finetune("--epochs 1 --resume")
+    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.lora_start.FASTER
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):

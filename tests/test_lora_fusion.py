@@ -844,21 +844,23 @@ def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_mid
     assert before - saved_bytes(model, x) == 8 * tokens * (2 * width + heads) * 4  # and log-sum-exps
 
 
-@pytest.mark.parametrize("four_bits, mode, times", [(False, "none", 1), (True, "none", 2), (True, "selective", 2)])
-def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, times):
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
+def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, dropout):
     """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
     monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
     computed, weights = [], lora_functional._attention_weights
     monkeypatch.setattr(lora_functional, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
-    model = frozen(vit(), use_qlora=four_bits)
+    model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
     set_gradient_checkpointing(model, mode)
     blocks = len(model.encoder.layers)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(images(16))
     assert len(computed) == blocks
     logits.sum().backward()
-    last = int(mode == "selective" and not four_bits)  # it attends from the class token alone, and is not replayed
-    assert len(computed) == times * blocks - last
+    replayed = blocks - 1 if mode == "selective" and not dropout else 0  # not the one of the class token alone
+    assert len(computed) == blocks + (blocks if four_bits else replayed)
 
 
 def test_attention_that_was_replayed_is_forgotten():

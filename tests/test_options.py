@@ -62,6 +62,12 @@ def test_switches_and_lists_work_on_the_command_line(parse):
     assert args.freeze_backbone is False and args.use_qlora is True and args.target_modules == ["q", "k"]
 
 
+def test_a_list_given_in_parts_is_one_list():
+    command = "--data-list a.csv --data-list b.csv --exclude-modules fc --exclude-modules conv1 layer4"
+    args, _ = options.parse_args(finetune_lora.make_parser(), command.split())
+    assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.exclude_modules == ["fc", "conv1", "layer4"]
+
+
 def test_switches_and_lists_work_in_the_file(parse):
     args, sources = parse("", "finetune: {freeze_backbone: false, use_qlora: true, target_modules: [q, k]}")
     assert args.freeze_backbone is False and args.use_qlora is True and args.target_modules == ["q", "k"]

@@ -127,6 +127,12 @@ def test_some_labels_for_the_accuracy_alone(run, flat, folder):
     assert results["knn_accuracy"] > 0.9 and results["effective_rank"] > 1
 
 
+def test_labelled_images_for_the_accuracy_may_be_unreadable(run, flat, folder, tmp_path):
+    labelled = shutil.copytree(folder, tmp_path / "labelled")
+    next(labelled.rglob("*.png")).write_bytes(b"")
+    assert run(f"--data-dir {flat} --knn-dir {labelled} --epochs 1 --skip-unreadable")["knn_accuracy"] > 0
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_list_of_images(run, folder, tmp_path, capsys, labels):
     paths = sorted(folder.rglob("*.png"))

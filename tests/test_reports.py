@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
@@ -41,8 +42,8 @@ def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
     """Wrong answers by confidence, then the least certain right ones; as often as there are any."""
     source = [(Image.new("RGB", (20, 10), (10 * i, 0, 0)), i % 2) for i in range(20)]
     images, drawn = LabelledImages(source, [label for _, label in source]), []
-    real = LabelledImages.__getitem__
-    monkeypatch.setattr(LabelledImages, "__getitem__", lambda self, i: drawn.append(i) or real(self, i))
+    real = LabelledImages.undecoded
+    monkeypatch.setattr(LabelledImages, "undecoded", lambda self, i: drawn.append(i) or real(self, i))
     confidences = [0.9 - 0.01 * i for i in range(20)]
     result = evaluation([i % 2 for i in range(20)], [1] * 20, confidences)
     reports.plot_mistakes(result, images, ["cat", "a dog with a very long name"], tmp_path / "some.png")
@@ -62,7 +63,16 @@ def test_names_are_drawn_as_they_are(tmp_path):
     reports.plot_confusion_matrix(result, names, tmp_path / "matrix.png")
 
 
-@pytest.mark.parametrize("classes", [2, 30])
+def test_mistakes_are_drawn_from_small_pictures(tmp_path, monkeypatch):
+    """matplotlib would draw a large photograph from its every pixel, in floats."""
+    drawn, real = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image: drawn.append(image.size) or real(axes, image))
+    images = LabelledImages([(Image.new("RGB", (900, 600)), 0), (Image.new("RGB", (20, 10)), 1)], [0, 1])
+    reports.plot_mistakes(evaluation([0, 1], [1, 1]), images, ["cat", "dog"], tmp_path / "mistakes.png")
+    assert drawn == [(384, 256), (20, 10)]
+
+
+@pytest.mark.parametrize("classes", [2, 30, 1500])
 def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
     labels = list(range(classes)) * 2
     reports.plot_confusion_matrix(

@@ -51,6 +51,25 @@ runs.run_script(main)
     assert (tmp_path / "run.log").read_text().splitlines() == ["epoch 1", "a warning", "epoch 2", "error: disk full"]
 
 
+def test_a_name_whose_bytes_are_no_characters_can_be_printed():
+    code = "from moco.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
+    environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stdout) == (0, "caf\\udce9.jpg\n")
+
+
+@pytest.mark.parametrize(("output", "problems"), [("images/out", 1), ("images/train/out", 1), ("out", 0)])
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_may_not_lie_among_the_images(tmp_path, output, problems, parts):
+    """They would be a class of their own in the next run, which removes them."""
+    (tmp_path / "images" / ("train" if parts else "cat")).mkdir(parents=True)
+    given = {"dataset": "imagefolder", "data_dir": tmp_path / "images", "output_dir": tmp_path / output}
+    args = argparse.Namespace(device="cpu", precision="fp32", tensorboard=False, **given)
+    found = list(runs.environment_problems(args))
+    assert len(found) == (problems if not parts or "train" in output else 0)
+    assert all("is among the images in" in problem for problem in found)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
 def test_freed_memory_is_kept_for_the_next_tensor():
@@ -112,3 +131,16 @@ def test_a_set_that_is_downloaded_needs_no_folder_yet(tmp_path, dataset, problem
     given = {"dataset": dataset, "data_dir": tmp_path / "new", "output_dir": tmp_path}
     args = argparse.Namespace(device="cpu", precision="fp32", tensorboard=False, **given)
     assert len(list(runs.environment_problems(args))) == problems
+
+
+@pytest.mark.parametrize(
+    "unused", [{"eval_only": Path("lora.pth")}, {"freeze_backbone": False}, {"lora_rank": 0}, {"checkpoint": "none"}]
+)
+def test_a_precision_of_the_base_that_nothing_uses_is_no_problem(tmp_path, unused):
+    run = {"dataset": "digits", "data_dir": None, "output_dir": tmp_path, "tensorboard": False, "device": "cpu"}
+    used = {"eval_only": None, "freeze_backbone": True, "lora_rank": 8, "checkpoint": "base.pth"}
+    args = argparse.Namespace(**run, precision="fp32", base_dtype="fp16", **used)
+    assert list(runs.environment_problems(args)) == [
+        "--base-dtype fp16 needs a GPU; on the CPU use --base-dtype bf16 or fp32"
+    ]
+    assert list(runs.environment_problems(argparse.Namespace(**vars(args) | unused))) == []

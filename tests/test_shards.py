@@ -132,6 +132,22 @@ def test_what_is_wrong_with_an_archive_is_told(tmp_path):
         shards.read_shards(tmp_path / "packed")
 
 
+def test_what_macos_adds_to_an_archive_is_passed_over(tmp_path):
+    samples = {"0001.jpg": jpeg(1), "0001.cls": b"cat", "0002.jpg": jpeg(2), "0002.cls": b"dog"}
+    write_shard(tmp_path / "a.tar", {f"._{name}": b"\xff\x00" for name in samples} | samples)
+    images, labels = shards.read_shards(tmp_path)
+    assert list(images.names) == ["a.tar/0001.jpg", "a.tar/0002.jpg"] and labels == ["cat", "dog"]
+
+
+def test_an_archive_that_is_damaged_in_its_middle_is_not_taken_for_a_short_one(tmp_path):
+    write_set(tmp_path, 6)
+    content = bytearray((tmp_path / "shard-000.tar").read_bytes())
+    content[content.index(b"0003.jpg") + 4] ^= 1  # in a header: its checksum no longer fits
+    (tmp_path / "shard-000.tar").write_bytes(content)
+    with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
+        data.load_unlabelled(tmp_path)
+
+
 def test_a_damaged_image_is_named_with_its_archive(tmp_path):
     write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
     images = data.load_unlabelled(tmp_path)

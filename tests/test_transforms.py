@@ -30,6 +30,7 @@ def test_every_image_mode_becomes_rgb():
     assert pixel(Image.new("I", (1, 1), 257 * 90)) == (90, 90, 90)
     assert pixel(Image.new("I", (1, 1), 90)) == (90, 90, 90)
     assert pixel(Image.new("F", (1, 1), 0.5)) == (128, 128, 128)
+    assert pixel(Image.fromarray(np.float32([[0.5, np.nan], [np.inf, -np.inf]]))) == (128, 128, 128)  # and three black
     assert pixel(Image.new("CMYK", (1, 1), (0, 0, 0, 255))) == (0, 0, 0)
 
 
@@ -207,6 +208,15 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size_to_nearly_the_same_pixels(
                 views.append(view(image))
             assert (views[0] - views[1]).abs().mean() * 255 * min(transforms.IMAGENET_STD) < levels
     assert any(max(size) <= 605 for size in decoded)
+
+
+@pytest.mark.parametrize("orientation", [9, 65535, "6", b"\x06"])
+def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, orientation):
+    Image.new("RGB", (400, 200), "white").save(tmp_path / "odd.jpg")
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: {274: orientation})
+    assert data.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
+    view = data.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
+    assert view.amin((1, 2)).tolist() == view.amax((1, 2)).tolist()  # white to the edges
 
 
 @pytest.mark.parametrize("name", ["eval", "crop", "moco_v1"])
