@@ -182,7 +182,8 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> LabelledImag
         splits = load_splits(**_data_of_run(about))
         unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
     else:
-        folder = evaluation_folder(folder) or folder
+        if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
+            folder = evaluation_folder(folder) or folder
         unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
         files = labelled_files(folder, known, every=False)
         images = LabelledImages(files, files.labels)

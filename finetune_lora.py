@@ -595,9 +595,12 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
     Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
-        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn.
+        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or more
+            than the adapters is to train, and adapters with names share it.
     """
     model = changeable(model)
+    if (train_norms or not freeze) and LoRAManager(model).names:
+        raise InputError("several adapters share this base: train it where one is alone, as load_finetuned gives it")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():

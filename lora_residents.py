@@ -100,9 +100,12 @@ class Adapter:
         for path, form in (self.layers | above.layers).items():
             form.put_on(modules[path])
         for path, tensor in (self.tensors | above.tensors).items():
+            module, _, leaf = path.rpartition(".")
+            if leaf in getattr(modules[module], "float_digests", ()):
+                continue  # stored in fewer bits by the adapter in use, whose form has it
             owner, leaf = _owner(model, path)
-            if tensor.device != owner[leaf].device:
-                tensor.data = tensor.data.to(owner[leaf].device)
+            if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
+                tensor.data = tensor.data.to(owner[leaf])
             owner[leaf] = tensor
 
 
@@ -123,13 +126,15 @@ class Residents:
                     "the model has adapters without a name: save and unload() them, then load them with one"
                 )
             self._remember(layers, model)
-            self.named[DEFAULT], self.in_use = Adapter(), DEFAULT
+            self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
+            self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
         """Put an adapter of `named`, or with None the base, in the place of the one in use."""
         if name == self.in_use:
             return
         if self.in_use is not None:
+            self._remember(adapted_layers(model), model)  # it may have got more since
             self.named[self.in_use].capture(model)
         self.base.put_into(model, None if name is None else self.named[name])
         self.in_use = name
@@ -176,7 +181,11 @@ class Residents:
             forms = (other.layers[path] for other in self.named.values() if path in other.layers)
             shared = next((f for f in forms if f.is_rounded and f.kind.__name__ == record["kind"]), None)
             if shared is not None:
-                shared.without_adapter().put_on(modules[path])
+                form = shared.without_adapter()
+                stored = form.state.get("weight_names", form.kind.weight_names)
+                # The biases stay this file's: they may be among the tensors that training moved.
+                own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
+                form._replace(parameters=form.parameters | own).put_on(modules[path])
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -211,9 +220,9 @@ def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
     head.train(before.training)
-    devices = {parameter.device for parameter in before.parameters()}
-    if len(devices) == 1 and devices != {parameter.device for parameter in head.parameters()}:
-        head.to(devices.pop())
+    kinds, own = ({(p.device, p.dtype) for p in part.parameters()} for part in (before, head))
+    if len(kinds) == 1 and own != kinds:
+        head.to(*kinds.pop())
 
 
 def _stock_head(head: nn.Module) -> nn.Module:

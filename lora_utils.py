@@ -221,6 +221,8 @@ class LoRAManager:
         before = base_digests(self.model)
         sources = {}
         for name, layer in self._to_merge().items():
+            if in_head(self.model, name):  # which is no part of the base
+                continue
             factors = [f"{layer.scaling:.17g}", type(layer).__name__]
             factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
             sources |= {f"{name}.{weight}".lstrip("."): factors for weight in layer.weight_names}
@@ -295,7 +297,7 @@ class LoRAManager:
         """The model's adapters with names; what it was adapted with before is one of them, `default`.
 
         Raises:
-            InputError: adapters are merged or switched off, or once more without a name.
+            InputError: adapters are merged or switched off, or once more without a name, or the base trained with one.
         """
         layers = self._layers()
         if any(layer.merged for layer in layers.values()):
@@ -303,8 +305,14 @@ class LoRAManager:
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
         if not hasattr(self.model, "resident_adapters"):
-            if not hasattr(self.model, "base_digests"):
-                self.model.base_digests = base_digests(self.model)
+            now = base_digests(self.model)
+            start = self.model.base_digests = getattr(self.model, "base_digests", now)
+            moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
+            if moved:
+                raise InputError(
+                    f"the base has trained with the adapter in use ({listed(moved)}), which others would get: save it, "
+                    "load the checkpoint again, and this file with a name"
+                )
             self.model.resident_adapters = Residents(self.model)
         self.model.resident_adapters.adopt(layers, self.model)
         return self.model.resident_adapters
@@ -340,7 +348,8 @@ class LoRAManager:
             InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
         """
         now, start = base_digests(self.model), getattr(self.model, "base_digests", {})
-        own = {} if self.in_use is None else self.model.resident_adapters.named[self.in_use].metadata
+        own = getattr(self.model, "adapter_metadata", {})
+        own = own if self.in_use is None else self.model.resident_adapters.named[self.in_use].metadata
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
         # cannot move, and without a record of the start everything counts as moved.
@@ -373,10 +382,14 @@ class LoRAManager:
                 The model is then bitwise as it was.
         """
         content = read_adapter_file(path)
-        if name is None:
-            self._read(content, path)
-        else:
+        if name is not None:
             self._add(name, content, path)
+            return content["metadata"]
+        self._read(content, path)
+        if self.in_use is None:
+            self.model.adapter_metadata = content["metadata"]
+        else:
+            self.model.resident_adapters.named[self.in_use].metadata = content["metadata"]
         return content["metadata"]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
@@ -416,6 +429,8 @@ class LoRAManager:
         here = {**trained, **own}
         problems += [f"tensor {name} is missing in the file" for name in own if name not in tensors]
         problems += [f"tensor {name} is unknown here" for name in tensors if name not in here]
+        rounded = {f"{p}.{w}" for p, m in self.model.named_modules() if is_adapted(m) for w in m.float_digests}
+        problems += [f"{n} has trained in the file, but is in fewer bits here" for n in tensors if n in rounded]
         for name in tensors.keys() & here.keys():
             theirs, ours = tensors[name], here[name]
             if theirs.shape != ours.shape:

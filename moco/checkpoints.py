@@ -440,7 +440,8 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
             f"{len(expected)} backbone tensors match; {found}{_other_channels(weights, expected)}"
             f"{_better_arch(source, arch)}"
         )
-    broken = [key for key in common if not _is_usable(weights[key], expected[key])]
+    counters = {key for key in common if key.endswith("num_batches_tracked")}  # cast, as by half(), they are floats
+    broken = [key for key in common if key not in counters and not _is_usable(weights[key], expected[key])]
     if broken:
         raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
 

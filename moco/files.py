@@ -34,8 +34,8 @@ def stored_path(path: str | os.PathLike) -> Path:
 
     Relative paths, and those outside the toolkit, stay as they are.
     """
-    path = Path(path)
-    return path.relative_to(TOOLKIT) if path.is_relative_to(TOOLKIT) else path
+    normal = Path(os.path.normpath(path))  # toolkit/../x is not inside
+    return normal.relative_to(TOOLKIT) if normal.is_relative_to(TOOLKIT) else Path(path)
 
 
 def found_path(path: str | os.PathLike) -> Path:
@@ -64,6 +64,8 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     Raises InputError if the disk is full, the folder is missing or cannot be written to.
     """
     path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"cannot write {path}: it is a device or the like; name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename cannot cross file systems
     try:
         with open(temporary, "wb") as file:
@@ -153,6 +155,8 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or printable(error)}") from None
     except Exception as error:  # its own errors, and those of types unknown to PyTorch
         with open(path, "rb") as file:
             header = describe_header(file.read(12))

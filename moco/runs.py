@@ -323,6 +323,8 @@ def run_script(main: Callable[[], Any]) -> None:
         if distributed.claim_report():
             # A DataLoader worker's error arrives with the worker's traceback as text before the message.
             print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        if hasattr(signal, "SIGCHLD"):  # if a loading process was killed, PyTorch's handler would raise on the way out
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         sys.stdout.flush()

@@ -224,6 +224,13 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
     assert f"accuracy {results['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
+    for source, name in zip(CLASSES, ("cat", "test", "val"), strict=True):
+        shutil.copytree(images / "val" / source, tmp_path / name)
+    found = deploy_lora._labelled_images(tmp_path, {"class_names": ["cat", "test", "val"]})
+    assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
+
+
 def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
     """The images that the run was evaluated on are in its file's settings: the accuracy is the run's own."""
     run_results = finetune("--epochs 1 --lora-rank 0")

@@ -54,6 +54,7 @@ def test_paths_in_files_hold_on_other_machines(tmp_path, monkeypatch):
     assert stored_path(TOOLKIT / inside) == inside
     assert found_path(inside) == TOOLKIT / inside
     assert stored_path(tmp_path / "base.pth") == tmp_path / "base.pth"
+    assert stored_path(TOOLKIT / "../base.pth") == TOOLKIT / "../base.pth"  # which is outside
     assert stored_path("base.pth") == found_path("base.pth") == Path("base.pth")  # which is nowhere
 
 
@@ -387,10 +388,12 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path, full_disk):
         ("vanished/last.pth", "No such file or directory"),
         ("a_file/last.pth", "Not a directory"),
         ("a_folder", "Is a directory"),
+        ("a_pipe", "it is a device or the like"),
         pytest.param("read_only/last.pth", "denied", marks=pytest.mark.skipif(os.geteuid() == 0, reason="root")),
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_one_clear_line(path, reason, tmp_path):
+    os.mkfifo(tmp_path / "a_pipe")
     (tmp_path / "a_file").write_text("")
     (tmp_path / "a_folder").mkdir()
     (tmp_path / "read_only").mkdir(mode=0o500)

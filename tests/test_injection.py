@@ -125,6 +125,12 @@ def test_targets(targets, excluded, expected):
     assert adapted_names(model) == expected
 
 
+def test_an_adapted_head_is_merged_but_is_no_part_of_the_base():
+    model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"])
+    LoRAManager(randomize_adapters(model)).merge_into_base()
+    assert not adapted_names(model) and not any(name.startswith("heads") for name in model.base_digests)
+
+
 def test_an_adapted_head_that_trains_is_not_rounded():
     model = add_lora_to_model(vit(), r=2, target_modules=["mlp", "heads"], base_dtype=torch.bfloat16)
     freeze_backbone_params(model)

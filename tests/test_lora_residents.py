@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import BF16, DEVICES, assert_close, randomize_adapters, resnet, vit
+from dense import BF16, DEVICES, FP32, assert_close, randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
 import lora_residents
@@ -396,6 +396,95 @@ def test_what_else_was_trained_comes_and_goes_with_its_adapter(arch, tmp_path):
     assert_equal(manager.model.state_dict(), before)
 
 
+@pytest.mark.parametrize("order", [["cars", "pets", "food", "head"], ["head", "food", "pets", "cars"]], ids=str)
+def test_files_of_every_kind_share_a_float_base(arch, tmp_path, order):
+    """An adapter; one in 4 bits; one in 4 bits whose biases trained; and a backbone that trained as a whole."""
+    alone = {name: trained(arch, name, four_bits=name in ("pets", "food")) for name in ("cars", "pets", "food")}
+    alone["head"] = base(arch, OPTIONS["head"][1])
+    alone["head"].base_digests = base_digests(alone["head"])
+    freeze_backbone_params(alone["food"], freeze=False)
+    with torch.no_grad():
+        for model in (alone["food"], alone["head"]):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter += 0.05 * torch.randn_like(parameter)
+    manager = LoRAManager(base(arch))
+    freeze_backbone_params(manager.model)
+    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    for name in order:
+        manager.load_lora_checkpoint(saved(alone[name], name, tmp_path), name=name)
+    for name in (*order, *order[::-1]):
+        manager.use(name)
+        assert_equal(manager.model.state_dict(), alone[name].state_dict())
+        assert_close(
+            manager.model.eval()(images()), alone[name].eval()(images()), FP32, name
+        )  # what trains is not fused
+    manager.use(None)
+    assert_equal(manager.model.state_dict(), before)
+
+
+def test_weights_that_trained_are_not_read_into_fewer_bits(arch, tmp_path):
+    """They would be rounded, and missing in the next file."""
+    model = trained(arch, "pets")
+    with torch.no_grad():
+        next(
+            layer for layer in LoRAManager(model)._layers().values() if isinstance(layer, nn.Linear | nn.Conv2d)
+        ).weight.add_(1)
+    path = saved(model, "pets", tmp_path)
+    stored = add_lora_to_model(base(arch, 5), **OPTIONS["pets"][0], base_dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="has trained in the file, but is in fewer bits here"):
+        LoRAManager(stored).load_lora_checkpoint(path)
+
+
+def test_a_base_that_trained_with_its_adapter_is_not_shared(arch, tmp_path):
+    saved(trained(arch, "cars"), "cars", tmp_path)
+    model = trained(arch, "pets")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("bias") and "fc" not in n and "head" not in n).add_(1)
+    with pytest.raises(InputError, match="the base has trained with the adapter in use"):
+        LoRAManager(model).load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
+    assert LoRAManager(model).names == []
+
+
+@pytest.mark.parametrize("options", [{"freeze": False}, {"train_norms": True}], ids=str)
+def test_a_shared_base_does_not_train(manager, options):
+    manager.use("pets")
+    with pytest.raises(InputError, match="several adapters share this base"):
+        freeze_backbone_params(manager.model, **options)
+
+
+def test_layers_that_an_adapter_gets_in_use_are_its_own(alone, arch, tmp_path):
+    manager = LoRAManager(base(arch))
+    freeze_backbone_params(manager.model)
+    before = {name: tensor.clone() for name, tensor in manager.model.state_dict().items()}
+    manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
+    manager.use("cars")
+    randomize_adapters(add_lora_to_model(manager.model, r=2), std=0.1)
+    adapted = manager.get_lora_info()["num_layers"]
+    manager.use(None)
+    assert manager.get_lora_info()["num_layers"] == 0
+    assert_equal(manager.model.state_dict(), before)
+    manager.use("cars")
+    assert manager.get_lora_info()["num_layers"] == adapted > LoRAManager(alone["cars"]).get_lora_info()["num_layers"]
+
+
+def test_metadata_are_those_of_the_file_that_was_read_last(alone, arch, tmp_path):
+    def classes(path: Path) -> list[str]:
+        return read_adapter_file(path)["metadata"]["class_names"]
+
+    model = copy.deepcopy(alone["pets"])
+    manager, other = LoRAManager(model), tmp_path / "other.pth"
+    LoRAManager(alone["pets"]).save_lora_checkpoint(other, {"class_names": ["others"]})
+    manager.load_lora_checkpoint(other)
+    manager.save_lora_checkpoint(tmp_path / "again.pth")
+    assert classes(tmp_path / "again.pth") == ["others"]
+    manager.load_lora_checkpoint(tmp_path / "cars.pth", name="cars")
+    assert manager.use("default") == {"class_names": ["others"]}
+    manager.load_lora_checkpoint(tmp_path / "pets.pth")
+    manager.save_lora_checkpoint(tmp_path / "again.pth")
+    assert classes(tmp_path / "again.pth") == [f"pets {i}" for i in range(5)]
+
+
 def test_a_file_that_does_not_fit_leaves_everything_as_it_was(manager, alone, arch, tmp_path):
     manager.use("cars")
     expected, names = copy.deepcopy(manager.model), manager.names
@@ -446,6 +535,14 @@ def test_adapters_move_with_the_model_when_they_come_into_use(manager):
     for name in ("pets", None, "head"):
         manager.use(name)
         assert {tensor.device.type for tensor in manager.model.state_dict().values()} == {"meta"}
+
+
+def test_adapters_follow_the_precision_of_the_model(manager):
+    manager.use("cars")
+    manager.model.bfloat16()
+    for name in ("pets", None, "head", "cars"):
+        manager.use(name)
+        assert manager.model(images().bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device", DEVICES)
