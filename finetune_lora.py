@@ -595,12 +595,12 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
     Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
-        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or more
-            than the adapters is to train, and adapters with names share it.
+        InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
+            base, or its norms, are to train, and several adapters share it.
     """
     model = changeable(model)
     if (train_norms or not freeze) and LoRAManager(model).names:
-        raise InputError("several adapters share this base: train it where one is alone, as load_finetuned gives it")
+        raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
@@ -1082,13 +1082,12 @@ class FineTuning:
             write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
 
     def has_better(self) -> bool:
-        """Is `lora.pth` of an epoch that --keep-best prefers to the last? One that a retreat has undone is none."""
-        path, by = self.path("lora.pth"), self.args.keep_best
-        if by is None or not path.exists():
+        """Is `lora.pth` of an epoch that --keep-best prefers to the last, and that no retreat has undone?"""
+        path, rows = self.path("lora.pth"), self.history
+        if self.args.keep_best is None or not path.exists():
             return False
         kept = read_adapter_file(path)["metadata"]["epoch"]
-        since = self.history[kept - 1 :] if 0 < kept <= len(self.history) else self.history[-1:]
-        return len(since) > 1 and training.best_epoch(since, by) is not since[-1]
+        return 0 < kept < len(rows) and training.best_epoch(rows[kept - 1 :], self.args.keep_best) is not rows[-1]
 
     def save_state(self) -> None:
         state = self.state()  # to which every process contributes

@@ -73,10 +73,10 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
 # query and key, and slower above.
 PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
 MOST_SCORES = 2**19
-# It computes some images, or some heads of one, at a time: about so many scores.
+# `_Attention` computes some images, or some heads of one, at a time: about so many scores.
 SCORES_AT_A_TIME = 2**19
-# It keeps the weights for backward if there are at most so many times as many keys as a head is wide: they then take at
-# most so many times the memory of q. In a ViT-B/16 there are 3.1 times as many at 224 pixels, and 9 at 384.
+# Attention's weights may be kept for backward if keys <= MOST_KEYS_KEPT * head width. They then take at most that many
+# times the memory of q: 3.1 times in a ViT-B/16 at 224 pixels; at 384 it would be 9 times.
 MOST_KEYS_KEPT = 4
 # The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
 # this size is zero beside any number that float32 adds it to.

@@ -612,7 +612,7 @@ class Freezable:
         return _new_freezable, (_stock_norm(self),), vars(self)
 
 
-FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # by what it is made of
+FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # stock class -> its freezable kind
 
 
 def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:

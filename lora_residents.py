@@ -102,7 +102,7 @@ class Adapter:
         for path, tensor in (self.tensors | above.tensors).items():
             module, _, leaf = path.rpartition(".")
             if leaf in getattr(modules[module], "float_digests", ()):
-                continue  # stored in fewer bits by the adapter in use, whose form has it
+                continue  # the adapter in use stores this weight in fewer bits, as its form has put it
             owner, leaf = _owner(model, path)
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])

@@ -310,8 +310,8 @@ class LoRAManager:
             moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
             if moved:
                 raise InputError(
-                    f"the base has trained with the adapter in use ({listed(moved)}), which others would get: save it, "
-                    "load the checkpoint again, and this file with a name"
+                    f"the base has trained with the adapter in use ({listed(moved)}), so others cannot share it: save "
+                    "the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
             self.model.resident_adapters = Residents(self.model)
         self.model.resident_adapters.adopt(layers, self.model)
@@ -429,7 +429,9 @@ class LoRAManager:
         here = {**trained, **own}
         problems += [f"tensor {name} is missing in the file" for name in own if name not in tensors]
         problems += [f"tensor {name} is unknown here" for name in tensors if name not in here]
-        rounded = {f"{p}.{w}" for p, m in self.model.named_modules() if is_adapted(m) for w in m.float_digests}
+        rounded = {
+            f"{p}.{w}".lstrip(".") for p, m in self.model.named_modules() if is_adapted(m) for w in m.float_digests
+        }
         problems += [f"{n} has trained in the file, but is in fewer bits here" for n in tensors if n in rounded]
         for name in tensors.keys() & here.keys():
             theirs, ours = tensors[name], here[name]

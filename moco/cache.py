@@ -210,7 +210,7 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Te
 
 
 def _empty_file(folder: Path, size: int) -> str:
-    """Its bytes are reserved: where another run takes the room later, writing to the tensor would be a bus error."""
+    """A file with its room reserved: if another run took it later, writing to the tensor would end in a bus error."""
     file, name = tempfile.mkstemp(prefix="features-", dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):

@@ -108,7 +108,7 @@ class LabelledImages(Dataset):
         return images
 
     def at_most(self, count: int) -> "LabelledImages":
-        """At most so many images: all, or always the same random ones, if possible with one of each class or more."""
+        """At most `count` images: all, or a fixed random choice, with one or more of each class if that fits."""
         if len(self) <= count:
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).numpy()

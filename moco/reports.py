@@ -170,7 +170,7 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
     if not few:
         axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-    counted = f", {size} classes in a row" if size > 1 else ""
+    counted = f", {size} classes per row" if size > 1 else ""
     axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right{counted}")
     with open_atomically(path) as file:
         figure.savefig(file, dpi=150)

@@ -436,6 +436,18 @@ def test_weights_that_trained_are_not_read_into_fewer_bits(arch, tmp_path):
         LoRAManager(stored).load_lora_checkpoint(path)
 
 
+def test_nor_where_the_whole_model_is_one_layer(tmp_path):
+    def layer(**options) -> nn.Module:
+        torch.manual_seed(0)
+        return add_lora_to_model(nn.Linear(4, 3), r=2, **options)
+
+    moved = layer()
+    moved.weight.data.add_(1)
+    LoRAManager(moved).save_lora_checkpoint(tmp_path / "moved.pth")
+    with pytest.raises(InputError, match="weight has trained in the file, but is in fewer bits here"):
+        LoRAManager(layer(base_dtype=torch.bfloat16)).load_lora_checkpoint(tmp_path / "moved.pth")
+
+
 def test_a_base_that_trained_with_its_adapter_is_not_shared(arch, tmp_path):
     saved(trained(arch, "cars"), "cars", tmp_path)
     model = trained(arch, "pets")
