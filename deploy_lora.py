@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from finetune_lora import load_finetuned
 from lora_peft import from_peft, to_peft
 from lora_utils import LoRAManager, find_base, read_adapter_file
-from moco import InputError, listed, printable, reports, training
-from moco.backbones import TIMM, headless
-from moco.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
-from moco.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
-from moco.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
-from moco.options import positive_int, unknown_words, worker_count
-from moco.runs import faults_explained, progress_bar, run_script
-from moco.transforms import IMAGENET_MEAN, IMAGENET_STD
+from toolkit import InputError, listed, printable, reports, training
+from toolkit.backbones import TIMM, headless
+from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
+from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
+from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
+from toolkit.options import positive_int, unknown_words, worker_count
+from toolkit.runs import faults_explained, progress_bar, run_script
+from toolkit.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 

@@ -32,11 +32,12 @@ from finetune_lora import (
     load_finetuned,
 )
 from lora_utils import LoRAManager
-from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone
-from moco.data import Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.runs import run_script
-from moco.training import select_device
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone
+from toolkit.data import Transformed, build_loader, load_splits
+from toolkit.runs import run_script
+from toolkit.training import select_device
+from toolkit.transforms import eval_transform, train_transform
 
 
 def example_1_setup() -> nn.Module:
@@ -72,7 +73,7 @@ def example_2_training(epochs: int = 5) -> nn.Module:
     freeze_backbone_params(model)  # adapters and classifier head train, nothing else
     model.to(device).train()
 
-    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate. See lora_start.py.
+    # Adapters that start at random, as these do, need about ten times full fine-tuning's rate: lora/initialization.py.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(train))
     for epoch in range(epochs):

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
-the training loop with its command line. The tensor arithmetic under the layers is in `lora_functional.py`, adapter
+the training loop with its command line. The tensor arithmetic under the layers is in `lora.functional.py`, adapter
 files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 """
 
@@ -30,14 +30,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
-import lora_functional as functional
-import lora_fusion
-import lora_start
 import lora_utils
-from lora_functional import NF4Weight
-from lora_fusion import freeze_statistics, fuse, is_adapted, scale_and_shift, set_gradient_checkpointing
-from lora_residents import KINDS, Form, recorded_settings
-from lora_targets import (
+from lora import functional, fusion, initialization
+from lora.functional import NF4Weight
+from lora.fusion import freeze_statistics, fuse, is_adapted, scale_and_shift, set_gradient_checkpointing
+from lora.residents import KINDS, Form, recorded_settings
+from lora.targets import (
     NO_ADAPTER,
     LoRASettings,
     adaptable_layers,
@@ -50,15 +48,28 @@ from lora_targets import (
     settings_by_layer,
 )
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
-from moco import InputError, checkpoints, collapse, data, distributed, listed, options, reports, runs, search, training
-from moco.backbones import headless, in_head, normalization
-from moco.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
-from moco.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
-from moco.collapse import CollapseGuard
-from moco.data import Splits, Transformed, build_loader, eval_transform, load_splits, train_transform
-from moco.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
-from moco.probe import HeadTemperature, choose_temperature, head_accuracy, init_head_from_probe, soften_head
-from moco.training import evaluate
+from toolkit import (
+    InputError,
+    checkpoints,
+    collapse,
+    data,
+    distributed,
+    listed,
+    options,
+    reports,
+    runs,
+    search,
+    training,
+)
+from toolkit.backbones import headless, in_head, normalization
+from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
+from toolkit.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from toolkit.collapse import CollapseGuard
+from toolkit.data import Splits, Transformed, build_loader, load_splits
+from toolkit.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
+from toolkit.probe import HeadTemperature, choose_temperature, head_accuracy, init_head_from_probe, soften_head
+from toolkit.training import evaluate
+from toolkit.transforms import eval_transform, train_transform
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
@@ -381,7 +392,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
         """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
         plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
-        able = self.out_proj._is_active and not self.out_proj._drops and not lora_fusion.is_hooked(self.out_proj)
+        able = self.out_proj._is_active and not self.out_proj._drops and not fusion.is_hooked(self.out_proj)
         return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
 
     def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -454,7 +465,7 @@ class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     _linear_kind = QLoRALinear
 
 
-# Which layer becomes what: with float and with 4-bit base. `lora_targets.ADAPTABLE` has the same layers.
+# Which layer becomes what: with float and with 4-bit base. `lora.targets.ADAPTABLE` has the same layers.
 ADAPTED = {
     nn.Linear: (LoRALinear, QLoRALinear),
     nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
@@ -604,7 +615,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, lora_fusion.NORMS))
+        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, fusion.NORMS))
         rounded = getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
@@ -771,7 +782,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
-    lora_fusion.set_patch_dropout(model, args.patch_dropout)
+    fusion.set_patch_dropout(model, args.patch_dropout)
     return model, report
 
 
@@ -806,8 +817,8 @@ def search_learning_rate(
 class FineTuning:
     """One run: the model, its optimizer, its data, and how far it has come.
 
-    A study changes the loss in `loss`, the optimizer in `moco.training.build_optimizer` and the augmentation in
-    `moco.transforms.train_transform`, and nothing else.
+    A study changes the loss in `loss`, the optimizer in `toolkit.training.build_optimizer` and the augmentation in
+    `toolkit.transforms.train_transform`, and nothing else.
     """
 
     FILES = (
@@ -839,7 +850,7 @@ class FineTuning:
         shuffling = {"shuffle": True, "seed": args.seed, "drop_last": drop}
         self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
         self.meter = data.LoadingMeter()
-        self.faster = lora_start.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
+        self.faster = initialization.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
         self.optimizer = training.build_optimizer(model, args, self.faster)
         images = Counter(splits.train.labels)  # per class
         self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))
@@ -889,7 +900,7 @@ class FineTuning:
             return keep_features(images, [features(loader) for loader in loaders], size, where)
 
         with training.eval_mode(self.model):
-            lower, self.network = lora_fusion.split_model(self.model, self.args.adapt_last)
+            lower, self.network = fusion.split_model(self.model, self.args.adapt_last)
             train = kept(self.images.train, self.args.cached_views or 0)
             self.images = self.images._replace(train=train, val=kept(self.images.val))
         self.eval_transform, self.augmentation = plain_view, drawn_view
@@ -920,13 +931,13 @@ class FineTuning:
         """Start the adapters at the gradient of the first images, and remember this start."""
 
         def backward() -> None:
-            number = math.ceil(lora_start.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
+            number = math.ceil(initialization.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
             for micro_batches in itertools.islice(self.steps(epoch=1), number):
                 self.backward(micro_batches, lambda loss: loss)
 
         if self.args.lora_init == "gradient":
             with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
-                lora_start.start_at_gradient(self.model, backward, self.args.seed)
+                initialization.start_at_gradient(self.model, backward, self.args.seed)
         self.average.begin()
 
     def temperature(self) -> float:

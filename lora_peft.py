@@ -35,13 +35,13 @@ from finetune_lora import (
     load_base,
     load_finetuned,
 )
-from lora_fusion import is_adapted
-from lora_targets import LoRASettings, outermost_layers
+from lora.fusion import is_adapted
+from lora.targets import LoRASettings, outermost_layers
 from lora_utils import LoRAManager, find_base, read_adapter_file
-from moco import InputError, listed, printable
-from moco.backbones import head_name, normalization
-from moco.checkpoints import load_backbone, stored_checkpoint
-from moco.files import open_atomically, read_safetensors
+from toolkit import InputError, listed, printable
+from toolkit.backbones import head_name, normalization
+from toolkit.checkpoints import load_backbone, stored_checkpoint
+from toolkit.files import open_atomically, read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel

@@ -20,13 +20,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_fusion import is_adapted, unfuse
-from lora_residents import Adapter, Form, Residents, adapted_layers
-from lora_targets import NO_ADAPTER
-from moco import InputError, listed, printable
-from moco.backbones import build_backbone, head_name, in_head, unwrapped
-from moco.checkpoints import is_none, tensor_digest
-from moco.files import found_path, is_plain_tensor, open_atomically, read_checkpoint, read_safetensors, save_atomically
+from lora.fusion import is_adapted, unfuse
+from lora.residents import Adapter, Form, Residents, adapted_layers
+from lora.targets import NO_ADAPTER
+from toolkit import InputError, listed, printable
+from toolkit.backbones import build_backbone, head_name, in_head, unwrapped
+from toolkit.checkpoints import is_none, tensor_digest
+from toolkit.files import (
+    found_path,
+    is_plain_tensor,
+    open_atomically,
+    read_checkpoint,
+    read_safetensors,
+    save_atomically,
+)
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -43,7 +50,7 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     of the checkpoint: the digests are then the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
-    for name, resized in getattr(model, "resized_digests", {}).items():  # see moco.checkpoints.load_backbone
+    for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.checkpoints.load_backbone
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
     return digests

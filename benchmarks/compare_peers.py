@@ -47,18 +47,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lora_functional
-import lora_fusion
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
-from lora_functional import SavedIn16Bits, bitsandbytes_functional
-from lora_fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout, split_model
+from lora import functional, fusion
+from lora.functional import SavedIn16Bits, bitsandbytes_functional
+from lora.fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout, split_model
 from lora_utils import LoRAManager
-from moco import InputError
-from moco.backbones import block_names, build_backbone, default_image_size, head_name
-from moco.options import positive_int
-from moco.runs import begin_folder, run_script
-from moco.training import autocast, peak_memory_bytes, select_device, select_precision
+from toolkit import InputError
+from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
+from toolkit.options import positive_int
+from toolkit.runs import begin_folder, run_script
+from toolkit.training import autocast, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -313,15 +312,15 @@ def _always(*_) -> bool:
 
 # LoRA here, with one thing undone each: what it is worth. Only if asked for.
 for name, title, models, precision, *undone in (
-    ("all_tokens", "all tokens in the last block", "vit", "", lora_fusion, "reads_class_token_alone", _never),
-    ("saved", "LayerNorm and GELU saved", "vit", "", lora_fusion, "recomputes", _never),
-    ("side_path", "W + s B A never built", "vit", "fp32", lora_functional, "_merge_pays", _never),
-    ("merged", "W + s B A always built", "vit", "bf16", lora_functional, "_merge_pays", _always),
-    ("mkl", "MKL's products", "vit", "fp32", lora_functional, "PREFERS_ONEDNN_LINEAR", False),
-    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", lora_functional, "PREFERS_BATCHED_ATTENTION", False),
-    ("weights_again", "attention's weights computed again", "vit", "bf16", lora_functional, "MOST_KEYS_KEPT", 0),
-    ("unfolded", "BatchNorm not folded", "resnet", "", lora_fusion, "folds", _never),
-    ("kernel_side_path", "kernels never merged", "resnet", "", lora_functional, "_kernel_merges", _never),
+    ("all_tokens", "all tokens in the last block", "vit", "", fusion, "reads_class_token_alone", _never),
+    ("saved", "LayerNorm and GELU saved", "vit", "", fusion, "recomputes", _never),
+    ("side_path", "W + s B A never built", "vit", "fp32", functional, "_merge_pays", _never),
+    ("merged", "W + s B A always built", "vit", "bf16", functional, "_merge_pays", _always),
+    ("mkl", "MKL's products", "vit", "fp32", functional, "PREFERS_ONEDNN_LINEAR", False),
+    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", functional, "PREFERS_BATCHED_ATTENTION", False),
+    ("weights_again", "attention's weights computed again", "vit", "bf16", functional, "MOST_KEYS_KEPT", 0),
+    ("unfolded", "BatchNorm not folded", "resnet", "", fusion, "folds", _never),
+    ("kernel_side_path", "kernels never merged", "resnet", "", functional, "_kernel_merges", _never),
 ):
     VARIANTS[f"lora_{name}"] = Variant(
         f"LoRA here, {title}", lora, save_here, None, models, without=undone, by_default=False, precision=precision

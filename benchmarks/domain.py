@@ -35,11 +35,13 @@ import finetune_lora
 from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
-from moco import InputError, options, pretrain, training
-from moco.data import Transformed, build_loader, eval_transform, load_splits
-from moco.options import positive_int
-from moco.probe import head_accuracy, init_head_from_probe
-from moco.runs import run_script
+from moco import pretrain
+from toolkit import InputError, options, training
+from toolkit.data import Transformed, build_loader, load_splits
+from toolkit.options import positive_int
+from toolkit.probe import head_accuracy, init_head_from_probe
+from toolkit.runs import run_script
+from toolkit.transforms import eval_transform
 
 ADAPTERS = ["--lora-rank", "8"]
 # title, flags of stage 1 (None: no stage 1), the learning rates that it tries

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
-from lora_functional import PREFERS_ONEDNN_LINEAR
-from moco.options import positive_float, positive_int
-from moco.runs import run_script
+from lora.functional import PREFERS_ONEDNN_LINEAR
+from toolkit.options import positive_float, positive_int
+from toolkit.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
 PEERS = ("full", "peft")

@@ -36,10 +36,10 @@ from torchvision import transforms as T
 import finetune_lora
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
-from moco import InputError, data
-from moco.backbones import build_backbone
-from moco.options import positive_int
-from moco.runs import run_script
+from toolkit import InputError, data, transforms
+from toolkit.backbones import build_backbone
+from toolkit.options import positive_int
+from toolkit.runs import run_script
 
 # Width, height and the noise's standard deviation in levels of 256. Noise is what takes bytes, and bytes are what takes
 # time even where a JPEG is decoded at a reduced size.
@@ -154,8 +154,8 @@ def read_here(folder: Path, view: str, pixels: int) -> data.Transformed:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
     images = data.LabelledImages(data.ImageFiles(folder, names, [0] * len(names)), [0] * len(names))
     if view == "evaluation":
-        return data.Transformed(images, data.eval_transform(pixels))
-    crops = data.train_transform(pixels) if view == "fine-tuning" else data.two_crops(pixels, view)
+        return data.Transformed(images, transforms.eval_transform(pixels))
+    crops = transforms.train_transform(pixels) if view == "fine-tuning" else transforms.two_crops(pixels, view)
     return data.Transformed(images, crops)
 
 
@@ -175,7 +175,7 @@ READERS = {"here": read_here, "torchvision": read_with_torchvision, "timm": read
 
 def reference_transform(view: str, pixels: int) -> Callable:
     """What torchvision's reference scripts and MoCo's papers describe, in torchvision's own transforms."""
-    tensor = [T.ToTensor(), T.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)]
+    tensor = [T.ToTensor(), T.Normalize(transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)]
     flip = T.RandomHorizontalFlip()
     if view == "evaluation":
         resize = (
@@ -183,7 +183,7 @@ def reference_transform(view: str, pixels: int) -> Callable:
         )
         return T.Compose([*resize, *tensor])
     if view == "fine-tuning":
-        return T.Compose([T.RandomResizedCrop(pixels, scale=(data.CROP_MIN, 1.0)), flip, *tensor])
+        return T.Compose([T.RandomResizedCrop(pixels, scale=(transforms.CROP_MIN, 1.0)), flip, *tensor])
     crop, grey = T.RandomResizedCrop(pixels, scale=(0.2, 1.0)), T.RandomGrayscale(0.2)
     if view == "moco_v1":
         return Twice(T.Compose([crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *tensor]))
@@ -294,7 +294,7 @@ def measure_training(args: argparse.Namespace) -> list[dict]:
     rows = []
     print("| loading processes | images/s | waiting |\n|---|---|---|")
     for workers in (0, 1, 2, "auto"):
-        images = data.Transformed(splits.train, data.train_transform(PIXELS))
+        images = data.Transformed(splits.train, transforms.train_transform(PIXELS))
         loader = data.build_loader(images, 32, shuffle=True, workers=workers)
         meter = data.LoadingMeter()
         train(model, optimizer, limited(loader, 2))  # processes start, caches fill

@@ -26,11 +26,11 @@ from torch.func import functional_call
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit, describe_versions
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora_residents import adapted_layers
+from lora.residents import adapted_layers
 from lora_utils import LoRAManager, unused_adapters
-from moco import InputError
-from moco.backbones import build_backbone
-from moco.runs import run_script
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.runs import run_script
 
 EXACT = 1e-9  # relative, in float64
 CLASSES = 5

@@ -38,11 +38,11 @@ from tqdm import tqdm
 import finetune_lora
 from benchmarks import MEASURED
 from finetune_lora import choose_layers
-from moco import InputError
-from moco.backbones import head_name
-from moco.collapse import Collapsed
-from moco.options import positive_int
-from moco.runs import run_script
+from toolkit import InputError
+from toolkit.backbones import head_name
+from toolkit.collapse import Collapsed
+from toolkit.options import positive_int
+from toolkit.runs import run_script
 
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]

@@ -3,7 +3,7 @@
 v1 and v2 (arXiv 1911.05722, 2003.04297) keep the other keys in a queue, v3 (2104.02057) takes them from the batch.
 In both, the encoder of the keys follows that of the queries as a moving average. Written from the papers.
 
-Of several processes (`moco.distributed`) each has its share of the images, and all contrast with everybody's keys.
+Of several processes (`toolkit.distributed`) each has its share of the images, and all contrast with everybody's keys.
 """
 
 import copy
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
-from moco import distributed
-from moco.backbones import head_name
+from toolkit import distributed
+from toolkit.backbones import head_name
 
 
 class MomentumContrast(nn.Module):

@@ -28,14 +28,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
-from lora_fusion import fuse
+from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
-from moco import InputError, checkpoints, data, distributed, measures, options, reports, runs, training
-from moco.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
 from moco.builder import MoCo, MoCoV3
-from moco.cache import keep_images
-from moco.files import open_atomically, read_checkpoint, same_file, save_atomically, write_csv
-from moco.options import non_negative_float, non_negative_int, positive_float, positive_int
+from toolkit import InputError, checkpoints, data, distributed, measures, options, reports, runs, training, transforms
+from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
+from toolkit.cache import keep_images
+from toolkit.files import open_atomically, read_checkpoint, same_file, save_atomically, write_csv
+from toolkit.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels),
-        `effective_rank` and, without labels, `alignment` and `uniformity` (`moco.measures`); `before`, the same of a
+        `effective_rank` and, without labels, `alignment` and `uniformity` (`toolkit.measures`); `before`, the same of a
         checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
         the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
@@ -154,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mlp-dim", type=positive_int, help="v3: hidden width of projector and predictor; the checkpoint's, else 4096"
     )
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
-    moco.add_argument("--two-crops", choices=data.TWO_CROPS, default="moco_v3", help="how the views are made")
+    moco.add_argument("--two-crops", choices=transforms.TWO_CROPS, default="moco_v3", help="how the views are made")
     moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
     moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
     moco.add_argument("--scale", type=options.fraction, default=0.2, help="digits: so much larger or smaller than 1")
@@ -441,7 +441,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
-    views = data.two_crops(
+    views = transforms.two_crops(
         args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
     )
     kept = keep_images(images, args.cache_images, args.image_size)
@@ -450,7 +450,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
     loader = data.build_loader(data.Transformed(kept, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
-    transform, bounds = data.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
+    transform, bounds = transforms.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
     knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
     if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
         raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")

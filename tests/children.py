@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from moco import InputError
+from toolkit import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -65,7 +65,7 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from moco.runs import run_script
+    from toolkit.runs import run_script
 
     __import__(module)
     if before:

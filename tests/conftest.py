@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import finetune_lora
-from moco.backbones import build_backbone
-from moco.data import LabelledImages, load_splits
+from toolkit.backbones import build_backbone
+from toolkit.data import LabelledImages, load_splits
 
 CLASSES = ("bright", "dark", "striped")
 

@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from moco import InputError
-from moco.backbones import (
+from toolkit import InputError
+from toolkit.backbones import (
     ARCHS,
     block_names,
     build_backbone,

@@ -26,8 +26,8 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from moco.backbones import build_backbone
-from moco.runs import run_script
+from toolkit.backbones import build_backbone
+from toolkit.runs import run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -865,7 +865,7 @@ GREEDY = {
 GREEDY_SCRIPT = """
 import pathlib, resource, sys
 import finetune_lora
-from moco import InputError
+from toolkit import InputError
 used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 for name in sys.argv[1:]:

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import compare_peers, growth
 from benchmarks.compare_peers import Training, parse_arguments, random_batch
-from moco import InputError
+from toolkit import InputError
 
 TINY = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "2"]
 

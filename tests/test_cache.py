@@ -1,4 +1,4 @@
-"""moco/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
+"""toolkit/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
 
 import errno
 import itertools
@@ -17,10 +17,11 @@ from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
 import finetune_lora
-from lora_fusion import split_model
+from lora.fusion import split_model
 from lora_utils import read_adapter_file
-from moco import InputError, cache, data, pretrain, runs, training, transforms
-from moco.backbones import build_backbone
+from moco import pretrain
+from toolkit import InputError, cache, data, runs, training, transforms
+from toolkit.backbones import build_backbone
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,14 +151,14 @@ def test_memory_is_given_back(photos, tmp_path, end):
     program = f"""
 import time
 from pathlib import Path
-from moco import cache, data, runs
+from toolkit import cache, data, runs
 cache._MEMORY = Path({str(tmp_path / "shm")!r})
 read = cache._read
 cache._read = lambda place: time.sleep(0.2) or read(place)
 def main():
     files = data.ImageFiles({str(tmp_path / "images")!r}, [f"b{{i}}.png" for i in range(8)], [0] * 8)
     images = cache.keep_images(data.LabelledImages(files, [0] * 8), "ram", 32)
-    loader = data.build_loader(data.Transformed(images, data.eval_transform(32)), 1, workers=1)
+    loader = data.build_loader(data.Transformed(images, transforms.eval_transform(32)), 1, workers=1)
     for _ in loader:
         print(any(path.is_file() for path in cache._MEMORY.rglob("*")))
         {end}
@@ -185,7 +186,7 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
 
 def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):
     def views(workers: int) -> list[torch.Tensor]:
-        kept = data.Transformed(cache.keep_images(photos, "disk", 32), data.two_crops(32, "moco_v2"))
+        kept = data.Transformed(cache.keep_images(photos, "disk", 32), transforms.two_crops(32, "moco_v2"))
         loader = data.build_loader(kept, 2, shuffle=True, workers=workers)
         return [view for _ in range(2) for pair, _ in loader for view in pair]
 

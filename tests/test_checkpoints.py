@@ -15,9 +15,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from moco import InputError
-from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone, tensor_digest
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone, tensor_digest
 
 # --- Building files --------------------------------------------------------------------------------------------------
 

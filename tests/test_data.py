@@ -1,4 +1,4 @@
-"""moco/data.py: data sets, splits, loaders."""
+"""toolkit/data.py: data sets, splits, loaders."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from moco import InputError, data
+from toolkit import InputError, data, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -481,9 +481,9 @@ def test_drawing_for_images_leaves_the_global_generator_alone():
 
 
 def transforms_of_all_kinds():
-    yield data.eval_transform(32)
-    yield from (data.train_transform(32, name) for name in data.AUGMENTATIONS)
-    yield from (data.two_crops(32, name) for name in data.TWO_CROPS)
+    yield transforms.eval_transform(32)
+    yield from (transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS)
+    yield from (transforms.two_crops(32, name) for name in transforms.TWO_CROPS)
 
 
 class Clock:
@@ -525,7 +525,7 @@ def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
     def chosen(images, cores: int, device: str | None) -> int:
         monkeypatch.setattr(data, "usable_cores", lambda: cores)
         device = device and torch.device(device)
-        transformed = data.Transformed(images, data.eval_transform(32))
+        transformed = data.Transformed(images, transforms.eval_transform(32))
         return data.build_loader(transformed, 8, workers="auto", device=device).num_workers
 
     assert [chosen(images, 8, "cuda") for images in (*in_memory, *files)] == [0, 8, 0, 8]
@@ -598,7 +598,7 @@ def test_an_image_knows_its_file_and_workers_say_what_they_read(tmp_path):
             Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
     images = data.load_splits("imagefolder", tmp_path).train
     assert [images.name(i) for i in range(4)] == [f"{tmp_path}/{key}" for key in images.relative_names()]
-    transformed = data.Transformed(images, data.eval_transform(2))
+    transformed = data.Transformed(images, transforms.eval_transform(2))
     assert transformed.names_being_read() == []
     list(data.build_loader(transformed, 2, workers=2))
     assert transformed.names_being_read() == []  # they have finished

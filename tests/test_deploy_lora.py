@@ -19,13 +19,12 @@ from PIL import Image
 from torch import nn
 
 import deploy_lora
-import finetune_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_utils import LoRAManager
-from moco import InputError
-from moco.backbones import build_backbone, forward_features
-from moco.checkpoints import load_backbone
-from moco.runs import run_script
+from toolkit import InputError, transforms
+from toolkit.backbones import build_backbone, forward_features
+from toolkit.checkpoints import load_backbone
+from toolkit.runs import run_script
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 
@@ -258,10 +257,7 @@ def expected_logits(adapter: Path, images: torch.Tensor) -> torch.Tensor:
 
 def unnormalised(images: torch.Tensor) -> torch.Tensor:
     """The images from 0 to 1 that become these."""
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (finetune_lora.data.IMAGENET_MEAN, finetune_lora.data.IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (transforms.IMAGENET_MEAN, transforms.IMAGENET_STD))
     return images * std + mean
 
 
@@ -284,7 +280,7 @@ def test_onnxruntime_answers_as_the_model(trained, normalise, tmp_path):
         assert_close(torch.from_numpy(logits), expected_logits(trained, images), FP32)
     about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert about["class_names"] == list(CLASSES) and about["image_size"] == 16
-    assert about["normalised_inside"] is normalise and about["mean"] == list(finetune_lora.data.IMAGENET_MEAN)
+    assert about["normalised_inside"] is normalise and about["mean"] == list(transforms.IMAGENET_MEAN)
 
 
 @pytest.mark.parametrize("trained", ["qlora"], indirect=True)

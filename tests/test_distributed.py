@@ -1,4 +1,4 @@
-"""moco/distributed.py: what two processes do together, beside training (tests/test_processes.py)."""
+"""toolkit/distributed.py: what two processes do together, beside training (tests/test_processes.py)."""
 
 import functools
 import time
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from children import together
 
-from moco import distributed, pretrain
+from moco import pretrain
+from toolkit import distributed
 
 
 def impatient() -> None:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import domain
 from finetune_lora import load_base
 from lora_utils import read_adapter_file
-from moco import InputError
+from toolkit import InputError
 
 STAGE1 = "--epochs 1 --batch-size 4 --two-crops digits --workers 0 --dim 8 --mlp-dim 16"
 

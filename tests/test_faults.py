@@ -18,8 +18,9 @@ from children import Child
 
 import finetune_lora
 from lora_utils import read_adapter_file
-from moco import InputError, pretrain
-from moco.files import read_checkpoint
+from moco import pretrain
+from toolkit import InputError
+from toolkit.files import read_checkpoint
 
 WAYS = {
     "lora": "--lora-rank 2 --lora-dropout 0.1 --accumulation-steps 2",

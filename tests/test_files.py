@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import nn
 
-from moco import InputError
-from moco.checkpoints import load_backbone
-from moco.files import (
+from toolkit import InputError
+from toolkit.checkpoints import load_backbone
+from toolkit.files import (
     TOOLKIT,
     found_path,
     is_plain_tensor,

@@ -21,15 +21,15 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
-from lora_start import adapter_pairs, start_at_gradient
+from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError, collapse, runs, training
-from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone
-from moco.collapse import Collapsed, CollapseGuard
-from moco.data import Transformed, build_loader, load_splits
-from moco.files import read_checkpoint
-from moco.training import MicroBatches, evaluate, seed_everything
+from toolkit import InputError, collapse, runs, training
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone
+from toolkit.collapse import Collapsed, CollapseGuard
+from toolkit.data import Transformed, build_loader, load_splits
+from toolkit.files import read_checkpoint
+from toolkit.training import MicroBatches, evaluate, seed_everything
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -745,11 +745,11 @@ def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatc
     """It is in the optimizer's state, and the head's temperature depends on it."""
     runs_made = []
     finetune("--epochs 1", after_epoch=runs_made.append)
-    monkeypatch.setattr(finetune_lora.lora_start, "FASTER", 2.0)
+    monkeypatch.setattr(finetune_lora.initialization, "FASTER", 2.0)
     real_train = FineTuning.train
     monkeypatch.setattr(FineTuning, "train", lambda run, *args: runs_made.append(run) or real_train(run, *args))
     finetune("--epochs 1 --resume")
-    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.lora_start.FASTER
+    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.initialization.FASTER
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
@@ -1144,7 +1144,7 @@ def fresh_clone(tmp_path, monkeypatch):
     (tmp_path / "configs/stage1.yaml").write_text(config)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("moco.files.TOOLKIT", tmp_path)
+    monkeypatch.setattr("toolkit.files.TOOLKIT", tmp_path)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
     return yaml.safe_load(config)["finetune"]

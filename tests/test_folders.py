@@ -1,4 +1,4 @@
-"""moco/folders.py: which files are found, in which order, and what is said where there are none."""
+"""toolkit/folders.py: which files are found, in which order, and what is said where there are none."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moco import InputError, folders
+from toolkit import InputError, folders
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -26,11 +26,12 @@ from torch import nn
 
 from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_options
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError, pretrain
-from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone
-from moco.files import read_checkpoint
-from moco.options import parse_args
+from moco import pretrain
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone
+from toolkit.files import read_checkpoint
+from toolkit.options import parse_args
 
 ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))

@@ -41,10 +41,10 @@ from finetune_lora import (
     remove_lora_from_model,
     set_gradient_checkpointing,
 )
-from lora_functional import dense_weight
+from lora.functional import dense_weight
 from lora_utils import LoRAManager, unused_adapters
-from moco import InputError
-from moco.backbones import block_names
+from toolkit import InputError
+from toolkit.backbones import block_names
 
 
 @pytest.fixture(autouse=True)

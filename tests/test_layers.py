@@ -21,7 +21,7 @@ from finetune_lora import (
     freeze_backbone_params,
 )
 from lora_utils import LoRAManager
-from moco import InputError
+from toolkit import InputError
 
 KINDS = {
     nn.Linear: (LoRALinear, QLoRALinear),

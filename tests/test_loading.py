@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import loading
-from moco import InputError
+from toolkit import InputError
 
 
 @pytest.fixture

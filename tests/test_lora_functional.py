@@ -1,4 +1,4 @@
-"""lora_functional.py: every gradient by finite differences, every path against dense stock operations."""
+"""lora/functional.py: every gradient by finite differences, every path against dense stock operations."""
 
 import copy
 import math
@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import lora_functional
-from lora_functional import (
+from lora import functional
+from lora.functional import (
     PLAIN,
     Geometry,
     NF4Weight,
@@ -42,7 +42,7 @@ def seed():
 @pytest.fixture(params=["merged", "side path"])
 def path(request, monkeypatch):
     """Both ways to y and gx, whatever the sizes."""
-    monkeypatch.setattr(lora_functional, "_merge_pays", lambda *sizes: request.param == "merged")
+    monkeypatch.setattr(functional, "_merge_pays", lambda *sizes: request.param == "merged")
 
 
 def random(*shape: int, **kwargs) -> torch.Tensor:
@@ -91,9 +91,9 @@ def row_operations(width: int):
 
 
 @pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
-@pytest.mark.parametrize("part", [1, lora_functional.PART_NUMEL], ids=["row by row", "at once"])
+@pytest.mark.parametrize("part", [1, functional.PART_NUMEL], ids=["row by row", "at once"])
 def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
-    monkeypatch.setattr(lora_functional, "PART_NUMEL", part)
+    monkeypatch.setattr(functional, "PART_NUMEL", part)
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, A, B):
@@ -168,8 +168,8 @@ def test_linear_equals_the_dense_computation(device, rows, groups, dtype, autoca
 
 def test_the_sizes_above_lie_on_both_sides():
     W = random(36, 24)
-    assert lora_functional._merge_pays(W, 300 * 36) and not lora_functional._merge_pays(W, 5 * 36)
-    assert not lora_functional._merge_pays(W.bfloat16(), 300 * 36)  # see the next test
+    assert functional._merge_pays(W, 300 * 36) and not functional._merge_pays(W, 5 * 36)
+    assert not functional._merge_pays(W.bfloat16(), 300 * 36)  # see the next test
 
 
 def test_a_small_update_survives_low_precision():
@@ -455,12 +455,12 @@ def test_small_updates_of_a_rounded_kernel_survive_on_average(autocast):
         (W.bfloat16(), torch.tensor([1.1])),
         (W.bfloat16(), None),
     ):
-        assert lora_functional._kernel_merges(weight, scale, torch.bfloat16) is not (scale is None and weight is not W)
+        assert functional._kernel_merges(weight, scale, torch.bfloat16) is not (scale is None and weight is not W)
         outputs = []
         for update in (A, 0 * A):
-            if lora_functional._kernel_merges(weight, scale, torch.bfloat16):
+            if functional._kernel_merges(weight, scale, torch.bfloat16):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    kernel = lora_functional._folded_kernel(weight, update, B, 1.0, scale, torch.bfloat16)
+                    kernel = functional._folded_kernel(weight, update, B, 1.0, scale, torch.bfloat16)
                 outputs.append(kernel.double().sum().item())
             else:  # the output is so large that its own rounding would hide the update: look at the update alone
                 zero = torch.zeros_like(weight)
@@ -606,10 +606,10 @@ def test_dropped_attention_weights(need_weights):
 @pytest.mark.parametrize("keep", [False, True], ids=["", "weights kept"])
 def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast, keep):
     """Attention in bfloat16 by products over all heads, in parts: outputs and gradients, peaked attention too."""
-    monkeypatch.setattr(lora_functional, "SCORES_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(functional, "SCORES_AT_A_TIME", at_a_time)
     errors = {}
     for batched in (False, True):
-        monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
+        monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
         torch.manual_seed(0)
         precise = [2 * torch.randn(50, 5, H * 8, dtype=torch.float64) for _ in range(3)]
         precise[0] = precise[0][:, :3]  # fewer queries than keys
@@ -634,7 +634,7 @@ def test_what_the_values_have_in_common_is_not_rounded():
     q, k, v, gradient = (torch.randn(4, 2, 50, 8, dtype=torch.float64) for _ in range(4))
     v = (v + 8).bfloat16().double()
     errors = []
-    for function in (lora_functional._Attention.apply, F.scaled_dot_product_attention):
+    for function in (functional._Attention.apply, F.scaled_dot_product_attention):
         low, high = (q.bfloat16().requires_grad_(), q.bfloat16().double().requires_grad_())
         keys = k.bfloat16()
         function(low, keys, v.bfloat16()).backward(gradient.bfloat16())
@@ -653,7 +653,7 @@ def _function_names(tensor: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
     q, v = torch.randn(number, 4, 8).bfloat16(), torch.randn(number, 4, 8).bfloat16()
     attended, _ = attend(q, q, v, 2)
     expected, _ = attend(q.float(), q.float(), v.float(), 2)
@@ -663,7 +663,7 @@ def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
 @pytest.mark.parametrize("keys, keep, kept_sizes", [(5, False, []), (5, True, [2 * 2 * 5 * 5]), (17, True, [])])
 def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, keys, keep, kept_sizes):
     """Heads of 4 numbers: the weights of 16 keys would be four times q."""
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
     kept, qkv = [], torch.randn(2, keys, 24, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attend(*qkv.chunk(3, -1), 2, keep_weights=keep)
@@ -673,9 +673,9 @@ def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, k
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_scores_are_computed_again_only_where_weights_are_not_kept(monkeypatch, grad):
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
-    calls, weights = [], lora_functional._attention_weights
-    monkeypatch.setattr(lora_functional, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    calls, weights = [], functional._attention_weights
+    monkeypatch.setattr(functional, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
     gradients = []
     for keep in (False, True):
         torch.manual_seed(0)
@@ -801,11 +801,11 @@ def test_pooling_keeps_nothing_of_the_input_s_size():
     assert kept and all(tensor.numel() == 4 * 8 * 8 for tensor in kept)
 
 
-@pytest.mark.parametrize("function", [lora_functional.merged_weight, lora_functional.merged_kernel])
+@pytest.mark.parametrize("function", [functional.merged_weight, functional.merged_kernel])
 def test_autocast_does_not_round_what_is_merged(function):
     weight, A, B = random(6, 8), random(2, 8), random(6, 2)
     expected = weight.double() + 0.5 * B.double() @ A.double()
-    if function is lora_functional.merged_kernel:
+    if function is functional.merged_kernel:
         weight, expected = weight.view(6, 2, 2, 2), expected.view(6, 2, 2, 2)
     before = weight.clone()
     with torch.autocast("cpu", torch.bfloat16):
@@ -819,19 +819,19 @@ def test_autocast_does_not_round_what_is_merged(function):
 @pytest.mark.parametrize("bias", [None, 1, 2], ids=["no bias", "bias", "every second number as bias"])
 def test_a_frozen_linear_layer_is_the_stock_one(monkeypatch, device, by_onednn, bias):
     """Whichever product it takes: with and without a gradient of the input, under autocast, and for no input at all."""
-    monkeypatch.setattr(lora_functional, "PREFERS_ONEDNN_LINEAR", by_onednn)
+    monkeypatch.setattr(functional, "PREFERS_ONEDNN_LINEAR", by_onednn)
     layer = nn.Linear(6, 5, bias=bias is not None, device=device).requires_grad_(False)
     if bias is not None:
         layer.bias.data = torch.randn(5 * bias, device=device)[::bias]
     for shape in ((3, 6), (2, 4, 6), (0, 4, 6)):
         x = torch.randn(shape, device=device)
-        y = lora_functional.frozen_linear(x, layer.weight, layer.bias)
+        y = functional.frozen_linear(x, layer.weight, layer.bias)
         assert y.shape == (*shape[:-1], 5)
         torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-6)
         with torch.autocast(device, torch.bfloat16):
-            assert torch.equal(lora_functional.frozen_linear(x, layer.weight, layer.bias), layer(x))
+            assert torch.equal(functional.frozen_linear(x, layer.weight, layer.bias), layer(x))
     ours, theirs = (torch.ones(2, 3, 6, device=device, requires_grad=True) for _ in range(2))
-    lora_functional.frozen_linear(ours, layer.weight, layer.bias).square().sum().backward()
+    functional.frozen_linear(ours, layer.weight, layer.bias).square().sum().backward()
     layer(theirs).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
 
@@ -846,4 +846,4 @@ def test_a_frozen_linear_layer_of_an_input_in_bfloat16_is_the_stock_one(device, 
         layer.bias.data = torch.randn(10, device=device, dtype=bias_dtype)[::2]
     x = torch.randn(3, 6, device=device, dtype=torch.bfloat16)
     with torch.autocast(device, torch.bfloat16):
-        assert_close(lora_functional.frozen_linear(x, layer.weight, layer.bias), layer(x), BF16)
+        assert_close(functional.frozen_linear(x, layer.weight, layer.bias), layer(x), BF16)

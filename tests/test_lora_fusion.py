@@ -1,4 +1,4 @@
-"""lora_fusion.py: blocks whose neighbours are computed together, against the stock blocks, layer by layer."""
+"""lora/fusion.py: blocks whose neighbours are computed together, against the stock blocks, layer by layer."""
 
 import copy
 import gc
@@ -32,19 +32,18 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, VisionTransformer
 
-import lora_functional
-import lora_fusion
 from finetune_lora import (
     add_lora_to_model,
     freeze_backbone_params,
     remove_lora_from_model,
     set_gradient_checkpointing,
 )
-from lora_functional import SavedIn16Bits
-from lora_fusion import FusedVisionTransformer, set_patch_dropout, split_model
+from lora import functional, fusion
+from lora.functional import SavedIn16Bits
+from lora.fusion import FusedVisionTransformer, set_patch_dropout, split_model
 from lora_utils import LoRAManager
-from moco import InputError
-from moco.backbones import head_name
+from toolkit import InputError
+from toolkit.backbones import head_name
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +146,7 @@ def test_norms_that_train_beside_the_adapters(build, side):
     model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
     freeze_backbone_params(model, train_norms=True)
     compare_with_dense(stock.train(), model.train(), [x], EXACT)
-    norms = [m for m in model.modules() if isinstance(m, lora_fusion.NORMS)]
+    norms = [m for m in model.modules() if isinstance(m, fusion.NORMS)]
     assert norms and all(norm.weight.grad.any() and norm.bias.grad.any() for norm in norms)
     assert all(getattr(norm, "num_batches_tracked", 1) == 1 for norm in norms)
     freeze_backbone_params(model)
@@ -378,7 +377,7 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, au
 @pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
 def test_a_vit_in_low_precision(monkeypatch, device, mode, batched):
     """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
     stock, x = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device), images(64, 4).to(device)
     model = frozen(copy.deepcopy(stock))
     set_gradient_checkpointing(model, mode)
@@ -778,7 +777,7 @@ def test_the_fast_path_is_closed_around_adapters_only(activation):
     assert flags(model) == [False, before[1], 0]
     for layer in (model.layers[1].self_attn, model.layers[1].linear1, model.layers[1].linear2):
         layer.remove_lora()
-    lora_fusion.unfuse(model)
+    fusion.unfuse(model)
     assert flags(model) == before and classes(model) == classes(encoder())
     assert set(vars(model.layers[1])) == set(vars(encoder().layers[1]))
 
@@ -849,9 +848,9 @@ def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_mid
 @pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
 def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, dropout):
     """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", True)
-    computed, weights = [], lora_functional._attention_weights
-    monkeypatch.setattr(lora_functional, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    computed, weights = [], functional._attention_weights
+    monkeypatch.setattr(functional, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
     model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
     set_gradient_checkpointing(model, mode)
     blocks = len(model.encoder.layers)
@@ -869,7 +868,7 @@ def test_attention_that_was_replayed_is_forgotten():
     set_gradient_checkpointing(model, "selective")
     parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    attentions = [each for each in gc.get_objects() if type(each) is lora_functional.SelfAttention]
+    attentions = [each for each in gc.get_objects() if type(each) is functional.SelfAttention]
     assert attentions and all(each._replayed is None for each in attentions)
     for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
         assert torch.equal(gradient, again)
@@ -1047,7 +1046,7 @@ FROZEN_ATTENTION = {
 @pytest.mark.parametrize("dtype, batched", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, batched):
     """Outputs and gradients; and no product is made for each token."""
-    monkeypatch.setattr(lora_functional, "PREFERS_BATCHED_ATTENTION", batched)
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
     model, x = vit(), images(16)
     FROZEN_ATTENTION[way](model)
     randomize_adapters(model)
@@ -1061,10 +1060,10 @@ def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, 
     with Operations() as operations:
         logits, gradients = run()
     assert batched or operations.count("bmm") == 0
-    blocks = [m for m in model.modules() if type(m) is lora_fusion.FusedEncoderBlock]
-    assert any(lora_fusion.is_frozen_attention(block.self_attention) for block in blocks)
+    blocks = [m for m in model.modules() if type(m) is fusion.FusedEncoderBlock]
+    assert any(fusion.is_frozen_attention(block.self_attention) for block in blocks)
     for module in model.modules():  # from here on the blocks are torchvision's
-        module.__class__ = lora_fusion.STOCK.get(type(module), type(module))
+        module.__class__ = fusion.STOCK.get(type(module), type(module))
     expected, wanted = run()
     limit = FP32 if dtype == torch.float32 else BF16 * (3 if batched else 1)  # batched, they round differently
     assert_close(logits, expected, limit)
@@ -1086,7 +1085,7 @@ def test_a_hook_on_frozen_attention_sees_the_stock_call(way):
 def test_attention_that_trains_again_is_the_stock_one():
     model = vit()
     freeze_backbone_params(model)
-    assert type(model.encoder.layers[0]) is lora_fusion.FusedEncoderBlock
+    assert type(model.encoder.layers[0]) is fusion.FusedEncoderBlock
     freeze_backbone_params(model, freeze=False)
     assert type(model.encoder.layers[0]) is EncoderBlock
     freeze_backbone_params(add_lora_to_model(model))
@@ -1175,12 +1174,12 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     monkeypatch.setattr(SavedIn16Bits, "_pack", note)
     q = torch.randn(2, 7, 16, requires_grad=True)
     with SavedIn16Bits():
-        attended, _ = lora_functional.attend(q, q, q, 2)
+        attended, _ = functional.attend(q, q, q, 2)
         nn.LayerNorm(16, elementwise_affine=False)(attended)
         nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
         assert (2, 4, 7) in exact
         mask = torch.zeros(2, 1, 7, 7)
-        lora_functional.attend(q, q, q, 2, mask)
+        functional.attend(q, q, q, 2, mask)
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
     assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"

@@ -17,9 +17,9 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora_peft import CONFIG, WEIGHTS, _obstacle, from_peft, to_peft
 from lora_utils import LoRAManager, read_adapter_file
-from moco import InputError
-from moco.backbones import build_backbone
-from moco.checkpoints import load_backbone
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
 BLOCK = "encoder.layers.encoder_layer_1."

@@ -10,15 +10,15 @@ import torch
 from dense import BF16, DEVICES, FP32, assert_close, randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
-import lora_residents
 from finetune_lora import (
     add_lora_to_model,
     count_parameters,
     freeze_backbone_params,
     remove_lora_from_model,
 )
+from lora import residents
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
-from moco import InputError
+from toolkit import InputError
 
 # Adapters over one base that differ in all that may differ: name -> options, number of classes.
 OPTIONS = {
@@ -571,7 +571,7 @@ def test_adapters_compute_where_the_model_went(device, tmp_path):
 
 
 def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora_residents, "KINDS", {})
+    monkeypatch.setattr(residents, "KINDS", {})
     with pytest.raises(InputError, match="import it first"):
         manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora_start import adapter_pairs, start_at_gradient
+from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager
-from moco.backbones import build_backbone
+from toolkit.backbones import build_backbone
 
 R = 4
 

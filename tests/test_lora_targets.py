@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lora_targets import LoRASettings
-from moco import InputError
+from lora.targets import LoRASettings
+from toolkit import InputError
 
 
 def test_scaling():

@@ -1,4 +1,4 @@
-"""moco/measures.py: against the formulas written out, and at the ends of each range."""
+"""toolkit/measures.py: against the formulas written out, and at the ends of each range."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco import measures
+from toolkit import measures
 
 
 @pytest.fixture

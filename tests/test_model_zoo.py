@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from benchmarks import model_zoo
-from moco import InputError
+from toolkit import InputError
 
 FAST = [
     *("timm:vit_tiny_patch16_224", "timm:eva02_tiny_patch14_224", "timm:resnet18", "timm:mobilenetv3_small_050"),

@@ -1,4 +1,4 @@
-"""moco/options.py: defaults, YAML and command line; types, choices and nearest names."""
+"""toolkit/options.py: defaults, YAML and command line; types, choices and nearest names."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import finetune_lora
-from moco import InputError, options, pretrain
+from moco import pretrain
+from toolkit import InputError, options
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,11 +15,12 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 import deploy_lora
 from finetune_lora import load_base, load_finetuned
-from lora_fusion import FusedEncoderBlock
+from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
-from moco import InputError, data, options, pretrain
-from moco.checkpoints import load_backbone
-from moco.files import read_checkpoint
+from moco import pretrain
+from toolkit import InputError, data, options
+from toolkit.checkpoints import load_backbone
+from toolkit.files import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 

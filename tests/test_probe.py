@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from moco.probe import (
+from toolkit.probe import (
     GENTLE,
     STRENGTHS,
     choose_temperature,

@@ -16,8 +16,9 @@ from torch import nn
 
 import finetune_lora
 from lora_utils import read_adapter_file
-from moco import distributed, pretrain, training
-from moco.files import read_checkpoint
+from moco import pretrain
+from toolkit import distributed, training
+from toolkit.files import read_checkpoint
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"

@@ -6,7 +6,7 @@ import children
 import pytest
 
 from benchmarks import quality
-from moco import InputError
+from toolkit import InputError
 
 
 def record(method, budget, rate, seed, split, accuracy, loss=0.5):

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from moco.backbones import build_backbone
-from moco.files import stored_path
+from toolkit.backbones import build_backbone
+from toolkit.files import stored_path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -237,7 +237,7 @@ def shown(default) -> str:
 
 
 def test_every_file_in_the_layout_exists():
-    layout = next(block for block in blocks("text") if "lora_functional.py" in block)
+    layout = next(block for block in blocks("text") if "toolkit/ " in block)
     names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
     assert [name for name in names if not (ROOT / name).exists()] == []
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.report_page import BLUE, ORANGE, confusion_counts, confusion_svg, write_page
-from moco.training import Evaluation
+from toolkit.report_page import BLUE, ORANGE, confusion_counts, confusion_svg, write_page
+from toolkit.training import Evaluation
 
 
 class Reader(HTMLParser):

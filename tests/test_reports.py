@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from moco import InputError, pretrain, reports
-from moco.data import LabelledImages
-from moco.search import Trial
-from moco.training import Evaluation
+from moco import pretrain
+from toolkit import InputError, reports
+from toolkit.data import LabelledImages
+from toolkit.search import Trial
+from toolkit.training import Evaluation
 
 
 def evaluation(labels: list[int], predictions: list[int], confidences: list[float] | None = None) -> Evaluation:

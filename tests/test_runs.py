@@ -1,4 +1,4 @@
-"""moco/runs.py: how a run begins, stops and fails."""
+"""toolkit/runs.py: how a run begins, stops and fails."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco import InputError, runs
+from toolkit import InputError, runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def test_run_script_ends_bad_input_with_one_message_and_exit_code_2(capsys):
 
 
 def test_run_script_ends_an_interruption_with_exit_code_130():
-    code = "from moco.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
+    code = "from toolkit.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -35,7 +35,7 @@ def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
     """In a newcomer's environment Python buffers what it prints into a file."""
     code = """
 import sys
-from moco import InputError, runs
+from toolkit import InputError, runs
 def main():
     print("epoch 1")
     print("a warning", file=sys.stderr)
@@ -52,7 +52,7 @@ runs.run_script(main)
 
 
 def test_a_name_whose_bytes_are_no_characters_can_be_printed():
-    code = "from moco.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
+    code = "from toolkit.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
     environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stdout) == (0, "caf\\udce9.jpg\n")
@@ -76,7 +76,7 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
     code = """
 import resource, torch
-from moco import runs
+from toolkit import runs
 def main():
     for _ in range(11):
         torch.ones(2**24)  # 64 MB

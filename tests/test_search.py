@@ -2,7 +2,7 @@
 
 import contextlib
 
-from moco.search import RATES, Trial, choose, find_learning_rate
+from toolkit.search import RATES, Trial, choose, find_learning_rate
 
 
 def test_a_rate_is_found_that_is_better_by_more_than_chance():

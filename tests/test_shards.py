@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco import InputError, data, pretrain, shards
+from moco import pretrain
+from toolkit import InputError, data, shards, transforms
 
 
 def write_shard(path, samples: dict[str, bytes]) -> None:
@@ -87,7 +88,7 @@ def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_loaded_does_not_depend_on_the_workers(tmp_path, workers):
     write_set(tmp_path, 24)
-    images, transform = data.load_unlabelled(tmp_path), data.train_transform(8, "crop")
+    images, transform = data.load_unlabelled(tmp_path), transforms.train_transform(8, "crop")
     loaded = [
         torch.cat([x for x, _ in data.build_loader(data.Transformed(images, transform), 6, shuffle=True, workers=w)])
         for w in (0, workers)

@@ -17,12 +17,12 @@ from finetune_lora import (
     main,
     remove_lora_from_model,
 )
-from lora_fusion import set_gradient_checkpointing
+from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
-from moco import InputError
-from moco.backbones import build_backbone, default_image_size, forward_features, head_name, in_head, normalization
-from moco.checkpoints import load_backbone
-from moco.probe import init_head_from_probe
+from toolkit import InputError
+from toolkit.backbones import build_backbone, default_image_size, forward_features, head_name, in_head, normalization
+from toolkit.checkpoints import load_backbone
+from toolkit.probe import init_head_from_probe
 
 timm = pytest.importorskip("timm")
 

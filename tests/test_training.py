@@ -1,4 +1,4 @@
-"""moco/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
+"""toolkit/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
 import argparse
 import copy
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from moco import InputError, training
+from toolkit import InputError, training
 
 
 def draw() -> tuple:

@@ -1,4 +1,4 @@
-"""moco/transforms.py: any image becomes RGB, and views are what torchvision's transforms make, from fewer pixels."""
+"""toolkit/transforms.py: any image becomes RGB, and views are what torchvision's transforms make, from fewer pixels."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from PIL import Image, JpegImagePlugin
 from torchvision import transforms as T
 
 from benchmarks import loading
-from moco import data, transforms
+from toolkit import data, transforms
 
 
 def pixel(image: Image.Image) -> tuple[int, int, int]:
@@ -215,7 +215,7 @@ def test_an_orientation_that_makes_no_sense_is_upright(tmp_path, monkeypatch, or
     Image.new("RGB", (400, 200), "white").save(tmp_path / "odd.jpg")
     monkeypatch.setattr(Image.Image, "getexif", lambda self: {274: orientation})
     assert data.to_rgb(Image.open(tmp_path / "odd.jpg")).size == (400, 200)
-    view = data.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
+    view = transforms.eval_transform(64)(Image.open(tmp_path / "odd.jpg"))
     assert view.amin((1, 2)).tolist() == view.amax((1, 2)).tolist()  # white to the edges
 
 
@@ -248,7 +248,7 @@ def test_a_file_is_decoded_once_for_both_views_at_a_reduced_size(tmp_path, monke
 
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "load", noted)
     images = data.LabelledImages(data.ImageFiles(tmp_path, ["large.jpg"], [0]), [0])
-    (first, second), _ = data.Transformed(images, data.two_crops(32, "moco_v1"))[0]
+    (first, second), _ = data.Transformed(images, transforms.two_crops(32, "moco_v1"))[0]
     assert first.shape == second.shape == (3, 32, 32)
     [size] = decoded
     assert max(size) < 400

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco import distributed
-from moco.backbones import head_name
+from toolkit import distributed
+from toolkit.backbones import head_name
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
@@ -41,7 +41,7 @@ def init_head_from_probe(
 
     Args:
         model: its head is a linear layer from D features to K classes.
-        features: (views * N, D), as `moco.training.extract_features` returns them: the same N images once for each
+        features: (views * N, D), as `toolkit.training.extract_features` returns them: the same N images once for each
             view, such as once as they are and once augmented.
         labels: (views * N,), from 0 to K - 1.
         class_weights: 'none', or 'balanced': every class counts alike, however many images it has.

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_fusion import is_adapted
-from moco import distributed
+from lora.fusion import is_adapted
+from toolkit import distributed
 
 # Adapters that start so learn at so many times the rate of everything else, which makes full fine-tuning's usual rates
 # good ones: measured, see benchmarks/RESULTS.md. (LoRA Without Regret, 2025, finds a factor of ten.)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Names in the metrics, and titles. The first is `moco.training.knn_accuracy`, which needs labels.
+# Names in the metrics, and titles. The first is `toolkit.training.knn_accuracy`, which needs labels.
 TITLES = {"knn_accuracy": "k-NN", "alignment": "alignment", "uniformity": "uniformity"}
 TITLES |= {"effective_rank": "effective rank"}
 

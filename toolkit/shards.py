@@ -3,7 +3,7 @@
 A set of a million small files is slow to list and to open on network storage; as a few hundred archives it is not.
 The archives are not streamed as webdataset does it, but indexed: where each image lies is found when a run starts, and
 read from there. So every image is used once per epoch, an epoch can be resumed within, and several processes share it
-exactly, none of which a stream can promise. `moco.data.Batches` takes the archives one group after the other.
+exactly, none of which a stream can promise. `toolkit.data.Batches` takes the archives one group after the other.
 """
 
 import io
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moco import InputError, listed, printable
-from moco.folders import IMAGE_SUFFIXES, ImageFiles, unreadable
+from toolkit import InputError, listed, printable
+from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, unreadable
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -12,8 +12,8 @@ from torch.utils.data import get_worker_info
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from moco.backbones import IMAGENET_MEAN, IMAGENET_STD
-from moco.folders import unreadable
+from toolkit.backbones import IMAGENET_MEAN, IMAGENET_STD
+from toolkit.folders import unreadable
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
@@ -214,7 +214,7 @@ def eval_transform(image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: 
     """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
 
     It takes what `Image.open` returns, and then gives the same pixels as evaluation. Its channels are normalised by
-    `mean` and `std`; see `moco.backbones.normalization`.
+    `mean` and `std`; see `toolkit.backbones.normalization`.
     """
     if image_size <= 64:
         return View(Whole(image_size), *_tensor(mean, std))

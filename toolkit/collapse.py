@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco import InputError
+from toolkit import InputError
 
 RETREATS, RETREAT_FACTOR = 3, 8.0  # how often a collapsed run goes back, and what divides its learning rate then
 SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum

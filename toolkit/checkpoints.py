@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from moco import InputError, listed, printable
-from moco.backbones import ARCHS, HEAD_NAMES, TIMM, build_backbone, default_image_size, head_name
-from moco.files import is_plain_tensor, read_checkpoint, read_safetensors, stored_path
+from toolkit import InputError, listed, printable
+from toolkit.backbones import ARCHS, HEAD_NAMES, TIMM, build_backbone, default_image_size, head_name
+from toolkit.files import is_plain_tensor, read_checkpoint, read_safetensors, stored_path
 
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
@@ -39,8 +39,8 @@ def load_backbone(
             a `.safetensors` file of tensors under timm's or torchvision's names; with a `timm:` arch, any file that has
             that model's own keys. 'none': random weights.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
-        arch: one of `moco.backbones.ARCHS`, or `timm:` and a model of timm; by default what the file says or its shapes
-            imply.
+        arch: one of `toolkit.backbones.ARCHS`, or `timm:` and a model of timm; by default what the file says or its
+            shapes imply.
         image_size: by default the file's own. A ViT's position embedding is interpolated to any other.
 
     Returns:

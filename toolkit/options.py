@@ -19,13 +19,14 @@ from typing import Any
 
 import yaml
 
-from moco import InputError, printable
-from moco.backbones import ARCH_CHOICES
-from moco.cache import CACHES
-from moco.checkpoints import is_none, option_problems
-from moco.data import AUGMENTATIONS, CROP_MIN, DATASETS, EVAL_SPLITS, UNLABELLED_SET
-from moco.files import found_path, stored_path
-from moco.training import BEST_BY, PRECISIONS, SCHEDULES
+from toolkit import InputError, printable
+from toolkit.backbones import ARCH_CHOICES
+from toolkit.cache import CACHES
+from toolkit.checkpoints import is_none, option_problems
+from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from toolkit.files import found_path, stored_path
+from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
+from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 
 # One file configures both scripts. Each passes over the section that only the other has. These keys of the sections
 # that both read belong to fine-tuning alone: pretraining passes over them.
@@ -423,7 +424,7 @@ PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
 
 
 def image_sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `moco.data.load_splits` that say where a user's own images are."""
+    """The keyword arguments of `toolkit.data.load_splits` that say where a user's own images are."""
     return {"val_dir": args.val_dir, "data_list": args.data_list, "skip_unreadable": args.skip_unreadable}
 
 

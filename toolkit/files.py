@@ -22,7 +22,7 @@ import numpy as np
 import safetensors
 import torch
 
-from moco import InputError, printable
+from toolkit import InputError, printable
 
 TOOLKIT = Path(__file__).resolve().parents[1]
 

@@ -20,8 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
 
-from moco import InputError, distributed, listed, printable
-from moco.folders import (
+from toolkit import InputError, distributed, listed, printable
+from toolkit.folders import (
     EVALUATION_NAMES,
     IMAGE_SUFFIXES,
     ImageFiles,
@@ -36,16 +36,8 @@ from moco.folders import (
     read_list,
     unreadable,
 )
-from moco.shards import ShardedImages, read_shards, shard_names
-from moco.transforms import AUGMENTATIONS as AUGMENTATIONS  # these belong to this module's interface
-from moco.transforms import CROP_MIN as CROP_MIN
-from moco.transforms import IMAGENET_MEAN as IMAGENET_MEAN
-from moco.transforms import IMAGENET_STD as IMAGENET_STD
-from moco.transforms import TWO_CROPS as TWO_CROPS
-from moco.transforms import TwoCrops, View, to_rgb
-from moco.transforms import eval_transform as eval_transform
-from moco.transforms import train_transform as train_transform
-from moco.transforms import two_crops as two_crops
+from toolkit.shards import ShardedImages, read_shards, shard_names
+from toolkit.transforms import TwoCrops, View, to_rgb
 
 # torchvision's sets: class, the arguments of its training part, those of its held-out part (None: it has none, so the
 # images are split here).
@@ -564,7 +556,7 @@ class Batches(Sampler):
     on (seed, epoch, position): neither the number of workers or processes nor where a run was interrupted changes what
     an epoch consists of. Every pass is the next epoch. Set `epoch` and `start` to choose: `start` batches are left out.
 
-    Of images in archives (`moco.shards`) a shuffled order takes a few archives at a time.
+    Of images in archives (`toolkit.shards`) a shuffled order takes a few archives at a time.
 
     Process k of W gets the positions k, k + W, ... of each batch. If a batch has fewer than W images, a process without
     one skips the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import InputError
+from toolkit import InputError
 
 LONGEST_WAIT = datetime.timedelta(days=1)  # for the first process to download a data set
 
@@ -152,7 +152,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def synchronize_norms(model: nn.Module) -> None:
     """Make every BatchNorm that trains take its statistics over all processes (SyncBatchNorm), in place.
 
-    One that is frozen has no statistics to take; `lora_fusion` has given it a class of its own.
+    One that is frozen has no statistics to take; `lora.fusion` has given it a class of its own.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-import lora_functional as functional
-from lora_fusion import is_adapted
-from moco import InputError, listed
-from moco.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
+from lora import functional
+from lora.fusion import is_adapted
+from toolkit import InputError, listed
+from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
 # The layers that can be adapted. Exact types: a subclass may compute something else.
 ADAPTABLE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)

@@ -20,10 +20,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from moco import InputError, distributed
-from moco.backbones import forward_features, in_head
-from moco.checkpoints import is_none
-from moco.data import LoadingMeter
+from toolkit import InputError, distributed
+from toolkit.backbones import forward_features, in_head
+from toolkit.checkpoints import is_none
+from toolkit.data import LoadingMeter
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness
@@ -234,7 +234,7 @@ def micro_batches(
     """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others.
 
     Args:
-        loader: of `moco.data.build_loader`, shuffled.
+        loader: of `toolkit.data.build_loader`, shuffled.
         meter: watches the loading.
     """
     sampler, size = loader.batch_sampler, accumulation_steps

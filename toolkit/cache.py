@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from moco import InputError, distributed
-from moco.data import LabelledImages
-from moco.folders import ImageFiles, unreadable
-from moco.transforms import AtMost, View
+from toolkit import InputError, distributed
+from toolkit.data import LabelledImages
+from toolkit.folders import ImageFiles, unreadable
+from toolkit.transforms import AtMost, View
 
 CACHES = ("none", "ram", "disk")
 _FORMAT = 2  # raise it with every change to what is kept

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from moco import InputError, listed, printable
+from toolkit import InputError, listed, printable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
@@ -40,7 +40,7 @@ class FileNames(Sequence[str]):
 
 
 class ImageFiles(Dataset):
-    """(PIL image, label) of image files. The image is open but not decoded: `moco.data.to_rgb` does that.
+    """(PIL image, label) of image files. The image is open but not decoded: `toolkit.data.to_rgb` does that.
 
     Args:
         folder: where the files are.

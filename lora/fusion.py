@@ -33,10 +33,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
-import lora_functional as functional
-from lora_functional import Rebuilt, SelfAttention, max_pool2d_relu
-from moco import InputError
-from moco.backbones import block_names, head_name, headless
+from lora import functional
+from lora.functional import Rebuilt, SelfAttention, max_pool2d_relu
+from toolkit import InputError
+from toolkit.backbones import block_names, head_name, headless
 
 
 class AdaptedLayer(Protocol):
@@ -488,8 +488,8 @@ class HeadAlone(nn.Module):
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
 
-    The upper half has the last so many blocks (as `moco.backbones.block_names` has them) and the head; None: the head.
-    It is a shallow copy of the model, which shares every layer.
+    The upper half has the last so many blocks (as `toolkit.backbones.block_names` has them) and the head; None: the
+    head. It is a shallow copy of the model, which shares every layer.
 
     Raises:
         InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from moco.files import write_text
-from moco.training import Evaluation
+from toolkit.files import write_text
+from toolkit.training import Evaluation
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

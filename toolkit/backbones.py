@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
-from moco import InputError
+from toolkit import InputError
 
 _RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moco import InputError, data, distributed, reports, runs
-from moco.files import read_checkpoint, save_atomically, write_csv
+from toolkit import InputError, data, distributed, reports, runs
+from toolkit.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 USUAL = 1e-4  # the default of --learning-rate

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moco import distributed
-from moco.data import LabelledImages
-from moco.files import open_atomically, write_text
-from moco.measures import TITLES
-from moco.report_page import BLUE, ORANGE, write_page
-from moco.training import Evaluation, best_epoch, peak_memory_bytes
-from moco.transforms import AtMost, View
+from toolkit import distributed
+from toolkit.data import LabelledImages
+from toolkit.files import open_atomically, write_text
+from toolkit.measures import TITLES
+from toolkit.report_page import BLUE, ORANGE, write_page
+from toolkit.training import Evaluation, best_epoch, peak_memory_bytes
+from toolkit.transforms import AtMost, View
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
@@ -113,7 +113,7 @@ def plot_finetuning(
 
 
 def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
-    """Validation accuracy by learning rate, of `moco.search` trials."""
+    """Validation accuracy by learning rate, of `toolkit.search` trials."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

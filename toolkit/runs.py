@@ -20,10 +20,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from moco import InputError, cache, distributed, printable
-from moco.data import DOWNLOADED, UNLABELLED_SET
-from moco.folders import UnreadableImage
-from moco.training import base_dtype, restore_rng_state, rng_state, select_device, select_precision
+from toolkit import InputError, cache, distributed, printable
+from toolkit.data import DOWNLOADED, UNLABELLED_SET
+from toolkit.folders import UnreadableImage
+from toolkit.training import base_dtype, restore_rng_state, rng_state, select_device, select_precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -242,7 +242,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         saves_memory: what helps if it runs out.
 
     Yields:
-        An empty list for the loaders whose workers may be killed, with `moco.data.Transformed` data sets.
+        An empty list for the loaders whose workers may be killed, with `toolkit.data.Transformed` data sets.
     """
     loaders: list[DataLoader] = []
     try:

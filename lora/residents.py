@@ -2,7 +2,7 @@
 
 The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
 To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora_fusion.py`.
+`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora.fusion.py`.
 """
 
 import copy
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_fusion import fuse, is_adapted
-from lora_targets import LoRASettings
-from moco import InputError
-from moco.backbones import head_name, in_head
+from lora.fusion import fuse, is_adapted
+from lora.targets import LoRASettings
+from toolkit import InputError
+from toolkit.backbones import head_name, in_head
 
 KINDS: dict[str, type[nn.Module]] = {}  # adapted layers by the names that files give them; `finetune_lora` fills it
 DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
