@@ -13,7 +13,6 @@ files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 
 import argparse
 import contextlib
-import functools
 import itertools
 import math
 import sys
@@ -56,6 +55,7 @@ from toolkit import (
     distributed,
     listed,
     options,
+    output_folder,
     reports,
     runs,
     search,
@@ -701,7 +701,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         problems = options.complete_finetune_options(args, sources)
-        return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
+        return [*problems, *runs.environment_problems(args, FineTuning.FILES), *options.finetune_problems(args)]
 
     return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, complete)
 
@@ -729,10 +729,12 @@ def main(
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
-    with runs.faults_explained(device, "lower --batch-size" if args.eval_only else options.SAVES_MEMORY) as loaders:
-        if args.eval_only:
-            base = args.checkpoint if sources["checkpoint"] != "default" else None
+    if args.eval_only:
+        base = args.checkpoint if sources["checkpoint"] != "default" else None
+        with runs.faults_explained(device, "lower --batch-size") as loaders:
             return evaluate_adapter(args, base, device, dtype, loaders)
+    held = output_folder.held(args.output_dir, "finetune_lora.py", FineTuning.FILES, args.resume)
+    with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
         print(options.describe_options(args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
@@ -740,7 +742,6 @@ def main(
         if args.dataset != "digits" and sources["checkpoint"] == "default":
             print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
         print(f"device: {device}, precision: {dtype}")
-        begin = functools.cache(functools.partial(runs.begin_folder, args.output_dir, FineTuning.FILES, args.resume))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)

@@ -56,7 +56,8 @@ from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
 from toolkit.options import positive_int
-from toolkit.runs import begin_folder, run_script
+from toolkit.output_folder import begin_folder
+from toolkit.runs import run_script
 from toolkit.training import autocast, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")

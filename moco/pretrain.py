@@ -31,10 +31,22 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from toolkit import InputError, checkpoints, data, distributed, measures, options, reports, runs, training, transforms
+from toolkit import (
+    InputError,
+    checkpoints,
+    data,
+    distributed,
+    measures,
+    options,
+    output_folder,
+    reports,
+    runs,
+    training,
+    transforms,
+)
 from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
 from toolkit.cache import keep_images
-from toolkit.files import open_atomically, read_checkpoint, same_file, save_atomically, write_csv
+from toolkit.files import read_checkpoint, same_file, save_atomically, write_csv, write_text
 from toolkit.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
@@ -64,7 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
     training.seed_everything(args.seed)
-    with runs.faults_explained(device, SAVES_MEMORY) as loaders:
+    held = output_folder.held(args.output_dir, "moco.pretrain", Pretraining.FILES, args.resume)
+    with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
         loaders += run.loaders()
         if args.resume:
@@ -77,12 +90,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
             )
+        # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
+        begin()
         run.train()
-    if distributed.is_main():
-        with open_atomically(run.path("results.json")) as file:
-            file.write(json.dumps(run.results(), indent=2, default=str).encode())
-        reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
-    return run.results()
+        if distributed.is_main():
+            write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))
+            reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
+        return run.results()
 
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
@@ -90,7 +104,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     problems = options.complete_data_options(args, sources)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
-    problems += runs.environment_problems(args)
+    problems += runs.environment_problems(args, written(args))
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
     problems += options.adapter_problems(args)
@@ -106,20 +120,20 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.checkpoint is not None:
-        problems += overwritten(args)
+    if args.checkpoint is not None and same_file(args.merge_into, args.checkpoint):
+        problems.append(f"--checkpoint {args.checkpoint} would be overwritten: give another --merge-into")
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     return problems
 
 
-def overwritten(args: argparse.Namespace) -> list[str]:
-    """What would be written where the checkpoint is, a line each."""
-    names = {*Pretraining.FILES, *(f"moco_stage1_epoch_{epoch}.pth" for epoch in range(1, args.epochs + 1))}
-    written = args.output_dir / args.checkpoint.name if args.checkpoint.name in names else None
-    places = {"--output-dir": written, "--merge-into": args.merge_into}
-    told = f"--checkpoint {args.checkpoint} would be overwritten: give another"
-    return [f"{told} {option}" for option, place in places.items() if same_file(place, args.checkpoint)]
+def written(args: argparse.Namespace) -> Iterator[str]:
+    """The names of the files that a run writes to --output-dir, of checkpoints only those that are there already."""
+    yield from Pretraining.FILES
+    for path in args.output_dir.glob("moco_stage1_epoch_*.pth"):
+        number = path.stem.rpartition("_")[2]
+        if number.isdecimal() and int(number) <= args.epochs:
+            yield path.name
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -204,8 +218,6 @@ class Pretraining:
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
-        # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
-        runs.begin_folder(self.args.output_dir, self.FILES, self.args.resume)
         if self.args.checkpoint and self.before is None:
             self.before = self.measure()
             print(f"before{describe_measures(self.before)}")

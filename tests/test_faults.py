@@ -148,6 +148,32 @@ def test_a_second_ctrl_c_stops_at_once(start):
     assert not list(child.folder.glob(".*"))
 
 
+# ------------------------------------------------------------------------------------------------ two runs at once
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("way", ["lora", "pretrain"])
+def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start, way):
+    """Until that run is killed, though its loading processes live a little longer: then it goes on at once."""
+    first = start(options="--workers 1", before=never_ending_step)
+    first.wait_for(lambda: "epoch 1/2" in first.output)
+    before = files_in(first.folder)
+    for more in ("", "--resume"):
+        second = start(way, more, log=f"second{more}")
+        assert_one_line(second, f"--output-dir {first.folder}: another run (process {first.process.pid} on ", "let it")
+    assert files_in(first.folder) == before
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.join()
+    resumed = start(options="--resume", log="resumed")
+    assert resumed.wait() == 0, resumed.output
+    with contextlib.suppress(ProcessLookupError):
+        first.send(signal.SIGKILL)  # its workers
+    assert not list(first.folder.glob(".*"))
+
+
 # ---------------------------------------------------------------------------------------------- places to write to
 
 
@@ -196,9 +222,14 @@ def test_a_disk_that_becomes_read_only(start, tmp_path):
     with file_system(tmp_path / "out", "64m"):
         child = start()
         child.wait_for((child.folder / "last.pth").exists)
-        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "out"], check=True)
-        assert_one_line(child, f"cannot write {child.folder}", "Read-only file system")
-        read_checkpoint(child.folder / "last.pth")
+        # A second mount over it: that of the run cannot change while the run has a file open there, its lock.
+        subprocess.run(["mount", "--bind", child.folder, child.folder], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,ro,bind", child.folder], check=True)
+            assert_one_line(child, f"cannot write {child.folder}", "Read-only file system")
+            read_checkpoint(child.folder / "last.pth")
+        finally:
+            subprocess.run(["umount", "-l", child.folder], check=True)
 
 
 def test_a_folder_that_cannot_be_made(start, tmp_path):
@@ -284,7 +315,9 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
         assert re.match(f"out of memory on cpu: lower --batch-size{helps}", str(caught.value))
     monkeypatch.setattr(pretrain.Pretraining, "step", full)
     with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
-        pretrain.main(f"--image-size 8 --batch-size 8 --two-crops digits {common}".split())
+        pretrain.main(
+            f"--image-size 8 --batch-size 8 --two-crops digits {common} --output-dir {tmp_path / 'new'}".split()
+        )
 
 
 def test_a_run_is_not_resumed_over_another_base(base, images, tmp_path):

@@ -222,6 +222,7 @@ def test_a_queue_longer_than_the_data_is_told(run, capsys):
 
 def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
     monkeypatch.setattr(pretrain.distributed, "world_size", lambda: 5)  # a fifth of twenty images is held out
+    monkeypatch.setattr(pretrain.distributed, "gather", lambda value: [value])
     with pytest.raises(InputError, match="the k-NN accuracy has fewer images than there are processes: start fewer"):
         run("--batch-size 10")
 
@@ -505,7 +506,7 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
 @pytest.fixture
 def trained_over_stage_1(adapt, finetune, tmp_path):
     """An adapter file of fine-tuning over a stage-1 adapter; an image as its model sees it; and the model's logits."""
-    adapter = finetune(f"--stage1-adapter {adapt()['checkpoint']} --epochs 1")["folder"] / "lora.pth"
+    adapter = finetune(f"--stage1-adapter {adapt()['checkpoint']} --epochs 1", "tuned")["folder"] / "lora.pth"
     pixels = np.random.RandomState(1).randint(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
     model, info = load_finetuned(adapter)
@@ -534,7 +535,7 @@ def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(traine
 @pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), "--use-qlora"])
 def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options):
     stage1 = adapt(options)["checkpoint"]
-    results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}")
+    results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}", "tuned")
     adapter = results["folder"] / "lora.pth"
     assert read_adapter_file(adapter)["metadata"]["stage1_adapter"] == str(stage1)
     model, _ = load_finetuned(adapter)

@@ -17,7 +17,7 @@ from torch import nn
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import distributed, training
+from toolkit import distributed, output_folder, training
 from toolkit.files import read_checkpoint
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
@@ -231,3 +231,13 @@ def test_what_all_find_wrong_is_said_once(options, tmp_path, way, more, message)
     assert [child.wait(120) for child in children] == [2, 2]
     lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_both_leave_a_folder_alone_in_which_a_run_is_going_on(options, tmp_path):
+    with output_folder.held(tmp_path / "out", "finetune_lora.py"):
+        children = together("finetune_lora", options("lora"), tmp_path / "log")
+        assert [child.wait(120) for child in children] == [2, 2], [child.output for child in children]
+        lines = [line for child in children for line in child.output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "another run (process" in lines[0]
+        assert not any("Traceback" in child.output for child in children)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [output_folder.LOCK]

@@ -58,18 +58,6 @@ def test_a_name_whose_bytes_are_no_characters_can_be_printed():
     assert (done.returncode, done.stdout) == (0, "caf\\udce9.jpg\n")
 
 
-@pytest.mark.parametrize(("output", "problems"), [("images/out", 1), ("images/train/out", 1), ("out", 0)])
-@pytest.mark.parametrize("parts", [False, True])
-def test_results_may_not_lie_among_the_images(tmp_path, output, problems, parts):
-    """They would be a class of their own in the next run, which removes them."""
-    (tmp_path / "images" / ("train" if parts else "cat")).mkdir(parents=True)
-    given = {"dataset": "imagefolder", "data_dir": tmp_path / "images", "output_dir": tmp_path / output}
-    args = argparse.Namespace(device="cpu", precision="fp32", tensorboard=False, **given)
-    found = list(runs.environment_problems(args))
-    assert len(found) == (problems if not parts or "train" in output else 0)
-    assert all("is among the images in" in problem for problem in found)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its memory is another's")
 def test_freed_memory_is_kept_for_the_next_tensor():
@@ -93,21 +81,10 @@ print((faults[-1] - faults[0]) // 10)
     assert own < 20 < users  # 16,384 pages of 4 kB, or 32 of 2 MB
 
 
-def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_path):
-    def left(resumed: Path | None) -> set[str]:
-        for name in ("lora.pth", "last.pth", "notes.txt"):
-            (tmp_path / name).touch()
-        runs.begin_folder(tmp_path, ("lora.pth", "last.pth", "results.json"), resumed)
-        return {path.name for path in tmp_path.iterdir()}
-
-    assert left(None) == left(tmp_path / "other" / "last.pth") == {"notes.txt"}
-    assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
-
-
 @pytest.mark.slow
 def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     """As in `deploy_lora.py info lora.pth | head`."""
-    code = "from moco import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
+    code = "from toolkit import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
     script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert script.stdout.readline() == b"0\n"
     script.stdout.close()

@@ -1,4 +1,4 @@
-"""How a run of either script begins, stops, goes on and fails: folders, signals, states, faults and exit codes."""
+"""How a run of either script begins, stops, goes on and fails: signals, states, faults and exit codes."""
 
 import argparse
 import contextlib
@@ -7,7 +7,6 @@ import importlib.util
 import io
 import os
 import platform
-import shutil
 import signal
 import sys
 import threading
@@ -20,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from toolkit import InputError, cache, distributed, printable
-from toolkit.data import DOWNLOADED, UNLABELLED_SET
+from toolkit import InputError, cache, distributed, output_folder, printable
+from toolkit.data import DOWNLOADED
 from toolkit.folders import UnreadableImage
 from toolkit.training import base_dtype, restore_rng_state, rng_state, select_device, select_precision
 
@@ -31,8 +30,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # How a run begins
 
 
-def environment_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with the device, the precision and the folders that the options name, a line each."""
+def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
+    """What is wrong with the device, the precision and the folders that the options name, a line each.
+
+    Args:
+        written: names of the files that the run writes to --output-dir.
+    """
     try:
         device = select_device(args.device)
         select_precision(args.precision, device)
@@ -40,39 +43,11 @@ def environment_problems(args: argparse.Namespace) -> Iterator[str]:
             base_dtype(args)
     except InputError as error:
         yield str(error)
-    # os.path and not Path: that raises an error for a name too long for the file system.
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         yield "--tensorboard needs the package tensorboard: pip install tensorboard"
     if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
-    own = args.data_dir is not None and args.dataset in ("imagefolder", UNLABELLED_SET)
-    if own and vars(args).get("data_list") is None and vars(args).get("eval_only") is None:
-        images = os.path.join(args.data_dir, "train")
-        images = Path(images if os.path.isdir(images) else args.data_dir)
-        if args.output_dir.resolve().is_relative_to(images.resolve()):
-            yield f"--output-dir {args.output_dir} is among the images in {images}: name a folder outside"
-    existing = next(folder for folder in (args.output_dir, *args.output_dir.parents) if os.path.exists(folder))
-    if not os.path.isdir(existing):
-        yield f"--output-dir {args.output_dir}: {existing} is a file; name a folder"
-    elif not os.access(existing, os.W_OK):
-        yield f"--output-dir {args.output_dir}: no permission to write to {existing}; name another folder"
-
-
-def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
-    """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are removed.
-
-    They stay if this run goes on from a file in it, `resumed`. Raises InputError if it cannot be made or emptied.
-    """
-    if not distributed.is_main():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if resumed is None or resumed.resolve().parent != folder.resolve():
-            for path in [folder / name for name in files]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"--output-dir {folder}: cannot make or empty it: {reason}; name another folder") from None
+    yield from output_folder.problems(args, written)
 
 
 def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:

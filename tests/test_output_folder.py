@@ -1,0 +1,199 @@
+"""toolkit/output_folder.py: what a run may write where, and how nothing of another run is lost by it."""
+
+import argparse
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_lora
+from moco import pretrain
+from toolkit import InputError, output_folder
+
+SCRIPTS = {"finetune_lora.py": finetune_lora.main, "moco.pretrain": pretrain.main}
+# A file of each shared name as the script leaves it, shortened.
+FILES = {
+    "finetune_lora.py": {"last.pth": {"class_names": []}, "results.json": {"val_accuracy": 1}, "metrics.csv": None},
+    "moco.pretrain": {"last.pth": {"global_steps": 0}, "results.json": {"loss": 1}, "metrics.csv": None},
+}
+COLUMNS = {"finetune_lora.py": "epoch,train_loss,val_loss,val_accuracy\n", "moco.pretrain": "epoch,loss\n"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------- among the images
+
+
+def problems(**given) -> list[str]:
+    usual = {"dataset": "imagefolder", "data_dir": None, "output_dir": Path("out")}
+    return list(output_folder.problems(argparse.Namespace(**usual | given)))
+
+
+@pytest.mark.parametrize("parts", [("cat", "dog"), ("train", "val"), ("train", "validation", "test")])
+def test_results_may_not_lie_among_the_images(tmp_path, parts):
+    """They would be a class of their own in the next run, which removes them."""
+    for part in parts:
+        (tmp_path / "images" / part).mkdir(parents=True)
+
+    def refused(output: str) -> bool:
+        found = problems(data_dir=tmp_path / "images", output_dir=tmp_path / "images" / output)
+        assert all("is among the images in" in problem for problem in found) and len(found) < 2
+        return bool(found)
+
+    assert refused("out") == ("cat" in parts)
+    assert all(refused(f"{part}/deep/out") for part in parts)
+    assert not refused("../out")
+
+
+@pytest.mark.parametrize("option", ["val_dir", "knn_dir"])
+def test_results_may_not_lie_among_images_of_another_folder(tmp_path, option):
+    (tmp_path / "more" / "cat").mkdir(parents=True)
+    given = {"data_dir": tmp_path, "data_list": [tmp_path / "list.csv"], option: tmp_path / "more"}
+    [problem] = problems(**given, output_dir=tmp_path / "more" / "out")
+    assert problem == f"--output-dir {tmp_path}/more/out is among the images in {tmp_path}/more: name a folder outside"
+    assert problems(**given, output_dir=tmp_path / "out") == []
+
+
+def test_an_evaluation_writes_nothing(tmp_path):
+    assert problems(data_dir=tmp_path, output_dir=tmp_path / "out", eval_only=Path("lora.pth")) == []
+
+
+# ------------------------------------------------------------------------------------------------------ files of a run
+
+
+def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_path):
+    def left(resumed: Path | None) -> set[str]:
+        for name in ("lora.pth", "last.pth", "notes.txt"):
+            (tmp_path / name).touch()
+        output_folder.begin_folder(tmp_path, ("lora.pth", "last.pth", "results.json"), resumed)
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert left(None) == left(tmp_path / "other" / "last.pth") == {"notes.txt"}
+    assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
+
+
+@pytest.fixture
+def stopped(images, tmp_path, monkeypatch) -> Path:
+    """The folder of a pretraining that stopped in its first epoch: a last.pth is all that there is."""
+
+    def full(*_):
+        raise InputError("no more memory")
+
+    flags = f"--data-dir {images} --output-dir {tmp_path / 'out'} --device cpu --image-size 16 --batch-size 8 --dim 8"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no more memory"):
+        patch.setattr(pretrain.Pretraining, "step", full)
+        pretrain.main([*flags.split(), "--mlp-dim", "8"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["last.pth"]
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("more", ["", "--resume", "--learning-rate auto"])
+def test_a_stopped_pretraining_is_not_lost_to_fine_tuning(base, images, stopped, more):
+    before = contents(stopped)
+    flags = f"--checkpoint {base} --data-dir {images} --output-dir {stopped} --device cpu --epochs 1 {more}"
+    with pytest.raises(InputError, match=r"has the last\.pth of a run of moco\.pretrain, .*: name another folder"):
+        finetune_lora.main(flags.split())
+    assert contents(stopped) == before
+
+
+@pytest.mark.parametrize("option", ["checkpoint", "stage1-adapter"])
+def test_what_a_run_starts_from_is_not_lost(images, stopped, tmp_path, option):
+    """By whatever name it is given."""
+    before, link = contents(stopped), tmp_path / "mine.pth"
+    link.symlink_to(stopped / "last.pth")
+    for path in (stopped / "last.pth", link):
+        flags = f"--{option} {path} --data-dir {images} --output-dir {stopped} --device cpu --epochs 1"
+        with pytest.raises(InputError, match=rf"--{option} {path} would be overwritten: give another --output-dir"):
+            finetune_lora.main(flags.split())
+        if option == "checkpoint":
+            with pytest.raises(InputError, match=rf"--{option} {path} would be overwritten: give another --output-dir"):
+                pretrain.main(flags.split())
+    assert contents(stopped) == before
+
+
+def test_a_finished_fine_tuning_is_not_lost_to_pretraining(finetune, images):
+    folder = finetune("--epochs 1 --lora-rank 2")["folder"]
+    before = contents(folder)
+    for more in ("", "--resume"):
+        with pytest.raises(InputError, match=r"has the last\.pth of a run of finetune_lora\.py"):
+            pretrain.main(f"--data-dir {images} --output-dir {folder} --device cpu {more}".split())
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", output_folder.SHARED_FILES)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_file_of_the_other_script_is_enough(tmp_path, script, name):
+    """The others may have been moved elsewhere."""
+    content = FILES[script][name]
+    if name == "last.pth":
+        torch.save(content, tmp_path / name)
+    else:
+        (tmp_path / name).write_text(COLUMNS[script] if content is None else json.dumps(content))
+    with output_folder.held(tmp_path, script):
+        pass
+    [other] = SCRIPTS.keys() - {script}
+    with pytest.raises(InputError, match=f"has the {name} of a run of {script}"), output_folder.held(tmp_path, other):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[{}]", b"PK\x03\x04"])
+def test_files_that_are_nobodys_are_no_obstacle(tmp_path, content):
+    for name in output_folder.SHARED_FILES:
+        (tmp_path / name).write_bytes(content)
+    with output_folder.held(tmp_path, "moco.pretrain"):
+        pass
+
+
+# --------------------------------------------------------------------------- one run at a time; see test_faults.py too
+
+
+def test_nothing_remains_of_a_folder_into_which_nothing_was_written(tmp_path):
+    folder = tmp_path / "new" / "deeper"
+    with pytest.raises(InputError, match="bad image"), output_folder.held(folder, "moco.pretrain"):
+        assert (folder / output_folder.LOCK).exists()
+        raise InputError("bad image")
+    assert list(tmp_path.iterdir()) == []
+    with output_folder.held(folder, "moco.pretrain"):
+        (folder / "last.pth").touch()
+    assert [path.name for path in folder.iterdir()] == ["last.pth"]
+
+
+def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with output_folder.held(tmp_path, "moco.pretrain"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_without_fcntl_knows_of_another_run_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder, "fcntl", None)
+    with output_folder.held(tmp_path, "moco.pretrain"):
+        with pytest.raises(InputError, match="another run is going on in it"):  # noqa: SIM117
+            with output_folder.held(tmp_path, "moco.pretrain"):
+                pass
+        assert (tmp_path / output_folder.LOCK).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monkeypatch):
+    """Else two later runs would hold a file each: one without a name, and one with."""
+    fcntl = pytest.importorskip("fcntl")
+    lockf, removed = fcntl.lockf, []
+
+    def slow(*given):
+        if not removed:
+            removed.append((tmp_path / output_folder.LOCK).unlink())
+        return lockf(*given)
+
+    monkeypatch.setattr(fcntl, "lockf", slow)
+    with output_folder.held(tmp_path, "moco.pretrain"):
+        assert (tmp_path / output_folder.LOCK).read_text().startswith("process ")
