@@ -37,7 +37,15 @@ from toolkit import InputError, listed, printable, reports, training
 from toolkit.backbones import TIMM, headless
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
-from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
+from toolkit.folders import (
+    ImageFiles,
+    class_folders,
+    evaluation_folder,
+    image_names,
+    labelled_files,
+    looked_for,
+    tell_others,
+)
 from toolkit.options import positive_int, unknown_words, worker_count
 from toolkit.runs import faults_explained, progress_bar, run_script
 from toolkit.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -166,9 +174,11 @@ def _images(paths: Sequence[Path]) -> LabelledImages:
     for path in paths:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, or folders of images")
-        found = [f"{path}/{name}" for name in image_names(path)] if os.path.isdir(path) else [str(path)]
+        others = Counter()
+        found = [f"{path}/{name}" for name in image_names(path, others=others)] if os.path.isdir(path) else [str(path)]
         if not found:
-            raise InputError(f"{path}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
+            raise InputError(f"{path}: no images {looked_for(others)}")
+        tell_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)

@@ -11,6 +11,7 @@ import pickle
 import shlex
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -397,6 +398,26 @@ IMAGES = [
     case("a second list of other classes", "plain-finetune --data-list l.csv m.csv", "m.csv has classes", "lacks: eel",
          files=classes("cat", "dog") | {"l.csv": "mine/cat/0.png,cat\nmine/dog/0.png,dog\n",
                                         "m.csv": "mine/dog/1.png,eel\n"}),
+    case("a quotation mark without its other", "plain-finetune --data-list l.csv", "l.csv: line 2 is not `path,label`",
+         "quotation marks: 'mine/cat/1.png,\"dog'", files=classes("cat", count=4) | {
+             "l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"dog\nmine/cat/2.png,cat\nmine/cat/3.png,dog\n'}),
+    case("a label over two lines", "plain-finetune --data-list l.csv", "l.csv: line 1 is not `path,label`",
+         files=classes("cat") | {"l.csv": 'mine/cat/0.png,"c\nat"\nmine/cat/1.png,dog\n'}),
+    case("two labels in one", "plain-finetune --data-list l.csv", "'cat,dog' of mine/cat/1.png has a comma",
+         files=classes("cat") | {"l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"cat,dog"\n'}),
+    case("two labels for one file of two names", "plain-finetune --data-list l.csv", "two labels for mine/cat/0.png",
+         files=classes("cat") | {"l.csv": "mine/cat/0.png,cat\n./mine//cat/0.png,dog\n"}),
+    images("files of other kinds alone", classes("dog") | {"mine/cat/0.HEIC": b"", "mine/cat/1.heic": b"",
+           "mine/cat/notes": b""}, "no images in cat", "found 2 .heic, 1 without suffix"),
+    images("an archive beside class folders", classes("cat", "dog") | {"mine/all.tar": lambda: tar("0.jpg")},
+           "mine has both archives, as all.tar, and image files, as ", "move those"),
+    case("an archive beside images", "pretrain --data-dir mine", "archives, as all.tar, and image files, as cat/",
+         files=classes("cat") | {"mine/all.tar": lambda: tar("0.jpg")}),
+    images("an archive per class", {f"mine/train/{name}.tar": lambda: tar("0.jpg") for name in ("cat", "dog")}
+           | classes("cat", "dog", folder="mine/val"), "mine/train: the images in its archives have no labels",
+           "If each archive is a class", "tar -xf"),
+    images("archives for training alone", {"mine/train/all.tar": lambda: tar("0.jpg", "0.cls", "1.jpg", "1.cls")}
+           | classes("cat", "dog", folder="mine/val"), "mine/val: no .tar archives; the training images are in some"),
     case("an archive that is none", "finetune --data-dir tars", "0.tar: not a tar archive", "unpacked",
          files={"tars/0.tar": b"x"}),
     case("no labels for fine-tuning", "finetune --dataset unlabelled", "unlabelled is for pretraining", "imagefolder"),
@@ -411,6 +432,17 @@ IMAGES = [
     case("pretraining on too few images", "pretrain --batch-size 90", "--batch-size 90", "only 21 training images"),
     case("pretraining without a folder", "pretrain --data-dir absent", "--data-dir absent: no such folder"),
 ]  # fmt: skip
+
+
+def tar(*names: str) -> bytes:
+    """An archive of images of these names; one that ends in .cls is a label."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name in names:
+            member, content = tarfile.TarInfo(name), b"cat" if name.endswith(".cls") else PNG
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
 
 
 def huge_png() -> bytes:
@@ -595,11 +627,11 @@ OUTPUTS = [
     case("an output folder inside a file", "finetune --output-dir base.pth/out", "base.pth is a file; name a folder"),
     case("an output folder that cannot be made", "finetune --output-dir /proc/out", "/proc/out"),
     case("an output folder with too long a name", f"finetune --output-dir {'x' * 300}", "File name too long"),
-    case("results among the evaluation images", "finetune --output-dir images/val/out", "is among the images in images/val"),
+    case("results among evaluation images", "finetune --output-dir images/val/out", "among the images in images/val:"),
     case("results among those of another folder", "finetune --data-dir mine --val-dir other --output-dir other/out",
          "other/out is among the images in other: name a folder outside",
          files=classes("cat", "dog") | classes("cat", folder="other")),
-    case("results among those for the accuracy", "pretrain --knn-dir mine --output-dir mine/out", "images in mine: name",
+    case("results among those for the accuracy", "pretrain --knn-dir mine --output-dir mine/out", "images in mine:",
          files=classes("cat", "dog")),
     case("a checkpoint that its run would replace", "finetune --checkpoint out/last.pth", "would be overwritten: give",
          files={"out/last.pth": lambda: Path("base.pth").read_bytes()}),
@@ -718,6 +750,9 @@ ODD_IMAGES = {
     "CAPITALS.PNG": PNG,
     "wide.jpg": picture("RGB", (300, 2), "jpg"),
     "sub/folder/a b ü.webp": picture("RGB", (7, 7), "webp"),
+    "camera.JFIF": picture("RGB", (7, 7), "jpg"),
+    "P.gif": picture("P", (5, 5), "gif"),
+    "animated.gif": picture("P", (6, 6), "gif", save_all=True, append_images=[Image.new("P", (6, 6))]),
     "animated.webp": picture("RGB", (6, 6), "webp", save_all=True, append_images=[Image.new("RGB", (6, 6))]),
 }
 NO_IMAGES = {
@@ -727,19 +762,22 @@ NO_IMAGES = {
     "._L.png": b"\0\5\x16\7",  # as macOS leaves them on other file systems
     ".ipynb_checkpoints/L-checkpoint.png": b"",
     "labels.csv": "",
+    "@eaDir/L.png": "a thumbnail",
+    ".thumbnails/L.png": "a thumbnail",
 }
 
 
 @pytest.mark.parametrize("script", ["finetune --workers 1", "pretrain --batch-size 4"])
-def test_images_of_every_mode_and_size_beside_other_files(script, workplace):
+def test_images_of_every_mode_and_size_beside_other_files(script, workplace, capsys):
     """Down to one pixel, in folders with what computers leave beside images."""
     for name in ("cat", "dög"):
         write(workplace / "mine" / name, ODD_IMAGES | NO_IMAGES)
-    write(workplace / "mine", {".hidden/x.txt": "", "notes.txt": ""})
+    write(workplace / "mine", {".hidden/x.txt": "", "notes.txt": "", "@eaDir/x/L.png": ""})
     name, *words = script.split()
     main, given = COMMANDS[name]
     results = main([*given.split(), *words, "--data-dir", "mine"])
     assert results["epochs"] == 1
+    assert capsys.readouterr().out.count("mine: files that are not read as images: 2 .txt, 2 .db, 2 .csv") == 1
     if name == "finetune":
         assert list(results["accuracy_per_class"]) == ["cat", "dög"]
 

@@ -87,7 +87,9 @@ def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
     [
         ("a.png,cat\nb c.png,dog\n", (["a.png", "b c.png"], ["cat", "dog"])),
         ("\ufeffPath,Label\r\na.png , cat\r\n\r\n", (["a.png"], ["cat"])),
-        ("a.png\tcat, black\n", (["a.png"], ["cat, black"])),
+        ("a.png\tcat; black\n", (["a.png"], ["cat; black"])),
+        ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
+        ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
         ('"b,c.png",dog', (["b,c.png"], ["dog"])),
         ("a.png\nb c.png", (["a.png", "b c.png"], [])),
         ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
@@ -106,7 +108,13 @@ def test_lists(tmp_path, text, expected):
         ("", "lists no images"),
         ("path,label\n", "lists no images"),
         (b"\xff\xfe\0", "not a text file of `path,label` lines"),
-        ('"' + "a" * 200_000, "not a text file of `path,label` lines"),
+        ('"' + "a" * 200_000, r"line 1 is not `path,label` \(field larger than"),
+        ('a.png,cat\nb.png,"dog\na.png,cat\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
+        ('a.png,cat\nb.png,"dog\na.png,cat"\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
+        ('a.png,"cat,dog"\n', "the label 'cat,dog' of a.png has a comma, and an image has one label"),
+        ("a.png\tcat, dog\n", "the label 'cat, dog' of a.png has a comma, and an image has one label"),
+        ("a.png,cat\n./a.png,dog\n", "two labels for a.png; leave one of the lines out"),
+        ("a.png,cat\n../{folder}/a.png,dog\n", "two labels for a.png; leave one of the lines out"),
         ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
         ("a.png,cat,1\n", "the line 'a.png,cat,1' is not a path and a label"),
         ("a.png,\n", "the line 'a.png,' is not a path and a label"),
@@ -117,7 +125,9 @@ def test_lists(tmp_path, text, expected):
 )
 def test_lists_that_cannot_be_used(tmp_path, content, problem):
     touch(tmp_path, "a.png", "b.png")
-    (tmp_path / "list.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(content, str):
+        content = content.replace("{folder}", tmp_path.name).encode()
+    (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(InputError, match=rf"--data-list .*list\.csv: {problem}"):
         folders.read_list(tmp_path / "list.csv", tmp_path)
 
@@ -125,6 +135,31 @@ def test_lists_that_cannot_be_used(tmp_path, content, problem):
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"--data-list .*gone\.csv: cannot read it: No such file"):
         folders.read_list(tmp_path / "gone.csv", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")
+def test_two_spellings_of_a_class_are_one_class(tmp_path):
+    """The letter and its accent as one character, or as two, as a Mac may write them."""
+    touch(tmp_path, "caf\u00e9/a.png", "cafe\u0301/b.png", "dog/c.png")
+    names = folders.class_folders(tmp_path)
+    assert names == ["caf\u00e9", "dog"]
+    files = folders.labelled_files(tmp_path, names)
+    assert list(files.names) == ["cafe\u0301/b.png", "caf\u00e9/a.png", "dog/c.png"] and files.labels == [0, 0, 1]
+    (tmp_path / "dog").rename(tmp_path / ".dog")
+    with pytest.raises(InputError, match="found only caf\u00e9"):
+        folders.class_folders(tmp_path)
+
+
+def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
+    """Not what systems leave among images, nor thumbnails of them."""
+    touch(tmp_path / "cat", "a.png", "b.HEIC", "c.heic", "deep/d.heic", "e.avif", "README", ".f.heic", "@eaDir/b.jpg")
+    touch(tmp_path, "@eaDir/b.jpg", "__MACOSX/b.jpg", "#recycle/b.jpg", "dog/b.gif")
+    assert folders.class_folders(tmp_path) == ["cat", "dog"]
+    files = folders.labelled_files(tmp_path, ["cat", "dog"])
+    assert list(files.names) == ["cat/a.png", "dog/b.gif"]
+    place, kinds = capsys.readouterr().out.strip().split(": files that are not read as images: ")
+    assert place == str(tmp_path) and kinds.startswith("3 .heic, ")
+    assert sorted(kinds.split(", ")) == ["1 .avif", "1 without suffix", "3 .heic"]
 
 
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):

@@ -160,5 +160,23 @@ def test_a_damaged_image_is_named_with_its_archive(tmp_path):
 
 def test_archives_without_labels_cannot_be_learnt_from(tmp_path):
     write_set(tmp_path, 6, labels=False)
-    with pytest.raises(InputError, match=r"have no labels, a \.cls beside each"):
+    with pytest.raises(InputError, match=r"have no labels, a \.cls beside each.* If each archive is a class, "):
         data.load_splits("imagefolder", tmp_path)
+
+
+def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tmp_path):
+    write_set(tmp_path / "train", 6)
+    write_set(tmp_path / "val", 6)
+    (tmp_path / "val" / "0").mkdir()
+    (tmp_path / "val" / "0" / "a.jpg").write_bytes(jpeg(0))
+    with pytest.raises(InputError, match=r"val has both archives, as shard-000\.tar, and image files, as 0/a\.jpg"):
+        data.load_splits("imagefolder", tmp_path)
+    assert len(data.load_unlabelled(tmp_path)) == 6
+    (tmp_path / "val" / "0").rename(tmp_path / "train" / "@eaDir")  # thumbnails are no images
+    assert len(data.load_splits("imagefolder", tmp_path).train) == 6
+
+
+def test_two_spellings_of_a_label_are_one_class(tmp_path):
+    samples = {"0.jpg": jpeg(0), "0.cls": "caf\u00e9".encode(), "1.jpg": jpeg(1), "1.cls": "cafe\u0301".encode()}
+    write_shard(tmp_path / "a.tar", samples)
+    assert shards.read_shards(tmp_path)[1] == ["caf\u00e9"] * 2

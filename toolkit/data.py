@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -23,7 +24,6 @@ from torchvision import datasets
 from toolkit import InputError, distributed, listed, printable
 from toolkit.folders import (
     EVALUATION_NAMES,
-    IMAGE_SUFFIXES,
     ImageFiles,
     UnreadableImage,
     class_folders,
@@ -33,7 +33,9 @@ from toolkit.folders import (
     image_names,
     labelled_files,
     list_has_labels,
+    looked_for,
     read_list,
+    tell_others,
     unreadable,
 )
 from toolkit.shards import ShardedImages, read_shards, shard_names
@@ -215,12 +217,20 @@ def load_unlabelled(
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
         if os.path.isdir(folder / "train"):
             folder = folder / "train"
-        source = read_shards(folder)[0] if shard_names(folder) else ImageFiles(folder, image_names(folder), ())
-        if len(source) == 0:
-            raise InputError(f"{folder}: no images (looked for {' '.join(IMAGE_SUFFIXES)})")
+        source = read_shards(folder)[0] if shard_names(folder) else _all_images(folder)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
+
+
+def _all_images(folder: Path) -> ImageFiles:
+    """Those below a folder, without labels; says which other files are there. Raises InputError if there are none."""
+    others = Counter()
+    names = image_names(folder, others=others)
+    if not names:
+        raise InputError(f"{folder}: no images {looked_for(others)}")
+    tell_others(folder, others)
+    return ImageFiles(folder, names, ())
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
@@ -316,7 +326,7 @@ def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs
         )
     if shard_names(train):
         folders = [train] if held_out is None else [train, held_out]
-        return _by_label(folders, [read_shards(folder) for folder in folders], split=train == root)
+        return _by_label(folders, [_labelled_shards(folder) for folder in folders], split=train == root)
     class_names = class_folders(train)
     if held_out is None and train == root:
         return Splits(*validation_part(_folder_images(root, class_names)), class_names)
@@ -368,13 +378,21 @@ def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Sp
     return _by_label(paths, contents, split=True)
 
 
+def _labelled_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
+    if not shard_names(folder):
+        raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
+    images, labels = read_shards(folder)
+    if not labels:
+        raise InputError(
+            f"{folder}: the images in its archives have no labels, a .cls beside each .jpg; only pretraining needs "
+            "none. If each archive is a class, as ImageNet comes, unpack each into a folder of its name: "
+            "for t in *.tar; do mkdir ${t%.tar} && tar -xf $t -C ${t%.tar}; done"
+        )
+    return images, labels
+
+
 def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]], split: bool) -> Splits:
     """Images whose labels are text: of one place, of which `split` holds a part out, or of two."""
-    for place, (_, labels) in zip(places, contents, strict=True):
-        if not labels:
-            raise InputError(
-                f"{place}: its images have no labels, a .cls beside each .jpg; only pretraining needs none"
-            )
     class_names = _in_order(set(contents[0][1]))
     if len(class_names) < 2:
         raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")

@@ -5,8 +5,10 @@ import hashlib
 import itertools
 import os
 import posixpath
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -14,7 +16,10 @@ from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Of an animated one the first frame is the image.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+# What network drives, archivers and systems put among images: thumbnails, deleted files.
+_OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
@@ -103,7 +108,7 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 
     Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
     """
-    names = _folder_names(folder)
+    names = list(_folders_by_class(folder))
     if names and {name.lower() for name in names} <= _PART_NAMES:
         raise InputError(
             f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
@@ -117,59 +122,106 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 
 def has_class_folders(folder: Path) -> bool:
     """Are there folders for two classes or more?"""
-    return len(_folder_names(folder)) > 1
+    return len(_folders_by_class(folder)) > 1
 
 
-def _folder_names(folder: Path) -> list[str]:
+def _folders_by_class(folder: Path) -> dict[str, list[str]]:
+    """The names of the folders of each class, by the class's, sorted."""
+    found = {}
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            for name in sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name)):
+                found.setdefault(one_spelling(name), []).append(name)
     except OSError as error:
         raise _unlisted(error) from None
+    return dict(sorted(found.items()))
+
+
+def one_spelling(name: str) -> str:
+    """The name of a class, in Unicode's form NFC. A Mac may write an e and an accent where others write one letter."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Does it begin with a dot, as the Mac's ._cat.jpg beside each cat.jpg and Jupyter's .ipynb_checkpoints do?"""
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def labelled_files(folder: Path, class_names: list[str], every: bool = True) -> ImageFiles:
-    """All images below the class folders. Raises InputError if there are none or, with `every`, none of some class."""
-    found = [image_names(folder, name) if os.path.isdir(folder / name) else [] for name in class_names]
+    """All images below the class folders; says which other files are there.
+
+    Raises InputError if there are no images or, with `every`, none of some class.
+    """
+    folders, others, found = _folders_by_class(folder), Counter(), []
+    for name in class_names:
+        found.append(list(itertools.chain(*(image_names(folder, inner, others) for inner in folders.get(name, ())))))
     empty = [name for name, images in zip(class_names, found, strict=True) if not images]
     if len(empty) == len(class_names) or (every and empty):
-        raise InputError(f"{folder}: no images in {', '.join(empty)} (looked for {' '.join(IMAGE_SUFFIXES)})")
+        raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others)}")
+    tell_others(folder, others)
     labels = [label for label, images in enumerate(found) for _ in images]
     return ImageFiles(folder, itertools.chain(*found), labels)
 
 
-def image_names(folder: Path, within: str = "") -> list[str]:
+def image_names(folder: Path, within: str = "", others: Counter | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
-    Links are followed. Raises InputError for a folder that cannot be listed.
+    Links are followed. What is no image is counted in `others`, by suffix. Raises InputError for a folder that cannot
+    be listed.
     """
     try:
-        found = sorted(_image_folders(folder, within, ()))
+        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others))
     except OSError as error:
         raise _unlisted(error) from None
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
 
 
-def _image_folders(folder: Path, within: str, above: tuple[os.stat_result, ...]) -> Iterator[tuple[str, list[str]]]:
-    """(path relative to `folder`, names of its images) for a folder and for each below it.
+def first_image(folder: Path) -> str | None:
+    """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
+    try:
+        found = (posixpath.join(inner, names[0]) for inner, names in _image_folders(folder, "", (), Counter()) if names)
+        return next(found, None)
+    except OSError as error:
+        raise _unlisted(error) from None
 
-    What begins with a dot is no image: the Mac's ._cat.jpg beside each cat.jpg, Jupyter's .ipynb_checkpoints.
-    """
+
+def _image_folders(
+    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter
+) -> Iterator[tuple[str, list[str]]]:
+    """(path relative to `folder`, names of its images) for a folder and for each below it."""
     here = os.stat(folder / within)
     if any(os.path.samestat(here, other) for other in above):
         return  # a link to a folder around it
     names, folders = [], []
     with os.scandir(folder / within) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if _is_hidden(entry.name):
                 continue
             if entry.is_dir():
                 folders.append(posixpath.join(within, entry.name))
             elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                 names.append(entry.name)
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
     yield within, names
     for inner in folders:
-        yield from _image_folders(folder, inner, (*above, here))
+        yield from _image_folders(folder, inner, (*above, here), others)
+
+
+def looked_for(others: Counter | None = None) -> str:
+    """For a message that there are no images: what would be one, and what is there instead."""
+    instead = f"; found {_counted(others)}" if others else ""
+    return f"(looked for {' '.join(IMAGE_SUFFIXES)}{instead})"
+
+
+def tell_others(folder: str | Path, others: Counter) -> None:
+    """Say how many files of which kinds are not read."""
+    if others:
+        print(f"{folder}: files that are not read as images: {_counted(others)}")
+
+
+def _counted(others: Counter) -> str:
+    return listed((f"{count} {suffix}" for suffix, count in others.most_common()), 6)
 
 
 def _unlisted(error: OSError) -> InputError:
@@ -202,14 +254,23 @@ def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     columns = min(2, len(rows[0]))
     for row in rows:
         if len(row) != columns or not all(row):
-            expected = "a path and a label" if columns == 2 else "a path alone, as the first line"
+            expected = "a path and a label, one for each image" if columns == 2 else "a path alone, as the first line"
             raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}")
-    names, labels = [row[0] for row in rows], [row[1] for row in rows if columns == 2]
-    missing = [name for name in names if not os.path.isfile(folder / name)]
+        if "," in row[-1] and columns == 2:
+            raise InputError(
+                f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
+                "has one label; write the name of its class without one"
+            )
+    names = [_shortest(row[0]) for row in rows]
+    labels = [one_spelling(row[1]) for row in rows if columns == 2]
+    root = os.path.abspath(folder)
+    files = [os.path.join(root, name) for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
     if missing:
         raise InputError(f"--data-list {path}: {len(missing)} of its files are not in {folder}: {listed(missing)}")
-    label_of = dict(zip(names, labels, strict=False))
-    torn = [name for name, label in zip(names, labels, strict=False) if label_of[name] != label]
+    files = [os.path.normpath(file) if ".." in file else file for file in files]
+    label_of = dict(zip(files, labels, strict=False))
+    torn = [name for name, file, label in zip(names, files, labels, strict=False) if label_of[file] != label]
     if torn:
         raise InputError(
             f"--data-list {path}: two labels for {listed(dict.fromkeys(torn))}; leave one of the lines out"
@@ -217,17 +278,32 @@ def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     return names, labels
 
 
+def _shortest(name: str) -> str:
+    """A path without ./ and //. What .. leaves depends on links, so it stays."""
+    return str(PurePosixPath(name)) if "./" in name or "//" in name else name
+
+
 def _rows(path: Path) -> list[list[str]]:
     """The lines of a list, in cells, without a first line of titles."""
+    rows, number, line = [], 0, ""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
             file.seek(0)
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter) if any(row)]
+            for line in file:
+                number += 1
+                # Each line by itself: a quotation mark without its other would make one cell of all lines behind it.
+                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+                rows += [[cell.strip() for cell in cells]] if any(cells) else []
     except OSError as error:
         raise InputError(f"--data-list {path}: cannot read it: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"--data-list {path}: not a text file of `path,label` lines: {printable(error)}") from None
+    except csv.Error as error:
+        raise InputError(
+            f"--data-list {path}: line {number} is not `path,label` ({error}); look at its quotation marks: "
+            f"'{printable(line.strip())}'"
+        ) from None
     if rows and rows[0][0].lower() in ("path", "file", "filename", "image"):
         rows = rows[1:]
     if not rows:

@@ -17,16 +17,23 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
-from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, unreadable
+from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, first_image, looked_for, one_spelling, unreadable
 
 
 def shard_names(folder: Path) -> list[str]:
-    """The archives in a folder, sorted. Raises InputError if it cannot be listed."""
+    """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
-    return sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+    shards = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+    image = first_image(folder) if shards else None
+    if image is not None:
+        raise InputError(
+            f"{folder} has both archives, as {shards[0]}, and image files, as {image}: move those that are not meant "
+            "elsewhere"
+        )
+    return shards
 
 
 class ShardedImages(ImageFiles):
@@ -73,7 +80,7 @@ def read_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
         places += [(number, offset, size) for offset, size in images.values()]
         texts += [labels.get(_key(name)) for name in images]
     if not names:
-        raise InputError(f"{folder}: no images in its {len(shards)} archives (looked for {' '.join(IMAGE_SUFFIXES)})")
+        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for()}")
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
@@ -92,7 +99,8 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
                 if member.name.lower().endswith(IMAGE_SUFFIXES) and member.isfile():
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
-                    labels[_key(member.name)] = archive.extractfile(member).read(1000).decode().strip()
+                    text = archive.extractfile(member).read(1000).decode()
+                    labels[_key(member.name)] = one_spelling(text.strip())
             archive.fileobj.seek(archive.offset)
             if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # at the end are zeros, or nothing
                 raise tarfile.ReadError("it is damaged after its first members")
