@@ -173,18 +173,29 @@ class RandomCrop:
         return (left, top, left + w, top + h), (self.size, self.size)
 
 
+LONGEST = 8  # times its shorter side: evaluation's crop takes the middle of that
+
+
 class Whole:
-    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side."""
+    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side.
+
+    With `shorter`, only the middle of an image that is longer than LONGEST times its shorter side: 3000 x 1 pixels
+    would become 768,000 x 256, of which a crop then takes 224 x 224.
+    """
 
     margin = 2  # so that evaluation sees nearly the image decoded in full: less than a level of 256 away on average
 
     def __init__(self, size: int | None = None, shorter: int | None = None):
         self.size, self.shorter = size, shorter
 
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    def __call__(self, width: int, height: int) -> tuple[tuple[float, ...], tuple[int, int]]:
+        if self.shorter is None:
+            return (0, 0, width, height), (self.size, self.size)
         side = min(width, height)
-        scaled = (int(self.shorter * width / side), int(self.shorter * height / side)) if self.shorter else None
-        return (0, 0, width, height), scaled or (self.size, self.size)
+        inner = min(width, LONGEST * side), min(height, LONGEST * side)
+        left, top = (width - inner[0]) / 2, (height - inner[1]) / 2
+        scaled = int(self.shorter * inner[0] / side), int(self.shorter * inner[1] / side)
+        return (left, top, left + inner[0], top + inner[1]), scaled
 
 
 class AtMost:
