@@ -871,6 +871,7 @@ class FineTuning:
         self.progress: training.Progress | None = None  # of the epoch that has begun
         self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.retreats: list[dict[str, float]] = []
+        self.lost_seconds = 0.0  # of the epochs that collapses have undone
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}
         self.head_temperature = HeadTemperature()
@@ -946,7 +947,8 @@ class FineTuning:
 
     def rate(self) -> float:
         """The learning rate at its peak: collapses lower it."""
-        return self.args.learning_rate / collapse.RETREAT_FACTOR ** len(self.retreats)
+        lowered = min(len(self.retreats), collapse.RETREATS)  # the last retreat ends the run at the rate that it had
+        return self.args.learning_rate / collapse.RETREAT_FACTOR**lowered
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -994,10 +996,11 @@ class FineTuning:
                 self.stop.check()
         with self.average.in_place():
             result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
+        now.seconds = time.perf_counter() - started
         collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
         if collapsed or not math.isfinite(result.loss):
             return False
-        self.history.append(now.row(epoch, result, time.perf_counter() - started))
+        self.history.append(now.row(epoch, result))
         self.progress = None
         return True
 
@@ -1013,6 +1016,8 @@ class FineTuning:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
         self.restore(self.good["state"])
+        undone = self.history[self.good["epochs"] :]
+        self.lost_seconds += sum(row["seconds"] for row in undone) + self.progress.seconds
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
         if len(self.retreats) > collapse.RETREATS:
@@ -1131,6 +1136,8 @@ class FineTuning:
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,
+            "lost_seconds": self.lost_seconds,
+            "meter": vars(self.meter),
             "images": self.splits.digest(),
             "class_names": list(self.class_names),
             "base": getattr(self.model, "base_digests", {}),
@@ -1157,6 +1164,7 @@ class FineTuning:
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
         self.good, self.faster = state["good"], state["faster"]
+        self.lost_seconds, self.meter = state["lost_seconds"], data.LoadingMeter(**state["meter"])
         self.head_temperature = HeadTemperature(*state["head_temperature"])
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")

@@ -353,7 +353,7 @@ class Pretraining:
             state["optimizer"] = {}
         else:
             state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
-            state |= {"progress": self.progress, "before": self.before}
+            state |= {"progress": self.progress, "before": self.before, "meter": vars(self.meter)}
         if distributed.is_main():
             save_atomically(state, self.path(name))
 
@@ -386,6 +386,7 @@ class Pretraining:
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
         self.progress, self.before = state["progress"], state.get("before")
+        self.meter = data.LoadingMeter(**state.get("meter", {}))
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""

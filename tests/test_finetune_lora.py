@@ -314,6 +314,18 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, monkeypatch):
+    whole = finetune("--epochs 2")
+    again = finetune("--epochs 2 --resume")  # nothing is left to do
+    for name in ("seconds", "images_per_second", "waiting_share"):
+        assert again[name] == whole[name] > 0, name
+    seen, stopped = [], lambda run: seen.append(run.meter.images) or run.stop._note(2, None)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", after_epoch=stopped)  # which is at the first step of the second epoch
+    finetune("--epochs 2 --resume", after_epoch=lambda run: seen.append(run.meter.images))
+    assert seen[1] > seen[0]
+
+
 def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
     """An added image moves none of the others, but training would go on with what the run has not begun with."""
     shutil.copytree(images, tmp_path / "own")
@@ -653,6 +665,22 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
 
 
+def test_the_time_that_a_collapse_has_undone_was_spent(finetune, monkeypatch):
+    evaluation, now = scripted([1.0, 0.87, 0.4, 1.0, 1.0, 1.0]), [0.0]
+
+    def ten_seconds(*args):
+        now[0] += 10
+        return evaluation(*args)
+
+    as_if_on_many_images(monkeypatch)
+    monkeypatch.setattr(finetune_lora, "evaluate", ten_seconds)
+    monkeypatch.setattr(finetune_lora.time, "perf_counter", lambda: now[0])
+    results = finetune("--epochs 3")
+    assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
+    assert sum(row["seconds"] for row in metrics(results["folder"])) == 30
+    assert results["seconds"] == 50  # the second epoch was undone with the third
+
+
 def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_followed(finetune, monkeypatch, tmp_path):
     """Three steps an epoch: what the first evaluation says is not believed, and its state is not gone back to."""
     torch.manual_seed(0)
@@ -718,6 +746,10 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monk
     assert results == json.loads(json.dumps(stopped.value.results))
     assert results["val_accuracy"] == 0.9 and results["epochs"] == good and len(results["retreats"]) == 4
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.3, 0.9]))
+    with pytest.raises(Collapsed) as resumed:
+        finetune("--epochs 3 --resume")
+    assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
 
 
 def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, images, monkeypatch):

@@ -171,6 +171,14 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, options):
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+def test_a_resumed_run_counts_the_images_of_the_whole_run(run, tmp_path, monkeypatch):
+    run()
+    counts, results = [], data.LoadingMeter.results
+    monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
+    run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}", "resumed")
+    assert counts[-1] == 32  # two epochs of 16
+
+
 def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkeypatch):
     """Of ImageNet the features may take more memory than there is; hours of training are not to go with them."""
 

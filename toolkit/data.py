@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -612,12 +613,13 @@ def _derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+@dataclass
 class LoadingMeter:
     """Watches a training loop take batches from a loader: how many images it gets, and how long it waits for them."""
 
-    def __init__(self):
-        self.images = 0
-        self.waited = self.seconds = 0.0
+    images: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
 
     def watched(self, loader: DataLoader) -> Iterator[Any]:
         """The loader's batches, (anything, labels) each."""
