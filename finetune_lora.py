@@ -796,7 +796,9 @@ def search_learning_rate(
     def make_run(rate: float, epochs: int) -> FineTuning:
         loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
+        share = training.kept_share(args, Counter(splits.train.labels))  # the run's, which has more images
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
+        own["wise_ft"] = share
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
@@ -977,7 +979,8 @@ class FineTuning:
         if self.progress is None:
             self.progress = training.Progress(self.rate() * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
             if self.does_well():
-                self.good = runs.copy_to_cpu({"epochs": len(self.history), "state": self.trained()})
+                state = {"epochs": len(self.history), "state": self.trained(), "best": self.best_adapter()}
+                self.good = runs.copy_to_cpu(state)
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
@@ -1016,6 +1019,8 @@ class FineTuning:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
         self.restore(self.good["state"])
+        if self.good["best"] is not None:
+            save_atomically(self.good["best"], self.path("lora.pth"))
         undone = self.history[self.good["epochs"] :]
         self.lost_seconds += sum(row["seconds"] for row in undone) + self.progress.seconds
         self.history, self.progress = self.history[: self.good["epochs"]], None
@@ -1096,6 +1101,11 @@ class FineTuning:
         self.save_state()
         if distributed.is_main():
             write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
+
+    def best_adapter(self) -> dict[str, Any] | None:
+        """What --keep-best has in `lora.pth`: an epoch that a retreat undoes may replace it."""
+        path = self.path("lora.pth")
+        return read_adapter_file(path) if self.args.keep_best and path.exists() and distributed.is_main() else None
 
     def has_better(self) -> bool:
         """Is `lora.pth` of an epoch that --keep-best prefers to the last, and that no retreat has undone?"""

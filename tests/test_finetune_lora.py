@@ -752,12 +752,19 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monk
     assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
 
 
-def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, images, monkeypatch):
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        ([[2, 2, 1, 2], [0, 0, 0, 0]], 3),  # the third epoch, trained again, is the best that is left
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], 1),  # the first epoch is: its file comes back
+    ],
+)
+def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, monkeypatch, last, kept):
     """The third epoch is best by balanced accuracy, but not good enough by accuracy to come back to."""
     as_if_on_many_images(monkeypatch)
     labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
     answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2, [1] * 16 + [0] * 4]
-    answers += [[0] * 16 + last for last in ([2, 2, 1, 2], [0, 0, 0, 0])]  # after that: better than the second, and not
+    answers += [[0] * 16 + answer for answer in last]
 
     def evaluation(*args):
         real = evaluate(*args)
@@ -770,7 +777,7 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
     results = finetune("--epochs 4 --keep-best balanced --head-init random")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
-    assert results["kept_epoch"] == 3 == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+    assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
 
 
 def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatch):
@@ -866,6 +873,16 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
+
+
+def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, monkeypatch):
+    """They train on fewer images, of which `--wise-ft auto` would keep less."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    made, start = [], FineTuning.start
+    monkeypatch.setattr(FineTuning, "start", lambda run, features: made.append(run) or start(run, features))
+    finetune("--learning-rate auto --epochs 1 --keep-best f1")
+    assert [len(run.splits.train) for run in made] == [16, 16, 21]
+    assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class
 
 
 def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch, tmp_path, images):
