@@ -312,12 +312,12 @@ def test_a_drawn_part_has_every_class(tmp_path):
     assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
 
 
-def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
+def test_among_too_many_images_copies_are_not_looked_for_which_is_told(tmp_path, monkeypatch, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     monkeypatch.setattr(data, "MOST_COMPARED", 11)
     data.load_splits("imagefolder", tmp_path)
-    assert capsys.readouterr().out == ""
+    assert "may be copies of training images: more than 11 are not compared" in capsys.readouterr().out
 
 
 def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):

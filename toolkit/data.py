@@ -240,12 +240,17 @@ MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take s
 
 
 def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
-    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning."""
-    if not (type(train.source) is type(val.source) is ImageFiles) or not distributed.is_main():
+    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning.
+
+    Where there are too many to compare, say that.
+    """
+    own = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
+    if not own or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
+        print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
-    found = copies(*([images.name(i) for i in range(len(images))] for images in (val, train)))
+    found = copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
     if found:
         first, other = found[0]
         print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
