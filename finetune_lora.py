@@ -700,10 +700,12 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+        typed = options.typed_options(parser, args, sources)
         problems = options.complete_finetune_options(args, sources)
-        return [*problems, *runs.environment_problems(args), *options.finetune_problems(args)]
+        return [*problems, *runs.environment_problems(args), *options.finetune_problems(args, typed)]
 
-    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, complete)
+    parser = make_parser()
+    return options.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -87,13 +87,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
+    typed = options.typed_options(make_parser(), args, sources)
     problems = options.complete_data_options(args, sources)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems += runs.environment_problems(args)
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.adapter_problems(args)
+    problems += options.adapter_problems(args, typed)
+    if "crop_min" in typed and args.two_crops == "digits":
+        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
     if args.checkpoint is not None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.checkpoint is None and args.lora_rank > 0:
@@ -469,6 +472,8 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
     """
     own, sources = args.dataset == "imagefolder", options.image_sources(args)
     if args.dataset == data.UNLABELLED_SET or (own and not data.has_labels(args.data_dir, args.data_list)):
+        if problems := options.unlabelled_problems(args):  # whether there are labels may be known only now
+            raise InputError("\n".join(problems))
         images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable), ()
     else:
         splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)

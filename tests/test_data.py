@@ -215,6 +215,13 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
     assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
 
 
+def test_evaluation_images_that_a_validation_part_leaves_alone_are_named(tmp_path, capsys):
+    two_classes(tmp_path, "train", "elsewhere")
+    data.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
+    told = f"evaluating on a part of the training images; {tmp_path / 'elsewhere'} is left alone"
+    assert told in capsys.readouterr().out
+
+
 def test_one_list_is_split_and_two_are_not(tmp_path):
     two_classes(tmp_path, "shoot one", names=[str(i) for i in range(20)])
     rows = [f"shoot one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(20)]

@@ -90,6 +90,14 @@ def test_defaults_then_file_then_command_line(base, tmp_path):
     assert where == ["command line", "config", "default"]
 
 
+def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path):
+    """They are there for other runs."""
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 8, target_modules: [mlp]}\ndata: {crop_min: 0.5}")
+    flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
+    args, _ = read_options(flags.split())
+    assert (args.lora_alpha, args.crop_min, args.lora_rank) == (8, 0.5, 0)
+
+
 def test_the_run_prints_what_it_used_and_where_it_came_from(finetune, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n")
     finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2")

@@ -282,7 +282,8 @@ def test_a_run_goes_on_that_knew_fewer_options(run, tmp_path):
     torch.save(state, tmp_path / "earlier.pth")
     run(f"--resume {tmp_path / 'earlier.pth'}", "again")
     with pytest.raises(InputError, match=r"lora_alpha was 16\.0, is 8\.0"):
-        run(f"--lora-alpha 8 --resume {tmp_path / 'earlier.pth'}", "other")
+        (tmp_path / "other.yaml").write_text("moco: {lora_alpha: 8}")
+        run(f"--config {tmp_path / 'other.yaml'} --resume {tmp_path / 'earlier.pth'}", "other")
 
 
 def test_checkpoints_that_cannot_be_resumed(run, tmp_path):

@@ -189,6 +189,9 @@ def load_splits(
         if gone:
             raise InputError(f"no training image of {listed(gone)} can be read: repair some, or remove the class")
     if eval_split == "validation":
+        left_alone = val_dir or (data_list or [])[1:]
+        if left_alone and not for_training_only:
+            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
         train, val = validation_part(train)
     if not for_training_only:
         _tell_copies(train, val)

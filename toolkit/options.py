@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,12 @@ def parse_args(
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
+
+
+def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
+    """The options to which the command line gives another value than their default. To be asked before completion."""
+    typed = (name for name, source in sources.items() if source == "command line")
+    return {name for name in typed if getattr(args, name) != parser.get_default(name)}
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
@@ -412,9 +418,19 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if args.dataset not in ("imagefolder", UNLABELLED_SET) and (args.val_dir or args.data_list):
+    if args.dataset == UNLABELLED_SET:
+        problems += unlabelled_problems(args)
+    elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
     return problems
+
+
+def unlabelled_problems(args: argparse.Namespace) -> list[str]:
+    """Which options images without labels have no use for, a line each."""
+    needless = {"--val-dir": args.val_dir, "a second --data-list": args.data_list and len(args.data_list) > 1}
+    return [
+        f"{name} with images without labels: they are not evaluated on; drop it" for name in needless if needless[name]
+    ]
 
 
 PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # that are read
@@ -458,17 +474,22 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
 
 
-def adapter_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of the adapters together, a line each."""
+def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """What is wrong with the options of the adapters together, a line each. `typed` is what `typed_options` says."""
     if args.lora_rank > 0:
         return []
-    needless = {
-        "--use-qlora": args.use_qlora,
-        "--adapt-last": args.adapt_last,
-        "--rank-pattern": args.rank_pattern,
-        "--alpha-pattern": args.alpha_pattern,
-    }
-    return [f"{name} with --lora-rank 0: there are no adapters; raise the rank" for name in needless if needless[name]]
+    needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern", "alpha_pattern") if getattr(args, name)]
+    needless += [name for name in _OF_ADAPTERS if name in typed]
+    return [f"{_flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
+
+
+# A configuration may have these for runs with adapters, so that only who types them is told.
+_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
+_OF_ADAPTERS += ("base_dtype",)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -559,8 +580,6 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # what the gradient of a random head says is random
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    if args.cache_features == "none" and sources["cached_views"] == "command line":
-        problems.append("--cached-views needs --cache-features ram or disk")
     differ = args.cache_features != "none" and args.augmentation != "none"
     args.cached_views = (args.cached_views or CACHED_VIEWS) if differ else None
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
@@ -591,8 +610,22 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def finetune_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of fine-tuning together, a line each."""
+def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """The options that were typed where they change nothing, a line each."""
+    problems = []
+    if "crop_min" in typed and args.augmentation not in ("crop", "trivial"):
+        problems.append(f"--crop-min with --augmentation {args.augmentation}, which crops nothing: drop one of the two")
+    if "cached_views" in typed and args.cache_features == "none":
+        problems.append("--cached-views needs --cache-features ram or disk")
+    elif "cached_views" in typed and args.augmentation == "none":
+        problems.append("--cached-views with --augmentation none: all views are the same; drop one of the two")
+    if "base_dtype" in typed and args.lora_rank > 0 and not args.freeze_backbone:
+        problems.append("--base-dtype with --no-freeze-backbone: nothing is frozen; drop one of the two")
+    return problems
+
+
+def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """What is wrong with the options of fine-tuning together, a line each. `typed` is what `typed_options` says."""
     rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
     in_16_bits = f"--base-dtype {args.base_dtype}" if rounds else None
     fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
@@ -603,7 +636,7 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    problems += adapter_problems(args) + _cache_problems(args)
+    problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)
     if args.train_norms and args.adapt_last and args.use_qlora:
         problems.append(
             "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
