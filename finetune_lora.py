@@ -784,7 +784,6 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
-    fusion.set_patch_dropout(model, args.patch_dropout)
     return model, report
 
 

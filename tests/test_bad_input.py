@@ -188,6 +188,7 @@ FLAGS = [
     case("an underscore in a flag", "finetune --lora_rank 4", "--lora_rank", "did you mean --lora-rank?"),
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
     case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
+    case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
     case("one dash", "finetune -epochs 3", "-epochs: no such option"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
@@ -298,6 +299,7 @@ FLAGS = [
 
 CONFIGS = [
     config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
+    config("a key of an earlier version", "finetune: {patch_dropout: 0.0}", "patch_dropout was removed; delete"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs into the section finetune"),
@@ -462,8 +464,6 @@ CHECKPOINTS = [
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
     case("norms twice", "finetune --train-norms --no-freeze-backbone", "--train-norms with --no-freeze-backbone"),
-    case("patches of a ResNet", "finetune --checkpoint r.pth --patch-dropout 0.5",
-         "patch dropout is for ViTs", "ResNet", files={"r.pth": resnet}),
     case("an average that forgets nothing", "finetune --ema 1", "--ema", "from 0 to below 1"),
     case("a negative mixup", "finetune --mixup -0.2", "--mixup", "0 or more"),
 ]  # fmt: skip

@@ -37,6 +37,8 @@ SECTIONS = {
     "finetune": (),
 }
 
+REMOVED = {"patch_dropout"}  # options of earlier versions, which configurations may still have
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
 
@@ -193,7 +195,9 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     """What is wrong with the words that `parse_known_args` left over."""
     problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
     for before, word in zip(["", *rest], rest, strict=False):
-        if word.startswith("-"):
+        if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
+            problems.append(f"{printable(word)}: the option was removed; leave it out")
+        elif word.startswith("-"):
             problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see --help")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
             problems.append(f"{printable(word)}: unexpected argument; see --help")
@@ -261,6 +265,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if key in own[section]:
                     yield section, key, value
+                elif key in REMOVED:
+                    problems.append(f"{section}.{key} was removed; delete the line")
                 elif key not in SECTIONS[section]:
                     hint = _right_section(key, own) or _nearest(key, own[section])
                     problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
@@ -557,9 +563,6 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=32,
         help="bits of what is kept for backward; 16: half its bytes, gradients rounded",
     )
-    tune.add_argument(
-        "--patch-dropout", type=fraction, default=0.0, help="share of a ViT's patches left out in training"
-    )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
 
@@ -601,7 +604,6 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
         "--no-train-norms": args.train_norms,
         "--mixup 0": args.mixup > 0,
         "--cutmix 0": args.cutmix > 0,
-        "--patch-dropout 0": args.patch_dropout > 0,
     }
     return [
         f"--cache-features needs {remedy}: what is kept must be the same in every epoch"
