@@ -579,22 +579,6 @@ def adapt_layers(
     return wrapped
 
 
-def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Make every module a stock module again, in place, and return the model: for `torch.fx`, say.
-
-    What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
-
-    Args:
-        merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
-            too.
-
-    Raises:
-        InputError: layers in 4 or 16 bits, without `merge`: their float weights are gone. The model is as it was.
-    """
-    LoRAManager(changeable(model)).unload(merge)
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
