@@ -39,7 +39,7 @@ from toolkit.options import non_negative_float, non_negative_int, positive_float
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"tensorboard", "checkpoint", "merge_into"}  # a digest tells another base
+FREE_TO_CHANGE |= {"tensorboard", "checkpoint"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -101,28 +101,21 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.checkpoint is None and args.lora_rank > 0:
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
-    if args.merge_into is not None and args.lora_rank == 0:
-        problems.append("--merge-into without --lora-rank: there are no adapters to merge; drop it")
-    if args.merge_into is not None and not os.path.isdir(args.merge_into.parent):
-        problems.append(f"--merge-into {args.merge_into}: no folder {args.merge_into.parent}; make it first")
     if args.checkpoint is None:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.checkpoint is not None:
-        problems += overwritten(args)
+    if args.checkpoint is not None and is_overwritten(args):
+        problems.append(f"--checkpoint {args.checkpoint} would be overwritten: give another --output-dir")
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     return problems
 
 
-def overwritten(args: argparse.Namespace) -> list[str]:
-    """What would be written where the checkpoint is, a line each."""
+def is_overwritten(args: argparse.Namespace) -> bool:
+    """Would the run write one of its files where the checkpoint is?"""
     names = {*Pretraining.FILES, *(f"moco_stage1_epoch_{epoch}.pth" for epoch in range(1, args.epochs + 1))}
-    written = args.output_dir / args.checkpoint.name if args.checkpoint.name in names else None
-    places = {"--output-dir": written, "--merge-into": args.merge_into}
-    told = f"--checkpoint {args.checkpoint} would be overwritten: give another"
-    return [f"{told} {option}" for option, place in places.items() if same_file(place, args.checkpoint)]
+    return args.checkpoint.name in names and same_file(args.output_dir / args.checkpoint.name, args.checkpoint)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -132,8 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run = options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
-    run.add_argument("--merge-into", type=Path, help="with adapters: also write a checkpoint with merged weights")
+    options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
@@ -281,7 +273,7 @@ class Pretraining:
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
         if self.args.lora_rank > 0:
-            self.save_adapters(last)
+            self.save_adapters()
         elif last or self.epoch % self.args.save_every == 0:
             self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
         if not last:
@@ -312,24 +304,16 @@ class Pretraining:
         view = ((views[number], labels) for views, labels in self.view_loader)
         return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
-    def save_adapters(self, last: bool) -> None:
-        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes; at the end also --merge-into."""
-        encoder, args = self.model.encoder_q, self.args
+    def save_adapters(self) -> None:
+        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes."""
+        args = self.args
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
-        LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
-        if last and args.merge_into is not None:
-            manager = LoRAManager(encoder)
-            manager.merge_lora_weights()  # encoder_k, which shares the base, must not be asked for anything now
-            tensors = self.model.state_dict().items()
-            merged = {name: tensor.cpu() for name, tensor in tensors if not name.startswith(("encoder_k.", "queue"))}
-            state = {"model": merged, "arch": args.arch}
-            save_atomically({**state, "epoch": self.epoch, "config": self.config()}, args.merge_into)
-            manager.unmerge_lora_weights()
+        LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: all, or over a frozen base those that change, which both encoders have."""

@@ -37,7 +37,7 @@ SECTIONS = {
     "finetune": (),
 }
 
-REMOVED = {"patch_dropout"}  # options of earlier versions, which configurations may still have
+REMOVED = {"patch_dropout", "merge_into"}  # options of earlier versions, which configurations may still have
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
