@@ -151,10 +151,6 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=transforms.TWO_CROPS, default="moco_v3", help="how the views are made")
     moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
-    moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
-    moco.add_argument("--scale", type=options.fraction, default=0.2, help="digits: so much larger or smaller than 1")
-    moco.add_argument("--shift", type=options.fraction, default=0.15, help="digits: at most so much of the side")
-    moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
     moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
     moco.add_argument("--knn-dir", type=Path, help="class folders to measure it on, if the images have no labels")
@@ -429,9 +425,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
-    views = transforms.two_crops(
-        args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
-    )
+    views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min)
     kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.

@@ -300,6 +300,8 @@ FLAGS = [
 CONFIGS = [
     config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
     config("a key of an earlier version", "finetune: {patch_dropout: 0.0}", "patch_dropout was removed; delete"),
+    config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
+           "moco.noise was removed; delete the line", script="pretrain"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs into the section finetune"),

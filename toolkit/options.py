@@ -37,7 +37,8 @@ SECTIONS = {
     "finetune": (),
 }
 
-REMOVED = {"patch_dropout", "merge_into"}  # options of earlier versions, which configurations may still have
+# Options of earlier versions, which configurations may still have.
+REMOVED = {"patch_dropout", "merge_into", "rotation", "scale", "shift", "noise"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike

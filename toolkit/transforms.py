@@ -273,29 +273,19 @@ def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.Rand
 TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
 
 
-def two_crops(
-    image_size: int,
-    augmentation: str,
-    crop_min: float = 0.2,
-    rotation: float = 15.0,
-    scale: float = 0.2,
-    shift: float = 0.15,
-    noise: float = 0.05,
-) -> TwoCrops:
+def two_crops(image_size: int, augmentation: str, crop_min: float = 0.2) -> TwoCrops:
     """The views that MoCo contrasts.
 
     Args:
         image_size: pixels along each side.
         augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
-            blur and solarisation differ between the two views), or 'digits' (affine and noise: no flip, no colour).
+            blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
+            noise: no flip, no colour).
         crop_min: smallest share of the image's area in a crop, for the first three.
-        rotation, scale, shift, noise: for 'digits': at most so many degrees, so much larger or smaller than 1, so much
-            of the side, and the standard deviation of the noise in units of the pixel range.
     """
     if augmentation == "digits":
-        affine = _affine(rotation, shift, (1 - scale, 1 + scale))
         levels, normalize = _tensor()
-        view = View(Whole(image_size), affine, levels, GaussianNoise(noise), normalize)
+        view = View(Whole(image_size), _affine(10, 0.1, (0.88, 1.12)), levels, GaussianNoise(0.05), normalize)
         return TwoCrops(view, view)
     crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
     grey = T.RandomGrayscale(p=0.2)
