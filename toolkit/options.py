@@ -38,7 +38,7 @@ SECTIONS = {
 }
 
 # Options of earlier versions, which configurations may still have.
-REMOVED = {"patch_dropout", "merge_into", "rotation", "scale", "shift", "noise"}
+REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "scale", "shift", "noise"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
