@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import math
 import multiprocessing
 import os
 import signal
@@ -272,18 +271,16 @@ def readable(images: LabelledImages) -> LabelledImages:
     return images.subset([i for i in range(len(images)) if i not in broken])
 
 
-def unreadable_among(images: LabelledImages, seconds: float = math.inf) -> dict[int, UnreadableImage]:
-    """The error of each image that cannot be read, by position; of those that are reached within so many seconds."""
-    until = time.monotonic() + seconds
+def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
+    """The error of each image that cannot be read, by position."""
 
     def problem(i: int) -> UnreadableImage | None:
-        if time.monotonic() < until:
-            try:
-                image, _ = images.undecoded(i)
-                image.draft(None, (1, 1))
-                to_rgb(image)
-            except UnreadableImage as error:
-                return error
+        try:
+            image, _ = images.undecoded(i)
+            image.draft(None, (1, 1))
+            to_rgb(image)
+        except UnreadableImage as error:
+            return error
         return None
 
     with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
@@ -546,11 +543,6 @@ class Transformed(Dataset):
         self.being_read[worker.id] = i
         yield
         self.being_read[worker.id] = -1
-
-    def unreadable(self, seconds: float) -> list[str]:
-        """What is wrong with each image file that cannot be read; of those that are reached within so many seconds."""
-        files = isinstance(getattr(self.dataset, "source", None), ImageFiles | ShardedImages)
-        return [str(error) for error in unreadable_among(self.dataset, seconds).values()] if files else []
 
     def names_being_read(self) -> list[str]:
         """The images that workers are reading now, or were when they were killed."""
