@@ -264,7 +264,7 @@ FLAGS = [
     case("random weights in 4 bits", "finetune --checkpoint none --arch resnet18 --use-qlora", "drop one of the two"),
     case("random weights in 16 bits", "finetune --checkpoint none --arch resnet18 --base-dtype bf16", "drop one of"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
-    case("a misspelt arch", "finetune --arch resnet51", "'resnet51' is none of", "did you mean resnet50?"),
+    case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("a misspelt data set", "finetune --dataset cifar", "'cifar' is none of", "did you mean cifar10?"),
     case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, trivial, affine, none"),
     case("a misspelt precision", "finetune --precision float16", "'float16' is none of auto, fp32, bf16, fp16"),

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from toolkit import InputError, printable
-from toolkit.backbones import ARCH_CHOICES
+from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
 from toolkit.checkpoints import is_none, option_problems
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
@@ -396,7 +396,8 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     group.add_argument(
         "--checkpoint", type=Path, default=checkpoint, help="file of MoCo, torchvision or timm; none: random weights"
     )
-    group.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
+    archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
+    group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
