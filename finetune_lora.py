@@ -781,9 +781,8 @@ def search_learning_rate(
     def make_run(rate: float, epochs: int) -> FineTuning:
         loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
-        share = training.kept_share(args, Counter(splits.train.labels))  # the run's, which has more images
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
-        own["wise_ft"] = share
+        own["wise_ft"] = training.kept_share(args, Counter(splits.train.labels))  # the run's, which has more images
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
