@@ -349,7 +349,9 @@ def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-@pytest.mark.parametrize("way", ["", "--use-qlora", "--lora-rank 0 --no-freeze-backbone"])
+@pytest.mark.parametrize(
+    "way", ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone"]
+)
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
     """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
     averages, real_step = {}, FineTuning.step
@@ -366,7 +368,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
 
     steps: list[FineTuning] = []
     monkeypatch.setattr(FineTuning, "step", step)
-    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 --lora-init random {way}")
+    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 {way}")
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     assert len(averages) > 2 and len(steps) == 6
     for name, average in averages.items():
