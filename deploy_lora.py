@@ -18,9 +18,7 @@ import io
 import json
 import os
 import reprlib
-import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,8 +104,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the most probable classes of each image as a table, a row an image, and return its rows."""
     with _model_on_device(args) as (model, about, make_loader):
         names = about["class_names"]
-        if args.sort_into is not None:
-            _check_folder_names(names)
         images = readable(_images(args.images))
         logits = _outputs(args, model, make_loader(images), "predict")
     probabilities, classes = logits.softmax(1).topk(min(TOP, len(names)))  # (N, classes) -> (N, TOP)
@@ -120,8 +116,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(dict(zip(columns, [images.name(i), *cells], strict=True)))
     write_csv(rows, columns, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
-    if args.sort_into is not None:
-        _sort(rows, args.sort_into)
     return rows
 
 
@@ -219,30 +213,6 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     if "data_list" in data:
         data["data_list"] = [found_path(path) for path in data["data_list"]]
     return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
-
-
-def _check_folder_names(names: Sequence[str]) -> None:
-    """Raises InputError for class names that are no names of folders: a stranger's file may say ../../somewhere."""
-    wrong = [name for name in names if name in ("", ".", "..") or set(name) & {"/", "\\", "\0", os.sep}]
-    if wrong:
-        raise InputError(f"--sort-into: a class of the adapter cannot be the name of a folder: {listed(wrong)}")
-
-
-def _sort(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Copy each image into the folder of its class. Files of the same name are numbered."""
-    last = Counter()  # the number of the last file of each name
-    for row in rows:
-        source, target = Path(row["path"]), folder / row["class"]
-        wanted = free = target / source.name
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            while free.exists():
-                last[wanted] += 1
-                free = target / f"{source.stem}_{last[wanted]}{source.suffix}"
-            shutil.copyfile(source, free)
-        except OSError as error:
-            raise InputError(f"--sort-into {folder}: cannot copy {source}: {error.strerror}") from None
-    print(f"copied {len(rows)} images into {folder}, a folder for each class")
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit
@@ -390,14 +360,6 @@ def check_export(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def check_predict(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `predict`."""
-    problems, folder = check_output(args), args.sort_into
-    if folder is not None and os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        problems.append(f"--sort-into {folder}: it is there already; name a new or an empty folder")
-    return problems
-
-
 def check_convert(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of `convert`."""
     problems = check_output(args)
@@ -412,7 +374,7 @@ def check_convert(args: argparse.Namespace) -> list[str]:
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
-    "predict": (predict, check_predict, "the most probable classes of images, as a table"),
+    "predict": (predict, check_output, "the most probable classes of images, as a table"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
     "export": (export, check_export, "the merged model as a graph for onnxruntime or torch.export"),
@@ -439,7 +401,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help="folder with a folder of images per class")
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parsers["predict"].add_argument("--sort-into", type=Path, help="copy each image into a folder of its class in here")
     parsers["export"].add_argument("--normalise", action="store_true", help="the graph takes images from 0 to 1")
     direction = parsers["convert"]
     direction.add_argument("--to", choices=["peft"], help="write PEFT's format, into the folder --output")

@@ -579,22 +579,6 @@ def adapt_layers(
     return wrapped
 
 
-def remove_lora_from_model(model: nn.Module, merge: bool = False) -> nn.Module:
-    """Make every module a stock module again, in place, and return the model: for `torch.fx`, say.
-
-    What is frozen stays frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
-
-    Args:
-        merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back bit for bit, from merged layers
-            too.
-
-    Raises:
-        InputError: layers in 4 or 16 bits, without `merge`: their float weights are gone. The model is as it was.
-    """
-    LoRAManager(changeable(model)).unload(merge)
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
@@ -700,10 +684,13 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+        typed = options.typed_options(parser, args, sources)
         problems = options.complete_finetune_options(args, sources)
-        return [*problems, *runs.environment_problems(args, FineTuning.FILES), *options.finetune_problems(args)]
+        environment = runs.environment_problems(args, FineTuning.FILES)
+        return [*problems, *environment, *options.finetune_problems(args, typed)]
 
-    return options.parse_args(make_parser(), argv, DEFAULT_CONFIG, applies, complete)
+    parser = make_parser()
+    return options.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -783,7 +770,6 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
-    fusion.set_patch_dropout(model, args.patch_dropout)
     return model, report
 
 
@@ -798,6 +784,7 @@ def search_learning_rate(
         loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
+        own["wise_ft"] = training.kept_share(args, Counter(splits.train.labels))  # the run's, which has more images
         own_args = argparse.Namespace(**vars(args) | own)
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
@@ -872,6 +859,7 @@ class FineTuning:
         self.progress: training.Progress | None = None  # of the epoch that has begun
         self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.retreats: list[dict[str, float]] = []
+        self.lost_seconds = 0.0  # of the epochs that collapses have undone
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}
         self.head_temperature = HeadTemperature()
@@ -947,7 +935,8 @@ class FineTuning:
 
     def rate(self) -> float:
         """The learning rate at its peak: collapses lower it."""
-        return self.args.learning_rate / collapse.RETREAT_FACTOR ** len(self.retreats)
+        lowered = min(len(self.retreats), collapse.RETREATS)  # the last retreat ends the run at the rate that it had
+        return self.args.learning_rate / collapse.RETREAT_FACTOR**lowered
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -976,7 +965,8 @@ class FineTuning:
         if self.progress is None:
             self.progress = training.Progress(self.rate() * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
             if self.does_well():
-                self.good = runs.copy_to_cpu({"epochs": len(self.history), "state": self.trained()})
+                state = {"epochs": len(self.history), "state": self.trained(), "best": self.best_adapter()}
+                self.good = runs.copy_to_cpu(state)
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
@@ -995,10 +985,11 @@ class FineTuning:
                 self.stop.check()
         with self.average.in_place():
             result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
+        now.seconds = time.perf_counter() - started
         collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
         if collapsed or not math.isfinite(result.loss):
             return False
-        self.history.append(now.row(epoch, result, time.perf_counter() - started))
+        self.history.append(now.row(epoch, result))
         self.progress = None
         return True
 
@@ -1014,6 +1005,10 @@ class FineTuning:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
         self.restore(self.good["state"])
+        if self.good["best"] is not None:
+            save_atomically(self.good["best"], self.path("lora.pth"))
+        undone = self.history[self.good["epochs"] :]
+        self.lost_seconds += sum(row["seconds"] for row in undone) + self.progress.seconds
         self.history, self.progress = self.history[: self.good["epochs"]], None
         self.retreats.append({"epoch": epoch, "learning_rate": rate})
         if len(self.retreats) > collapse.RETREATS:
@@ -1093,6 +1088,11 @@ class FineTuning:
         if distributed.is_main():
             write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
 
+    def best_adapter(self) -> dict[str, Any] | None:
+        """What --keep-best has in `lora.pth`: an epoch that a retreat undoes may replace it."""
+        path = self.path("lora.pth")
+        return read_adapter_file(path) if self.args.keep_best and path.exists() and distributed.is_main() else None
+
     def has_better(self) -> bool:
         """Is `lora.pth` of an epoch that --keep-best prefers to the last, and that no retreat has undone?"""
         path, rows = self.path("lora.pth"), self.history
@@ -1132,6 +1132,8 @@ class FineTuning:
             "history": self.history,
             "before": self.before,
             "retreats": self.retreats,
+            "lost_seconds": self.lost_seconds,
+            "meter": vars(self.meter),
             "images": self.splits.digest(),
             "class_names": list(self.class_names),
             "base": getattr(self.model, "base_digests", {}),
@@ -1158,6 +1160,7 @@ class FineTuning:
         self.restore(state)
         self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
         self.good, self.faster = state["good"], state["faster"]
+        self.lost_seconds, self.meter = state["lost_seconds"], data.LoadingMeter(**state["meter"])
         self.head_temperature = HeadTemperature(*state["head_temperature"])
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")

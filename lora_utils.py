@@ -191,7 +191,8 @@ class LoRAManager:
     def unload(self, merge: bool = False) -> nn.Module:
         """Take the adapters out, those that are not in use too, and return the model with its stock layers and blocks.
 
-        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect.
+        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. What is frozen stays frozen,
+        but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
         Args:
             merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.

@@ -51,7 +51,7 @@ from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
 from lora import functional, fusion
 from lora.functional import SavedIn16Bits, bitsandbytes_functional
-from lora.fusion import FreezableBatchNorm2d, set_gradient_checkpointing, set_patch_dropout, split_model
+from lora.fusion import FreezableBatchNorm2d, set_gradient_checkpointing, split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
@@ -110,12 +110,6 @@ def half_of_the_blocks(model: nn.Module) -> int:
 def lora_and_norms(model: nn.Module, args) -> nn.Module:
     lora(model, args)
     freeze_backbone_params(model, train_norms=True)
-    return model
-
-
-def lora_half_the_patches(model: nn.Module, args) -> nn.Module:
-    lora(model, args)
-    set_patch_dropout(model, 0.5)
     return model
 
 
@@ -288,7 +282,6 @@ VARIANTS = {
         "LoRA here, last half, features below kept", lora_last_half, save_here, features_kept=True
     ),
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
-    "lora_half_patches": Variant("LoRA here, half the patches", lora_half_the_patches, save_here, models="vit"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),

@@ -348,22 +348,15 @@ class FusedEncoderBlock(EncoderBlock):
 
 
 class FusedVisionTransformer(VisionTransformer):
-    """torchvision's ViT. Its last block computes the class token alone: no more is read.
-
-    In training it may leave out a share of each image's patches, `patch_dropout` (arXiv 2208.07220).
-    """
-
-    patch_dropout = 0.0
+    """torchvision's ViT. Its last block computes the class token alone: no more is read."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._process_input(x)
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
-        encoder, drops = self.encoder, self.training and self.patch_dropout > 0
-        reads_one = reads_class_token_alone(encoder)
-        if not reads_one and not drops:
+        encoder = self.encoder
+        if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])
-        x = x + encoder.pos_embedding
-        return self.from_block(encoder.dropout(drop_patches(x, self.patch_dropout) if drops else x))
+        return self.from_block(encoder.dropout(x + encoder.pos_embedding))
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
         """The model's output from what its block of this number (0 is the first) receives, (N, 1 + patches, E)."""
@@ -372,14 +365,6 @@ class FusedVisionTransformer(VisionTransformer):
             x = layer(x)
         reads_one = reads_class_token_alone(self.encoder)
         return self.heads(self.encoder.ln(last(x, tokens=1) if reads_one else last(x))[:, 0])
-
-
-def drop_patches(x: Tensor, share: float) -> Tensor:
-    """Class token and patches (N, 1 + P, E) without this share of the patches, drawn anew for each image."""
-    patches = x[:, 1:]
-    kept = max(1, round((1 - share) * patches.shape[1]))
-    chosen = torch.rand(patches.shape[:2], device=x.device).topk(kept, dim=1).indices  # (N, kept)
-    return torch.cat([x[:, :1], patches.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))], dim=1)
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
@@ -416,19 +401,17 @@ def fuse(model: nn.Module) -> None:
             has_adapted = any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
             frozen_mlp = stock is MLPBlock and not _trains(block)
             frozen = frozen_mlp or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-            changed = has_adapted or frozen or vars(block).get("recomputed") or vars(block).get("patch_dropout")
-            block.__class__ = FUSED[stock] if changed else stock
+            block.__class__ = FUSED[stock] if has_adapted or frozen or vars(block).get("recomputed") else stock
     _set_fast_paths(model)
 
 
 def unfuse(model: nn.Module) -> None:
     """Give every block and every BatchNorm its stock class again, once all adapters are removed.
 
-    Gradient checkpointing and patch dropout are off then, and BatchNorms that were frozen follow `train()` again.
+    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` again.
     """
     for module in model.modules():
         vars(module).pop("recomputed", None)
-        vars(module).pop("patch_dropout", None)
         if isinstance(module, Freezable):
             module.__class__ = _stock_norm(module)
             vars(module).pop("frozen", None)
@@ -577,21 +560,6 @@ def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
     except AssertionError:  # how timm says that a model cannot
         return False
     return mode == "full"
-
-
-def set_patch_dropout(model: nn.Module, share: float) -> None:
-    """Leave out this share of a ViT's patches in training: time and memory fall with them. Not exact, unless it is 0.
-
-    A hook on the encoder as a whole is not called then.
-
-    Raises:
-        InputError: the model is no torchvision ViT.
-    """
-    if STOCK.get(type(model), type(model)) is VisionTransformer:
-        model.patch_dropout = share
-        fuse(model)
-    elif share > 0:
-        raise InputError(f"patch dropout is for ViTs of torchvision's class, and this is a {type(model).__name__}")
 
 
 # --------------------------------------------------------------------------------------------------- frozen BatchNorm

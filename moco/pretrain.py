@@ -46,12 +46,12 @@ from toolkit import (
 )
 from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
 from toolkit.cache import keep_images
-from toolkit.files import read_checkpoint, same_file, save_atomically, write_csv, write_text
+from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.options import non_negative_float, non_negative_int, positive_float, positive_int
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"tensorboard", "checkpoint", "merge_into"}  # a digest tells another base
+FREE_TO_CHANGE |= {"tensorboard", "checkpoint"}  # a digest tells another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
@@ -101,27 +101,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
+    typed = options.typed_options(make_parser(), args, sources)
     problems = options.complete_data_options(args, sources)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems += runs.environment_problems(args, written(args))
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.adapter_problems(args)
+    problems += options.adapter_problems(args, typed)
+    if "crop_min" in typed and args.two_crops == "digits":
+        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
     if args.checkpoint is not None and not os.path.exists(args.checkpoint):
         problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
     if args.checkpoint is None and args.lora_rank > 0:
         problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
-    if args.merge_into is not None and args.lora_rank == 0:
-        problems.append("--merge-into without --lora-rank: there are no adapters to merge; drop it")
-    if args.merge_into is not None and not os.path.isdir(args.merge_into.parent):
-        problems.append(f"--merge-into {args.merge_into}: no folder {args.merge_into.parent}; make it first")
     if args.checkpoint is None:
         args.moco_version = args.moco_version or 3
     elif sources["arch"] == "default":
         args.arch = None  # what the checkpoint says
-    if args.checkpoint is not None and same_file(args.merge_into, args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint} would be overwritten: give another --merge-into")
     if args.warmup_epochs > args.epochs:
         problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
     return problems
@@ -143,8 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run = options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
-    run.add_argument("--merge-into", type=Path, help="with adapters: also write a checkpoint with merged weights")
+    options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
@@ -170,10 +166,6 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=transforms.TWO_CROPS, default="moco_v3", help="how the views are made")
     moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
-    moco.add_argument("--rotation", type=non_negative_float, default=15.0, help="digits: at most so many degrees")
-    moco.add_argument("--scale", type=options.fraction, default=0.2, help="digits: so much larger or smaller than 1")
-    moco.add_argument("--shift", type=options.fraction, default=0.15, help="digits: at most so much of the side")
-    moco.add_argument("--noise", type=non_negative_float, default=0.05, help="digits: standard deviation")
     moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
     moco.add_argument("--knn-dir", type=Path, help="class folders to measure it on, if the images have no labels")
@@ -290,7 +282,7 @@ class Pretraining:
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
         if self.args.lora_rank > 0:
-            self.save_adapters(last)
+            self.save_adapters()
         elif last or self.epoch % self.args.save_every == 0:
             self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
         if not last:
@@ -321,24 +313,16 @@ class Pretraining:
         view = ((views[number], labels) for views, labels in self.view_loader)
         return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
-    def save_adapters(self, last: bool) -> None:
-        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes; at the end also --merge-into."""
-        encoder, args = self.model.encoder_q, self.args
+    def save_adapters(self) -> None:
+        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes."""
+        args = self.args
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
-        LoRAManager(headless(encoder)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
-        if last and args.merge_into is not None:
-            manager = LoRAManager(encoder)
-            manager.merge_lora_weights()  # encoder_k, which shares the base, must not be asked for anything now
-            tensors = self.model.state_dict().items()
-            merged = {name: tensor.cpu() for name, tensor in tensors if not name.startswith(("encoder_k.", "queue"))}
-            state = {"model": merged, "arch": args.arch}
-            save_atomically({**state, "epoch": self.epoch, "config": self.config()}, args.merge_into)
-            manager.unmerge_lora_weights()
+        LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: all, or over a frozen base those that change, which both encoders have."""
@@ -365,7 +349,7 @@ class Pretraining:
             state["optimizer"] = {}
         else:
             state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
-            state |= {"progress": self.progress, "before": self.before}
+            state |= {"progress": self.progress, "before": self.before, "meter": vars(self.meter)}
         if distributed.is_main():
             save_atomically(state, self.path(name))
 
@@ -398,6 +382,7 @@ class Pretraining:
         runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
         self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
         self.progress, self.before = state["progress"], state.get("before")
+        self.meter = data.LoadingMeter(**state.get("meter", {}))
 
     def config(self) -> dict[str, Any]:
         """The options as a checkpoint can hold them."""
@@ -453,9 +438,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
-    views = transforms.two_crops(
-        args.image_size, args.two_crops, args.crop_min, args.rotation, args.scale, args.shift, args.noise
-    )
+    views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min)
     kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
@@ -480,6 +463,8 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
     """
     own, sources = args.dataset == "imagefolder", options.image_sources(args)
     if args.dataset == data.UNLABELLED_SET or (own and not data.has_labels(args.data_dir, args.data_list)):
+        if problems := options.unlabelled_problems(args):  # whether there are labels may be known only now
+            raise InputError("\n".join(problems))
         images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable), ()
     else:
         splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)

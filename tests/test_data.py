@@ -215,6 +215,13 @@ def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
     assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
 
 
+def test_evaluation_images_that_a_validation_part_leaves_alone_are_named(tmp_path, capsys):
+    two_classes(tmp_path, "train", "elsewhere")
+    data.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
+    told = f"evaluating on a part of the training images; {tmp_path / 'elsewhere'} is left alone"
+    assert told in capsys.readouterr().out
+
+
 def test_one_list_is_split_and_two_are_not(tmp_path):
     two_classes(tmp_path, "shoot one", names=[str(i) for i in range(20)])
     rows = [f"shoot one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(20)]
@@ -312,12 +319,12 @@ def test_a_drawn_part_has_every_class(tmp_path):
     assert drawn.indices.tolist() == torch.randperm(501, generator=torch.Generator().manual_seed(0))[:10].tolist()
 
 
-def test_of_too_many_images_copies_are_not_looked_for(tmp_path, monkeypatch, capsys):
+def test_among_too_many_images_copies_are_not_looked_for_which_is_told(tmp_path, monkeypatch, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
     monkeypatch.setattr(data, "MOST_COMPARED", 11)
     data.load_splits("imagefolder", tmp_path)
-    assert capsys.readouterr().out == ""
+    assert "may be copies of training images: more than 11 are not compared" in capsys.readouterr().out
 
 
 def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):

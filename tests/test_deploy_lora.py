@@ -179,24 +179,6 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     assert len(rows) == 1
 
 
-def test_images_are_sorted_into_folders(adapter_for_images, images, tmp_path):
-    """Each is copied into the folder of its class; those of one name are numbered, and none is lost."""
-    rows = run(
-        "predict --device cpu",
-        adapter_for_images,
-        images,
-        "--output",
-        tmp_path / "p.csv",
-        "--sort-into",
-        tmp_path / "sorted",
-    )
-    copies = sorted((tmp_path / "sorted").rglob("*.png"))
-    assert len(copies) == len(rows) == 36
-    for name in {row["class"] for row in rows}:
-        expected = sorted(Path(row["path"]).read_bytes() for row in rows if row["class"] == name)
-        assert sorted(path.read_bytes() for path in copies if path.parent.name == name) == expected
-
-
 def test_features_are_what_the_head_receives(trained, images, tmp_path):
     returned = run("embed --batch-size 4 --device cpu", trained, images / "val", "--output", tmp_path / "f.npy")
     written = np.load(tmp_path / "f.npy")

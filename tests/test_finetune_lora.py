@@ -90,6 +90,14 @@ def test_defaults_then_file_then_command_line(base, tmp_path):
     assert where == ["command line", "config", "default"]
 
 
+def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path):
+    """They are there for other runs."""
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 8, target_modules: [mlp]}\ndata: {crop_min: 0.5}")
+    flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
+    args, _ = read_options(flags.split())
+    assert (args.lora_alpha, args.crop_min, args.lora_rank) == (8, 0.5, 0)
+
+
 def test_the_run_prints_what_it_used_and_where_it_came_from(finetune, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n")
     finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2")
@@ -314,6 +322,18 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, monkeypatch):
+    whole = finetune("--epochs 2")
+    again = finetune("--epochs 2 --resume")  # nothing is left to do
+    for name in ("seconds", "images_per_second", "waiting_share"):
+        assert again[name] == whole[name] > 0, name
+    seen, stopped = [], lambda run: seen.append(run.meter.images) or run.stop._note(2, None)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", after_epoch=stopped)  # which is at the first step of the second epoch
+    finetune("--epochs 2 --resume", after_epoch=lambda run: seen.append(run.meter.images))
+    assert seen[1] > seen[0]
+
+
 def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
     """An added image moves none of the others, but training would go on with what the run has not begun with."""
     shutil.copytree(images, tmp_path / "own")
@@ -329,7 +349,9 @@ def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ one step
 
 
-@pytest.mark.parametrize("way", ["", "--use-qlora", "--lora-rank 0 --no-freeze-backbone"])
+@pytest.mark.parametrize(
+    "way", ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone"]
+)
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
     """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
     averages, real_step = {}, FineTuning.step
@@ -346,7 +368,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
 
     steps: list[FineTuning] = []
     monkeypatch.setattr(FineTuning, "step", step)
-    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 --lora-init random {way}")
+    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 {way}")
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     assert len(averages) > 2 and len(steps) == 6
     for name, average in averages.items():
@@ -653,6 +675,22 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
 
 
+def test_the_time_that_a_collapse_has_undone_was_spent(finetune, monkeypatch):
+    evaluation, now = scripted([1.0, 0.87, 0.4, 1.0, 1.0, 1.0]), [0.0]
+
+    def ten_seconds(*args):
+        now[0] += 10
+        return evaluation(*args)
+
+    as_if_on_many_images(monkeypatch)
+    monkeypatch.setattr(finetune_lora, "evaluate", ten_seconds)
+    monkeypatch.setattr(finetune_lora.time, "perf_counter", lambda: now[0])
+    results = finetune("--epochs 3")
+    assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
+    assert sum(row["seconds"] for row in metrics(results["folder"])) == 30
+    assert results["seconds"] == 50  # the second epoch was undone with the third
+
+
 def test_where_batch_norm_trains_a_collapse_shows_once_its_statistics_have_followed(finetune, monkeypatch, tmp_path):
     """Three steps an epoch: what the first evaluation says is not believed, and its state is not gone back to."""
     torch.manual_seed(0)
@@ -718,14 +756,25 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, monk
     assert results == json.loads(json.dumps(stopped.value.results))
     assert results["val_accuracy"] == 0.9 and results["epochs"] == good and len(results["retreats"]) == 4
     assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
+    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.3, 0.9]))
+    with pytest.raises(Collapsed) as resumed:
+        finetune("--epochs 3 --resume")
+    assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
 
 
-def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, images, monkeypatch):
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        ([[2, 2, 1, 2], [0, 0, 0, 0]], 3),  # the third epoch, trained again, is the best that is left
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], 1),  # the first epoch is: its file comes back
+    ],
+)
+def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, monkeypatch, last, kept):
     """The third epoch is best by balanced accuracy, but not good enough by accuracy to come back to."""
     as_if_on_many_images(monkeypatch)
     labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
     answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2, [1] * 16 + [0] * 4]
-    answers += [[0] * 16 + last for last in ([2, 2, 1, 2], [0, 0, 0, 0])]  # after that: better than the second, and not
+    answers += [[0] * 16 + answer for answer in last]
 
     def evaluation(*args):
         real = evaluate(*args)
@@ -738,7 +787,7 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
     results = finetune("--epochs 4 --keep-best balanced --head-init random")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
-    assert results["kept_epoch"] == 3 == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+    assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
 
 
 def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatch):
@@ -834,6 +883,16 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
+
+
+def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, monkeypatch):
+    """They train on fewer images, of which `--wise-ft auto` would keep less."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    made, start = [], FineTuning.start
+    monkeypatch.setattr(FineTuning, "start", lambda run, features: made.append(run) or start(run, features))
+    finetune("--learning-rate auto --epochs 1 --keep-best f1")
+    assert [len(run.splits.train) for run in made] == [16, 16, 21]
+    assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class
 
 
 def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch, tmp_path, images):

@@ -165,9 +165,8 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
 def test_copies_are_found_by_content_and_only_equal_sizes_are_read(tmp_path, monkeypatch):
     for name, content in {"a": "one", "b": "two", "c": "longer", "d": "one", "e": "six", "f": "longest"}.items():
         (tmp_path / name).write_text(content)
-    read, content = [], folders._content
-    monkeypatch.setattr(folders, "_content", lambda path: read.append(Path(path).name) or content(path))
-    paths = {name: str(tmp_path / name) for name in "abcdefg"}  # g is not there
-    found = folders.copies([paths[n] for n in "abg"], [paths[n] for n in "cdefg"])
-    assert found == [(paths["a"], paths["d"])]
+    files = folders.ImageFiles(tmp_path, "abcdefg", [0] * 7)  # g is not there
+    read, content = [], files.content
+    monkeypatch.setattr(files, "content", lambda i: read.append(files.names[i]) or content(i))
+    assert folders.copies(files, [0, 1, 6], files, [2, 3, 4, 5, 6]) == [(files.path(0), files.path(3))]
     assert sorted(read) == ["a", "b", "d", "e"]

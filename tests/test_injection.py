@@ -38,7 +38,6 @@ from finetune_lora import (
     choose_layers,
     count_parameters,
     freeze_backbone_params,
-    remove_lora_from_model,
     set_gradient_checkpointing,
 )
 from lora.functional import dense_weight
@@ -482,7 +481,7 @@ def test_a_model_without_lora_is_a_stock_model(build, side, merge, merged_before
     twin, trains = dense_twin(stock, model), {n for n, p in model.named_parameters() if p.requires_grad}
     if merged_before:
         LoRAManager(model).merge_lora_weights()
-    assert remove_lora_from_model(model, merge) is model
+    assert LoRAManager(model).unload(merge) is model
     for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
         assert type(ours) is type(theirs)
         assert set(vars(ours)) - set(vars(theirs)) <= {"base_digests"}
@@ -500,10 +499,10 @@ def test_layers_in_4_bits_keep_their_merged_weights_or_stay():
     model, x = frozen(vit(), use_qlora=True).eval(), images(16)
     before, kinds, expected = snapshot(model), [type(m) for m in model.modules()], model(x)
     with pytest.raises(InputError, match=r"self_attention is in 4 bits.*merge=True"):
-        remove_lora_from_model(model)
+        LoRAManager(model).unload()
     assert [type(m) for m in model.modules()] == kinds
     assert_unchanged(before, model)
-    remove_lora_from_model(model, merge=True)
+    LoRAManager(model).unload(merge=True)
     assert [type(m) for m in model.modules()] == [type(m) for m in vit().modules()]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert list(model.state_dict()) == list(vit().state_dict())
@@ -515,7 +514,7 @@ def test_layers_in_4_bits_keep_their_merged_weights_or_stay():
 
 @pytest.mark.parametrize("build, node, side", [(resnet, "layer2", 32), (vit, "encoder", 16)], ids=["resnet", "vit"])
 def test_tools_that_need_stock_modules_work_after_removal(build, node, side):
-    model = remove_lora_from_model(frozen(build()), merge=True).eval()
+    model = LoRAManager(frozen(build())).unload(merge=True).eval()
     traced, x = torch.fx.symbolic_trace(model), images(side)
     assert torch.equal(traced(x), model(x))
     assert create_feature_extractor(model, [node])(x)[node].shape[0] == len(x)
@@ -711,7 +710,7 @@ def test_what_is_frozen_below_the_last_blocks_is_stored_in_as_few_bits(build, si
     assert_close(model(x), twin(x.double()), FP32)
     manager.unmerge_lora_weights()
     assert_unchanged(before, model)
-    remove_lora_from_model(model, merge=True)
+    LoRAManager(model).unload(merge=True)
     assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
     assert_close(model(x), twin(x.double()), FP32)
 
@@ -785,7 +784,7 @@ def test_attention_that_reads_a_weight_to_add_a_bias_calls_the_layer_instead(fou
     if four_bits:
         stock.qkv.weight.data = model.qkv.base().dequantize(torch.float32)
     compare_with_dense(stock, model, [x], FP32)
-    remove_lora_from_model(model, merge=True)
+    LoRAManager(model).unload(merge=True)
     assert not model.qkv_bias_separate and unused_adapters(model) == []
     assert_close(model(x), F.linear(x, model.qkv.weight, model.bias), FP32)
 
@@ -809,4 +808,4 @@ def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
         assert_close(frozen_model(x), stock(x), FP32)
         freeze_backbone_params(frozen_model, freeze=False)
         assert frozen_model[1].training and isinstance(frozen_model[1], BatchNormAct)
-    assert bare(remove_lora_from_model(model), "1") is BatchNormAct
+    assert bare(LoRAManager(model).unload(), "1") is BatchNormAct

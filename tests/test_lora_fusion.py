@@ -30,17 +30,16 @@ from dense import (
 )
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, VisionTransformer
+from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
 from finetune_lora import (
     add_lora_to_model,
     freeze_backbone_params,
-    remove_lora_from_model,
     set_gradient_checkpointing,
 )
 from lora import functional, fusion
 from lora.functional import SavedIn16Bits
-from lora.fusion import FusedVisionTransformer, set_patch_dropout, split_model
+from lora.fusion import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import head_name
@@ -424,51 +423,6 @@ def test_a_last_block_that_mixes_tokens_gets_all_of_them(change):
         change(network.encoder.layers[1])
         network.double()
     assert_close(model(x), twin(x), EXACT)
-
-
-# ------------------------------------------------------------------------------------------------------ patch dropout
-
-
-def on_half_the_patches(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A stock ViT's logits from the class token and the patches that the fused one draws."""
-    torch.manual_seed(3)
-    if type(network) is FusedVisionTransformer:
-        return network(x)
-    tokens = torch.cat([network.class_token.expand(len(x), -1, -1), network._process_input(x)], dim=1)
-    tokens = tokens + network.encoder.pos_embedding
-    chosen = torch.rand(len(x), 4).topk(2, dim=1).indices
-    tokens = torch.stack([torch.cat([t[:1], t[1:][places]]) for t, places in zip(tokens, chosen, strict=True)])
-    return network.heads(network.encoder.ln(network.encoder.layers(tokens))[:, 0])
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("listened_to", [False, True])
-def test_half_the_patches_are_computed_as_the_stock_model_computes_them(mode, listened_to):
-    stock, x = vit().double(), images(16, 4, dtype=torch.float64)
-    model = frozen(copy.deepcopy(stock))
-    set_gradient_checkpointing(model, mode)
-    set_patch_dropout(model, 0.5)
-    if listened_to:  # then the last block computes the patches too
-        model.encoder.ln.register_forward_hook(lambda *_: None)
-    compare_with_dense(stock, model, [x], EXACT, on_half_the_patches)
-    assert_close(model.eval()(x), dense_twin(stock, model).eval()(x), EXACT)  # evaluation sees them all
-
-
-def test_fewer_patches_take_less_memory_and_end_with_the_adapters():
-    model, x = frozen(vit()), images(16, 8)
-    every = saved_bytes(model, x)
-    set_patch_dropout(model, 0.5)
-    assert saved_bytes(model, x) < 0.75 * every
-    remove_lora_from_model(model)
-    assert type(model) is VisionTransformer and "patch_dropout" not in vars(model)
-    full = vit()  # no adapters: full fine-tuning
-    set_patch_dropout(full, 0.5)
-    assert saved_bytes(full.train(), x) < 0.75 * saved_bytes(vit().train(), x)
-
-
-def test_other_models_have_no_patches_to_leave_out():
-    with pytest.raises(InputError, match="patch dropout is for ViTs of torchvision's class, and this is a ResNet"):
-        set_patch_dropout(resnet(Bottleneck), 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- the pooled stem

@@ -14,7 +14,6 @@ from finetune_lora import (
     add_lora_to_model,
     count_parameters,
     freeze_backbone_params,
-    remove_lora_from_model,
 )
 from lora import residents
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
@@ -342,7 +341,7 @@ def test_adapters_in_the_last_blocks_over_16_bits_below(arch, tmp_path):
     assert {p.dtype for p in stored.parameters()} == {torch.float32}
     assert list(stored.state_dict()) == list(base(arch, 6).state_dict())
     LoRAManager(stored).unmerge_lora_weights()
-    remove_lora_from_model(stored, merge=True)
+    LoRAManager(stored).unload(merge=True)
     assert [type(m) for m in stored.modules()] == [type(m) for m in base(arch, 6).modules()]
 
 
@@ -590,10 +589,10 @@ def test_copies_and_files_of_the_model_have_all_adapters(manager, alone, tmp_pat
 def test_unloading_takes_all_out(manager, arch, alone):
     expected = base(arch)
     freeze_backbone_params(expected)
-    remove_lora_from_model(expected)
+    LoRAManager(expected).unload()
     expected.load_state_dict(manager.model.state_dict())
     manager.use("cars")
-    remove_lora_from_model(manager.model)
+    LoRAManager(manager.model).unload()
     assert manager.names == [] and manager.in_use is None
     expected.eval(), manager.model.eval()
     assert torch.equal(manager.model(images()), expected(images()))

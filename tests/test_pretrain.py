@@ -171,6 +171,14 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, options):
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
+def test_a_resumed_run_counts_the_images_of_the_whole_run(run, tmp_path, monkeypatch):
+    run()
+    counts, results = [], data.LoadingMeter.results
+    monkeypatch.setattr(data.LoadingMeter, "results", lambda meter: counts.append(meter.images) or results(meter))
+    run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}", "resumed")
+    assert counts[-1] == 32  # two epochs of 16
+
+
 def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkeypatch):
     """Of ImageNet the features may take more memory than there is; hours of training are not to go with them."""
 
@@ -275,7 +283,8 @@ def test_a_run_goes_on_that_knew_fewer_options(run, tmp_path):
     torch.save(state, tmp_path / "earlier.pth")
     run(f"--resume {tmp_path / 'earlier.pth'}", "again")
     with pytest.raises(InputError, match=r"lora_alpha was 16\.0, is 8\.0"):
-        run(f"--lora-alpha 8 --resume {tmp_path / 'earlier.pth'}", "other")
+        (tmp_path / "other.yaml").write_text("moco: {lora_alpha: 8}")
+        run(f"--config {tmp_path / 'other.yaml'} --resume {tmp_path / 'earlier.pth'}", "other")
 
 
 def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
@@ -403,7 +412,7 @@ def adapt(run, base):
 
 
 def test_adapters_alone_are_the_result(adapt, tmp_path, base):
-    results = adapt(f"--merge-into {tmp_path / 'merged.pth'}")
+    results = adapt()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "metrics.csv",
         "moco_lora.pth",
@@ -415,16 +424,10 @@ def test_adapters_alone_are_the_result(adapt, tmp_path, base):
     assert content["tensors"] and all(".lora_" in name for name in content["tensors"])
     assert all(tensor.any() for tensor in content["tensors"].values())
     assert content["metadata"]["moco_version"] == 3 and content["metadata"]["lora"]["r"] == 2
-    # In memory and in a file, base and adapter are the same backbone.
-    merged, report = load_backbone(tmp_path / "merged.pth", 4)
-    in_memory = load_base(base, results["checkpoint"], 4)[0]
-    assert (report["family"], report["image_size"]) == ("moco_stage1", 16)
-    changed = set()
-    for name, tensor in load_backbone(base, 4)[0].state_dict().items():
-        if not name.startswith("heads."):
-            assert torch.equal(merged.state_dict()[name], in_memory.state_dict()[name]), name
-            changed |= set() if torch.equal(merged.state_dict()[name], tensor) else {name}
-    assert changed == {name for name, layer in _weights(content, in_memory)}
+    merged, before = load_base(base, results["checkpoint"], 4)[0], load_backbone(base, 4)[0].state_dict()
+    after = merged.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert {name for name in changed if not name.startswith("heads.")} == set(_weights(content, merged))
 
 
 def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
@@ -436,23 +439,20 @@ def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
     shutil.copy(whole, whole.with_name("last.pth"))
     with pytest.raises(InputError, match=r"last\.pth would be overwritten"):
         run(f"--checkpoint {whole.with_name('last.pth')} --lora-rank 2")
-    with pytest.raises(InputError, match=r"epoch_1\.pth would be overwritten: give another --merge-into"):
-        run(f"--checkpoint {whole} --lora-rank 2 --merge-into {whole} --resume", "elsewhere")
 
 
-@pytest.mark.parametrize("options", ["--moco-version 2", "--use-qlora"])
-def test_stage_1_goes_on_from_what_was_merged(adapt, run, tmp_path, capsys, options):
+@pytest.mark.parametrize("version", [2, 3])
+def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):
     """Projector and predictor are in the file as well, and tell the version."""
-    merged = tmp_path / "merged.pth"
-    adapt(f"{options} --epochs 1 --merge-into {merged}")
+    whole = run(f"--moco-version {version} --epochs 1")["checkpoint"]
     capsys.readouterr()
-    run(f"--checkpoint {merged} --epochs 1", "on")
+    run(f"--checkpoint {whole} --epochs 1", "on")
     told = capsys.readouterr().out
-    assert "projector taken over" in told and ("predictor taken over" in told) == ("2" not in options)
-    if "2" in options:  # which the checkpoint says
+    assert f"MoCo v{version}," in told
+    assert "projector taken over" in told and ("predictor taken over" in told) == (version == 3)
+    if version == 2:  # which the checkpoint says
         with pytest.raises(InputError, match="--queue-size 4 is smaller than --batch-size 8; raise it"):
-            run(f"--checkpoint {merged} --queue-size 4", "short")
-    assert f"MoCo v{2 if '2' in options else 3}," in told
+            run(f"--checkpoint {whole} --queue-size 4", "short")
 
 
 def test_a_stage_1_adapter_cannot_classify(adapt):
@@ -464,7 +464,7 @@ def _weights(content, model):
     for name in content["layers"]:
         layer = model.get_submodule(name)
         weight = "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
-        yield f"{name}.{weight}", layer
+        yield f"{name}.{weight}"
 
 
 @pytest.mark.parametrize("options", ["", "--use-qlora --lora-dropout 0.2", "--moco-version 2"])

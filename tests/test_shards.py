@@ -61,6 +61,14 @@ def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_pat
     assert len(data.load_splits("imagefolder", tmp_path, for_training_only=True).train) == 12
 
 
+def test_copies_in_archives_are_told(tmp_path, capsys):
+    write_set(tmp_path / "train", 12)
+    write_set(tmp_path / "val", 3)
+    data.load_splits("imagefolder", tmp_path)
+    example = f"{tmp_path}/val/shard-000.tar/0000.jpg of {tmp_path}/train/shard-000.tar/0000.jpg"
+    assert f"3 of 3 evaluation images are copies of training images, such as {example}" in capsys.readouterr().out
+
+
 def test_any_image_format_and_names_in_folders_will_do(tmp_path):
     samples = {"a/x.y.PNG": jpeg(3, "png"), "a/x.cls": b"cat\n", "b/x.webp": jpeg(200, "webp"), "b/x.cls": b"dog"}
     write_shard(tmp_path / "one.tar", samples | {"b/x.json": b"{}"})

@@ -15,7 +15,6 @@ from finetune_lora import (
     freeze_backbone_params,
     load_finetuned,
     main,
-    remove_lora_from_model,
 )
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
@@ -113,7 +112,7 @@ def test_frozen_batch_norm_with_an_activation_stays_frozen():
     before = base_digests(model)
     model.train()(images())
     assert base_digests(model) == before
-    kinds = [type(m) for m in remove_lora_from_model(model).modules()]
+    kinds = [type(m) for m in LoRAManager(model).unload().modules()]
     assert kinds == [type(m) for m in timm.create_model("test_efficientnet", num_classes=5).modules()]
 
 

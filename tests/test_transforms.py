@@ -169,6 +169,20 @@ def test_a_view_is_what_torchvision_makes_of_the_image(name, size, source):
             assert (views[0] != views[1]).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("source", [(97, 7), (7, 97), (1000, 3), (3, 1000)])
+def test_evaluation_resizes_only_the_middle_of_a_very_long_image(monkeypatch, source):
+    """The middle is where torchvision finds it, to a level of 256."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*source[::-1], 3)).astype(np.uint8))
+    expected = stock("eval", 96)[0](image)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **o: sizes.append(size) or resize(self, size, *a, **o)
+    )
+    level = 1.01 / 255 / min(transforms.IMAGENET_STD)
+    torch.testing.assert_close(transforms.eval_transform(96)(image), expected, rtol=0, atol=level)
+    assert max(sizes[0]) <= 8 * 110
+
+
 @pytest.mark.parametrize("kernel", [3, 9, 23])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_the_blur_is_torchvisions(kernel, sigma):
@@ -276,10 +290,15 @@ def test_two_crops_differ_from_each_other_and_repeat_with_the_seed():
         assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
 
 
-def test_digits_views_without_strength_are_the_image():
-    image = a_digit()
-    still = transforms.two_crops(32, "digits", rotation=0, scale=0, shift=0, noise=0)
-    torch.testing.assert_close(still(image)[0], transforms.eval_transform(32)(image))
+def test_digits_views_are_the_image_but_for_a_small_change_of_place_and_noise(monkeypatch):
+    image, drawn, still = a_digit(), [], (0.0, (0, 0), 1.0, (0, 0))
+    monkeypatch.setattr(T.RandomAffine, "get_params", staticmethod(lambda *limits: drawn.append(limits) or still))
+    torch.manual_seed(0)
+    first, second = transforms.two_crops(32, "digits")(image)
+    degrees, shift, scale, *_ = drawn[0]
+    assert degrees == [-10, 10] and shift == (0.1, 0.1) and scale == (0.88, 1.12)
+    noise = (first - transforms.eval_transform(32)(image))[0] * transforms.IMAGENET_STD[0]
+    assert noise.std() == pytest.approx(0.05, rel=0.1) and not torch.equal(first, second)
 
 
 def test_crop_min_is_the_least_share_of_an_image_that_is_shown():

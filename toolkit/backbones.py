@@ -42,16 +42,6 @@ ARCHS = (*_RESNETS, *_VITS)  # of torchvision
 HEAD_NAMES = ("fc", "heads", "head", "classifier")
 
 
-class ArchChoices(tuple):
-    """The names of architectures to choose from: these, and any that begins with `timm:`."""
-
-    def __contains__(self, name: str) -> bool:
-        return name.startswith(TIMM) or super().__contains__(name)
-
-
-ARCH_CHOICES = ArchChoices((*ARCHS, f"{TIMM}NAME"))
-
-
 def default_image_size(arch: str) -> int:
     """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
     if arch.startswith(TIMM):
@@ -220,7 +210,7 @@ def _check_arch(arch: str) -> None:
     if arch not in ARCHS:
         near = difflib.get_close_matches(str(arch), ARCHS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown arch {arch!r}: {hint}choose one of {', '.join(ARCH_CHOICES)}")
+        raise InputError(f"unknown arch {arch!r}: {hint}choose one of {', '.join(ARCHS)}, {TIMM}NAME")
 
 
 def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import math
 import multiprocessing
 import os
 import signal
@@ -11,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,6 +190,9 @@ def load_splits(
         if gone:
             raise InputError(f"no training image of {listed(gone)} can be read: repair some, or remove the class")
     if eval_split == "validation":
+        left_alone = val_dir or (data_list or [])[1:]
+        if left_alone and not for_training_only:
+            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
         train, val = validation_part(train)
     if not for_training_only:
         _tell_copies(train, val)
@@ -249,12 +252,17 @@ MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take s
 
 
 def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
-    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning."""
-    if not (type(train.source) is type(val.source) is ImageFiles) or not distributed.is_main():
+    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning.
+
+    Where there are too many to compare, say that.
+    """
+    own = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
+    if not own or not distributed.is_main():
         return
     if len(train) + len(val) > MOST_COMPARED:
+        print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
-    found = copies(*([images.name(i) for i in range(len(images))] for images in (val, train)))
+    found = copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
     if found:
         first, other = found[0]
         print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
@@ -273,18 +281,16 @@ def readable(images: LabelledImages) -> LabelledImages:
     return images.subset([i for i in range(len(images)) if i not in broken])
 
 
-def unreadable_among(images: LabelledImages, seconds: float = math.inf) -> dict[int, UnreadableImage]:
-    """The error of each image that cannot be read, by position; of those that are reached within so many seconds."""
-    until = time.monotonic() + seconds
+def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
+    """The error of each image that cannot be read, by position."""
 
     def problem(i: int) -> UnreadableImage | None:
-        if time.monotonic() < until:
-            try:
-                image, _ = images.undecoded(i)
-                image.draft(None, (1, 1))
-                to_rgb(image)
-            except UnreadableImage as error:
-                return error
+        try:
+            image, _ = images.undecoded(i)
+            image.draft(None, (1, 1))
+            to_rgb(image)
+        except UnreadableImage as error:
+            return error
         return None
 
     with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
@@ -556,11 +562,6 @@ class Transformed(Dataset):
         yield
         self.being_read[worker.id] = -1
 
-    def unreadable(self, seconds: float) -> list[str]:
-        """What is wrong with each image file that cannot be read; of those that are reached within so many seconds."""
-        files = isinstance(getattr(self.dataset, "source", None), ImageFiles | ShardedImages)
-        return [str(error) for error in unreadable_among(self.dataset, seconds).values()] if files else []
-
     def names_being_read(self) -> list[str]:
         """The images that workers are reading now, or were when they were killed."""
         reading = [] if self.being_read is None else [i for i in self.being_read.tolist() if i >= 0]
@@ -630,12 +631,13 @@ def _derive_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+@dataclass
 class LoadingMeter:
     """Watches a training loop take batches from a loader: how many images it gets, and how long it waits for them."""
 
-    def __init__(self):
-        self.images = 0
-        self.waited = self.seconds = 0.0
+    images: int = 0
+    waited: float = 0.0
+    seconds: float = 0.0
 
     def watched(self, loader: DataLoader) -> Iterator[Any]:
         """The loader's batches, (anything, labels) each."""

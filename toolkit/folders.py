@@ -73,6 +73,15 @@ class ImageFiles(Dataset):
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.names[i])
 
+    def size(self, i: int) -> int:
+        """In bytes; -1 for what cannot be read, which is found out when it is."""
+        path = self.path(i)
+        return os.path.getsize(path) if os.access(path, os.R_OK) else -1
+
+    def content(self, i: int) -> bytes:
+        with open(self.path(i), "rb") as file:
+            return file.read()
+
 
 class UnreadableImage(InputError):
     """A file that Pillow cannot read."""
@@ -315,20 +324,16 @@ def _rows(path: Path) -> list[list[str]]:
 # Copies
 
 
-def copies(files: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """(file, other) for each of the `files` whose content one of the `others` has too. Only equal sizes are read."""
-    sizes, other_sizes = ({path: _size(path) for path in paths} for paths in (files, others))
+def copies(
+    files: ImageFiles, chosen: Iterable[int], others: ImageFiles, others_chosen: Iterable[int]
+) -> list[tuple[str, str]]:
+    """(file, other) for each of the chosen files whose content one of the others has too. Only equal sizes are read."""
+    sizes, other_sizes = {i: files.size(i) for i in chosen}, {i: others.size(i) for i in others_chosen}
     common = (set(sizes.values()) & set(other_sizes.values())) - {-1}
-    known = {_content(path): path for path, size in other_sizes.items() if size in common}
-    found = ((path, known.get(_content(path))) for path, size in sizes.items() if size in common)
-    return [(path, other) for path, other in found if other is not None]
+    known = {_digest(others.content(i)): i for i, size in other_sizes.items() if size in common}
+    found = ((i, known.get(_digest(files.content(i)))) for i, size in sizes.items() if size in common)
+    return [(files.path(i), others.path(other)) for i, other in found if other is not None]
 
 
-def _size(path: str) -> int:
-    """In bytes; -1 for what cannot be read, which is found out when it is."""
-    return os.path.getsize(path) if os.access(path, os.R_OK) else -1
-
-
-def _content(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.blake2b(file.read()).digest()
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content).digest()

@@ -13,14 +13,14 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from toolkit import InputError, printable
-from toolkit.backbones import ARCH_CHOICES
+from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
 from toolkit.checkpoints import is_none, option_problems
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
@@ -36,6 +36,9 @@ SECTIONS = {
     "moco": (),
     "finetune": (),
 }
+
+# Options of earlier versions, which configurations may still have.
+REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "scale", "shift", "noise"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -162,6 +165,12 @@ def parse_args(
     return args, sources
 
 
+def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
+    """The options to which the command line gives another value than their default. To be asked before completion."""
+    typed = (name for name, source in sources.items() if source == "command line")
+    return {name for name in typed if getattr(args, name) != parser.get_default(name)}
+
+
 def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
     """What was typed, unconverted, and what is wrong with its names. argparse alone would stop at the first problem."""
     lenient = copy.deepcopy(parser)
@@ -187,7 +196,9 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     """What is wrong with the words that `parse_known_args` left over."""
     problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
     for before, word in zip(["", *rest], rest, strict=False):
-        if word.startswith("-"):
+        if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
+            problems.append(f"{printable(word)}: the option was removed; leave it out")
+        elif word.startswith("-"):
             problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see --help")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
             problems.append(f"{printable(word)}: unexpected argument; see --help")
@@ -255,6 +266,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if key in own[section]:
                     yield section, key, value
+                elif key in REMOVED:
+                    problems.append(f"{section}.{key} was removed; delete the line")
                 elif key not in SECTIONS[section]:
                     hint = _right_section(key, own) or _nearest(key, own[section])
                     problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
@@ -383,7 +396,8 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     group.add_argument(
         "--checkpoint", type=Path, default=checkpoint, help="file of MoCo, torchvision or timm; none: random weights"
     )
-    group.add_argument("--arch", choices=ARCH_CHOICES, help="default: what the checkpoint says; or timm:NAME")
+    archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
+    group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
@@ -412,9 +426,19 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if args.dataset not in ("imagefolder", UNLABELLED_SET) and (args.val_dir or args.data_list):
+    if args.dataset == UNLABELLED_SET:
+        problems += unlabelled_problems(args)
+    elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
     return problems
+
+
+def unlabelled_problems(args: argparse.Namespace) -> list[str]:
+    """Which options images without labels have no use for, a line each."""
+    needless = {"--val-dir": args.val_dir, "a second --data-list": args.data_list and len(args.data_list) > 1}
+    return [
+        f"{name} with images without labels: they are not evaluated on; drop it" for name in needless if needless[name]
+    ]
 
 
 PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # that are read
@@ -458,17 +482,22 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
 
 
-def adapter_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of the adapters together, a line each."""
+def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """What is wrong with the options of the adapters together, a line each. `typed` is what `typed_options` says."""
     if args.lora_rank > 0:
         return []
-    needless = {
-        "--use-qlora": args.use_qlora,
-        "--adapt-last": args.adapt_last,
-        "--rank-pattern": args.rank_pattern,
-        "--alpha-pattern": args.alpha_pattern,
-    }
-    return [f"{name} with --lora-rank 0: there are no adapters; raise the rank" for name in needless if needless[name]]
+    needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern", "alpha_pattern") if getattr(args, name)]
+    needless += [name for name in _OF_ADAPTERS if name in typed]
+    return [f"{_flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
+
+
+# A configuration may have these for runs with adapters, so that only who types them is told.
+_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
+_OF_ADAPTERS += ("base_dtype",)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -536,9 +565,6 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=32,
         help="bits of what is kept for backward; 16: half its bytes, gradients rounded",
     )
-    tune.add_argument(
-        "--patch-dropout", type=fraction, default=0.0, help="share of a ViT's patches left out in training"
-    )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
     return tune
 
@@ -559,8 +585,6 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # what the gradient of a random head says is random
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    if args.cache_features == "none" and sources["cached_views"] == "command line":
-        problems.append("--cached-views needs --cache-features ram or disk")
     differ = args.cache_features != "none" and args.augmentation != "none"
     args.cached_views = (args.cached_views or CACHED_VIEWS) if differ else None
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
@@ -582,7 +606,6 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
         "--no-train-norms": args.train_norms,
         "--mixup 0": args.mixup > 0,
         "--cutmix 0": args.cutmix > 0,
-        "--patch-dropout 0": args.patch_dropout > 0,
     }
     return [
         f"--cache-features needs {remedy}: what is kept must be the same in every epoch"
@@ -591,8 +614,22 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def finetune_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of fine-tuning together, a line each."""
+def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """The options that were typed where they change nothing, a line each."""
+    problems = []
+    if "crop_min" in typed and args.augmentation not in ("crop", "trivial"):
+        problems.append(f"--crop-min with --augmentation {args.augmentation}, which crops nothing: drop one of the two")
+    if "cached_views" in typed and args.cache_features == "none":
+        problems.append("--cached-views needs --cache-features ram or disk")
+    elif "cached_views" in typed and args.augmentation == "none":
+        problems.append("--cached-views with --augmentation none: all views are the same; drop one of the two")
+    if "base_dtype" in typed and args.lora_rank > 0 and not args.freeze_backbone:
+        problems.append("--base-dtype with --no-freeze-backbone: nothing is frozen; drop one of the two")
+    return problems
+
+
+def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """What is wrong with the options of fine-tuning together, a line each. `typed` is what `typed_options` says."""
     rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
     in_16_bits = f"--base-dtype {args.base_dtype}" if rounds else None
     fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
@@ -603,7 +640,7 @@ def finetune_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    problems += adapter_problems(args) + _cache_problems(args)
+    problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)
     if args.train_norms and args.adapt_last and args.use_qlora:
         problems.append(
             "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "

@@ -49,7 +49,7 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "kept_share": run.average.share,
         "retreats": run.retreats,
         "epochs": len(run.history),
-        "seconds": sum(row["seconds"] for row in run.history),
+        "seconds": sum(row["seconds"] for row in run.history) + run.lost_seconds,
         **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],

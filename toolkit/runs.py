@@ -10,7 +10,6 @@ import platform
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,8 +209,6 @@ NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Within this block running out of memory, a killed worker and a lost process are an InputError.
 
-    If an image cannot be read, the message names the others that cannot be as well.
-
     Args:
         device: where the memory is.
         saves_memory: what helps if it runs out.
@@ -223,7 +220,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
     try:
         yield loaders
     except UnreadableImage as error:
-        raise InputError(_all_unreadable(error, loaders)) from None
+        # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+        raise InputError(str(error).rpartition("UnreadableImage: ")[2].strip()) from None
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
         if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -250,21 +248,6 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             f"a process that loads images was killed{reading} ({reason}): if memory "
             "ran out, use fewer --workers or --workers 0; else look at these images"
         ) from None
-
-
-LOOKING = 60  # seconds for other images that cannot be read
-
-
-def _all_unreadable(error: UnreadableImage, loaders: Iterable[DataLoader]) -> str:
-    """What to say of an unreadable image, and of all others, a line each."""
-    until = time.monotonic() + LOOKING
-    found = [str(error).rpartition("UnreadableImage: ")[2].strip()]  # a worker's error begins with its traceback
-    for dataset in {id(loader.dataset.dataset): loader.dataset for loader in loaders}.values():  # each set once
-        found += dataset.unreadable(until - time.monotonic())
-    found = list(dict.fromkeys(found))
-    more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
-    late = [f"looked for others for {LOOKING} seconds only"] if time.monotonic() > until else []
-    return "\n".join(found[:20] + more + late)
 
 
 def keep_freed_memory() -> None:

@@ -51,17 +51,23 @@ class ShardedImages(ImageFiles):
         self.shards, self.places = list(shards), places
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        shard, offset, size = self.places[i].tolist()
         try:
-            with open(os.path.join(self.folder, self.shards[shard]), "rb") as file:
-                file.seek(offset)
-                image = Image.open(io.BytesIO(file.read(size)))
+            image = Image.open(io.BytesIO(self.content(i)))
         except MemoryError:
             raise
         except Exception as error:  # as in ImageFiles
             raise unreadable(self.path(i), error) from None
         image.filename = self.path(i)  # what messages call it
         return image, self.labels[i]
+
+    def size(self, i: int) -> int:
+        return int(self.places[i, 2])
+
+    def content(self, i: int) -> bytes:
+        shard, offset, size = self.places[i].tolist()
+        with open(os.path.join(self.folder, self.shards[shard]), "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
 
 def read_shards(folder: Path) -> tuple[ShardedImages, list[str]]:

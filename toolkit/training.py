@@ -275,10 +275,10 @@ class Progress:
     def loss(self) -> float:
         return self.loss_sum / self.images
 
-    def row(self, epoch: int, result: "Evaluation", seconds: float) -> dict[str, float]:
+    def row(self, epoch: int, result: "Evaluation") -> dict[str, float]:
         """The finished epoch in `metrics.csv`."""
         measured = result.loss, result.accuracy, result.balanced_accuracy, result.macro_f1
-        return dict(zip(self.METRICS, (epoch, self.loss, *measured, self.learning_rate, seconds), strict=True))
+        return dict(zip(self.METRICS, (epoch, self.loss, *measured, self.learning_rate, self.seconds), strict=True))
 
 
 def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]:

@@ -173,18 +173,29 @@ class RandomCrop:
         return (left, top, left + w, top + h), (self.size, self.size)
 
 
+LONGEST = 8  # times its shorter side: evaluation's crop takes the middle of that
+
+
 class Whole:
-    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side."""
+    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side.
+
+    With `shorter`, only the middle of an image that is longer than LONGEST times its shorter side: 3000 x 1 pixels
+    would become 768,000 x 256, of which a crop then takes 224 x 224.
+    """
 
     margin = 2  # so that evaluation sees nearly the image decoded in full: less than a level of 256 away on average
 
     def __init__(self, size: int | None = None, shorter: int | None = None):
         self.size, self.shorter = size, shorter
 
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
+    def __call__(self, width: int, height: int) -> tuple[tuple[float, ...], tuple[int, int]]:
+        if self.shorter is None:
+            return (0, 0, width, height), (self.size, self.size)
         side = min(width, height)
-        scaled = (int(self.shorter * width / side), int(self.shorter * height / side)) if self.shorter else None
-        return (0, 0, width, height), scaled or (self.size, self.size)
+        inner = min(width, LONGEST * side), min(height, LONGEST * side)
+        left, top = (width - inner[0]) / 2, (height - inner[1]) / 2
+        scaled = int(self.shorter * inner[0] / side), int(self.shorter * inner[1] / side)
+        return (left, top, left + inner[0], top + inner[1]), scaled
 
 
 class AtMost:
@@ -262,29 +273,19 @@ def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.Rand
 TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
 
 
-def two_crops(
-    image_size: int,
-    augmentation: str,
-    crop_min: float = 0.2,
-    rotation: float = 15.0,
-    scale: float = 0.2,
-    shift: float = 0.15,
-    noise: float = 0.05,
-) -> TwoCrops:
+def two_crops(image_size: int, augmentation: str, crop_min: float = 0.2) -> TwoCrops:
     """The views that MoCo contrasts.
 
     Args:
         image_size: pixels along each side.
         augmentation: 'moco_v1' (1911.05722, section 3.3), 'moco_v2' (2003.04297: blur added), 'moco_v3' (2104.02057:
-            blur and solarisation differ between the two views), or 'digits' (affine and noise: no flip, no colour).
+            blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
+            noise: no flip, no colour).
         crop_min: smallest share of the image's area in a crop, for the first three.
-        rotation, scale, shift, noise: for 'digits': at most so many degrees, so much larger or smaller than 1, so much
-            of the side, and the standard deviation of the noise in units of the pixel range.
     """
     if augmentation == "digits":
-        affine = _affine(rotation, shift, (1 - scale, 1 + scale))
         levels, normalize = _tensor()
-        view = View(Whole(image_size), affine, levels, GaussianNoise(noise), normalize)
+        view = View(Whole(image_size), _affine(10, 0.1, (0.88, 1.12)), levels, GaussianNoise(0.05), normalize)
         return TwoCrops(view, view)
     crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
     grey = T.RandomGrayscale(p=0.2)
