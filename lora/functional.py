@@ -19,7 +19,7 @@ Two ways lead to y and gx. Dropout, which acts on the adapter's share alone, tak
 less there than building the weight in float32 and rounding it. A convolution's kernel, small beside what it reads, is
 merged, in low precision too: built in float32 and rounded once, see `_kernel_merges`.
 
-Second derivatives are not defined (`once_differentiable`).
+Second derivatives are not defined, and backward refuses a graph of its own (`_first_derivative`).
 """
 
 import contextlib
@@ -36,7 +36,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -305,13 +304,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return _linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
-def _in_its_own_dtype(backward):
-    """Make a backward pass compute in the dtype of its forward pass, even inside an autocast region."""
+def _first_derivative(backward):
+    """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
+
+    PyTorch's `once_differentiable` refuses only where the output's gradient has a graph. Where it has none, as that of
+    a sum, the gradients would count as constants, and a gradient penalty would train nothing.
+    """
 
     @functools.wraps(backward)
     def run(ctx, gy):
         if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
             return backward(ctx, gy)
+        if torch.is_grad_enabled():  # in a backward pass, by `create_graph` alone
+            raise RuntimeError(
+                "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
+                "adapters out with LoRAManager(model).unload(merge=True)"
+            )
         with torch.autocast(gy.device.type, enabled=False):
             return backward(ctx, gy)
 
@@ -347,8 +355,7 @@ class _LoRALinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         saved, A, B, h, *parts = ctx.saved_tensors
         if ctx.rebuild is not None:
@@ -627,8 +634,7 @@ class _LoRAConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         adapter_x, A, B, row_scale, y = ctx.saved_tensors
         need_x, need_adapter_x, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
@@ -945,8 +951,7 @@ class _Attention(torch.autograd.Function):
         return attended
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         q, k, v, kept = ctx.saved_tensors
         scaling = 1 / math.sqrt(q.shape[-1])
@@ -1000,7 +1005,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, gy):
         y, indices = ctx.saved_tensors
         gy = torch.ops.aten.threshold_backward(gy, y, 0)

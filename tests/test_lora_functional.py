@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dense import BF16, DEVICES, FP32, Operations, assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora import functional
@@ -256,14 +257,6 @@ def test_backward_forms_no_dense_weight_gradient(path):
         y = lora_linear(x, W, A, B, None, SCALING)
         work = flops(lambda y=y: y.sum().backward())
         assert needs_grad * dense <= work < (needs_grad + 0.25) * dense
-
-
-def test_second_derivatives_are_refused():
-    x, A, B = random(3, 4, requires_grad=True), random(2, 4, requires_grad=True), random(6, 2, requires_grad=True)
-    y = lora_linear(x, random(6, 4), A, B)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------------- convolution
@@ -847,3 +840,26 @@ def test_a_frozen_linear_layer_of_an_input_in_bfloat16_is_the_stock_one(device, 
     x = torch.randn(3, 6, device=device, dtype=torch.bfloat16)
     with torch.autocast(device, torch.bfloat16):
         assert_close(functional.frozen_linear(x, layer.weight, layer.bias), layer(x), BF16)
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+ONCE = {
+    "linear": lambda x: lora_linear(x, random(6, 4), random(2, 4), random(6, 2)),
+    "convolution": lambda x: lora_conv2d(x, random(6, 3, 2, 2), random(2, 12), random(6, 2)),
+    "pooling": lambda x: max_pool2d_relu(x, 2, 2),
+    "attention": lambda x: functional._Attention.apply(*[x.bfloat16()] * 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("function", ONCE.values(), ids=ONCE)
+def test_a_graph_of_the_gradient_is_refused(function):
+    """Also where the output's gradient is a constant, as that of a sum, and by whichever call the graph is wanted."""
+    x = random(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leave out create_graph=True"):
+        torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="leave out create_graph=True"):
+        function(x).square().sum().backward(create_graph=True)
+    for reentrant in (False, True):  # gradients are enabled while it computes once more, and no graph is wanted
+        checkpoint(function, x, use_reentrant=reentrant).sum().backward()

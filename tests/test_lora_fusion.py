@@ -21,6 +21,7 @@ from dense import (
     assert_equals_dense,
     compare_with_dense,
     dense_twin,
+    expected_gradients,
     frozen,
     images,
     randomize_adapters,
@@ -29,6 +30,7 @@ from dense import (
     vit,
 )
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock, VisionTransformer
 
@@ -1183,6 +1185,51 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
     assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+
+def gradient_penalty(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+
+def hessian_vector_product(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient, x, vector)[0]
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("second", [gradient_penalty, hessian_vector_product])
+def test_second_derivatives_are_refused_or_those_of_the_dense_model(build, side, mode, second):
+    """Never wrong in silence; what the message names as the remedy works."""
+    if mode == "selective" and build is resnet:
+        pytest.skip("for ViTs alone")
+    stock = build().double().eval()
+    model, x = frozen(copy.deepcopy(stock)).eval(), images(side, dtype=torch.float64)
+    set_gradient_checkpointing(model, mode)
+    x, vector = x.requires_grad_(), torch.randn_like(x)
+    with pytest.raises(RuntimeError, match=r"leave out create_graph=True.*unload\(merge=True\)"):
+        second(x, model(x), vector)
+    twin = dense_twin(stock, model).eval()
+    LoRAManager(model).unload(merge=True)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU PyTorch's own kernel refuses them as well
+        assert_close(second(x, model(x), vector), second(x, twin(x), vector), EXACT)
+
+
+def test_second_derivatives_of_the_head_pass_no_adapter():
+    """Its weight's gradient, differentiated with respect to the adapters, takes their first derivative alone."""
+    stock = vit().double()
+    model, x = frozen(copy.deepcopy(stock)).train(), images(16, dtype=torch.float64)
+    twin = dense_twin(stock, model)
+    for network in (model, twin):
+        network.zero_grad()
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), network.heads.head.weight, create_graph=True)
+        gradient.square().sum().backward()
+    for name, gradient, wanted in expected_gradients(twin, model):
+        assert_close(gradient, wanted, EXACT, name)
 
 
 # ------------------------------------------------------------------------------------------------------ the upper part
