@@ -180,7 +180,8 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
     Half the memory of the activations, and gradients with a relative error of some 0.2% (after Gist, ISCA 2018, and
     Mesa, arXiv 2111.11124). The output is exact. Kept as they are: parameters, tensors of one or two dimensions, such
     as A and B, and the statistics of LayerNorm and of attention, whoever calls `F.scaled_dot_product_attention`: it is
-    replaced within the block.
+    replaced within the block. A block that is computed again as a whole (`set_gradient_checkpointing` with 'full')
+    saves nothing that could be rounded, and raises InputError.
     """
 
     def __init__(self):
@@ -226,6 +227,11 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
             return packed
         low, layout = packed
         return low.float() if layout is None else low.float().as_strided(*layout)
+
+
+def saves_in_16_bits() -> bool:
+    """Is this within a `SavedIn16Bits` block?"""
+    return isinstance(getattr(F.scaled_dot_product_attention, "__self__", None), SavedIn16Bits)
 
 
 def saved_in(bits: int) -> contextlib.AbstractContextManager:

@@ -1138,6 +1138,18 @@ def test_activations_in_16_bits(build, side, mode, four_bits, kept, device):
     assert saved_bytes(model, x) == before  # outside the block nothing is rounded
 
 
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_blocks_that_are_computed_again_as_a_whole_save_nothing_to_round(build, side):
+    model, x = frozen(build()), images(side)
+    set_gradient_checkpointing(model, "full")
+    with SavedIn16Bits():
+        with pytest.raises(InputError, match="has nothing to round: drop one"):
+            model(x)
+        with torch.no_grad():
+            model(x)
+    model(x).sum().backward()
+
+
 def test_an_activation_that_two_operations_save_is_kept_once(kept):
     """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
     x = torch.randn(2, 5, 16, requires_grad=True)
