@@ -362,7 +362,7 @@ class FusedVisionTransformer(VisionTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._process_input(x)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
         encoder, drops = self.encoder, self.training and self.patch_dropout > 0
         reads_one = reads_class_token_alone(encoder)
         if not reads_one and not drops:
