@@ -374,6 +374,12 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, au
     compare_with_dense(stock, model.eval(), [x], tolerance, autocast=autocast)
 
 
+def test_what_is_in_the_place_of_the_first_dropout_acts_on_all_tokens():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    stock.encoder.dropout = nn.Hardtanh(-0.5, 0.5)
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
@@ -484,9 +490,15 @@ def test_the_largest_activation_of_a_resnet_is_not_saved():
     assert saved_bytes(model, x) > without + 2 * 64 * 16 * 16 * 4  # (N, 64, H / 2, W / 2) floats
 
 
-@pytest.mark.parametrize("name, module", [("relu", nn.ELU()), ("maxpool", nn.Identity())], ids=["ELU", "unpooled"])
+OTHER_STEMS = {
+    "ELU": ("relu", nn.ELU()),
+    "unpooled": ("maxpool", nn.Identity()),  # as for images of 32 pixels
+    "rounded up": ("maxpool", nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+}
+
+
+@pytest.mark.parametrize("name, module", OTHER_STEMS.values(), ids=OTHER_STEMS)
 def test_other_stems_stay_as_they_are(name, module):
-    """Without pooling, as for images of 32 pixels."""
     stock = resnet(Bottleneck).double().eval()
     setattr(stock, name, module)
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
@@ -508,7 +520,13 @@ def other_norm(model: nn.Module) -> None:
     model.layer1[0].bn1 = nn.GroupNorm(4, 64)
 
 
-@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def other_relu(model: nn.Module) -> None:
+    model.layer1[0].relu = nn.ELU()
+
+
+@pytest.mark.parametrize(
+    "change", [grey_stem, no_norm, other_norm, other_relu, nn.SyncBatchNorm.convert_sync_batchnorm]
+)
 def test_replaced_modules_in_a_resnet(change):
     """A block looks its children up at each call."""
     stock, x = resnet().double().eval(), images(dtype=torch.float64)
@@ -789,11 +807,13 @@ def test_the_fast_path_is_closed_around_adapters_only(activation):
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
-def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout):
-    """With dropout the same values are dropped the second time; attention's and the MLP's own included."""
-    model = vit(dropout=dropout, attention_dropout=dropout)
-    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=dropout)
+@pytest.mark.parametrize(
+    "dropout, elsewhere", [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0)], ids=["", "dropout", "dropout of tokens alone"]
+)
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout, elsewhere):
+    """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
+    model = vit(dropout=dropout, attention_dropout=elsewhere)
+    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=elsewhere)
     freeze_backbone_params(randomize_adapters(model))
     model.train()
     x, keys = images(16, 8), list(model.state_dict())
@@ -1074,6 +1094,25 @@ def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, 
 
 
 @pytest.mark.parametrize("way", FROZEN_ATTENTION)
+def test_frozen_attention_drops_its_weights_in_training_alone(way):
+    stock, x = vit(attention_dropout=0.5).eval(), images(16)
+    model = copy.deepcopy(stock)
+    FROZEN_ATTENTION[way](model)
+    assert_close(model.eval()(x), stock(x), FP32)
+    assert relative_error(model.train()(x), stock(x)) > 1e-2
+
+
+def test_a_hook_on_a_frozen_layer_of_a_frozen_mlp_sees_the_stock_call():
+    model, x, seen = vit(), images(16), []
+    freeze_backbone_params(model)
+    expected = model(x)
+    assert type(model.encoder.layers[0].mlp) is fusion.FusedMLPBlock
+    watch(model.encoder.layers[0].mlp[0], seen)
+    assert_close(model(x), expected, FP32)
+    assert [tuple(output.shape) for _, output in seen] == [(2, 5, 32)]
+
+
+@pytest.mark.parametrize("way", FROZEN_ATTENTION)
 def test_a_hook_on_frozen_attention_sees_the_stock_call(way):
     model, x, seen = vit(), images(16), []
     FROZEN_ATTENTION[way](model)
@@ -1157,6 +1196,26 @@ def test_an_activation_that_two_operations_save_is_kept_once(kept):
         y = x.sin()
         (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
     assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
+
+
+def test_a_part_of_a_tensor_and_one_number_repeated_are_rounded_as_they_are():
+    """What they are views of is not kept in their place."""
+    whole = torch.arange(1.0, 241).view(3, 5, 16)  # bfloat16 holds these numbers
+    for view in (whole[1:], whole[:, 1:3], whole[:, 1:2].expand(3, 5, 16)):
+        a = torch.ones_like(view, requires_grad=True)
+        with SavedIn16Bits():
+            y = (a * view).sum()
+        y.backward()
+        assert torch.equal(a.grad, view)
+
+
+def test_parameters_are_kept_as_they_are():
+    """A kernel that trains has four dimensions too; rounded, it would be a copy, and the input's gradient not exact."""
+    convolution, x = nn.Conv2d(3, 4, 3), images(9, requires_grad=True)
+    expected = torch.autograd.grad(convolution(x).sum(), x)[0]
+    with SavedIn16Bits():
+        y = convolution(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 def test_a_loop_within_the_block_keeps_nothing_of_past_steps():
