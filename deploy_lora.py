@@ -19,6 +19,7 @@ import json
 import os
 import reprlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -225,8 +225,13 @@ class LoRALayer:
         if self.merged:  # the base that is kept would not know of what is loaded
             name = prefix + self.weight_names[0]
             errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
-        else:
+            return
+        with lora_utils.digests_follow(self, state_dict, prefix):
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            self._load_constants(state_dict, prefix, strict, missing, unexpected)
+
+    def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
+        """What a weight in 4 bits needs beside its bytes."""
 
     def _replicate_for_data_parallel(self):
         raise InputError("nn.DataParallel cannot copy adapted layers: start a process per GPU with torchrun")
@@ -435,10 +440,7 @@ class _FourBits:
                 for key, value in state.as_dict(packed=True).items():
                     destination[f"{prefix}{name}.{key}"] = value
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.merged:  # refused
-            return
+    def _load_constants(self, state_dict, prefix, strict, missing, unexpected) -> None:
         for name, (state, shape) in list(self._nf4_state.items()):
             keys = {f"{prefix}{name}.{key}": key for key in state.as_dict(packed=True)}
             absent = [key for key in keys if key not in state_dict]

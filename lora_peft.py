@@ -305,10 +305,13 @@ _KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # of PEFT's layers that hav
 
 
 def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The adapters of q, k and v in the packed one, A (R, E) and B (3 E, R): blocks, if that is how it is built."""
+    """The adapters of q, k and v in the packed one, A (R, E) and B (3 E, R): blocks, if that is how it is built.
+
+    B before training, all zeros, tells nothing: each of the three then has the whole rank.
+    """
     blocks = B.unflatten(0, (3, -1)).unbind()  # 3 of (E, R)
     pairs = [(A, block) for block in blocks]
-    if len(A) % 3 == 0:
+    if len(A) % 3 == 0 and B.any():
         own = [(a, block.chunk(3, 1)[i]) for i, (a, block) in enumerate(zip(A.chunk(3), blocks, strict=True))]
         if torch.equal(torch.block_diag(*(b for _, b in own)), B):
             pairs = own

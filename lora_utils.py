@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora.functional import dense_weight
 from lora.fusion import is_adapted, unfuse
 from lora.residents import Adapter, Form, Residents, adapted_layers
 from lora.targets import NO_ADAPTER
@@ -54,6 +55,25 @@ def base_digests(model: nn.Module) -> dict[str, str]:
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
     return digests
+
+
+@contextlib.contextmanager
+def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> Iterator[None]:
+    """Within this block `state` is loaded into a layer. Weights stored in fewer bits that become other ones are known
+    by what was loaded from then on: no longer as the base that was there before.
+    """
+
+    def stored(name: str) -> Tensor:
+        return dense_weight(layer.base(name), torch.float32)
+
+    before = {name: stored(name) for name in layer.float_digests if prefix + name in state}
+    yield
+    for name, numbers in before.items():
+        if not torch.equal(stored(name), numbers):
+            loaded = state[prefix + name]
+            is_packed = not loaded.is_floating_point()  # in 4 bits: its bytes alone do not say which numbers it has
+            # In place: adapters that share the base share its digests.
+            layer.float_digests[name] = tensor_digest(stored(name) if is_packed else loaded)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

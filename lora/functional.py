@@ -19,7 +19,7 @@ Two ways lead to y and gx. Dropout, which acts on the adapter's share alone, tak
 less there than building the weight in float32 and rounding it. A convolution's kernel, small beside what it reads, is
 merged, in low precision too: built in float32 and rounded once, see `_kernel_merges`.
 
-Second derivatives are not defined (`once_differentiable`).
+Second derivatives are not defined, and backward refuses a graph of its own (`_first_derivative`).
 """
 
 import contextlib
@@ -36,7 +36,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -164,9 +163,23 @@ def _is_trainable(weight: Tensor | NF4Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
+def _is_traced() -> bool:
+    """Are the operations recorded, as by `torch.compile` and `torch.export`, where PyTorch's own alone may run?"""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _refuse_jit() -> None:
+    if torch.jit.is_tracing():  # which sees no operation of an autograd.Function
+        raise RuntimeError(
+            "torch.jit.trace cannot follow adapters: use torch.export, or trace what "
+            "LoRAManager(model).unload(merge=True) returns"
+        )
+
+
 def _merge_pays(weight: Tensor, output_numel: int) -> bool:
     """Merged or side path? In full precision whichever passes over fewer elements; in low precision never merged."""
-    return weight.dtype not in LOW_PRECISION and weight.numel() <= output_numel
+    any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
+    return weight.dtype not in LOW_PRECISION and (any_number or weight.numel() <= output_numel)
 
 
 # ---------------------------------------------------------------------------------------------- saved activations
@@ -181,7 +194,8 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
     Half the memory of the activations, and gradients with a relative error of some 0.2% (after Gist, ISCA 2018, and
     Mesa, arXiv 2111.11124). The output is exact. Kept as they are: parameters, tensors of one or two dimensions, such
     as A and B, and the statistics of LayerNorm and of attention, whoever calls `F.scaled_dot_product_attention`: it is
-    replaced within the block.
+    replaced within the block. A block that is computed again as a whole (`set_gradient_checkpointing` with 'full')
+    saves nothing that could be rounded, and raises InputError.
     """
 
     def __init__(self):
@@ -229,6 +243,11 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
         return low.float() if layout is None else low.float().as_strided(*layout)
 
 
+def saves_in_16_bits() -> bool:
+    """Is this within a `SavedIn16Bits` block?"""
+    return isinstance(getattr(F.scaled_dot_product_attention, "__self__", None), SavedIn16Bits)
+
+
 def saved_in(bits: int) -> contextlib.AbstractContextManager:
     """`SavedIn16Bits`, or for 32 bits a context that changes nothing."""
     return SavedIn16Bits() if bits == 16 else contextlib.nullcontext()
@@ -247,7 +266,7 @@ def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
     if needs_gradient or compute_dtype(x) != x.dtype or x.dim() == 1:
         return F.linear(x, W, bias)
-    return _linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
+    return _linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], W.shape[0])
 
 
 def effective_weight(
@@ -286,7 +305,7 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     processors by 5 to 9%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias into the output first: 2
     to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
     """
-    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not _is_traced()
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others
         pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
     else:
@@ -305,13 +324,22 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return _linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
-def _in_its_own_dtype(backward):
-    """Make a backward pass compute in the dtype of its forward pass, even inside an autocast region."""
+def _first_derivative(backward):
+    """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
+
+    PyTorch's `once_differentiable` refuses only where the output's gradient has a graph. Where it has none, as that of
+    a sum, the gradients would count as constants, and a gradient penalty would train nothing.
+    """
 
     @functools.wraps(backward)
     def run(ctx, gy):
         if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
             return backward(ctx, gy)
+        if torch.is_grad_enabled():  # in a backward pass, by `create_graph` alone
+            raise RuntimeError(
+                "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
+                "adapters out with LoRAManager(model).unload(merge=True)"
+            )
         with torch.autocast(gy.device.type, enabled=False):
             return backward(ctx, gy)
 
@@ -333,13 +361,15 @@ class _LoRALinear(torch.autograd.Function):
         factors, h = (A, B), None
         W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        if adapter_x is None and _merge_pays(W, len(rows) * len(W)):
+        if adapter_x is None and _merge_pays(W, rows.shape[0] * len(W)):
             y = _linear(rows, effective_weight(W, A, B, scaling, groups, in_place=W is not weight), bias)
         else:
             y = _linear(rows, W, bias)
             h = _linear(adapter_rows, A)  # (N, in) -> (N, groups r)
-            for y_g, h_g, B_g in zip(y.chunk(groups, 1), h.chunk(groups, 1), B.chunk(groups), strict=True):
-                y_g.addmm_(h_g, B_g.T, alpha=scaling)  # (N, r) -> (N, out / groups), in place
+            width = len(W) // groups
+            for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
+                # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
+                y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
         # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
         kept = x if before is not None else adapter_rows.view(x.shape)
         ctx.save_for_backward(kept if ctx.rebuild is None else None, *factors, h, *parts)
@@ -347,8 +377,7 @@ class _LoRALinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(W)])
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         saved, A, B, h, *parts = ctx.saved_tensors
         if ctx.rebuild is not None:
@@ -520,7 +549,7 @@ def lora_linear(
     if adapter_x is not None and before is not None:
         raise ValueError("adapter_x and before exclude each other: apply the operation first")
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
-    if before is not None and (_is_trainable(weight) or torch.compiler.is_compiling()):
+    if before is not None and (_is_trainable(weight) or _is_traced()):
         x, before = before(x), None
     if _is_trainable(weight):
         dtype = compute_dtype(x)
@@ -533,6 +562,7 @@ def lora_linear(
     if x.dim() == 1:
         adapter_x = None if adapter_x is None else adapter_x[None]
         return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, before)[0]
+    _refuse_jit()
     return _LoRALinear.apply(x, adapter_x, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
 
 
@@ -627,8 +657,7 @@ class _LoRAConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         adapter_x, A, B, row_scale, y = ctx.saved_tensors
         need_x, need_adapter_x, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
@@ -667,7 +696,7 @@ def _conv2d(x: Tensor, kernel: Tensor, bias, geometry: Geometry, residual: Tenso
     On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
     """
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
-    if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not torch.compiler.is_compiling():
+    if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not _is_traced():
         stride, padding, dilation, groups = geometry
         sizes, bias = (padding, stride, dilation, groups), None if bias is None else bias.contiguous()
         if residual is None:
@@ -794,6 +823,7 @@ def lora_conv2d(
     """
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
+        _refuse_jit()
         settings = row_scale, scaling, geometry, relu, dtype
         return _LoRAConv2d.apply(x, adapter_x, A, B, weight, bias, residual, *settings)
     if adapter_x is None and dtype not in LOW_PRECISION:
@@ -836,7 +866,7 @@ def attention_mask(
     Raises:
         RuntimeError: a mask of another shape. It might broadcast, and mask something else.
     """
-    N, L, S = len(q), q.shape[1], k.shape[1]
+    N, L, S = *q.shape[:2], k.shape[1]
     _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
     _check_shape("key_padding_mask", key_padding_mask, (N, S))
     masks = []
@@ -915,14 +945,14 @@ def attend(
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
     """PyTorch's kernels but cuDNN's for a single query, as of a class token alone: on CUDA its gradient may be NaN then
     (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
-    if q.device.type != "cuda" or q.shape[-2] > 1 or torch.compiler.is_compiling():
+    if q.device.type != "cuda" or q.shape[-2] > 1 or _is_traced():
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
     in_bf16 = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16
-    able = PREFERS_BATCHED_ATTENTION and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling()
+    able = PREFERS_BATCHED_ATTENTION and torch.backends.mkldnn.enabled and not _is_traced()
     return in_bf16 and able and 0 < q.shape[-2] * k.shape[-2] <= MOST_SCORES
 
 
@@ -945,8 +975,7 @@ class _Attention(torch.autograd.Function):
         return attended
 
     @staticmethod
-    @once_differentiable
-    @_in_its_own_dtype
+    @_first_derivative
     def backward(ctx, gy):
         q, k, v, kept = ctx.saved_tensors
         scaling = 1 / math.sqrt(q.shape[-1])
@@ -1000,7 +1029,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx, gy):
         y, indices = ctx.saved_tensors
         gy = torch.ops.aten.threshold_backward(gy, y, 0)
@@ -1022,6 +1051,6 @@ def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_
     its backward needs only the output and the positions of the maxima. A compiler plans memory itself, and
     with this order Inductor gave the stem of a ResNet in bfloat16 no gradient (PyTorch 2.13, on a CPU).
     """
-    if torch.compiler.is_compiling():
+    if _is_traced():
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     return _MaxPool2dReLU.apply(x, kernel_size, stride, padding, dilation, ceil_mode)

@@ -202,12 +202,17 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make the forward of a `recomputed` block save only its input and run once more in backward."""
+    """Make the forward of a `recomputed` block save only its input and run once more in backward.
+
+    Within `SavedIn16Bits` it raises InputError: the second run, from a rounded input, would be another one.
+    """
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
         if not self.recomputed:
             return forward(self, *args, **kwargs)
+        if functional.saves_in_16_bits() and torch.is_grad_enabled():
+            raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
@@ -352,7 +357,7 @@ class FusedVisionTransformer(VisionTransformer):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._process_input(x)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])

@@ -36,7 +36,8 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
         start_at_gradient(model, backward)
 
     Call it when the head is as training will have it (`init_head_from_probe`), and the model in eval mode if nothing
-    random is to have a part in it. Adapters that get no finite gradient, merged ones for example, stay as they are.
+    random is to have a part in it. Adapters whose gradient is zero or not finite, or that get none, as merged ones do,
+    stay as they are; so do all of them if `backward` raises. The parameters' `.grad` are put back in any case.
 
     Args:
         backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.
@@ -46,6 +47,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     if not pairs:
         return
     before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+    former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for A, B in pairs:
@@ -54,19 +56,22 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     model.zero_grad()
     try:
         backward()
+        sketches = [A.grad for A, _ in pairs]
     finally:
+        for parameter, gradient in former_gradients:
+            parameter.grad = gradient
         with torch.no_grad():
             for (A, B), (former_A, former_B) in zip(pairs, before, strict=True):
                 A.copy_(former_A)
                 B.copy_(former_B)
     with torch.no_grad():
-        for A, B in pairs:
-            if A.grad is not None and A.grad.isfinite().all():
-                rows = torch.linalg.svd(A.grad, full_matrices=False).Vh  # (at most r, fan_in)
+        for (A, B), sketch in zip(pairs, sketches, strict=True):
+            if sketch is not None and sketch.isfinite().all() and sketch.any():  # of zeros any direction is a main one
+                precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
+                rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
                 A[: len(rows)] = rows / math.sqrt(3)
                 B.zero_()
         distributed.broadcast(A for A, _ in pairs)  # on other machines the last bits, or signs, may differ
-    model.zero_grad()
 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

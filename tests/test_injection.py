@@ -613,6 +613,14 @@ def test_statistics_of_a_frozen_batch_norm_stay():
     assert counted and all(model.state_dict()[name] == 1 for name in counted)
 
 
+def test_unfrozen_batch_norms_are_in_the_mode_of_their_model():
+    model = add_lora_to_model(resnet())
+    for training in (False, True):
+        freeze_backbone_params(model.train(training))
+        freeze_backbone_params(model, freeze=False)
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_batch_norm_in_the_head_trains():
     model = nn.Module()
     model.backbone, model.head = nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))

@@ -20,7 +20,7 @@ from finetune_lora import (
     add_lora_to_model,
     freeze_backbone_params,
 )
-from lora_utils import LoRAManager
+from lora_utils import LoRAManager, base_digests
 from toolkit import InputError
 
 KINDS = {
@@ -811,3 +811,52 @@ def test_only_float32_weights_are_stored_in_16_bits():
     for dtype in (torch.float64, torch.bfloat16):
         layer = add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.bfloat16)[0]
         assert layer.weight.dtype == dtype and not layer.float_digests
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["16 bits", "4 bits"])
+def test_another_base_in_fewer_bits_is_not_known_as_the_one_before(four_bits, tmp_path):
+    """As after loading a full fine-tuning: an adapter file must not name a base that its adapters never had."""
+    storage, path = {"use_qlora": True} if four_bits else {"base_dtype": torch.bfloat16}, tmp_path / "lora.pth"
+    stocks = [vit(hidden_dim=64), vit(hidden_dim=64)]
+    model, other = (add_lora_to_model(copy.deepcopy(stock), r=2, **storage) for stock in stocks)
+    known, rounded = base_digests(model), [n for n, p in model.named_parameters() if p.dtype != torch.float32]
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert base_digests(model) == known  # the same numbers are the same base
+
+    model.load_state_dict(other.state_dict() if four_bits else stocks[1].state_dict(), strict=False)
+    found = base_digests(model)
+    assert len(rounded) == 8 and not {name for name in rounded if found[name] == known[name]}
+    assert four_bits or found == base_digests(other)  # as if it had been adapted over what was loaded
+    LoRAManager(model).save_lora_checkpoint(path)
+    LoRAManager(copy.deepcopy(model)).load_lora_checkpoint(path)
+    before = add_lora_to_model(copy.deepcopy(stocks[0]), r=2, **storage)
+    with pytest.raises(InputError, match="another base"):
+        LoRAManager(before).load_lora_checkpoint(path)
+
+
+def test_numbers_that_round_to_those_stored_are_the_same_base():
+    stock = nn.Sequential(nn.Linear(8, 8))
+    model = add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=torch.bfloat16)
+    known = base_digests(model)
+    model.load_state_dict(stock.bfloat16().state_dict(), strict=False)
+    assert base_digests(model)["0.weight"] == known["0.weight"]
+
+
+def test_4_bit_bases_of_the_same_bytes_are_two_if_their_constants_differ():
+    layer = adapted(nn.Linear(64, 8), four_bits=True)
+    known, state = dict(layer.float_digests), layer.state_dict()
+    layer.load_state_dict({**state, "weight.nested_absmax": 2 * state["weight.nested_absmax"]})
+    assert torch.equal(layer.weight, state["weight"]) and layer.float_digests != known
+
+
+def test_adapters_that_share_a_base_in_16_bits_know_of_another_one(tmp_path):
+    model = add_lora_to_model(vit(), r=2, base_dtype=torch.bfloat16)
+    manager, path = LoRAManager(model), tmp_path / "lora.pth"
+    manager.save_lora_checkpoint(path)
+    for name in ("one", "two"):
+        manager.load_lora_checkpoint(path, name)
+    manager.use("one")
+    model.load_state_dict(vit().state_dict(), strict=False)
+    known = base_digests(model)
+    manager.use("two")
+    assert base_digests(model) == known

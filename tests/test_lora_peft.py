@@ -182,6 +182,16 @@ def test_what_peft_has_trained_is_read(peft, kind, config, bases, tmp_path):
     assert info["class_names"] == NAMES
 
 
+def test_attention_that_has_not_trained_keeps_its_rank(peft, base, tmp_path):
+    """Its B of zeros looks like one of three blocks."""
+    config = peft.LoraConfig(r=3, target_modules=["self_attention"], modules_to_save=["heads"])
+    model = peft.get_peft_model(stock(base, 16), config).eval()
+    model.save_pretrained(tmp_path / "peft")
+    from_peft(tmp_path / "peft", tmp_path / "lora.pth", base, NAMES)
+    assert {record["r"] for record in read_adapter_file(tmp_path / "lora.pth")["layers"].values()} == {3}
+    assert_same_answers(model, load_finetuned(tmp_path / "lora.pth")[0], 16)
+
+
 def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     """Attention's blocks and ranks come back as they were, and so do the settings."""
     adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, rank_pattern={"encoder_layer_0": 4})

@@ -107,16 +107,42 @@ def test_an_average_is_of_what_trains_alone(build, side, four_bits, options, tmp
     assert torch.equal(model.eval()(x), answer)
 
 
+STATES = pytest.mark.parametrize(
+    "change",
+    [lambda manager: None, LoRAManager.merge_lora_weights, lambda manager: manager.unload(merge=True)],
+    ids=["adapted", "merged", "unloaded"],
+)
+
+
 @MODELS
 @STORED
-def test_a_merged_model_can_be_exported(build, side, four_bits):
+@STATES
+def test_a_model_can_be_exported(build, side, four_bits, change):
+    """For batches of any size."""
     model, x = frozen(build(), use_qlora=four_bits).eval(), images(side)
     answer = model(x)
-    LoRAManager(model).unload(merge=True)
+    change(LoRAManager(model))
     batch = torch.export.Dim("batch")
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
     assert_close(program(x), answer, FP32)
-    assert_close(program(torch.cat([x, x, x])), torch.cat([answer] * 3), FP32)
+    assert_close(program(torch.cat([x] * 20)), torch.cat([answer] * 20), FP32)
+
+
+@MODELS
+@STORED
+@STATES
+def test_jit_traces_what_is_merged_and_refuses_adapters(build, side, four_bits, change):
+    model, x = frozen(build(), use_qlora=four_bits).eval(), images(side)
+    answer = model(x)
+    change(LoRAManager(model))
+    if any("lora_" in name for name in model.state_dict()):  # those of merged layers are not in it
+        with pytest.raises(RuntimeError, match=r"use torch\.export, or trace what"):
+            torch.jit.trace(model, x)
+        return
+    program, file = torch.jit.trace(model, x), io.BytesIO()
+    torch.jit.save(program, file)
+    file.seek(0)
+    assert_close(torch.jit.load(file)(torch.cat([x, x])), torch.cat([answer] * 2), FP32)
 
 
 @pytest.mark.slow

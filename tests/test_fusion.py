@@ -21,6 +21,7 @@ from dense import (
     assert_equals_dense,
     compare_with_dense,
     dense_twin,
+    expected_gradients,
     frozen,
     images,
     randomize_adapters,
@@ -29,6 +30,7 @@ from dense import (
     vit,
 )
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig, EncoderBlock
 
@@ -371,6 +373,12 @@ def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, au
     compare_with_dense(stock, model.eval(), [x], tolerance, autocast=autocast)
 
 
+def test_what_is_in_the_place_of_the_first_dropout_acts_on_all_tokens():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    stock.encoder.dropout = nn.Hardtanh(-0.5, 0.5)
+    assert_equals_dense(stock, frozen(copy.deepcopy(stock)), x, EXACT)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
@@ -436,9 +444,15 @@ def test_the_largest_activation_of_a_resnet_is_not_saved():
     assert saved_bytes(model, x) > without + 2 * 64 * 16 * 16 * 4  # (N, 64, H / 2, W / 2) floats
 
 
-@pytest.mark.parametrize("name, module", [("relu", nn.ELU()), ("maxpool", nn.Identity())], ids=["ELU", "unpooled"])
+OTHER_STEMS = {
+    "ELU": ("relu", nn.ELU()),
+    "unpooled": ("maxpool", nn.Identity()),  # as for images of 32 pixels
+    "rounded up": ("maxpool", nn.MaxPool2d(3, 2, 1, ceil_mode=True)),
+}
+
+
+@pytest.mark.parametrize("name, module", OTHER_STEMS.values(), ids=OTHER_STEMS)
 def test_other_stems_stay_as_they_are(name, module):
-    """Without pooling, as for images of 32 pixels."""
     stock = resnet(Bottleneck).double().eval()
     setattr(stock, name, module)
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
@@ -460,7 +474,13 @@ def other_norm(model: nn.Module) -> None:
     model.layer1[0].bn1 = nn.GroupNorm(4, 64)
 
 
-@pytest.mark.parametrize("change", [grey_stem, no_norm, other_norm, nn.SyncBatchNorm.convert_sync_batchnorm])
+def other_relu(model: nn.Module) -> None:
+    model.layer1[0].relu = nn.ELU()
+
+
+@pytest.mark.parametrize(
+    "change", [grey_stem, no_norm, other_norm, other_relu, nn.SyncBatchNorm.convert_sync_batchnorm]
+)
 def test_replaced_modules_in_a_resnet(change):
     """A block looks its children up at each call."""
     stock, x = resnet().double().eval(), images(dtype=torch.float64)
@@ -741,11 +761,13 @@ def test_the_fast_path_is_closed_around_adapters_only(activation):
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
-def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout):
-    """With dropout the same values are dropped the second time; attention's and the MLP's own included."""
-    model = vit(dropout=dropout, attention_dropout=dropout)
-    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=dropout)
+@pytest.mark.parametrize(
+    "dropout, elsewhere", [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0)], ids=["", "dropout", "dropout of tokens alone"]
+)
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout, elsewhere):
+    """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
+    model = vit(dropout=dropout, attention_dropout=elsewhere)
+    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=elsewhere)
     freeze_backbone_params(randomize_adapters(model))
     model.train()
     x, keys = images(16, 8), list(model.state_dict())
@@ -1026,6 +1048,25 @@ def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, 
 
 
 @pytest.mark.parametrize("way", FROZEN_ATTENTION)
+def test_frozen_attention_drops_its_weights_in_training_alone(way):
+    stock, x = vit(attention_dropout=0.5).eval(), images(16)
+    model = copy.deepcopy(stock)
+    FROZEN_ATTENTION[way](model)
+    assert_close(model.eval()(x), stock(x), FP32)
+    assert relative_error(model.train()(x), stock(x)) > 1e-2
+
+
+def test_a_hook_on_a_frozen_layer_of_a_frozen_mlp_sees_the_stock_call():
+    model, x, seen = vit(), images(16), []
+    freeze_backbone_params(model)
+    expected = model(x)
+    assert type(model.encoder.layers[0].mlp) is fusion.FusedMLPBlock
+    watch(model.encoder.layers[0].mlp[0], seen)
+    assert_close(model(x), expected, FP32)
+    assert [tuple(output.shape) for _, output in seen] == [(2, 5, 32)]
+
+
+@pytest.mark.parametrize("way", FROZEN_ATTENTION)
 def test_a_hook_on_frozen_attention_sees_the_stock_call(way):
     model, x, seen = vit(), images(16), []
     FROZEN_ATTENTION[way](model)
@@ -1090,6 +1131,18 @@ def test_activations_in_16_bits(build, side, mode, four_bits, kept, device):
     assert saved_bytes(model, x) == before  # outside the block nothing is rounded
 
 
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_blocks_that_are_computed_again_as_a_whole_save_nothing_to_round(build, side):
+    model, x = frozen(build()), images(side)
+    set_gradient_checkpointing(model, "full")
+    with SavedIn16Bits():
+        with pytest.raises(InputError, match="has nothing to round: drop one"):
+            model(x)
+        with torch.no_grad():
+            model(x)
+    model(x).sum().backward()
+
+
 def test_an_activation_that_two_operations_save_is_kept_once(kept):
     """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
     x = torch.randn(2, 5, 16, requires_grad=True)
@@ -1097,6 +1150,26 @@ def test_an_activation_that_two_operations_save_is_kept_once(kept):
         y = x.sin()
         (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
     assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
+
+
+def test_a_part_of_a_tensor_and_one_number_repeated_are_rounded_as_they_are():
+    """What they are views of is not kept in their place."""
+    whole = torch.arange(1.0, 241).view(3, 5, 16)  # bfloat16 holds these numbers
+    for view in (whole[1:], whole[:, 1:3], whole[:, 1:2].expand(3, 5, 16)):
+        a = torch.ones_like(view, requires_grad=True)
+        with SavedIn16Bits():
+            y = (a * view).sum()
+        y.backward()
+        assert torch.equal(a.grad, view)
+
+
+def test_parameters_are_kept_as_they_are():
+    """A kernel that trains has four dimensions too; rounded, it would be a copy, and the input's gradient not exact."""
+    convolution, x = nn.Conv2d(3, 4, 3), images(9, requires_grad=True)
+    expected = torch.autograd.grad(convolution(x).sum(), x)[0]
+    with SavedIn16Bits():
+        y = convolution(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 def test_a_loop_within_the_block_keeps_nothing_of_past_steps():
@@ -1137,6 +1210,51 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
     assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+
+def gradient_penalty(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+
+def hessian_vector_product(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient, x, vector)[0]
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("second", [gradient_penalty, hessian_vector_product])
+def test_second_derivatives_are_refused_or_those_of_the_dense_model(build, side, mode, second):
+    """Never wrong in silence; what the message names as the remedy works."""
+    if mode == "selective" and build is resnet:
+        pytest.skip("for ViTs alone")
+    stock = build().double().eval()
+    model, x = frozen(copy.deepcopy(stock)).eval(), images(side, dtype=torch.float64)
+    set_gradient_checkpointing(model, mode)
+    x, vector = x.requires_grad_(), torch.randn_like(x)
+    with pytest.raises(RuntimeError, match=r"leave out create_graph=True.*unload\(merge=True\)"):
+        second(x, model(x), vector)
+    twin = dense_twin(stock, model).eval()
+    LoRAManager(model).unload(merge=True)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU PyTorch's own kernel refuses them as well
+        assert_close(second(x, model(x), vector), second(x, twin(x), vector), EXACT)
+
+
+def test_second_derivatives_of_the_head_pass_no_adapter():
+    """Its weight's gradient, differentiated with respect to the adapters, takes their first derivative alone."""
+    stock = vit().double()
+    model, x = frozen(copy.deepcopy(stock)).train(), images(16, dtype=torch.float64)
+    twin = dense_twin(stock, model)
+    for network in (model, twin):
+        network.zero_grad()
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), network.heads.head.weight, create_graph=True)
+        gradient.square().sum().backward()
+    for name, gradient, wanted in expected_gradients(twin, model):
+        assert_close(gradient, wanted, EXACT, name)
 
 
 # ------------------------------------------------------------------------------------------------------ the upper part

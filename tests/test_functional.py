@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import BF16, DEVICES, FP32, Operations, assert_close
+from dense import BF16, DEVICES, EXACT, FP32, Operations, assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora import functional
@@ -72,15 +73,19 @@ def test_linear_gradients(path, shape, groups):
     assert gradcheck(function, double(*shape), double(2 * groups, 4), double(6, 2), double(6))
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4)], ids=str)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_linear_gradients_with_dropout(groups):
+def test_linear_gradients_with_dropout(groups, shape):
     """x after dropout is an input of its own: the adapter's share of the gradient goes there."""
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, dropped, A, B):
         return lora_linear(x, W, A, B, None, SCALING, groups, adapter_x=dropped)
 
-    assert gradcheck(function, double(3, 4), double(3, 4), double(2 * groups, 4), double(6, 2))
+    assert gradcheck(function, double(*shape), double(*shape), double(2 * groups, 4), double(6, 2))
+    x, dropped, A, B = double(*shape), double(*shape), double(2 * groups, 4), double(6, 2)
+    delta = torch.cat([b @ a for b, a in zip(B.chunk(groups), A.chunk(groups), strict=True)])
+    assert_close(function(x, dropped, A, B), x @ W.T + SCALING * dropped @ delta.T, EXACT)
 
 
 def row_operations(width: int):
@@ -127,6 +132,24 @@ def test_a_recomputed_operation_equals_the_dense_computation(device, name, befor
     for letter, ours, wanted in zip("xAB", (x, A, B), theirs, strict=True):
         assert_close(ours.grad, wanted.grad, tolerance, letter)
         assert ours.grad.dtype == ours.dtype
+
+
+def test_a_layer_norm_in_fewer_bits_than_its_input():
+    """As under autocast in a model that is in bfloat16."""
+    norm = nn.LayerNorm(64).bfloat16().requires_grad_(False)
+    x, W = random(7, 64, requires_grad=True), random(6, 64).bfloat16()
+    A, B = random(2, 64, requires_grad=True), random(6, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, W, A, B, None, SCALING, before=norm)
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    expected = F.linear(norm.double()(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
+    expected.backward(upstream.double())
+    assert_close(y, expected, BF16)
+    for ours, wanted in zip((x, A, B), theirs, strict=True):
+        assert_close(ours.grad, wanted.grad, BF16)
+        assert ours.grad.dtype == torch.float32
 
 
 def test_dropout_and_a_recomputed_operation_exclude_each_other():
@@ -178,6 +201,18 @@ def test_a_small_update_survives_low_precision():
     A, B = torch.tensor([[1.0, 0.0]]), torch.full((3, 1), 1e-3)
     y = lora_linear(torch.ones(500, 2).bfloat16(), W, A, B)
     assert_close(y, torch.full((500, 3), 1e-3), BF16)
+
+
+def test_autocast_leaves_float64_alone():
+    """As PyTorch's own layers do."""
+    x, W, A, B = double(2, 4, 3, 3), torch.randn(6, 4, dtype=torch.float64), double(2, 4), double(6, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = lora_linear(x.mT, W[:, :3], A[:, :3], B, None, SCALING)
+        convolution = lora_conv2d(x, W[:, :, None, None], A, B, None, SCALING)
+    effective = W + SCALING * B @ A
+    assert_close(linear, x.mT @ (W[:, :3] + SCALING * B @ A[:, :3]).T, EXACT)
+    assert_close(convolution, torch.einsum("oi,nihw->nohw", effective, x), EXACT)
+    assert linear.dtype == convolution.dtype == torch.float64
 
 
 def test_gradients_that_come_expanded_and_inputs_that_come_permuted(path):
@@ -258,19 +293,12 @@ def test_backward_forms_no_dense_weight_gradient(path):
         assert needs_grad * dense <= work < (needs_grad + 0.25) * dense
 
 
-def test_second_derivatives_are_refused():
-    x, A, B = random(3, 4, requires_grad=True), random(2, 4, requires_grad=True), random(6, 2, requires_grad=True)
-    y = lora_linear(x, random(6, 4), A, B)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # --------------------------------------------------------------------------------------------------------- convolution
 
 GEOMETRIES = {
     "1x1": ((6, 4, 1, 1), Geometry()),
     "1x1 stride 2": ((6, 4, 1, 1), Geometry((2, 2))),
+    "1x1 padding": ((6, 4, 1, 1), Geometry((1, 1), (1, 1))),
     "3x3 same": ((6, 4, 3, 3), Geometry((1, 1), (1, 1))),
     "3x2 stride dilation": ((6, 4, 3, 2), Geometry((2, 1), (1, 0), (1, 2))),
     "groups": ((6, 2, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 2)),
@@ -628,6 +656,14 @@ def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch,
         assert 0 < ours < 1.15 * theirs < 0.02
 
 
+def test_dropped_attention_weights_in_bfloat16(monkeypatch):
+    """The products over all heads know no dropout."""
+    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    q = random(N, 50, E).bfloat16()
+    attended, _ = attend(q, q, torch.ones_like(q), H, None, 0.5)
+    assert (attended.float() - 1).abs().max() > 0.1 and abs(attended.float().mean() - 1) < 0.1
+
+
 def test_what_the_values_have_in_common_is_not_rounded():
     """It changes no score's gradient, but is large beside what does."""
     torch.manual_seed(0)
@@ -722,7 +758,9 @@ def test_nf4_rounds_every_value_to_its_block_s_grid(device, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
     stored = NF4Weight.quantize(random(33, 40, device=device))
-    assert torch.equal(stored.dequantize(dtype), stored.dequantize(torch.float32).to(dtype))
+    precise = stored.dequantize(torch.float32)
+    assert torch.equal(stored.dequantize(dtype), precise.to(dtype))
+    assert torch.equal(stored.dequantize(torch.float32), precise)  # no trace of it is left
 
 
 def test_nf4_takes_little_more_than_4_bits_a_value():
@@ -847,3 +885,26 @@ def test_a_frozen_linear_layer_of_an_input_in_bfloat16_is_the_stock_one(device, 
     x = torch.randn(3, 6, device=device, dtype=torch.bfloat16)
     with torch.autocast(device, torch.bfloat16):
         assert_close(functional.frozen_linear(x, layer.weight, layer.bias), layer(x), BF16)
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+ONCE = {
+    "linear": lambda x: lora_linear(x, random(6, 4), random(2, 4), random(6, 2)),
+    "convolution": lambda x: lora_conv2d(x, random(6, 3, 2, 2), random(2, 12), random(6, 2)),
+    "pooling": lambda x: max_pool2d_relu(x, 2, 2),
+    "attention": lambda x: functional._Attention.apply(*[x.bfloat16()] * 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("function", ONCE.values(), ids=ONCE)
+def test_a_graph_of_the_gradient_is_refused(function):
+    """Also where the output's gradient is a constant, as that of a sum, and by whichever call the graph is wanted."""
+    x = random(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leave out create_graph=True"):
+        torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="leave out create_graph=True"):
+        function(x).square().sum().backward(create_graph=True)
+    for reentrant in (False, True):  # gradients are enabled while it computes once more, and no graph is wanted
+        checkpoint(function, x, use_reentrant=reentrant).sum().backward()

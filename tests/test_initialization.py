@@ -1,5 +1,6 @@
 """Adapters that start at the gradient: against the dense gradient's singular vectors, and as training has them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -141,17 +142,46 @@ def test_adapters_without_a_finite_gradient_stay_as_they_are():
     assert all(torch.equal(A, before[name]) for name, A in starts(model).items())
 
 
-def test_nothing_has_changed_if_the_gradient_cannot_be_had():
+def test_an_adapter_whose_gradient_is_zero_stays_random():
+    """As below a head of zeros, or in a block whose last scale is zero."""
     torch.manual_seed(0)
     model = adapted(Layers())
-    before = copy.deepcopy(model.state_dict())
+    nn.init.zeros_(model.linear.weight)  # nothing comes back through it
+    before = starts(copy.deepcopy(model))
+    start_at_gradient(model, backward(model))
+    assert [name for name, A in starts(model).items() if not torch.equal(A, before[name])] == ["linear.weight"]
 
-    def fail():
-        raise MemoryError
 
-    with pytest.raises(MemoryError):
-        start_at_gradient(model, fail)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+def test_an_adapted_model_in_bfloat16():
+    torch.manual_seed(0)
+    model = adapted(Layers()).bfloat16()
+    x, labels = batch()
+    start_at_gradient(model, lambda: F.cross_entropy(model(x.bfloat16()).float(), labels).backward())
+    for A, B in adapter_pairs(model):
+        torch.testing.assert_close(3 * A.float() @ A.float().T, torch.eye(R), atol=2e-2, rtol=0)
+        assert not B.any()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_are_what_they_were_and_after_an_error_so_is_the_model(fails):
+    torch.manual_seed(0)
+    model = adapted(Layers())
+    (model(batch()[0]).sum() * 3).backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+    def compute():
+        backward(model)()
+        if fails:
+            raise MemoryError
+
+    with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+        start_at_gradient(model, compute)
+    assert any(gradient is not None for gradient in gradients.values())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=0)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert bool(changed) != fails
 
 
 def test_a_rank_above_the_layer_s_inputs():
