@@ -739,7 +739,7 @@ def main(
         print(describe_base(report, args.from_scratch))
         if args.dataset != "digits" and sources["checkpoint"] == "default":
             print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
-        print(f"device: {device}, precision: {dtype}")
+        print(training.describe_device(device, dtype))
         begin = functools.cache(functools.partial(runs.begin_folder, args.output_dir, FineTuning.FILES, args.resume))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
