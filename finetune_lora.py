@@ -730,7 +730,7 @@ def main(
         print(describe_base(report, args.from_scratch))
         if args.dataset != "digits" and sources["checkpoint"] == "default":
             print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
-        print(f"device: {device}, precision: {dtype}")
+        print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)

@@ -15,6 +15,9 @@ its own, which ends with it; "resident" is the peak with glibc's defaults, which
 The layers here multiply by oneDNN in float32 on AMD's CPUs with AVX-512, where PyTorch itself calls MKL. The variants
 named oneDNN do the same, and where they are measured all speeds are against them. On a GPU there are compiled variants
 as well. A variant that fails, for want of memory say, is left out, and the last line of its error is told.
+Denormal numbers, those below the normal range of their dtype, are slow on Intel's processors, and no clock elsewhere
+shows them. On a CPU one more step, which is not timed, counts the operations on whose way there was one (x86 alone; in
+the first thread's share of the work), and how many were written into tensors.
 The variants named `lora_...` that are not in the table by default undo one thing each, such as `lora_unfolded`.
 Every variant has the same precision, memory format, optimizer (AdamW) and images (random, never zeros), and is checked
 to train: a finite loss, a gradient for everything that should have one and for nothing else.
@@ -22,6 +25,7 @@ to train: a finite loss, a gradient for everything that should have one and for 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import importlib.metadata
@@ -38,6 +42,7 @@ import tempfile
 import time
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +51,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
@@ -313,6 +320,7 @@ for name, title, models, precision, *undone in (
     ("mkl", "MKL's products", "vit", "fp32", functional, "PREFERS_ONEDNN_LINEAR", False),
     ("pytorch_attention", "PyTorch's attention", "vit", "bf16", functional, "PREFERS_BATCHED_ATTENTION", False),
     ("weights_again", "attention's weights computed again", "vit", "bf16", functional, "MOST_KEYS_KEPT", 0),
+    ("tiny_leak", "rectified activations at 1e-30", "resnet", "fp32", functional, "LEAK", 1e-30),
     ("unfolded", "BatchNorm not folded", "resnet", "", fusion, "folds", _never),
     ("kernel_side_path", "kernels never merged", "resnet", "", functional, "_kernel_merges", _never),
 ):
@@ -411,6 +419,55 @@ def random_batch(args, generator: torch.Generator) -> tuple[torch.Tensor, torch.
     return images.to(args.device), labels.to(args.device)
 
 
+# --------------------------------------------------------------------------------------------------- denormal numbers
+
+FE_UNDERFLOW = 16  # in fenv.h on x86: a result was below the normal range
+
+
+class Denormals(TorchDispatchMode):
+    """Within this block: the operations that meet denormal numbers, and how many are written into tensors.
+
+    `operations` counts by name those after which the processor's flag is up. It is for the calling thread alone, and
+    sees what no tensor shows: products on the way to a sum. Where the flag cannot be read it stays empty.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.numbers = 0
+        self._flags = ctypes.CDLL(None) if reads_flags() else None
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if self._flags:
+            self._flags.feclearexcept(FE_UNDERFLOW)
+        result = operation(*args, **(kwargs or {}))
+        if self._flags and self._flags.fetestexcept(FE_UNDERFLOW):
+            self.operations[operation.overloadpacket.__name__] += 1
+        if not operation.is_view and "empty" not in operation.overloadpacket.__name__:
+            self.numbers += sum(count_denormals(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def reads_flags() -> bool:
+    """Is this a system whose floating-point flags `Denormals` knows?"""
+    return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+def count_denormals(tensor: torch.Tensor) -> int:
+    if not tensor.is_floating_point():
+        return 0
+    return int(((tensor != 0) & (tensor.abs() < torch.finfo(tensor.dtype).tiny)).sum())
+
+
+def denormals_of_a_step(training: Training, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any] | None:
+    """As `Denormals` has them; None on GPUs, which are no slower for them."""
+    if training.args.device.type != "cpu":
+        return None
+    with Denormals() as seen:
+        training.step(*batch)
+    return {"operations": dict(seen.operations), "numbers": seen.numbers}
+
+
 # ------------------------------------------------------------------------------------------------------ measurements
 
 
@@ -433,7 +490,11 @@ def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str
         trainings[name] = training
         training.check()
         trained = sum(p.numel() for p in training.trained.values())
-        about[name] = {"trainable_parameters": trained, "file_bytes": training.file_bytes()}
+        about[name] = {
+            "trainable_parameters": trained,
+            "file_bytes": training.file_bytes(),
+            "denormals": denormals_of_a_step(training, random_batch(args, generator)),
+        }
     seconds = {name: [] for name in trainings}
     for step in range(args.steps):
         batch = random_batch(args, generator)
@@ -530,8 +591,9 @@ def summarise(result: dict) -> None:
 
 def markdown_table(result: dict) -> str:
     lines = [
-        "| variant | against full fine-tuning | against PEFT | s per step | tensors | resident | trained | file |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | against full fine-tuning | against PEFT | s per step | tensors | resident | trained | file "
+        "| denormals |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in result["variants"].items():
         cells = [
@@ -543,6 +605,7 @@ def markdown_table(result: dict) -> str:
             _megabytes(v["resident_bytes"], v["resident_share"]),
             f"{v['trainable_share']:.2%}",
             f"{v['file_bytes'] / 1e6:.2f} MB",
+            _denormals(v["denormals"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -550,6 +613,10 @@ def markdown_table(result: dict) -> str:
 
 def _megabytes(count: int, share: float | None) -> str:
     return f"{count / 1e6:,.0f} MB" + ("" if share is None else f" ({share:.2f})")
+
+
+def _denormals(seen: dict[str, Any] | None) -> str:
+    return "-" if seen is None else f"{sum(seen['operations'].values())} operations, {seen['numbers']:,} numbers"
 
 
 def _speedup(values) -> str:

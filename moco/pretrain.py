@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if args.checkpoint:
             print(run.origin)
         images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
-        print(f"{args.arch}, MoCo v{args.moco_version}, {images}, {device}, {dtype}")
+        print(f"{args.arch}, MoCo v{args.moco_version}, {images}")
+        print(training.describe_device(device, dtype))
         if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"

@@ -28,7 +28,9 @@ def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, 
     assert lora["speedup_over_full"][1] == pytest.approx(sum(ratios) / 2)  # of each round, not of the medians
     assert lora["memory_share"] == 1 and lora["trainable_share"] < 0.1 < full["trainable_share"]
     assert 0 < lora["file_bytes"] < full["file_bytes"] / 10
-    assert "| LoRA here |" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "| LoRA here |" in output and "| 0 operations, 0 numbers |" in output  # full fine-tuning has none
+    assert full["denormals"] == {"operations": {}, "numbers": 0}
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
 
 
@@ -94,6 +96,34 @@ def test_every_variant_trains_what_it_should_and_nothing_else(name):
     training.model.fc.weight.grad = None
     with pytest.raises(RuntimeError, match="no gradient"):
         training.check()
+
+
+@pytest.mark.skipif(not compare_peers.reads_flags(), reason="reads the flags of x86 on Linux")
+def test_denormals_of_a_step_are_those_of_its_numbers():
+    """LoRA's rectified activations have none, as they had with a smaller leak."""
+    args = parse_arguments(TINY)
+    batch = random_batch(args, torch.Generator().manual_seed(0))
+    convolutions = {}
+    for name in ("full", "lora", "lora_tiny_leak"):
+        training = Training(name, args)
+        for _ in range(2):
+            training.step(*batch)
+        seen = compare_peers.denormals_of_a_step(training, batch)["operations"]
+        convolutions[name] = sum(count for operation, count in seen.items() if "convolution" in operation)
+    assert convolutions["full"] == convolutions["lora"] == 0 < convolutions["lora_tiny_leak"]
+
+
+def test_denormals_are_counted_once_each():
+    x = torch.tensor([1e-30, -1e-30, 1.0, 0.0])
+    with compare_peers.Denormals() as seen:
+        (x * 1e-10).view(2, 2).t()
+        x.bfloat16() * 1e-9
+        torch.arange(3) * 2
+    assert seen.numbers == 4
+    assert not seen.operations or set(seen.operations) == {"mul"}
+    with compare_peers.Denormals() as seen:
+        x * 2
+    assert seen.numbers == 0 and not seen.operations
 
 
 def test_all_variants_start_from_the_same_weights():

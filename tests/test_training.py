@@ -59,6 +59,29 @@ def test_device_and_precision():
         training.select_device("abacus")
 
 
+@pytest.mark.parametrize("bf16, told", [(2.04, "take 2.0 times as long"), (1.19, ""), (0.1, "")])
+def test_a_cpu_that_is_slower_in_16_bits_is_told(monkeypatch, bf16, told):
+    monkeypatch.setattr(training, "product_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
+    first, *more = training.describe_device(torch.device("cpu"), torch.bfloat16).splitlines()
+    assert first == "device: cpu, precision: torch.bfloat16" and len(more) == bool(told)
+    assert not told or (told in more[0] and "--precision fp32 is faster" in more[0])
+
+
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_products_are_not_measured_where_nothing_depends_on_them(monkeypatch, device, dtype):
+    monkeypatch.delattr(training, "product_seconds")
+    told = training.describe_device(torch.device(device), dtype)
+    assert told == f"device: {device}, precision: {dtype}"
+
+
+def test_measuring_products_draws_no_random_numbers():
+    training.seed_everything(0)
+    assert training.product_seconds(torch.bfloat16) > 0
+    drawn = draw()
+    training.seed_everything(0)
+    assert draw() == drawn
+
+
 def test_autocast_computes_in_its_dtype():
     cpu, layer, x = torch.device("cpu"), nn.Linear(2, 2), torch.ones(1, 2)
     for dtype in (torch.float32, torch.bfloat16):
