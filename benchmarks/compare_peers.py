@@ -57,7 +57,7 @@ from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
 from toolkit.options import positive_int
 from toolkit.runs import begin_folder, run_script
-from toolkit.training import autocast, peak_memory_bytes, select_device, select_precision
+from toolkit.training import autocast, fused, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -364,8 +364,9 @@ class Training:
         if VARIANTS[name].compiled:
             self.model.compile()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        on_gpu = args.device.type == "cuda" or self.pretends_a_gpu  # as PyTorch chooses for tensors of a real one
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4, foreach=on_gpu)
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=1e-4, fused=self.pretends_a_gpu or fused(self.model)
+        )
         self.dtype = select_precision(args.precision, args.device)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:

@@ -9,8 +9,7 @@ A GPU works while Python and PyTorch's dispatcher prepare the next kernels: a st
 The host's time depends on how many operators there are, and not on their sizes. It is **measured** on a model of the
 same depth, whose widths are so small that the CPU's arithmetic does not count, by the branches that a GPU takes, on one
 thread, in CPU seconds. Variants take turns, and what counts is the median of the ratios within a round.
-A CPU's kernels stand in for the launches. Two things cost more here than beside a GPU: `_foreach` operators of the
-optimizer, each a loop over the tensors, and the operators of bitsandbytes for CPUs.
+A CPU's kernels stand in for the launches; the operators of bitsandbytes for CPUs cost more than those for GPUs.
 The GPU's work is **predicted** by `benchmarks.roofline`, whose files in --output-dir are read, and so is the step: no
 GPU has been asked.
 """

@@ -529,7 +529,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, **options, fused=training.fused(model))
     return {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](parameters, momentum=0.9, **options)
 
 

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moco import pretrain
 from toolkit import InputError, training
 
 
@@ -57,6 +59,26 @@ def test_device_and_precision():
         training.select_precision("fp16", cpu)
     with pytest.raises(InputError, match="'abacus' is not available"):
         training.select_device("abacus")
+
+
+def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back at the end
+    training.select_device("cpu")
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # as if a GPU were there
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    training.select_device("cuda:0")
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+@pytest.mark.parametrize("build_optimizer", [training.build_optimizer, pretrain.build_optimizer])
+def test_adamw_is_fused_on_a_gpu_alone(device, fused, build_optimizer):
+    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "head_learning_rate": None, "optimizer": "adamw"}
+    model = nn.Sequential(nn.Linear(2, 2))
+    with FakeTensorMode():  # tensors of a GPU that need none
+        model._apply(lambda tensor: torch.empty(tensor.shape, device=device))
+        assert build_optimizer(model, argparse.Namespace(**options)).defaults["fused"] is fused
 
 
 def test_autocast_computes_in_its_dtype():
