@@ -255,9 +255,8 @@ class Pretraining:
                 f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
                 f"{self.schedule.get_last_lr()[0]:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
             )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
+        if training.stepped(self.scaler, self.optimizer):
+            self.schedule.step()
         self.global_steps += 1
         return loss
 

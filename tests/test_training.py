@@ -81,6 +81,18 @@ def test_adamw_is_fused_on_a_gpu_alone(device, fused, build_optimizer):
         assert build_optimizer(model, argparse.Namespace(**options)).defaults["fused"] is fused
 
 
+def test_a_step_whose_gradients_overflow_is_none():
+    for scaler in torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False):
+        layer = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
+        assert training.stepped(scaler, optimizer)
+        before = layer.weight.detach().clone()
+        layer.weight.grad.fill_(math.inf)
+        if scaler.is_enabled():
+            assert not training.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
+
+
 def test_autocast_computes_in_its_dtype():
     cpu, layer, x = torch.device("cpu"), nn.Linear(2, 2), torch.ones(1, 2)
     for dtype in (torch.float32, torch.bfloat16):

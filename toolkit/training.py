@@ -316,6 +316,14 @@ def fused(model: nn.Module) -> bool | None:
     return True if next(model.parameters()).device.type == "cuda" else None
 
 
+def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """A step with the gradients of a scaled loss; False if float16 could not hold them, and nothing has changed."""
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= scale
+
+
 # With so many images per class, half of what training changes is kept. Measured, see benchmarks/RESULTS.md.
 IMAGES_WORTH_THE_START = 5.0
 
