@@ -923,8 +923,11 @@ class FineTuning:
 
         def backward() -> None:
             number = math.ceil(initialization.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
+            share = (
+                1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
+            )  # as in a step, lest float16 overflow
             for micro_batches in itertools.islice(self.steps(epoch=1), number):
-                self.backward(micro_batches, lambda loss: loss)
+                self.backward(micro_batches, lambda loss: self.scaler.scale(loss * share))
 
         if self.args.lora_init == "gradient":
             with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
@@ -1037,10 +1040,9 @@ class FineTuning:
         if self.args.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-        self.average.update()
+        if training.stepped(self.scaler, self.optimizer):
+            self.schedule.step()
+            self.average.update()
         return plain, int(correct)
 
     def backward(self, micro_batches: training.MicroBatches, scaled: Callable[[Tensor], Tensor]) -> list[float]:

@@ -65,7 +65,7 @@ from toolkit.backbones import block_names, build_backbone, default_image_size, h
 from toolkit.options import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
-from toolkit.training import autocast, peak_memory_bytes, select_device, select_precision
+from toolkit.training import autocast, fused, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -354,24 +354,39 @@ def is_resnet(args) -> bool:
 class Training:
     """One variant and its optimizer."""
 
-    def __init__(self, name: str, args):
+    clock = staticmethod(time.perf_counter)
+    pretends_a_gpu = False
+
+    def __init__(self, name: str, args, model: nn.Module | None = None):
         self.name, self.args = name, args
-        self.model = build_variant(name, args)
+        self.model = build_variant(name, args) if model is None else model
         self.lower, self.network = nn.Identity(), self.model
         if VARIANTS[name].features_kept:
             self.lower, self.network = split_model(self.model, half_of_the_blocks(self.model))
         if VARIANTS[name].compiled:
             self.model.compile()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=1e-4, fused=self.pretends_a_gpu or fused(self.model)
+        )
         self.dtype = select_precision(args.precision, args.device)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """A training step; returns its seconds."""
-        with torch.no_grad(), autocast(self.args.device, self.dtype):
-            inputs = self.lower(images)
+        inputs = self.inputs(images)
         synchronize(self.args.device)
-        start = time.perf_counter()
+        start = self.clock()
+        self.work(inputs, labels)
+        synchronize(self.args.device)
+        return self.clock() - start
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """What a step begins with: the images, or the features that the variant keeps."""
+        with torch.no_grad(), autocast(self.args.device, self.dtype):
+            return self.lower(images)
+
+    def work(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """The step itself."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.undone():
             with autocast(self.args.device, self.dtype), VARIANTS[self.name].around():
@@ -379,8 +394,6 @@ class Training:
             self.loss = F.cross_entropy(logits.float(), labels)
             self.loss.backward()
         self.optimizer.step()
-        synchronize(self.args.device)
-        return time.perf_counter() - start
 
     def undone(self) -> contextlib.AbstractContextManager:
         """What the variant leaves out is left out within this block."""
@@ -475,7 +488,6 @@ def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str
     """Seconds of every step of every variant, with what there is to say about each without a clock; and of those for
     which there is no room beside the others, why not."""
     generator = torch.Generator().manual_seed(args.seed)
-    shuffle = random.Random(args.seed).sample
     trainings, about, left_out = {}, {}, {}
     for name in names:
         print(f"building {name}", file=sys.stderr)
@@ -495,6 +507,13 @@ def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str
             "file_bytes": training.file_bytes(),
             "denormals": denormals_of_a_step(training, random_batch(args, generator)),
         }
+    seconds = time_in_turn(trainings, args, generator)
+    return {name: {**about[name], "seconds": seconds[name]} for name in trainings}, left_out
+
+
+def time_in_turn(trainings: dict[str, Training], args, generator: torch.Generator) -> dict[str, list[float]]:
+    """Seconds of args.steps steps of each, in rounds, in an order drawn anew for every round."""
+    shuffle = random.Random(args.seed).sample
     seconds = {name: [] for name in trainings}
     for step in range(args.steps):
         batch = random_batch(args, generator)
@@ -504,7 +523,7 @@ def measure_time(names: list[str], args) -> tuple[dict[str, dict], dict[str, str
         print(f"round {step + 1} of {args.steps}", *(f"{n} {s[-1]:.3f}s" for n, s in seconds.items()), file=sys.stderr)
     for training in trainings.values():
         training.check()
-    return {name: {**about[name], "seconds": seconds[name]} for name in trainings}, left_out
+    return seconds
 
 
 def release(device: torch.device) -> None:
@@ -715,19 +734,24 @@ def choose_variants(args) -> list[str]:
     return names
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of a step has to know."""
     parser.add_argument("--model", choices=MODELS, default="resnet50")
-    parser.add_argument("--batch-size", type=positive_int, default=16)
-    parser.add_argument("--image-size", type=positive_int, help="side in pixels (default: the model's own)")
     parser.add_argument("--rank", type=positive_int, default=8)
-    parser.add_argument("--steps", type=positive_int, default=15, help="rounds that are timed")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--variants", help=f"comma-separated, from {','.join(VARIANTS)} (default: all that apply)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=MEASURED)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_options(parser)
+    parser.add_argument("--batch-size", type=positive_int, default=16)
+    parser.add_argument("--image-size", type=positive_int, help="side in pixels (default: the model's own)")
+    parser.add_argument("--steps", type=positive_int, default=15, help="rounds that are timed")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--only-memory", metavar="VARIANT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_image_size(args.model)

@@ -260,9 +260,8 @@ class Pretraining:
                 f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
                 f"{self.schedule.get_last_lr()[0]:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
             )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
+        if training.stepped(self.scaler, self.optimizer):
+            self.schedule.step()
         self.global_steps += 1
         return loss
 
@@ -527,7 +526,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, **options, fused=training.fused(model))
     return {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](parameters, momentum=0.9, **options)
 
 

@@ -611,12 +611,38 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
     assert run.model.training
 
 
+def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monkeypatch):
+    """Of a loss so small float16 would hold no gradient, were it not scaled."""
+    monkeypatch.setattr(FineTuning, "loss", lambda run, *batch: 1e-5 * F.cross_entropy(*batch, reduction="sum"))
+    precise, low = start(), start()
+    low.dtype, low.scaler = torch.float16, torch.amp.GradScaler("cpu")
+    for run in (precise, low):
+        run.start(run.features())
+    for (A, _), (expected, _) in zip(adapter_pairs(low.model), adapter_pairs(precise.model), strict=True):
+        assert torch.linalg.svdvals(A.detach() @ expected.detach().T)[0] * 3 > 0.99
+
+
 @pytest.mark.parametrize("options", ["--lora-init random", "--head-init random", "--lora-rank 0"])
 def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options):
     run = start(options)
     before = {name: p.clone() for name, p in run.model.named_parameters() if "lora_" in name}
     run.start(run.features())
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters() if "lora_" in name)
+
+
+def test_a_step_that_float16_cannot_hold_advances_neither_schedule_nor_average(start):
+    run = start("--ema 0.5")
+    run.scaler = torch.amp.GradScaler("cpu")
+    run.average.begin()
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    overflow = next(iter(trained.values())).register_hook(lambda gradient: gradient * math.inf)
+    run.step(next(run.steps(1)))
+    assert run.schedule.last_epoch == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
+    assert run.average.steps == 0
+    overflow.remove()
+    run.step(next(run.steps(1)))
+    assert run.schedule.last_epoch == 1 and run.average.steps == 1
 
 
 def scripted(accuracies: list[float]):

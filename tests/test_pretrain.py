@@ -18,7 +18,7 @@ from finetune_lora import load_base, load_finetuned
 from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import InputError, data, options
+from toolkit import InputError, data, options, training
 from toolkit.checkpoints import load_backbone
 from toolkit.files import read_checkpoint
 
@@ -75,6 +75,18 @@ def test_results_tell_the_images_per_second_and_the_share_of_waiting(run, tmp_pa
     # 2 epochs of 16 images, over the time of the steps
     assert written["images_per_second"] == pytest.approx(32 / written["seconds"], rel=0.5)
     assert written["config"]["data_dir"] and written["images"] == results["images"]
+
+
+def test_steps_that_float16_cannot_hold_do_not_advance_the_schedule(run, tmp_path, monkeypatch):
+    def rates() -> list[str]:
+        return [row["learning_rate"] for row in csv.DictReader((tmp_path / "out/metrics.csv").open())]
+
+    run("--warmup-epochs 0")
+    first, second = rates()
+    assert first != second
+    monkeypatch.setattr(training, "stepped", lambda scaler, optimizer: False)
+    run("--warmup-epochs 0")
+    assert rates() == [first, first]
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moco import pretrain
 from toolkit import InputError, training
 
 
@@ -80,6 +82,38 @@ def test_measuring_products_draws_no_random_numbers():
     drawn = draw()
     training.seed_everything(0)
     assert draw() == drawn
+
+
+def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back at the end
+    training.select_device("cpu")
+    assert not torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # as if a GPU were there
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    training.select_device("cuda:0")
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+@pytest.mark.parametrize("build_optimizer", [training.build_optimizer, pretrain.build_optimizer])
+def test_adamw_is_fused_on_a_gpu_alone(device, fused, build_optimizer):
+    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "head_learning_rate": None, "optimizer": "adamw"}
+    model = nn.Sequential(nn.Linear(2, 2))
+    with FakeTensorMode():  # tensors of a GPU that need none
+        model._apply(lambda tensor: torch.empty(tensor.shape, device=device))
+        assert build_optimizer(model, argparse.Namespace(**options)).defaults["fused"] is fused
+
+
+def test_a_step_whose_gradients_overflow_is_none():
+    for scaler in torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False):
+        layer = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
+        assert training.stepped(scaler, optimizer)
+        before = layer.weight.detach().clone()
+        layer.weight.grad.fill_(math.inf)
+        if scaler.is_enabled():
+            assert not training.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
 
 
 def test_autocast_computes_in_its_dtype():

@@ -1,0 +1,257 @@
+"""Record the operators of one training step: kernels, floating-point operations, bytes, memory.
+
+Every operator that autograd and autocast let through is noted with what it would cost on a GPU. Models of full size are
+recorded on fake tensors, which have shapes, dtypes and a device but no numbers: `benchmarks.roofline` makes times of
+them. Narrow models of the same depth are recorded with real numbers: a test holds each variant to a budget.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from torchvision.models import ResNet, VisionTransformer
+
+from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, Training, build_variant, random_batch
+from lora import functional
+from toolkit.backbones import build_backbone
+
+BLOCK = 512  # bytes: PyTorch's allocator on CUDA hands out multiples of it
+# How many tensors and blocks of numbers one launch of a `_foreach` operator takes (ATen's MultiTensorApply.cuh).
+FOREACH_TENSORS, FOREACH_BLOCKS, FOREACH_BLOCK = {1: 110, 2: 64, 3: 48, 4: 36}, 320, 65536
+# Operators that are more than one kernel. Backward of flash attention: row sums, gradients, conversion of q's.
+KERNELS = {
+    "slice_backward": 2,
+    "select_backward": 2,
+    "_scaled_dot_product_flash_attention_backward": 3,
+    "_scaled_dot_product_efficient_attention_backward": 2,
+}
+WITHOUT_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "record_stream", "resize_", "set_")
+KINDS = {"attention": "attention", "convolution": "convolution", "mm": "product"}  # by a part of the name
+OVERWRITES = ("copy_", "fill_", "zero_")  # what they change they do not read
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    name: str
+    operands: str  # dtypes and shapes
+    kind: str  # product, convolution, attention, or other
+    kernels: int
+    flops: float
+    bytes: float  # read and written
+    in_16_bits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One training step."""
+
+    operators: list[Operator]
+    peak_bytes: int
+    kept_bytes: int  # before the step begins: weights, the optimizer's state, a batch
+
+    @property
+    def kernels(self) -> int:
+        return sum(operator.kernels for operator in self.operators)
+
+
+class Recorder(TorchDispatchMode):
+    """Within this `with` block operators on the device are noted, and the memory of what they return is followed."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.operators = device, []
+        self.live_bytes = self.peak_bytes = 0
+        self._alive: set[int] = set()
+
+    def begin(self) -> None:
+        """Forget what was noted; what lives goes on living."""
+        self.operators, self.peak_bytes = [], self.live_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if function.namespace != "prim":
+            returned = list(self._here(result))
+            for tensor in returned:
+                self._follow(tensor)
+            self._note(function, args, kwargs, result, returned)
+        return result
+
+    def _here(self, tree) -> Iterator[Tensor]:
+        return (t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.device.type == self.device.type)
+
+    def _follow(self, tensor: Tensor) -> None:
+        """Count the tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, math.ceil(storage.nbytes() / BLOCK) * BLOCK
+        if key not in self._alive:
+            self._alive.add(key)
+            self.live_bytes += size
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.live_bytes -= size
+
+    def _note(self, function, args, kwargs, result, returned: list[Tensor]) -> None:
+        name = function._schema.name.split("::")[1]
+        arguments = list(_bound(function, args, kwargs))
+        read = [t for argument, value in arguments if not argument.is_out for t in self._here(value)]
+        changed = [t for argument, value in arguments if _is_changed(argument) for t in self._here(value)]
+        if not read and not returned and not changed:
+            return
+        if name.startswith(WITHOUT_KERNEL) or (not changed and _is_view(read, returned)):
+            return
+        if name in OVERWRITES:
+            read = read[1:]
+        written = changed + [t for t in returned if not any(t is c for c in changed)]
+        kernels, moved = _cost(name, args, read, written)
+        operands = ", ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in (read or written)[:4])
+        kind = next((kind for part, kind in KINDS.items() if part in name), "other")
+        in_16_bits = written[0].dtype in (torch.bfloat16, torch.float16)
+        flops = _flops(function, args, kwargs, result)
+        self.operators.append(Operator(name, operands, kind, kernels, flops, moved, in_16_bits))
+
+
+def _bound(function, args, kwargs):
+    """The schema's arguments and what was given for them."""
+    for argument, value in zip(function._schema.arguments, args, strict=False):
+        yield argument, value
+    for argument in function._schema.arguments[len(args) :]:
+        if argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _is_changed(argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _is_view(read: list[Tensor], returned: list[Tensor]) -> bool:
+    storages = {t.untyped_storage()._cdata for t in read}
+    return all(t.untyped_storage()._cdata in storages for t in returned)
+
+
+def _cost(name: str, args, read: list[Tensor], written: list[Tensor]) -> tuple[int, float]:
+    """Kernels, and bytes read and written. What is not told apart here reads every operand once, and is one kernel."""
+    moved = _nbytes(*{id(t): t for t in read}.values()) + _nbytes(*written)
+    if name == "convolution":  # cuDNN's, then a pass that adds the bias
+        return (1, moved) if args[2] is None else (2, moved + 2 * _nbytes(*written))
+    if name == "convolution_backward":
+        of_input, of_weight, of_bias = args[10]
+        products = of_input + of_weight
+        return products + of_bias, products * _nbytes(*args[:3]) + of_bias * _nbytes(args[0])
+    if name in ("native_batch_norm", "native_batch_norm_backward"):
+        operands, trains = (args[:2], args[7]) if name.endswith("backward") else (args[:1], args[5])
+        return (2, moved + _nbytes(*operands)) if trains else (1, moved)  # sums first, then what is made of them
+    if name == "native_layer_norm_backward" and any(args[-1][1:]):
+        return 3, moved + _nbytes(*args[:2])  # one pass to the input; one to the weights, in two stages
+    if name.startswith("_fused_adam"):
+        return _launches(args[0], 4), moved - _nbytes(*args[1])  # the schema has it that gradients change
+    if name.startswith("_foreach"):
+        lists = 1 + sum(isinstance(a, list | tuple) and isinstance(a[0], Tensor) for a in args[1:])
+        return _launches(args[0], lists + (not name.endswith("_"))), moved
+    return KERNELS.get(name, 1), moved
+
+
+def _launches(tensors: list[Tensor], lists: int) -> int:
+    blocks = sum(math.ceil(t.numel() / FOREACH_BLOCK) for t in tensors)
+    return max(math.ceil(len(tensors) / FOREACH_TENSORS.get(lists, 30)), math.ceil(blocks / FOREACH_BLOCKS))
+
+
+def _flops(function, args, kwargs, result) -> float:
+    """Of products, convolutions and attention; whatever else there is costs its bytes."""
+    packet = function._overloadpacket
+    if packet not in flop_registry:  # such as addmm_
+        packet = getattr(torch.ops.aten, packet.__name__.rstrip("_"), None)
+    return float(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0.0
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    """What is there to read: of an expanded tensor, its numbers once."""
+    return sum(t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in tensors)
+
+
+class AsOnGPU(Training):
+    """A step with the optimizer that a GPU gets, on whatever device."""
+
+    pretends_a_gpu = True
+
+
+@contextlib.contextmanager
+def branches_of_a_gpu() -> Iterator[None]:
+    """Within this block tensors on a CPU go the way that those on a GPU go."""
+    with warnings.catch_warnings(), mock.patch.object(functional, "PARTS", 1):  # a LayerNorm is pulled back as a whole
+        warnings.filterwarnings("ignore", "TF32 acceleration")  # of other GPUs, when oneDNN is switched
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
+
+
+class NarrowResNet(ResNet):
+    """As deep as torchvision's, with a sixteenth of its channels behind the stem."""
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        return super()._make_layer(block, planes // 16, *args, **kwargs)
+
+
+def narrow(name: str, image_size: int) -> nn.Module:
+    """A model with the blocks of the named one, and hardly any arithmetic: a ViT has patches of 8 pixels."""
+    with torch.device("meta"):
+        model = build_backbone(name, NUM_CLASSES)
+    if name.startswith("vit"):
+        layers = len(model.encoder.layers)
+        return VisionTransformer(image_size, 8, layers, 2, hidden_dim=16, mlp_dim=64, num_classes=NUM_CLASSES)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    slim = NarrowResNet(type(stages[0][0]), [len(stage) for stage in stages], num_classes=NUM_CLASSES)
+    slim.fc = nn.Linear(model.fc.in_features // 16, NUM_CLASSES)
+    return slim.to(memory_format=torch.channels_last)
+
+
+def record_narrow(name: str, args) -> Recording:
+    """A step of a variant of the `narrow` model, computed with real numbers on the CPU.
+
+    Args:
+        args: model, batch_size, image_size, rank, precision, seed, device.
+    """
+    with branches_of_a_gpu(), Recorder(args.device) as recorder:
+        training = AsOnGPU(name, args, VARIANTS[name].build(narrow(args.model, args.image_size), args).train())
+        return _record(recorder, training, *random_batch(args, torch.Generator()))
+
+
+def record(name: str, args) -> Recording:
+    """A step of a variant of `benchmarks.compare_peers` at its full size, on fake tensors.
+
+    Args:
+        args: model, batch_size, image_size, rank, precision, seed, and the device that the tensors pretend to be on.
+    """
+
+    def without_numbers(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=args.device)
+
+    real = argparse.Namespace(**{**vars(args), "device": torch.device("cpu")})
+    model, batch = build_variant(name, real), random_batch(real, torch.Generator())
+    fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder(args.device)
+    with branches_of_a_gpu(), fake, recorder:
+        training = AsOnGPU(name, args, model._apply(without_numbers))
+        return _record(recorder, training, *map(without_numbers, batch))
+
+
+def _record(recorder: Recorder, training: Training, images: Tensor, labels: Tensor) -> Recording:
+    """The second step: AdamW has its state then."""
+    inputs = training.inputs(images)
+    training.work(inputs, labels)
+    recorder.begin()
+    kept = recorder.live_bytes
+    training.work(inputs, labels)
+    return Recording(recorder.operators, recorder.peak_bytes, kept)

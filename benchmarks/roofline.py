@@ -1,0 +1,269 @@
+"""Predict what a training step costs on GPUs that are not there. Every figure is predicted, none is measured.
+
+    pip install -r benchmarks/requirements.txt
+    python -m benchmarks.roofline --model vit_b_16 --batch-size 64
+    python -m benchmarks.roofline --model vit_b_16 --batch-size 64 --variants full,peft,lora,lora_selective,qlora
+    python -m benchmarks.roofline --model resnet50 --batch-size 8
+
+A step of each variant of `benchmarks.compare_peers` runs on fake CUDA tensors, which have shapes and no numbers,
+through the code that runs on CUDA. Each operator is charged max(operations / peak, bytes / bandwidth,
+kernels * LAUNCH), and the sum is the GPU's work. Peak memory is that of the tensors that live at once, in blocks as
+PyTorch allocates them.
+
+Left out are caches, which make small tensors cheaper, the workspaces of cuDNN and cuBLAS, and the time that Python
+needs to issue the kernels, for which see `benchmarks.host`. Which share of a datasheet's figures a kernel reaches is
+assumed (SHARES), the same on all cards. Trust ratios between variants more than milliseconds, and neither before a
+measurement.
+
+A PyTorch without CUDA is made to believe in a GPU by a small library (`fake_cuda.cpp`), for which g++ and Linux are
+needed. It is built for the run, and preloaded into its processes alone.
+"""
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils import cpp_extension
+
+from benchmarks.compare_peers import (
+    VARIANTS,
+    add_step_options,
+    choose_variants,
+    current_commit,
+    describe_versions,
+)
+from benchmarks.operators import Operator, Recording, record
+from lora.functional import LOW_PRECISION, bitsandbytes_functional
+from toolkit import InputError
+from toolkit.backbones import default_image_size
+from toolkit.options import positive_int
+from toolkit.runs import begin_folder, run_script
+
+
+class Card(NamedTuple):
+    """A GPU as its datasheet has it: dense operations a second in 16 bits and in float32, bytes a second."""
+
+    in_16_bits: float
+    in_32_bits: float
+    bandwidth: float
+    source: str
+
+
+CARDS = {
+    "H100": Card(989e12, 67e12, 3.35e12, "NVIDIA H100 SXM5 80 GB datasheet: BF16 tensor cores, dense; FP32; HBM3"),
+    "RTX 4090": Card(
+        *(165.2e12, 82.6e12, 1.008e12),
+        "NVIDIA Ada GPU architecture whitepaper, RTX 4090: BF16 tensor cores accumulating in FP32, dense; FP32; GDDR6X",
+    ),
+    "T4": Card(
+        65e12, 8.1e12, 0.32e12, "NVIDIA T4 datasheet: FP16 tensor cores, which it has in place of BF16; FP32; GDDR6"
+    ),
+}
+# Which share of it kernels reach: assumed, until a GPU can be asked.
+SHARES = {"product": 0.7, "convolution": 0.5, "attention": 0.45, "other": 1.0, "bandwidth": 0.85}
+LAUNCH = 2.2e-6  # seconds: no kernel and the gap behind it take less
+DEFAULT = ("full", "peft", "lora", "lora_selective", "qlora", "lora_last_half")
+COSTLIEST = 10
+FILE = "predicted_{model}_b{batch_size}_{precision}.json"
+
+
+def seconds(operator: Operator, card: Card) -> float:
+    """Predicted."""
+    peak = card.in_16_bits if operator.in_16_bits else card.in_32_bits
+    computing = operator.flops / (peak * SHARES[operator.kind])
+    moving = operator.bytes / (card.bandwidth * SHARES["bandwidth"])
+    return max(computing, moving, operator.kernels * LAUNCH)
+
+
+def predict(recording: Recording) -> dict:
+    """Kernels, bytes, operations and memory of a step, and for each card its milliseconds and where they go."""
+    operators = recording.operators
+    return {
+        "kernels": recording.kernels,
+        "bytes": sum(operator.bytes for operator in operators),
+        "flops": sum(operator.flops for operator in operators),
+        "peak_bytes": recording.peak_bytes,
+        "kept_bytes": recording.kept_bytes,
+        "milliseconds": {name: 1e3 * sum(seconds(o, card) for o in operators) for name, card in CARDS.items()},
+        "costliest": {name: costliest(operators, card) for name, card in CARDS.items()},
+    }
+
+
+def costliest(operators: list[Operator], card: Card) -> list[dict]:
+    """The operators, each with what it works on, that take most of the time together."""
+    total, count = collections.Counter(), collections.Counter()
+    for operator in operators:
+        total[operator.name, operator.operands] += 1e3 * seconds(operator, card)
+        count[operator.name, operator.operands] += 1
+    return [
+        {"operator": name, "operands": operands, "times": count[name, operands], "milliseconds": milliseconds}
+        for (name, operands), milliseconds in total.most_common(COSTLIEST)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- a GPU that is not there
+
+
+def predict_apart(names: list[str], args) -> dict[str, dict]:
+    """`predict` for each variant, in processes that believe in a GPU."""
+    command = [sys.executable, "-m", "benchmarks.roofline", "--model", args.model, "--precision", args.precision]
+    for option in ("batch_size", "image_size", "rank", "seed"):
+        command += [f"--{option.replace('_', '-')}", str(vars(args)[option])]
+    predicted = {}
+    with fake_cuda() as settings:
+        for name in names:
+            print(f"recording {name}, batch {args.batch_size}", file=sys.stderr)
+            done = subprocess.run(
+                [*command, "--record", name], capture_output=True, text=True, env={**os.environ, **settings}
+            )
+            if done.returncode:
+                raise RuntimeError(f"recording {name}: {done.stderr}")
+            predicted[name] = json.loads(done.stdout.splitlines()[-1])
+    return predicted
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """The environment in which a process's PyTorch finds a GPU for fake tensors; built for this `with` block.
+
+    Raises InputError where that cannot be built.
+    """
+    if torch.version.cuda:
+        if not torch.cuda.is_available():
+            raise InputError("this PyTorch is built for CUDA and finds no GPU: predict with a CPU-only build of it")
+        yield {}
+        return
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        raise InputError("predictions for a GPU need Linux and g++ (apt install g++), and g++ is not here")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(__file__).with_name("fake_cuda.cpp"), Path(folder, "fake_cuda.so")
+        command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)]
+        command += [f"-I{path}" for path in cpp_extension.include_paths()]
+        command += [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+        done = subprocess.run([*command, "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ cannot build {source.name} against PyTorch {torch.__version__}: {done.stderr}")
+        yield {"LD_PRELOAD": str(library)}  # before PyTorch, which asks once, when it is imported
+
+
+def record_here(name: str, args) -> None:
+    """In a process of `fake_cuda`: print the prediction, and exit at once: the threads of that GPU cannot be joined."""
+    if VARIANTS[name].package == "bitsandbytes":
+        bitsandbytes_functional()  # before a GPU is claimed, for which it would look for a library
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
+    ):
+        print(json.dumps(predict(record(name, args))), flush=True)
+    os._exit(0)
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """`F.scaled_dot_product_attention` by the kernel that PyTorch chooses on a GPU, and not for fake tensors."""
+    aten = torch.ops.aten
+    if query.dtype in LOW_PRECISION and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+def markdown_table(result: dict) -> str:
+    heads = ["kernels", "GB moved", *(f"ms of work, {card}" for card in CARDS), "peak MB"]
+    lines = [f"| variant | {' | '.join(f'predicted {head}' for head in heads)} |", "|---" * (len(heads) + 1) + "|"]
+    full = result["variants"].get("full")
+    for name, v in result["variants"].items():
+        cells = [VARIANTS[name].title, f"{v['kernels']:,}", f"{v['bytes'] / 1e9:.1f}"]
+        for card in CARDS:
+            own = v["milliseconds"][card]
+            cells.append(f"{own:.1f}" + (f" ({full['milliseconds'][card] / own:.2f}x)" if full else ""))
+        share = f" ({v['peak_bytes'] / full['peak_bytes']:.2f})" if full else ""
+        lines.append(f"| {' | '.join(cells)} | {v['peak_bytes'] / 1e6:,.0f}{share} |")
+    return "\n".join(lines)
+
+
+def costliest_table(result: dict, name: str, card: str) -> str:
+    lines = [
+        f"{VARIANTS[name].title}, the {COSTLIEST} costliest operators on {card}, predicted:",
+        "| predicted ms | predicted times | operator | operands |",
+        "|---|---|---|---|",
+    ]
+    for row in result["variants"][name]["costliest"][card]:
+        lines.append(f"| {row['milliseconds']:.2f} | {row['times']} | {row['operator']} | {row['operands']} |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def choose(args) -> list[str]:
+    """The variants to predict."""
+    if args.variants is None:
+        args.variants = ",".join(name for name in DEFAULT if args.model.startswith(VARIANTS[name].models))
+    names = choose_variants(args)
+    for name in names:
+        if VARIANTS[name].compiled:
+            raise InputError(f"{name} is compiled, and only eager steps can be predicted")
+    return names
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_options(parser)
+    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument("--image-size", type=positive_int, help="side in pixels (default: the model's own)")
+    parser.add_argument("--record", metavar="VARIANT", help=argparse.SUPPRESS)
+    parser.set_defaults(precision="bf16", device=torch.device("cuda"))
+    args = parser.parse_args(argv)
+    args.image_size = args.image_size or default_image_size(args.model)
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    command = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    if args.record:
+        return record_here(args.record, args)
+    names = choose(args)
+    begin_folder(args.output_dir)
+    result = {
+        "what": "predicted, not measured",
+        "command": shlex.join(["python", "-m", "benchmarks.roofline", *command]),
+        "commit": current_commit(),
+        **{key: getattr(args, key) for key in ("model", "batch_size", "image_size", "rank", "precision")},
+        "versions": describe_versions(),
+        "assumed": {
+            "cards": {name: card._asdict() for name, card in CARDS.items()},
+            "shares": SHARES,
+            "launch_seconds": LAUNCH,
+        },
+        "variants": predict_apart(names, args),
+    }
+    path = args.output_dir / FILE.format(**vars(args))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for key in ("what", "command", "commit", "versions", "assumed"):
+        print(f"{key}: {result[key]}")
+    print(markdown_table(result))
+    for name in names:
+        print(f"\n{costliest_table(result, name, 'H100')}")
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main)
