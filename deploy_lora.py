@@ -334,7 +334,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.to is not None:
         error = to_peft(args.adapter, args.output, args.checkpoint)
     else:
-        error = from_peft(args.adapter, args.output, args.checkpoint, args.class_names, args.image_size, args.arch)
+        shape = args.class_names, args.image_size, args.arch, args.heads
+        error = from_peft(args.adapter, args.output, args.checkpoint, *shape)
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
@@ -437,6 +438,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     direction.add_argument("--class-names", nargs="+", help="with --from: names of the outputs; default: numbers")
     direction.add_argument("--image-size", type=positive_int, help="with --from: pixels; default: the checkpoint's own")
     direction.add_argument("--arch", help="with --from: timm:NAME; default: what the checkpoint says")
+    direction.add_argument("--heads", type=positive_int, help="with --from: of a ViT; default: as its layout implies")
     return parser, parsers
 
 
