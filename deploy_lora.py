@@ -34,7 +34,7 @@ from finetune_lora import load_finetuned
 from lora_peft import from_peft, to_peft
 from lora_utils import LoRAManager, find_base, read_adapter_file
 from toolkit import InputError, listed, printable, reports, training
-from toolkit.backbones import TIMM, headless
+from toolkit.backbones import TIMM, headless, other_heads
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, class_folders, evaluation_folder, image_names, labelled_files
@@ -252,7 +252,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         save_atomically(state, args.output)
     arch, classes = metadata["arch"], len(metadata["class_names"])
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
-    print(f"wrote {args.output}: a state_dict for {owner} with {classes} classes")
+    heads = "".join(f"{number} heads and " for number in other_heads(model).values())
+    print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes")
     return metadata
 
 

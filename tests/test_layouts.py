@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
+import deploy_lora
 import finetune_lora
 from finetune_lora import add_lora_to_model, load_base, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
@@ -372,7 +373,7 @@ def train(checkpoint, images, *options):
 
 
 @pytest.mark.parametrize("heads", [3, 6])
-def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mini, images):
+def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mini, images, capsys):
     given = ["--heads", f"{heads}"]
     path = train(mini, images, "--epochs", "1", *given)
     assert read_adapter_file(path)["metadata"]["heads"] == heads
@@ -384,6 +385,10 @@ def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mi
     with torch.no_grad():
         torch.testing.assert_close(merged(x), outputs[heads])
     assert not torch.allclose(outputs[3], outputs[6], atol=1e-3)
+    deploy_lora.main(["merge", f"{path}", "--output", f"{path.with_name('merged.pth')}"])
+    assert ("vit_mini with 6 heads and 3 classes" in capsys.readouterr().out) == (heads == 6)
+    again = logits_of_plain_vit(torch.load(path.with_name("merged.pth"), weights_only=True), heads, x)
+    torch.testing.assert_close(again, outputs[heads])
 
 
 def test_a_run_is_resumed_with_its_heads_alone(mini, images):
@@ -407,14 +412,6 @@ def test_an_adapter_over_other_heads_is_over_another_base(mini, tmp_path):
     adapted(None).load_lora_checkpoint(tmp_path / "three.pth")  # 3 are its own, and need no saying
 
 
-def test_files_that_do_not_say_their_heads_have_the_archs_own(mini, images):
-    path = train(mini, images, "--epochs", "1")
-    content = torch.load(path, weights_only=True)
-    del content["metadata"]["heads"]
-    torch.save(content, path)
-    assert load_finetuned(path)[0].encoder.layers[0].num_heads == 3
-
-
 @pytest.mark.filterwarnings("error")
 def test_files_of_a_vit_small_that_do_not_say_their_heads_have_12_in_silence(vit, saved):
     """As when they were trained: there was no other number then."""
@@ -426,14 +423,17 @@ def test_files_of_a_vit_small_that_do_not_say_their_heads_have_12_in_silence(vit
     assert load_finetuned(base.with_name("lora.pth"))[0].encoder.layers[0].num_heads == 12
 
 
-@pytest.mark.parametrize("heads", ["6", 0, -6, 7, True])
-def test_heads_that_no_vit_has_are_damage(heads, mini, images):
-    path = train(mini, images, "--epochs", "1")
-    content = torch.load(path, weights_only=True)
-    content["metadata"]["heads"] = heads
-    torch.save(content, path)
-    with pytest.raises(InputError, match="heads"):
-        load_finetuned(path)
+def test_heads_that_are_none_or_damaged_in_a_file(mini, tmp_path):
+    about = {"arch": "vit_mini", "class_names": list("abc"), "image_size": 16, "checkpoint": str(mini)}
+    model, _ = load_backbone(mini, 3)
+    manager = LoRAManager(add_lora_to_model(model, r=2))
+    for heads in ("6", 0, -6, 7, True):
+        manager.save_lora_checkpoint(tmp_path / "lora.pth", about | {"heads": heads})
+        with pytest.raises(InputError, match="heads"):
+            load_finetuned(tmp_path / "lora.pth")
+    for same in (about, about | {"heads": None}, about | {"heads": 3}):
+        manager.save_lora_checkpoint(tmp_path / "lora.pth", same)
+        assert load_finetuned(tmp_path / "lora.pth")[0].encoder.layers[0].num_heads == 3
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -478,6 +478,17 @@ def test_moco_cxrs_densenet_needs_no_arch(saved):
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_pretraining_goes_on_with_a_densenet_and_its_files_load(saved, images):
+    pytest.importorskip("timm")
+    path = saved(moco_cxr(arch="densenet121")[0])
+    folder = path.parent / "stage1"
+    command = f"--checkpoint {path} --moco-version 3 --data-dir {images} --output-dir {folder} --epochs 1"
+    shape = "--device cpu --image-size 32 --batch-size 16 --dim 8 --mlp-dim 8"
+    pretrain.main([*command.split(), *shape.split()])
+    _, report = load_backbone(folder / "moco_stage1_epoch_1.pth", 2)
+    assert (report["family"], report["arch"], report["image_size"]) == ("moco_stage1", "timm:densenet121", 32)
 
 
 def test_moco_cxrs_densenet_without_timm_or_a_name_says_what_to_do(saved, monkeypatch):
