@@ -33,7 +33,7 @@ from finetune_lora import load_finetuned
 from lora_peft import from_peft, to_peft
 from lora_utils import LoRAManager, find_base, read_adapter_file
 from toolkit import InputError, listed, printable, reports, training
-from toolkit.backbones import TIMM, headless
+from toolkit.backbones import TIMM, headless, other_heads
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from toolkit.folders import (
@@ -233,7 +233,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         save_atomically(state, args.output)
     arch, classes = metadata["arch"], len(metadata["class_names"])
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
-    print(f"wrote {args.output}: a state_dict for {owner} with {classes} classes")
+    heads = "".join(f"{number} heads and " for number in other_heads(model).values())
+    print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes")
     return metadata
 
 
@@ -315,7 +316,8 @@ def convert(args: argparse.Namespace) -> None:
     if args.to is not None:
         error = to_peft(args.adapter, args.output, args.checkpoint)
     else:
-        error = from_peft(args.adapter, args.output, args.checkpoint, args.class_names, args.image_size, args.arch)
+        shape = args.class_names, args.image_size, args.arch, args.heads
+        error = from_peft(args.adapter, args.output, args.checkpoint, *shape)
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
@@ -409,6 +411,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     direction.add_argument("--class-names", nargs="+", help="with --from: names of the outputs; default: numbers")
     direction.add_argument("--image-size", type=positive_int, help="with --from: pixels; default: the checkpoint's own")
     direction.add_argument("--arch", help="with --from: timm:NAME; default: what the checkpoint says")
+    direction.add_argument("--heads", type=positive_int, help="with --from: of a ViT; default: as its layout implies")
     return parser, parsers
 
 

@@ -637,15 +637,18 @@ def load_finetuned(
     metadata = content["metadata"]
     lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
     base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
-    model, _ = load_base(base, stage1, len(metadata["class_names"]), metadata["arch"], metadata["image_size"])
+    model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata))
     load_adapters(model, adapter_path, base)
     transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
     return model.eval(), {**metadata, "transform": transform}
 
 
-def load_base(checkpoint: str | Path, stage1_adapter: str | Path | None, *shape) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_backbone(checkpoint, *shape)`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged."""
-    model, report = load_backbone(checkpoint, *shape)
+def load_base(
+    checkpoint: str | Path, stage1_adapter: str | Path | None, num_classes: int, arch=None, image_size=None, heads=None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads."""
+    heads = heads or lora_utils.heads_in_file(stage1_adapter)
+    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
@@ -762,9 +765,9 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
-    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size)
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size, args.heads)
     if args.from_scratch:  # the file told the architecture alone
-        model, _ = load_backbone(checkpoints.NO_CHECKPOINT, num_classes, report["arch"], report["image_size"])
+        model = checkpoints.random_backbone(num_classes, report)
     if isinstance(model, ResNet):
         model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
@@ -1113,9 +1116,8 @@ class FineTuning:
     def metadata(self) -> dict[str, Any]:
         """What `load_finetuned` needs, and what a reader of the file would ask."""
         return {
-            "arch": self.report["arch"],
+            **{name: self.report[name] for name in ("arch", "image_size", "heads")},
             "class_names": list(self.class_names),
-            "image_size": self.report["image_size"],
             **self.normalization,
             "checkpoint": checkpoints.stored_checkpoint(self.args.checkpoint),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,

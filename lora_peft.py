@@ -37,7 +37,7 @@ from finetune_lora import (
 )
 from lora.fusion import is_adapted
 from lora.targets import LoRASettings, outermost_layers
-from lora_utils import LoRAManager, find_base, read_adapter_file
+from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, listed, printable
 from toolkit.backbones import head_name, normalization
 from toolkit.checkpoints import load_backbone, stored_checkpoint
@@ -83,8 +83,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     obstacles = list(_obstacles(model, read_adapter_file(adapter)["tensors"]))
     if obstacles:
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
-    shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"]
-    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *shape)
+    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *model_shape(metadata))
     layers = _adapted_layers(model)
     packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
     ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
@@ -203,6 +202,7 @@ def from_peft(
     class_names: list[str] | None = None,
     image_size: int | None = None,
     arch: str | None = None,
+    heads: int | None = None,
 ) -> float:
     """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
 
@@ -213,6 +213,7 @@ def from_peft(
         class_names: what the outputs mean; None: their numbers.
         image_size: pixels; None: the size that the checkpoint is for.
         arch: None: what the checkpoint says; or such as 'timm:resnet50'.
+        heads: attention heads of a ViT; None: what the checkpoint's layout implies.
 
     Returns:
         The largest difference of the two models' logits for random images, relative to the largest logit.
@@ -229,7 +230,7 @@ def from_peft(
     class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
     if len(class_names) != rows[-1]:
         raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
-    model, report = load_backbone(checkpoint, len(class_names), arch, image_size)
+    model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
     try:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
     except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
@@ -240,7 +241,7 @@ def from_peft(
     if unknown:
         raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
     error = _difference(theirs, model.eval(), report["image_size"], TOLERANCE)
-    about = {"arch": report["arch"], "class_names": class_names, "image_size": report["image_size"]}
+    about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
     about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)

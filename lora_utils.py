@@ -25,7 +25,7 @@ from lora.fusion import is_adapted, unfuse
 from lora.residents import Adapter, Form, Residents, adapted_layers
 from lora.targets import NO_ADAPTER
 from toolkit import InputError, listed, printable
-from toolkit.backbones import build_backbone, head_name, in_head, unwrapped
+from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
 from toolkit.checkpoints import is_none, tensor_digest
 from toolkit.files import (
     found_path,
@@ -45,7 +45,8 @@ _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scali
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head.
+    """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head; and a ViT's
+    `other_heads`.
 
     A weight in 4 or 16 bits counts with its values before rounding, and an interpolated position embedding with those
     of the checkpoint: the digests are then the same on every machine.
@@ -54,7 +55,7 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.checkpoints.load_backbone
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
-    return digests
+    return digests | other_heads(model)
 
 
 @contextlib.contextmanager
@@ -370,7 +371,7 @@ class LoRAManager:
             path: `.pth`, or `.safetensors`.
             metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` gives back; by default
                 those that the adapter in use came with. What `finetune_lora.load_finetuned` needs of it: `arch`,
-                `class_names`, `image_size`, `checkpoint`.
+                `class_names`, `image_size`, `checkpoint`, and `heads` where they are not the arch's own.
 
         Raises:
             InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
@@ -468,7 +469,7 @@ class LoRAManager:
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
         if not problems and content["base_hash"] not in self._base_hashes(tensors):
-            problems.append("it was trained over another base: load the checkpoint that it names")
+            problems.append("it was trained over another base: load the checkpoint that it names, with as many heads")
         return problems
 
     def _base_hashes(self, without: Collection[str]) -> list[str]:
@@ -593,6 +594,24 @@ def find_base(
     return base, stage1
 
 
+def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None]:
+    """What `load_backbone` is to be told of a model described in an adapter file: classes, arch, image size, heads.
+
+    Files from before heads could be chosen were trained with the arch's own.
+    """
+    return len(metadata["class_names"]), metadata["arch"], metadata["image_size"], _heads(metadata)
+
+
+def heads_in_file(adapter: str | Path | None) -> int | None:
+    """The attention heads of the ViT under an adapter file; None: no file, or not a ViT of torchvision's."""
+    return None if adapter is None else _heads(read_adapter_file(adapter)["metadata"])
+
+
+def _heads(metadata: dict[str, Any]) -> int | None:
+    heads = metadata.get("heads")
+    return default_heads(str(metadata.get("arch"))) if heads is None else heads
+
+
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Raises InputError if an adapter file's metadata describes no model, or one that its tensors do not fit."""
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
@@ -602,13 +621,14 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
+    wrong += ["heads"] if type(metadata.get("heads")) not in (int, type(None)) else []
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
     with torch.device("meta"):  # takes no memory, whatever a file asks for
-        model = build_backbone(metadata["arch"], len(metadata["class_names"]), metadata["image_size"])
+        classes, arch, *size_and_heads = model_shape(metadata)
+        model = build_backbone(arch, classes, *size_and_heads)
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != tuple(wanted.shape):
-            classes = len(metadata["class_names"])
             raise InputError(f"{path} is damaged: for its {classes} classes {name} is {found}, not {(*wanted.shape,)}")

@@ -148,7 +148,9 @@ def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
     """The held-out accuracies of linear probes on the frozen features, by labels per class, one for each draw."""
     args, _ = finetune_lora.read_options(flags)
     splits = load_splits(args.dataset, args.data_dir, "held-out", **options.image_sources(args))
-    model, report = load_base(args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size)
+    model, report = load_base(
+        args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size, args.heads
+    )
     device = training.select_device(args.device)
     model.to(device)
     images = [Transformed(part, eval_transform(report["image_size"])) for part in splits[:2]]

@@ -44,7 +44,7 @@ from toolkit import (
     training,
     transforms,
 )
-from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless
+from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
 from toolkit.cache import keep_images
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.options import non_negative_float, non_negative_int, positive_float, positive_int
@@ -144,6 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
+    options.add_heads_option(model)
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
     options.add_data_options(parser)
     moco = parser.add_argument_group("moco")
@@ -318,7 +319,7 @@ class Pretraining:
         args = self.args
         if not distributed.is_main():
             return
-        metadata = {name: getattr(args, name) for name in ("arch", "image_size", "moco_version")}
+        metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
@@ -486,13 +487,14 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     args.dim = args.dim or (outputs[-1] if outputs else 256)
     args.mlp_dim = args.mlp_dim or (outputs[0] if len(outputs) > 1 and version == 3 else 4096)
     if args.checkpoint:
-        backbone, report = load_base(args.checkpoint, None, 1, args.arch, args.image_size)
+        backbone, report = load_base(args.checkpoint, None, 1, args.arch, args.image_size, args.heads)
         args.arch, args.image_size, origin = report["arch"], report["image_size"], checkpoints.describe_base(report)
+        args.heads = report["heads"] if other_heads(backbone) else None
         if args.moco_version == 3 and args.arch.startswith("vit"):  # its positions stay as they are
             backbone.encoder.pos_embedding.requires_grad_(False)
     else:
         args.image_size = args.image_size or default_image_size(args.arch)
-        backbone, origin = build_backbone(args.arch, 1, args.image_size), ""
+        backbone, origin = build_backbone(args.arch, 1, args.image_size, args.heads), ""
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(backbone.to(device), args).to(device)

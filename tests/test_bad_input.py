@@ -483,6 +483,10 @@ CHECKPOINTS = [
     checkpoint("another network", torch_file({"w": torch.zeros(3)}), "none of its 1 tensors belongs to a known"),
     checkpoint("an arch that disagrees", resnet, "does not hold a resnet50", "looks like resnet18",
                options="--arch resnet50"),
+    checkpoint("heads of a ResNet", resnet, "6 heads are not for resnet18", "drop --heads", options="--heads 6"),
+    case("heads that do not divide", "finetune --heads 7", "7 heads do not divide the 192 features of vit_mini"),
+    case("heads of one of timm's", "finetune --arch timm:vit_tiny_patch16_224 --heads 6", "timm's name says how many"),
+    case("no heads", "finetune --heads 0", "--heads: expected"),
     checkpoint("another kind of arch", resnet, "does not hold a vit_mini", "resnet18", options="--arch vit_mini"),
     checkpoint("a checkpoint that diverged", changed("base.pth", lambda c: next(iter(c["state_dict"].values())).fill_(
         float("nan"))), "NaN", "use an earlier epoch"),

@@ -5,7 +5,6 @@ The files are built here in the layout that the official code writes, with rando
 
 import math
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -331,7 +330,7 @@ VIT_FILES = {
 }
 
 
-@pytest.mark.filterwarnings("error")  # such as doubts about the number of heads
+@pytest.mark.parametrize("heads", [12, 6])
 @pytest.mark.parametrize(
     "family, arch, depth",
     [
@@ -341,17 +340,18 @@ VIT_FILES = {
         ("linear_probe", "vit_conv_small", 11),
     ],
 )
-def test_mapped_vit_computes_what_the_original_layout_does(family, arch, depth, request, saved):
+@pytest.mark.filterwarnings("error")  # nothing is guessed
+def test_mapped_vit_computes_what_the_original_layout_does(family, arch, depth, heads, request, saved):
     tensors = request.getfixturevalue(arch)
-    model, report = load_backbone(saved(VIT_FILES[family](tensors, arch)), num_classes=384)
-    assert (report["family"], report["arch"], report["image_size"]) == (family, arch, 224)
+    model, report = load_backbone(saved(VIT_FILES[family](tensors, arch)), num_classes=384, heads=heads)
+    assert [report[key] for key in ("family", "arch", "image_size", "heads")] == [family, arch, 224, heads]
     with torch.no_grad():
         model.heads.head.weight.copy_(torch.eye(384))  # the head hands on its input
         images = torch.randn(1, 3, 224, 224)
-        features, expected = model.eval()(images), timm_forward(tensors, images, heads=12, depth=depth)
-        six_heads = timm_forward(tensors, images, heads=6, depth=depth)
+        features, expected = model.eval()(images), timm_forward(tensors, images, heads, depth)
+        others = timm_forward(tensors, images, 18 - heads, depth)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-    assert (expected - six_heads).abs().max() > 0.05  # the comparison would see timm's number of heads
+    assert (expected - others).abs().max() > 0.05  # the comparison would see the other number of heads
 
 
 def test_torchvisions_own_vits_under_their_first_names(saved):
@@ -416,18 +416,6 @@ def test_vit_keeps_the_size_it_was_trained_at(saved):
     source = build_backbone("vit_mini", 2, image_size=48)
     model, report = load_backbone(saved(source.state_dict()), num_classes=2)
     assert report["image_size"] == model.image_size == 48
-
-
-def test_timms_vit_small_with_6_heads_is_refused(vit_small, saved):
-    learned = vit_small | {"pos_embed": torch.randn(1, 197, 384)}
-    classifier = {"head.weight": torch.randn(9, 384), "head.bias": torch.zeros(9)}
-    with pytest.raises(InputError, match="6 heads"):
-        load_backbone(saved({"model": learned | classifier}), num_classes=2)
-    with pytest.warns(UserWarning, match="6 heads"):
-        load_backbone(saved({"model": learned}), num_classes=2)
-    with warnings.catch_warnings():  # by that name only MoCo v3's is known
-        warnings.simplefilter("error")
-        load_backbone(saved({"model": learned, "arch": "vit_small"}), num_classes=2)
 
 
 # --- Strictness ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
-from toolkit import InputError
+from toolkit import InputError, printable
 
 _RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 
@@ -50,14 +50,43 @@ def default_image_size(arch: str) -> int:
     return 32 if arch == "vit_mini" else 224
 
 
-def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -> nn.Module:
+def default_heads(arch: str) -> int | None:
+    """Attention heads of a ViT as MoCo v3 has it; None for ResNets, and for timm's models, whose names say it."""
+    return _VITS[arch]["num_heads"] if arch in _VITS else None
+
+
+def check_heads(arch: str, heads: int | None) -> None:
+    """Raises InputError for a number of attention heads that `arch` cannot have. None, for its own, always fits."""
+    if heads is None:
+        return
+    if arch not in _VITS:
+        why = "timm's name says how many" if arch.startswith(TIMM) else "it has no attention"
+        raise InputError(f"{heads} heads are not for {arch}: {why}; drop --heads")
+    width = _VITS[arch]["hidden_dim"]
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise InputError(
+            f"{printable(heads)} heads do not divide the {width} features of {arch}; {default_heads(arch)} do"
+        )
+
+
+def other_heads(model: nn.Module) -> dict[str, str]:
+    """A ViT's number of attention heads, where it is another than the arch's own: no tensor tells it.
+
+    It belongs to what identifies a base, as the digests of its tensors do.
+    """
+    return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
+
+
+def build_backbone(arch: str, num_classes: int, image_size: int | None = None, heads: int | None = None) -> nn.Module:
     """A randomly initialised model: images (N, 3, image_size, image_size) -> logits (N, num_classes).
 
-    `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch.
-    Raises InputError for an unknown arch, a size that does not fit, a class count below 1, or timm missing.
+    `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` are
+    the attention heads of a ViT of torchvision's, None its own (`default_heads`).
+    Raises InputError for an unknown arch, a size or heads that do not fit, a class count below 1, or timm missing.
     """
     own_size = default_image_size(arch)  # or it is an unknown one
     size = own_size if image_size is None else image_size
+    check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
     if not 1 <= size <= LARGEST_IMAGE:
@@ -66,13 +95,16 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None) -
         return _build_timm(arch, num_classes, size)
     if arch in _RESNETS:
         return _RESNETS[arch](weights=None, num_classes=num_classes)
-    shape = _VITS[arch]
+    shape = _VITS[arch] | ({"num_heads": heads} if heads else {})
     patch = shape["patch_size"]
     if size % patch:
         fitting = max(patch, round(size / patch) * patch)
         raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
     stem = _conv_stem(shape["hidden_dim"]) if "conv" in arch else None
-    return VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
+    model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
+    if shape != _VITS[arch]:
+        model.other_heads = heads
+    return model
 
 
 def head_name(model: nn.Module) -> str | None:

@@ -1,7 +1,8 @@
 """MoCo checkpoints: the backbone of any file of the MoCo family, matched key by key.
 
 The layouts that `load_backbone` knows are those of the official code, v1 and v2 (arXiv 1911.05722, 2003.04297) and v3
-(2104.02057), and of what their users convert and export. timm's models, which are named, are loaded as they are.
+(2104.02057), of the projects that pretrain with MoCo, and of what their users convert and export: the table `_LAYOUTS`.
+timm's models, which are named, are loaded as they are.
 """
 
 import functools
@@ -10,8 +11,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ from torch import nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from toolkit import InputError, listed, printable
-from toolkit.backbones import ARCHS, HEAD_NAMES, TIMM, build_backbone, default_image_size, head_name
-from toolkit.files import is_plain_tensor, read_checkpoint, read_safetensors, stored_path
+from toolkit.backbones import (
+    ARCH_CHOICES,
+    ARCHS,
+    HEAD_NAMES,
+    TIMM,
+    build_backbone,
+    check_heads,
+    default_heads,
+    default_image_size,
+    head_name,
+    other_heads,
+)
+from toolkit.files import ForeignObject, is_plain_tensor, read_checkpoint, read_safetensors, stored_path
 
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
@@ -30,44 +42,52 @@ OFFICIAL_CHECKPOINTS = (
 
 
 def load_backbone(
-    path: str | os.PathLike, num_classes: int, arch: str | None = None, image_size: int | None = None
+    path: str | os.PathLike,
+    num_classes: int,
+    arch: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone in a checkpoint, in a torchvision model with a fresh classifier head for `num_classes`.
 
     Args:
-        path: a file of MoCo v1, v2 or v3, main_lincls, convert_to_deit, lightly, this toolkit's stage 1 or torchvision;
-            a `.safetensors` file of tensors under timm's or torchvision's names; with a `timm:` arch, any file that has
+        path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
             that model's own keys. 'none': random weights.
         num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
         arch: one of `toolkit.backbones.ARCHS`, or `timm:` and a model of timm; by default what the file says or its
             shapes imply.
         image_size: by default the file's own. A ViT's position embedding is interpolated to any other.
+        heads: attention heads of a ViT of torchvision's; by default what the layout implies. Where that is a guess, it
+            warns: the tensors of a ViT-S with 6 heads and of one with 12 are alike.
 
     Returns:
-        The model and a report: `family`, `arch`, `image_size`, `epoch` (None if unknown), `loaded` (names in the
-        model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
+        The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a ViT of torchvision's), `epoch`
+        (None if unknown), `loaded` (names in the model), `dropped` (names in the file: projector, predictor, key
+        encoder, queue, classifier).
         `model.base_digests` says what the checkpoint holds (name -> SHA-256): adapter files know their base by it.
 
     Raises:
         InputError: the file cannot be read, or not every backbone tensor of the arch is in it, or others are too.
     """
     if is_none(path):
-        return _random_backbone(num_classes, arch, image_size)
-    content = _read(path)
-    source = _identify(path, content, arch)
-    arch = _find_arch(source) if arch is None else arch
+        report = _report_of_random(arch, image_size, heads)
+        return random_backbone(num_classes, report), report
+    source = _identify(path, _read(path), arch)
+    arch = _find_arch(source) if source.arch is None else source.arch
     size = _find_image_size(source, arch) if image_size is None else image_size
-    if arch == "vit_small":
-        _check_head_count(source, arch)
-    model = build_backbone(arch, num_classes, size)
+    likely, certain = _find_heads(source, arch)
+    model = build_backbone(arch, num_classes, size, heads or likely)
     weights = _resize_positions(source.weights, model)
     _check_match(source, weights, model, arch)
     model.load_state_dict({**model.state_dict(), **weights})
     _record_digests(model, source.weights)
+    if not (heads or certain):
+        _warn_of_heads(path, likely)
     report = {
-        "family": source.family,
+        "family": source.layout.family,
         "arch": arch,
         "image_size": size,
+        "heads": heads or likely,
         "epoch": source.epoch,
         "loaded": list(weights),
         "dropped": source.dropped,
@@ -88,10 +108,10 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
     Raises:
         InputError: the file cannot be read, or these tensors are of no use.
     """
-    tensors = _find_state_dict(path, _read(path))[1]
-    prefix, encoder, dropped = _split(path, tensors)
+    tensors, info = _find_state_dict(path, _read(path))
+    layout, encoder, dropped = _recognise(path, tensors, info)
     parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "predictor": {}}
-    if prefix not in ("encoder_q.", "base_encoder."):
+    if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
         return None, parts
     _check_tensors(path, tensors)
     for key, full in encoder.items():
@@ -101,13 +121,15 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
         name = full.removeprefix("module.")
         if name.startswith("predictor."):
             parts["predictor"][name.removeprefix("predictor.")] = tensors[full]
-    if parts["predictor"] or prefix == "base_encoder.":
+    if parts["predictor"] or layout.family == "moco_v3":
         return 3, parts
     return (2 if "0.weight" in parts["projector"] else 1), parts
 
 
 def _read(path: str | os.PathLike) -> Any:
-    return read_safetensors(path)[0] if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    if Path(path).suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    return read_checkpoint(path, objects=True)
 
 
 NO_CHECKPOINT = "none"
@@ -123,8 +145,8 @@ def stored_checkpoint(path: str | os.PathLike) -> str:
     return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
 
 
-def option_problems(path: str | os.PathLike, arch: str | None, fewer_bits: str | None) -> list[str]:
-    """What is wrong with the options `--checkpoint` and `--arch`, before any file is read.
+def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None, fewer_bits: str | None) -> list[str]:
+    """What is wrong with the options `--checkpoint`, `--arch` and `--heads`, before any file is read.
 
     Args:
         fewer_bits: the option that stores the weights in fewer bits, if one does.
@@ -142,25 +164,25 @@ def option_problems(path: str | os.PathLike, arch: str | None, fewer_bits: str |
     if arch is not None:
         try:
             default_image_size(arch)
+            check_heads(arch, heads)
         except InputError as error:
             problems.append(f"--arch {arch}: {error}")
     return problems
 
 
-def _random_backbone(num_classes: int, arch: str | None, image_size: int | None) -> tuple[nn.Module, dict[str, Any]]:
+def _report_of_random(arch: str | None, image_size: int | None, heads: int | None) -> dict[str, Any]:
     if arch is None:
         raise InputError("random weights have no architecture of their own: give an arch")
-    model = build_backbone(arch, num_classes, image_size)
-    model.base_digests = {}  # no file has these weights: an adapter file holds all of them
     size = default_image_size(arch) if image_size is None else image_size
-    return model, {
-        "family": NO_CHECKPOINT,
-        "arch": arch,
-        "image_size": size,
-        "epoch": None,
-        "loaded": [],
-        "dropped": [],
-    }
+    shape = {"arch": arch, "image_size": size, "heads": heads or default_heads(arch)}
+    return {"family": NO_CHECKPOINT, **shape, "epoch": None, "loaded": [], "dropped": []}
+
+
+def random_backbone(num_classes: int, report: Mapping[str, Any]) -> nn.Module:
+    """The architecture that a report of `load_backbone` describes, with random weights."""
+    model = build_backbone(report["arch"], num_classes, report["image_size"], report["heads"])
+    model.base_digests = {}  # no file has these weights: an adapter file holds all of them
+    return model
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -178,7 +200,7 @@ def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
     the checkpoint holds.
     """
     state = _backbone_state(model)
-    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()}
+    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | other_heads(model)
     model.resized_digests = {}
     for name in _POSITIONS:
         if name in weights and weights[name].shape != state[name].shape:
@@ -186,84 +208,173 @@ def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
             model.base_digests[name] = tensor_digest(weights[name].float())
 
 
+# What other projects call layers, in the names of timm's ViTs and of torchvision's and timm's ResNets.
+_Renames = tuple[tuple[str, str], ...]
+_SEQUENTIAL: _Renames = (  # an nn.Sequential of a ResNet's children
+    (r"0\.", "conv1."),
+    (r"1\.", "bn1."),
+    *((rf"{3 + i}\.", f"layer{i}.") for i in range(1, 5)),
+)
+_MMPRETRAIN: _Renames = (
+    (r"patch_embed\.projection\.", "patch_embed.proj."),
+    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"ln1\.", "norm."),
+)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a project's files have the backbone, and how these files are told from others.
+
+    A file is in this layout if a tensor's name starts with `prefix`, one starts with any of `signs`, and there is
+    something at `told`, a path through the dictionaries around the tensors. `module.` of DistributedDataParallel does
+    not count.
+    """
+
+    family: str
+    prefix: str = ""  # of the backbone's tensors
+    beside: tuple[str, ...] = ()  # how the names of all others begin, which are left out
+    signs: tuple[str, ...] = ("",)
+    told: str = ""
+    renames: _Renames = _SEQUENTIAL
+    # Heads of a ViT-S whose position embedding is fixed, as MoCo v3 has it, and of one that has learned it.
+    heads: tuple[int, int] = (12, 12)
+    heads_certain: bool = False  # or else they are the likelier of two numbers
+
+    def fits(self, keys: Collection[str], info: Mapping) -> bool:
+        told = not self.told or _at(info, self.told) is not None
+        return told and all(any(key.startswith(begin) for key in keys) for begin in (self.prefix, self.signs))
+
+
+_MOCO = ("encoder_k.", "queue", "predictor.")
+_LIGHTLY = (
+    *("backbone_momentum.", "criterion.", "online_classifier.", "prediction_head.", "projection_head."),
+    *("projection_head_momentum.", "query_backbone.", "query_projection_head."),
+)
+_SOLO_LEARN_SIGNS = ("classifier", "momentum_", "predictor", "projector")
+_SOLO_LEARN = (*_SOLO_LEARN_SIGNS, "queue")
+_OPENMMLAB = ("data_preprocessor.", "encoder_k.", "head.", "momentum_encoder.", "neck.", "queue")
+_OPENMMLAB_SIGNS = ("data_preprocessor.", "encoder_k.", "neck.", "backbone.patch_embed.projection.")
+_OF_TIMM = {"heads": (12, 6), "heads_certain": True}  # projects whose ViT-S is MoCo v3's under MoCo v3, else timm's
+
+# The first that fits counts, so those with more signs come first.
+_LAYOUTS = (
+    _Layout("moco_stage1", "encoder_q.", _MOCO, told="model", heads_certain=True),  # this toolkit's own
+    _Layout("seco", "encoder_q.", (*_MOCO, "heads_q.", "heads_k."), ("heads_q.",)),
+    _Layout("moco_v2", "encoder_q.", _MOCO, ("encoder_q.fc.0.", "encoder_q.classifier.0.")),
+    _Layout("moco_v1", "encoder_q.", _MOCO),
+    _Layout("moco_v3", "base_encoder.", ("momentum_encoder.", "predictor.")),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB, _OPENMMLAB_SIGNS, renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB, told="meta", renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("solo_learn", "backbone.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),
+    _Layout("solo_learn", "encoder.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),  # its first releases
+    _Layout("torchgeo", "backbone.", _LIGHTLY, told="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("torchgeo", "model.", ("criterion.",), told="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("lightning", "model.", ("criterion.",)),
+    _Layout("lightly", "backbone.", _LIGHTLY),
+    _Layout("vissl", "_feature_blocks."),
+    _Layout("linear_probe", told="best_acc1"),
+    _Layout("mmpretrain", signs=("patch_embed.projection.",), renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("deit", signs=("blocks.",), heads=(12, 6)),
+    _Layout("torchvision"),
+)
+_PLACES = ("state_dict", "model", "classy_state_dict/base_model/model/trunk")  # of the tensors; the last is VISSL's
+_HEADS = tuple(f"{name}." for name in HEAD_NAMES)
+_BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files name and torchvision's list here lacks
+
+
 @dataclass
 class _Source:
     """What a file holds, under the model's names."""
 
     path: str | os.PathLike
-    family: str
-    arch: str | None
+    layout: _Layout
+    arch: str | None  # that was asked for, else the one that the file names
     epoch: int | None
     image_size: int | None
+    heads: int | None
     weights: dict[str, torch.Tensor]
     dropped: list[str]
 
 
-# Where the query encoder lies in files that hold more than one network, and what else lies there.
-_LAYOUTS = {
-    "encoder_q.": ("encoder_k.", "queue", "predictor."),
-    "base_encoder.": ("momentum_encoder.", "predictor."),
-    "backbone.": (
-        "backbone_momentum.",
-        "criterion.",
-        "online_classifier.",
-        "prediction_head.",
-        "projection_head.",
-        "projection_head_momentum.",
-        "query_backbone.",
-        "query_projection_head.",
-    ),
-}
-_HEADS = tuple(f"{name}." for name in HEAD_NAMES)
-
-
 def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Source:
-    """Finds the family by where the backbone lies and takes it from there. timm's models have the file's own names."""
-    own = wanted is not None and wanted.startswith(TIMM)
-    heads, name_here = ((f"{head_name(_meta_model(wanted))}.",), str) if own else (_HEADS, _torchvision_name)
-    wrapper, tensors = _find_state_dict(path, content)
-    info = content if wrapper else {}
-    prefix, encoder, dropped = _split(path, tensors)
+    """Finds the layout by where the backbone lies and takes it from there. timm's models keep timm's own names."""
+    tensors, info = _find_state_dict(path, content)
+    layout, encoder, dropped = _recognise(path, tensors, info)
+    arch = _named_arch(info) if wanted is None else wanted
+    own = arch is not None and arch.startswith(TIMM)
+    heads = (f"{head_name(_meta_model(arch))}.",) if own else _HEADS
     dropped += [full for key, full in encoder.items() if key.startswith(heads)]
-    names = {full: name_here(key) for key, full in encoder.items() if not key.startswith(heads)}
+    names = {full: _renamed(key, layout.renames) for key, full in encoder.items() if not key.startswith(heads)}
+    if not own:
+        names = {full: _renamed(name, _TO_TORCHVISION) for full, name in names.items()}
     _check_tensors(path, {full: tensors[full] for full in names})
     if len(set(names.values())) < len(names):
-        raise InputError(f"{path}: some tensors are there twice, under timm's and torchvision's names")
-    arch, epoch = info.get("arch"), info.get("epoch")
+        raise InputError(f"{path}: some tensors are there twice, under two projects' names")
     return _Source(
         path=path,
-        family="timm" if own else _family(prefix, wrapper, encoder, info),
-        arch=arch if arch in ARCHS else None,  # the official code's vit_base, say, is found by its shapes
-        epoch=epoch if isinstance(epoch, int) else None,
-        image_size=_declared_image_size(info),
+        layout=replace(layout, family="timm") if own and layout.family in ("deit", "torchvision") else layout,
+        arch=arch,
+        epoch=_whole_number(info, "epoch"),
+        image_size=_whole_number(info, "config/image_size"),  # that this toolkit's pretraining stores
+        heads=_whole_number(info, "config/heads"),
         weights={name: tensors[full] for full, name in names.items()},
         dropped=dropped,
     )
 
 
-def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """The dictionary of tensors and the key that it lies at, '' if it is the file's whole content."""
+def _at(content: Any, place: str) -> Any:
+    """What lies at `place`, keys of nested dictionaries with slashes between them; None if nothing does."""
+    for key in place.split("/"):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _whole_number(info: Mapping, place: str) -> int | None:
+    value = _at(info, place)
+    return value if type(value) is int else None
+
+
+def _named_arch(info: Mapping) -> str | None:
+    """The architecture that a file names. The official code's vit_base, say, is found by its shapes."""
+    arch = info.get("arch")
+    arch = _BY_TIMM.get(arch, arch) if isinstance(arch, str) else None
+    return arch if arch and arch in ARCH_CHOICES else None
+
+
+def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """The dictionary of tensors, and the one around it, which is empty if the tensors are the file's whole content."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    wrapper = next((key for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), "")
-    tensors = content[wrapper] if wrapper else content
+    place = next((place for place in _PLACES if isinstance(_at(content, place), Mapping)), None)
+    tensors = content if place is None else _at(content, place)
     foreign = [str(key) for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
         found = f"; {listed(foreign)} hold no tensors" if foreign else ""
-        raise InputError(f"{path}: no state_dict at its top, at 'state_dict' or at 'model'{found}")
-    return wrapper, dict(tensors)
+        objects = [f"{key} is a {value.kind}" for key, value in tensors.items() if isinstance(value, ForeignObject)]
+        remedy = f" ({listed(objects)}: save its state_dict() from where the file was made)" if objects else ""
+        raise InputError(f"{path}: no state_dict at its top, at 'state_dict' or at 'model'{found}{remedy}")
+    return dict(tensors), content if place else {}
 
 
-def _split(path: str | os.PathLike, tensors: Iterable[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Returns the backbone's prefix, its tensors' names without the prefix -> in the file, and all other names."""
+def _recognise(
+    path: str | os.PathLike, tensors: Collection[str], info: Mapping
+) -> tuple[_Layout, dict[str, str], list[str]]:
+    """The file's layout, the backbone's tensors as name without the prefix -> name in the file, and all other names."""
     wrapped = all(key.startswith("module.") for key in tensors)  # by DistributedDataParallel
     keys = {key.removeprefix("module.") if wrapped else key: key for key in tensors}
-    prefix = next((p for p in _LAYOUTS if any(key.startswith(p) for key in keys)), "")
-    unknown = [key for key in keys if not key.startswith((prefix, *_LAYOUTS.get(prefix, ())))]
+    layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
+    unknown = [key for key in keys if not key.startswith((layout.prefix, *layout.beside))]
     if unknown:
-        raise InputError(f"{path}: beside the backbone at {prefix}* it holds tensors of unknown use: {listed(unknown)}")
-    encoder = {key.removeprefix(prefix): full for key, full in keys.items() if key.startswith(prefix)}
-    return prefix, encoder, [full for key, full in keys.items() if not key.startswith(prefix)]
+        raise InputError(
+            f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
+            f"{listed(unknown)}"
+        )
+    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
+    return layout, encoder, [full for key, full in keys.items() if not key.startswith(layout.prefix)]
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -274,55 +385,37 @@ def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor])
             raise InputError(f"{path}: {printable(name)} is stored as {kind}; save it as a dense tensor of float32")
 
 
-def _family(prefix: str, wrapper: str, encoder: Iterable[str], info: Mapping) -> str:
-    if prefix == "encoder_q.":
-        return "moco_stage1" if wrapper == "model" else "moco_v2" if "fc.0.weight" in encoder else "moco_v1"
-    if prefix:
-        return {"base_encoder.": "moco_v3", "backbone.": "lightly"}[prefix]
-    timm = any(key.startswith("blocks.") for key in encoder)
-    return "linear_probe" if "best_acc1" in info else "deit" if timm else "torchvision"
-
-
 _LAYER = r"encoder.layers.encoder_layer_\1."
-_RENAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # timm's ViTs
-        (r"cls_token$", "class_token"),
-        (r"pos_embed$", "encoder.pos_embedding"),
-        (r"patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
-        *[(rf"patch_embed\.proj\.{3 * i}\.", f"conv_proj.conv_bn_relu_{i}.0.") for i in range(4)],
-        *[(rf"patch_embed\.proj\.{3 * i + 1}\.", f"conv_proj.conv_bn_relu_{i}.1.") for i in range(4)],
-        (r"patch_embed\.proj\.12\.", "conv_proj.conv_last."),
-        (r"blocks\.(\d+)\.norm([12])\.", _LAYER + r"ln_\2."),
-        (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", _LAYER + r"self_attention.in_proj_\2"),
-        (r"blocks\.(\d+)\.attn\.proj\.", _LAYER + "self_attention.out_proj."),
-        (r"blocks\.(\d+)\.mlp\.fc1\.", _LAYER + "mlp.0."),
-        (r"blocks\.(\d+)\.mlp\.fc2\.", _LAYER + "mlp.3."),
-        (r"norm\.", "encoder.ln."),
-        # torchvision's ViTs before its release 0.14, and the files that it still publishes
-        (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_1\.", _LAYER + "mlp.0."),
-        (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_2\.", _LAYER + "mlp.3."),
-        # lightly's ResNets: nn.Sequential of torchvision's layers
-        (r"0\.", "conv1."),
-        (r"1\.", "bn1."),
-        *[(rf"{3 + i}\.", f"layer{i}.") for i in range(1, 5)],
-    ]
-]
+_TO_TORCHVISION: _Renames = (
+    # timm's ViTs
+    (r"cls_token$", "class_token"),
+    (r"pos_embed$", "encoder.pos_embedding"),
+    (r"patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    *((rf"patch_embed\.proj\.{3 * i}\.", f"conv_proj.conv_bn_relu_{i}.0.") for i in range(4)),
+    *((rf"patch_embed\.proj\.{3 * i + 1}\.", f"conv_proj.conv_bn_relu_{i}.1.") for i in range(4)),
+    (r"patch_embed\.proj\.12\.", "conv_proj.conv_last."),
+    (r"blocks\.(\d+)\.norm([12])\.", _LAYER + r"ln_\2."),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", _LAYER + r"self_attention.in_proj_\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.", _LAYER + "self_attention.out_proj."),
+    (r"blocks\.(\d+)\.mlp\.fc1\.", _LAYER + "mlp.0."),
+    (r"blocks\.(\d+)\.mlp\.fc2\.", _LAYER + "mlp.3."),
+    (r"norm\.", "encoder.ln."),
+    # torchvision's ViTs before its release 0.14, and the files that it still publishes
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_1\.", _LAYER + "mlp.0."),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_2\.", _LAYER + "mlp.3."),
+)
 
 
-def _torchvision_name(key: str) -> str:
-    """torchvision's name for a tensor; what has none keeps its own and is reported as surplus."""
-    for pattern, replacement in _RENAMES:
-        if pattern.match(key):
-            return pattern.sub(replacement, key, count=1)
+def _renamed(key: str, renames: _Renames) -> str:
+    """A tensor's other name; what has none keeps its own, and is reported as surplus if no model has it."""
+    for pattern, replacement in renames:
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key, count=1)
     return key
 
 
 def _find_arch(source: _Source) -> str:
-    """What the file says, else the arch whose tensors agree with most of the file's in name and shape."""
-    if source.arch:
-        return source.arch
+    """The arch whose tensors agree with most of the file's in name and shape."""
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key not in _POSITIONS}
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
@@ -352,13 +445,6 @@ def _meta_model(arch: str) -> nn.Module:
 def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
     head = f"{head_name(model)}."
     return {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
-
-
-def _declared_image_size(info: Mapping) -> int | None:
-    """The image size in the configuration that this toolkit's pretraining stores."""
-    config = info.get("config")
-    size = config.get("image_size") if isinstance(config, Mapping) else None
-    return size if isinstance(size, int) else None
 
 
 def _find_image_size(source: _Source, arch: str) -> int:
@@ -404,20 +490,26 @@ def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dic
     return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
 
 
-def _check_head_count(source: _Source, arch: str) -> None:
-    """Raises InputError, or warns, where a ViT-S may be timm's or DeiT's, with 6 heads: MoCo v3's has 12.
+def _find_heads(source: _Source, arch: str) -> tuple[int | None, bool]:
+    """How many heads a ViT of torchvision's has, and whether that is certain: it is not where the shapes are the same.
 
-    All shapes are the same, so the wrong one would load in silence. What tells them apart is the position embedding:
-    MoCo v3 never trains it and gives the class token none (section 4.4); a trained one is never zero.
+    MoCo v3 never trains the position embedding and gives the class token none (section 4.4); a trained one is never
+    zero.
     """
+    own = default_heads(arch)
+    if own is None or source.heads or arch != "vit_small":
+        return own and (source.heads or own), True
     positions = source.weights.get(_POSITIONS[0])
     fixed = positions is not None and positions.dim() == 3 and not positions[:, 0].any()
-    if source.family != "deit" or source.arch == arch or fixed:
-        return
-    doubt = f"{source.path}: a ViT-S of unknown origin: with timm's 6 heads it would compute something else here"
-    if any(name.removeprefix("module.").startswith("head.") for name in source.dropped):
-        raise InputError(f"{doubt}; use MoCo v3's own file, with 12 heads")
-    warnings.warn(f"{doubt}; it is taken for MoCo v3's, with 12 heads", stacklevel=3)
+    return source.layout.heads[0 if fixed else 1], source.layout.heads_certain
+
+
+def _warn_of_heads(path: str | os.PathLike, heads: int) -> None:
+    warnings.warn(
+        f"{path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has 12, "
+        "SSL4EO-S12's and timm's have 6; say which with --heads",
+        stacklevel=3,
+    )
 
 
 def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Module, arch: str) -> None:
@@ -436,9 +528,9 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         problems = {"missing": missing, "not expected": surplus, "of another shape": misshapen}
         found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
-            f"{source.path} ({source.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
+            f"{source.path} ({source.layout.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
             f"{len(expected)} backbone tensors match; {found}{_other_channels(weights, expected)}"
-            f"{_better_arch(source, arch)}"
+            f"{_other_stem(weights, expected)}{_better_arch(source, arch)}"
         )
     counters = {key for key in common if key.endswith("num_batches_tracked")}  # cast, as by half(), they are floats
     broken = [key for key in common if key not in counters and not _is_usable(weights[key], expected[key])]
@@ -460,6 +552,17 @@ def _other_channels(weights: Mapping[str, torch.Tensor], expected: Mapping[str, 
     return ""
 
 
+def _other_stem(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """Says so where a ResNet was made for small images: it has the other tensors of this one, and another function."""
+    kernels = [tuple(tensors["conv1.weight"].shape[2:]) for tensors in (weights, expected) if "conv1.weight" in tensors]
+    if kernels != [(3, 3), (7, 7)]:
+        return ""
+    return (
+        "; it has solo-learn's stem for CIFAR, a 3x3 conv1 without pooling behind it, which this toolkit's ResNets do "
+        "not have; take one that was pretrained with the stem for ImageNet"
+    )
+
+
 def _better_arch(source: _Source, arch: str) -> str:
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key not in _POSITIONS}
     fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
@@ -471,7 +574,8 @@ def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
     if from_scratch or report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
+    heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
     return (
-        f"backbone: {report['arch']} for {report['image_size']} pixels from a {report['family']} checkpoint{epoch}; "
-        f"{len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
+        f"backbone: {report['arch']}{heads} for {report['image_size']} pixels from a {report['family']} "
+        f"checkpoint{epoch}; {len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
     )

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, read without running anything in them, and named relative to the toolkit.
 
 `read_checkpoint` relies on `torch.load(weights_only=True)`, which runs no code. It adds three things: one clear line
-for each kind of wrong file, checksums, which a mapped file is not compared with otherwise, and `_check_tuples`.
+for each kind of wrong file, checksums, which a mapped file is not compared with otherwise, and `_check_pickle`.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
+def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool = False) -> Any:
     """The content of a `torch.save` file, tensors on the CPU, without running anything in it.
 
     Reads what `torch.load(weights_only=True)` reads, and numpy numbers and argparse.Namespace.
@@ -120,6 +120,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
         path: a file in the zip format, or in the one that PyTorch wrote before 1.6.
         mapped: leave the tensors of a zip file on disk until they are used. On Windows the file cannot be replaced
             for as long as one of them lives.
+        objects: if there are objects of other classes in a dictionary, read them as `ForeignObject`, which are empty.
 
     Raises:
         InputError: the file cannot be read, is damaged, or holds something else.
@@ -127,9 +128,8 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
     path = Path(path)
     _check_exists(path)
     try:
-        is_zip = _check_format(path)
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and mapped)
+        is_zip, names = _check_format(path)
+        return _load(path, is_zip and mapped, names if objects else set())
     except _Refused as error:
         reason = str(error)
     except OSError as error:
@@ -138,7 +138,8 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
         if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
             reason = (
                 f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
-                "run code; save a state_dict from where the file was made"
+                "run code; save a state_dict from where the file was made, if you trust it: "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
             )
         else:
             told = (
@@ -146,6 +147,40 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True) -> Any:
             )  # without torch's advice
             reason = f"damaged or cut short ({type(error).__name__}: {printable(told)}); download or copy it again"
     raise InputError(f"cannot read {path}: {reason}")
+
+
+class ForeignObject:
+    """Stands in for an object of a class that is not known here: it holds nothing, and none of its code has run."""
+
+    kind = ""  # its class, with the module
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load(path: Path, mapped: bool, names: set[str]) -> Any:
+    """`torch.load` of tensors and plain data, and of classes by these names as empty objects if it needs them."""
+
+    def load(known: list) -> Any:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+    try:
+        return load(_SAFE_GLOBALS)
+    except pickle.UnpicklingError:
+        if 0 < len(names) <= _MOST_CLASSES:
+            stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names - _safe_names()]
+            with contextlib.suppress(Exception):
+                content = load(_SAFE_GLOBALS + stand_ins)
+                if isinstance(content, dict):
+                    return content
+        raise
+
+
+_MOST_CLASSES = 1_000  # torch goes through all of them for each object
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -210,23 +245,26 @@ def _check_exists(path: Path) -> None:
 _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
-def _check_format(path: Path) -> bool:
-    """Is it a zip file, and no legacy one? Raises _Refused for what `torch.load` should not be given."""
+def _check_format(path: Path) -> tuple[bool, set[str]]:
+    """Is it a zip file, and no legacy one? And the names of the classes and functions that it needs.
+
+    Raises _Refused for what `torch.load` should not be given.
+    """
     with open(path, "rb") as file:
         header = file.read(len(_LEGACY_MAGIC))
         file.seek(0)
         if header.startswith(b"PK\x03\x04"):
-            _check_zip(file)
-            return True
+            return True, _check_zip(file)
         if header == _LEGACY_MAGIC:
-            for _ in range(5):  # magic number, format version, byte order, content, storage keys; then the storages
-                _check_tuples(file)
-            return False
+            # Magic number, format version, byte order, content, storage keys; then the storages.
+            return False, set().union(*[_check_pickle(file) for _ in range(5)])
     raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
-def _check_zip(file: IO[bytes]) -> None:
-    """Raises _Refused for records that are compressed, which cannot be mapped, or damaged."""
+def _check_zip(file: IO[bytes]) -> set[str]:
+    """The names that its pickle needs. Raises _Refused for records that are compressed, which cannot be mapped, or
+    damaged.
+    """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -239,21 +277,24 @@ def _check_zip(file: IO[bytes]) -> None:
         if content not in archive.namelist():
             raise _Refused("a zip archive, but not a PyTorch checkpoint; give a file written by torch.save")
         with archive.open(content) as pickled:
-            _check_tuples(pickled)
+            return _check_pickle(pickled)
 
 
 _LARGEST_TUPLE = 10_000_000
 
 
-def _check_tuples(file: IO[bytes]) -> None:
-    """Goes through the next pickle in `file` without loading it. Raises _Refused for a tuple whose hash, as a key of a
-    dictionary, would overflow the stack and end the process, or take for ever.
+def _check_pickle(file: IO[bytes]) -> set[str]:
+    """Goes through the next pickle in `file` without loading it; returns the classes and functions that it names.
+
+    Raises _Refused for a tuple whose hash, as a key of a dictionary, would overflow the stack and end the process, or
+    take for ever.
 
     A tuple's size doubles with every level of nesting, and all that it repeats counts again. `stack` holds the sizes of
     what an unpickler would have on its own; None is a mark.
     """
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
+    names = set()
     for op, argument, _ in pickletools.genops(file):
         if op.name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -262,6 +303,9 @@ def _check_tuples(file: IO[bytes]) -> None:
         elif op.name == "MARK":
             stack.append(None)
         else:
+            if op.name == "GLOBAL":
+                module, _, name = argument.partition(" ")
+                names.add(f"{_RENAMED_MODULES.get(module, module)}.{name}")
             parts = []
             for kind in reversed(op.stack_before):
                 if kind is pickletools.stackslice:  # all down to the mark
@@ -275,6 +319,10 @@ def _check_tuples(file: IO[bytes]) -> None:
             if size > _LARGEST_TUPLE:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
+    return names
+
+
+_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2, whose names pickles have
 
 
 class _NumpyDtype:
@@ -298,3 +346,9 @@ _SAFE_GLOBALS = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
 ]
+
+
+def _safe_names() -> set[str]:
+    return {
+        known[1] if isinstance(known, tuple) else f"{known.__module__}.{known.__qualname__}" for known in _SAFE_GLOBALS
+    }

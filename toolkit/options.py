@@ -398,6 +398,7 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     )
     archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
     group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
+    add_heads_option(group)
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
@@ -407,6 +408,10 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
         help="the same architecture, random weights",
     )
     return group
+
+
+def add_heads_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--heads", type=positive_int, help="attention heads of a ViT; default: as its layout implies")
 
 
 def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
@@ -633,7 +638,7 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
     rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
     in_16_bits = f"--base-dtype {args.base_dtype}" if rounds else None
     fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
-    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, fewer_bits)
+    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.heads, fewer_bits)
     if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
         problems.append(
             f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"

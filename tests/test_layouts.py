@@ -1,0 +1,570 @@
+"""Layouts of the projects that pretrain with MoCo: each loads bit for bit, under its own name, or says why not.
+
+The files are built here, with random numbers, from the names that these projects give to tensors.
+"""
+
+import builtins
+import contextlib
+import re
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import add_lora_to_model, load_base, load_finetuned
+from lora_utils import LoRAManager, read_adapter_file
+from moco import pretrain
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.checkpoints import load_backbone, load_contrast
+from toolkit.files import ForeignObject, read_checkpoint
+
+# --- Building files --------------------------------------------------------------------------------------------------
+
+
+def under(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def renamed(tensors, *places):
+    """The tensors under other names: each place is a pattern and what takes its place, in this order."""
+    for pattern, replacement in places:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def mlp(*names):
+    return {f"{name}.{part}": torch.randn(4, 4) for name in names for part in ("0.weight", "2.weight")}
+
+
+def lightning(tensors, **hyper_parameters):
+    extra = {"hyper_parameters": hyper_parameters} if hyper_parameters else {}
+    return {"epoch": 9, "global_step": 600, "pytorch-lightning_version": "2.5.0", "state_dict": tensors, **extra}
+
+
+def queue(prefix=""):
+    return {f"{prefix}queue": torch.randn(4, 8), f"{prefix}queue_ptr": torch.zeros(1, dtype=torch.long)}
+
+
+def sequential(tensors):
+    """A ResNet as an nn.Sequential of its children names them."""
+    return renamed(tensors, ("^conv1", "0"), ("^bn1", "1"), *((f"^layer{i}", f"{i + 3}") for i in range(1, 5)))
+
+
+def of_mmpretrain(tensors):
+    """A ViT of timm's under mmpretrain's names."""
+    places = [(r"^norm\.", "ln1."), (r"\.norm", ".ln"), ("^blocks", "layers"), ("embed.proj", "embed.projection")]
+    return renamed(tensors, *places, ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """The state_dict of a ResNet-18 without its head, with statistics as after training."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """The state_dict of a ViT-S under timm's names, with MoCo v3's fixed position embedding: nothing at the class."""
+    torch.manual_seed(0)
+    tensors = {"cls_token": torch.randn(1, 1, 384), "pos_embed": torch.randn(1, 197, 384)}
+    tensors["pos_embed"][:, 0] = 0
+    shapes = {"patch_embed.proj": (384, 3, 16, 16), "norm": (384,)}
+    for i in range(12):
+        shapes |= {f"blocks.{i}.norm1": (384,), f"blocks.{i}.norm2": (384,), f"blocks.{i}.attn.qkv": (1152, 384)}
+        shapes |= {f"blocks.{i}.attn.proj": (384, 384), f"blocks.{i}.mlp.fc1": (1536, 384)}
+        shapes |= {f"blocks.{i}.mlp.fc2": (384, 1536)}
+    for name, shape in shapes.items():
+        tensors |= {f"{name}.weight": torch.randn(shape) / 20, f"{name}.bias": torch.randn(shape[0]) / 20}
+    return tensors
+
+
+def learned(vit):
+    """The same with a position embedding that has trained."""
+    return vit | {"pos_embed": vit["pos_embed"] + 1}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(content, name="checkpoint.pth", **options):
+        torch.save(content, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
+# --- ResNets ---------------------------------------------------------------------------------------------------------
+
+RESNETS = {
+    "torchgeo's weights": ("torchvision", lambda r: r),
+    "torchgeo's MoCo": (
+        "torchgeo",
+        lambda r: lightning(
+            under("backbone.", r)
+            | under("backbone_momentum.", r)
+            | mlp("projection_head.layers", "projection_head_momentum.layers", "prediction_head.layers")
+            | {"criterion.memory_bank.bank": torch.randn(4, 8)},
+            model="resnet18",
+            in_channels=3,
+        ),
+    ),
+    "torchgeo's classifier": (
+        "torchgeo",
+        lambda r: lightning(
+            under("model.", r | {"fc.weight": torch.randn(5, 512)}) | {"criterion.weight": torch.ones(5)},
+            model="resnet18",
+        ),
+    ),
+    "another Lightning module": ("lightning", lambda r: lightning(under("model.", r))),
+    "SSL4EO-S12": (
+        "moco_v2",
+        lambda r: {
+            "epoch": 100,
+            "arch": "resnet18",
+            "state_dict": under("module.encoder_q.", r | mlp("fc")) | under("module.encoder_k.", r) | queue("module."),
+        },
+    ),
+    "SeCo": (
+        "seco",
+        lambda r: lightning(
+            under("encoder_q.", sequential(r))
+            | under("encoder_k.", sequential(r))
+            | mlp("heads_q.0", "heads_q.1", "heads_k.0", "heads_k.1")
+            | queue(),
+            base_encoder="resnet18",
+        ),
+    ),
+    "solo-learn, MoCo v2+": (
+        "solo_learn",
+        lambda r: lightning(
+            under("backbone.", r)
+            | under("momentum_backbone.", r)
+            | mlp("projector", "momentum_projector", "classifier", "momentum_classifier")
+            | queue()
+        ),
+    ),
+    "solo-learn, its linear probe": ("solo_learn", lambda r: lightning(under("backbone.", r) | mlp("classifier"))),
+    "solo-learn, its first releases": (
+        "solo_learn",
+        lambda r: lightning(
+            under("encoder.", r) | under("momentum_encoder.", r) | mlp("projector", "classifier") | queue()
+        ),
+    ),
+    "mmpretrain, MoCo v2": (
+        "mmpretrain",
+        lambda r: {
+            "meta": {"epoch": 200},
+            "state_dict": under("backbone.", r)
+            | under("encoder_k.module.0.", r)
+            | {"encoder_k.steps": torch.tensor(3), "data_preprocessor.mean": torch.zeros(3, 1, 1)}
+            | mlp("neck.mlp", "encoder_k.module.1")
+            | queue(),
+        },
+    ),
+    "mmpretrain, its published backbone": (
+        "mmpretrain",
+        lambda r: {"meta": {}, "state_dict": under("backbone.", r)},
+    ),
+    "VISSL": (
+        "vissl",
+        lambda r: {
+            "phase_idx": 199,
+            "classy_state_dict": {
+                "base_model": {"model": {"trunk": under("_feature_blocks.", r), "heads": mlp("0.clf")}, "meta": {}}
+            },
+        },
+    ),
+    "VISSL, extracted": ("vissl", lambda r: under("_feature_blocks.", r)),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", RESNETS)
+def test_a_resnet_comes_out_bit_for_bit(case, resnet, saved):
+    family, build = RESNETS[case]
+    model, report = load_backbone(saved(build(resnet)), num_classes=512)
+    assert (report["family"], report["arch"], report["heads"]) == (family, "resnet18", None)
+    assert set(report["loaded"]) == set(resnet)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in resnet.items())
+    plain, images = torchvision.models.resnet18(), torch.randn(2, 3, 32, 32)
+    plain.load_state_dict(resnet, strict=False)
+    model.fc, plain.fc = nn.Identity(), nn.Identity()
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("case", RESNETS)
+def test_half_a_backbone_is_an_error_that_lists_what_is_missing(case, resnet, saved):
+    half = {name: tensor for name, tensor in resnet.items() if not name.startswith("layer4.1.")}
+    with pytest.raises(InputError, match=r"108 of its 120 .* 10 missing: layer4\.1\.conv1\.weight.* and 6 more"):
+        load_backbone(saved(RESNETS[case][1](half)), num_classes=2)
+
+
+@pytest.mark.parametrize("case", RESNETS)
+def test_a_file_of_13_channels_is_understood_up_to_its_channels(case, resnet, saved):
+    family, build = RESNETS[case]
+    many = resnet | {"conv1.weight": torch.randn(64, 13, 7, 7)}
+    with pytest.raises(InputError, match=rf"\({family}\).*119 of its 120.*images of 13 channels"):
+        load_backbone(saved(build(many)), num_classes=2)
+
+
+@pytest.mark.parametrize("case", ["SeCo", "mmpretrain, MoCo v2", "solo-learn, MoCo v2+", "VISSL"])
+def test_the_layouts_hold_models_of_timms_too(case, resnet, saved):
+    pytest.importorskip("timm")
+    model, report = load_backbone(saved(RESNETS[case][1](resnet)), num_classes=2, arch="timm:resnet18")
+    assert (report["family"], report["arch"]) == (RESNETS[case][0], "timm:resnet18")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in resnet.items())
+
+
+@pytest.mark.parametrize(
+    "case", ["SeCo", "solo-learn, MoCo v2+", "mmpretrain, MoCo v2", "VISSL", "another Lightning module"]
+)
+def test_what_is_no_mocos_own_has_no_projector_to_go_on_with(case, resnet, saved):
+    assert load_contrast(saved(RESNETS[case][1](resnet))) == (None, {"projector": {}, "predictor": {}})
+
+
+def test_a_network_that_the_layout_does_not_know_is_refused_by_name(resnet, saved):
+    content = RESNETS["solo-learn, MoCo v2+"][1](resnet)
+    content["state_dict"]["decoder.weight"] = torch.zeros(1)
+    with pytest.raises(InputError, match=r"\(solo_learn\).*unknown use: decoder\.weight"):
+        load_backbone(saved(content), num_classes=2)
+
+
+@pytest.mark.parametrize("case", ["solo-learn, MoCo v2+", "torchgeo's weights"])
+def test_the_stem_for_cifar_is_another_function_and_refused_by_name(case, resnet, saved):
+    small = resnet | {"conv1.weight": torch.randn(64, 3, 3, 3)}
+    with pytest.raises(InputError, match=r"solo-learn's stem for CIFAR, a 3x3 conv1 without pooling"):
+        load_backbone(saved(RESNETS[case][1](small)), num_classes=2)
+
+
+# --- ViTs and the number of their heads ------------------------------------------------------------------------------
+
+
+def solo_learn_v3(v):
+    return lightning(
+        under("backbone.", v) | under("momentum_backbone.", v) | mlp("projector", "momentum_projector", "predictor")
+    )
+
+
+def mmpretrain_v3(v):
+    parts = under("backbone.", of_mmpretrain(v)) | under("momentum_encoder.module.0.", of_mmpretrain(v))
+    return {"meta": {}, "state_dict": parts | mlp("neck", "momentum_encoder.module.1", "head.predictor")}
+
+
+def moco_v3(v):
+    parts = under("module.base_encoder.", v | mlp("head")) | under("module.momentum_encoder.", v)
+    return {"epoch": 300, "arch": "vit_small", "state_dict": parts | mlp("module.predictor")}
+
+
+def torchgeo_v3(v):
+    parts = under("backbone.", v) | under("backbone_momentum.", v) | mlp("projection_head.layers")
+    return lightning(parts, model="vit_small_patch16_224")
+
+
+# Layout -> family, how its file is made, and its heads with a fixed and with a learned position embedding.
+CERTAIN = {
+    "torchgeo's MoCo": ("torchgeo", torchgeo_v3, (6, 6)),
+    "solo-learn": ("solo_learn", solo_learn_v3, (12, 6)),
+    "mmpretrain": ("mmpretrain", mmpretrain_v3, (12, 6)),
+    "mmpretrain, its backbone": ("mmpretrain", lambda v: {"state_dict": under("backbone.", of_mmpretrain(v))}, (12, 6)),
+    "mmpretrain, extracted": ("mmpretrain", of_mmpretrain, (12, 6)),
+}
+GUESSED = {
+    "MoCo v3, SSL4EO-S12": ("moco_v3", moco_v3, (12, 12)),
+    "timm's names, as torchgeo's weights": ("deit", lambda v: v, (12, 6)),
+    "DeiT-converted": ("deit", lambda v: {"model": v}, (12, 6)),
+    "another Lightning module": ("lightning", lambda v: lightning(under("model.", v)), (12, 12)),
+}
+
+
+@pytest.mark.parametrize("case", [*CERTAIN, *GUESSED])
+def test_a_vit_comes_out_bit_for_bit_with_its_heads_and_guesses_are_told(case, vit, saved):
+    family, build, expected = (CERTAIN | GUESSED)[case]
+    reference, _ = load_backbone(saved(vit, "timm.pth"), num_classes=2, heads=12)
+    for tensors, heads in zip((vit, learned(vit)), expected, strict=True):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model, report = load_backbone(saved(build(tensors)), num_classes=2)
+        assert (report["family"], report["arch"], report["heads"]) == (family, "vit_small", heads)
+        assert model.encoder.layers[0].self_attention.num_heads == heads
+        positions = model.state_dict().pop("encoder.pos_embedding")
+        assert torch.equal(positions, tensors["pos_embed"])
+        same = {n: t for n, t in model.state_dict().items() if not n.startswith(("heads.", "encoder.pos"))}
+        assert all(torch.equal(reference.state_dict()[name], tensor) for name, tensor in same.items())
+        guesses = [f"{heads} is a guess"] if case in GUESSED else []
+        assert [re.search(r"\d+ is a guess", str(warning.message))[0] for warning in told] == guesses
+        assert all("--heads" in str(warning.message) and "\n" not in str(warning.message) for warning in told)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("heads", [6, 12])
+def test_heads_that_are_given_count_and_decide_what_is_computed(heads, vit, saved):
+    timm = pytest.importorskip("timm")
+    path = saved(moco_v3(vit))
+    model, report = load_backbone(path, num_classes=384, heads=heads)
+    assert report["heads"] == heads
+    plain = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=heads)
+    plain.load_state_dict(vit)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        model.heads.head.weight.copy_(torch.eye(384))
+        torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_of_timms_says_how_many_heads(vit, saved):
+    pytest.importorskip("timm")
+    model, report = load_backbone(saved(mmpretrain_v3(vit)), num_classes=2, arch="timm:vit_small_patch16_224")
+    assert model.blocks[0].attn.num_heads == 6 and report["heads"] is None
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in vit.items())
+
+
+@pytest.mark.parametrize(
+    "arch, heads, complaint",
+    [
+        ("resnet18", 6, "it has no attention"),
+        ("timm:test_vit", 6, "timm's name says how many"),
+        ("vit_mini", 5, "5 heads do not divide the 192 features of vit_mini; 3 do"),
+        ("vit_mini", 0, "0 heads do not divide"),
+    ],
+)
+def test_heads_that_cannot_be_are_one_clear_line(arch, heads, complaint):
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    with pytest.raises(InputError, match=complaint):
+        build_backbone(arch, 2, heads=heads)
+
+
+# --- Heads in this toolkit's own files -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mini(tmp_path):
+    """A checkpoint of the small ViT, whose tensors do for 3 heads and for 6."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("vit_mini", 3, 16).state_dict(), tmp_path / "mini.pth")
+    return tmp_path / "mini.pth"
+
+
+def logits_of_plain_vit(state, heads, images):
+    """What torchvision's own ViT with so many heads computes."""
+    plain = build_backbone("vit_mini", 3, 16, heads)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        return plain.eval()(images)
+
+
+def train(checkpoint, images, *options):
+    folder = checkpoint.parent / "out"
+    given = f"--checkpoint {checkpoint} --data-dir {images} --output-dir {folder} --device cpu --lora-rank 2"
+    finetune_lora.main([*given.split(), "--batch-size", "8", "--target-modules", "mlp.0", *options])
+    return folder / "lora.pth"
+
+
+@pytest.mark.parametrize("heads", [3, 6])
+def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mini, images, capsys):
+    given = ["--heads", f"{heads}"]
+    path = train(mini, images, "--epochs", "1", *given)
+    assert read_adapter_file(path)["metadata"]["heads"] == heads
+    model, info = load_finetuned(path)
+    assert model.encoder.layers[0].num_heads == info["heads"] == heads
+    x = torch.randn(2, 3, 16, 16)
+    merged = LoRAManager(model).unload(merge=True)
+    outputs = {n: logits_of_plain_vit(merged.state_dict(), n, x) for n in (3, 6)}
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), outputs[heads])
+    assert not torch.allclose(outputs[3], outputs[6], atol=1e-3)
+    deploy_lora.main(["merge", f"{path}", "--output", f"{path.with_name('merged.pth')}"])
+    assert ("vit_mini with 6 heads and 3 classes" in capsys.readouterr().out) == (heads == 6)
+    again = logits_of_plain_vit(torch.load(path.with_name("merged.pth"), weights_only=True), heads, x)
+    torch.testing.assert_close(again, outputs[heads])
+
+
+def test_a_run_is_resumed_with_its_heads_alone(mini, images):
+    train(mini, images, "--epochs", "1", "--heads", "6")
+    with pytest.raises(InputError, match="heads was 6, is None"):
+        train(mini, images, "--epochs", "1", "--resume")
+
+
+def test_an_adapter_over_other_heads_is_over_another_base(mini, tmp_path):
+    """Also for readers from before heads could be chosen, which compare the same hash."""
+
+    def adapted(heads):
+        model, _ = load_backbone(mini, 3, heads=heads)
+        return LoRAManager(add_lora_to_model(model, r=2))
+
+    adapted(6).save_lora_checkpoint(tmp_path / "six.pth", {})
+    adapted(6).load_lora_checkpoint(tmp_path / "six.pth")
+    with pytest.raises(InputError, match=r"another base.*with as many heads"):
+        adapted(3).load_lora_checkpoint(tmp_path / "six.pth")
+    adapted(3).save_lora_checkpoint(tmp_path / "three.pth", {})
+    adapted(None).load_lora_checkpoint(tmp_path / "three.pth")  # 3 are its own, and need no saying
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_of_a_vit_small_that_do_not_say_their_heads_have_12_in_silence(vit, saved):
+    """As when they were trained: there was no other number then."""
+    base = saved(learned(vit), "base.pth")  # of which one would now guess 6
+    model, _ = load_backbone(base, 2, heads=12)
+    manager = LoRAManager(add_lora_to_model(model, r=1, target_modules=["encoder_layer_11.mlp.0"]))
+    about = {"arch": "vit_small", "class_names": ["a", "b"], "image_size": 224, "checkpoint": str(base)}
+    manager.save_lora_checkpoint(base.with_name("lora.pth"), about)
+    assert load_finetuned(base.with_name("lora.pth"))[0].encoder.layers[0].num_heads == 12
+
+
+def test_heads_that_are_none_or_damaged_in_a_file(mini, tmp_path):
+    about = {"arch": "vit_mini", "class_names": list("abc"), "image_size": 16, "checkpoint": str(mini)}
+    model, _ = load_backbone(mini, 3)
+    manager = LoRAManager(add_lora_to_model(model, r=2))
+    for heads in ("6", 0, -6, 7, True):
+        manager.save_lora_checkpoint(tmp_path / "lora.pth", about | {"heads": heads})
+        with pytest.raises(InputError, match="heads"):
+            load_finetuned(tmp_path / "lora.pth")
+    for same in (about, about | {"heads": None}, about | {"heads": 3}):
+        manager.save_lora_checkpoint(tmp_path / "lora.pth", same)
+        assert load_finetuned(tmp_path / "lora.pth")[0].encoder.layers[0].num_heads == 3
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_pretraining_keeps_the_heads_in_its_files(rank, mini, images):
+    folder = mini.parent / "stage1"
+    command = f"--checkpoint {mini} --heads 6 --lora-rank {rank} --data-dir {images} --output-dir {folder} --epochs 1"
+    shape = "--device cpu --batch-size 8 --dim 8 --mlp-dim 8"
+    pretrain.main([*command.split(), *shape.split()])
+    if rank == 0:
+        model, report = load_backbone(folder / "moco_stage1_epoch_1.pth", 2)
+    else:
+        model, report = load_base(mini, folder / "moco_lora.pth", 2)
+        assert read_adapter_file(folder / "moco_lora.pth")["metadata"]["heads"] == 6
+    assert model.encoder.layers[0].num_heads == report["heads"] == 6
+
+
+def test_random_weights_have_the_heads_that_are_asked_for(mini, images):
+    for path, options in ((mini, "--from-scratch"), ("none", "--arch vit_mini --image-size 16")):
+        more = f"--epochs 1 --no-freeze-backbone --checkpoint {path} --heads 6 {options}"
+        adapter = train(mini, images, *more.split())
+        assert load_finetuned(adapter)[0].encoder.layers[0].num_heads == 6
+
+
+# --- DenseNet, through timm ------------------------------------------------------------------------------------------
+
+
+def moco_cxr(**told):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tensors = torchvision.models.densenet121(num_classes=128).state_dict()
+    return {"epoch": 20, **told, "state_dict": under("module.encoder_q.", tensors) | queue("module.")}, tensors
+
+
+def test_moco_cxrs_densenet_needs_no_arch(saved):
+    pytest.importorskip("timm")
+    content, tensors = moco_cxr(arch="densenet121")
+    model, report = load_backbone(saved(content), num_classes=128)
+    assert (report["family"], report["arch"]) == ("moco_v1", "timm:densenet121")
+    plain = torchvision.models.densenet121(num_classes=128)
+    plain.load_state_dict(tensors)
+    model.classifier, x = plain.classifier, torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+
+
+def test_pretraining_goes_on_with_a_densenet_and_its_files_load(saved, images):
+    pytest.importorskip("timm")
+    path = saved(moco_cxr(arch="densenet121")[0])
+    folder = path.parent / "stage1"
+    command = f"--checkpoint {path} --moco-version 3 --data-dir {images} --output-dir {folder} --epochs 1"
+    shape = "--device cpu --image-size 32 --batch-size 16 --dim 8 --mlp-dim 8"
+    pretrain.main([*command.split(), *shape.split()])
+    _, report = load_backbone(folder / "moco_stage1_epoch_1.pth", 2)
+    assert (report["family"], report["arch"], report["image_size"]) == ("moco_stage1", "timm:densenet121", 32)
+
+
+def test_moco_cxrs_densenet_without_timm_or_a_name_says_what_to_do(saved, monkeypatch):
+    content, _ = moco_cxr()
+    with pytest.raises(InputError, match=r"none of its 725 tensors .*--arch timm:NAME"):
+        load_backbone(saved(content), num_classes=2)
+    real_import = builtins.__import__
+
+    def without_timm(name, *args, **options):
+        if name.partition(".")[0] == "timm":
+            raise ImportError("No module named 'timm'")
+        return real_import(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_timm)
+    content, _ = moco_cxr(arch="densenet121")
+    with pytest.raises(InputError, match=r"densenet121 needs timm.*pip install timm"):
+        load_backbone(saved(content), num_classes=2)
+
+
+# --- Objects beside the tensors --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def classes_of(module, **classes):
+    """Classes that seem to come from an installed package, for as long as a file is written."""
+    parents = [module.rsplit(".", depth)[0] for depth in range(module.count(".") + 1)]
+    created = {name: types.ModuleType(name) for name in parents}
+    for name, kind in classes.items():
+        kind.__module__, kind.__qualname__ = module, name
+        setattr(created[module], name, kind)
+    sys.modules.update(created)
+    yield
+    for name in created:
+        del sys.modules[name]
+
+
+class Buffer:
+    """Like mmengine's HistoryBuffer: an array, and methods by name."""
+
+    def __init__(self):
+        self.history, self.methods = torch.arange(3.0).numpy(), {"mean": self.mean}
+
+    def mean(self):
+        raise AssertionError("code of the file has run")
+
+    __setstate__ = mean
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_objects_beside_the_tensors_are_left_aside_and_run_nothing(legacy, resnet, saved):
+    content = RESNETS["mmpretrain, MoCo v2"][1](resnet)
+    with classes_of("openmmlab.logging.history_buffer", Buffer=Buffer):
+        content["message_hub"] = {"log_scalars": {"loss": Buffer()}, "runtime_info": {}}
+        path = saved(content, _use_new_zipfile_serialization=not legacy)
+    model, report = load_backbone(path, num_classes=2)
+    assert report["family"] == "mmpretrain"
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in resnet.items())
+    read = read_checkpoint(path, objects=True)["message_hub"]["log_scalars"]["loss"]
+    assert isinstance(read, ForeignObject) and vars(read) == {}
+    with pytest.raises(InputError, match=r"needs openmmlab\.logging\.history_buffer\.Buffer.*weights_only=False"):
+        read_checkpoint(path)  # as adapter files and runs are read
+
+
+class Config(dict):
+    """Like a hyper_parameters object of a class that is filled item by item, which is more than is read."""
+
+
+def test_a_dictionary_of_another_class_is_refused_with_the_way_to_convert_it(resnet, saved):
+    with classes_of("theirs.config", Config=Config):
+        path = saved({"state_dict": resnet, "hyper_parameters": Config(model="resnet18")})
+    with pytest.raises(InputError, match=r"needs theirs\.config\.Config.*torch\.save\(torch\.load\(FILE") as raised:
+        load_backbone(path, num_classes=2)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_whole_model_in_the_place_of_tensors_is_named(saved):
+    path = saved({"model": nn.Linear(2, 2), "epoch": 3})
+    with pytest.raises(InputError, match=r"model is a torch\.nn\.modules\.linear\.Linear: save its state_dict"):
+        load_backbone(path, num_classes=2)
