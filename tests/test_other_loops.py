@@ -1,6 +1,6 @@
 """What other people's loops do with a model: copies, averages, whole files, compilers, accelerate, Lightning.
 
-Those marked slow (minutes of compiling) run with `python -m pytest -m slow`. README's snippets are run in
+Those marked slow (minutes of compiling) run with `python -m pytest -m slow`. docs/python.md's snippets are run in
 `test_readme.py`.
 """
 
@@ -74,7 +74,7 @@ def test_a_whole_model_can_be_saved(build, side, four_bits):
 
 
 def moving_average(average: torch.Tensor, weight: torch.Tensor, steps: int) -> torch.Tensor:
-    """As in the README: weights in 4 bits are bytes, of which there is no average."""
+    """As in docs/python.md: weights in 4 bits are bytes, of which there is no average."""
     return average.lerp(weight, 0.25) if weight.is_floating_point() else weight
 
 
@@ -188,9 +188,9 @@ def test_accelerate_prepares_and_unwraps():
 
 @pytest.mark.slow
 def test_accelerate_trains_in_two_processes(tmp_path):
-    """README's snippet: both processes end with the same adapters, and the first one has saved them."""
+    """docs/python.md's snippet: both processes end with the same adapters, and the first one has saved them."""
     pytest.importorskip("accelerate")
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
     told = "print('lora:', sum(p.double().sum().item() for n, p in model.named_parameters() if 'lora_' in n))"
     (tmp_path / "train.py").write_text(next(code for code in snippets if "accelerate" in code) + told)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")

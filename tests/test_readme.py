@@ -1,7 +1,10 @@
-"""The README is executed: its Python blocks as they stand, its commands on less data, its tables against the code."""
+"""README and docs/ are executed: Python blocks as they stand, commands on less data, tables against the code."""
 
+import contextlib
 import importlib.util
+import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -16,23 +19,44 @@ import deploy_lora
 import finetune_lora
 from moco import pretrain
 from toolkit.backbones import build_backbone
-from toolkit.files import stored_path
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+README = PAGES["README.md"]
+WITH_LINKS = [*PAGES, "benchmarks/RESULTS.md", "CONTRIBUTING.md", "checkpoints/moco_stage1/README.md"]
+LONGEST_README = 250  # lines: it is read in five minutes
 SMALL = ["--labels-per-class", "2", "--epochs", "1", "--batch-size", "10"]
-TO_A_SERVER = README.split("## From an official checkpoint")[1].split("\n## ")[0]
-AFTER_TRAINING = README.split("## After training")[1].split("\n## ")[0]
 EXTRAS = ("peft", "onnx", "onnxscript", "onnxruntime", "accelerate", "pytorch_lightning")  # a newcomer lacks them
 
 
-def blocks(language: str, text: str = README) -> list[str]:
+def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands(text: str = README) -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
+def commands(text: str) -> list[str]:
+    """Each command of the shell blocks on a line of its own; comments are left out."""
+    code = re.sub(r"\\\n *", "", "".join(blocks("bash", text)))
+    lines = [line.strip() for line in code.splitlines() if not line.startswith("#")]
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def commands_of(*starts: str) -> list[str]:
+    """The commands of all pages that start so, each once."""
+    found = dict.fromkeys(command for text in PAGES.values() for command in commands(text))
+    return [command for command in found if command.startswith(starts)]
+
+
+def section(page: str, title: str) -> str:
+    return PAGES[page].split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+TO_A_SERVER = section("docs/deploy.md", "A server with torchvision alone")
+AFTER_TRAINING = "\n".join(
+    section("docs/deploy.md", title) for title in ("Every command", "ONNX and torch.export", "PEFT")
+)
+PYTHON_BLOCKS = [block for text in PAGES.values() for block in blocks("python", text)]
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +90,19 @@ def save_moco_v2(arch: str, width: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def first_run(newcomer):
-    """What the first command and the merge leave behind, on less data."""
+    """What the first command and the merge leave behind, on less data; `printed.txt` has what the command printed."""
     folder = newcomer / "checkpoints/lora"
-    finetune_lora.main([*SMALL, "--output-dir", str(folder)])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        finetune_lora.main([*SMALL, "--output-dir", str(folder)])
+    (newcomer / "printed.txt").write_text(printed.getvalue())
     deploy_lora.main(["merge", str(folder / "lora.pth"), "--output", str(newcomer / "merged.pth")])
     return folder
 
 
 @pytest.fixture(scope="module")
 def domain(newcomer):
-    """What the README's stage 1 on unlabelled images leaves behind, on less data."""
-    command = next(c for c in commands() if "--checkpoint" in c and c.startswith("python -m moco.pretrain"))
+    """What stage 1 on unlabelled images leaves behind, on less data."""
+    command = next(c for c in commands_of("python -m moco.pretrain") if "--checkpoint" in c)
     small = f"--data-dir {newcomer / 'my_images/train'} --dataset unlabelled --epochs 1 --batch-size 4 --queue-size 8"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(newcomer)
@@ -85,12 +111,12 @@ def domain(newcomer):
 
 def test_the_first_two_commands_are_those_of_the_gate():
     gate = (ROOT / ".ci/run").read_text()
-    assert commands()[:2] == ["pip install -r requirements.txt", "python finetune_lora.py"]
-    for command in commands()[2:4]:
+    assert commands(README)[:2] == ["pip install -r requirements.txt", "python finetune_lora.py"]
+    for command in commands(README)[2:4]:
         assert command.replace("pip install", "pip install --quiet") in gate or command in gate
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python finetune_lora.py")])
+@pytest.mark.parametrize("command", commands_of("python finetune_lora.py"))
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
     argv = shlex.split(command)[2:]
@@ -111,25 +137,24 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python deploy_lora.py")])
+@pytest.mark.parametrize("command", commands_of("python deploy_lora.py"))
 def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch, capsys):
-    if command in AFTER_TRAINING:
+    if command in commands(AFTER_TRAINING):
         return  # see below
     monkeypatch.chdir(newcomer)
     deploy_lora.main(shlex.split(command)[2:])
-    assert ("wrote merged.pth" if "merge" in command else "24 adapted layers") in capsys.readouterr().out
-    if "merge" in command:
-        build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
+    assert "wrote merged.pth" in capsys.readouterr().out
+    build_backbone("vit_mini", 10).load_state_dict(torch.load("merged.pth", weights_only=True))
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m moco.pretrain")])
+@pytest.mark.parametrize("command", commands_of("python -m moco.pretrain"))
 def test_every_pretraining_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     args, _ = pretrain.options.parse_args(pretrain.make_parser(), shlex.split(command)[3:])
     assert args.arch
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("torchrun")])
+@pytest.mark.parametrize("command", commands_of("torchrun"))
 def test_every_torchrun_command_is_understood(command, monkeypatch):
     """By torchrun and by the script that it starts; tests/test_processes.py runs two processes."""
     monkeypatch.chdir(ROOT)
@@ -142,13 +167,11 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
         pretrain.options.parse_args(pretrain.make_parser(), launch.training_script_args)
 
 
-@pytest.mark.parametrize(
-    "block", [block for block in blocks("python") if block not in TO_A_SERVER and block not in AFTER_TRAINING]
-)
+@pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + AFTER_TRAINING])
 def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, monkeypatch):
     skip_without(block)
     monkeypatch.chdir(newcomer)
-    exec(compile(block, "README", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
 
 
 def skip_without(block: str) -> None:
@@ -159,7 +182,7 @@ def skip_without(block: str) -> None:
 
 
 def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_path, monkeypatch):
-    """The section from top to bottom; commands and blocks whose packages are missing are passed over."""
+    """docs/deploy.md from top to bottom; commands and blocks whose packages are missing are passed over."""
     monkeypatch.chdir(tmp_path)
     for name in ("checkpoints", "configs", "image.png"):
         (tmp_path / name).symlink_to(newcomer / name)
@@ -179,11 +202,11 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
     for block in blocks("python", AFTER_TRAINING):
         imported = [package for package in EXTRAS if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE)]
         if all(importlib.util.find_spec(package) for package in (*imported, *(["onnx"] if "onnx" in block else []))):
-            exec(compile(block, "README", "exec"), {})
+            exec(compile(block, "a page", "exec"), {})
 
 
 def test_the_configuration_is_one(tmp_path):
-    (block,) = blocks("yaml")
+    (block,) = blocks("yaml", PAGES["docs/options.md"])
     (tmp_path / "my.yaml").write_text(block)
     args, sources = finetune_lora.read_options(["--config", str(tmp_path / "my.yaml")])
     assert args.lora_rank == 16 and sources["augmentation"] == "config"
@@ -201,7 +224,7 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
     assert "class_names: ['cat', 'dog']" in capsys.readouterr().out
     deploy_lora.main(merge)
     (block,) = blocks("python", TO_A_SERVER)
-    exec(compile(block, "README", "exec"), served := {})
+    exec(compile(block, "a page", "exec"), served := {})
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
     model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
     with Image.open("image.png") as image:
@@ -211,42 +234,79 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
 
 def test_no_command_is_left_out_of_these_tests():
     known = ("pip install", "python finetune_lora.py", "python deploy_lora.py", "python -m moco.pretrain")
-    elsewhere = ("python -m pytest", "python example_lora_usage.py", "python -m benchmarks.", "torchrun", "jupyter")
-    assert [c for c in commands() if not c.startswith(known + elsewhere)] == []
+    elsewhere = ("python -m pytest", "torchrun", "curl -LO https://dl.fbaipublicfiles.com/moco/")
+    assert set(commands_of("")) == set(commands_of(*known, *elsewhere))
 
 
-def test_the_option_tables_are_the_command_line():
-    """Every flag with its default, and nothing else."""
-    rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) \| ([^|]*) \|$", README, re.MULTILINE)
-    documented = {flags.replace("`", ""): (default.strip(), meaning.strip()) for flags, default, meaning in rows}
-    actual = {
-        " / ".join(action.option_strings): (shown(action.default), action.help)
-        for group in finetune_lora.make_parser()._action_groups
-        for action in group._group_actions
-        if group.title in ("run", "model", "data", "finetune")
-    }
-    assert documented == actual
+def test_the_options_page_is_the_command_lines():
+    """Every flag with its default, and nothing else; `python docs/write_options.py` writes the page."""
+    assert PAGES["docs/options.md"] == runpy.run_path(str(ROOT / "docs/write_options.py"))["page"]()
 
 
-def shown(default) -> str:
-    """A default as the README writes it."""
-    if default is None or isinstance(default, bool):
-        return {None: "", True: "on", False: "off"}[default]
-    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
+def test_the_15_options_of_the_readme_have_their_defaults():
+    def rows(text: str) -> dict[str, str]:
+        found = re.findall(r"^\| `(--[a-z0-9-]+)`[^|]* \| ([^|]*) \| [^|]+ \|$", text, re.MULTILINE)
+        return {flag: default.strip() for flag, default in found}
+
+    needed = rows(section("README.md", "The 15 options that people need"))
+    assert len(needed) == 15
+    assert needed.pop("--checkpoint") == "the shipped one"
+    assert needed.items() <= rows(PAGES["docs/options.md"].split("\n## Pretraining")[0]).items()
+
+
+def test_the_readme_explains_each_line_that_the_first_command_prints(newcomer, first_run):
+    explained = section("README.md", "Two commands")
+    words = [re.split(r":|  |\d", line)[0] for line in (newcomer / "printed.txt").read_text().splitlines()]
+    words = [word for word in words if word.strip() and not word.startswith(" ")]
+    assert {"accuracy after", "linear probe before"} <= set(words)
+    assert [word for word in words if f"`{word}" not in explained] == []
 
 
 def test_every_file_in_the_layout_exists():
-    layout = next(block for block in blocks("text") if "toolkit/ " in block)
+    layout = next(block for block in blocks("text", PAGES["docs/how-it-works.md"]) if "toolkit/ " in block)
     names = [line.split()[0] for line in layout.splitlines() if line and not line.startswith(" ")]
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_every_link_and_picture_leads_to_a_file():
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    targets = re.findall(r"\]\(([^)#]+)\)", prose)
+@pytest.mark.parametrize("page", WITH_LINKS)
+def test_every_link_and_picture_leads_to_a_file_and_a_heading(page):
+    targets = [target for target in links(page) if "://" not in target]
     assert targets
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+    for target in targets:
+        name, _, heading = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        assert not heading or heading in anchors(path.read_text()), target
 
 
-def test_a_picture_is_on_the_first_screen():
-    assert "![" in README.split("\n## ")[0]
+def links(page: str) -> list[str]:
+    return re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", without_code((ROOT / page).read_text()))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them: lower case, without punctuation, a hyphen for each space."""
+    headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_is_short_and_has_a_picture_and_the_notebook_on_its_first_screen():
+    assert len(README.splitlines()) <= LONGEST_README
+    first = README.split("\n## ")[0]
+    assert "<img" in first and "](finetune_lora_notebook.ipynb)" in first
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
+def test_each_page_opens_with_the_question_that_the_readme_gives_it(page):
+    question = PAGES[page].splitlines()[0].removeprefix("# ")
+    assert question.endswith("?")
+    assert re.search(rf"^\| \[[^]]+\]\({page}\) \| {re.escape(question)} \|$", README, re.MULTILINE)
+    assert "../README.md" in links(page)
+
+
+def test_the_notebook_leads_back_to_the_pages():
+    notebook = (ROOT / "finetune_lora_notebook.ipynb").read_text()
+    assert "](README.md)" in notebook and "](docs/" in notebook
