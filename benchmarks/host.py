@@ -37,7 +37,8 @@ from benchmarks.compare_peers import (
 )
 from benchmarks.operators import AsOnGPU, branches_of_a_gpu, narrow
 from toolkit.options import positive_int
-from toolkit.runs import begin_folder, run_script
+from toolkit.output_folder import begin_folder
+from toolkit.runs import run_script
 
 BATCH, SIZE, RANK = 2, 16, 2
 

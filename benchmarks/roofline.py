@@ -49,7 +49,8 @@ from lora.functional import LOW_PRECISION, bitsandbytes_functional
 from toolkit import InputError
 from toolkit.backbones import default_image_size
 from toolkit.options import positive_int
-from toolkit.runs import begin_folder, run_script
+from toolkit.output_folder import begin_folder
+from toolkit.runs import run_script
 
 
 class Card(NamedTuple):

@@ -22,7 +22,6 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from toolkit import InputError, listed, printable
 from toolkit.backbones import (
-    ARCH_CHOICES,
     ARCHS,
     HEAD_NAMES,
     TIMM,
@@ -342,7 +341,7 @@ def _named_arch(info: Mapping) -> str | None:
     """The architecture that a file names. The official code's vit_base, say, is found by its shapes."""
     arch = info.get("arch")
     arch = _BY_TIMM.get(arch, arch) if isinstance(arch, str) else None
-    return arch if arch and arch in ARCH_CHOICES else None
+    return arch if arch and (arch in ARCHS or arch.startswith(TIMM)) else None
 
 
 def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[dict[str, torch.Tensor], Mapping]:
