@@ -73,6 +73,7 @@ from toolkit.transforms import eval_transform, train_transform
 
 DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
+STATISTICS_IMAGES = 512  # at most so many training images give BatchNorm its statistics
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 
 # ------------------------------------------------------------------------------------------------------- the layers
@@ -741,7 +742,7 @@ def main(
             run.resume(args.resume)
         else:
             run.start(run.features())
-            print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
+            print(reports.describe_start(run.before, len(splits.val)))
         begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
@@ -846,15 +847,27 @@ class FineTuning:
         self.faster = initialization.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
         self.optimizer = training.build_optimizer(model, args, self.faster)
         images = Counter(splits.train.labels)  # per class
-        self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))
+        parameters = dict(model.named_parameters())  # statistics are estimated for whatever weights are evaluated
+        averaged = {name: tensor for name, tensor in trained_state(model).items() if name in parameters}
+        self.wise_ft_share = training.kept_share(args, images)
+        self.average = training.WeightAverage(averaged, args.ema, self.wise_ft_share)
         self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
-        most = max(images.values()) / len(splits.train)
-        self.guard = CollapseGuard(most, len(splits.val), norms_train, not args.freeze_backbone)
+        watched = collapse.watched_images(self.images.train)
+        self.watched_loader = self.add_loader(watched, self.augmentation, seed=args.seed, keep_workers=False)
+        self.statistics_loader = None
+        if norms_train:
+            some = self.images.train.at_most(STATISTICS_IMAGES)
+            self.statistics_loader = self.add_loader(some, self.eval_transform, keep_workers=False)
+        all_train = norms_train or not args.freeze_backbone
+        self.guard = CollapseGuard(splits.train.labels, watched.labels, all_train)
         balanced = args.class_weights == "balanced"
         self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
         self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
-        total, warmup = self.steps_per_epoch * args.epochs, round(self.steps_per_epoch * args.warmup_epochs)
+        total = self.steps_per_epoch * args.epochs
+        warmup = training.warmup_steps(args.warmup_epochs, self.steps_per_epoch, total)
         self.schedule = training.lr_schedule(self.optimizer, total, warmup, args.schedule)
+        self.rate_divisor = training.rate_divisor(args.learning_rate, total) if args.head_init == "probe" else 1.0
+        training.lower_rates(self.schedule, self.rate_divisor)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.parallel = distributed.parallel(self.network, device)
         # Until here all processes drew the same; from here on each draws its own dropout.
@@ -862,9 +875,7 @@ class FineTuning:
             training.seed_everything(args.seed + distributed.rank())
         self.stop = runs.StopRequests()
         self.progress: training.Progress | None = None  # of the epoch that has begun
-        self.good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
-        self.retreats: list[dict[str, float]] = []
-        self.lost_seconds = 0.0  # of the epochs that collapses have undone
+        self.last_good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
         self.history: list[dict[str, float]] = []
         self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}
         self.head_temperature = HeadTemperature()
@@ -916,10 +927,11 @@ class FineTuning:
             init_head_from_probe(self.model, *both, 2, self.args.class_weights)
             self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
             trains = self.args.lora_rank > 0 or self.args.train_norms or not self.args.freeze_backbone
-            steps = self.steps_per_epoch * self.args.epochs if trains else 0  # a head alone cannot harm the features
-            self.head_temperature = choose_temperature(self.model, *augmented[0], steps, self.args.label_smoothing)
+            # A head that trains alone cannot harm the features.
+            self.head_temperature = choose_temperature(self.model, *augmented[0], trains, self.args.label_smoothing)
             soften_head(self.model, self.temperature())
         self.start_adapters()
+        self.guard.accuracies = [self.watch().accuracy]
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""
@@ -943,8 +955,8 @@ class FineTuning:
 
     def rate(self) -> float:
         """The learning rate at its peak: collapses lower it."""
-        lowered = min(len(self.retreats), collapse.RETREATS)  # the last retreat ends the run at the rate that it had
-        return self.args.learning_rate / collapse.RETREAT_FACTOR**lowered
+        lowered = min(len(self.guard.retreats), collapse.RETREATS)  # the last one ends the run at the rate that it had
+        return self.args.learning_rate / self.rate_divisor / collapse.RETREAT_FACTOR**lowered
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -972,9 +984,9 @@ class FineTuning:
         epoch = len(self.history) + 1
         if self.progress is None:
             self.progress = training.Progress(self.rate() * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
-            if self.does_well():
+            if self.guard.is_recoverable():
                 state = {"epochs": len(self.history), "state": self.trained(), "best": self.best_adapter()}
-                self.good = runs.copy_to_cpu(state)
+                self.last_good = runs.copy_to_cpu(state)
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
@@ -988,38 +1000,58 @@ class FineTuning:
                 bar.update(micro_batches.images)
                 if epoch == now.steps == 1:
                     LoRAManager(self.model).tell_unused()
-                if not math.isfinite(now.loss):
+                if self.guard.explodes(loss_sum / micro_batches.images):
                     return False
                 self.stop.check()
-        with self.average.in_place():
+        self.average.share = self.wise_ft_share
+        watched = self.watch()
+        now.seconds = time.perf_counter() - started
+        if self.guard.has_collapsed(watched.accuracy, watched.loss):
+            return False
+        self.guard.accuracies.append(watched.accuracy)
+        self.shrink_to_sound_share(watched.accuracy)
+        with self.averaged():
             result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
         now.seconds = time.perf_counter() - started
-        collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
-        if collapsed or not math.isfinite(result.loss):
-            return False
         self.history.append(now.row(epoch, result))
         self.progress = None
         return True
 
-    def accuracies(self) -> list[float]:
-        """Before training and after each epoch."""
-        return [self.before["probe_accuracy"] or 0.0, *(row["val_accuracy"] for row in self.history)]
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
+        with self.average.in_place():
+            if self.statistics_loader is not None:
+                training.estimate_statistics(self.network, self.statistics_loader, self.device, self.dtype)
+            yield
 
-    def does_well(self) -> bool:
-        """Is this a state to go back to?"""
-        return self.guard.is_good(self.accuracies(), self.schedule.last_epoch)
+    def watch(self) -> training.Evaluation:
+        """Evaluate the guard's training images, in the same augmented views each time."""
+        self.watched_loader.batch_sampler.epoch = 0
+        with self.averaged():
+            return training.evaluate(self.network, self.stop.watched(self.watched_loader), self.device, self.dtype)
+
+    def shrink_to_sound_share(self, accuracy: float) -> None:
+        """`--wise-ft auto`: keep less of the change while the training images are answered worse than by the probe."""
+        if self.args.wise_ft != "auto" or not self.average.start:
+            return
+        for divisor in collapse.SHARE_DIVISORS:
+            if not self.guard.is_below_start(accuracy):
+                return
+            self.average.share = self.wise_ft_share / divisor
+            accuracy = self.watch().accuracy
 
     def retreat(self) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
-        self.restore(self.good["state"])
-        if self.good["best"] is not None:
-            save_atomically(self.good["best"], self.path("lora.pth"))
-        undone = self.history[self.good["epochs"] :]
-        self.lost_seconds += sum(row["seconds"] for row in undone) + self.progress.seconds
-        self.history, self.progress = self.history[: self.good["epochs"]], None
-        self.retreats.append({"epoch": epoch, "learning_rate": rate})
-        if len(self.retreats) > collapse.RETREATS:
+        self.restore(self.last_good["state"])
+        if self.last_good["best"] is not None:
+            save_atomically(self.last_good["best"], self.path("lora.pth"))
+        good_epochs = self.last_good["epochs"]
+        undone = sum(row["seconds"] for row in self.history[good_epochs:]) + self.progress.seconds
+        self.history, self.progress = self.history[:good_epochs], None
+        self.guard.retreat(epoch, rate, good_epochs, undone)
+        if len(self.guard.retreats) > collapse.RETREATS:
             self.save()
             raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
         training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
@@ -1132,13 +1164,13 @@ class FineTuning:
         return {
             **self.trained(),
             "progress": vars(self.progress) if self.progress else None,
-            "good": self.good if self.progress or not self.does_well() else None,  # then it is this very state
+            # None: it is this very state.
+            "good": self.last_good if self.progress or not self.guard.is_recoverable() else None,
+            "guard": self.guard.state(),
             "head_temperature": tuple(self.head_temperature),
             "faster": self.faster,
             "history": self.history,
             "before": self.before,
-            "retreats": self.retreats,
-            "lost_seconds": self.lost_seconds,
             "meter": vars(self.meter),
             "images": self.splits.digest(),
             "class_names": list(self.class_names),
@@ -1164,9 +1196,10 @@ class FineTuning:
         state = read_checkpoint(path, mapped=False)
         runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
         self.restore(state)
-        self.history, self.before, self.retreats = state["history"], state["before"], state["retreats"]
-        self.good, self.faster = state["good"], state["faster"]
-        self.lost_seconds, self.meter = state["lost_seconds"], data.LoadingMeter(**state["meter"])
+        self.history, self.before = state["history"], state["before"]
+        self.last_good, self.faster = state["good"], state["faster"]
+        self.guard.restore(state["guard"])
+        self.meter = data.LoadingMeter(**state["meter"])
         self.head_temperature = HeadTemperature(*state["head_temperature"])
         self.progress = training.Progress(**state["progress"]) if state["progress"] else None
         print(f"resuming {path} after {self.done()}")

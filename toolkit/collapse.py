@@ -2,17 +2,24 @@
 
 On MoCo v3 published LoRA collapses at a common learning rate (SNELL, NeurIPS 2024, table 2). A loss that is not finite
 comes too late to tell: a collapsed classifier has a finite one, and answers as if it saw no image.
+
+Only training images are looked at. What a run does must not depend on the images by which it is judged in the end.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from toolkit import InputError
+from toolkit.data import LabelledImages
 
 RETREATS, RETREAT_FACTOR = 3, 8.0  # how often a collapsed run goes back, and what divides its learning rate then
-SETTLING_STEPS = 30  # after which 96% of a BatchNorm's running statistics are new, at its usual momentum
+WATCHED_VIEWS = 128
+SHARE_DIVISORS = (2, 4, 8, math.inf)  # tried in this order where training has harmed what the probe knew
+LOSS_MEMORY = 0.8  # of the recent loss, what is kept in each step
+EXPLODED = 2.0  # times the loss of a constant answer
 
 
 class Collapsed(InputError):
@@ -27,40 +34,86 @@ class Collapsed(InputError):
         self.results = results
 
 
+def watched_images(images: LabelledImages) -> LabelledImages:
+    """The training images that are evaluated after each epoch: a fixed choice, several times where there are few."""
+    some = images.at_most(WATCHED_VIEWS)
+    return some.subset([*range(len(some))] * (WATCHED_VIEWS // len(some)))
+
+
 class CollapseGuard:
-    """Judges a run by its accuracies (0 to 1), of which the first is its linear probe's, or 0.
+    """Judges a run by the losses of its steps, and after each epoch by some views of training images.
 
     Args:
-        constant_accuracy: of always answering the most frequent class.
-        images: on how many the accuracies are measured.
-        norms_train: BatchNorm trains, so that nothing can be told until its statistics have followed the weights.
-        all_train: the whole backbone does.
+        train_labels: of all training images.
+        watched_labels: of those that are evaluated after each epoch.
+        all_train: the whole backbone trains, or BatchNorm.
     """
 
-    def __init__(self, constant_accuracy: float, images: int, norms_train: bool, all_train: bool = False):
-        self.constant_accuracy, self.images, self.norms_train = constant_accuracy, images, norms_train
-        self.all_train = all_train
+    def __init__(self, train_labels: Sequence[int], watched_labels: Sequence[int], all_train: bool = False):
+        self.images = len(watched_labels)
+        self.share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
+        self.constant_accuracy = max(Counter(watched_labels).values()) / self.images
+        shares = [count / len(train_labels) for count in Counter(train_labels).values()]
+        self.constant_loss = -sum(share * math.log(share) for share in shares)
+        self.first_loss: float | None = None  # of the first step, and so of the start
+        self.recent_loss: float | None = None
+        self.accuracies: list[float] = []  # of the start, and after each epoch
+        self.retreats: list[dict[str, float]] = []
+        self.lost_seconds = 0.0  # of the epochs that were undone
 
-    def has_collapsed(self, accuracy: float, earlier: Sequence[float], step: int) -> bool:
-        """Is a quarter lost of what the best of the earlier ones is better than a constant answer? Not by chance?
+    def explodes(self, loss: float) -> bool:
+        """Has the training loss lately been twice that of a constant answer, or of the start if that is higher?
 
-        Where BatchNorm or the whole backbone trains it is a third: good runs lose more than a quarter at first as well.
+        Args:
+            loss: the mean over the images of a step.
         """
-        share = 1 / 3 if self.norms_train or self.all_train else 1 / 4
-        return self._settled(step) and self._lost(accuracy, earlier, share, errors=3)
-
-    def is_good(self, accuracies: Sequence[float], step: int) -> bool:
-        """Is the state after these epochs one to go back to? The start is, and one that has lost next to nothing."""
-        if len(accuracies) == 1:
+        if not math.isfinite(loss):
             return True
-        return self._settled(step) and not self._lost(accuracies[-1], accuracies, share=1 / 8, errors=1)
+        if self.first_loss is None:
+            self.first_loss = self.recent_loss = loss
+        self.recent_loss = LOSS_MEMORY * self.recent_loss + (1 - LOSS_MEMORY) * loss
+        return self.recent_loss > EXPLODED * max(self.constant_loss, self.first_loss)
 
-    def _lost(self, accuracy: float, earlier: Sequence[float], share: float, errors: float) -> bool:
-        """More than this share, and more than so many standard errors of the difference."""
-        best = max(earlier)
+    def has_collapsed(self, accuracy: float, loss: float) -> bool:
+        """Is a share lost of what the best state is better than a constant answer, by more than two standard errors?
+
+        The share is a quarter, or a third where the whole backbone trains. On so few images that no share could be so
+        large, a loss above a constant answer's tells.
+        """
+        if not math.isfinite(loss):
+            return True
+        best = max(self.accuracies)
+        useless = best > self.constant_accuracy >= accuracy and loss > max(self.constant_loss, self.first_loss or 0)
+        return useless or self._lost(accuracy, self.share, errors=2)
+
+    def is_recoverable(self) -> bool:
+        """Is the present state one to go back to? The start is, and one that has lost next to nothing."""
+        return len(self.accuracies) <= 1 or not self._lost(self.accuracies[-1], share=1 / 8, errors=1)
+
+    def is_below_start(self, accuracy: float) -> bool:
+        return accuracy < self.accuracies[0]
+
+    def _lost(self, accuracy: float, share: float, errors: float) -> bool:
+        """More than this share of the lead over a constant answer, and more than so many standard errors?"""
+        best = max(self.accuracies)
         middle = (best + accuracy) / 2
         chance = errors * math.sqrt(2 * middle * (1 - middle) / self.images)
         return accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
-    def _settled(self, step: int) -> bool:
-        return not self.norms_train or step >= SETTLING_STEPS
+    def retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
+        """Note that this epoch collapsed at this rate, and forget what came after the epochs that were good.
+
+        Args:
+            seconds: that the undone epochs took.
+        """
+        self.lost_seconds += seconds
+        self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
+        self.accuracies = self.accuracies[: good_epochs + 1]
+        self.recent_loss = self.first_loss
+
+    def state(self) -> dict[str, Any]:
+        names = ("first_loss", "recent_loss", "accuracies", "retreats", "lost_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

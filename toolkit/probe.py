@@ -18,9 +18,10 @@ from toolkit.backbones import head_name
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
 TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
-# Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of at most so many steps
-# may change logits of standard deviation 1.
-GENTLE, STEPS = 0.3, 500
+# Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of so many steps may
+# change logits of standard deviation 1. A shorter run needs the same: where the probe is sure of its training images
+# there is nothing but noise in their gradient, and Adam makes full steps of that.
+LOGIT_DRIFT, DRIFT_STEPS = 0.3, 500
 
 
 class HeadTemperature(NamedTuple):
@@ -56,22 +57,22 @@ def init_head_from_probe(
 
 @torch.no_grad()
 def choose_temperature(
-    model: nn.Module, features: Tensor, labels: Tensor, steps: int, label_smoothing: float = 0.0
+    model: nn.Module, features: Tensor, labels: Tensor, features_train: bool, label_smoothing: float = 0.0
 ) -> HeadTemperature:
     """The temperature for the head of `model`, which is the probe:
     - `least` has the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
       confidence that the probe has in images without augmentation, or that label smoothing forbids. At least 1.
-    - `per_rate` is min(steps, STEPS) * (standard deviation of the logits) / GENTLE: Adam moves every weight of the
+    - `per_rate` is DRIFT_STEPS * (standard deviation of the logits) / LOGIT_DRIFT: Adam moves every weight of the
       adapters by about the learning rate in each step, whatever the gradient, and the larger the head's weights, the
-      more that does to the loss.
+      more that does to the loss. It is 0 if the features do not train.
 
     Args:
         features, labels: (N, D) and (N,), of training images with their augmentation.
-        steps: optimizer steps of the training.
     """
     logits = _linear_head(model)(features)
     losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
-    return HeadTemperature(TEMPERATURES[losses.index(min(losses))], min(steps, STEPS) * logits.std().item() / GENTLE)
+    per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
+    return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
 
 
 @torch.no_grad()

@@ -47,9 +47,9 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "macro_f1": result.macro_f1,
         "learning_rate": run.args.learning_rate,
         "kept_share": run.average.share,
-        "retreats": run.retreats,
+        "retreats": run.guard.retreats,
         "epochs": len(run.history),
-        "seconds": sum(row["seconds"] for row in run.history) + run.lost_seconds,
+        "seconds": sum(row["seconds"] for row in run.history) + run.guard.lost_seconds,
         **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
@@ -201,6 +201,14 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
             place.set_title(drawn("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"])), fontsize=8)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)
+
+
+def describe_start(before: dict[str, float | None], images: int) -> str:
+    """What is printed before training: the accuracies of the backbone as it comes, on so many held-out images."""
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in before.items() if value is not None)
+    if before["probe_accuracy"] == 1:
+        measured += f"\nthe linear probe gets all {images} held-out images right: no training can do better on them"
+    return f"before training: {measured}"
 
 
 def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[str, float | None]:

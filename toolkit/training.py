@@ -192,7 +192,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def batch_norm_trains(model: nn.Module) -> bool:
     """Does any BatchNorm take statistics of the batch in training?"""
-    return any(isinstance(module, _BatchNorm) and not getattr(module, "frozen", False) for module in model.modules())
+    return any(isinstance(module, _BatchNorm) and norm_trains(module) for module in model.modules())
+
+
+def norm_trains(norm: _BatchNorm) -> bool:
+    return not getattr(norm, "frozen", False)
 
 
 def check_processes(*images: int) -> None:
@@ -412,9 +416,6 @@ class WeightAverage:
         floats = [(average, self.tensors[name]) for name, average in self._floats(self.averages)]
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)
-        for name, average in self.averages.items():
-            if not average.is_floating_point():  # BatchNorm's count of batches
-                average.copy_(self.tensors[name])
 
     @staticmethod
     def _floats(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -437,16 +438,37 @@ class WeightAverage:
                     self.tensors[name].copy_(tensor)
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "averages": self.averages, "start": self.start}
+        return {"steps": self.steps, "share": self.share, "averages": self.averages, "start": self.start}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Undo everything since `state()` returned this."""
-        self.steps = state["steps"]
+        self.steps, self.share = state["steps"], state["share"]
         for kind in ("averages", "start"):
             setattr(self, kind, {name: tensor.clone().to(self.tensors[name]) for name, tensor in state[kind].items()})
 
 
 SCHEDULES = ("cosine", "step", "constant")
+# A run of so many steps trains at the learning rate that it is given, a shorter one at less and hardly above this rate.
+# Measured, see benchmarks/RESULTS.md.
+STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
+LEAST_WARMUP_STEPS = 20
+
+
+def rate_divisor(rate: float, steps: int) -> float:
+    """By what a run that begins as a linear probe divides its learning rate if it has few steps; else 1.
+
+    Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
+    there are any.
+    """
+    share = steps / STEPS_TO_TRAIN
+    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share)) if share < 1 else 1.0
+
+
+def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
+    """How many steps a warm-up of some epochs is, and not so few that it is none; 0 for none."""
+    if epochs == 0:
+        return 0
+    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
 
 
 def lr_schedule(
@@ -492,6 +514,28 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
+    """Set the running statistics of every BatchNorm that trains to the mean over a loader's batches.
+
+    The moving averages that training leaves belong to earlier weights, and with a momentum of 0.01 to those of hundreds
+    of steps ago (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and norm_trains(module)]
+    momenta = [norm.momentum for norm in norms]
+    with eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for images, _ in loader:
+            if len(images) > 1:  # of one image BatchNorm may have no statistics
+                with autocast(device, dtype):
+                    model(to_device(images, device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 @torch.no_grad()
