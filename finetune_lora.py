@@ -938,9 +938,8 @@ class FineTuning:
 
         def backward() -> None:
             number = math.ceil(initialization.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
-            share = (
-                1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
-            )  # as in a step, lest float16 overflow
+            # As in a step, lest float16 overflow.
+            share = 1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
             for micro_batches in itertools.islice(self.steps(epoch=1), number):
                 self.backward(micro_batches, lambda loss: self.scaler.scale(loss * share))
 

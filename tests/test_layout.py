@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("toolkit", "lora", "moco")
 FLOORS = {"toolkit": 0, "lora": 1, "lora_utils": 2, "finetune_lora": 3}  # whatever is not named stands on the fourth
 TOP_FLOOR = 4
-MAIN_SCRIPT_LINES = 1_210
+MAIN_SCRIPT_LINES = 1_250
 
 
 def sources() -> dict[str, Path]:
