@@ -30,13 +30,12 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 import lora_utils
-from lora import functional, fusion, initialization
+from lora import adapted, functional, fusion, initialization
+from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.functional import NF4Weight
-from lora.fusion import freeze_statistics, fuse, is_adapted, scale_and_shift, set_gradient_checkpointing
-from lora.residents import KINDS, Form, recorded_settings
+from lora.fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
+from lora.residents import Form
 from lora.targets import (
-    NO_ADAPTER,
-    LoRASettings,
     adaptable_layers,
     changeable,
     check_four_bits,
@@ -92,9 +91,8 @@ class LoRALayer:
     weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
     """
 
-    stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
-    # Of weights stored in fewer bits, as they were before rounding: by these an adapter file identifies its base.
+    # SHA-256 of each weight before it was rounded to 4 or 16 bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
@@ -117,7 +115,7 @@ class LoRALayer:
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
-            layer.stock_class = type(layer)
+            layer.stock_class = type(layer)  # which it becomes again without its adapter
             layer.__class__ = cls
         layer._init_adapters(settings, base_dtype)
         return layer
@@ -178,6 +176,11 @@ class LoRALayer:
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
         return functional.dense_weight(base, torch.float32) if name in self.float_digests else base
+
+    @property
+    def base_bits(self) -> int:
+        """The bits that the base weight is stored in: 4, 16 or, for one that was not rounded, 32."""
+        return adapted.base_bits(vars(self))
 
     @property
     def merged(self) -> bool:
@@ -246,8 +249,6 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
-    stock_class = nn.Linear
-
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
@@ -267,8 +268,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
-
-    stock_class = nn.Conv2d
 
     def effective_weights(self) -> dict[str, Tensor]:
         return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
@@ -302,7 +301,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
     """
 
-    stock_class = nn.MultiheadAttention
     recomputed = False  # is the heads' output computed again in backward instead of saved?
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
     _linear_kind = LoRALinear
@@ -467,13 +465,14 @@ class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     _linear_kind = QLoRALinear
 
 
-# Which layer becomes what: with float and with 4-bit base. `lora.targets.ADAPTABLE` has the same layers.
-ADAPTED = {
-    nn.Linear: (LoRALinear, QLoRALinear),
-    nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
-    nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
-}
-KINDS.update({kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds})
+# Which layer becomes what, over a float base and over a 4-bit one: the table that `lora.adapted` holds for everybody.
+ADAPTED.update(
+    {
+        nn.Linear: (LoRALinear, QLoRALinear),
+        nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
+        nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
+    }
+)
 
 # -------------------------------------------------------------------------------------------------- into a model
 
@@ -560,15 +559,14 @@ def adapt_layers(
     if use_qlora:
         check_four_bits(model, chosen)
     for name, layer in outermost_layers(model, is_adapted):
-        in_four = isinstance(layer, _FourBits)
-        if layer.float_digests and (name not in chosen or in_four != use_qlora):
-            bits = 4 if in_four else 16
+        bits = layer.base_bits
+        if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
             raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
     for _, layer in outermost_layers(model, is_adapted):
-        if not layer.float_digests:
+        if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
@@ -660,7 +658,7 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     layers = read_adapter_file(path)["layers"]
     settings = {name: recorded_settings(record) for name, record in layers.items()}
     try:
-        adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
+        adapt_layers(model, settings, any(map(recorded_in_4_bits, layers.values())))
     except InputError as error:
         raise InputError(f"{path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(path)

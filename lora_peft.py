@@ -35,8 +35,8 @@ from finetune_lora import (
     load_base,
     load_finetuned,
 )
-from lora.fusion import is_adapted
-from lora.targets import LoRASettings, outermost_layers
+from lora.adapted import LoRASettings, is_adapted
+from lora.targets import outermost_layers
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, listed, printable
 from toolkit.backbones import head_name, normalization
@@ -103,7 +103,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
         config.save_pretrained(scratch)
         safetensors.torch.save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        four_bits = any(getattr(module, "float_digests", ()) for module in model.modules())
+        four_bits = any(is_adapted(module) and module.base_bits == 4 for module in model.modules())
         if four_bits:
             print(
                 "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
 from lora.functional import dense_weight
-from lora.fusion import is_adapted, unfuse
-from lora.residents import Adapter, Form, Residents, adapted_layers
-from lora.targets import NO_ADAPTER
+from lora.fusion import unfuse
+from lora.residents import Adapter, Form, Residents
 from toolkit import InputError, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
 from toolkit.checkpoints import is_none, tensor_digest
@@ -38,7 +38,6 @@ from toolkit.files import (
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
-FOUR_BITS = "QLoRA"  # how the kinds of layers over 4-bit weights begin
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
 # ------------------------------------------------------------------------------------------------ what a model holds
@@ -159,20 +158,20 @@ class LoRAManager:
     def __init__(self, model: nn.Module):
         self.model = unwrapped(model)
 
-    def _layers(self) -> dict[str, nn.Module]:
+    def _layers(self) -> dict[str, AdaptedLayer]:
         return adapted_layers(self.model)
 
-    def _in_file(self) -> dict[str, nn.Module]:
+    def _in_file(self) -> dict[str, AdaptedLayer]:
         """The layers that an adapter file names: those with an adapter, and what is in 4 bits without one.
 
-        That a layer is in 16 bits, with an adapter or without, is no property of a file's: autocast rounds the same.
+        Files do not record 16-bit storage: autocast would round the same way.
         """
-        return {n: layer for n, layer in self._layers().items() if layer.r or _kind(layer).startswith(FOUR_BITS)}
+        return {n: layer for n, layer in self._layers().items() if layer.r or layer.base_bits == 4}
 
-    def _to_merge(self) -> dict[str, nn.Module]:
+    def _to_merge(self) -> dict[str, AdaptedLayer]:
         """The layers that merging makes dense floats: those with adapters, and what is stored in fewer bits below."""
         layers = self._layers()
-        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.float_digests and not m.r}
+        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32 and not m.r}
         return layers | stored if layers else {}
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -224,11 +223,11 @@ class LoRAManager:
         layers, residents = self._layers(), getattr(self.model, "resident_adapters", None)
         base = {name: Form.of(layer).without_adapter() for name, layer in layers.items()}
         base |= residents.base.layers if residents else {}
-        rounded = [name for name, form in base.items() if form.is_rounded]
+        rounded = [name for name, form in base.items() if form.base_bits < 32]
         if rounded and not (merge and layers):
-            bits = 4 if base[rounded[0]].kind.__name__.startswith(FOUR_BITS) else 16
+            name, bits = rounded[0], base[rounded[0]].base_bits
             raise InputError(
-                f"{rounded[0]} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
+                f"{name} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
                 f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
             )
         if residents and not merge:
@@ -490,12 +489,8 @@ def _refuse(path: str | Path, problems: list[str]) -> None:
         raise InputError(f"{path} does not fit this model: {'; '.join(problems[:4] + more)}")
 
 
-def _kind(layer: nn.Module) -> str:
-    return type(layer).__name__
-
-
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
-    return {"kind": _kind(layer), **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
+    return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
@@ -561,7 +556,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
         return False
     if record["r"] == 0:
-        return record["kind"].startswith(FOUR_BITS) and record == {"kind": record["kind"], **NO_ADAPTER}
+        return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
 
 

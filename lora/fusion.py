@@ -15,14 +15,13 @@ the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.
 their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
 subclass may do something else in its forward.
 
-This file knows the layers of `finetune_lora.py` only by what they offer: see `AdaptedLayer`.
+This file knows the layers of `finetune_lora.py` only by what they offer: see `lora.adapted.AdaptedLayer`.
 """
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeGuard
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,38 +33,10 @@ from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBloc
 from torchvision.ops.misc import Conv2dNormActivation
 
 from lora import functional
+from lora.adapted import is_adapted
 from lora.functional import Rebuilt, SelfAttention, max_pool2d_relu
 from toolkit import InputError
 from toolkit.backbones import block_names, head_name, headless
-
-
-class AdaptedLayer(Protocol):
-    """A layer with an adapter, or of rank 0: without one, but stored as they are. Its `forward` takes one more argument
-    than the stock layer's:
-
-    - linear layers and attention take `before`, an operation on each row of the input, to apply first;
-    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
-      add, and `relu`.
-    """
-
-    r: int
-    float_digests: Mapping[str, str]
-
-    def merge(self) -> None: ...
-
-    def unmerge(self) -> None: ...
-
-    def effective_weights(self) -> dict[str, Tensor]: ...
-
-    def adapted_state(self) -> dict: ...
-
-    def remove_lora(self, merge: bool = False) -> None: ...
-
-
-def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
-    # As isinstance of a Protocol checked at run time, in a tenth of the time: forward asks for every layer.
-    return hasattr(type(module), "adapted_state")
-
 
 # --------------------------------------------------------------------------------------------- what goes together
 

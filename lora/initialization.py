@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora.fusion import is_adapted
+from lora.adapted import is_adapted
 from toolkit import distributed
 
 # Adapters that start so learn at so many times the rate of everything else, which makes full fine-tuning's usual rates

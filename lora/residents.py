@@ -2,7 +2,7 @@
 
 The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
 To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora.fusion.py`.
+`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
 import copy
@@ -12,26 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora.fusion import fuse, is_adapted
-from lora.targets import LoRASettings
+from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_named, recorded_settings, stock_class
+from lora.fusion import fuse
 from toolkit import InputError
 from toolkit.backbones import head_name, in_head
 
-KINDS: dict[str, type[nn.Module]] = {}  # adapted layers by the names that files give them; `finetune_lora` fills it
 DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter now, and those of rank 0, which are stored as if they had one, by name."""
-    layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
-    return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
-
-
-def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
-    """How a layer was adapted, from its record in an adapter file. None: not at all, but it was in 4 bits."""
-    if record["r"] == 0:
-        return None
-    return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
 
 
 class Form(NamedTuple):
@@ -57,16 +43,14 @@ class Form(NamedTuple):
             module.to(device)  # where the model was moved meanwhile
 
     @property
-    def is_rounded(self) -> bool:
-        """Is its weight stored in 4 or 16 bits, and the float weight gone?"""
-        return "float_digests" in self.state
+    def base_bits(self) -> int:
+        return base_bits(self.state)
 
     def without_adapter(self) -> "Form":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
-        if self.is_rounded:  # it stays what it is, switched off
+        if self.base_bits < 32:  # it stays what it is, switched off
             return Form(self.kind, {**self.state, "lora_enabled": False}, parameters)
-        stock = getattr(self.kind, "stock_class", self.kind)
-        return Form(self.state.get("stock_class", stock), {}, parameters)
+        return Form(self.state.get("stock_class", stock_class(self.kind)), {}, parameters)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -146,7 +130,7 @@ class Residents:
         The file's numbers are read after that, then comes `adapter.capture`, and in any case `base.put_into`. Returns
         what does not fit, a line each.
         """
-        if not KINDS:
+        if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records, tensors, head = content["layers"], content["tensors"], head_name(model)
         modules = dict(model.named_modules())
@@ -164,9 +148,9 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        stored = {path: form for path, form in self.base.layers.items() if form.is_rounded and path not in records}
-        # Without an adapter 16 bits are no property of a file's.
-        lacking = [path for path, form in stored.items() if form.state["r"] > 0 or "_nf4_state" in form.state]
+        stored = {path: form for path, form in self.base.layers.items() if form.base_bits < 32 and path not in records}
+        # Files do not record that a rank-0 layer is stored in 16 bits.
+        lacking = [path for path, form in stored.items() if form.state["r"] > 0 or form.base_bits == 4]
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
@@ -179,7 +163,7 @@ class Residents:
         """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
         for path, record in records.items():
             forms = (other.layers[path] for other in self.named.values() if path in other.layers)
-            shared = next((f for f in forms if f.is_rounded and f.kind.__name__ == record["kind"]), None)
+            shared = next((f for f in forms if f.base_bits < 32 and f.kind.__name__ == record["kind"]), None)
             if shared is not None:
                 form = shared.without_adapter()
                 stored = form.state.get("weight_names", form.kind.weight_names)
@@ -190,8 +174,8 @@ class Residents:
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Adapt one layer as a file has it. Returns what does not fit."""
-    kind, r = KINDS.get(record["kind"]), record["r"]
-    if kind is None or type(layer) not in (kind, kind.stock_class):
+    kind, r = kind_named(record["kind"]), record["r"]
+    if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
     if ranks != {(r,)}:  # before any memory is taken for it

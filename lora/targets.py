@@ -1,12 +1,10 @@
 """Which layers of a model get adapters, and with which settings."""
 
 import itertools
-import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,55 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from lora import functional
-from lora.fusion import is_adapted
+from lora.adapted import ADAPTED, LoRASettings, is_adapted
 from toolkit import InputError, listed
 from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
-
-# The layers that can be adapted. Exact types: a subclass may compute something else.
-ADAPTABLE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-
-# ------------------------------------------------------------------------------------------------------- the settings
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
-
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        problems = []
-        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
-            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
-        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
-        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
-        if problems:
-            raise InputError("; ".join(problems))
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-# The fields of a layer without an adapter, which is only stored as adapted ones are.
-NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
 
 
 def matches_layer(name: str, target: str) -> bool:
@@ -174,11 +126,11 @@ def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, 
 
 
 def _has_adaptable_kind(layer: nn.Module) -> bool:
-    """Has it exactly a type in `ADAPTABLE`, and weights? Pruning and weight_norm replace these by other parameters."""
+    """Has it exactly a type in `ADAPTED`, and weights? Pruning and weight_norm replace these by other parameters."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
-    return type(layer) in ADAPTABLE and "weight" in layer._parameters
+    return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:

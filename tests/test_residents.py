@@ -570,7 +570,7 @@ def test_adapters_compute_where_the_model_went(device, tmp_path):
 
 
 def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
-    monkeypatch.setattr(residents, "KINDS", {})
+    monkeypatch.setattr(residents, "ADAPTED", {})
     with pytest.raises(InputError, match="import it first"):
         manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
 
