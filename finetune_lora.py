@@ -7,7 +7,7 @@
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
-the training loop with its command line. The tensor arithmetic under the layers is in `lora.functional.py`, adapter
+the training loop with its command line. The tensor arithmetic under the layers is in `lora/functional.py`, adapter
 files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 """
 
@@ -30,11 +30,15 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 import lora_utils
-from lora import adapted, functional, fusion, initialization
+from lora import adapted, attention, functional, initialization
+from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
-from lora.functional import NF4Weight
-from lora.fusion import freeze_statistics, fuse, scale_and_shift, set_gradient_checkpointing
+from lora.backends import LOW_PRECISION
+from lora.frozen_norms import NORMS, freeze_statistics
+from lora.fusion import fuse, is_hooked, scale_and_shift, set_gradient_checkpointing
+from lora.nf4 import NF4Weight, dense_weight
 from lora.residents import Form
+from lora.split import split_model
 from lora.targets import (
     adaptable_layers,
     changeable,
@@ -130,7 +134,7 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weights = {name: self._parameters[name] for name in self.weight_names}
-        if dtype in functional.LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
+        if dtype in LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
             self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
             for weight in weights.values():
                 weight.data = weight.data.to(dtype)
@@ -175,7 +179,7 @@ class LoRALayer:
 
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
-        return functional.dense_weight(base, torch.float32) if name in self.float_digests else base
+        return dense_weight(base, torch.float32) if name in self.float_digests else base
 
     @property
     def base_bits(self) -> int:
@@ -209,7 +213,7 @@ class LoRALayer:
     def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
         """The dense weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
         weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
-        return functional.dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
+        return dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
 
     @property
     def _drops(self) -> bool:
@@ -337,9 +341,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         by_input = packed and key is value  # what reads the same input is one product
         counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
         if before is not None and (self._drops or not (by_input and self._is_active)):
-            (query, key, value), before = functional.once_each(before, query, key, value), None
+            (query, key, value), before = attention.once_each(before, query, key, value), None
         inputs, (A, B) = (query, key, value), self._factors()
-        adapter_inputs = functional.once_each(self._adapter_input, *inputs)
+        adapter_inputs = attention.once_each(self._adapter_input, *inputs)
         projected, end = [], 0
         for count in counts:
             i, end = end, end + count
@@ -375,17 +379,17 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
-        projected = self._project(*functional.once_each(to_batch_first, query, key, value), before)
+        to_batch_first = attention.to_batch_first(is_batched, self.batch_first)
+        projected = self._project(*attention.once_each(to_batch_first, query, key, value), before)
         if len(projected) == 1 and self._recomputes(need_weights, attn_mask, key_padding_mask):
-            output, weights = self.out_proj(projected[0], before=functional.SelfAttention(self.num_heads)), None
+            output, weights = self.out_proj(projected[0], before=attention.SelfAttention(self.num_heads)), None
         else:
             q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
             padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
-            mask = functional.attention_mask(q, k, self.num_heads, attn_mask, padding)
-            k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+            mask = attention.attention_mask(q, k, self.num_heads, attn_mask, padding)
+            k, v, mask = attention.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
             settings = self.dropout if self.training else 0.0, need_weights, self.keeps_weights
-            attended, weights = functional.attend(q, k, v, self.num_heads, mask, *settings)
+            attended, weights = attention.attend(q, k, v, self.num_heads, mask, *settings)
             output = self.out_proj(attended)  # (N, L, E)
             weights = weights.mean(1) if need_weights and average_attn_weights else weights  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
@@ -395,7 +399,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
         """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
         plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
-        able = self.out_proj._is_active and not self.out_proj._drops and not fusion.is_hooked(self.out_proj)
+        able = self.out_proj._is_active and not self.out_proj._drops and not is_hooked(self.out_proj)
         return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
 
     def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -539,7 +543,7 @@ def adapt_layers(
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
     wrapped, model = model, changeable(model)
-    if not use_qlora and base_dtype not in functional.LOW_PRECISION:
+    if not use_qlora and base_dtype not in LOW_PRECISION:
         settings = {name: own for name, own in settings.items() if own is not None}
     candidates = adaptable_layers(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
@@ -599,7 +603,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, fusion.NORMS))
+        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, NORMS))
         rounded = getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
@@ -892,7 +896,7 @@ class FineTuning:
             return keep_features(images, [features(loader) for loader in loaders], size, where)
 
         with training.eval_mode(self.model):
-            lower, self.network = fusion.split_model(self.model, self.args.adapt_last)
+            lower, self.network = split_model(self.model, self.args.adapt_last)
             train = kept(self.images.train, self.args.cached_views or 0)
             self.images = self.images._replace(train=train, val=kept(self.images.val))
         self.eval_transform, self.augmentation = plain_view, drawn_view
@@ -1054,7 +1058,7 @@ class FineTuning:
             labels = training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
+                with training.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels)
                 scaled(loss).backward()

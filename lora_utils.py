@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
-from lora.functional import dense_weight
 from lora.fusion import unfuse
+from lora.nf4 import dense_weight
 from lora.residents import Adapter, Form, Residents
 from toolkit import InputError, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped

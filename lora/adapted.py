@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
-from lora.functional import NF4Weight
+from lora.nf4 import NF4Weight
 from toolkit import InputError
 
 # The one table of kinds: stock class -> what adapts it over a float base, and over a 4-bit one. Exact types: a subclass

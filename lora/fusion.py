@@ -19,7 +19,6 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `l
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator
 
@@ -32,11 +31,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
-from lora import functional
+from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
-from lora.functional import Rebuilt, SelfAttention, max_pool2d_relu
+from lora.attention import SelfAttention, attend
+from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
+from lora.functional import Rebuilt, frozen_linear, max_pool2d_relu
 from toolkit import InputError
-from toolkit.backbones import block_names, head_name, headless
 
 # --------------------------------------------------------------------------------------------- what goes together
 
@@ -132,16 +132,16 @@ def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | 
     makes one product of it. If not, it makes L products, in bf16 on a CPU with a copy of the weight for each: 20 times
     as slow in a ViT-B/16.
     """
-    q, k, v = functional.frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     dropout = attention.dropout if attention.training else 0.0
-    attended, _ = functional.attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
-    return functional.frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
+    attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
+    return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
 
 
 def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; a frozen linear layer takes the fastest product."""
     if type(layer) is nn.Linear and not _trains(layer) and not is_hooked(layer):
-        return functional.frozen_linear(x, layer.weight, layer.bias)
+        return frozen_linear(x, layer.weight, layer.bias)
     return layer(x)
 
 
@@ -182,7 +182,7 @@ def recomputable(forward: Callable) -> Callable:
     def run(self, *args, **kwargs):
         if not self.recomputed:
             return forward(self, *args, **kwargs)
-        if functional.saves_in_16_bits() and torch.is_grad_enabled():
+        if saves_in_16_bits() and torch.is_grad_enabled():
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -389,7 +389,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop("recomputed", None)
         if isinstance(module, Freezable):
-            module.__class__ = _stock_norm(module)
+            module.__class__ = stock_norm(module)
             vars(module).pop("frozen", None)
         module.__class__ = STOCK.get(type(module), type(module))
     _set_fast_paths(model)
@@ -414,80 +414,6 @@ def _set_fast_paths(model: nn.Module) -> None:
             setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
-
-
-# --------------------------------------------------------------------------------------------------- the upper part
-
-
-class UpperResNet(FusedResNet):
-    """A ResNet that begins with one of its stages."""
-
-    first = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class UpperVisionTransformer(FusedVisionTransformer):
-    """A ViT that begins with one of its blocks."""
-
-    first = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class HeadAlone(nn.Module):
-    """A model that begins with its classifier head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_submodule(head_name(self))(x)
-
-
-def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
-
-    The upper half has the last so many blocks (as `toolkit.backbones.block_names` has them) and the head; None: the
-    head. It is a shallow copy of the model, which shares every layer.
-
-    Raises:
-        InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.
-    """
-    upper = copy.copy(model)
-    if last is None:
-        upper.__class__ = HeadAlone
-        return headless(model), upper
-    uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
-    kind = STOCK.get(type(model), type(model))
-    if kind not in uppers:
-        raise InputError(
-            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
-            "--cache-features none"
-        )
-    blocks = block_names(model)
-    upper.__class__, upper.first = uppers[kind], len(blocks) - last
-    return functools.partial(input_of, model, blocks[-last]), upper
-
-
-class _Reached(Exception):
-    """The way out of a model's forward."""
-
-
-def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """What the module of this name receives in ``model(x)``, which runs no further."""
-    received = []
-
-    def stop(module: nn.Module, inputs: tuple) -> None:
-        received.append(inputs[0])
-        raise _Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(_Reached):
-            model(x)
-    finally:
-        handle.remove()
-    return received[0]
 
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
@@ -536,52 +462,3 @@ def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
     except AssertionError:  # how timm says that a model cannot
         return False
     return mode == "full"
-
-
-# --------------------------------------------------------------------------------------------------- frozen BatchNorm
-
-
-NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
-class Freezable:
-    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
-
-    frozen = False
-
-    def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
-
-    def __reduce_ex__(self, protocol):  # the kind cannot be found by its name
-        return _new_freezable, (_stock_norm(self),), vars(self)
-
-
-FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # stock class -> its freezable kind
-
-
-def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
-    """The freezable kind of a BatchNorm, or of a subclass, such as timm's with an activation."""
-    if stock not in FREEZABLE:
-        FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
-    return FREEZABLE[stock]
-
-
-FreezableBatchNorm2d = _freezable_kind(nn.BatchNorm2d)
-
-
-def _new_freezable(stock: type[_BatchNorm]) -> Freezable:
-    kind = _freezable_kind(stock)
-    return kind.__new__(kind)
-
-
-def _stock_norm(norm: Freezable) -> type[_BatchNorm]:
-    return next(stock for stock, kind in FREEZABLE.items() if kind is type(norm))
-
-
-def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
-    """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
-    if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
-        norm.__class__ = _freezable_kind(type(norm))
-    if isinstance(norm, Freezable):
-        norm.frozen = freeze
-        norm.train(training)

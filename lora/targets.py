@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from lora import functional
 from lora.adapted import ADAPTED, LoRASettings, is_adapted
+from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
 from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
@@ -150,6 +150,6 @@ def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
     try:
-        functional.bitsandbytes_functional()
+        bitsandbytes_functional()
     except ImportError as error:
         raise InputError(str(error)) from None
