@@ -33,21 +33,21 @@ import lora_utils
 from lora import adapted, attention, functional, initialization
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
+from lora.adapter_set import LayerState
 from lora.backends import LOW_PRECISION
 from lora.frozen_norms import NORMS, freeze_statistics
 from lora.fusion import fuse, is_hooked, scale_and_shift, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, dense_weight
-from lora.residents import Form
 from lora.split import split_model
 from lora.targets import (
     adaptable_layers,
-    changeable,
     check_four_bits,
     check_shared_weights,
     choose_layers,
     layers_below,
     outermost_layers,
     settings_by_layer,
+    unwrap_for_editing,
 )
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import (
@@ -167,7 +167,7 @@ class LoRALayer:
             raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
         self.merge() if merge else self.unmerge()
         vars(self).pop("float_digests", None)  # once merged, its weight is a float's
-        Form.of(self).without_adapter().put_on(self)
+        LayerState.of(self).without_adapter().apply_to(self)
 
     def adapted_state(self) -> dict[str, Any]:
         """The attributes, beside parameters, that the layer it adapts does not have."""
@@ -257,14 +257,14 @@ class LoRALinear(LoRALayer, nn.Linear):
         """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``layer(before(x))``; see `lora_linear` for `before`."""
-        if before is not None and (self._drops or not self._is_active):  # dropout needs the output of `before`
-            x, before = before(x), None
+    def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``layer(prologue(x))``; see `lora_linear` for `prologue`."""
+        if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
+            x, prologue = prologue(x), None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
         A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
-        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, before)
+        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, prologue)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -335,13 +335,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
         E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
         by_input = packed and key is value  # what reads the same input is one product
         counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
-        if before is not None and (self._drops or not (by_input and self._is_active)):
-            (query, key, value), before = attention.once_each(before, query, key, value), None
+        if prologue is not None and (self._drops or not (by_input and self._is_active)):
+            (query, key, value), prologue = attention.once_each(prologue, query, key, value), None
         inputs, (A, B) = (query, key, value), self._factors()
         adapter_inputs = attention.once_each(self._adapter_input, *inputs)
         projected, end = [], 0
@@ -352,7 +352,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             rows = rows if packed else slice(None)
             if self._is_active:
                 W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
-                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
+                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], prologue)
             else:
                 y = functional.frozen_linear(inputs[i], self._weight_without_adapter(name, inputs[i])[rows], bias)
             projected.append(y)  # (N, L, count E)
@@ -368,11 +368,11 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        before: Callable[[Tensor], Tensor] | None = None,
+        prologue: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same.
 
-        `before` is applied to query, key and value first; see `lora_linear`.
+        `prologue` is applied to query, key and value first; see `lora_linear`.
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask as well")
@@ -380,9 +380,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
         to_batch_first = attention.to_batch_first(is_batched, self.batch_first)
-        projected = self._project(*attention.once_each(to_batch_first, query, key, value), before)
+        projected = self._project(*attention.once_each(to_batch_first, query, key, value), prologue)
         if len(projected) == 1 and self._recomputes(need_weights, attn_mask, key_padding_mask):
-            output, weights = self.out_proj(projected[0], before=attention.SelfAttention(self.num_heads)), None
+            output, weights = self.out_proj(projected[0], prologue=attention.SelfAttention(self.num_heads)), None
         else:
             q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
             padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
@@ -402,10 +402,10 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         able = self.out_proj._is_active and not self.out_proj._drops and not is_hooked(self.out_proj)
         return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
 
-    def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
         packed = self.batch_first and self._is_active and self.weight_names == ("in_proj_weight",)
-        return self._project(x, x, x, before)[0] if packed and not self._drops and self._recomputes() else None
+        return self._project(x, x, x, prologue)[0] if packed and not self._drops and self._recomputes() else None
 
 
 class _FourBits:
@@ -542,7 +542,7 @@ def adapt_layers(
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, changeable(model)
+    wrapped, model = model, unwrap_for_editing(model)
     if not use_qlora and base_dtype not in LOW_PRECISION:
         settings = {name: own for name, own in settings.items() if own is not None}
     candidates = adaptable_layers(model)
@@ -597,7 +597,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
             base, or its norms, are to train, and several adapters share it.
     """
-    model = changeable(model)
+    model = unwrap_for_editing(model)
     if (train_norms or not freeze) and LoRAManager(model).names:
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
@@ -845,7 +845,7 @@ class FineTuning:
         shuffling = {"shuffle": True, "seed": args.seed, "drop_last": drop}
         self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
         self.meter = data.LoadingMeter()
-        self.faster = initialization.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
+        self.faster = initialization.ADAPTER_LR_FACTOR if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
         self.optimizer = training.build_optimizer(model, args, self.faster)
         images = Counter(splits.train.labels)  # per class
         self.average = training.WeightAverage(trained_state(model), args.ema, training.kept_share(args, images))

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
+from lora.adapter_set import Adapter, AdapterSet, LayerState
 from lora.fusion import unfuse
 from lora.nf4 import dense_weight
-from lora.residents import Adapter, Form, Residents
 from toolkit import InputError, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
 from toolkit.checkpoints import is_none, tensor_digest
@@ -220,20 +220,20 @@ class LoRAManager:
         Raises:
             InputError: layers in 4 or 16 bits without `merge`: their float weights are gone. The model is as it was.
         """
-        layers, residents = self._layers(), getattr(self.model, "resident_adapters", None)
-        base = {name: Form.of(layer).without_adapter() for name, layer in layers.items()}
-        base |= residents.base.layers if residents else {}
-        rounded = [name for name, form in base.items() if form.base_bits < 32]
+        layers, adapter_set = self._layers(), getattr(self.model, "adapter_set", None)
+        base = {name: LayerState.of(layer).without_adapter() for name, layer in layers.items()}
+        base |= adapter_set.base.layers if adapter_set else {}
+        rounded = [name for name, state in base.items() if state.base_bits < 32]
         if rounded and not (merge and layers):
             name, bits = rounded[0], base[rounded[0]].base_bits
             raise InputError(
                 f"{name} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
                 f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
             )
-        if residents and not merge:
+        if adapter_set and not merge:
             self.unmerge_lora_weights()
             self.use(None)
-        vars(self.model).pop("resident_adapters", None)
+        vars(self.model).pop("adapter_set", None)
         for layer in self._to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
@@ -287,14 +287,14 @@ class LoRAManager:
     @property
     def names(self) -> list[str]:
         """The adapters that `use` can choose from, in the order in which they came."""
-        residents = getattr(self.model, "resident_adapters", None)
-        return list(residents.named) if residents else []
+        adapter_set = getattr(self.model, "adapter_set", None)
+        return list(adapter_set.named) if adapter_set else []
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base does, or an adapter that has no name."""
-        residents = getattr(self.model, "resident_adapters", None)
-        return residents.in_use if residents else None
+        adapter_set = getattr(self.model, "adapter_set", None)
+        return adapter_set.in_use if adapter_set else None
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Let the adapter of this name compute, or with None the base; returns the adapter's metadata.
@@ -306,22 +306,22 @@ class LoRAManager:
         Raises:
             InputError: no adapter has this name, or the adapters are merged or switched off.
         """
-        residents = self._residents()
-        if name is not None and name not in residents.named:
+        adapter_set = self._adapter_set()
+        if name is not None and name not in adapter_set.named:
             near = difflib.get_close_matches(str(name), self.names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"no adapter is named {name!r}: {hint}there are: {listed(self.names, 12) or 'none'}")
-        residents.use(name, self.model)
-        return {} if name is None else residents.named[name].metadata
+        adapter_set.use(name, self.model)
+        return {} if name is None else adapter_set.named[name].metadata
 
     def remove(self, name: str) -> None:
         """Forget an adapter and free its memory. If it is in use, the base is from then on. Raises as `use`."""
         before = self.in_use
         self.use(name)
         self.use(None if name == before else before)
-        del self._residents().named[name]
+        del self._adapter_set().named[name]
 
-    def _residents(self) -> Residents:
+    def _adapter_set(self) -> AdapterSet:
         """The model's adapters with names; what it was adapted with before is one of them, `default`.
 
         Raises:
@@ -332,7 +332,7 @@ class LoRAManager:
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
-        if not hasattr(self.model, "resident_adapters"):
+        if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
             moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
@@ -341,25 +341,25 @@ class LoRAManager:
                     f"the base has trained with the adapter in use ({listed(moved)}), so others cannot share it: save "
                     "the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
-            self.model.resident_adapters = Residents(self.model)
-        self.model.resident_adapters.adopt(layers, self.model)
-        return self.model.resident_adapters
+            self.model.adapter_set = AdapterSet(self.model)
+        self.model.adapter_set.adopt(layers, self.model)
+        return self.model.adapter_set
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
         """Keep what a file holds under a name. Raises InputError where it does not fit the base."""
-        residents, adapter = self._residents(), Adapter(content["metadata"])
-        if not isinstance(name, str) or not name or name in residents.named:
+        adapter_set, adapter = self._adapter_set(), Adapter(content["metadata"])
+        if not isinstance(name, str) or not name or name in adapter_set.named:
             raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
-        before = residents.in_use
+        before = adapter_set.in_use
         self.use(None)
         try:
-            _refuse(path, residents.build(adapter, content, self.model))
+            _refuse(path, adapter_set.build(adapter, content, self.model))
             self._read(content, path)
-            adapter.capture(self.model)
+            adapter.snapshot(self.model)
         finally:
-            residents.base.put_into(self.model)
+            adapter_set.base.install(self.model)
             self.use(before)
-        residents.named[name] = adapter
+        adapter_set.named[name] = adapter
 
     # ---------------------------------------------------------------------------------------------------- save, load
 
@@ -377,7 +377,7 @@ class LoRAManager:
         """
         now, start = base_digests(self.model), getattr(self.model, "base_digests", {})
         own = getattr(self.model, "adapter_metadata", {})
-        own = own if self.in_use is None else self.model.resident_adapters.named[self.in_use].metadata
+        own = own if self.in_use is None else self.model.adapter_set.named[self.in_use].metadata
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
         # cannot move, and without a record of the start everything counts as moved.
@@ -417,7 +417,7 @@ class LoRAManager:
         if self.in_use is None:
             self.model.adapter_metadata = content["metadata"]
         else:
-            self.model.resident_adapters.named[self.in_use].metadata = content["metadata"]
+            self.model.adapter_set.named[self.in_use].metadata = content["metadata"]
         return content["metadata"]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:

@@ -80,7 +80,7 @@ class AdaptedLayer(Protocol):
 
     Its `forward` takes more arguments than the stock layer's:
 
-    - linear layers and attention take `before`, an operation on each row of the input, to apply first;
+    - linear layers and attention take `prologue`, an operation on each row of the input, to apply first;
     - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
       add, and `relu`.
     """
@@ -116,7 +116,7 @@ class AdaptedLayer(Protocol):
 class AdaptedAttention(AdaptedLayer, Protocol):
     """An attention offers its packed q, k and v as well, for what follows to be recomputed from them."""
 
-    def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None: ...
+    def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None: ...
 
 
 def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:

@@ -200,7 +200,7 @@ def _empty_heads(like: Tensor, width: int) -> Tensor:
 
 
 class SelfAttention:
-    """Attention of several heads as an operation `before` a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
+    """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
     In backward it is computed once more: by the layer's own backward pass, or shortly before that by `replay`, if the
     layer's output is needed again.

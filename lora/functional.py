@@ -103,14 +103,14 @@ def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, before, dtype):
+    def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, prologue, dtype):
         ctx.rebuild, parts = None, ()
-        if isinstance(before, Rebuilt):
-            before, ctx.rebuild, parts = before
+        if isinstance(prologue, RecomputedNorm):
+            prologue, ctx.rebuild, parts = prologue
             parts = [part.detach() for part in parts]
-        rows = (x if before is None else _evaluate(before, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
+        rows = (x if prologue is None else _evaluate(prologue, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        ctx.weight, ctx.scaling, ctx.groups, ctx.before, ctx.dtype = weight, scaling, groups, before, dtype
+        ctx.weight, ctx.scaling, ctx.groups, ctx.prologue, ctx.dtype = weight, scaling, groups, prologue, dtype
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
 
         factors, h = (A, B), None
@@ -126,7 +126,7 @@ class _LoRALinear(torch.autograd.Function):
                 # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
                 y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
         # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
-        kept = x if before is not None else adapter_rows.view(x.shape)
+        kept = x if prologue is not None else adapter_rows.view(x.shape)
         ctx.save_for_backward(kept if ctx.rebuild is None else None, *factors, h, *parts)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
         return backends.unsafe_view(y, [*x.shape[:-1], len(W)])
@@ -140,11 +140,11 @@ class _LoRALinear(torch.autograd.Function):
                 saved = ctx.rebuild(*parts)
         A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
         need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        if not isinstance(ctx.before, SelfAttention):  # which is not row by row
+        if not isinstance(ctx.prologue, SelfAttention):  # which is not row by row
             saved = saved.flatten(0, -2)
         adapter_rows, statistics = saved, ()
-        if ctx.before is not None:
-            adapter_rows, statistics = _evaluate(ctx.before, saved, in_backward=True)
+        if ctx.prologue is not None:
+            adapter_rows, statistics = _evaluate(ctx.prologue, saved, in_backward=True)
             adapter_rows = adapter_rows.to(ctx.dtype).flatten(0, -2)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
@@ -159,10 +159,10 @@ class _LoRALinear(torch.autograd.Function):
             gB = _stacked(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
-        if need_x and isinstance(ctx.before, SelfAttention):
+        if need_x and isinstance(ctx.prologue, SelfAttention):
             (gx,) = torch.autograd.grad(statistics[1], statistics[0], gx.to(saved.dtype).view_as(statistics[1]))
-        elif need_x and ctx.before is not None:
-            gx = _pull_back(ctx.before, gx, saved, statistics)
+        elif need_x and ctx.prologue is not None:
+            gx = _pull_back(ctx.prologue, gx, saved, statistics)
         return (
             None if gx is None else gx.view(ctx.shape),
             (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
@@ -188,8 +188,8 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     return backends.linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
-class Rebuilt(NamedTuple):
-    """A LayerNorm as an operation `before` a layer, whose input is computed again in backward instead of saved.
+class RecomputedNorm(NamedTuple):
+    """A LayerNorm as the `prologue` of a layer, whose input is computed again in backward instead of saved.
 
     ``rebuild(*parts)`` is that input, to the last bit. The parts are saved; it pays if others save them anyway.
     """
@@ -203,37 +203,37 @@ class Rebuilt(NamedTuple):
 
 
 def _evaluate(
-    before: nn.LayerNorm | nn.GELU | SelfAttention, x: Tensor, in_backward: bool = False
+    prologue: nn.LayerNorm | nn.GELU | SelfAttention, x: Tensor, in_backward: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """``before(x)`` and what its derivative needs beside x.
+    """``prologue(x)`` and what its derivative needs beside x.
 
     Of a LayerNorm each row's mean and reciprocal deviation, of attention input and output of its own graph, which in
     the forward pass would only hold memory.
     """
-    if isinstance(before, nn.GELU):
-        return F.gelu(x, approximate=before.approximate), []
-    if isinstance(before, SelfAttention):
-        graph = before.graph(x) if in_backward else (x, before(x))
+    if isinstance(prologue, nn.GELU):
+        return F.gelu(x, approximate=prologue.approximate), []
+    if isinstance(prologue, SelfAttention):
+        graph = prologue.graph(x) if in_backward else (x, prologue(x))
         return graph[1].detach(), list(graph)
-    y, *statistics = backends.layer_norm(x if before.weight is None else x.to(before.weight.dtype), before)
+    y, *statistics = backends.layer_norm(x if prologue.weight is None else x.to(prologue.weight.dtype), prologue)
     return y, statistics
 
 
-def _pull_back(before: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
-    """From the gradient of ``before(x)`` to that of x, both (N, in), in the same memory if it fits.
+def _pull_back(prologue: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
+    """From the gradient of ``prologue(x)`` to that of x, both (N, in), in the same memory if it fits.
 
     Of a LayerNorm on a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at
     once, as more calls would cost more than the memory is worth.
     """
-    if isinstance(before, nn.GELU):
+    if isinstance(prologue, nn.GELU):
         result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
-        return backends.gelu_gradient(gradient.to(x.dtype), x, before.approximate, out=result)
+        return backends.gelu_gradient(gradient.to(x.dtype), x, prologue.approximate, out=result)
     if x.device.type != "cpu":
-        return _pull_back_norm(before, gradient, x, *statistics).to(x.dtype)
+        return _pull_back_norm(prologue, gradient, x, *statistics).to(x.dtype)
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     for part, *in_part in zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True):
-        part.copy_(_pull_back_norm(before, *in_part))
+        part.copy_(_pull_back_norm(prologue, *in_part))
     return result
 
 
@@ -251,7 +251,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    before: nn.LayerNorm | nn.GELU | SelfAttention | Rebuilt | None = None,
+    prologue: nn.LayerNorm | nn.GELU | SelfAttention | RecomputedNorm | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 
@@ -263,17 +263,17 @@ def lora_linear(
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        before: a LayerNorm over the last dimension, GELU or attention, to apply first. Its output is not saved but
+        prologue: a LayerNorm over the last dimension, GELU or attention, to apply first. Its output is not saved but
             recomputed; x is then what it takes.
 
     Raises:
         ValueError: both of the last two are given. Dropout would need the output that is not saved.
     """
-    if adapter_x is not None and before is not None:
-        raise ValueError("adapter_x and before exclude each other: apply the operation first")
+    if adapter_x is not None and prologue is not None:
+        raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
-    if before is not None and (_is_trainable(weight) or backends.is_traced()):
-        x, before = before(x), None
+    if prologue is not None and (_is_trainable(weight) or backends.is_traced()):
+        x, prologue = prologue(x), None
     if _is_trainable(weight):
         dtype = compute_dtype(x)
         if adapter_x is None and dtype not in LOW_PRECISION:
@@ -284,9 +284,9 @@ def lora_linear(
         return F.linear(x, weight, bias) + scaling * delta
     if x.dim() == 1:
         adapter_x = None if adapter_x is None else adapter_x[None]
-        return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, before)[0]
+        return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, prologue)[0]
     backends.refuse_jit()
-    return _LoRALinear.apply(x, adapter_x, A, B, weight, bias, scaling, groups, before, compute_dtype(x))
+    return _LoRALinear.apply(x, adapter_x, A, B, weight, bias, scaling, groups, prologue, compute_dtype(x))
 
 
 # ----------------------------------------------------------------------------------------------------- convolution

@@ -35,7 +35,7 @@ from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
 from lora.attention import SelfAttention, attend
 from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
-from lora.functional import Rebuilt, frozen_linear, max_pool2d_relu
+from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
 
 # --------------------------------------------------------------------------------------------- what goes together
@@ -101,7 +101,7 @@ def conv_bn_relu(
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """May ``layer(operation(x))`` be ``layer(x, before=operation)``, which saves x and not the operation's output?
+    """May ``layer(operation(x))`` be ``layer(x, prologue=operation)``, which saves x and not the operation's output?
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
@@ -266,15 +266,15 @@ class FusedResNet(ResNet):
 class FusedMLPBlock(MLPBlock):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
-    def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
-        """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
+    def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
+        """``mlp(prologue(input))``, the prologue recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
-        x = apply_layer(linear, input) if before is None else linear(input, before=before)
+        x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
-                x, rest = linear(x, before=gelu), after
+                x, rest = linear(x, prologue=gelu), after
         for module in rest:
             x = apply_layer(module, x)
         return x
@@ -294,11 +294,11 @@ class FusedEncoderBlock(EncoderBlock):
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
-            x = attention.out_proj(qkv, before=heads) + input
-            again = Rebuilt(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
-            return x + mlp(x, before=again)
+            x = attention.out_proj(qkv, prologue=heads) + input
+            again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
+            return x + mlp(x, prologue=again)
         if recomputes(self.ln_1, attention):
-            x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
+            x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
@@ -309,8 +309,8 @@ class FusedEncoderBlock(EncoderBlock):
         if not takes_norm:
             return x + mlp(self.ln_2(x))
         # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-        again = Rebuilt(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
-        return x + mlp(x, before=again)
+        again = RecomputedNorm(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
+        return x + mlp(x, prologue=again)
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.

@@ -20,7 +20,7 @@ from toolkit import distributed
 
 # Adapters that start so learn at so many times the rate of everything else, which makes full fine-tuning's usual rates
 # good ones: measured, see benchmarks/RESULTS.md. (LoRA Without Regret, 2025, finds a factor of ten.)
-FASTER = 24.0
+ADAPTER_LR_FACTOR = 24.0
 IMAGES = 256  # whose gradient is enough
 
 

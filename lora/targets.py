@@ -56,7 +56,7 @@ def settings_by_layer(
 # --------------------------------------------------------------------------------------------------------- the layers
 
 
-def changeable(model: nn.Module) -> nn.Module:
+def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
@@ -91,7 +91,7 @@ def choose_layers(
         InputError: a target or exclusion that is no regular expression or matches nothing, too few blocks, or no layer
             left.
     """
-    model = changeable(model)
+    model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
     targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
     matches = {t: {n for n in candidates if matches_layer(n, t)} for t in (*(targets or ()), *(excluded or ()))}
@@ -120,7 +120,7 @@ def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
 
 def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
     """The layers before the last blocks that could be adapted, but for those to be left alone."""
-    model = changeable(model)
+    model = unwrap_for_editing(model)
     names = choose_layers(model, None, exclude_modules)
     return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 

@@ -21,7 +21,7 @@ from lora.adapted import (
     kind_named,
     stock_class,
 )
-from lora.residents import Form
+from lora.adapter_set import LayerState
 from toolkit import InputError
 
 
@@ -88,11 +88,12 @@ def test_the_bits_of_the_base(kind, four_bits, dtype, bits):
     for settings in (LoRASettings(), None):
         stock = STOCK[kind]()
         layer = ADAPTED[type(stock)][four_bits].adapt(stock, settings, dtype)
-        assert layer.base_bits == Form.of(layer).base_bits == Form.of(layer).without_adapter().base_bits == bits
+        state = LayerState.of(layer)
+        assert layer.base_bits == state.base_bits == state.without_adapter().base_bits == bits
         layer.merge()
         assert layer.base_bits == bits
         layer.remove_lora(merge=True)
-        assert Form.of(layer).base_bits == 32
+        assert LayerState.of(layer).base_bits == 32
 
 
 def test_the_table_knows_kinds_by_name_and_what_they_adapt():

@@ -91,37 +91,37 @@ def row_operations(width: int):
     return {"gelu": nn.GELU(), "tanh": nn.GELU("tanh"), "layer norm": affine, "plain": plain}.items()
 
 
-@pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
+@pytest.mark.parametrize("prologue", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
 @pytest.mark.parametrize("part", [1, functional.PART_NUMEL], ids=["row by row", "at once"])
-def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
+def test_linear_gradients_through_a_recomputed_operation(path, prologue, part, monkeypatch):
     monkeypatch.setattr(functional, "PART_NUMEL", part)
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, A, B):
-        return lora_linear(x, W, A, B, None, SCALING, before=before)
+        return lora_linear(x, W, A, B, None, SCALING, prologue=prologue)
 
     assert gradcheck(function, double(2, 3, 4), double(2, 4), double(6, 2))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, before", row_operations(64))
+@pytest.mark.parametrize("name, prologue", row_operations(64))
 @pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize("x_dtype", [None, torch.bfloat16], ids=["", "low x"])
-def test_a_recomputed_operation_equals_the_dense_computation(device, name, before, dtype, autocast, x_dtype):
+def test_a_recomputed_operation_equals_the_dense_computation(device, name, prologue, dtype, autocast, x_dtype):
     """In every precision, with x in a lower one than the LayerNorm's weight as well, and evaluated once in backward."""
-    before = copy.deepcopy(before).to(device, dtype)
+    prologue = copy.deepcopy(prologue).to(device, dtype)
     x = (random(7, 5, 64, device=device) + 1).to(x_dtype or dtype).requires_grad_()
     W = random(6, 64, device=device, dtype=dtype)
     A, B = (random(*shape, device=device, requires_grad=True) for shape in ((2, 64), (6, 2)))
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, before=before)
+        y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, prologue=prologue)
     upstream = torch.randn_like(y)
     with Operations() as evaluations:
         y.backward(upstream)
     assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
     theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
-    before.double()
-    expected = F.linear(before(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
+    prologue.double()
+    expected = F.linear(prologue(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
     expected.backward(upstream.double())
     tolerance = FP32 if y.dtype == x.dtype == torch.float32 else BF16
     assert_close(y, expected, tolerance, "output")
@@ -136,7 +136,7 @@ def test_a_layer_norm_in_fewer_bits_than_its_input():
     x, W = random(7, 64, requires_grad=True), random(6, 64).bfloat16()
     A, B = random(2, 64, requires_grad=True), random(6, 2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = lora_linear(x, W, A, B, None, SCALING, before=norm)
+        y = lora_linear(x, W, A, B, None, SCALING, prologue=norm)
     upstream = torch.randn_like(y)
     y.backward(upstream)
     theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
@@ -151,7 +151,7 @@ def test_a_layer_norm_in_fewer_bits_than_its_input():
 def test_dropout_and_a_recomputed_operation_exclude_each_other():
     x = random(3, 4)
     with pytest.raises(ValueError, match="exclude each other"):
-        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=nn.GELU())
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, prologue=nn.GELU())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -265,7 +265,7 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
     A.requires_grad_(), B.requires_grad_()
     for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=nn.GELU()))
+            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
         assert set(saved) >= {t.untyped_storage().data_ptr() for t in (x, A, B)}
         assert sum(saved.values()) < 1.5 * x.numel() * 4
 

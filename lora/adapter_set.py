@@ -20,23 +20,23 @@ from toolkit.backbones import head_name, in_head
 DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
 
 
-class Form(NamedTuple):
+class LayerState(NamedTuple):
     """What a layer is for one adapter, or for the base."""
 
     kind: type[nn.Module]
-    state: dict[str, Any]  # attributes that the stock layer does not have
+    attributes: dict[str, Any]  # those that the stock layer does not have
     parameters: dict[str, nn.Parameter | None]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Form":
-        return cls(type(module), _state(module), dict(module._parameters))
+    def of(cls, module: nn.Module) -> "LayerState":
+        return cls(type(module), _attributes(module), dict(module._parameters))
 
-    def put_on(self, module: nn.Module) -> None:
+    def apply_to(self, module: nn.Module) -> None:
         device = next((p.device for p in module._parameters.values() if p is not None), None)
-        for name in _state(module):
+        for name in _attributes(module):
             delattr(module, name)
         module.__class__ = self.kind
-        vars(module).update(self.state)
+        vars(module).update(self.attributes)
         module._parameters.clear()
         module._parameters.update(self.parameters)
         if any(p is not None and p.device != device for p in self.parameters.values()):
@@ -44,16 +44,16 @@ class Form(NamedTuple):
 
     @property
     def base_bits(self) -> int:
-        return base_bits(self.state)
+        return base_bits(self.attributes)
 
-    def without_adapter(self) -> "Form":
+    def without_adapter(self) -> "LayerState":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
         if self.base_bits < 32:  # it stays what it is, switched off
-            return Form(self.kind, {**self.state, "lora_enabled": False}, parameters)
-        return Form(self.state.get("stock_class", stock_class(self.kind)), {}, parameters)
+            return LayerState(self.kind, {**self.attributes, "lora_enabled": False}, parameters)
+        return LayerState(self.attributes.get("stock_class", stock_class(self.kind)), {}, parameters)
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
+def _attributes(module: nn.Module) -> dict[str, Any]:
     return module.adapted_state() if is_adapted(module) else {}
 
 
@@ -63,38 +63,38 @@ class Adapter:
 
     metadata: dict[str, Any] = field(default_factory=dict)
     head: nn.Module | None = None
-    layers: dict[str, Form] = field(default_factory=dict)  # outside the head
+    layers: dict[str, LayerState] = field(default_factory=dict)  # outside the head
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of the base, where training moved them
 
-    def capture(self, model: nn.Module) -> None:
+    def snapshot(self, model: nn.Module) -> None:
         """Take all of it from the model as it is now."""
         head, layers = head_name(model), adapted_layers(model).items()
         self.head = None if head is None else model.get_submodule(head)
-        self.layers = {path: Form.of(layer) for path, layer in layers if not in_head(model, path)}
+        self.layers = {path: LayerState.of(layer) for path, layer in layers if not in_head(model, path)}
         owners = {path: _owner(model, path) for path in self.tensors}
         self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
 
-    def put_into(self, model: nn.Module, above: "Adapter | None" = None) -> None:
+    def install(self, model: nn.Module, above: "Adapter | None" = None) -> None:
         """Make the model what this describes, except where `above` has something of its own."""
         above = above or Adapter()
         name, head = head_name(model), above.head or self.head
         if name is not None and head is not None:
             _replace_head(model, name, head)
         modules = dict(model.named_modules())
-        for path, form in (self.layers | above.layers).items():
-            form.put_on(modules[path])
+        for path, state in (self.layers | above.layers).items():
+            state.apply_to(modules[path])
         for path, tensor in (self.tensors | above.tensors).items():
             module, _, leaf = path.rpartition(".")
             if leaf in getattr(modules[module], "float_digests", ()):
-                continue  # the adapter in use stores this weight in fewer bits, as its form has put it
+                continue  # the adapter in use stores this weight in fewer bits, as its state has put it
             owner, leaf = _owner(model, path)
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])
             owner[leaf] = tensor
 
 
-class Residents:
-    """The adapters that share a model, in `model.resident_adapters`."""
+class AdapterSet:
+    """The adapters that share a model, in `model.adapter_set`."""
 
     def __init__(self, model: nn.Module):
         name = head_name(model)
@@ -119,15 +119,15 @@ class Residents:
             return
         if self.in_use is not None:
             self._remember(adapted_layers(model), model)  # it may have got more since
-            self.named[self.in_use].capture(model)
-        self.base.put_into(model, None if name is None else self.named[name])
+            self.named[self.in_use].snapshot(model)
+        self.base.install(model, None if name is None else self.named[name])
         self.in_use = name
         fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
         """Give the model, whose base is in use, the layers and tensors that an adapter file names, with any numbers.
 
-        The file's numbers are read after that, then comes `adapter.capture`, and in any case `base.put_into`. Returns
+        The file's numbers are read after that, then comes `adapter.snapshot`, and in any case `base.install`. Returns
         what does not fit, a line each.
         """
         if not ADAPTED:
@@ -148,28 +148,29 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        stored = {path: form for path, form in self.base.layers.items() if form.base_bits < 32 and path not in records}
+        absent = {path: state for path, state in self.base.layers.items() if path not in records}
+        rounded = {path: state for path, state in absent.items() if state.base_bits < 32}
         # Files do not record that a rank-0 layer is stored in 16 bits.
-        lacking = [path for path, form in stored.items() if form.state["r"] > 0 or form.base_bits == 4]
+        lacking = [path for path, state in rounded.items() if state.attributes["r"] > 0 or state.base_bits == 4]
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """What these layers are without any adapter."""
         for path, layer in layers.items():
             if not in_head(model, path):
-                self.base.layers.setdefault(path, Form.of(layer).without_adapter())
+                self.base.layers.setdefault(path, LayerState.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
         """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
         for path, record in records.items():
-            forms = (other.layers[path] for other in self.named.values() if path in other.layers)
-            shared = next((f for f in forms if f.base_bits < 32 and f.kind.__name__ == record["kind"]), None)
+            states = (other.layers[path] for other in self.named.values() if path in other.layers)
+            shared = next((s for s in states if s.base_bits < 32 and s.kind.__name__ == record["kind"]), None)
             if shared is not None:
-                form = shared.without_adapter()
-                stored = form.state.get("weight_names", form.kind.weight_names)
+                state = shared.without_adapter()
+                stored = state.attributes.get("weight_names", state.kind.weight_names)
                 # The biases stay this file's: they may be among the tensors that training moved.
                 own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
-                form._replace(parameters=form.parameters | own).put_on(modules[path])
+                state._replace(parameters=state.parameters | own).apply_to(modules[path])
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
