@@ -258,13 +258,14 @@ class LoRALinear(LoRALayer, nn.Linear):
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``layer(prologue(x))``; see `lora_linear` for `prologue`."""
+        """``prologue(x) (W + s B A)^T + b``; see `lora_linear`."""
         if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
             x, prologue = prologue(x), None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
-        A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
-        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, prologue)
+        W, adapter_x = self.base(), self._adapter_input(x)
+        A, B = self.lora_A, self.lora_B
+        return functional.lora_linear(x, W, A, B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -470,13 +471,9 @@ class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
 
 
 # Which layer becomes what, over a float base and over a 4-bit one: the table that `lora.adapted` holds for everybody.
-ADAPTED.update(
-    {
-        nn.Linear: (LoRALinear, QLoRALinear),
-        nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
-        nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
-    }
-)
+ADAPTED[nn.Linear] = LoRALinear, QLoRALinear
+ADAPTED[nn.Conv2d] = LoRAConv2d, QLoRAConv2d
+ADAPTED[nn.MultiheadAttention] = LoRAMultiheadAttention, QLoRAMultiheadAttention
 
 # -------------------------------------------------------------------------------------------------- into a model
 

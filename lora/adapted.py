@@ -1,4 +1,4 @@
-"""What an adapted layer is for everybody but itself: its settings, what it offers, and which kinds there are.
+"""What the toolkit knows of adapted layers: their settings, the Protocol that they follow, the table of their kinds.
 
 `finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts know them by the
 Protocol `AdaptedLayer` and by the table `ADAPTED`, so that no import runs upwards.
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora.nf4 import NF4Weight
 from toolkit import InputError
 
-# The one table of kinds: stock class -> what adapts it over a float base, and over a 4-bit one. Exact types: a subclass
-# may compute something else. `finetune_lora.py` fills it where its classes end: whoever wants to read what the layers
-# do finds them and the table in that one file, and nothing below it has to import it.
+# The one table of kinds: stock class -> what adapts it over a float base, and over a 4-bit one. Types are exact: a
+# subclass may compute something else. `finetune_lora.py` fills the table below its classes, so a reader finds both in
+# one file, and nothing on this floor has to import that file.
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 

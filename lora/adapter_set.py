@@ -1,7 +1,7 @@
 """Several adapters on one base: what each has of its own in the model, and how one takes the place of another.
 
-The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
-To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
+The model is always what it would be with the adapter in use alone: a layer that this one does not adapt is a stock
+layer. Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
 `LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
@@ -59,7 +59,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 @dataclass
 class Adapter:
-    """What is an adapter's own. The base has the same fields, for all that any adapter replaces."""
+    """Everything one adapter owns. For the base: the original of everything an adapter replaces."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     head: nn.Module | None = None
@@ -67,17 +67,20 @@ class Adapter:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of the base, where training moved them
 
     def snapshot(self, model: nn.Module) -> None:
-        """Take all of it from the model as it is now."""
-        head, layers = head_name(model), adapted_layers(model).items()
+        """Take all of it from the model as it is now, with the layers and tensors themselves, not copies."""
+        head = head_name(model)
         self.head = None if head is None else model.get_submodule(head)
-        self.layers = {path: LayerState.of(layer) for path, layer in layers if not in_head(model, path)}
-        owners = {path: _owner(model, path) for path in self.tensors}
-        self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
+        layers = adapted_layers(model)
+        self.layers = {path: LayerState.of(layer) for path, layer in layers.items() if not in_head(model, path)}
+        for path in self.tensors:
+            owner, leaf = _owner(model, path)
+            self.tensors[path] = owner[leaf]
 
     def install(self, model: nn.Module, above: "Adapter | None" = None) -> None:
-        """Make the model what this describes, except where `above` has something of its own."""
+        """Put all of it into the model, except where `above` has something of its own."""
         above = above or Adapter()
-        name, head = head_name(model), above.head or self.head
+        name = head_name(model)
+        head = above.head or self.head
         if name is not None and head is not None:
             _replace_head(model, name, head)
         modules = dict(model.named_modules())
@@ -103,7 +106,7 @@ class AdapterSet:
         self.in_use: str | None = None
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """Call the adapter that has no name `default`, if layers have one. Raises InputError if there is a default."""
+        """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
         if layers and self.in_use is None:
             if DEFAULT in self.named:
                 raise InputError(
@@ -114,7 +117,7 @@ class AdapterSet:
             self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
-        """Put an adapter of `named`, or with None the base, in the place of the one in use."""
+        """Replace the adapter in use by another of `named`, or with None by the base."""
         if name == self.in_use:
             return
         if self.in_use is not None:
@@ -125,14 +128,15 @@ class AdapterSet:
         fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
-        """Give the model, whose base is in use, the layers and tensors that an adapter file names, with any numbers.
+        """Build the layers and tensors that an adapter file names, uninitialised. The base must be in use.
 
-        The file's numbers are read after that, then comes `adapter.snapshot`, and in any case `base.install`. Returns
+        The caller then reads the file's numbers and calls `adapter.snapshot`, and in any case `base.install`. Returns
         what does not fit, a line each.
         """
         if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
-        records, tensors, head = content["layers"], content["tensors"], head_name(model)
+        records, tensors = content["layers"], content["tensors"]
+        head = head_name(model)
         modules = dict(model.named_modules())
         attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
         touched = [*records, *(f"{path}.out_proj" for path in records if path in attached)]
@@ -155,13 +159,13 @@ class AdapterSet:
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """What these layers are without any adapter."""
+        """Note what these layers are without any adapter, unless it is known."""
         for path, layer in layers.items():
             if not in_head(model, path):
                 self.base.layers.setdefault(path, LayerState.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-        """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
+        """Give these layers the 4-bit weights that the first 4-bit adapter brought over a float base."""
         for path, record in records.items():
             states = (other.layers[path] for other in self.named.values() if path in other.layers)
             shared = next((s for s in states if s.base_bits < 32 and s.kind.__name__ == record["kind"]), None)
@@ -174,13 +178,13 @@ class AdapterSet:
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Adapt one layer as a file has it. Returns what does not fit."""
-    kind, r = kind_named(record["kind"]), record["r"]
+    """Adapt one layer as its record in a file says. Returns what does not fit."""
+    kind = kind_named(record["kind"])
     if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
-    if ranks != {(r,)}:  # before any memory is taken for it
-        return [f"{path} has r {r} in the file, and tensors of another rank"]
+    if ranks != {(record["r"],)}:  # before any memory is taken for it
+        return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
     try:
         kind.adapt(layer, recorded_settings(record))
     except ImportError as error:  # bitsandbytes
@@ -201,13 +205,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
-    before = model.get_submodule(name)
+    """Put another head into the model, with the mode, device and dtype of the one there."""
+    former = model.get_submodule(name)
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
-    head.train(before.training)
-    kinds, own = ({(p.device, p.dtype) for p in part.parameters()} for part in (before, head))
-    if len(kinds) == 1 and own != kinds:
-        head.to(*kinds.pop())
+    head.train(former.training)
+    places = {(p.device, p.dtype) for p in former.parameters()}
+    if len(places) == 1 and places != {(p.device, p.dtype) for p in head.parameters()}:
+        head.to(*places.pop())
 
 
 def _stock_head(head: nn.Module) -> nn.Module:
@@ -226,11 +231,9 @@ def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -
     for path, module in head.named_modules(prefix=prefix.rstrip(".")):
         for name, parameter in list(module.named_parameters(recurse=False)):
             found = tensors.get(f"{path}.{name}")
-            if (
-                isinstance(module, nn.Linear | nn.Conv2d)
-                and found is not None
-                and found.shape[1:] == parameter.shape[1:]
-            ):
+            if found is None or found.shape[1:] != parameter.shape[1:]:
+                continue
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 outputs = "out_features" if isinstance(module, nn.Linear) else "out_channels"
                 setattr(module, outputs, len(found))
                 module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)

@@ -17,7 +17,7 @@ from lora.backends import CPU, ONEDNN_DTYPES
 # query and key, and slower above.
 PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
 MOST_SCORES = 2**19
-# `_Attention` computes some images, or some heads of one, at a time: about so many scores.
+# `_Attention` computes about this many scores at a time: those of some images, or of some heads of one.
 SCORES_AT_A_TIME = 2**19
 # Attention's weights may be kept for backward if keys <= MOST_KEYS_KEPT * head width. They then take at most that many
 # times the memory of q: 3.1 times in a ViT-B/16 at 224 pixels; at 384 it would be 9 times.
@@ -25,8 +25,9 @@ MOST_KEYS_KEPT = 4
 
 
 def once_each(function: Callable, *tensors: Tensor) -> list:
-    """``function(t)`` of each tensor, called once for each distinct one: what was one tensor stays one."""
-    results = {key: function(tensor) for key, tensor in {id(t): t for t in tensors}.items()}
+    """Call the function once for each distinct tensor. Returns a result for each; what was one tensor stays one."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    results = {key: function(tensor) for key, tensor in distinct.items()}
     return [results[id(tensor)] for tensor in tensors]
 
 
@@ -40,7 +41,7 @@ def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor],
 def attention_mask(
     q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
 ) -> Tensor | None:
-    """Both masks of `nn.MultiheadAttention` as one to add to the scores, broadcastable to (N, H, L, S); None for none.
+    """Make one mask of both of `nn.MultiheadAttention`: to add to the scores, broadcastable to (N, H, L, S), or None.
 
     Args:
         q: (N, L, E).
@@ -51,7 +52,8 @@ def attention_mask(
     Raises:
         RuntimeError: a mask of another shape. It might broadcast, and mask something else.
     """
-    N, L, S = *q.shape[:2], k.shape[1]
+    N, L, _ = q.shape
+    S = k.shape[1]
     _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
     _check_shape("key_padding_mask", key_padding_mask, (N, S))
     masks = []
@@ -77,16 +79,17 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def append_keys(
     k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k, v and the mask with what `nn.MultiheadAttention` appends to the S keys: its biases and a position of zeros.
+    """Append to the S keys what `nn.MultiheadAttention` does, biases and a position of zeros. Returns k, v, the mask.
 
     Args:
         k, v: (N, S, E).
-        mask: as `attention_mask` returns it. What is appended, every query sees.
+        mask: as `attention_mask` returns it. Every query sees what is appended.
         bias_k, bias_v: (1, 1, E), both or none.
     """
     N, S, E = k.shape
     if bias_k is not None:
-        k, v = (torch.cat([t, bias.expand(N, 1, E).to(t.dtype)], 1) for t, bias in ((k, bias_k), (v, bias_v)))
+        k = torch.cat([k, bias_k.expand(N, 1, E).to(k.dtype)], 1)
+        v = torch.cat([v, bias_v.expand(N, 1, E).to(v.dtype)], 1)
     if add_zero:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     return k, v, None if mask is None else F.pad(mask, (0, k.shape[1] - S))
@@ -116,19 +119,22 @@ def attend(
     weights = None
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
-        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        scores = scores if mask is None else scores + mask
+        weights = F.dropout(scores.softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v
     else:
         by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
         keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
-        with _sound_kernels(q):
-            stock = F.scaled_dot_product_attention
-            attended = _Attention.apply(q, k, v, keep_weights) if by_products else stock(q, k, v, mask, dropout)
+        if by_products:
+            attended = _Attention.apply(q, k, v, keep_weights)
+        else:
+            with _sound_kernels(q):
+                attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
 
 
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
-    """PyTorch's kernels but cuDNN's for a single query, as of a class token alone: on CUDA its gradient may be NaN then
+    """Leave out cuDNN's kernel for a single query, as of a class token alone: on CUDA its gradient may be NaN then
     (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
     if q.device.type != "cuda" or q.shape[-2] > 1 or backends.is_traced():
         return contextlib.nullcontext()
@@ -189,7 +195,9 @@ def _attention_weights(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tenso
 def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     """Which images and which heads of them to compute at a time."""
     N, H, L, _ = q.shape
-    images, heads = (max(SCORES_AT_A_TIME // (n * L * k.shape[2]), 1) for n in (H, 1))
+    scores = L * k.shape[2]  # of a head
+    images = max(SCORES_AT_A_TIME // (H * scores), 1)
+    heads = max(SCORES_AT_A_TIME // scores, 1)
     return [(slice(n, n + images), slice(h, h + heads)) for n in range(0, N, images) for h in range(0, H, heads)]
 
 

@@ -129,7 +129,8 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():
         stride, padding, dilation, groups = geometry
-        sizes, bias = (padding, stride, dilation, groups), None if bias is None else bias.contiguous()
+        sizes = padding, stride, dilation, groups
+        bias = None if bias is None else bias.contiguous()
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "leaky_relu", [LEAK], "")
         if residual.dtype == x.dtype:  # what comes after an addition has no leak

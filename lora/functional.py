@@ -9,15 +9,16 @@ differentiation of ``W x + s B (A x)`` spends much of what that saves on extra p
     gx = gy (W + s B A)             gA = gh^T x         (r x in)
                                     gB = s gy^T h       (out x r)
 
-The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. What is saved
-for backward is the layer's input, which full fine-tuning saves as well.
+The dense weight gradient is never formed, and nothing of the output's size is allocated but the output. Backward
+needs the layer's input, which full fine-tuning saves as well.
 
-Two ways lead to y and gx. Dropout, which acts on the adapter's share alone, takes the second one:
+There are two ways to y and gx:
 - *merged*: one product with ``W + s B A``, which is built for the call and not kept;
 - *side path*: a product with W, then ``s h B^T`` accumulated in place.
-`_merge_pays` chooses for linear layers: by size in full precision; in low precision always the side path, which costs
-less there than building the weight in float32 and rounding it. A convolution's kernel, small beside what it reads, is
-merged, in low precision too: built in float32 and rounded once, see `_kernel_merges`.
+Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
+layers: by size in full precision; in low precision always the side path, which costs less there than building the
+weight in float32 and rounding it. A convolution's kernel is small beside its input, so it is merged in low precision
+too: it is built in float32 and rounded once, see `_kernel_merges`.
 
 Second derivatives are not defined, and backward refuses a graph of its own (`backends.first_derivative`).
 """
@@ -35,7 +36,7 @@ from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION
 from lora.nf4 import NF4Weight, dense_weight
 
-# The gradient through a recomputed operation is computed in at most so many parts, each of at least so many numbers.
+# The gradient through a recomputed LayerNorm is computed in at most PARTS parts, of PART_NUMEL numbers or more.
 PARTS, PART_NUMEL = 8, 2**17
 
 
@@ -82,7 +83,7 @@ def effective_weight(
         weight: (out, in). With ``groups`` > 1 its rows are that many layers on one input: attention's packed q, k, v.
         A: (groups * r, in).
         B: (out, r).
-        in_place: ``weight`` is a temporary that nobody else needs: add to it.
+        in_place: add to ``weight``, a temporary that nobody else needs.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
     W = W if in_place else W.clone()  # autocast would round the operands of a product that is not in place
@@ -90,9 +91,9 @@ def effective_weight(
 
 
 def merged_weight(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
-    """What merging makes of a weight: `effective_weight` in the adapter's precision, rounded once to the weight's.
+    """The weight after merging: `effective_weight` in the adapter's precision, rounded once to the weight's.
 
-    Added on the grid of bfloat16, a small update would vanish. 4 bits merge into float.
+    A small update would vanish if it were added in bfloat16. A 4-bit weight becomes a float one.
     """
     return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
 
@@ -108,16 +109,21 @@ class _LoRALinear(torch.autograd.Function):
         if isinstance(prologue, RecomputedNorm):
             prologue, ctx.rebuild, parts = prologue
             parts = [part.detach() for part in parts]
-        rows = (x if prologue is None else _evaluate(prologue, x)[0]).to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
+        rows = x if prologue is None else _evaluate(prologue, x)[0]
+        rows = rows.to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        ctx.weight, ctx.scaling, ctx.groups, ctx.prologue, ctx.dtype = weight, scaling, groups, prologue, dtype
+        ctx.weight, ctx.scaling = weight, scaling
+        ctx.groups, ctx.dtype = groups, dtype
+        ctx.prologue = prologue
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
 
         factors, h = (A, B), None
-        W, A, B = dense_weight(weight, dtype), A.to(dtype), B.to(dtype)
+        A, B = A.to(dtype), B.to(dtype)
+        W = dense_weight(weight, dtype)
         bias = None if bias is None else bias.to(dtype)
         if adapter_x is None and _merge_pays(W, rows.shape[0] * len(W)):
-            y = backends.linear(rows, effective_weight(W, A, B, scaling, groups, in_place=W is not weight), bias)
+            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
+            y = backends.linear(rows, merged, bias)
         else:
             y = backends.linear(rows, W, bias)
             h = backends.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
@@ -125,7 +131,7 @@ class _LoRALinear(torch.autograd.Function):
             for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
                 # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
                 y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
-        # With W frozen, the input is needed for the adapter's gradients alone. h is thin: it is kept where it is known.
+        # As W is frozen, only the adapter's gradients need the input. h is thin, so it is saved where it is known.
         kept = x if prologue is not None else adapter_rows.view(x.shape)
         ctx.save_for_backward(kept if ctx.rebuild is None else None, *factors, h, *parts)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
@@ -135,17 +141,13 @@ class _LoRALinear(torch.autograd.Function):
     @backends.first_derivative
     def backward(ctx, gy):
         saved, A, B, h, *parts = ctx.saved_tensors
+        need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
         if ctx.rebuild is not None:
             with torch.autocast(gy.device.type, ctx.dtype, enabled=ctx.dtype in LOW_PRECISION):
                 saved = ctx.rebuild(*parts)
-        A, B, gy = A.to(ctx.dtype), B.to(ctx.dtype), gy.to(ctx.dtype).flatten(0, -2)  # gy: (N, out)
-        need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
-        if not isinstance(ctx.prologue, SelfAttention):  # which is not row by row
-            saved = saved.flatten(0, -2)
-        adapter_rows, statistics = saved, ()
-        if ctx.prologue is not None:
-            adapter_rows, statistics = _evaluate(ctx.prologue, saved, in_backward=True)
-            adapter_rows = adapter_rows.to(ctx.dtype).flatten(0, -2)
+        A, B = A.to(ctx.dtype), B.to(ctx.dtype)
+        gy = gy.to(ctx.dtype).flatten(0, -2)  # (N, out)
+        saved, adapter_rows, statistics = _rows_of_the_adapter(ctx, saved)
         gy_groups = gy.chunk(ctx.groups, 1)
         # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
         pairs = zip(B.chunk(ctx.groups), gy_groups, strict=True)
@@ -155,16 +157,16 @@ class _LoRALinear(torch.autograd.Function):
         gB = None
         if need_B:
             h = backends.product(A, adapter_rows.T) if h is None else h.T.contiguous()  # (groups r, N)
-            gB = [backends.product(h_g, gy_g).T for gy_g, h_g in zip(gy_groups, h.chunk(ctx.groups), strict=True)]
+            pairs = zip(h.chunk(ctx.groups), gy_groups, strict=True)
+            gB = [backends.product(h_g, gy_g).T for h_g, gy_g in pairs]
             gB = _stacked(gB).mul_(ctx.scaling)  # (out, r)
         del adapter_rows  # of the output's size or more, and no longer needed
-        gx = _linear_input_gradient(ctx, gy, gh, A, B) if need_x else None
-        if need_x and isinstance(ctx.prologue, SelfAttention):
-            (gx,) = torch.autograd.grad(statistics[1], statistics[0], gx.to(saved.dtype).view_as(statistics[1]))
-        elif need_x and ctx.prologue is not None:
-            gx = _pull_back(ctx.prologue, gx, saved, statistics)
+        gx = None
+        if need_x:
+            gx = _linear_input_gradient(ctx, gy, gh, A, B)
+            gx = _pull_back(ctx.prologue, gx, saved, statistics).view(ctx.shape)
         return (
-            None if gx is None else gx.view(ctx.shape),
+            gx,
             (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
             gA,
             gB,
@@ -174,8 +176,18 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
+def _rows_of_the_adapter(ctx, saved: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """In backward: the saved input, the rows (N, in) that the adapter read, and what `_pull_back` needs beside them."""
+    if not isinstance(ctx.prologue, SelfAttention):  # which does not work row by row
+        saved = saved.flatten(0, -2)
+    if ctx.prologue is None:
+        return saved, saved, []
+    rows, statistics = _evaluate(ctx.prologue, saved, in_backward=True)
+    return saved, rows.to(ctx.dtype).flatten(0, -2), statistics
+
+
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """As `torch.cat`, which copies a single one too."""
+    """As `torch.cat`, which would copy a single tensor too."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -184,14 +196,15 @@ def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) ->
     if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
         return backends.linear(gy, W.T)
     if _merge_pays(W, len(gy) * W.shape[1]):
-        return backends.linear(gy, effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight).T)
+        merged = effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight)
+        return backends.linear(gy, merged.T)
     return backends.linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
 
 
 class RecomputedNorm(NamedTuple):
     """A LayerNorm as the `prologue` of a layer, whose input is computed again in backward instead of saved.
 
-    ``rebuild(*parts)`` is that input, to the last bit. The parts are saved; it pays if others save them anyway.
+    ``rebuild(*parts)`` is that input, to the last bit. The parts are saved, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
@@ -207,24 +220,32 @@ def _evaluate(
 ) -> tuple[Tensor, list[Tensor]]:
     """``prologue(x)`` and what its derivative needs beside x.
 
-    Of a LayerNorm each row's mean and reciprocal deviation, of attention input and output of its own graph, which in
-    the forward pass would only hold memory.
+    A LayerNorm needs each row's mean and reciprocal deviation. Attention needs input and output of a graph of its own,
+    which is built in backward alone: from the forward pass on it would hold memory.
     """
     if isinstance(prologue, nn.GELU):
         return F.gelu(x, approximate=prologue.approximate), []
     if isinstance(prologue, SelfAttention):
         graph = prologue.graph(x) if in_backward else (x, prologue(x))
         return graph[1].detach(), list(graph)
-    y, *statistics = backends.layer_norm(x if prologue.weight is None else x.to(prologue.weight.dtype), prologue)
+    x = x if prologue.weight is None else x.to(prologue.weight.dtype)
+    y, *statistics = backends.layer_norm(x, prologue)
     return y, statistics
 
 
-def _pull_back(prologue: nn.LayerNorm | nn.GELU, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
-    """From the gradient of ``prologue(x)`` to that of x, both (N, in), in the same memory if it fits.
+def _pull_back(
+    prologue: nn.LayerNorm | nn.GELU | SelfAttention | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
+) -> Tensor:
+    """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits.
 
-    Of a LayerNorm on a CPU some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU all at
-    once, as more calls would cost more than the memory is worth.
+    A LayerNorm on a CPU takes some of the rows at a time: all at once would be the peak of a ViT's memory. On a GPU it
+    takes all at once, as more calls would cost more than the memory is worth.
     """
+    if prologue is None:
+        return gradient
+    if isinstance(prologue, SelfAttention):
+        qkv, attended = statistics
+        return torch.autograd.grad(attended, qkv, gradient.to(x.dtype).view_as(attended))[0]
     if isinstance(prologue, nn.GELU):
         result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
         return backends.gelu_gradient(gradient.to(x.dtype), x, prologue.approximate, out=result)
@@ -267,7 +288,7 @@ def lora_linear(
             recomputed; x is then what it takes.
 
     Raises:
-        ValueError: both of the last two are given. Dropout would need the output that is not saved.
+        ValueError: both adapter_x and prologue are given. Dropout would need the output that is not saved.
     """
     if adapter_x is not None and prologue is not None:
         raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
@@ -279,7 +300,8 @@ def lora_linear(
         if adapter_x is None and dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
         h = F.linear((x if adapter_x is None else adapter_x).to(dtype), A.to(dtype))  # (..., groups r)
-        h, B = h.unflatten(-1, (groups, -1)), B.to(dtype).unflatten(0, (groups, -1))
+        h = h.unflatten(-1, (groups, -1))
+        B = B.to(dtype).unflatten(0, (groups, -1))
         delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
         return F.linear(x, weight, bias) + scaling * delta
     if x.dim() == 1:
@@ -302,7 +324,7 @@ def effective_kernel(
         A: (r, in / groups * kh * kw).
         B: (out, r).
         row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
-        in_place: ``weight`` is a temporary that nobody else needs: add to it.
+        in_place: add to ``weight``, a temporary that nobody else needs.
     """
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
@@ -311,7 +333,9 @@ def effective_kernel(
     else:
         W = weight.flatten(1)
     if row_scale is not None:
-        W, B = (W.mul_ if in_place else W.mul)(row_scale[:, None]), B * row_scale[:, None]
+        scale = row_scale[:, None]
+        W = W.mul_(scale) if in_place else W * scale
+        B = B * scale
         in_place = True
     W = (W if in_place else W.clone()).addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
     if channels_last:
@@ -328,7 +352,7 @@ def merged_kernel(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: flo
 def pad_for_conv2d(
     x: Tensor, padding: str | tuple[int, int], mode: str, explicit: Sequence[int]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """x, padded if `conv2d` cannot do it (circular, a lopsided 'same'), and the padding left to it, in numbers.
+    """Pad x where `conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers.
 
     Args:
         padding, mode: `padding` and `padding_mode` of `nn.Conv2d`.
@@ -360,16 +384,20 @@ class _LoRAConv2d(torch.autograd.Function):
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
-        ctx.weight, ctx.scaling, ctx.geometry, ctx.relu, ctx.dtype = weight, scaling, geometry, relu, dtype
+        ctx.weight, ctx.scaling = weight, scaling
+        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.relu = relu
         ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
 
-        factors, bias = (A, B), None if bias is None else bias.to(dtype)
+        factors = A, B
+        bias = None if bias is None else bias.to(dtype)
         if not ctx.side_path:
             kernel = _folded_kernel(weight, A, B, scaling, row_scale, dtype)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
         else:
             y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
-            A, sB = A.to(dtype), _scale_rows(B, scaling, row_scale).to(dtype)
+            A = A.to(dtype)
+            sB = _scale_rows(B, scaling, row_scale).to(dtype)
             if geometry.groups > 1:
                 y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
             else:
@@ -387,7 +415,8 @@ class _LoRAConv2d(torch.autograd.Function):
         need_x, need_adapter_x, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
         gy = gy.to(ctx.dtype)
         gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
-        low_A, sB = A.to(ctx.dtype), _scale_rows(B, ctx.scaling, row_scale).to(ctx.dtype)
+        low_A = A.to(ctx.dtype)
+        sB = _scale_rows(B, ctx.scaling, row_scale).to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
         gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, low_A, sB, ctx.weight.shape, ctx.geometry, need_input)
@@ -400,8 +429,10 @@ class _LoRAConv2d(torch.autograd.Function):
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
-        gB, g_bias = _scale_rows(gB, ctx.scaling, row_scale), gy.sum((0, 2, 3)) if need_bias else None
-        return gx, g_adapter_x, gA, gB, None, g_bias, gy if need_residual else None, *[None] * 5
+        gB = _scale_rows(gB, ctx.scaling, row_scale)
+        g_bias = gy.sum((0, 2, 3)) if need_bias else None
+        g_residual = gy if need_residual else None
+        return gx, g_adapter_x, gA, gB, None, g_bias, g_residual, *[None] * 5
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -416,15 +447,18 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
     """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    A4, is_pointwise = A.view(len(A), *kernel_shape[1:]), kernel_shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
+    A4 = A.view(len(A), *kernel_shape[1:])
+    is_pointwise = kernel_shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
     gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
     if is_pointwise:
-        gA, h = _pointwise_gradient(gh, adapter_x), _pointwise(adapter_x, A)
+        gA = _pointwise_gradient(gh, adapter_x)
+        h = _pointwise(adapter_x, A)
     else:
         gA = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
         h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
     gB = _pointwise_gradient(h, gy).T
-    return gA, gB, backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
+    g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
+    return gA, gB, g_adapter_x
 
 
 def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):

@@ -42,7 +42,7 @@ from toolkit import InputError
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Has one of these a hook? It must see what it would see in the stock model."""
+    """Does one of these have a hook? A hook must see what it would see in the stock model."""
     return _has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
@@ -158,7 +158,7 @@ def by_rows(*modules: nn.Module) -> bool:
 
 
 def reads_class_token_alone(encoder: nn.Module) -> bool:
-    """May the last block of this encoder leave out the patches? Nobody may listen to what would lack them."""
+    """May the last block of this encoder leave out the patches? Not if a hook would see outputs without them."""
     if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or len(encoder.layers) == 0:
         return False
     last = encoder.layers[-1]
@@ -195,7 +195,7 @@ def recomputable(forward: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """For the second run: BatchNorms in training normalise by the batch again, but do not count it twice."""
+    """Let BatchNorms in training normalise by the batch again, in the second run, without counting it twice."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -317,7 +317,8 @@ class FusedEncoderBlock(EncoderBlock):
 
         That costs the output projection once more, one of the block's twelve products, beside attention's heads.
         """
-        attention, drops = self.self_attention, self.dropout.training and self.dropout.p > 0
+        attention = self.self_attention
+        drops = self.dropout.training and self.dropout.p > 0
         if drops or is_hooked(attention, self.dropout) or not recomputes(self.ln_1, attention):
             return None
         return attention.project_packed(input, self.ln_1)
@@ -365,9 +366,9 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block its fused class if that computes something in another way, else its stock class.
+    """Give each block its fused class if that computes anything in another way, else its stock class.
 
-    That is so if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call it after
+    It does if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call this after
     layers have got or lost their adapters, or were frozen.
     """
     for block in reversed(list(model.modules())):  # children before their parents
@@ -396,9 +397,9 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """Some modules read raw weights, past every adapter, unless a flag of theirs has another value.
+    """Set the flags of modules that would read raw weights, past every adapter; without adapters, set them back.
 
-    PyTorch's encoders do in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    PyTorch's encoders read them in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

@@ -17,8 +17,8 @@ ALL_ROWS = slice(None)
 class NF4Weight:
     """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
 
-    Stored by bitsandbytes: two values a byte, one 8-bit scale per block and one float scale per 256 of those, 4.13 bits
-    a value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
+    bitsandbytes stores two values a byte, one 8-bit scale per block and one float scale per 256 of those: 4.13 bits a
+    value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
 
     Args:
         packed: uint8, two values each.
@@ -30,7 +30,9 @@ class NF4Weight:
     BLOCK = 64
 
     def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = ALL_ROWS):
-        self.packed, self.state, self._full_shape, self._rows = packed, state, tuple(shape), rows
+        self.packed, self.state = packed, state
+        self._full_shape = tuple(shape)
+        self._rows = rows
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "NF4Weight":

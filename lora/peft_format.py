@@ -198,7 +198,8 @@ def adapters_in(
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
             own = _without_zeros(A, B * _times_projected())
-        name, rank = inner.replace(".base_layer.", "."), len(next(iter(own.values())))
+        name = inner.replace(".base_layer.", ".")
+        rank = len(next(iter(own.values())))
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
         settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
         factors |= {f"{name}.{key}": factor for key, factor in own.items()}

@@ -31,7 +31,7 @@ def settings_by_layer(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LoRASettings]:
-    """The settings of each layer by its name: those given, with another rank or alpha where a pattern has one for it.
+    """The settings of each layer, by its name: those given, but for the rank or alpha that a pattern has for the layer.
 
     Args:
         rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
@@ -39,8 +39,9 @@ def settings_by_layer(
     Raises:
         InputError: a target that matches no layer, or a value out of its range.
     """
-    layers, patterns = list(layers), {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
-    for target in (target for pattern in patterns.values() for target in pattern):
+    layers = list(layers)
+    patterns = {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
+    for target in [*patterns["r"], *patterns["lora_alpha"]]:
         if not any(matches_layer(name, target) for name in layers):
             raise InputError(f"no adapted layer matches {target!r}; there are: {listed(layers, 12)}")
     chosen = {}
@@ -48,7 +49,8 @@ def settings_by_layer(
         changes = {}
         for field, pattern in patterns.items():
             values = [value for target, value in pattern.items() if matches_layer(name, target)]
-            changes |= {field: values[0]} if values else {}
+            if values:
+                changes[field] = values[0]
         chosen[name] = replace(settings, **changes)
     return chosen
 
@@ -93,17 +95,21 @@ def choose_layers(
     """
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
-    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
-    matches = {t: {n for n in candidates if matches_layer(n, t)} for t in (*(targets or ()), *(excluded or ()))}
-    unmatched = [target for target, names in matches.items() if not names]
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+
+    def is_matched(name: str, patterns: Iterable[str]) -> bool:
+        return any(matches_layer(name, pattern) for pattern in patterns)
+
+    unmatched = [t for t in [*(targets or []), *excluded] if not any(matches_layer(name, t) for name in candidates)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     if targets is None:
-        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
-        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
+        left_out = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        chosen = {n: layer for n, layer in candidates.items() if n not in left_out}
     else:
-        chosen = {n: layer for n, layer in candidates.items() if any(n in matches[t] for t in targets)}
-    chosen = {n: layer for n, layer in chosen.items() if not any(n in matches[t] for t in excluded or ())}
+        chosen = {n: layer for n, layer in candidates.items() if is_matched(n, targets)}
+    chosen = {n: layer for n, layer in chosen.items() if not is_matched(n, excluded)}
     if adapt_last is not None:
         chosen = {name: layer for name, layer in chosen.items() if _in_last_blocks(model, name, adapt_last)}
     if not chosen:
@@ -119,14 +125,14 @@ def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
 
 
 def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
-    """The layers before the last blocks that could be adapted, but for those to be left alone."""
+    """The names of the layers below the last blocks that could be adapted, without those excluded."""
     model = unwrap_for_editing(model)
     names = choose_layers(model, None, exclude_modules)
     return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 
 
 def _has_adaptable_kind(layer: nn.Module) -> bool:
-    """Has it exactly a type in `ADAPTED`, and weights? Pruning and weight_norm replace these by other parameters."""
+    """Is its type one in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them by others."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
