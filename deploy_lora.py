@@ -14,10 +14,12 @@ table COMMANDS lists them all.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
 import reprlib
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +31,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finetune_lora import load_finetuned
-from lora_peft import from_peft, to_peft
-from lora_utils import LoRAManager, find_base, read_adapter_file
+from finetune_lora import adapt_layers, load_base, load_finetuned
+from lora import peft_format
+from lora.adapted import is_adapted
+from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, listed, printable, reports, training
-from toolkit.backbones import TIMM, headless, other_heads
+from toolkit.backbones import TIMM, headless, normalization, other_heads
+from toolkit.checkpoints import load_backbone, stored_checkpoint
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from toolkit.folders import (
@@ -311,6 +315,12 @@ def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> by
     return graph.model_proto.SerializeToString()
 
 
+# ------------------------------------------------------------------------------------------- PEFT's format, and from it
+
+PEFT_FILES = (peft_format.CONFIG, peft_format.WEIGHTS)
+ROUNDING = 1e-3  # of the answers' size: what is above is no rounding
+
+
 def convert(args: argparse.Namespace) -> None:
     """Write the adapter in PEFT's format (`--to peft`), or one of PEFT's in this toolkit's (`--from peft`)."""
     if args.to is not None:
@@ -319,6 +329,120 @@ def convert(args: argparse.Namespace) -> None:
         shape = args.class_names, args.image_size, args.arch, args.heads
         error = from_peft(args.adapter, args.output, args.checkpoint, *shape)
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
+
+
+def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> float:
+    """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
+
+    `base` is the torchvision model with the base's weights and a head for the adapter's classes, whose weights come
+    from the folder (`modules_to_save`). Of a 4-bit adapter it is the float model, whose answers differ by the rounding.
+
+    Args:
+        adapter: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
+        folder: is made if need be; the two files in it are replaced.
+        checkpoint: the base, if it is not where it was at training.
+
+    Returns:
+        The largest difference of the two models' logits for random images, relative to the largest logit.
+
+    Raises:
+        InputError: PEFT is missing, the file has no adapters, or something in it has no place in PEFT's form.
+    """
+    peft = peft_format.import_peft()
+    model, metadata = load_finetuned(adapter, checkpoint)
+    obstacles = list(peft_format.obstacles(model, read_adapter_file(adapter)["tensors"]))
+    if obstacles:
+        raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
+    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *model_shape(metadata))
+    four_bits = any(is_adapted(module) and module.base_bits == 4 for module in model.modules())
+    if four_bits:
+        print("the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same")
+    if metadata.get("stage1_adapter"):
+        print(
+            "the adapter was trained over a checkpoint and its stage-1 adapter; in PEFT it belongs on what "
+            "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        peft_format.write_peft(model, Path(scratch))
+        theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
+        error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
+        _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
+    return error
+
+
+def from_peft(
+    folder: Path,
+    output: Path,
+    checkpoint: Path,
+    class_names: list[str] | None = None,
+    image_size: int | None = None,
+    arch: str | None = None,
+    heads: int | None = None,
+) -> float:
+    """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
+
+    Args:
+        folder: what `PeftModel.save_pretrained` wrote, with the classifier head in it (`modules_to_save`).
+        output: `.pth` or `.safetensors`.
+        checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
+        class_names: what the outputs mean; None: their numbers.
+        image_size: pixels; None: the size that the checkpoint is for.
+        arch: None: what the checkpoint says; or such as 'timm:resnet50'.
+        heads: attention heads of a ViT; None: what the checkpoint's layout implies.
+
+    Returns:
+        The largest difference of the two models' logits for random images, relative to the largest logit.
+
+    Raises:
+        InputError: PEFT is missing, the folder or the checkpoint is not what it should be, or the adapter has
+            something that this toolkit's adapters have not.
+    """
+    peft = peft_format.import_peft()
+    tensors = peft_format.read_peft(folder)
+    rows = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and n.endswith(".weight") and t.dim() == 2]
+    if not rows:
+        raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
+    class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
+    if len(class_names) != rows[-1]:
+        raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
+    model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
+    try:
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
+    except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
+        raise InputError(f"PEFT cannot put {folder} on {checkpoint}: {printable(error, 300)}") from None
+    settings, factors = peft_format.adapters_in(theirs, tensors, folder)
+    adapt_layers(model, settings)
+    state = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
+    unknown = model.load_state_dict(state | factors, strict=False).unexpected_keys
+    if unknown:
+        raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
+    error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
+    about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
+    about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
+    about["checkpoint"] = stored_checkpoint(checkpoint)
+    LoRAManager(model).save_lora_checkpoint(output, about)
+    return error
+
+
+@torch.no_grad()
+def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: float) -> float:
+    """The largest difference of the logits for random images, relative to the largest logit."""
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    expected = ours(images)
+    error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+    if not error <= tolerance:
+        raise InputError(f"the installed PEFT answers otherwise with this adapter, by {error:.1e} of the logits' size")
+    return error
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    for name, content in files.items():
+        with open_atomically(folder / name) as file:
+            file.write(content)
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
-the training loop with its command line. The tensor arithmetic under the layers is in `lora.functional.py`, adapter
+the training loop with its command line. The tensor arithmetic under the layers is in `lora/functional.py`, adapter
 files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 """
 
@@ -30,21 +30,24 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 
 import lora_utils
-from lora import functional, fusion, initialization
-from lora.functional import NF4Weight
-from lora.fusion import freeze_statistics, fuse, is_adapted, scale_and_shift, set_gradient_checkpointing
-from lora.residents import KINDS, Form, recorded_settings
+from lora import adapted, attention, functional, initialization
+from lora.activations import saved_in
+from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
+from lora.adapter_set import LayerState
+from lora.backends import LOW_PRECISION
+from lora.frozen_norms import NORMS, freeze_statistics
+from lora.fusion import fuse, is_hooked, scale_and_shift, set_gradient_checkpointing
+from lora.nf4 import NF4Weight, dense_weight
+from lora.split import split_model
 from lora.targets import (
-    NO_ADAPTER,
-    LoRASettings,
     adaptable_layers,
-    changeable,
     check_four_bits,
     check_shared_weights,
     choose_layers,
     layers_below,
     outermost_layers,
     settings_by_layer,
+    unwrap_for_editing,
 )
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import (
@@ -93,9 +96,8 @@ class LoRALayer:
     weights it adapts (`weight_names`), with what (`_create_adapters`) and what they become (`effective_weights`).
     """
 
-    stock_class: type[nn.Module]  # what a layer becomes without its adapter; `adapt` remembers what it was
     weight_names: tuple[str, ...] = ("weight",)
-    # Of weights stored in fewer bits, as they were before rounding: by these an adapter file identifies its base.
+    # SHA-256 of each weight before it was rounded to 4 or 16 bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
@@ -118,7 +120,7 @@ class LoRALayer:
         if isinstance(layer, LoRALayer):
             layer.unmerge()
         if type(layer) is not cls:
-            layer.stock_class = type(layer)
+            layer.stock_class = type(layer)  # which it becomes again without its adapter
             layer.__class__ = cls
         layer._init_adapters(settings, base_dtype)
         return layer
@@ -133,7 +135,7 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weights = {name: self._parameters[name] for name in self.weight_names}
-        if dtype in functional.LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
+        if dtype in LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
             self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
             for weight in weights.values():
                 weight.data = weight.data.to(dtype)
@@ -166,7 +168,7 @@ class LoRALayer:
             raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
         self.merge() if merge else self.unmerge()
         vars(self).pop("float_digests", None)  # once merged, its weight is a float's
-        Form.of(self).without_adapter().put_on(self)
+        LayerState.of(self).without_adapter().apply_to(self)
 
     def adapted_state(self) -> dict[str, Any]:
         """The attributes, beside parameters, that the layer it adapts does not have."""
@@ -178,7 +180,12 @@ class LoRALayer:
 
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
-        return functional.dense_weight(base, torch.float32) if name in self.float_digests else base
+        return dense_weight(base, torch.float32) if name in self.float_digests else base
+
+    @property
+    def base_bits(self) -> int:
+        """The bits that the base weight is stored in: 4, 16 or, for one that was not rounded, 32."""
+        return adapted.base_bits(vars(self))
 
     @property
     def merged(self) -> bool:
@@ -207,7 +214,7 @@ class LoRALayer:
     def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
         """The dense weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
         weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
-        return functional.dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
+        return dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
 
     @property
     def _drops(self) -> bool:
@@ -247,20 +254,19 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
-    stock_class = nn.Linear
-
     def effective_weights(self) -> dict[str, Tensor]:
         """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
-    def forward(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``layer(before(x))``; see `lora_linear` for `before`."""
-        if before is not None and (self._drops or not self._is_active):  # dropout needs the output of `before`
-            x, before = before(x), None
+    def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """``prologue(x) (W + s B A)^T + b``; see `lora_linear`."""
+        if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
+            x, prologue = prologue(x), None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
-        A, B, adapter_x = self.lora_A, self.lora_B, self._adapter_input(x)
-        return functional.lora_linear(x, self.base(), A, B, self.bias, self.scaling, 1, adapter_x, before)
+        W, adapter_x = self.base(), self._adapter_input(x)
+        A, B = self.lora_A, self.lora_B
+        return functional.lora_linear(x, W, A, B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue)
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -268,8 +274,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
-
-    stock_class = nn.Conv2d
 
     def effective_weights(self) -> dict[str, Tensor]:
         return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
@@ -303,7 +307,6 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
     """
 
-    stock_class = nn.MultiheadAttention
     recomputed = False  # is the heads' output computed again in backward instead of saved?
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
     _linear_kind = LoRALinear
@@ -334,15 +337,15 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             for name, a, b in zip(self.weight_names, A, B, strict=True)
         }
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, before: Callable | None) -> list[Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
         E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
         by_input = packed and key is value  # what reads the same input is one product
         counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
-        if before is not None and (self._drops or not (by_input and self._is_active)):
-            (query, key, value), before = functional.once_each(before, query, key, value), None
+        if prologue is not None and (self._drops or not (by_input and self._is_active)):
+            (query, key, value), prologue = attention.once_each(prologue, query, key, value), None
         inputs, (A, B) = (query, key, value), self._factors()
-        adapter_inputs = functional.once_each(self._adapter_input, *inputs)
+        adapter_inputs = attention.once_each(self._adapter_input, *inputs)
         projected, end = [], 0
         for count in counts:
             i, end = end, end + count
@@ -351,7 +354,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             rows = rows if packed else slice(None)
             if self._is_active:
                 W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
-                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], before)
+                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], prologue)
             else:
                 y = functional.frozen_linear(inputs[i], self._weight_without_adapter(name, inputs[i])[rows], bias)
             projected.append(y)  # (N, L, count E)
@@ -367,28 +370,28 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        before: Callable[[Tensor], Tensor] | None = None,
+        prologue: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`: shapes, masks (True or -inf blocks) and what is returned are the same.
 
-        `before` is applied to query, key and value first; see `lora_linear`.
+        `prologue` is applied to query, key and value first; see `lora_linear`.
         """
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask as well")
         if query.is_nested:
             raise RuntimeError("LoRAMultiheadAttention takes padded tensors: call to_padded_tensor on a nested one")
         is_batched = query.dim() == 3
-        to_batch_first = functional.to_batch_first(is_batched, self.batch_first)
-        projected = self._project(*functional.once_each(to_batch_first, query, key, value), before)
+        to_batch_first = attention.to_batch_first(is_batched, self.batch_first)
+        projected = self._project(*attention.once_each(to_batch_first, query, key, value), prologue)
         if len(projected) == 1 and self._recomputes(need_weights, attn_mask, key_padding_mask):
-            output, weights = self.out_proj(projected[0], before=functional.SelfAttention(self.num_heads)), None
+            output, weights = self.out_proj(projected[0], prologue=attention.SelfAttention(self.num_heads)), None
         else:
             q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
             padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
-            mask = functional.attention_mask(q, k, self.num_heads, attn_mask, padding)
-            k, v, mask = functional.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
+            mask = attention.attention_mask(q, k, self.num_heads, attn_mask, padding)
+            k, v, mask = attention.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
             settings = self.dropout if self.training else 0.0, need_weights, self.keeps_weights
-            attended, weights = functional.attend(q, k, v, self.num_heads, mask, *settings)
+            attended, weights = attention.attend(q, k, v, self.num_heads, mask, *settings)
             output = self.out_proj(attended)  # (N, L, E)
             weights = weights.mean(1) if need_weights and average_attn_weights else weights  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
@@ -398,13 +401,13 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
         """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
         plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
-        able = self.out_proj._is_active and not self.out_proj._drops and not fusion.is_hooked(self.out_proj)
+        able = self.out_proj._is_active and not self.out_proj._drops and not is_hooked(self.out_proj)
         return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
 
-    def project_packed(self, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
         packed = self.batch_first and self._is_active and self.weight_names == ("in_proj_weight",)
-        return self._project(x, x, x, before)[0] if packed and not self._drops and self._recomputes() else None
+        return self._project(x, x, x, prologue)[0] if packed and not self._drops and self._recomputes() else None
 
 
 class _FourBits:
@@ -468,13 +471,10 @@ class QLoRAMultiheadAttention(_FourBits, LoRAMultiheadAttention):
     _linear_kind = QLoRALinear
 
 
-# Which layer becomes what: with float and with 4-bit base. `lora.targets.ADAPTABLE` has the same layers.
-ADAPTED = {
-    nn.Linear: (LoRALinear, QLoRALinear),
-    nn.Conv2d: (LoRAConv2d, QLoRAConv2d),
-    nn.MultiheadAttention: (LoRAMultiheadAttention, QLoRAMultiheadAttention),
-}
-KINDS.update({kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds})
+# Which layer becomes what, over a float base and over a 4-bit one: the table that `lora.adapted` holds for everybody.
+ADAPTED[nn.Linear] = LoRALinear, QLoRALinear
+ADAPTED[nn.Conv2d] = LoRAConv2d, QLoRAConv2d
+ADAPTED[nn.MultiheadAttention] = LoRAMultiheadAttention, QLoRAMultiheadAttention
 
 # -------------------------------------------------------------------------------------------------- into a model
 
@@ -540,8 +540,8 @@ def adapt_layers(
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, changeable(model)
-    if not use_qlora and base_dtype not in functional.LOW_PRECISION:
+    wrapped, model = model, unwrap_for_editing(model)
+    if not use_qlora and base_dtype not in LOW_PRECISION:
         settings = {name: own for name, own in settings.items() if own is not None}
     candidates = adaptable_layers(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
@@ -561,15 +561,14 @@ def adapt_layers(
     if use_qlora:
         check_four_bits(model, chosen)
     for name, layer in outermost_layers(model, is_adapted):
-        in_four = isinstance(layer, _FourBits)
-        if layer.float_digests and (name not in chosen or in_four != use_qlora):
-            bits = 4 if in_four else 16
+        bits = layer.base_bits
+        if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
             raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
     for _, layer in outermost_layers(model, is_adapted):
-        if not layer.float_digests:
+        if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
         kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
@@ -596,13 +595,13 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
             base, or its norms, are to train, and several adapters share it.
     """
-    model = changeable(model)
+    model = unwrap_for_editing(model)
     if (train_norms or not freeze) and LoRAManager(model).names:
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
     for name, module in model.named_modules():
-        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, fusion.NORMS))
+        whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, NORMS))
         rounded = getattr(module, "float_digests", ())
         for parameter_name, parameter in module.named_parameters(recurse=False):
             trains = whole or (isinstance(module, LoRALayer) and parameter_name.startswith("lora_"))
@@ -661,7 +660,7 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
     layers = read_adapter_file(path)["layers"]
     settings = {name: recorded_settings(record) for name, record in layers.items()}
     try:
-        adapt_layers(model, settings, any(layer["kind"].startswith("QLoRA") for layer in layers.values()))
+        adapt_layers(model, settings, any(map(recorded_in_4_bits, layers.values())))
     except InputError as error:
         raise InputError(f"{path} does not fit {base}: {error}") from None
     LoRAManager(model).load_lora_checkpoint(path)
@@ -844,7 +843,7 @@ class FineTuning:
         shuffling = {"shuffle": True, "seed": args.seed, "drop_last": drop}
         self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
         self.meter = data.LoadingMeter()
-        self.faster = initialization.FASTER if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
+        self.faster = initialization.ADAPTER_LR_FACTOR if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
         self.optimizer = training.build_optimizer(model, args, self.faster)
         images = Counter(splits.train.labels)  # per class
         parameters = dict(model.named_parameters())  # statistics are estimated for whatever weights are evaluated
@@ -905,7 +904,7 @@ class FineTuning:
             return keep_features(images, [features(loader) for loader in loaders], size, where)
 
         with training.eval_mode(self.model):
-            lower, self.network = fusion.split_model(self.model, self.args.adapt_last)
+            lower, self.network = split_model(self.model, self.args.adapt_last)
             train = kept(self.images.train, self.args.cached_views or 0)
             self.images = self.images._replace(train=train, val=kept(self.images.val))
         self.eval_transform, self.augmentation = plain_view, drawn_view
@@ -1087,7 +1086,7 @@ class FineTuning:
             labels = training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype), functional.saved_in(self.args.activation_precision):
+                with training.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels)
                 scaled(loss).backward()

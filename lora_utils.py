@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora.functional import dense_weight
-from lora.fusion import is_adapted, unfuse
-from lora.residents import Adapter, Form, Residents, adapted_layers
-from lora.targets import NO_ADAPTER
+from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
+from lora.adapter_set import Adapter, AdapterSet, LayerState
+from lora.fusion import unfuse
+from lora.nf4 import dense_weight
 from toolkit import InputError, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
 from toolkit.checkpoints import is_none, tensor_digest
@@ -38,7 +38,6 @@ from toolkit.files import (
 
 FORMAT_VERSION = 1
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
-FOUR_BITS = "QLoRA"  # how the kinds of layers over 4-bit weights begin
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
 # ------------------------------------------------------------------------------------------------ what a model holds
@@ -60,8 +59,8 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 @contextlib.contextmanager
 def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> Iterator[None]:
-    """Within this block `state` is loaded into a layer. Weights stored in fewer bits that become other ones are known
-    by what was loaded from then on: no longer as the base that was there before.
+    """Follow a layer that loads `state` within this block: a rounded weight that changes gets the digest of what was
+    loaded, and no longer counts as the base that it was.
     """
 
     def stored(name: str) -> Tensor:
@@ -159,27 +158,27 @@ class LoRAManager:
     def __init__(self, model: nn.Module):
         self.model = unwrapped(model)
 
-    def _layers(self) -> dict[str, nn.Module]:
+    def _layers(self) -> dict[str, AdaptedLayer]:
         return adapted_layers(self.model)
 
-    def _in_file(self) -> dict[str, nn.Module]:
-        """The layers that an adapter file names: those with an adapter, and what is in 4 bits without one.
+    def _layers_in_file(self) -> dict[str, AdaptedLayer]:
+        """The layers that an adapter file names: those with an adapter, and those in 4 bits without one.
 
-        That a layer is in 16 bits, with an adapter or without, is no property of a file's: autocast rounds the same.
+        Files do not record 16-bit storage: autocast would round the same way.
         """
-        return {n: layer for n, layer in self._layers().items() if layer.r or _kind(layer).startswith(FOUR_BITS)}
+        return {n: layer for n, layer in self._layers().items() if layer.r or layer.base_bits == 4}
 
-    def _to_merge(self) -> dict[str, nn.Module]:
-        """The layers that merging makes dense floats: those with adapters, and what is stored in fewer bits below."""
+    def _layers_to_merge(self) -> dict[str, AdaptedLayer]:
+        """The layers that merging makes dense floats: those with adapters, and rounded ones of rank 0 below them."""
         layers = self._layers()
-        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.float_digests and not m.r}
+        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32 and not m.r}
         return layers | stored if layers else {}
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        """What every adapter file of this model holds: adapters and classifier head, by their names in the model."""
+        """The tensors that every adapter file of this model holds, by name: adapters and classifier head."""
         tensors = {
             f"{prefix}.{name}".lstrip("."): parameter
-            for prefix, module in self._in_file().items()
+            for prefix, module in self._layers_in_file().items()
             for name, parameter in module.named_parameters(recurse=False)
             if _is_adapter(module, name)
         }
@@ -189,12 +188,12 @@ class LoRAManager:
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
-        for layer in self._to_merge().values():
+        for layer in self._layers_to_merge().values():
             layer.merge()
 
     def unmerge_lora_weights(self) -> None:
         """Undo `merge_lora_weights`; the base weights come back bit for bit."""
-        for layer in self._to_merge().values():
+        for layer in self._layers_to_merge().values():
             layer.unmerge()
 
     @contextlib.contextmanager
@@ -210,7 +209,7 @@ class LoRAManager:
                 layer.lora_enabled = enabled
 
     def unload(self, merge: bool = False) -> nn.Module:
-        """Take the adapters out, those that are not in use too, and return the model with its stock layers and blocks.
+        """Take out all adapters, in use or not, and return the model with its stock layers and blocks.
 
         `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. What is frozen stays frozen,
         but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
@@ -221,21 +220,22 @@ class LoRAManager:
         Raises:
             InputError: layers in 4 or 16 bits without `merge`: their float weights are gone. The model is as it was.
         """
-        layers, residents = self._layers(), getattr(self.model, "resident_adapters", None)
-        base = {name: Form.of(layer).without_adapter() for name, layer in layers.items()}
-        base |= residents.base.layers if residents else {}
-        rounded = [name for name, form in base.items() if form.is_rounded]
+        layers = self._layers()
+        adapter_set = getattr(self.model, "adapter_set", None)
+        base = {name: LayerState.of(layer).without_adapter() for name, layer in layers.items()}
+        base |= adapter_set.base.layers if adapter_set else {}
+        rounded = [name for name, state in base.items() if state.base_bits < 32]
         if rounded and not (merge and layers):
-            bits = 4 if base[rounded[0]].kind.__name__.startswith(FOUR_BITS) else 16
+            name, bits = rounded[0], base[rounded[0]].base_bits
             raise InputError(
-                f"{rounded[0]} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
+                f"{name} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
                 f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
             )
-        if residents and not merge:
+        if adapter_set and not merge:
             self.unmerge_lora_weights()
             self.use(None)
-        vars(self.model).pop("resident_adapters", None)
-        for layer in self._to_merge().values():
+        vars(self.model).pop("adapter_set", None)
+        for layer in self._layers_to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
         unfuse(self.model)
@@ -249,18 +249,20 @@ class LoRAManager:
         """
         before = base_digests(self.model)
         sources = {}
-        for name, layer in self._to_merge().items():
+        for name, layer in self._layers_to_merge().items():
             if in_head(self.model, name):  # which is no part of the base
                 continue
             factors = [f"{layer.scaling:.17g}", type(layer).__name__]
             factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
             sources |= {f"{name}.{weight}".lstrip("."): factors for weight in layer.weight_names}
         self.unload(merge=True)
-        state, computed = self.model.state_dict(), dict(getattr(self.model, "resized_digests", {}))
+        state = self.model.state_dict()
+        computed = dict(getattr(self.model, "resized_digests", {}))
         for name, factors in sources.items():
             computed[name] = tensor_digest(state[name])
             before[name] = hashlib.sha256(" ".join([before[name], *factors]).encode()).hexdigest()
-        self.model.base_digests, self.model.resized_digests = before, computed
+        self.model.base_digests = before
+        self.model.resized_digests = computed
 
     def get_lora_info(self) -> dict[str, Any]:
         """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters.
@@ -268,7 +270,7 @@ class LoRAManager:
         A layer of rank 0 has no adapter, but is stored in 4 bits.
         """
         layers = {}
-        for name, layer in self._in_file().items():
+        for name, layer in self._layers_in_file().items():
             own = {n: p for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)}
             layers[name] = {**_layer_record(layer), "parameters": sum(p.numel() for p in own.values())}
         return {
@@ -288,14 +290,14 @@ class LoRAManager:
     @property
     def names(self) -> list[str]:
         """The adapters that `use` can choose from, in the order in which they came."""
-        residents = getattr(self.model, "resident_adapters", None)
-        return list(residents.named) if residents else []
+        adapter_set = getattr(self.model, "adapter_set", None)
+        return list(adapter_set.named) if adapter_set else []
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base does, or an adapter that has no name."""
-        residents = getattr(self.model, "resident_adapters", None)
-        return residents.in_use if residents else None
+        adapter_set = getattr(self.model, "adapter_set", None)
+        return adapter_set.in_use if adapter_set else None
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Let the adapter of this name compute, or with None the base; returns the adapter's metadata.
@@ -307,23 +309,23 @@ class LoRAManager:
         Raises:
             InputError: no adapter has this name, or the adapters are merged or switched off.
         """
-        residents = self._residents()
-        if name is not None and name not in residents.named:
+        adapter_set = self._adapter_set()
+        if name is not None and name not in adapter_set.named:
             near = difflib.get_close_matches(str(name), self.names, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InputError(f"no adapter is named {name!r}: {hint}there are: {listed(self.names, 12) or 'none'}")
-        residents.use(name, self.model)
-        return {} if name is None else residents.named[name].metadata
+        adapter_set.use(name, self.model)
+        return {} if name is None else adapter_set.named[name].metadata
 
     def remove(self, name: str) -> None:
         """Forget an adapter and free its memory. If it is in use, the base is from then on. Raises as `use`."""
         before = self.in_use
         self.use(name)
         self.use(None if name == before else before)
-        del self._residents().named[name]
+        del self._adapter_set().named[name]
 
-    def _residents(self) -> Residents:
-        """The model's adapters with names; what it was adapted with before is one of them, `default`.
+    def _adapter_set(self) -> AdapterSet:
+        """The model's named adapters. An adapter that it has without a name becomes one of them, `default`.
 
         Raises:
             InputError: adapters are merged or switched off, or once more without a name, or the base trained with one.
@@ -333,7 +335,7 @@ class LoRAManager:
             raise InputError("the adapters are merged: call unmerge_lora_weights() first")
         if not all(layer.lora_enabled for layer in layers.values()):
             raise InputError("the adapters are switched off: leave the block of disable_lora() first")
-        if not hasattr(self.model, "resident_adapters"):
+        if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
             moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
@@ -342,25 +344,26 @@ class LoRAManager:
                     f"the base has trained with the adapter in use ({listed(moved)}), so others cannot share it: save "
                     "the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
-            self.model.resident_adapters = Residents(self.model)
-        self.model.resident_adapters.adopt(layers, self.model)
-        return self.model.resident_adapters
+            self.model.adapter_set = AdapterSet(self.model)
+        self.model.adapter_set.adopt(layers, self.model)
+        return self.model.adapter_set
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
-        """Keep what a file holds under a name. Raises InputError where it does not fit the base."""
-        residents, adapter = self._residents(), Adapter(content["metadata"])
-        if not isinstance(name, str) or not name or name in residents.named:
+        """Add a file's adapter under a name. Raises InputError where it does not fit the base."""
+        adapter_set = self._adapter_set()
+        adapter = Adapter(content["metadata"])
+        if not isinstance(name, str) or not name or name in adapter_set.named:
             raise InputError(f"an adapter cannot be named {name!r}: give another name, or remove the one that has it")
-        before = residents.in_use
+        before = adapter_set.in_use
         self.use(None)
         try:
-            _refuse(path, residents.build(adapter, content, self.model))
+            _refuse(path, adapter_set.build(adapter, content, self.model))
             self._read(content, path)
-            adapter.capture(self.model)
+            adapter.snapshot(self.model)
         finally:
-            residents.base.put_into(self.model)
+            adapter_set.base.install(self.model)
             self.use(before)
-        residents.named[name] = adapter
+        adapter_set.named[name] = adapter
 
     # ---------------------------------------------------------------------------------------------------- save, load
 
@@ -376,9 +379,12 @@ class LoRAManager:
         Raises:
             InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
         """
-        now, start = base_digests(self.model), getattr(self.model, "base_digests", {})
-        own = getattr(self.model, "adapter_metadata", {})
-        own = own if self.in_use is None else self.model.resident_adapters.named[self.in_use].metadata
+        now = base_digests(self.model)
+        start = getattr(self.model, "base_digests", {})
+        if metadata is None and self.in_use is None:
+            metadata = getattr(self.model, "adapter_metadata", {})
+        elif metadata is None:
+            metadata = self.model.adapter_set.named[self.in_use].metadata
         tensors = self._own_tensors()
         # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
         # cannot move, and without a record of the start everything counts as moved.
@@ -390,9 +396,9 @@ class LoRAManager:
         content = {
             "format_version": FORMAT_VERSION,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-            "layers": {name: _layer_record(layer) for name, layer in self._in_file().items()},
+            "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
             "base_hash": _hash(now, without=tensors),
-            "metadata": _plain_values(own if metadata is None else metadata),
+            "metadata": _plain_values(metadata),
         }
         write_adapter_file(content, path)
 
@@ -418,7 +424,7 @@ class LoRAManager:
         if self.in_use is None:
             self.model.adapter_metadata = content["metadata"]
         else:
-            self.model.resident_adapters.named[self.in_use].metadata = content["metadata"]
+            self.model.adapter_set.named[self.in_use].metadata = content["metadata"]
         return content["metadata"]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
@@ -431,13 +437,13 @@ class LoRAManager:
         with torch.no_grad():
             for name, tensor in content["tensors"].items():
                 state[name].copy_(tensor)
-        for name, layer in self._in_file().items():
+        for name, layer in self._layers_in_file().items():
             record = content["layers"][name]
             for field in ("lora_alpha", "lora_dropout", "use_rslora", "scaling"):
                 setattr(layer, field, record[field])
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
-        layers, records = self._in_file(), content["layers"]
+        layers, records = self._layers_in_file(), content["layers"]
         if any(layer.merged for layer in layers.values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
         problems = [f"{name} is adapted in the file but not here" for name in records if name not in layers]
@@ -458,10 +464,8 @@ class LoRAManager:
         here = {**trained, **own}
         problems += [f"tensor {name} is missing in the file" for name in own if name not in tensors]
         problems += [f"tensor {name} is unknown here" for name in tensors if name not in here]
-        rounded = {
-            f"{p}.{w}".lstrip(".") for p, m in self.model.named_modules() if is_adapted(m) for w in m.float_digests
-        }
-        problems += [f"{n} has trained in the file, but is in fewer bits here" for n in tensors if n in rounded]
+        rounded = [name for name, _, known in _stock_tensors(self.model) if known]
+        problems += [f"{n} has trained in the file, but is in fewer bits here" for n in rounded if n in tensors]
         for name in tensors.keys() & here.keys():
             theirs, ours = tensors[name], here[name]
             if theirs.shape != ours.shape:
@@ -490,12 +494,8 @@ def _refuse(path: str | Path, problems: list[str]) -> None:
         raise InputError(f"{path} does not fit this model: {'; '.join(problems[:4] + more)}")
 
 
-def _kind(layer: nn.Module) -> str:
-    return type(layer).__name__
-
-
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
-    return {"kind": _kind(layer), **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
+    return {"kind": type(layer).__name__, **{field: getattr(layer, field) for field in _LAYER_FIELDS[1:]}}
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
@@ -561,7 +561,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
         return False
     if record["r"] == 0:
-        return record["kind"].startswith(FOUR_BITS) and record == {"kind": record["kind"], **NO_ADAPTER}
+        return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
 
 
@@ -595,9 +595,9 @@ def find_base(
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None]:
-    """What `load_backbone` is to be told of a model described in an adapter file: classes, arch, image size, heads.
+    """What to tell `load_backbone` about the model of an adapter file: number of classes, arch, image size, heads.
 
-    Files from before heads could be chosen were trained with the arch's own.
+    Older files name no heads: they were trained with the arch's own.
     """
     return len(metadata["class_names"]), metadata["arch"], metadata["image_size"], _heads(metadata)
 

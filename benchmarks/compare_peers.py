@@ -56,9 +56,12 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
-from lora import functional, fusion
-from lora.functional import SavedIn16Bits, bitsandbytes_functional
-from lora.fusion import FreezableBatchNorm2d, set_gradient_checkpointing, split_model
+from lora import attention, backends, functional, fusion
+from lora.activations import SavedIn16Bits
+from lora.frozen_norms import FreezableBatchNorm2d
+from lora.fusion import set_gradient_checkpointing
+from lora.nf4 import bitsandbytes_functional
+from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
@@ -196,14 +199,14 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, bias):
         ctx.save_for_backward(x, W)
-        return _product(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
+        return backends.onednn_linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
 
     @staticmethod
     def backward(ctx, gy):
         (x, W), (need_x, need_W, need_bias) = ctx.saved_tensors, ctx.needs_input_grad
         gy = gy.flatten(0, -2)
-        gx = _product(gy, W.T).view(x.shape) if need_x else None
-        gW = _product(gy.T, x.flatten(0, -2).T) if need_W else None
+        gx = backends.onednn_linear(gy, W.T).view(x.shape) if need_x else None
+        gW = backends.onednn_linear(gy.T, x.flatten(0, -2).T) if need_W else None
         return gx, gW, gy.sum(0) if need_bias else None
 
 
@@ -221,10 +224,6 @@ def onednn_products():
         yield
     finally:
         F.linear = stock
-
-
-def _product(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
 def save_state_dict(model: nn.Module, folder: Path) -> None:
@@ -317,10 +316,10 @@ for name, title, models, precision, *undone in (
     ("saved", "LayerNorm and GELU saved", "vit", "", fusion, "recomputes", _never),
     ("side_path", "W + s B A never built", "vit", "fp32", functional, "_merge_pays", _never),
     ("merged", "W + s B A always built", "vit", "bf16", functional, "_merge_pays", _always),
-    ("mkl", "MKL's products", "vit", "fp32", functional, "PREFERS_ONEDNN_LINEAR", False),
-    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", functional, "PREFERS_BATCHED_ATTENTION", False),
-    ("weights_again", "attention's weights computed again", "vit", "bf16", functional, "MOST_KEYS_KEPT", 0),
-    ("tiny_leak", "rectified activations at 1e-30", "resnet", "fp32", functional, "LEAK", 1e-30),
+    ("mkl", "MKL's products", "vit", "fp32", backends, "PREFERS_ONEDNN_LINEAR", False),
+    ("pytorch_attention", "PyTorch's attention", "vit", "bf16", attention, "PREFERS_BATCHED_ATTENTION", False),
+    ("weights_again", "attention's weights computed again", "vit", "bf16", attention, "MOST_KEYS_KEPT", 0),
+    ("tiny_leak", "rectified activations at 1e-30", "resnet", "fp32", backends, "LEAK", 1e-30),
     ("unfolded", "BatchNorm not folded", "resnet", "", fusion, "folds", _never),
     ("kernel_side_path", "kernels never merged", "resnet", "", functional, "_kernel_merges", _never),
 ):

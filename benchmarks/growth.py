@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
-from lora.functional import PREFERS_ONEDNN_LINEAR
+from lora.backends import PREFERS_ONEDNN_LINEAR
 from toolkit.options import positive_float, positive_int
 from toolkit.runs import run_script
 

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit, describe_versions
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.residents import adapted_layers
+from lora.adapted import adapted_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.backbones import build_backbone

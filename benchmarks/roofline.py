@@ -45,7 +45,8 @@ from benchmarks.compare_peers import (
     describe_versions,
 )
 from benchmarks.operators import Operator, Recording, record
-from lora.functional import LOW_PRECISION, bitsandbytes_functional
+from lora.backends import LOW_PRECISION
+from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError
 from toolkit.backbones import default_image_size
 from toolkit.options import positive_int

@@ -15,14 +15,12 @@ the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.
 their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
 subclass may do something else in its forward.
 
-This file knows the layers of `finetune_lora.py` only by what they offer: see `AdaptedLayer`.
+This file knows the layers of `finetune_lora.py` only by what they offer: see `lora.adapted.AdaptedLayer`.
 """
 
 import contextlib
-import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol, TypeGuard
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,45 +31,18 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, MLPBlock, VisionTransformer
 from torchvision.ops.misc import Conv2dNormActivation
 
-from lora import functional
-from lora.functional import Rebuilt, SelfAttention, max_pool2d_relu
+from lora.activations import saves_in_16_bits
+from lora.adapted import is_adapted
+from lora.attention import SelfAttention, attend
+from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
+from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
-from toolkit.backbones import block_names, head_name, headless
-
-
-class AdaptedLayer(Protocol):
-    """A layer with an adapter, or of rank 0: without one, but stored as they are. Its `forward` takes one more argument
-    than the stock layer's:
-
-    - linear layers and attention take `before`, an operation on each row of the input, to apply first;
-    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
-      add, and `relu`.
-    """
-
-    r: int
-    float_digests: Mapping[str, str]
-
-    def merge(self) -> None: ...
-
-    def unmerge(self) -> None: ...
-
-    def effective_weights(self) -> dict[str, Tensor]: ...
-
-    def adapted_state(self) -> dict: ...
-
-    def remove_lora(self, merge: bool = False) -> None: ...
-
-
-def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
-    # As isinstance of a Protocol checked at run time, in a tenth of the time: forward asks for every layer.
-    return hasattr(type(module), "adapted_state")
-
 
 # --------------------------------------------------------------------------------------------- what goes together
 
 
 def is_hooked(*modules: nn.Module) -> bool:
-    """Has one of these a hook? It must see what it would see in the stock model."""
+    """Does one of these have a hook? A hook must see what it would see in the stock model."""
     return _has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
@@ -130,7 +101,7 @@ def conv_bn_relu(
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """May ``layer(operation(x))`` be ``layer(x, before=operation)``, which saves x and not the operation's output?
+    """May ``layer(operation(x))`` be ``layer(x, prologue=operation)``, which saves x and not the operation's output?
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
@@ -161,16 +132,16 @@ def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | 
     makes one product of it. If not, it makes L products, in bf16 on a CPU with a copy of the weight for each: 20 times
     as slow in a ViT-B/16.
     """
-    q, k, v = functional.frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
+    q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
     dropout = attention.dropout if attention.training else 0.0
-    attended, _ = functional.attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
-    return functional.frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
+    attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
+    return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
 
 
 def apply_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``; a frozen linear layer takes the fastest product."""
     if type(layer) is nn.Linear and not _trains(layer) and not is_hooked(layer):
-        return functional.frozen_linear(x, layer.weight, layer.bias)
+        return frozen_linear(x, layer.weight, layer.bias)
     return layer(x)
 
 
@@ -187,7 +158,7 @@ def by_rows(*modules: nn.Module) -> bool:
 
 
 def reads_class_token_alone(encoder: nn.Module) -> bool:
-    """May the last block of this encoder leave out the patches? Nobody may listen to what would lack them."""
+    """May the last block of this encoder leave out the patches? Not if a hook would see outputs without them."""
     if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or len(encoder.layers) == 0:
         return False
     last = encoder.layers[-1]
@@ -211,7 +182,7 @@ def recomputable(forward: Callable) -> Callable:
     def run(self, *args, **kwargs):
         if not self.recomputed:
             return forward(self, *args, **kwargs)
-        if functional.saves_in_16_bits() and torch.is_grad_enabled():
+        if saves_in_16_bits() and torch.is_grad_enabled():
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -224,7 +195,7 @@ def recomputable(forward: Callable) -> Callable:
 
 @contextlib.contextmanager
 def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
-    """For the second run: BatchNorms in training normalise by the batch again, but do not count it twice."""
+    """Let BatchNorms in training normalise by the batch again, in the second run, without counting it twice."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -295,15 +266,15 @@ class FusedResNet(ResNet):
 class FusedMLPBlock(MLPBlock):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
-    def forward(self, input: Tensor, before: nn.Module | None = None) -> Tensor:
-        """``mlp(before(input))``, with `before` recomputed by the first layer; the caller has asked `recomputes`."""
+    def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
+        """``mlp(prologue(input))``, the prologue recomputed by the first layer; the caller has asked `recomputes`."""
         linear, *rest = self
-        x = apply_layer(linear, input) if before is None else linear(input, before=before)
+        x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
-                x, rest = linear(x, before=gelu), after
+                x, rest = linear(x, prologue=gelu), after
         for module in rest:
             x = apply_layer(module, x)
         return x
@@ -323,11 +294,11 @@ class FusedEncoderBlock(EncoderBlock):
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
-            x = attention.out_proj(qkv, before=heads) + input
-            again = Rebuilt(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
-            return x + mlp(x, before=again)
+            x = attention.out_proj(qkv, prologue=heads) + input
+            again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
+            return x + mlp(x, prologue=again)
         if recomputes(self.ln_1, attention):
-            x, _ = attention(residual, input, input, need_weights=False, before=self.ln_1)
+            x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
@@ -338,15 +309,16 @@ class FusedEncoderBlock(EncoderBlock):
         if not takes_norm:
             return x + mlp(self.ln_2(x))
         # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-        again = Rebuilt(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
-        return x + mlp(x, before=again)
+        again = RecomputedNorm(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
+        return x + mlp(x, prologue=again)
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
 
         That costs the output projection once more, one of the block's twelve products, beside attention's heads.
         """
-        attention, drops = self.self_attention, self.dropout.training and self.dropout.p > 0
+        attention = self.self_attention
+        drops = self.dropout.training and self.dropout.p > 0
         if drops or is_hooked(attention, self.dropout) or not recomputes(self.ln_1, attention):
             return None
         return attention.project_packed(input, self.ln_1)
@@ -394,9 +366,9 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 
 def fuse(model: nn.Module) -> None:
-    """Give each block its fused class if that computes something in another way, else its stock class.
+    """Give each block its fused class if that computes anything in another way, else its stock class.
 
-    That is so if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call it after
+    It does if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call this after
     layers have got or lost their adapters, or were frozen.
     """
     for block in reversed(list(model.modules())):  # children before their parents
@@ -418,16 +390,16 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         vars(module).pop("recomputed", None)
         if isinstance(module, Freezable):
-            module.__class__ = _stock_norm(module)
+            module.__class__ = stock_norm(module)
             vars(module).pop("frozen", None)
         module.__class__ = STOCK.get(type(module), type(module))
     _set_fast_paths(model)
 
 
 def _set_fast_paths(model: nn.Module) -> None:
-    """Some modules read raw weights, past every adapter, unless a flag of theirs has another value.
+    """Set the flags of modules that would read raw weights, past every adapter; without adapters, set them back.
 
-    PyTorch's encoders do in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
+    PyTorch's encoders read them in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -443,80 +415,6 @@ def _set_fast_paths(model: nn.Module) -> None:
             setattr(module, flag, value)
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
-
-
-# --------------------------------------------------------------------------------------------------- the upper part
-
-
-class UpperResNet(FusedResNet):
-    """A ResNet that begins with one of its stages."""
-
-    first = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class UpperVisionTransformer(FusedVisionTransformer):
-    """A ViT that begins with one of its blocks."""
-
-    first = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class HeadAlone(nn.Module):
-    """A model that begins with its classifier head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_submodule(head_name(self))(x)
-
-
-def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
-
-    The upper half has the last so many blocks (as `toolkit.backbones.block_names` has them) and the head; None: the
-    head. It is a shallow copy of the model, which shares every layer.
-
-    Raises:
-        InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.
-    """
-    upper = copy.copy(model)
-    if last is None:
-        upper.__class__ = HeadAlone
-        return headless(model), upper
-    uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
-    kind = STOCK.get(type(model), type(model))
-    if kind not in uppers:
-        raise InputError(
-            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
-            "--cache-features none"
-        )
-    blocks = block_names(model)
-    upper.__class__, upper.first = uppers[kind], len(blocks) - last
-    return functools.partial(input_of, model, blocks[-last]), upper
-
-
-class _Reached(Exception):
-    """The way out of a model's forward."""
-
-
-def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """What the module of this name receives in ``model(x)``, which runs no further."""
-    received = []
-
-    def stop(module: nn.Module, inputs: tuple) -> None:
-        received.append(inputs[0])
-        raise _Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(_Reached):
-            model(x)
-    finally:
-        handle.remove()
-    return received[0]
 
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
@@ -565,52 +463,3 @@ def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
     except AssertionError:  # how timm says that a model cannot
         return False
     return mode == "full"
-
-
-# --------------------------------------------------------------------------------------------------- frozen BatchNorm
-
-
-NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
-class Freezable:
-    """A BatchNorm that stays in eval mode while it is `frozen`, whatever `train()` says."""
-
-    frozen = False
-
-    def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
-
-    def __reduce_ex__(self, protocol):  # the kind cannot be found by its name
-        return _new_freezable, (_stock_norm(self),), vars(self)
-
-
-FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # stock class -> its freezable kind
-
-
-def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
-    """The freezable kind of a BatchNorm, or of a subclass, such as timm's with an activation."""
-    if stock not in FREEZABLE:
-        FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
-    return FREEZABLE[stock]
-
-
-FreezableBatchNorm2d = _freezable_kind(nn.BatchNorm2d)
-
-
-def _new_freezable(stock: type[_BatchNorm]) -> Freezable:
-    kind = _freezable_kind(stock)
-    return kind.__new__(kind)
-
-
-def _stock_norm(norm: Freezable) -> type[_BatchNorm]:
-    return next(stock for stock, kind in FREEZABLE.items() if kind is type(norm))
-
-
-def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
-    """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
-    if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
-        norm.__class__ = _freezable_kind(type(norm))
-    if isinstance(norm, Freezable):
-        norm.frozen = freeze
-        norm.train(training)

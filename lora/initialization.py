@@ -1,7 +1,7 @@
 """How adapters start: A at the main directions of the loss's gradient, instead of at random ones.
 
 B is zero at the start, so the first steps change W by ``s dB A``: A decides in which r directions of its input a layer
-can move. Of the gradient G (fan_out, fan_in) random directions hold a share of about r / fan_in. The best r directions
+can move. Random directions hold a share of about r / fan_in of the gradient G (fan_out, fan_in). The best r directions
 are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1; here B stays zero, and W as it is).
 
 G is never formed. With A zero and any Q in B's place the model computes what its base computes, and the gradient of A
@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora.fusion import is_adapted
+from lora.adapted import is_adapted
 from toolkit import distributed
 
-# Adapters that start so learn at so many times the rate of everything else, which makes full fine-tuning's usual rates
-# good ones: measured, see benchmarks/RESULTS.md. (LoRA Without Regret, 2025, finds a factor of ten.)
-FASTER = 24.0
+# Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
+# then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
+ADAPTER_LR_FACTOR = 24.0
 IMAGES = 256  # whose gradient is enough
 
 
@@ -35,9 +35,9 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
         start_at_gradient(model, backward)
 
-    Call it when the head is as training will have it (`init_head_from_probe`), and the model in eval mode if nothing
-    random is to have a part in it. Adapters whose gradient is zero or not finite, or that get none, as merged ones do,
-    stay as they are; so do all of them if `backward` raises. The parameters' `.grad` are put back in any case.
+    Call it once the head is as training will have it (`init_head_from_probe`), with the model in eval mode if nothing
+    random is to have a part in it. An adapter stays as it is if its gradient is zero, not finite or missing, as that of
+    a merged one is; all of them do if `backward` raises. The parameters' `.grad` are put back in any case.
 
     Args:
         backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.

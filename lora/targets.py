@@ -1,68 +1,20 @@
 """Which layers of a model get adapters, and with which settings."""
 
 import itertools
-import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
-from lora import functional
-from lora.fusion import is_adapted
+from lora.adapted import ADAPTED, LoRASettings, is_adapted
+from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
 from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
-
-# The layers that can be adapted. Exact types: a subclass may compute something else.
-ADAPTABLE = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-
-# ------------------------------------------------------------------------------------------------------- the settings
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
-
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    def __post_init__(self):
-        problems = []
-        if not isinstance(self.r, numbers.Integral) or isinstance(self.r, bool) or self.r < 1:
-            problems.append(f"r is {self.r!r}; give a rank of 1 or more")
-        if not isinstance(self.lora_alpha, numbers.Real) or not 0 < self.lora_alpha < math.inf:
-            problems.append(f"lora_alpha is {self.lora_alpha!r}; give a number above 0")
-        if not isinstance(self.lora_dropout, numbers.Real) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout is {self.lora_dropout!r}; give a number from 0 to below 1")
-        if problems:
-            raise InputError("; ".join(problems))
-        for name, kind in (("r", int), ("lora_alpha", float), ("lora_dropout", float), ("use_rslora", bool)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-# The fields of a layer without an adapter, which is only stored as adapted ones are.
-NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
 
 
 def matches_layer(name: str, target: str) -> bool:
@@ -79,7 +31,7 @@ def settings_by_layer(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LoRASettings]:
-    """The settings of each layer by its name: those given, with another rank or alpha where a pattern has one for it.
+    """The settings of each layer, by its name: those given, but for the rank or alpha that a pattern has for the layer.
 
     Args:
         rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
@@ -87,8 +39,9 @@ def settings_by_layer(
     Raises:
         InputError: a target that matches no layer, or a value out of its range.
     """
-    layers, patterns = list(layers), {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
-    for target in (target for pattern in patterns.values() for target in pattern):
+    layers = list(layers)
+    patterns = {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
+    for target in [*patterns["r"], *patterns["lora_alpha"]]:
         if not any(matches_layer(name, target) for name in layers):
             raise InputError(f"no adapted layer matches {target!r}; there are: {listed(layers, 12)}")
     chosen = {}
@@ -96,7 +49,8 @@ def settings_by_layer(
         changes = {}
         for field, pattern in patterns.items():
             values = [value for target, value in pattern.items() if matches_layer(name, target)]
-            changes |= {field: values[0]} if values else {}
+            if values:
+                changes[field] = values[0]
         chosen[name] = replace(settings, **changes)
     return chosen
 
@@ -104,7 +58,7 @@ def settings_by_layer(
 # --------------------------------------------------------------------------------------------------------- the layers
 
 
-def changeable(model: nn.Module) -> nn.Module:
+def unwrap_for_editing(model: nn.Module) -> nn.Module:
     """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
@@ -139,19 +93,23 @@ def choose_layers(
         InputError: a target or exclusion that is no regular expression or matches nothing, too few blocks, or no layer
             left.
     """
-    model = changeable(model)
+    model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
-    targets, excluded = ([x] if isinstance(x, str) else x for x in (target_modules, exclude_modules))
-    matches = {t: {n for n in candidates if matches_layer(n, t)} for t in (*(targets or ()), *(excluded or ()))}
-    unmatched = [target for target, names in matches.items() if not names]
+    targets = [target_modules] if isinstance(target_modules, str) else target_modules
+    excluded = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+
+    def is_matched(name: str, patterns: Iterable[str]) -> bool:
+        return any(matches_layer(name, pattern) for pattern in patterns)
+
+    unmatched = [t for t in [*(targets or []), *excluded] if not any(matches_layer(name, t) for name in candidates)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     if targets is None:
-        kept_frozen = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
-        chosen = {n: layer for n, layer in candidates.items() if n not in kept_frozen}
+        left_out = {n for n in candidates if in_head(model, n) or set(n.split(".")) & set(PATCH_EMBEDDINGS)}
+        chosen = {n: layer for n, layer in candidates.items() if n not in left_out}
     else:
-        chosen = {n: layer for n, layer in candidates.items() if any(n in matches[t] for t in targets)}
-    chosen = {n: layer for n, layer in chosen.items() if not any(n in matches[t] for t in excluded or ())}
+        chosen = {n: layer for n, layer in candidates.items() if is_matched(n, targets)}
+    chosen = {n: layer for n, layer in chosen.items() if not is_matched(n, excluded)}
     if adapt_last is not None:
         chosen = {name: layer for name, layer in chosen.items() if _in_last_blocks(model, name, adapt_last)}
     if not chosen:
@@ -167,18 +125,18 @@ def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
 
 
 def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
-    """The layers before the last blocks that could be adapted, but for those to be left alone."""
-    model = changeable(model)
+    """The names of the layers below the last blocks that could be adapted, without those excluded."""
+    model = unwrap_for_editing(model)
     names = choose_layers(model, None, exclude_modules)
     return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 
 
 def _has_adaptable_kind(layer: nn.Module) -> bool:
-    """Has it exactly a type in `ADAPTABLE`, and weights? Pruning and weight_norm replace these by other parameters."""
+    """Is its type one in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them by others."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
-    return type(layer) in ADAPTABLE and "weight" in layer._parameters
+    return type(layer) in ADAPTED and "weight" in layer._parameters
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
@@ -198,6 +156,6 @@ def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     if double:
         raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
     try:
-        functional.bitsandbytes_functional()
+        bitsandbytes_functional()
     except ImportError as error:
         raise InputError(str(error)) from None

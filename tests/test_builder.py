@@ -10,7 +10,7 @@ from dense import EXACT, FP32, assert_close, dense_twin, expected_gradients, ima
 from torch import nn
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.functional import dense_weight
+from lora.nf4 import dense_weight
 from moco.builder import MoCo, MoCoV3, feature_dim, mlp
 from toolkit.backbones import build_backbone, head_name
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.models.vision_transformer import VisionTransformer
 
 import finetune_lora
-from lora.fusion import split_model
+from lora.split import split_model
 from lora_utils import read_adapter_file
 from moco import pretrain
 from toolkit import InputError, cache, data, runs, training, transforms

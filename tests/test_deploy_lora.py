@@ -1,6 +1,6 @@
 """The commands that come after training: what they print, what they write and how they end.
 
-What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_lora_peft.py`.
+What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test_peft_format.py`.
 """
 
 import csv

@@ -892,11 +892,11 @@ def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatc
     """It is in the optimizer's state, and the head's temperature depends on it."""
     runs_made = []
     finetune("--epochs 1", after_epoch=runs_made.append)
-    monkeypatch.setattr(finetune_lora.initialization, "FASTER", 2.0)
+    monkeypatch.setattr(finetune_lora.initialization, "ADAPTER_LR_FACTOR", 2.0)
     real_train = FineTuning.train
     monkeypatch.setattr(FineTuning, "train", lambda run, *args: runs_made.append(run) or real_train(run, *args))
     finetune("--epochs 1 --resume")
-    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.initialization.FASTER
+    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.initialization.ADAPTER_LR_FACTOR
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):

@@ -1,4 +1,4 @@
-"""lora/functional.py: every gradient by finite differences, every path against dense stock operations."""
+"""lora/functional.py and below: every gradient by finite differences, every path against dense stock operations."""
 
 import copy
 import math
@@ -12,14 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora import functional
+from lora import attention, backends, functional
+from lora.attention import append_keys, attend, attention_mask, once_each, to_batch_first
 from lora.functional import (
     PLAIN,
     Geometry,
-    NF4Weight,
-    append_keys,
-    attend,
-    attention_mask,
     effective_kernel,
     effective_weight,
     lora_conv2d,
@@ -27,10 +24,9 @@ from lora.functional import (
     max_pool2d_relu,
     merged_kernel,
     merged_weight,
-    once_each,
     pad_for_conv2d,
-    to_batch_first,
 )
+from lora.nf4 import NF4Weight
 
 SCALING = 1.7
 
@@ -95,37 +91,37 @@ def row_operations(width: int):
     return {"gelu": nn.GELU(), "tanh": nn.GELU("tanh"), "layer norm": affine, "plain": plain}.items()
 
 
-@pytest.mark.parametrize("before", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
+@pytest.mark.parametrize("prologue", [pytest.param(operation, id=name) for name, operation in row_operations(4)])
 @pytest.mark.parametrize("part", [1, functional.PART_NUMEL], ids=["row by row", "at once"])
-def test_linear_gradients_through_a_recomputed_operation(path, before, part, monkeypatch):
+def test_linear_gradients_through_a_recomputed_operation(path, prologue, part, monkeypatch):
     monkeypatch.setattr(functional, "PART_NUMEL", part)
     W = torch.randn(6, 4, dtype=torch.float64)
 
     def function(x, A, B):
-        return lora_linear(x, W, A, B, None, SCALING, before=before)
+        return lora_linear(x, W, A, B, None, SCALING, prologue=prologue)
 
     assert gradcheck(function, double(2, 3, 4), double(2, 4), double(6, 2))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name, before", row_operations(64))
+@pytest.mark.parametrize("name, prologue", row_operations(64))
 @pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
 @pytest.mark.parametrize("x_dtype", [None, torch.bfloat16], ids=["", "low x"])
-def test_a_recomputed_operation_equals_the_dense_computation(device, name, before, dtype, autocast, x_dtype):
+def test_a_recomputed_operation_equals_the_dense_computation(device, name, prologue, dtype, autocast, x_dtype):
     """In every precision, with x in a lower one than the LayerNorm's weight as well, and evaluated once in backward."""
-    before = copy.deepcopy(before).to(device, dtype)
+    prologue = copy.deepcopy(prologue).to(device, dtype)
     x = (random(7, 5, 64, device=device) + 1).to(x_dtype or dtype).requires_grad_()
     W = random(6, 64, device=device, dtype=dtype)
     A, B = (random(*shape, device=device, requires_grad=True) for shape in ((2, 64), (6, 2)))
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, before=before)
+        y = lora_linear(x.to(dtype) if not autocast else x, W, A, B, None, SCALING, prologue=prologue)
     upstream = torch.randn_like(y)
     with Operations() as evaluations:
         y.backward(upstream)
     assert evaluations.count("aten.gelu.", "aten.native_layer_norm.") == 1
     theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
-    before.double()
-    expected = F.linear(before(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
+    prologue.double()
+    expected = F.linear(prologue(theirs[0]), W.double() + SCALING * theirs[2] @ theirs[1])
     expected.backward(upstream.double())
     tolerance = FP32 if y.dtype == x.dtype == torch.float32 else BF16
     assert_close(y, expected, tolerance, "output")
@@ -140,7 +136,7 @@ def test_a_layer_norm_in_fewer_bits_than_its_input():
     x, W = random(7, 64, requires_grad=True), random(6, 64).bfloat16()
     A, B = random(2, 64, requires_grad=True), random(6, 2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = lora_linear(x, W, A, B, None, SCALING, before=norm)
+        y = lora_linear(x, W, A, B, None, SCALING, prologue=norm)
     upstream = torch.randn_like(y)
     y.backward(upstream)
     theirs = [t.detach().double().requires_grad_() for t in (x, A, B)]
@@ -155,7 +151,7 @@ def test_a_layer_norm_in_fewer_bits_than_its_input():
 def test_dropout_and_a_recomputed_operation_exclude_each_other():
     x = random(3, 4)
     with pytest.raises(ValueError, match="exclude each other"):
-        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, before=nn.GELU())
+        lora_linear(x, random(6, 4), random(2, 4), random(6, 2), adapter_x=x, prologue=nn.GELU())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -269,7 +265,7 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
     A.requires_grad_(), B.requires_grad_()
     for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, before=nn.GELU()))
+            saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
         assert set(saved) >= {t.untyped_storage().data_ptr() for t in (x, A, B)}
         assert sum(saved.values()) < 1.5 * x.numel() * 4
 
@@ -469,7 +465,7 @@ def test_a_number_that_is_none_stays_so_through_the_relu(dtype, added):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_leak_rectifies_exactly_what_a_relu_does(dtype):
     """The gradient passes at every positive number, however small, and nowhere else; the leak adds to nothing."""
-    leak = functional.LEAK
+    leak = backends.LEAK
     values = torch.tensor([-3.0, -1e-25, -leak, 0.0, leak, 1e-25, 3.0, -1.0]).to(dtype)
     x = values.view(1, 1, 8, 1).expand(1, 16, 8, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
     W, A, B = torch.eye(16)[:, :, None, None], random(2, 16), torch.zeros(16, 2)
@@ -482,7 +478,7 @@ def test_the_leak_rectifies_exactly_what_a_relu_does(dtype):
 
 def test_rectified_activations_have_normal_products_with_small_gradients():
     """Denormal numbers would be a third of a ResNet-18's step on Intel's processors."""
-    assert torch.tensor(functional.LEAK) * 1e-16 > torch.finfo(torch.float32).tiny
+    assert torch.tensor(backends.LEAK) * 1e-16 > torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -653,10 +649,10 @@ def test_dropped_attention_weights(need_weights):
 @pytest.mark.parametrize("keep", [False, True], ids=["", "weights kept"])
 def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch, at_a_time, autocast, keep):
     """Attention in bfloat16 by products over all heads, in parts: outputs and gradients, peaked attention too."""
-    monkeypatch.setattr(functional, "SCORES_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(attention, "SCORES_AT_A_TIME", at_a_time)
     errors = {}
     for batched in (False, True):
-        monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
+        monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
         torch.manual_seed(0)
         precise = [2 * torch.randn(50, 5, H * 8, dtype=torch.float64) for _ in range(3)]
         precise[0] = precise[0][:, :3]  # fewer queries than keys
@@ -677,7 +673,7 @@ def test_batched_attention_is_as_near_to_float64_as_pytorchs_kernel(monkeypatch,
 
 def test_dropped_attention_weights_in_bfloat16(monkeypatch):
     """The products over all heads know no dropout."""
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     q = random(N, 50, E).bfloat16()
     attended, _ = attend(q, q, torch.ones_like(q), H, None, 0.5)
     assert (attended.float() - 1).abs().max() > 0.1 and abs(attended.float().mean() - 1) < 0.1
@@ -689,7 +685,7 @@ def test_what_the_values_have_in_common_is_not_rounded():
     q, k, v, gradient = (torch.randn(4, 2, 50, 8, dtype=torch.float64) for _ in range(4))
     v = (v + 8).bfloat16().double()
     errors = []
-    for function in (functional._Attention.apply, F.scaled_dot_product_attention):
+    for function in (attention._Attention.apply, F.scaled_dot_product_attention):
         low, high = (q.bfloat16().requires_grad_(), q.bfloat16().double().requires_grad_())
         keys = k.bfloat16()
         function(low, keys, v.bfloat16()).backward(gradient.bfloat16())
@@ -708,7 +704,7 @@ def _function_names(tensor: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     q, v = torch.randn(number, 4, 8).bfloat16(), torch.randn(number, 4, 8).bfloat16()
     attended, _ = attend(q, q, v, 2)
     expected, _ = attend(q.float(), q.float(), v.float(), 2)
@@ -718,7 +714,7 @@ def test_batched_attention_of_no_and_of_one_image(monkeypatch, number):
 @pytest.mark.parametrize("keys, keep, kept_sizes", [(5, False, []), (5, True, [2 * 2 * 5 * 5]), (17, True, [])])
 def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, keys, keep, kept_sizes):
     """Heads of 4 numbers: the weights of 16 keys would be four times q."""
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     kept, qkv = [], torch.randn(2, keys, 24, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attend(*qkv.chunk(3, -1), 2, keep_weights=keep)
@@ -728,9 +724,9 @@ def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, k
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_scores_are_computed_again_only_where_weights_are_not_kept(monkeypatch, grad):
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
-    calls, weights = [], functional._attention_weights
-    monkeypatch.setattr(functional, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
+    calls, weights = [], attention._attention_weights
+    monkeypatch.setattr(attention, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
     gradients = []
     for keep in (False, True):
         torch.manual_seed(0)
@@ -876,7 +872,7 @@ def test_autocast_does_not_round_what_is_merged(function):
 @pytest.mark.parametrize("bias", [None, 1, 2], ids=["no bias", "bias", "every second number as bias"])
 def test_a_frozen_linear_layer_is_the_stock_one(monkeypatch, device, by_onednn, bias):
     """Whichever product it takes: with and without a gradient of the input, under autocast, and for no input at all."""
-    monkeypatch.setattr(functional, "PREFERS_ONEDNN_LINEAR", by_onednn)
+    monkeypatch.setattr(backends, "PREFERS_ONEDNN_LINEAR", by_onednn)
     layer = nn.Linear(6, 5, bias=bias is not None, device=device).requires_grad_(False)
     if bias is not None:
         layer.bias.data = torch.randn(5 * bias, device=device)[::bias]
@@ -912,7 +908,7 @@ ONCE = {
     "linear": lambda x: lora_linear(x, random(6, 4), random(2, 4), random(6, 2)),
     "convolution": lambda x: lora_conv2d(x, random(6, 3, 2, 2), random(2, 12), random(6, 2)),
     "pooling": lambda x: max_pool2d_relu(x, 2, 2),
-    "attention": lambda x: functional._Attention.apply(*[x.bfloat16()] * 3),
+    "attention": lambda x: attention._Attention.apply(*[x.bfloat16()] * 3),
 }
 
 

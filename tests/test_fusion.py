@@ -39,9 +39,10 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
-from lora import functional, fusion
-from lora.functional import SavedIn16Bits
-from lora.fusion import split_model
+from lora import attention, fusion
+from lora.activations import SavedIn16Bits
+from lora.frozen_norms import NORMS
+from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import head_name
@@ -147,7 +148,7 @@ def test_norms_that_train_beside_the_adapters(build, side):
     model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2))
     freeze_backbone_params(model, train_norms=True)
     compare_with_dense(stock.train(), model.train(), [x], EXACT)
-    norms = [m for m in model.modules() if isinstance(m, fusion.NORMS)]
+    norms = [m for m in model.modules() if isinstance(m, NORMS)]
     assert norms and all(norm.weight.grad.any() and norm.bias.grad.any() for norm in norms)
     assert all(getattr(norm, "num_batches_tracked", 1) == 1 for norm in norms)
     freeze_backbone_params(model)
@@ -384,7 +385,7 @@ def test_what_is_in_the_place_of_the_first_dropout_acts_on_all_tokens():
 @pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
 def test_a_vit_in_low_precision(monkeypatch, device, mode, batched):
     """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
     stock, x = vit(hidden_dim=128, mlp_dim=256, image_size=64).to(device), images(64, 4).to(device)
     model = frozen(copy.deepcopy(stock))
     set_gradient_checkpointing(model, mode)
@@ -824,9 +825,9 @@ def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_mid
 @pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
 def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, dropout):
     """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", True)
-    computed, weights = [], functional._attention_weights
-    monkeypatch.setattr(functional, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
+    computed, weights = [], attention._attention_weights
+    monkeypatch.setattr(attention, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
     model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
     set_gradient_checkpointing(model, mode)
     blocks = len(model.encoder.layers)
@@ -844,7 +845,7 @@ def test_attention_that_was_replayed_is_forgotten():
     set_gradient_checkpointing(model, "selective")
     parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    attentions = [each for each in gc.get_objects() if type(each) is functional.SelfAttention]
+    attentions = [each for each in gc.get_objects() if type(each) is attention.SelfAttention]
     assert attentions and all(each._replayed is None for each in attentions)
     for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
         assert torch.equal(gradient, again)
@@ -1022,7 +1023,7 @@ FROZEN_ATTENTION = {
 @pytest.mark.parametrize("dtype, batched", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 def test_frozen_attention_is_the_stock_one_batch_first(monkeypatch, way, dtype, batched):
     """Outputs and gradients; and no product is made for each token."""
-    monkeypatch.setattr(functional, "PREFERS_BATCHED_ATTENTION", batched)
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", batched)
     model, x = vit(), images(16)
     FROZEN_ATTENTION[way](model)
     randomize_adapters(model)
@@ -1201,12 +1202,12 @@ def test_statistics_are_kept_as_they_are(monkeypatch):
     monkeypatch.setattr(SavedIn16Bits, "_pack", note)
     q = torch.randn(2, 7, 16, requires_grad=True)
     with SavedIn16Bits():
-        attended, _ = functional.attend(q, q, q, 2)
+        attended, _ = attention.attend(q, q, q, 2)
         nn.LayerNorm(16, elementwise_affine=False)(attended)
         nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
         assert (2, 4, 7) in exact
         mask = torch.zeros(2, 1, 7, 7)
-        functional.attend(q, q, q, 2, mask)
+        attention.attend(q, q, q, 2, mask)
     assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
     assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
     assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"

@@ -40,7 +40,7 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
-from lora.functional import dense_weight
+from lora.nf4 import dense_weight
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.backbones import block_names

@@ -51,6 +51,10 @@ def test_imports_form_no_circle():
     TopologicalSorter({name: imported(path) for name, path in SOURCES.items()}).prepare()
 
 
+def test_private_operators_of_pytorch_are_in_one_file():
+    assert [name for name, path in SOURCES.items() if "torch.ops" in path.read_text()] == ["lora.backends"]
+
+
 def test_each_package_is_found():
     assert {floor(name) for name in SOURCES} == {0, 1, 2, 3, 4}
     assert {"toolkit", "toolkit.training", "lora.fusion", "moco.builder"} <= SOURCES.keys()

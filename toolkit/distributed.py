@@ -152,7 +152,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def synchronize_norms(model: nn.Module) -> None:
     """Make every BatchNorm that trains take its statistics over all processes (SyncBatchNorm), in place.
 
-    One that is frozen has no statistics to take; `lora.fusion` has given it a class of its own.
+    One that is frozen has no statistics to take; `lora.frozen_norms` has given it a class of its own.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():

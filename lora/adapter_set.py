@@ -1,8 +1,8 @@
 """Several adapters on one base: what each has of its own in the model, and how one takes the place of another.
 
-The model always *is* what it is for one adapter alone: a layer that the adapter in use does not adapt is a stock layer.
-To switch is to give each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora.fusion.py`.
+The model is always what it would be with the adapter in use alone: a layer that this one does not adapt is a stock
+layer. Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
+`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
 import copy
@@ -12,105 +12,92 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora.fusion import fuse, is_adapted
-from lora.targets import LoRASettings
+from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_named, recorded_settings, stock_class
+from lora.fusion import fuse
 from toolkit import InputError
 from toolkit.backbones import head_name, in_head
 
-KINDS: dict[str, type[nn.Module]] = {}  # adapted layers by the names that files give them; `finetune_lora` fills it
 DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter now, and those of rank 0, which are stored as if they had one, by name."""
-    layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
-    return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
-
-
-def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
-    """How a layer was adapted, from its record in an adapter file. None: not at all, but it was in 4 bits."""
-    if record["r"] == 0:
-        return None
-    return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
-
-
-class Form(NamedTuple):
+class LayerState(NamedTuple):
     """What a layer is for one adapter, or for the base."""
 
     kind: type[nn.Module]
-    state: dict[str, Any]  # attributes that the stock layer does not have
+    attributes: dict[str, Any]  # those that the stock layer does not have
     parameters: dict[str, nn.Parameter | None]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Form":
-        return cls(type(module), _state(module), dict(module._parameters))
+    def of(cls, module: nn.Module) -> "LayerState":
+        return cls(type(module), _attributes(module), dict(module._parameters))
 
-    def put_on(self, module: nn.Module) -> None:
+    def apply_to(self, module: nn.Module) -> None:
         device = next((p.device for p in module._parameters.values() if p is not None), None)
-        for name in _state(module):
+        for name in _attributes(module):
             delattr(module, name)
         module.__class__ = self.kind
-        vars(module).update(self.state)
+        vars(module).update(self.attributes)
         module._parameters.clear()
         module._parameters.update(self.parameters)
         if any(p is not None and p.device != device for p in self.parameters.values()):
             module.to(device)  # where the model was moved meanwhile
 
     @property
-    def is_rounded(self) -> bool:
-        """Is its weight stored in 4 or 16 bits, and the float weight gone?"""
-        return "float_digests" in self.state
+    def base_bits(self) -> int:
+        return base_bits(self.attributes)
 
-    def without_adapter(self) -> "Form":
+    def without_adapter(self) -> "LayerState":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
-        if self.is_rounded:  # it stays what it is, switched off
-            return Form(self.kind, {**self.state, "lora_enabled": False}, parameters)
-        stock = getattr(self.kind, "stock_class", self.kind)
-        return Form(self.state.get("stock_class", stock), {}, parameters)
+        if self.base_bits < 32:  # it stays what it is, switched off
+            return LayerState(self.kind, {**self.attributes, "lora_enabled": False}, parameters)
+        return LayerState(self.attributes.get("stock_class", stock_class(self.kind)), {}, parameters)
 
 
-def _state(module: nn.Module) -> dict[str, Any]:
+def _attributes(module: nn.Module) -> dict[str, Any]:
     return module.adapted_state() if is_adapted(module) else {}
 
 
 @dataclass
 class Adapter:
-    """What is an adapter's own. The base has the same fields, for all that any adapter replaces."""
+    """Everything one adapter owns. For the base: the original of everything an adapter replaces."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     head: nn.Module | None = None
-    layers: dict[str, Form] = field(default_factory=dict)  # outside the head
+    layers: dict[str, LayerState] = field(default_factory=dict)  # outside the head
     tensors: dict[str, Tensor] = field(default_factory=dict)  # of the base, where training moved them
 
-    def capture(self, model: nn.Module) -> None:
-        """Take all of it from the model as it is now."""
-        head, layers = head_name(model), adapted_layers(model).items()
+    def snapshot(self, model: nn.Module) -> None:
+        """Take all of it from the model as it is now, with the layers and tensors themselves, not copies."""
+        head = head_name(model)
         self.head = None if head is None else model.get_submodule(head)
-        self.layers = {path: Form.of(layer) for path, layer in layers if not in_head(model, path)}
-        owners = {path: _owner(model, path) for path in self.tensors}
-        self.tensors = {path: owner[leaf] for path, (owner, leaf) in owners.items()}
+        layers = adapted_layers(model)
+        self.layers = {path: LayerState.of(layer) for path, layer in layers.items() if not in_head(model, path)}
+        for path in self.tensors:
+            owner, leaf = _owner(model, path)
+            self.tensors[path] = owner[leaf]
 
-    def put_into(self, model: nn.Module, above: "Adapter | None" = None) -> None:
-        """Make the model what this describes, except where `above` has something of its own."""
+    def install(self, model: nn.Module, above: "Adapter | None" = None) -> None:
+        """Put all of it into the model, except where `above` has something of its own."""
         above = above or Adapter()
-        name, head = head_name(model), above.head or self.head
+        name = head_name(model)
+        head = above.head or self.head
         if name is not None and head is not None:
             _replace_head(model, name, head)
         modules = dict(model.named_modules())
-        for path, form in (self.layers | above.layers).items():
-            form.put_on(modules[path])
+        for path, state in (self.layers | above.layers).items():
+            state.apply_to(modules[path])
         for path, tensor in (self.tensors | above.tensors).items():
             module, _, leaf = path.rpartition(".")
             if leaf in getattr(modules[module], "float_digests", ()):
-                continue  # the adapter in use stores this weight in fewer bits, as its form has put it
+                continue  # the adapter in use stores this weight in fewer bits, as its state has put it
             owner, leaf = _owner(model, path)
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])
             owner[leaf] = tensor
 
 
-class Residents:
-    """The adapters that share a model, in `model.resident_adapters`."""
+class AdapterSet:
+    """The adapters that share a model, in `model.adapter_set`."""
 
     def __init__(self, model: nn.Module):
         name = head_name(model)
@@ -119,7 +106,7 @@ class Residents:
         self.in_use: str | None = None
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """Call the adapter that has no name `default`, if layers have one. Raises InputError if there is a default."""
+        """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
         if layers and self.in_use is None:
             if DEFAULT in self.named:
                 raise InputError(
@@ -130,25 +117,26 @@ class Residents:
             self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
-        """Put an adapter of `named`, or with None the base, in the place of the one in use."""
+        """Replace the adapter in use by another of `named`, or with None by the base."""
         if name == self.in_use:
             return
         if self.in_use is not None:
             self._remember(adapted_layers(model), model)  # it may have got more since
-            self.named[self.in_use].capture(model)
-        self.base.put_into(model, None if name is None else self.named[name])
+            self.named[self.in_use].snapshot(model)
+        self.base.install(model, None if name is None else self.named[name])
         self.in_use = name
         fuse(model)
 
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
-        """Give the model, whose base is in use, the layers and tensors that an adapter file names, with any numbers.
+        """Build the layers and tensors that an adapter file names, uninitialised. The base must be in use.
 
-        The file's numbers are read after that, then comes `adapter.capture`, and in any case `base.put_into`. Returns
+        The caller then reads the file's numbers and calls `adapter.snapshot`, and in any case `base.install`. Returns
         what does not fit, a line each.
         """
-        if not KINDS:
+        if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
-        records, tensors, head = content["layers"], content["tensors"], head_name(model)
+        records, tensors = content["layers"], content["tensors"]
+        head = head_name(model)
         modules = dict(model.named_modules())
         attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
         touched = [*records, *(f"{path}.out_proj" for path in records if path in attached)]
@@ -164,38 +152,39 @@ class Residents:
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in (path for path in modules if path in records):  # attention before its output projection
             problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        stored = {path: form for path, form in self.base.layers.items() if form.is_rounded and path not in records}
-        # Without an adapter 16 bits are no property of a file's.
-        lacking = [path for path, form in stored.items() if form.state["r"] > 0 or "_nf4_state" in form.state]
+        absent = {path: state for path, state in self.base.layers.items() if path not in records}
+        rounded = {path: state for path, state in absent.items() if state.base_bits < 32}
+        # Files do not record that a rank-0 layer is stored in 16 bits.
+        lacking = [path for path, state in rounded.items() if state.attributes["r"] > 0 or state.base_bits == 4]
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """What these layers are without any adapter."""
+        """Note what these layers are without any adapter, unless it is known."""
         for path, layer in layers.items():
             if not in_head(model, path):
-                self.base.layers.setdefault(path, Form.of(layer).without_adapter())
+                self.base.layers.setdefault(path, LayerState.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-        """Over a float base the first 4-bit adapter brings the 4-bit weights, which later ones share."""
+        """Give these layers the 4-bit weights that the first 4-bit adapter brought over a float base."""
         for path, record in records.items():
-            forms = (other.layers[path] for other in self.named.values() if path in other.layers)
-            shared = next((f for f in forms if f.is_rounded and f.kind.__name__ == record["kind"]), None)
+            states = (other.layers[path] for other in self.named.values() if path in other.layers)
+            shared = next((s for s in states if s.base_bits < 32 and s.kind.__name__ == record["kind"]), None)
             if shared is not None:
-                form = shared.without_adapter()
-                stored = form.state.get("weight_names", form.kind.weight_names)
+                state = shared.without_adapter()
+                stored = state.attributes.get("weight_names", state.kind.weight_names)
                 # The biases stay this file's: they may be among the tensors that training moved.
                 own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
-                form._replace(parameters=form.parameters | own).put_on(modules[path])
+                state._replace(parameters=state.parameters | own).apply_to(modules[path])
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Adapt one layer as a file has it. Returns what does not fit."""
-    kind, r = KINDS.get(record["kind"]), record["r"]
-    if kind is None or type(layer) not in (kind, kind.stock_class):
+    """Adapt one layer as its record in a file says. Returns what does not fit."""
+    kind = kind_named(record["kind"])
+    if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
-    if ranks != {(r,)}:  # before any memory is taken for it
-        return [f"{path} has r {r} in the file, and tensors of another rank"]
+    if ranks != {(record["r"],)}:  # before any memory is taken for it
+        return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
     try:
         kind.adapt(layer, recorded_settings(record))
     except ImportError as error:  # bitsandbytes
@@ -216,13 +205,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
-    before = model.get_submodule(name)
+    """Put another head into the model, with the mode, device and dtype of the one there."""
+    former = model.get_submodule(name)
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
-    head.train(before.training)
-    kinds, own = ({(p.device, p.dtype) for p in part.parameters()} for part in (before, head))
-    if len(kinds) == 1 and own != kinds:
-        head.to(*kinds.pop())
+    head.train(former.training)
+    places = {(p.device, p.dtype) for p in former.parameters()}
+    if len(places) == 1 and places != {(p.device, p.dtype) for p in head.parameters()}:
+        head.to(*places.pop())
 
 
 def _stock_head(head: nn.Module) -> nn.Module:
@@ -241,11 +231,9 @@ def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -
     for path, module in head.named_modules(prefix=prefix.rstrip(".")):
         for name, parameter in list(module.named_parameters(recurse=False)):
             found = tensors.get(f"{path}.{name}")
-            if (
-                isinstance(module, nn.Linear | nn.Conv2d)
-                and found is not None
-                and found.shape[1:] == parameter.shape[1:]
-            ):
+            if found is None or found.shape[1:] != parameter.shape[1:]:
+                continue
+            if isinstance(module, nn.Linear | nn.Conv2d):
                 outputs = "out_features" if isinstance(module, nn.Linear) else "out_channels"
                 setattr(module, outputs, len(found))
                 module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)

@@ -15,7 +15,7 @@ from finetune_lora import (
     count_parameters,
     freeze_backbone_params,
 )
-from lora import residents
+from lora import adapter_set
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError
 
@@ -157,7 +157,7 @@ def test_switching_copies_no_weight(manager):
 
 def test_an_adapter_takes_the_memory_of_its_file(manager, tmp_path):
     for name in OPTIONS:
-        adapter = manager.model.resident_adapters.named[name]
+        adapter = manager.model.adapter_set.named[name]
         own = [*adapter.head.parameters()]
         own += [p for form in adapter.layers.values() for n, p in form.parameters.items() if n.startswith("lora_")]
         tensors = read_adapter_file(tmp_path / f"{name}.pth")["tensors"].values()
@@ -570,7 +570,7 @@ def test_adapters_compute_where_the_model_went(device, tmp_path):
 
 
 def test_a_process_without_the_layers_is_told_where_they_are(manager, tmp_path, monkeypatch):
-    monkeypatch.setattr(residents, "KINDS", {})
+    monkeypatch.setattr(adapter_set, "ADAPTED", {})
     with pytest.raises(InputError, match="import it first"):
         manager.load_lora_checkpoint(tmp_path / "pets.pth", name="another")
 

@@ -1,4 +1,4 @@
-"""Adapters in the format of PEFT (`adapter_config.json` and `adapter_model.safetensors`), and from it.
+"""The state of adapters in the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), and from it.
 
 Both libraries compute ``W + s B A``, so an adapter is carried over as it is; only the shapes differ.
 
@@ -9,14 +9,12 @@ Both libraries compute ``W + s B A``, so an adapter is carried over as it is; on
   projection has the same rank, so its factors are filled up with zeros. PEFT up to 0.21 adds the projection's update
   twice (its pull request 3774): `_times_projected` asks the installed release, and the factors are made for that one.
 
-What PEFT cannot compute as this toolkit does is refused by name: see `_obstacles`. Each conversion ends with a
-comparison of both models' answers.
+What PEFT cannot compute as this toolkit does is refused by name: see `obstacles`. `deploy_lora.py convert` loads the
+models, and compares their answers after each conversion.
 """
 
-import copy
 import logging
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,29 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune_lora import (
-    LoRAConv2d,
-    LoRALayer,
-    LoRAMultiheadAttention,
-    adapt_layers,
-    load_base,
-    load_finetuned,
-)
-from lora.fusion import is_adapted
-from lora.targets import LoRASettings, outermost_layers
-from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
+from lora.adapted import AdaptedLayer, LoRASettings, is_adapted
+from lora.targets import outermost_layers
 from toolkit import InputError, listed, printable
-from toolkit.backbones import head_name, normalization
-from toolkit.checkpoints import load_backbone, stored_checkpoint
-from toolkit.files import open_atomically, read_safetensors
+from toolkit.backbones import head_name
+from toolkit.files import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel
 ADAPTER = "default"  # PEFT's name for an adapter that was given none
-TOLERANCE = 1e-3  # of the answers' size: what is above is no rounding
 
 
-def _import_peft():
+def import_peft():
+    """The module `peft`. Raises InputError if it is missing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what nobody needs here
     try:
         import peft
@@ -61,69 +49,11 @@ def _import_peft():
 # ------------------------------------------------------------------------------------------------------------ to PEFT
 
 
-def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> float:
-    """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
+def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Yields what has no place in PEFT's format, each with the reason.
 
-    `base` is the torchvision model with the base's weights and a head for the adapter's classes, whose weights come
-    from the folder (`modules_to_save`). Of a 4-bit adapter it is the float model, whose answers differ by the rounding.
-
-    Args:
-        adapter: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
-        folder: is made if need be; the two files in it are replaced.
-        checkpoint: the base, if it is not where it was at training.
-
-    Returns:
-        The largest difference of the two models' logits for random images, relative to the largest logit.
-
-    Raises:
-        InputError: PEFT is missing, the file has no adapters, or something in it has no place in PEFT's form.
+    `tensors` are those of the adapter file that the model was loaded from.
     """
-    peft = _import_peft()
-    model, metadata = load_finetuned(adapter, checkpoint)
-    obstacles = list(_obstacles(model, read_adapter_file(adapter)["tensors"]))
-    if obstacles:
-        raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
-    base, _ = load_base(*find_base(adapter, metadata, checkpoint), *model_shape(metadata))
-    layers = _adapted_layers(model)
-    packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
-    ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
-    head = head_name(model)
-    config = peft.LoraConfig(
-        **_by_layer("r", "rank_pattern", ranks),
-        **_by_layer("lora_alpha", "alpha_pattern", {name: layers[name].scaling * r for name, r in ranks.items()}),
-        target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
-        modules_to_save=[head],
-        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
-        inference_mode=True,
-    )
-    tensors = {f"{name}.{key}": tensor for name, factors in packed.items() for key, tensor in factors.items()}
-    tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
-    tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        config.save_pretrained(scratch)
-        safetensors.torch.save_file(tensors, Path(scratch, WEIGHTS), metadata={"format": "pt"})
-        theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        four_bits = any(getattr(module, "float_digests", ()) for module in model.modules())
-        if four_bits:
-            print(
-                "the adapter was trained over 4-bit weights; PEFT puts it on float ones, which are not quite the same"
-            )
-        if metadata.get("stage1_adapter"):
-            print(
-                "the adapter was trained over a checkpoint and its stage-1 adapter; in PEFT it belongs on what "
-                "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
-            )
-        error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else TOLERANCE)
-        _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in (CONFIG, WEIGHTS)})
-    return error
-
-
-def _adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
-
-
-def _obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """What has no place in PEFT's form, each with the reason."""
     layers, head = _adapted_layers(model), f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
@@ -149,13 +79,40 @@ def _obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def _packed_factors(layer: LoRALayer, times_projected: int) -> dict[str, Tensor]:
+def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
+
+
+def write_peft(model: nn.Module, folder: Path) -> None:
+    """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
+
+    `obstacles` must have found none.
+    """
+    layers, head = _adapted_layers(model), head_name(model)
+    packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
+    ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
+    config = import_peft().LoraConfig(
+        **_by_layer("r", "rank_pattern", ranks),
+        **_by_layer("lora_alpha", "alpha_pattern", {name: layers[name].scaling * r for name, r in ranks.items()}),
+        target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
+        modules_to_save=[head],
+        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
+        inference_mode=True,
+    )
+    tensors = {f"{name}.{key}": tensor for name, factors in packed.items() for key, tensor in factors.items()}
+    tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
+    tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    config.save_pretrained(folder)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
     """A layer's factors as PEFT has them, by their names within the layer."""
-    if isinstance(layer, LoRAConv2d):
+    if isinstance(layer, nn.Conv2d):
         shape = layer.in_channels, *layer.kernel_size
         A, B = layer.lora_A.unflatten(1, shape), layer.lora_B[:, :, None, None]  # (r, in, kh, kw), (out, r, 1, 1)
         return {"lora_A.weight": A, "lora_B.weight": B}
-    if not isinstance(layer, LoRAMultiheadAttention):
+    if not isinstance(layer, nn.MultiheadAttention):
         return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
     projection = layer.out_proj
     rank = max(3 * layer.r, projection.r)
@@ -182,74 +139,12 @@ def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, A
     return {field: usual, pattern: {f"^{re.escape(n)}": value for n, value in values.items() if value != usual}}
 
 
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
-    for name, content in files.items():
-        with open_atomically(folder / name) as file:
-            file.write(content)
-
-
 # ---------------------------------------------------------------------------------------------------------- from PEFT
 
 
-def from_peft(
-    folder: Path,
-    output: Path,
-    checkpoint: Path,
-    class_names: list[str] | None = None,
-    image_size: int | None = None,
-    arch: str | None = None,
-    heads: int | None = None,
-) -> float:
-    """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
-
-    Args:
-        folder: what `PeftModel.save_pretrained` wrote, with the classifier head in it (`modules_to_save`).
-        output: `.pth` or `.safetensors`.
-        checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
-        class_names: what the outputs mean; None: their numbers.
-        image_size: pixels; None: the size that the checkpoint is for.
-        arch: None: what the checkpoint says; or such as 'timm:resnet50'.
-        heads: attention heads of a ViT; None: what the checkpoint's layout implies.
-
-    Returns:
-        The largest difference of the two models' logits for random images, relative to the largest logit.
-
-    Raises:
-        InputError: PEFT is missing, the folder or the checkpoint is not what it should be, or the adapter has
-            something that this toolkit's adapters have not.
-    """
-    peft = _import_peft()
-    tensors = _read_tensors(peft, folder)
-    rows = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and n.endswith(".weight") and t.dim() == 2]
-    if not rows:
-        raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
-    class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
-    if len(class_names) != rows[-1]:
-        raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
-    model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
-    try:
-        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
-    except Exception as error:  # PEFT stumbles over folders that do not fit in many ways
-        raise InputError(f"PEFT cannot put {folder} on {checkpoint}: {printable(error, 300)}") from None
-    _adapt_alike(model, theirs, tensors, folder)
-    state = {n.removeprefix(PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    if unknown:
-        raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
-    error = _difference(theirs, model.eval(), report["image_size"], TOLERANCE)
-    about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
-    about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
-    about["checkpoint"] = stored_checkpoint(checkpoint)
-    LoRAManager(model).save_lora_checkpoint(output, about)
-    return error
-
-
-def _read_tensors(peft, folder: Path) -> dict[str, Tensor]:
+def read_peft(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder of PEFT's. Raises InputError unless it holds plain LoRA, which this toolkit has too."""
+    peft = import_peft()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
         raise InputError(f"{folder} is no adapter of PEFT's: it must be a folder with {CONFIG} and {WEIGHTS}")
     try:
@@ -269,8 +164,19 @@ def _read_tensors(peft, folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _adapt_alike(model: nn.Module, theirs: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Give the model the adapters that a PeftModel of the same base has."""
+def adapters_in(
+    theirs: nn.Module, tensors: dict[str, Tensor], folder: Path
+) -> tuple[dict[str, LoRASettings], dict[str, Tensor]]:
+    """The adapters of a PeftModel as this toolkit has them: the settings of each layer, and all factors by name.
+
+    Args:
+        theirs: `PeftModel.from_pretrained` of the folder.
+        tensors: what `read_peft` returned for it.
+        folder: for messages.
+
+    Raises:
+        InputError: the tensors do not fit the folder's configuration, or a layer is of a kind that is not adapted here.
+    """
     layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}
     torn = needed ^ {name for name in tensors if ".lora_" in name}
@@ -292,14 +198,12 @@ def _adapt_alike(model: nn.Module, theirs: nn.Module, tensors: dict[str, Tensor]
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
             own = _without_zeros(A, B * _times_projected())
-        name, rank = inner.replace(".base_layer.", "."), len(next(iter(own.values())))
+        name = inner.replace(".base_layer.", ".")
+        rank = len(next(iter(own.values())))
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
         settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
         factors |= {f"{name}.{key}": factor for key, factor in own.items()}
-    adapt_layers(model, settings)
-    parameters = dict(model.named_parameters())
-    for name, factor in factors.items():
-        parameters[name].copy_(factor)
+    return settings, factors
 
 
 _KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # of PEFT's layers that have a counterpart here
@@ -336,21 +240,10 @@ def _times_projected() -> int:
 
     The answer of an attention in which that update, of size 1, is all there is.
     """
-    peft = _import_peft()
+    peft = import_peft()
     with torch.random.fork_rng(devices=[]):
         config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
         model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(1, 1, bias=False)), config).eval()
     for name, parameter in model.named_parameters():
         parameter.fill_(float(name.endswith("in_proj_weight") or ".out_proj.lora_" in name))
     return round(model.base_model.model[0](*[torch.ones(1, 1, 1)] * 3)[0].item())
-
-
-@torch.no_grad()
-def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: float) -> float:
-    """The largest difference of the logits for random images, relative to the largest logit."""
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    expected = ours(images)
-    error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-    if not error <= tolerance:
-        raise InputError(f"the installed PEFT answers otherwise with this adapter, by {error:.1e} of the logits' size")
-    return error

@@ -14,8 +14,9 @@ from dense import FP32, assert_close, randomize_adapters
 from torch import nn
 
 import deploy_lora
+from deploy_lora import from_peft, to_peft
 from finetune_lora import add_lora_to_model, load_finetuned
-from lora_peft import CONFIG, WEIGHTS, _obstacle, from_peft, to_peft
+from lora.peft_format import CONFIG, WEIGHTS, _obstacle
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.backbones import build_backbone

@@ -1,0 +1,237 @@
+"""Attention of several heads: masks, the fastest kernel for bfloat16 on a CPU, and its recomputation in backward."""
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora import backends
+from lora.backends import CPU, ONEDNN_DTYPES
+
+# On a CPU with products in bfloat16 PyTorch's attention is made of many small ones, unless there is a matrix unit
+# (AMX), for which it has a path of its own. `_Attention` is faster up to MOST_SCORES scores in a head, one for each
+# query and key, and slower above.
+PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
+MOST_SCORES = 2**19
+# `_Attention` computes about this many scores at a time: those of some images, or of some heads of one.
+SCORES_AT_A_TIME = 2**19
+# Attention's weights may be kept for backward if keys <= MOST_KEYS_KEPT * head width. They then take at most that many
+# times the memory of q: 3.1 times in a ViT-B/16 at 224 pixels; at 384 it would be 9 times.
+MOST_KEYS_KEPT = 4
+
+
+def once_each(function: Callable, *tensors: Tensor) -> list:
+    """Call the function once for each distinct tensor. Returns a result for each; what was one tensor stays one."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    results = {key: function(tensor) for key, tensor in distinct.items()}
+    return [results[id(tensor)] for tensor in tensors]
+
+
+def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor], Tensor]:
+    """The function from (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
+    if not is_batched:
+        return lambda x: x[None]
+    return (lambda x: x) if is_batch_first else (lambda x: x.transpose(0, 1))
+
+
+def attention_mask(
+    q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+) -> Tensor | None:
+    """Make one mask of both of `nn.MultiheadAttention`: to add to the scores, broadcastable to (N, H, L, S), or None.
+
+    Args:
+        q: (N, L, E).
+        k: (N, S, E).
+        attn_mask: (L, S) or (N * H, L, S); True blocks, numbers are added.
+        key_padding_mask: (N, S), of the same two kinds.
+
+    Raises:
+        RuntimeError: a mask of another shape. It might broadcast, and mask something else.
+    """
+    N, L, _ = q.shape
+    S = k.shape[1]
+    _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
+    _check_shape("key_padding_mask", key_padding_mask, (N, S))
+    masks = []
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q.dtype)
+        masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, num_heads)))
+    if key_padding_mask is not None:
+        masks.append(_additive(key_padding_mask, q.dtype)[:, None, None])  # (N, 1, 1, S)
+    return sum(masks[1:], masks[0]) if masks else None
+
+
+def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
+    if mask is not None and tuple(mask.shape) not in allowed:
+        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def append_keys(
+    k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Append to the S keys what `nn.MultiheadAttention` does, biases and a position of zeros. Returns k, v, the mask.
+
+    Args:
+        k, v: (N, S, E).
+        mask: as `attention_mask` returns it. Every query sees what is appended.
+        bias_k, bias_v: (1, 1, E), both or none.
+    """
+    N, S, E = k.shape
+    if bias_k is not None:
+        k = torch.cat([k, bias_k.expand(N, 1, E).to(k.dtype)], 1)
+        v = torch.cat([v, bias_v.expand(N, 1, E).to(v.dtype)], 1)
+    if add_zero:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    return k, v, None if mask is None else F.pad(mask, (0, k.shape[1] - S))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+    keep_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
+
+    Args:
+        q: (N, L, E).
+        k, v: (N, S, E).
+        mask: as `attention_mask` returns it.
+        dropout: probability of dropping a weight.
+        keep_weights: where the weights are computed here and take little memory, save them for backward, which then
+            computes no score once more and takes some 40% less time.
+    """
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
+    weights = None
+    if need_weights:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
+        scores = scores if mask is None else scores + mask
+        weights = F.dropout(scores.softmax(-1), dropout)
+        attended = weights.to(v.dtype) @ v
+    else:
+        by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
+        keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
+        if by_products:
+            attended = _Attention.apply(q, k, v, keep_weights)
+        else:
+            with _sound_kernels(q):
+                attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return attended.transpose(1, 2).flatten(-2), weights
+
+
+def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
+    """Leave out cuDNN's kernel for a single query, as of a class token alone: on CUDA its gradient may be NaN then
+    (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
+    if q.device.type != "cuda" or q.shape[-2] > 1 or backends.is_traced():
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    in_bf16 = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16
+    able = PREFERS_BATCHED_ATTENTION and torch.backends.mkldnn.enabled and not backends.is_traced()
+    return in_bf16 and able and 0 < q.shape[-2] * k.shape[-2] <= MOST_SCORES
+
+
+class _Attention(torch.autograd.Function):
+    """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
+
+    As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
+    and nothing of the scores' size is kept: backward computes the weights once more. With `keep_weights` they are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, keep_weights=False):
+        attended = _empty_heads(q, v.shape[-1])
+        kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
+        for part in _parts_of_heads(q, k):
+            q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
+            weights = _attention_weights(q_p, k_p, None if kept is None else kept[part].flatten(0, 1))
+            attended[part] = (weights @ v_p).view_as(attended[part])
+        ctx.save_for_backward(q, k, v, kept)
+        return attended
+
+    @staticmethod
+    @backends.first_derivative
+    def backward(ctx, gy):
+        q, k, v, kept = ctx.saved_tensors
+        scaling = 1 / math.sqrt(q.shape[-1])
+        gq, gk, gv = (_empty_heads(t, t.shape[-1]) for t in (q, k, v))
+        for part in _parts_of_heads(q, k):
+            q_p, k_p, v_p, gy_p = (t[part].flatten(0, 1) for t in (q, k, v, gy.to(q.dtype)))
+            weights = _attention_weights(q_p, k_p) if kept is None else kept[part].flatten(0, 1)
+            gv[part] = (weights.mT @ gy_p).view_as(gv[part])
+            # What all values have in common changes no score's gradient, and would only be rounded.
+            g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
+            g_scores = backends.softmax_gradient(g_weights, weights)
+            gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
+            gk[part] = (g_scores.mT @ q_p).mul_(scaling).view_as(gk[part])
+        return gq, gk, gv, None
+
+
+def _attention_weights(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
+    """q: (N, L, D), k: (N, S, D) -> (N, L, S). Scores rounded to bfloat16 would double attention's error."""
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1], dtype=torch.float32)
+    # In place, as in `effective_weight`.
+    scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
+    weights = scores.softmax(-1)
+    return weights.to(q.dtype) if out is None else out.copy_(weights)
+
+
+def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """Which images and which heads of them to compute at a time."""
+    N, H, L, _ = q.shape
+    scores = L * k.shape[2]  # of a head
+    images = max(SCORES_AT_A_TIME // (H * scores), 1)
+    heads = max(SCORES_AT_A_TIME // scores, 1)
+    return [(slice(n, n + images), slice(h, h + heads)) for n in range(0, N, images) for h in range(0, H, heads)]
+
+
+def _empty_heads(like: Tensor, width: int) -> Tensor:
+    """(N, H, L, width), with the heads of a token side by side in memory: (N, L, H width) is then a view."""
+    N, H, L, _ = like.shape
+    return like.new_empty(N, L, H, width).transpose(1, 2)
+
+
+class SelfAttention:
+    """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
+
+    In backward it is computed once more: by the layer's own backward pass, or shortly before that by `replay`, if the
+    layer's output is needed again.
+    """
+
+    def __init__(self, num_heads: int):
+        self.num_heads = num_heads
+        self._replayed: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        return attend(*qkv.chunk(3, -1), self.num_heads, keep_weights=True)[0]  # of a graph of its own, gone at once
+
+    def replay(self, qkv: Tensor) -> Tensor:
+        """The output once more. It is kept, with its graph, for the layer's backward pass, which comes next."""
+        self._replayed = self._with_graph(qkv)
+        return self._replayed[1].detach()
+
+    def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of a graph of their own; what `replay` kept is handed over."""
+        replayed, self._replayed = self._replayed, None
+        return replayed or self._with_graph(qkv)
+
+    @torch.enable_grad()
+    def _with_graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        qkv = qkv.detach().requires_grad_()
+        return qkv, self(qkv)

@@ -1,0 +1,199 @@
+"""What depends on the release of PyTorch and on the processor: private operators, and which kernel is fastest where.
+
+Nothing else in the toolkit names `torch.ops`. If a new PyTorch breaks something, it is here.
+"""
+
+import functools
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def _describe_cpu() -> str:
+    """On Linux with the instructions that it knows."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            return file.read(4096)  # the first core
+    return platform.processor()
+
+
+CPU = _describe_cpu()
+# What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way, and MKL,
+# which it uses, keeps its fastest code for Intel's processors.
+PREFERS_ONEDNN_LINEAR = (
+    "AVX512" in torch.backends.cpu.get_cpu_capability()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and "AuthenticAMD" in CPU
+)
+# In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
+ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    ONEDNN_DTYPES = (torch.float32,)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ONEDNN_DTYPES += (torch.bfloat16,)
+# The ReLU of oneDNN turns NaN into 0, which would hide that training diverges. With a leak NaN stays NaN, and one of
+# this size is zero beside any number that float32 adds it to. A smaller one would have products with gradients below
+# float32's normal range, for which Intel's processors are slow: with 1e-30 they are a third of a ResNet-18's step. With
+# 1e-15 Adam's squares of the gradients of channels that are rectified everywhere would be there.
+LEAK = 1e-20
+
+# -------------------------------------------------------------------------------------------- tracing, derivatives
+
+
+def is_traced() -> bool:
+    """Are the operations recorded, as by `torch.compile` and `torch.export`, where PyTorch's own alone may run?"""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def refuse_jit() -> None:
+    if torch.jit.is_tracing():  # which sees no operation of an autograd.Function
+        raise RuntimeError(
+            "torch.jit.trace cannot follow adapters: use torch.export, or trace what "
+            "LoRAManager(model).unload(merge=True) returns"
+        )
+
+
+def first_derivative(backward):
+    """Make a backward pass refuse `create_graph`, and compute in the dtype of its forward pass, even under autocast.
+
+    PyTorch's `once_differentiable` refuses only where the output's gradient has a graph. Where it has none, as that of
+    a sum, the gradients would count as constants, and a gradient penalty would train nothing.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, gy):
+        if torch.compiler.is_compiling():  # Dynamo would leave autocast off for all that it traces after this
+            return backward(ctx, gy)
+        if torch.is_grad_enabled():  # in a backward pass, by `create_graph` alone
+            raise RuntimeError(
+                "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
+                "adapters out with LoRAManager(model).unload(merge=True)"
+            )
+        with torch.autocast(gy.device.type, enabled=False):
+            return backward(ctx, gy)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- products
+
+
+def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
+
+    In float32 on an AMD processor with AVX-512 oneDNN is called, which adds the bias on the way: up to 20% faster than
+    the product of MKL, which PyTorch chooses. Without AVX-512 MKL's is the faster one, by 20 to 60%, and on Intel's
+    processors by 5 to 9%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias into the output first: 2
+    to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
+    """
+    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
+    if x.dtype == torch.bfloat16:  # autocast may still have to round the others
+        pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
+    else:
+        pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
+    if on_cpu and pays and x.numel() > 0:
+        return onednn_linear(x, W, bias)
+    return F.linear(x, W, bias)
+
+
+def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` by oneDNN, as `linear` calls it where that pays."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by the product that `linear` chooses: where that is oneDNN's, thin ones are up to three times as fast.
+
+    Not where b is some columns of a wider matrix, which oneDNN reads number by number.
+    """
+    return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
+
+
+# ------------------------------------------------------------------------------------------------------ convolutions
+
+
+def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
+    """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
+
+    `geometry`: stride, padding, dilation and groups, as `F.conv2d` takes them after the bias.
+
+    On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
+    """
+    fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
+    if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():
+        stride, padding, dilation, groups = geometry
+        sizes = padding, stride, dilation, groups
+        bias = None if bias is None else bias.contiguous()
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "leaky_relu", [LEAK], "")
+        if residual.dtype == x.dtype:  # what comes after an addition has no leak
+            with_residual = torch.ops.mkldnn._convolution_pointwise.binary
+            y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
+            return y.relu_() if relu else y
+    y = F.conv2d(x, kernel, bias, *geometry)
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if relu else y
+
+
+def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_weight: bool) -> Tensor:
+    """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
+    stride, padding, dilation, groups = geometry
+    mask = [not of_weight, of_weight, False]
+    settings = stride, padding, dilation, False, [0, 0], groups, mask
+    return torch.ops.aten.convolution_backward(gy, x, kernel, None, *settings)[int(of_weight)]
+
+
+# ------------------------------------------------------------------------------------ what else PyTorch keeps private
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm) -> list[Tensor]:
+    """``norm(x)`` of x (..., width), and each row's mean and reciprocal deviation."""
+    return list(torch.ops.aten.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+
+
+def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
+    """The input's gradient from the output's; the statistics are those of `layer_norm`."""
+    settings = norm.normalized_shape, mean, deviation, norm.weight, norm.bias, [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(gy, x, *settings)[0]
+
+
+def gelu_gradient(gy: Tensor, x: Tensor, approximate: str, out: Tensor) -> Tensor:
+    """The input's gradient from the output's, written into ``out``."""
+    return torch.ops.aten.gelu_backward.grad_input(gy, x, approximate=approximate, grad_input=out)
+
+
+def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
+    """The input's gradient from the output's and the output itself."""
+    return torch.ops.aten.threshold_backward(gy, y, 0)
+
+
+def softmax_gradient(gy: Tensor, y: Tensor) -> Tensor:
+    """The same for a softmax over the last dimension."""
+    return torch.ops.aten._softmax_backward_data(gy, y, -1, y.dtype)
+
+
+def max_pool2d(x: Tensor, options: Sequence) -> tuple[Tensor, Tensor]:
+    """The output and the positions of the maxima. `options`: what `F.max_pool2d` takes after x, in its order."""
+    return torch.ops.aten.max_pool2d_with_indices(x, *options)
+
+
+def max_pool2d_gradient(gy: Tensor, x: Tensor, options: Sequence, indices: Tensor) -> Tensor:
+    """The input's gradient from the output's. Of x, only the shape and the memory format are looked at."""
+    return torch.ops.aten.max_pool2d_with_indices_backward(gy, x, *options, indices)
+
+
+def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x.view(shape)`` that autograd does not take for a view: it may be modified in place."""
+    return torch.ops.aten._unsafe_view(x, shape)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Do x's numbers fill a range of memory, each once, in whatever order?"""
+    return torch.ops.aten.is_non_overlapping_and_dense(x)

@@ -1,0 +1,85 @@
+"""Frozen weights in 4 bits."""
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.backends import LOW_PRECISION
+
+ALL_ROWS = slice(None)
+
+
+class NF4Weight:
+    """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
+
+    bitsandbytes stores two values a byte, one 8-bit scale per block and one float scale per 256 of those: 4.13 bits a
+    value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
+
+    Args:
+        packed: uint8, two values each.
+        state: the `QuantState` of bitsandbytes.
+        shape: the weight's own.
+        rows: which rows of that weight this is.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = ALL_ROWS):
+        self.packed, self.state = packed, state
+        self._full_shape = tuple(shape)
+        self._rows = rows
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> "NF4Weight":
+        """Quantise a float tensor of any shape, on the device where it lies."""
+        blocks = weight.detach().contiguous().flatten()
+        # A block a row: with odd row lengths, as 3x3 kernels have, bitsandbytes leaves its fast CPU kernel.
+        blocks = F.pad(blocks, (0, -len(blocks) % cls.BLOCK)).view(-1, cls.BLOCK)
+        quantize = bitsandbytes_functional().quantize_4bit
+        packed, state = quantize(blocks, blocksize=cls.BLOCK, quant_type="nf4", compress_statistics=True)
+        return cls(packed, state, weight.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        out, *fan_in = self._full_shape
+        return torch.Size([len(range(*self._rows.indices(out))), *fan_in])
+
+    def __getitem__(self, rows: slice) -> "NF4Weight":
+        """The same storage seen as some of the whole weight's rows."""
+        return NF4Weight(self.packed, self.state, self._full_shape, rows)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """A fresh dense tensor of the weight's shape."""
+        state = self.state
+        if dtype in LOW_PRECISION:  # bitsandbytes then rounds on the way
+            state = copy.copy(state)
+            state.dtype = dtype
+        blocks = bitsandbytes_functional().dequantize_4bit(self.packed, state)
+        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)
+        return dense[self._rows].to(dtype)
+
+
+def bitsandbytes_functional():
+    """`bitsandbytes.functional`, imported at the first call: whoever uses no 4-bit weights need not have it.
+
+    Raises:
+        ImportError: it is missing. The message says how to install it.
+    """
+    # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
+    if not torch.compiler.is_compiling():  # it cannot trace this
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ImportError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from error
+    return bitsandbytes.functional
+
+
+def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a dense tensor of ``dtype``: itself if it is one already, else a temporary."""
+    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)

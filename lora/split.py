@@ -1,0 +1,85 @@
+"""A model in two halves: what is computed once for each image, and what trains on top of it."""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+from lora.fusion import STOCK, FusedResNet, FusedVisionTransformer
+from toolkit import InputError
+from toolkit.backbones import block_names, head_name, headless
+
+
+class UpperResNet(FusedResNet):
+    """A ResNet that begins with one of its stages."""
+
+    first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_block(x, self.first)
+
+
+class UpperVisionTransformer(FusedVisionTransformer):
+    """A ViT that begins with one of its blocks."""
+
+    first = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_block(x, self.first)
+
+
+class HeadAlone(nn.Module):
+    """A model that begins with its classifier head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(head_name(self))(x)
+
+
+def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
+    """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
+
+    The upper half has the last so many blocks (as `toolkit.backbones.block_names` has them) and the head; None: the
+    head. It is a shallow copy of the model, which shares every layer.
+
+    Raises:
+        InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.
+    """
+    upper = copy.copy(model)
+    if last is None:
+        upper.__class__ = HeadAlone
+        return headless(model), upper
+    uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
+    kind = STOCK.get(type(model), type(model))
+    if kind not in uppers:
+        raise InputError(
+            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
+            "--cache-features none"
+        )
+    blocks = block_names(model)
+    upper.__class__, upper.first = uppers[kind], len(blocks) - last
+    return functools.partial(input_of, model, blocks[-last]), upper
+
+
+class _Reached(Exception):
+    """The way out of a model's forward."""
+
+
+def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What the module of this name receives in ``model(x)``, which runs no further."""
+    received = []
+
+    def stop(module: nn.Module, inputs: tuple) -> None:
+        received.append(inputs[0])
+        raise _Reached
+
+    handle = model.get_submodule(name).register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_Reached):
+            model(x)
+    finally:
+        handle.remove()
+    return received[0]
