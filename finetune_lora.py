@@ -730,6 +730,7 @@ def main(
         print(options.describe_options(args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
+        print(reports.describe_data(args, splits))
         print(describe_base(report, args.from_scratch))
         if args.dataset != "digits" and sources["checkpoint"] == "default":
             print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
@@ -737,11 +738,12 @@ def main(
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
+        print(reports.describe_rates(args, run.faster))
         if args.resume:
             run.resume(args.resume)
         else:
             run.start(run.features())
-            print("before training: " + ", ".join(f"{k} {v:.4f}" for k, v in run.before.items() if v is not None))
+            print(reports.describe_before(run.before))
         begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
@@ -959,11 +961,10 @@ class FineTuning:
                 if not self.train_epoch():
                     self.retreat()
                     continue
-                row = self.history[-1]
-                print(f"epoch {row['epoch']}: val loss {row['val_loss']:.4f}, val accuracy {row['val_accuracy']:.4f}")
+                print(reports.describe_epoch(self.history, self.args.epochs))
                 self.save()
                 if self.args.tensorboard:
-                    reports.log_tensorboard(row, self.args.output_dir)
+                    reports.log_tensorboard(self.history[-1], self.args.output_dir)
                 if after_epoch is not None:
                     after_epoch(self)
 
@@ -978,13 +979,13 @@ class FineTuning:
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
-        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img"}
+        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img", "leave": False}
         with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
                 now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
-                told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
-                bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
+                told = {"loss": f"{now.loss:.3f}", "accuracy": f"{now.correct / now.images:.1%}"}
+                bar.set_postfix(told | self.meter.shown(), refresh=False)
                 bar.update(micro_batches.images)
                 if epoch == now.steps == 1:
                     LoRAManager(self.model).tell_unused()
@@ -997,7 +998,8 @@ class FineTuning:
         collapsed = self.guard.has_collapsed(result.accuracy, self.accuracies(), self.schedule.last_epoch)
         if collapsed or not math.isfinite(result.loss):
             return False
-        self.history.append(now.row(epoch, result))
+        of_head, of_adapters = training.own_rates(self.args, now.learning_rate, self.faster)
+        self.history.append(now.row(epoch, result, (of_head, of_adapters if self.args.lora_rank > 0 else None)))
         self.progress = None
         return True
 
@@ -1199,7 +1201,7 @@ def evaluate_adapter(
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = evaluate(model.to(device), loaders[-1], device, dtype)
-    print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
+    print(f"{args.eval_only}: {reports.right_of(result.accuracy, len(result.labels))}, loss {result.loss:.4f}")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 
 

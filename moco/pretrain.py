@@ -240,7 +240,8 @@ class Pretraining:
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
-                bar.set_postfix(loss=f"{loss:.3f}", **self.meter.shown(), refresh=False)
+                told = {"loss": f"{loss:.3f}", "img/s": f"{self.meter.results()['images_per_second']:.0f}"}
+                bar.set_postfix(told | self.meter.shown(), refresh=False)
                 self.stop.check()
         self.epoch += 1
         row = {"loss": now["loss_sum"] / len(self.loader), "learning_rate": now["learning_rate"]}
