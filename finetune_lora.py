@@ -1,10 +1,10 @@
 """Fine-tune a MoCo-pretrained backbone with LoRA or QLoRA.
 
-    python finetune_lora.py                                          # shipped backbone, embedded digits, half a minute
-    python finetune_lora.py --use-qlora                              # the frozen weights in 4 bits
-    python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
-    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --learning-rate 3e-4    # full, for comparison
-    torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
+    python finetune_lora.py                  # shipped backbone, embedded digits
+    python finetune_lora.py --use-qlora      # the frozen weights in 4 bits
+    python finetune_lora.py --data-dir my_images --checkpoint moco_v2.pth.tar
+    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
+    torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
 the training loop with its command line. The tensor arithmetic under the layers is in `lora.functional.py`, adapter
@@ -63,7 +63,7 @@ from toolkit import (
 )
 from toolkit.backbones import headless, in_head, normalization
 from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
-from toolkit.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
 from toolkit.collapse import CollapseGuard
 from toolkit.data import Splits, Transformed, build_loader, load_splits
 from toolkit.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
@@ -71,7 +71,7 @@ from toolkit.probe import HeadTemperature, choose_temperature, head_accuracy, in
 from toolkit.training import evaluate
 from toolkit.transforms import eval_transform, train_transform
 
-DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+DEFAULT_CHECKPOINT = SHIPPED
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 
@@ -671,9 +671,9 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": options.HelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    options.add_help(parser, options.NEEDED)
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     options.add_model_options(parser, DEFAULT_CHECKPOINT)
@@ -686,7 +686,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
     def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
-        return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
+        return checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         typed = options.typed_options(parser, args, sources)
@@ -727,13 +727,11 @@ def main(
             return evaluate_adapter(args, base, device, dtype, loaders)
     held = output_folder.held(args.output_dir, "finetune_lora.py", FineTuning.FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
-        print(options.describe_options(args, sources))
+        print(options.describe_options(make_parser(), args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(reports.describe_data(args, splits))
         print(describe_base(report, args.from_scratch))
-        if args.dataset != "digits" and sources["checkpoint"] == "default":
-            print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
         print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
