@@ -37,7 +37,7 @@ from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, listed, printable, reports, training
 from toolkit.backbones import TIMM, headless, normalization, other_heads
-from toolkit.checkpoints import load_backbone, stored_checkpoint
+from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from toolkit.folders import (
@@ -520,7 +520,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
             command.add_argument("--output", type=Path, help="what to write")
-            command.add_argument("--checkpoint", type=Path, help="the base, if it is not where it was at training")
+            command.add_argument(
+                "--checkpoint", type=checkpoint_path, help="the base, if it is not where it was at training"
+            )
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -1,10 +1,10 @@
 """Fine-tune a MoCo-pretrained backbone with LoRA or QLoRA.
 
-    python finetune_lora.py                                          # shipped backbone, embedded digits, half a minute
-    python finetune_lora.py --use-qlora                              # the frozen weights in 4 bits
-    python finetune_lora.py --checkpoint moco_v2_800ep_pretrain.pth.tar --data-dir my_images --epochs 20
-    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --learning-rate 3e-4    # full, for comparison
-    torchrun --nproc-per-node=2 finetune_lora.py                     # the same result from two processes, a GPU each
+    python finetune_lora.py                  # shipped backbone, embedded digits
+    python finetune_lora.py --use-qlora      # the frozen weights in 4 bits
+    python finetune_lora.py --data-dir my_images --checkpoint moco_v2.pth.tar
+    python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
+    torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
 The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
 the training loop with its command line. The tensor arithmetic under the layers is in `lora/functional.py`, adapter
@@ -66,7 +66,7 @@ from toolkit import (
 )
 from toolkit.backbones import headless, in_head, normalization
 from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
-from toolkit.checkpoints import OFFICIAL_CHECKPOINTS, describe_base, load_backbone, tensor_digest
+from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
 from toolkit.collapse import CollapseGuard
 from toolkit.data import Splits, Transformed, build_loader, load_splits
 from toolkit.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
@@ -74,7 +74,7 @@ from toolkit.probe import HeadTemperature, choose_temperature, head_accuracy, in
 from toolkit.training import evaluate
 from toolkit.transforms import eval_transform, train_transform
 
-DEFAULT_CHECKPOINT = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+DEFAULT_CHECKPOINT = SHIPPED
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
 STATISTICS_IMAGES = 512  # at most so many training images give BatchNorm its statistics
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
@@ -671,9 +671,9 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": options.HelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **how)
+    options.add_help(parser, options.NEEDED)
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     options.add_model_options(parser, DEFAULT_CHECKPOINT)
@@ -686,7 +686,7 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
     def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
-        return Path(typed.get("checkpoint", DEFAULT_CHECKPOINT)).resolve() == DEFAULT_CHECKPOINT.resolve()
+        return checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         typed = options.typed_options(parser, args, sources)
@@ -727,21 +727,21 @@ def main(
             return evaluate_adapter(args, base, device, dtype, loaders)
     held = output_folder.held(args.output_dir, "finetune_lora.py", FineTuning.FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
-        print(options.describe_options(args, sources))
+        print(options.describe_options(make_parser(), args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
+        print(reports.describe_data(args, splits))
         print(describe_base(report, args.from_scratch))
-        if args.dataset != "digits" and sources["checkpoint"] == "default":
-            print(f"the shipped backbone has seen handwritten digits alone; {OFFICIAL_CHECKPOINTS}")
         print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
+        print(reports.describe_rates(args, run.rate(), run.faster))
         if args.resume:
             run.resume(args.resume)
         else:
             run.start(run.features())
-            print(reports.describe_start(run.before, len(splits.val)))
+            print(reports.describe_before(run.before, len(splits.val)))
         begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
@@ -969,11 +969,10 @@ class FineTuning:
                 if not self.train_epoch():
                     self.retreat()
                     continue
-                row = self.history[-1]
-                print(f"epoch {row['epoch']}: val loss {row['val_loss']:.4f}, val accuracy {row['val_accuracy']:.4f}")
+                print(reports.describe_epoch(self.history, self.args.epochs))
                 self.save()
                 if self.args.tensorboard:
-                    reports.log_tensorboard(row, self.args.output_dir)
+                    reports.log_tensorboard(self.history[-1], self.args.output_dir)
                 if after_epoch is not None:
                     after_epoch(self)
 
@@ -988,13 +987,13 @@ class FineTuning:
         now = self.progress
         started = time.perf_counter() - now.seconds
         self.model.train()
-        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img"}
+        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img", "leave": False}
         with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
             for micro_batches in self.steps(epoch, now.steps):
                 loss_sum, correct = self.step(micro_batches)
                 now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
-                told = {"loss": f"{now.loss:.3f}", "acc": f"{now.correct / now.images:.3f}"}
-                bar.set_postfix(told | {"waiting": self.meter.shown()["waiting"]}, refresh=False)
+                told = {"loss": f"{now.loss:.3f}", "accuracy": f"{now.correct / now.images:.1%}"}
+                bar.set_postfix(told | self.meter.shown(), refresh=False)
                 bar.update(micro_batches.images)
                 if epoch == now.steps == 1:
                     LoRAManager(self.model).tell_unused()
@@ -1011,7 +1010,8 @@ class FineTuning:
         with self.averaged():
             result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
         now.seconds = time.perf_counter() - started
-        self.history.append(now.row(epoch, result))
+        of_head, of_adapters = training.own_rates(self.args, now.learning_rate, self.faster)
+        self.history.append(now.row(epoch, result, (of_head, of_adapters if self.args.lora_rank > 0 else None)))
         self.progress = None
         return True
 
@@ -1230,7 +1230,7 @@ def evaluate_adapter(
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = evaluate(model.to(device), loaders[-1], device, dtype)
-    print(f"{args.eval_only}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
+    print(f"{args.eval_only}: {reports.right_of(result.accuracy, len(result.labels))}, loss {result.loss:.4f}")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_lora
 from moco import pretrain
-from toolkit.files import stored_path
+from toolkit.options import shown_default
 
 PAGE = Path(__file__).resolve().parent / "options.md"
 MARK = "<!-- What follows is written by docs/write_options.py. -->\n"
@@ -39,17 +39,8 @@ def rows(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
 
 def row(action: argparse.Action) -> str:
     flags = " / ".join(f"`{flag}`" for flag in action.option_strings)
-    meaning = (action.help or ", ".join(action.choices or [])) % vars(action)
-    return f"| {flags} | {shown(action.default)} | {meaning} |"
-
-
-def shown(default: object) -> str:
-    """A default as people read it."""
-    if default is None:
-        return ""
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
+    meaning = action.help or ", ".join(action.choices or [])
+    return f"| {flags} | {shown_default(action.default)} | {meaning} |"
 
 
 def tables(sections: dict[str, list[str]]) -> str:

@@ -104,6 +104,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
     typed = options.typed_options(make_parser(), args, sources)
     problems = options.complete_data_options(args, sources)
+    options.complete_adapter_options(args)
     if args.resume == Path():  # the flag alone
         args.resume = args.output_dir / "last.pth"
     problems += runs.environment_problems(args, written(args))
@@ -139,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m moco.pretrain",
         description=__doc__,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=options.HelpFormatter,
     )
     options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
@@ -148,13 +149,15 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
     options.add_data_options(parser)
     moco = parser.add_argument_group("moco")
-    moco.add_argument("--checkpoint", type=Path, help="go on with this backbone, projector and predictor")
+    moco.add_argument(
+        "--checkpoint", type=checkpoints.checkpoint_path, help="go on with this backbone, projector and predictor"
+    )
     options.add_adapter_options(moco, rank=0)
     moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), help="default: the checkpoint's, else 3")
     moco.add_argument("--epochs", type=positive_int, default=100)
     moco.add_argument("--batch-size", type=positive_int, default=256, help="of all processes together")
     moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    moco.add_argument("--learning-rate", type=positive_float, default=1e-3)
+    moco.add_argument("--learning-rate", "--lr", type=positive_float, default=1e-3)
     moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
     moco.add_argument("--schedule", choices=training.SCHEDULES, default="cosine")
     moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
@@ -240,7 +243,8 @@ class Pretraining:
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
-                bar.set_postfix(loss=f"{loss:.3f}", **self.meter.shown(), refresh=False)
+                told = {"loss": f"{loss:.3f}", "img/s": f"{self.meter.results()['images_per_second']:.0f}"}
+                bar.set_postfix(told | self.meter.shown(), refresh=False)
                 self.stop.check()
         self.epoch += 1
         row = {"loss": now["loss_sum"] / len(self.loader), "learning_rate": now["learning_rate"]}

@@ -520,7 +520,8 @@ def test_the_meter_tells_waiting_from_working(monkeypatch):
             clock.now += 3.0  # it takes the loop to use it
         clock.now += 50.0  # evaluation is not counted
     assert meter.results() == pytest.approx({"images_per_second": 20 / 21, "waiting_share": 3 / 21})
-    assert meter.shown() == {"img/s": "1", "waiting": "14%"}
+    assert meter.shown() == {"waiting for images": "14%"}
+    assert data.LoadingMeter(20, waited=1, seconds=21).shown() == {}  # nothing to mend
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -23,7 +23,7 @@ import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import InputError, runs, training
+from toolkit import InputError, checkpoints, runs, training
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.collapse import Collapsed, CollapseGuard
@@ -42,7 +42,7 @@ def tensors(path) -> dict[str, torch.Tensor]:
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     with open(folder / "metrics.csv", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 @pytest.fixture
@@ -75,9 +75,11 @@ def test_the_flags_defaults_are_the_guides(base, tmp_path):
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
     shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
     args, sources = read_options([])
+    assert args.checkpoint == checkpoints.SHIPPED == read_options(["--checkpoint", "shipped"])[0].checkpoint
     assert args.learning_rate == float(shipped["learning_rate"]) and sources["learning_rate"] == "config"
-    args, _ = read_options(["--checkpoint", str(ROOT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth")])
-    assert args.epochs == shipped["epochs"]
+    for name in ("shipped", str(checkpoints.SHIPPED)):
+        args, sources = read_options(["--checkpoint", name])
+        assert args.weight_decay == shipped["weight_decay"] and sources["weight_decay"] == "config"
     args, _ = read_options(["--checkpoint", str(base)])
     assert args.config is None and args.learning_rate == 1e-4
 
@@ -98,23 +100,64 @@ def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path)
     assert (args.lora_alpha, args.crop_min, args.lora_rank) == (8, 0.5, 0)
 
 
-def test_the_run_prints_what_it_used_and_where_it_came_from(finetune, tmp_path, capsys):
-    (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n")
-    finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2")
-    blocks = " ".join(capsys.readouterr().out.split("\nepoch 1")[0].split())
-    typed, rest = blocks.split(f"{tmp_path / 'my.yaml'}: ")
-    file, defaults = rest.split(" defaults: ")
-    assert typed.startswith("command line: ") and "epochs 1" in typed and "lora_rank 2" in typed
-    assert file == "weight_decay 0.03"
-    assert "lora_alpha 16.0" in defaults and "seed 0" in defaults
-    assert "weight_decay" not in typed + defaults
+def test_the_run_says_what_was_typed_what_the_file_changes_and_where_the_rest_is(finetune, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n  seed: 0\n")
+    folder = finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2 --no-train-norms")["folder"]
+    header = " ".join(capsys.readouterr().out.split("\ndata: ")[0].split())
+    typed, rest = header.split(f" {tmp_path / 'my.yaml'} changes: ")
+    assert typed.startswith("command line: --config ") and "--lora-rank 2 --no-train-norms" in typed
+    assert "--learning-rate 0.001" in typed and "--epochs 1 " in typed
+    assert rest == f"weight_decay 0.03 all settings: {folder}/config.yaml"  # the seed is the default
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given(base, tmp_path):
+    def alpha(options: str) -> float:
+        return read_options(["--checkpoint", str(base), *options.split()])[0].lora_alpha
+
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 5}")
+    assert alpha("") == alpha("--lora-rank 0") == 16
+    assert alpha("--lora-rank 16") == alpha("--rank 16") == 32
+    assert alpha("--rank 16 --alpha 4") == 4 and alpha(f"--rank 16 --config {tmp_path / 'my.yaml'}") == 5
+    assert read_options(["--rank", "4"])[0].lora_alpha == 8  # the shipped file leaves it open too
+
+
+def test_the_usual_short_names_are_those_of_the_options(base):
+    short, long = (
+        "--lr 1e-3 --rank 4 --alpha 3 --qlora",
+        "--learning-rate 1e-3 --lora-rank 4 --lora-alpha 3 --use-qlora",
+    )
+    read = [read_options(["--checkpoint", str(base), *options.split()]) for options in (short, long)]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+
+    def printed(flag: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            finetune_lora.main([flag])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    first, whole = printed("--help"), printed("--help-all")
+    assert re.findall(r"^  (--[a-z0-9-]+)", first, re.MULTILINE) == [
+        f"--{n.replace('_', '-')}" for n in finetune_lora.options.NEEDED
+    ]
+    assert max(map(len, first.splitlines())) < int(columns)
+    told = " ".join(first.split())
+    assert "(default: shipped)" in told and "(default: 0.0001)" in told and "(default: off)" in told
+    assert "default: 2 r" in told and "--lora-rank, --rank" in told and "--no-" not in first.split("\n\n")[2]
+    assert all(action.option_strings[0] in whole for action in finetune_lora.make_parser()._actions)
+    assert "(default: 0.75)" in whole
 
 
 def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path):
-    assert read_options(["--data-dir", str(images)])[0].dataset == "imagefolder"
-    assert read_options(["--dataset", "cifar10", "--data-dir", str(images)])[0].dataset == "cifar10"
+    own = ["--checkpoint", "shipped", "--data-dir", str(images)]
+    assert read_options(own)[0].dataset == "imagefolder"
+    assert read_options([*own, "--dataset", "cifar10"])[0].dataset == "cifar10"
     (tmp_path / "my.yaml").write_text("data: {dataset: cifar10}")
-    args, sources = read_options(["--config", str(tmp_path / "my.yaml"), "--data-dir", str(images)])
+    args, sources = read_options([*own, "--config", str(tmp_path / "my.yaml")])
     assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("cifar10", "config", "command line")
 
 
@@ -233,7 +276,7 @@ def test_the_summary_is_short_and_its_commands_work(finished, images, tmp_path, 
     for script, main in (("deploy_lora.py", deploy_lora.main), ("finetune_lora.py", finetune_lora.main)):
         command = shlex.split(next(line for line in table if script in line).partition(script)[2])
         main([*command, "--data-dir", str(images)] if script == "finetune_lora.py" else command)
-    assert f"accuracy {results['val_accuracy']:.4f}" in capsys.readouterr().out
+    assert f", {results['val_accuracy']:.2%} (95% interval" in capsys.readouterr().out
     assert (tmp_path / "merged.pth").exists()
 
 
@@ -269,7 +312,7 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     monkeypatch.setattr(finetune_lora, "evaluate", scripted_evaluate)
     results = finetune("--epochs 4")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
-    assert "accuracy after        82.00% of 15 held-out images" in capsys.readouterr().out
+    assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
     kept = tensors(results["folder"] / "lora.pth")
     assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3])
     assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
@@ -937,7 +980,7 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
     results = finetune(options)
     assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
-    assert (f"chosen on them: epoch {kept} of 3" in capsys.readouterr().out) == (by is not None)
+    assert (f"chosen on these images: epoch {kept} of 3" in capsys.readouterr().out) == (by is not None)
     adapter = results["folder"] / "lora.pth"
     assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
     model, info = load_finetuned(adapter)
@@ -954,7 +997,7 @@ def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, mo
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     results = finetune(f"--learning-rate auto --epochs 1 {way}")
     told = capsys.readouterr().out
-    assert told.index("searching for a learning rate: 2 runs of 1 epochs") < told.index("learning rate 1e-04: val")
+    assert told.index("searching for a learning rate: 2 runs of 1 epochs") < told.index("learning rate 1e-04: accuracy")
     assert results["learning_rate"] in (1e-4, 1e-3) and results["config"]["finetune"]["learning_rate"] != "auto"
 
 
@@ -1059,11 +1102,22 @@ def note_calls(function, calls: list):
     return lambda *args: calls.append(None) or function(*args)
 
 
-def test_the_shipped_backbone_says_what_it_has_not_seen(images, tmp_path, capsys):
-    """And where backbones for photographs are found."""
-    argv = f"--data-dir {images} --output-dir {tmp_path} --epochs 1 --image-size 32 --device cpu"
-    finetune_lora.main(argv.split())
-    assert "seen handwritten digits alone; for photographs give --checkpoint: moco_v2_800ep" in capsys.readouterr().out
+def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
+    rates = {}
+
+    def look(run):
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[names[id(parameter)]] = group["initial_lr"]
+
+    results = finetune("--epochs 1 --lora-rank 2 --learning-rate 1e-4 --head-learning-rate 3e-4", after_epoch=look)
+    assert "learning rate: head 3e-4, adapters 2.4e-3 (24x: they start at the gradient)" in capsys.readouterr().out
+    assert {rate for name, rate in rates.items() if "lora_" in name} == {results["adapter_learning_rate"]} == {24e-4}
+    assert {rate for name, rate in rates.items() if "heads" in name} == {results["head_learning_rate"]} == {3e-4}
+    [row] = metrics(results["folder"])
+    told = [row[name] for name in ("learning_rate", "head_learning_rate", "adapter_learning_rate")]
+    assert told == pytest.approx([1e-4, 3e-4, 24e-4])
 
 
 def test_rare_classes_can_count_as_much_as_frequent_ones(start):

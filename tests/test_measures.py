@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,3 +41,16 @@ def test_effective_rank_counts_directions(features):
     values = torch.linalg.svdvals(features - features.mean(0))
     shares = [float(value / values.sum()) for value in values]
     assert measures.effective_rank(features) == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-4)
+
+
+@pytest.mark.parametrize(("share", "images"), [(0.5, 24), (0.9, 60), (0.98, 359)])
+def test_the_interval_covers_the_true_accuracy_as_often_as_it_says(share, images):
+    draws = np.random.RandomState(0).binomial(images, share, size=500)
+    intervals = [measures.wilson_interval(hits, images) for hits in draws]
+    covered = np.mean([low <= share <= high for low, high in intervals])
+    assert 0.92 < covered < 0.98
+
+
+def test_the_interval_of_none_and_of_all_right_stays_between_0_and_1():
+    assert measures.wilson_interval(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
+    assert measures.wilson_interval(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)

@@ -137,6 +137,7 @@ def test_all_problems_come_in_one_message(parse):
         ("--epochs 0", "--epochs: expected a whole number above 0, got '0'"),
         ("--learning-rate nan", "--learning-rate: expected a number above 0, got 'nan'"),
         ("--target-modules", "--target-modules: expected at least one value"),
+        ("--modules mlp", "--modules: no such option (did you mean --target-modules?); see --help"),
         ("--lear 1", "--lear: no such option (did you mean --learning-rate?); see --help"),
         ("5", "5: unexpected argument; see --help"),
         ("--use-qlora=yes", "--use-qlora=yes: write --use-qlora alone; it takes no value"),

@@ -73,7 +73,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     output = children[0].output
     assert "epoch" not in children[1].output  # one of the two speaks
     with_sgd()
-    assert output.count("epoch 1: val loss") == 1
+    assert output.count("epoch 1: training loss") == 1
     alone = finetune_lora.main(options(way, "alone").split())
     ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
     assert any("lora_B" in name and tensor.any() for name, tensor in theirs.items())
@@ -93,7 +93,7 @@ def test_torchrun_starts_them(options, tmp_path):
     command = [*torchrun, "finetune_lora.py", *options("lora").split(), "--epochs", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1: val loss") == 1 and len(metrics(tmp_path / "out")) == 1
+    assert done.stdout.count("epoch 1: training loss") == 1 and len(metrics(tmp_path / "out")) == 1
 
 
 def note_images() -> None:

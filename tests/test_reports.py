@@ -1,5 +1,6 @@
 """What a run leaves for people: numbers against scikit-learn, and pictures of every kind of result."""
 
+import argparse
 import csv
 import math
 
@@ -12,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from moco import pretrain
 from toolkit import InputError, reports
 from toolkit.data import LabelledImages
+from toolkit.measures import wilson_interval
 from toolkit.search import Trial
 from toolkit.training import Evaluation
 
@@ -85,9 +87,7 @@ def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
 @pytest.mark.parametrize("probe", [0.8, None])
 def test_curves_of_one_epoch_with_and_without_a_probe(tmp_path, probe):
     history = [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}]
-    reports.plot_finetuning(
-        history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, "held-out", tmp_path / "curves.png"
-    )
+    reports.plot_finetuning(history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, tmp_path / "curves.png")
     assert size(tmp_path / "curves.png")[0] > 1000
 
 
@@ -101,7 +101,8 @@ def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
     ("probe", "rate", "told"),
     [
         (0.9, 1e-3, "below the linear probe"),
-        (0.79, 3e-5, "hardly more than the linear probe"),  # 0.8 of 100 images is 4 points either way
+        (0.84, 1e-3, None),  # 80 of 100 images may be a share from 0.71 to 0.87
+        (0.79, 3e-5, "no better than the linear probe, as far as these images tell"),
         (0.79, 1e-2, None),
         (0.7, 3e-5, None),
         (None, 3e-5, None),
@@ -111,10 +112,47 @@ def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, to
     results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds", "kept_share"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
-    results |= {"device": "cpu", "eval_split": "held-out", "probe_accuracy_before": probe}
+    results |= {"device": "cpu", "val_accuracy_interval": wilson_interval(80, 100), "probe_accuracy_before": probe}
     results |= {"config": {"finetune": {"keep_best": None}}}
     summary = str(reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
+
+
+def test_an_accuracy_is_told_as_counted_images_with_its_interval():
+    assert reports.right_of(0.5, 24) == "12 of 24 images, 50.00% (95% interval 31% to 69%)"
+    assert reports.right_of(356 / 359, 359) == "356 of 359 images, 99.16% (95% interval 97.6% to 99.7%)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99, "99 s"), (150, "2 min"), (5400, "90 min"), (9000, "2.5 h")],
+)
+def test_times_are_told_as_people_say_them(seconds, told):
+    assert reports.duration(seconds) == told
+
+
+def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
+    losses = {"train_loss": 0.84321, "val_loss": 0.22549, "val_accuracy": 0.93593}
+    history = [losses | {"epoch": epoch, "seconds": seconds} for epoch, seconds in ((1, 8.0), (2, 10.0))]
+    told = "training loss 0.843, evaluation 0.225, accuracy 93.59%; 10 s"
+    assert reports.describe_epoch(history, 4) == f"epoch 2: {told}, 18 s left"
+    assert reports.describe_epoch(history, 2) == f"epoch 2: {told}"
+
+
+@pytest.mark.parametrize(
+    ("given", "faster", "told"),
+    [
+        ({}, 24.0, "head 1e-4, adapters 2.4e-3 (24x: they start at the gradient)"),
+        ({"head_learning_rate": 3e-3}, 1.0, "head 3e-3, adapters 1e-4"),
+        ({"learning_rate": 1.25e-5, "lora_rank": 0}, 1.0, "head 1.25e-5"),
+        ({"lora_rank": 0, "freeze_backbone": False}, 1.0, "head 1e-4, backbone 1e-4"),
+        ({"train_norms": True}, 1.0, "head 1e-4, adapters 1e-4, norms 1e-4"),
+    ],
+)
+def test_each_learning_rate_is_told(given, faster, told):
+    usual = {"learning_rate": 1e-4, "head_learning_rate": None, "lora_rank": 8}
+    args = argparse.Namespace(**usual | {"train_norms": False, "freeze_backbone": True} | given)
+    assert reports.describe_rates(args, args.learning_rate, faster) == f"learning rate: {told}"
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:

@@ -32,8 +32,9 @@ from toolkit.backbones import (
     head_name,
     other_heads,
 )
-from toolkit.files import ForeignObject, is_plain_tensor, read_checkpoint, read_safetensors, stored_path
+from toolkit.files import TOOLKIT, ForeignObject, is_plain_tensor, read_checkpoint, read_safetensors, stored_path
 
+SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 OFFICIAL_CHECKPOINTS = (
     "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
     "r-50-1000ep.pth.tar, vit-s-300ep.pth.tar, vit-b-300ep.pth.tar (github.com/facebookresearch/moco-v3)"
@@ -132,6 +133,11 @@ def _read(path: str | os.PathLike) -> Any:
 
 
 NO_CHECKPOINT = "none"
+
+
+def checkpoint_path(text: str) -> Path:
+    """What `--checkpoint` names: a file, where 'shipped' stands for the one that comes with the toolkit."""
+    return SHIPPED if text == "shipped" else Path(text)
 
 
 def is_none(path: str | os.PathLike) -> bool:

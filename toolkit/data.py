@@ -657,9 +657,12 @@ class LoadingMeter:
         return {"images_per_second": self.images / seconds, "waiting_share": self.waited / seconds}
 
     def shown(self) -> dict[str, str]:
-        """The same for a progress bar."""
-        results = self.results()
-        return {"img/s": f"{results['images_per_second']:.0f}", "waiting": f"{results['waiting_share']:.0%}"}
+        """For a progress bar: the share of waiting, where it is worth more loading processes."""
+        share = self.results()["waiting_share"]
+        return {"waiting for images": f"{share:.0%}"} if share >= WORTH_TELLING else {}
+
+
+WORTH_TELLING = 0.1  # of the time
 
 
 TINY = 2_000  # images in memory, or 500 files, are read before a loading process has started

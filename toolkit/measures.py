@@ -1,4 +1,6 @@
-"""What is measured of features: without a label how close the views of an image are, and how the images spread."""
+"""What is measured of features, without a label, and how far an accuracy may be off."""
+
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,18 @@ from torch import Tensor
 # Names in the metrics, and titles. The first is `toolkit.training.knn_accuracy`, which needs labels.
 TITLES = {"knn_accuracy": "k-NN", "alignment": "alignment", "uniformity": "uniformity"}
 TITLES |= {"effective_rank": "effective rank"}
+
+
+def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[float, float]:
+    """Between which shares (0 to 1) the true accuracy lies, where `hits` of `images` answers are right.
+
+    Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, unsure = hits / images, z * z / images
+    middle = (share + unsure / 2) / (1 + unsure)
+    half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def alignment(first: Tensor, second: Tensor) -> float:

@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -22,7 +23,7 @@ import yaml
 from toolkit import InputError, printable
 from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
-from toolkit.checkpoints import is_none, option_problems
+from toolkit.checkpoints import OFFICIAL_CHECKPOINTS, SHIPPED, checkpoint_path, is_none, option_problems
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from toolkit.files import found_path, stored_path
 from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
@@ -195,13 +196,14 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) 
 def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
     """What is wrong with the words that `parse_known_args` left over."""
     problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
+    see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
             problems.append(f"{printable(word)}: the option was removed; leave it out")
         elif word.startswith("-"):
-            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see --help")
+            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see {see}")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
-            problems.append(f"{printable(word)}: unexpected argument; see --help")
+            problems.append(f"{printable(word)}: unexpected argument; see {see}")
     return problems
 
 
@@ -279,9 +281,23 @@ def _right_section(key: Any, own: dict[str, list[str]]) -> str:
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
-    name, known = printable(name), list(known)
-    match = [full for full in known if full.startswith(name)] or difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
+    name = printable(name)
+    likeness = {full: 1.0 if full.startswith(name) else _likeness(name, full) for full in known}
+    match = max(likeness, key=likeness.get)
+    return f" (did you mean {match}?)" if likeness[match] >= 0.6 else ""  # difflib's own cutoff
+
+
+def _likeness(name: str, full: str) -> float:
+    """How alike two names are, as a whole or word by word between their dashes, in any order: 0 to 1."""
+
+    def alike(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    name, full = name.strip("-"), full.strip("-")
+    ours, theirs = ([word for word in re.split("[-_ ]", text) if word] for text in (name, full))
+    best = [max((alike(word, other) for other in theirs), default=0) for word in ours]
+    shared = sum(likeness for likeness in best if likeness > 0.75)
+    return max(alike(name, full), 2 * shared / max(1, len(ours) + len(theirs)))
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -320,7 +336,68 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Help: the options that people need, and all of them
+
+
+def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
+    """`--help`, which shows the options in `needed` (by `dest`), each with its default, and `--help-all`.
+
+    The parser is one made with `add_help=False`.
+    """
+    show = {"action": _PrintText, "const": lambda: short_help(parser, needed)}
+    parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
+    parser.add_argument("--help-all", dest="help", action="help", help="all options")
+
+
+class _PrintText(argparse.Action):
+    """Prints what `const` returns, and exits."""
+
+    def __init__(self, option_strings, dest, const, help):
+        super().__init__(option_strings, dest, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, *_):
+        print(self.const())
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A help with the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        default = shown_default(action.default) if action.option_strings and action.default != argparse.SUPPRESS else ""
+        meaning = action.help or ", ".join(map(str, action.choices or []))
+        return f"{meaning} (default: {default})" if default else meaning
+
+
+def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
+    """The first paragraphs of the description, and the options in `needed` with their defaults."""
+    actions = {action.dest: action for action in parser._actions}
+    flags = {dest: ", ".join(f for f in actions[dest].option_strings if not f.startswith("--no-")) for dest in needed}
+    column, width = max(map(len, flags.values())) + 4, shutil.get_terminal_size().columns - 2
+    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
+    for dest, names in flags.items():
+        indents = {"initial_indent": f"  {names}".ljust(column), "subsequent_indent": " " * column}
+        lines += textwrap.wrap(HelpFormatter._get_help_string(None, actions[dest]), width, **indents)
+    return "\n".join([*lines, "", "--help-all shows the other options. docs/choosing.md says what to take."])
+
+
+def shown_default(default: Any) -> str:
+    """A default as people read it; nothing for None."""
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default == SHIPPED:
+        return "shipped"
+    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The options that both scripts have, and those of fine-tuning
+
+# Of fine-tuning's, those that people need: `--help` and README show them, in this order.
+NEEDED = ("data_dir", "checkpoint", "output_dir", "epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size")
+NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "train_norms", "adapt_last", "resume")
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
@@ -344,7 +421,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     """The group and YAML section `data`."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder for your own images, else digits")
-    group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, or with one folder per class")
+    group.add_argument(
+        "--data-dir", type=Path, help="folder with train/ and val/, or a folder per class; default: digits"
+    )
     group.add_argument("--val-dir", type=Path, help="evaluation images, if not in --data-dir: one folder per class")
     group.add_argument(
         "--data-list",
@@ -353,7 +432,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         action="extend",
         help="list of `path,label` lines, or two: for training and for evaluation",
     )
-    group.add_argument("--eval-split", choices=EVAL_SPLITS, default="held-out", help="validation: to choose settings")
+    group.add_argument(
+        "--eval-split",
+        choices=EVAL_SPLITS,
+        default="held-out",
+        help="where the evaluation images come from; validation: a part of the training images, to choose settings",
+    )
     group.add_argument(
         "--skip-unreadable",
         action=argparse.BooleanOptionalAction,
@@ -394,7 +478,10 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     """The group and YAML section `model`; `checkpoint` is the default one."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--checkpoint", type=Path, default=checkpoint, help="file of MoCo, torchvision or timm; none: random weights"
+        "--checkpoint",
+        type=checkpoint_path,
+        default=checkpoint,
+        help="file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
     )
     archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
     group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
@@ -460,11 +547,18 @@ def image_sources(args: argparse.Namespace) -> dict[str, Any]:
 def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
     """How layers are adapted; both scripts have these, each in its own group and with its own default rank."""
     switch = argparse.BooleanOptionalAction
-    group.add_argument("--lora-rank", type=non_negative_int, default=rank, help="r; 0: no adapters")
-    group.add_argument("--lora-alpha", type=positive_float, default=16.0, help="the update is scaled by alpha / r")
+    group.add_argument(
+        "--lora-rank", "--rank", type=non_negative_int, default=rank, help="width of adapters, r; 0: none"
+    )
+    group.add_argument(
+        "--lora-alpha",
+        "--alpha",
+        type=positive_float,
+        help="the update is scaled by alpha / r; default: 2 r",
+    )
     group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
     group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
-    group.add_argument("--use-qlora", action=switch, default=False, help="frozen weights in 4 bits")
+    group.add_argument("--use-qlora", "--qlora", action=switch, default=False, help="frozen weights in 4 bits")
     group.add_argument(
         "--rank-pattern", type=by_layer(positive_int), nargs="+", action="extend", help="other ranks, as layer4=16"
     )
@@ -475,7 +569,15 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
         "--target-modules", nargs="+", action="extend", help="layers to adapt: names, suffixes or regular expressions"
     )
     group.add_argument("--exclude-modules", nargs="+", action="extend", help="layers to leave alone")
-    group.add_argument("--adapt-last", type=positive_int, help="only the last so many blocks (ViT) or stages (ResNet)")
+    group.add_argument(
+        "--adapt-last", type=positive_int, help="only so many last blocks (ViT) or stages (ResNet); default: all"
+    )
+
+
+def complete_adapter_options(args: argparse.Namespace) -> None:
+    """Alpha follows the rank; without adapters it is that of the usual rank, 8."""
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * (args.lora_rank or 8)
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -516,9 +618,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     tune.add_argument(
         "--learning-rate",
+        "--lr",
         type=or_auto(positive_float),
         default=1e-4,
-        help="of AdamW, at its peak; adapters that start at the gradient: 24 times it; auto: search",
+        help="of AdamW at its peak, of adapters that start at the gradient 24 times it; auto: search",
     )
     tune.add_argument(
         "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
@@ -586,6 +689,13 @@ CACHED_VIEWS = 4  # with as many a run of ten epochs was as accurate as with new
 def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; returns the problems with the data options, a line each."""
     problems = complete_data_options(args, sources)
+    if sources["checkpoint"] == "default" and args.dataset != "digits" and not args.eval_only:
+        images = next((_flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
+        problems.append(
+            f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
+            f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
+        )
+    complete_adapter_options(args)
     if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # what the gradient of a random head says is random
@@ -673,15 +783,33 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
 # What a run used
 
 
-def describe_options(args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """The values of a run's options by where they came from, one paragraph per source."""
-    titles = {"command line": "command line", "config": str(_stored(args.config)), "default": "defaults"}
-    lines = []
-    for source, title in titles.items():
-        values = [f"{key} {_stored(getattr(args, key))}" for key, origin in sources.items() if origin == source]
-        if values:
-            lines.append(textwrap.fill(f"{title}: " + ", ".join(values), 110, subsequent_indent="    "))
-    return "\n".join(lines)
+def describe_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> str:
+    """What was typed, what the YAML file changes, and where all settings will be."""
+
+    def changed(source: str) -> list[str]:
+        names = [name for name, origin in sources.items() if origin == source]
+        return [name for name in names if source != "config" or getattr(args, name) != parser.get_default(name)]
+
+    typed = [_as_typed(name, getattr(args, name)) for name in changed("command line")]
+    told = {
+        "command line": " ".join(typed),
+        f"{_stored(args.config)} changes": ", ".join(f"{n} {_as_text(getattr(args, n))}" for n in changed("config")),
+        "all settings": str(args.output_dir / "config.yaml"),
+    }
+    whole = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in told.items() if values)
+
+
+def _as_typed(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return _flag(name if value else f"no_{name}")
+    return f"{_flag(name)} {_as_text(value)}"
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_as_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(_stored(value))
 
 
 def resolved_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a run leaves for people to open: pictures of its curves and confusions, and the table printed at its end."""
 
+import argparse
 import json
-import math
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -9,16 +9,93 @@ from pathlib import Path
 from typing import Any
 
 from toolkit import distributed
-from toolkit.data import LabelledImages
+from toolkit.data import LabelledImages, Splits
 from toolkit.files import open_atomically, write_text
-from toolkit.measures import TITLES
+from toolkit.measures import TITLES, wilson_interval
 from toolkit.report_page import BLUE, ORANGE, write_page
-from toolkit.training import Evaluation, best_epoch, peak_memory_bytes
+from toolkit.training import Evaluation, best_epoch, own_rates, peak_memory_bytes
 from toolkit.transforms import AtMost, View
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
 LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words that several lines share
+
+
+def right_of(accuracy: float, images: int) -> str:
+    """An accuracy as counted images, per cent, and how far chance reaches."""
+    low, high = wilson_interval(accuracy * images, images)
+    digits = 0 if images < 200 else 1  # more would be chance's own
+    interval = f"95% interval {low:.{digits}%} to {high:.{digits}%}"
+    return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({interval})"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def short_rate(rate: float) -> str:
+    """A learning rate as people type it: 1e-4, 2.4e-3."""
+    digits, _, power = f"{rate:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# While it runs
+
+
+def describe_data(args: argparse.Namespace, splits: Splits) -> str:
+    """Which images train and which are evaluated on, in a line."""
+    where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
+    numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
+    return f"data: {numbers}, {len(splits.class_names)} classes"
+
+
+def describe_before(before: dict[str, float | None], images: int) -> str:
+    """What the backbone knows before training, in a line; and another if these evaluation images can show no gain."""
+    names = {"knn_accuracy": "k-NN", "probe_accuracy": "linear probe"}
+    known = [f"{name} {before[key]:.2%}" for key, name in names.items() if before[key] is not None]
+    told = f"before training: {', '.join(known)}"
+    if before["probe_accuracy"] == 1:
+        told += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
+    return told
+
+
+def describe_rates(args: argparse.Namespace, rate: float, faster: float) -> str:
+    """What learns at which rate, in a line.
+
+    Args:
+        rate: --learning-rate, or less in a short run.
+        faster: how many times as fast the adapters learn.
+    """
+    head, adapters = own_rates(args, rate, faster)
+    told = [f"head {short_rate(head)}"]
+    if args.lora_rank > 0:
+        why = f" ({faster:g}x: they start at the gradient)" if faster > 1 else ""
+        told.append(f"adapters {short_rate(adapters)}{why}")
+    if args.train_norms or not args.freeze_backbone:
+        told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
+    lowered = f"; 1/{args.learning_rate / rate:.0f} of what was asked for" if rate < args.learning_rate else ""
+    why = ", since few steps cannot correct what a high rate does" if lowered else ""
+    return f"learning rate: {', '.join(told)}{lowered}{why}"
+
+
+def describe_epoch(history: Sequence[dict[str, float]], epochs: int) -> str:
+    """The last finished epoch, and what is left of the whole run, in a line."""
+    row = history[-1]
+    losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
+    left = sum(row["seconds"] for row in history) / len(history) * (epochs - row["epoch"])
+    ending = f", {duration(left)} left" if left else ""
+    return f"epoch {row['epoch']}: {losses}, accuracy {row['val_accuracy']:.2%}; {duration(row['seconds'])}{ending}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it leaves
 
 
 def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
@@ -29,12 +106,14 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         counts: its parameters, as `count_parameters` gives them.
     """
     names, per_class = run.class_names, accuracy_per_class(result, run.class_names)
+    head_rate, adapter_rate = own_rates(run.args, run.rate(), run.faster)
     best = {"epoch": 0, "val_accuracy": run.before["probe_accuracy"]}  # where no epoch did well
     best = best_epoch(run.history, run.args.keep_best or "accuracy") if run.history else best
     results = {
         "val_accuracy": result.accuracy,
         "val_loss": result.loss,
         "val_images": len(result.labels),
+        "val_accuracy_interval": wilson_interval(result.accuracy * len(result.labels), len(result.labels)),  # of 95%
         "eval_split": run.args.eval_split,
         "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
         # Chosen on the very images that it was measured on: no number to publish.
@@ -46,6 +125,8 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "balanced_accuracy": result.balanced_accuracy,
         "macro_f1": result.macro_f1,
         "learning_rate": run.args.learning_rate,
+        "head_learning_rate": head_rate,
+        "adapter_learning_rate": adapter_rate if run.args.lora_rank > 0 else None,
         "kept_share": run.average.share,
         "retreats": run.guard.retreats,
         "epochs": len(run.history),
@@ -63,7 +144,7 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "config": run.config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
-    plot_finetuning(run.history, run.before, run.args.eval_split, run.path("training_curves.png"))
+    plot_finetuning(run.history, run.before, run.path("training_curves.png"))
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
     plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
     rows = summary(results, run.args.output_dir)
@@ -83,9 +164,7 @@ def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
                     writer.add_scalar(name, value, row["epoch"])
 
 
-def plot_finetuning(
-    history: list[dict[str, float]], before: dict[str, float | None], eval_split: str, path: Path
-) -> None:
+def plot_finetuning(history: list[dict[str, float]], before: dict[str, float | None], path: Path) -> None:
     """Losses and accuracy by epoch, both losses without label smoothing.
 
     Args:
@@ -97,9 +176,9 @@ def plot_finetuning(
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
-    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label=eval_split)
+    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="evaluation")
     losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
-    accuracies.plot(epochs, [100 * row["val_accuracy"] for row in history], "s--", color=ORANGE, label=eval_split)
+    accuracies.plot(epochs, [100 * row["val_accuracy"] for row in history], "s--", color=ORANGE, label="evaluation")
     for name, label, style in (("knn_accuracy", "k-NN", ":"), ("probe_accuracy", "linear probe", "-.")):
         if before[name] is not None:
             accuracies.axhline(100 * before[name], color="0.4", linestyle=style, label=f"{label} before training")
@@ -203,14 +282,6 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
         figure.savefig(file, dpi=120)
 
 
-def describe_start(before: dict[str, float | None], images: int) -> str:
-    """What is printed before training: the accuracies of the backbone as it comes, on so many held-out images."""
-    measured = ", ".join(f"{name} {value:.4f}" for name, value in before.items() if value is not None)
-    if before["probe_accuracy"] == 1:
-        measured += f"\nthe linear probe gets all {images} held-out images right: no training can do better on them"
-    return f"before training: {measured}"
-
-
 def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[str, float | None]:
     """The share of each class's images that are right; None for a class without any (NaN would not be JSON)."""
     hits = [(result.predictions[result.labels == i] == i).float() for i in range(len(class_names))]
@@ -219,14 +290,13 @@ def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[s
 
 def against_the_probe(results: dict[str, Any]) -> str:
     """What to try where a run hardly moved from the linear probe that it began with; else nothing."""
-    after, probe = results["val_accuracy"], results["probe_accuracy_before"]
+    probe, (low, high) = results["probe_accuracy_before"], results["val_accuracy_interval"]
     if probe is None:
         return ""
-    if after < probe:
+    if probe > high:
         return "below the linear probe that it began with: try --learning-rate auto"
-    chance = math.sqrt(probe * (1 - probe) / results["val_images"])  # one standard error
-    if results["learning_rate"] < LOW_RATE and after < probe + chance:
-        return "hardly more than the linear probe: try a higher --learning-rate, or auto"
+    if results["learning_rate"] < LOW_RATE and probe >= low:
+        return "no better than the linear probe, as far as these images tell: try a higher --learning-rate"
     return ""
 
 
@@ -234,24 +304,26 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     probe, told = results["probe_accuracy_before"], against_the_probe(results)
     trained, total = results["trainable_parameters"], results["total_parameters"]
-    kept = f", {results['kept_share']:.0%} of their change kept" if results["kept_share"] < 1 else ""
+    share, start = results["kept_share"], "start" if probe is None else "probe"
+    kept = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
     adapter, config = (shlex.quote(str(folder / name)) for name in ("lora.pth", "config.yaml"))
-    accuracy = f"{results['val_accuracy']:.2%} of {results['val_images']} {results['eval_split']} images"
+    notes = [told] if told else []
     if results["config"]["finetune"]["keep_best"]:
-        accuracy += f", chosen on them: epoch {results['kept_epoch']} of {results['epochs']}"
+        notes.append(f"chosen on these images: epoch {results['kept_epoch']} of {results['epochs']}")
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     return [
         ("k-NN accuracy before", f"{results['knn_accuracy_before']:.2%}"),
         *([("linear probe before", f"{probe:.2%}")] if probe is not None else []),
-        ("accuracy after", accuracy),
-        *([("", told)] if told else []),
+        ("accuracy after", right_of(results["val_accuracy"], results["val_images"])),
+        *(("", note) for note in notes),
         ("balanced over classes", f"{results['balanced_accuracy']:.2%}, macro F1 {results['macro_f1']:.2%}"),
-        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%}){kept}"),
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        *([("saved weights", kept)] if share < 1 else []),
         ("adapter file", sizes),
-        ("training time", f"{results['seconds']:.1f} s"),
+        ("training time", duration(results["seconds"])),
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png, mistakes.png; report.html shows them all"),

@@ -112,7 +112,7 @@ def choose_learning_rate(
         return run.history[-1]["val_accuracy"], run.history[-1]["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
-        print("  learning rate {:.0e}: val accuracy {:.4f}, val loss {:.4f}".format(*trials[-1]))
+        print("  learning rate {:.0e}: accuracy {:.2%}, loss {:.4f}".format(*trials[-1]))
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")

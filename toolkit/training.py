@@ -294,7 +294,8 @@ BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1"
 class Progress:
     """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
 
-    METRICS = ("epoch", "train_loss", "val_loss", *BEST_BY.values(), "learning_rate", "seconds")
+    METRICS = ("epoch", "train_loss", "val_loss", *BEST_BY.values(), "learning_rate")
+    METRICS += ("head_learning_rate", "adapter_learning_rate", "seconds")
 
     learning_rate: float  # of its first step
     steps: int = 0
@@ -313,10 +314,11 @@ class Progress:
     def loss(self) -> float:
         return self.loss_sum / self.images
 
-    def row(self, epoch: int, result: "Evaluation") -> dict[str, float]:
-        """The finished epoch in `metrics.csv`."""
+    def row(self, epoch: int, result: "Evaluation", own_rates: Sequence[float | None]) -> dict[str, float | None]:
+        """The finished epoch in `metrics.csv`; `own_rates` are the head's and the adapters'."""
         measured = result.loss, result.accuracy, result.balanced_accuracy, result.macro_f1
-        return dict(zip(self.METRICS, (epoch, self.loss, *measured, self.learning_rate, self.seconds), strict=True))
+        values = (epoch, self.loss, *measured, self.learning_rate, *own_rates, self.seconds)
+        return dict(zip(self.METRICS, values, strict=True))
 
 
 def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]:
@@ -334,17 +336,22 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, faster: float = 
     Args:
         faster: times the learning rate at which adapters learn.
     """
-    groups = {}
+    groups, (of_head, of_adapters) = {}, own_rates(args, args.learning_rate, faster)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = (in_head(model, name) and args.head_learning_rate) or args.learning_rate
-            rate = args.learning_rate * faster if name.rpartition(".")[2].startswith("lora_") else rate
+            rate = of_head if in_head(model, name) else args.learning_rate
+            rate = of_adapters if name.rpartition(".")[2].startswith("lora_") else rate
             decay = args.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
         fused=fused(model),
     )
+
+
+def own_rates(args: argparse.Namespace, rate: float, faster: float) -> tuple[float, float]:
+    """The learning rates of the head and of adapters where all else learns at `rate`, --learning-rate or less."""
+    return (args.head_learning_rate or args.learning_rate) * (rate / args.learning_rate), rate * faster
 
 
 def fused(model: nn.Module) -> bool | None:
