@@ -153,6 +153,8 @@ def test_each_learning_rate_is_told(given, faster, told):
     usual = {"learning_rate": 1e-4, "head_learning_rate": None, "lora_rank": 8}
     args = argparse.Namespace(**usual | {"train_norms": False, "freeze_backbone": True} | given)
     assert reports.describe_rates(args, args.learning_rate, faster) == f"learning rate: {told}"
+    lowered = reports.describe_rates(args, args.learning_rate / 20, faster)
+    assert lowered.endswith("; 1/20 of what was asked for, since few steps cannot correct what a high rate does")
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
