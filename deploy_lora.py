@@ -75,7 +75,7 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
     """An entry of a file's metadata in lines that a terminal holds: sections under their titles."""
-    sections = isinstance(value, dict) and any(isinstance(entry, dict) for entry in value.values())
+    sections = isinstance(value, dict) and any(isinstance(entry, dict) and entry for entry in value.values())
     if sections and len(indent) < 6:
         yield f"{indent}{printable(key)}:"
         for name, entry in itertools.islice(value.items(), _SHORT.maxlist):

@@ -577,7 +577,7 @@ def _better_arch(source: _Source, arch: str) -> str:
 
 
 def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
-    """What the backbone is and what was recognised in its checkpoint, in a line."""
+    """What the backbone is and what was recognised in its checkpoint, in two lines of a terminal."""
     if from_scratch or report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
@@ -586,7 +586,7 @@ def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
     others = f"; the file's {needless} not needed" if needless else ""
     return (
         f"backbone: {report['arch']}{heads} for {report['image_size']} pixels from a {report['family']} "
-        f"checkpoint{epoch}; all {len(report['loaded'])} backbone tensors loaded{others}"
+        f"checkpoint{epoch};\n          all {len(report['loaded'])} backbone tensors loaded{others}"
     )
 
 
