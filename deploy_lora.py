@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import copy
 import io
+import itertools
 import json
 import os
 import reprlib
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +51,9 @@ from toolkit.folders import (
     looked_for,
     tell_others,
 )
+from toolkit.measures import wilson_interval
 from toolkit.options import positive_int, unknown_words, worker_count
+from toolkit.report_page import by_class, confusion_counts, write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
 from toolkit.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -64,11 +68,27 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
     adapted = sum(record["r"] > 0 for record in content["layers"].values())
     print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
     for key, value in content["metadata"].items():
-        print(f"  {printable(key)}: {printable(_SHORT.repr(value), 1000)}")
+        print("\n".join(_described(key, value)))
     for name, record in content["layers"].items():
         how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
+
+
+def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
+    """An entry of a file's metadata in lines that a terminal holds: sections under their titles."""
+    sections = isinstance(value, dict) and any(isinstance(entry, dict) and entry for entry in value.values())
+    if sections and len(indent) < 6:
+        yield f"{indent}{printable(key)}:"
+        for name, entry in itertools.islice(value.items(), _SHORT.maxlist):
+            yield from _described(name, entry, f"{indent}  ")
+        return
+    told = _SHORT.repr(value)
+    if isinstance(value, dict):
+        entries = itertools.islice(value.items(), _SHORT.maxlist)
+        told = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
+    how = {"initial_indent": indent, "subsequent_indent": f"{indent}    ", "break_on_hyphens": False}
+    yield textwrap.fill(f"{printable(key)}: {printable(told, 2000)}", 100, **how)
 
 
 # Lists may hold the same list many times over: written out in full, a few hundred bytes could fill the memory.
@@ -77,32 +97,56 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 
 # -------------------------------------------------------------------------------------------------- answers for images
 
+SHOWN = 15  # classes, in the table of an evaluation
 TOP = 5  # classes of each image in the table of predictions
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Print how well the answers for labelled images are, and return it.
+    """Print how good the answers for labelled images are, write a page about them, and return the numbers.
 
-    The images are those in the class folders of `images` or, without it, those that the run was evaluated on.
+    The images are those in the class folders of `images` or, without it, those that the run was evaluated on. The page
+    is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        images = readable(_labelled_images(args.images, about))
+        images, where = _labelled_images(args.images, about)
+        images = readable(images)
         result = training.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
-    per_class = reports.accuracy_per_class(result, about["class_names"])
+    names = about["class_names"]
     results = {
         "images": len(result.labels),
         "accuracy": result.accuracy,
         "balanced_accuracy": result.balanced_accuracy,
         "macro_f1": result.macro_f1,
         "loss": result.loss,
-        "accuracy_per_class": per_class,
+        "accuracy_interval": list(wilson_interval(result.accuracy * len(result.labels), len(result.labels))),
+        "accuracy_per_class": reports.accuracy_per_class(result, names),
     }
     if args.output is not None:
         write_text(json.dumps(results, indent=2), args.output)
-    balanced, f1 = results["balanced_accuracy"], results["macro_f1"]
-    print(f"{args.adapter}: accuracy {result.accuracy:.4f}, loss {result.loss:.4f} on {len(result.labels)} images")
-    print(f"balanced over classes {balanced:.4f}, macro F1 {f1:.4f}")
+    page = args.adapter.with_name(f"{args.adapter.stem}_evaluation") if args.output is None else args.output
+    page = page.with_suffix(".html")
+    rows = [
+        ("adapter", str(args.adapter)),
+        ("images", where),
+        ("accuracy", reports.right_of(result.accuracy, len(result.labels))),
+        ("balanced over classes", reports.balanced(result)),
+        ("loss", f"{result.loss:.4f}"),
+    ]
+    print(reports.table([*rows, *_by_class(result, names)]))
+    with tempfile.TemporaryDirectory() as folder:
+        mistakes = Path(folder) / "mistakes.png"
+        reports.plot_mistakes(result, images, names, mistakes)
+        write_page(page, rows, result, names, args.adapter, mistakes)
+    print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
+
+
+def _by_class(result: training.Evaluation, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows on the classes, the worst first."""
+    classes = by_class(confusion_counts(result, len(names)), names)
+    rows = [(printable(name, 20), f"{right} of {images} right") for name, images, right, _ in classes[:SHOWN]]
+    more = [("", f"and {len(classes) - SHOWN} more")] if len(classes) > SHOWN else []
+    return [("by class", "the worst first:"), *rows, *more]
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -184,21 +228,27 @@ def _images(paths: Sequence[Path]) -> LabelledImages:
     return LabelledImages(ImageFiles("", names, labels), labels)
 
 
-def _labelled_images(folder: Path | None, about: dict[str, Any]) -> LabelledImages:
-    """All images in the class folders of a folder, or of the val/ in it; None: those that the run was evaluated on."""
+def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
+    """All images in the class folders of a folder, or of the val/ in it; None: those that the run was evaluated on.
+
+    And where they were found, for people.
+    """
     known = about["class_names"]
     if folder is None:
-        splits = load_splits(**_data_of_run(about))
+        data = _data_of_run(about)
+        where = f"of {data.get('val_dir') or data.get('data_dir') or data.get('dataset')}, evaluated on in training"
+        splits = load_splits(**data)
         unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder
+        where = f"all in {folder}"
         unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
         files = labelled_files(folder, known, every=False)
         images = LabelledImages(files, files.labels)
     if unknown:
         raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
-    return images
+    return images, where
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
@@ -509,17 +559,30 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
 }
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Its help shows `--output` as required where it is. The lack of it is told with all else: `check_output`."""
+
+    needs_output = False
+
+    def format_help(self) -> str:
+        for action in self._actions:
+            action.required |= action.dest == "output" and self.needs_output
+        return super().format_help()
+
+
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The command line, and that of each command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     parsers = {
         name: subparsers.add_parser(name, help=text, allow_abbrev=False) for name, (*_, text) in COMMANDS.items()
     }
     for name, command in parsers.items():
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
-            command.add_argument("--output", type=Path, help="what to write")
+            command.needs_output = name != "evaluate"
+            what = "the file to write" if command.needs_output else "the numbers as .json; the page lies beside it"
+            command.add_argument("--output", type=Path, help=what)
             command.add_argument(
                 "--checkpoint", type=checkpoint_path, help="the base, if it is not where it was at training"
             )

@@ -815,7 +815,8 @@ class FineTuning:
     """
 
     FILES = (
-        *("lora.pth", "last.pth", "metrics.csv", "results.json", "learning_rates.csv", "learning_rates.png"),
+        *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "learning_rates.csv"),
+        "learning_rates.png",
         *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html", "tensorboard"),
     )
     # What may differ between a run and its continuation without changing what is computed.

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
     training.seed_everything(args.seed)
-    held = output_folder.held(args.output_dir, "moco.pretrain", Pretraining.FILES, args.resume)
+    held = output_folder.held(args.output_dir, "moco.pretrain", list(written(args)), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
         loaders += run.loaders()
@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
             )
-        # Checkpoints of an earlier run stay: each says what it is of, and may have taken days.
-        begin()
+        begin()  # checkpoints of an earlier run that this one does not write stay
         run.train()
         if distributed.is_main():
             write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))

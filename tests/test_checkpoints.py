@@ -16,7 +16,7 @@ from torch import nn
 
 from toolkit import InputError
 from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone, tensor_digest
+from toolkit.checkpoints import describe_base, load_backbone, tensor_digest
 
 # --- Building files --------------------------------------------------------------------------------------------------
 
@@ -476,8 +476,39 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, resnet, saved):
     assert len(str(raised.value)) < 900
 
 
+@pytest.mark.parametrize(
+    ("dropped", "told"),
+    [
+        (
+            ["module.encoder_q.fc.0.weight", "module.encoder_k.conv1.weight", "module.queue", "module.queue_ptr"],
+            "momentum encoder, projector and queue are",
+        ),
+        (
+            ["base_encoder.head.0.weight", "momentum_encoder.cls_token", "predictor.0.weight"],
+            "momentum encoder, projector and predictor are",
+        ),
+        (
+            ["projector.0.weight", "momentum_backbone.conv1.weight", "classifier.weight"],
+            "momentum encoder, projector and classifier are",
+        ),
+        (
+            ["backbone_momentum.conv1.weight", "projection_head_momentum.0.weight", "projection_head.0.weight"],
+            "momentum encoder and projector are",
+        ),
+        (["fc.weight", "fc.bias"], "classifier is"),
+        (["data_preprocessor.mean", "neck.fc0.weight"], "projector and other tensors are"),
+    ],
+)
+def test_what_a_file_has_beside_the_backbone_is_said_not_to_be_needed(dropped, told):
+    report = {"arch": "resnet18", "heads": None, "image_size": 224, "family": "moco_v2", "epoch": 3}
+    line = describe_base(report | {"loaded": ["conv1.weight"], "dropped": dropped})
+    assert line.endswith(f"epoch 3;\n          all 1 backbone tensors loaded; the file's {told} not needed")
+
+
 def test_wrong_arch_names_the_right_one(resnet, saved):
-    with pytest.raises(InputError, match=r"does not hold a resnet50.*looks like resnet18"):
+    with pytest.raises(
+        InputError, match=r"not hold a resnet50.*looks like resnet18: give the --checkpoint of a resnet50"
+    ):
         load_backbone(saved(resnet), num_classes=2, arch="resnet50")
     with pytest.raises(InputError, match=r"does not hold a vit_mini: 0 of its.*looks like resnet18"):
         load_backbone(saved(resnet), num_classes=2, arch="vit_mini")

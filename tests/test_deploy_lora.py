@@ -5,6 +5,7 @@ What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from lora_utils import LoRAManager
 from toolkit import InputError, transforms
 from toolkit.backbones import build_backbone, forward_features
 from toolkit.checkpoints import load_backbone
+from toolkit.measures import wilson_interval
 from toolkit.runs import run_script
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
@@ -51,7 +53,8 @@ def test_info_tells_what_is_in_the_file(adapter, capsys):
         "  class_names: ['a', 'b', 'ß']",
         "  image_size: 16",
         f"  checkpoint: {content['metadata']['checkpoint']!r}",
-        "  config: {'finetune': {'learning_rate': 0.0001}}",
+        "  config:",
+        "    finetune: learning_rate 0.0001",
         "  encoder.layers.encoder_layer_1.mlp.0: LoRALinear, r=2, scaling=8",
         "  encoder.layers.encoder_layer_1.mlp.3: LoRALinear, r=2, scaling=8",
     ]
@@ -202,13 +205,22 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
         n: h.float().mean().item() for n, h in zip(CLASSES, hits.split(5), strict=True)
     }
     assert json.loads((tmp_path / "r.json").read_text()) == results
-    assert f"accuracy {results['accuracy']:.4f}" in capsys.readouterr().out
+    assert results["accuracy_interval"] == list(wilson_interval(15 * results["accuracy"], 15))
+    told = capsys.readouterr().out
+    assert f" of 15 images, {results['accuracy']:.2%} (95% interval" in told and f"all in {images}/val\n" in told
+    for name, right in results["accuracy_per_class"].items():
+        assert f"{name:<22}{round(5 * right)} of 5 right" in told
+    for page in (tmp_path / "r.html", trained.with_name("lora_evaluation.html")):
+        text = page.read_text()
+        assert f"{results['accuracy']:.2%} of 15 images right" in text and "By class" in text
+        assert "Mistakes" in text and "Settings" not in text and "By epoch" not in text
 
 
 def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
     for source, name in zip(CLASSES, ("cat", "test", "val"), strict=True):
         shutil.copytree(images / "val" / source, tmp_path / name)
-    found = deploy_lora._labelled_images(tmp_path, {"class_names": ["cat", "test", "val"]})
+    found, where = deploy_lora._labelled_images(tmp_path, {"class_names": ["cat", "test", "val"]})
+    assert where == f"all in {tmp_path}"
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
 
 
@@ -217,6 +229,16 @@ def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
     run_results = finetune("--epochs 1 --lora-rank 0")
     results = run("evaluate --device cpu", run_results["folder"] / "lora.pth")
     assert (results["accuracy"], results["images"]) == (run_results["val_accuracy"], 15)
+    told = capsys.readouterr().out
+    assert re.search(r"^images +of .*images\S*, evaluated on in training$", told, re.MULTILINE)
+
+
+def test_info_of_a_run_fits_a_terminal(finetune, capsys):
+    folder = finetune("--epochs 1 --lora-rank 2")["folder"]
+    capsys.readouterr()
+    deploy_lora.main(["info", str(folder / "lora.pth")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/" not in line]  # a path may be long
+    assert max(map(len, lines)) <= 100 and any(line.startswith("    finetune: lora_rank 2") for line in lines)
 
 
 @pytest.mark.parametrize("data", [None, [], {"data_dir": 3}, {"data_list": "mine.csv"}, {"data_list": [1]}])
@@ -316,3 +338,6 @@ def test_help_says_what_each_command_does(command, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for name, (*_, text) in deploy_lora.COMMANDS.items():
         assert command or f"{name} {text}" in printed
+    if command:
+        assert (" --output OUTPUT" in printed) == (command != ["info"])
+        assert ("[--output OUTPUT]" in printed) == (command == ["evaluate"])  # elsewhere it is needed

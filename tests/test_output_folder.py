@@ -65,15 +65,52 @@ def test_an_evaluation_writes_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------------------ files of a run
 
 
-def test_a_folder_is_cleared_of_an_earlier_runs_files_and_of_nothing_else(tmp_path):
-    def left(resumed: Path | None) -> set[str]:
-        for name in ("lora.pth", "last.pth", "notes.txt"):
-            (tmp_path / name).touch()
-        output_folder.begin_folder(tmp_path, ("lora.pth", "last.pth", "results.json"), resumed)
-        return {path.name for path in tmp_path.iterdir()}
+def test_an_earlier_runs_files_and_nothing_else_are_moved_aside(tmp_path, capsys):
+    folder = tmp_path / "lora"
 
-    assert left(None) == left(tmp_path / "other" / "last.pth") == {"notes.txt"}
-    assert left(tmp_path / "last.pth") == {"lora.pth", "last.pth", "notes.txt"}
+    def left(resumed: Path | None, *more: str) -> set[str]:
+        for name in ("lora.pth", "last.pth", "notes.txt", *more):
+            (folder / name).write_text(name)
+        output_folder.begin_folder(folder, ("lora.pth", "last.pth", "results.json"), resumed)
+        return {path.name for path in folder.iterdir()}
+
+    folder.mkdir()
+    assert left(folder / "last.pth") == {"lora.pth", "last.pth", "notes.txt"} and capsys.readouterr().out == ""
+    assert left(None, "results.json") == {"notes.txt"}
+    assert capsys.readouterr().out == f"the earlier run in {folder} is now in {folder}-1\n"
+    assert left(tmp_path / "other" / "last.pth") == {"notes.txt"}
+    assert f"is now in {folder}-2, unfinished (--resume" in capsys.readouterr().out
+    output_folder.begin_folder(folder, ("lora.pth",))  # there is nothing to move
+    moved = {path.name: set(contents(path)) for path in tmp_path.iterdir() if path != folder}
+    assert moved == {"lora-1": {"lora.pth", "last.pth", "results.json"}, "lora-2": {"lora.pth", "last.pth"}}
+    assert contents(tmp_path / "lora-1")["last.pth"] == b"last.pth"
+
+
+def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    for number, folder in enumerate((Path(), tmp_path / "elsewhere/link"), 1):
+        (tmp_path / "real/lora.pth").touch()
+        output_folder.begin_folder(folder, ("lora.pth",))
+        assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
+
+
+def test_a_second_run_leaves_the_first_whole_and_a_stopped_one_goes_on_where_it_was_moved(finetune, tmp_path):
+    first = finetune("--epochs 1 --lora-rank 2")
+    before = contents(first["folder"])
+
+    def stop(run):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune("--lora-rank 2", after_epoch=stop)
+    assert contents(tmp_path / "out-1") == before
+    finetune("--epochs 1 --lora-rank 3")
+    assert contents(tmp_path / "out-1") == before and "results.json" not in contents(tmp_path / "out-2")
+    resumed = finetune("--lora-rank 2 --resume", "out-2")
+    assert resumed["epochs"] == 2 and not (tmp_path / "out-3").exists()
 
 
 @pytest.fixture

@@ -249,8 +249,8 @@ def test_the_15_options_of_the_readme_have_their_defaults():
         return {flag: default.strip() for flag, default in found}
 
     needed = rows(section("README.md", "The 15 options that people need"))
-    assert len(needed) == 15
-    assert needed.pop("--checkpoint") == "the shipped one"
+    assert [flag.removeprefix("--").replace("-", "_") for flag in needed] == list(finetune_lora.options.NEEDED)
+    assert len(needed) == 15 and needed.pop("--lora-alpha") == "twice the rank"  # which follows from another option
     assert needed.items() <= rows(PAGES["docs/options.md"].split("\n## Pretraining")[0]).items()
 
 

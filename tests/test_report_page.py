@@ -31,15 +31,18 @@ class Reader(HTMLParser):
 
 def evaluation(labels: list[int], predictions: list[int]) -> Evaluation:
     labels, predictions = torch.tensor(labels), torch.tensor(predictions)
-    return Evaluation(0.3, 0.5, predictions, labels, torch.full((len(labels),), 0.5))
+    accuracy = (labels == predictions).float().mean().item()
+    return Evaluation(0.3, accuracy, predictions, labels, torch.full((len(labels),), 0.5))
 
 
 def test_the_page_is_complete_and_runs_nothing(tmp_path):
     for name in ("training_curves.png", "mistakes.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
     names = ["<script>alert(1)</script>", 'quo"te', "absent caf\udce9"]  # of bytes that are not UTF-8
-    results = {"val_accuracy": 2 / 3, "val_images": 3, "config": {"finetune": {"note": "</pre><script>"}}}
-    write_page([("accuracy after", "66.67%")], results, evaluation([0, 0, 1], [0, 1, 1]), names, tmp_path)
+    about = evaluation([0, 0, 1], [0, 1, 1]), names, tmp_path / "lora.pth", tmp_path / "mistakes.png"
+    config = {"finetune": {"note": "</pre><script>"}}
+    rows = [("accuracy after", "66.67%")]
+    write_page(tmp_path / "report.html", rows, *about, curves=tmp_path / "training_curves.png", config=config)
     text = (tmp_path / "report.html").read_text()
     page = Reader(text)
     assert "script" not in page.tags and page.tags.count("img") == 2 and "http" not in text
@@ -78,9 +81,10 @@ def test_a_browser_without_a_network_shows_all_of_it(tmp_path):
     """A picture of the page: as high as its text, with the pictures and every field of the confusion matrix in it."""
     Image.new("RGB", (300, 200), (200, 0, 200)).save(tmp_path / "training_curves.png")
     Image.new("RGB", (300, 200), (0, 200, 0)).save(tmp_path / "mistakes.png")
-    results = {"val_accuracy": 0.5, "val_images": 6, "config": {}}
     answers = evaluation([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0])
-    write_page([("accuracy after", "50.00%")], results, answers, ["cat", "dog", "owl"], tmp_path)
+    about = answers, ["cat", "dog", "owl"], tmp_path / "lora.pth", tmp_path / "mistakes.png"
+    rows, curves = [("accuracy after", "50.00%")], tmp_path / "training_curves.png"
+    write_page(tmp_path / "report.html", rows, *about, curves=curves)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,2600", "--hide-scrollbars"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]

@@ -571,16 +571,38 @@ def _other_stem(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 def _better_arch(source: _Source, arch: str) -> str:
     found = {(key, tuple(value.shape)) for key, value in source.weights.items() if key not in _POSITIONS}
     fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
-    return f"; it looks like {fitting}: give that as the arch" if fitting != arch else ""
+    if fitting == arch:
+        return ""
+    return f"; it looks like {fitting}: give the --checkpoint of a {arch}, or leave out --arch"
 
 
 def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
-    """What the backbone is and what was recognised in its checkpoint, in a line."""
+    """What the backbone is and what was recognised in its checkpoint, in two lines of a terminal."""
     if from_scratch or report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
     heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
+    needless = _parts_of(report["dropped"])
+    others = f"; the file's {needless} not needed" if needless else ""
     return (
         f"backbone: {report['arch']}{heads} for {report['image_size']} pixels from a {report['family']} "
-        f"checkpoint{epoch}; {len(report['loaded'])} tensors loaded, {len(report['dropped'])} left out"
+        f"checkpoint{epoch};\n          all {len(report['loaded'])} backbone tensors loaded{others}"
     )
+
+
+_PARTS = {  # how the names of what is left out tell what it is; the first that matches counts
+    "momentum encoder": r"(.*\.)?(encoder_k|heads_k|momentum_\w+|\w+_momentum)\.",
+    "projector": r"(.*\.)?(projector|projection_head|\w+_projection_head|heads_q|neck)\.|(base_encoder|encoder_q)\.",
+    "predictor": r"(.*\.)?(predictor|prediction_head)\.",
+    "queue": r"(.*\.)?queue",
+    "classifier": r"(.*\.)?(classifier|online_classifier|fc|heads?)\.",
+}
+
+
+def _parts_of(dropped: Collection[str]) -> str:
+    """What the tensors left out are, as 'projector and queue are'; nothing where none was."""
+    names = [name.removeprefix("module.") for name in dropped]
+    found = {next((part for part, form in _PARTS.items() if re.match(form, name)), "other tensors") for name in names}
+    parts = [part for part in (*_PARTS, "other tensors") if part in found]
+    verb = "is" if len(parts) == 1 and parts[0] in _PARTS else "are"
+    return f"{' and '.join([', '.join(parts[:-1])] * (len(parts) > 1) + parts[-1:])} {verb}" if parts else ""

@@ -1,15 +1,16 @@
 """The folder of a run's results: apart from the images, of one script, and held by one run at a time.
 
-A run removes what an earlier one left in its folder (`begin_folder`). Whatever could be lost by this is refused before:
-a folder among images, a checkpoint that the run is to read, results of the other script, a run that is still going on.
+A run moves what an earlier one left in its folder to a new folder beside it (`begin_folder`): nothing is written over.
+What would be in the way is refused before: a folder among images, a checkpoint that the run is to read, results of the
+other script, a run that is still going on.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -155,7 +156,9 @@ def _busy(path: Path, owner: str) -> InputError:
 
 def _unusable(folder: Path, error: OSError) -> InputError:
     reason = error.strerror or error
-    return InputError(f"--output-dir {folder}: cannot make or empty it: {reason}; name another folder")
+    return InputError(
+        f"--output-dir {folder}: cannot make it, or move out what is in it: {reason}; name another folder"
+    )
 
 
 def _check_owner(folder: Path, script: str) -> None:
@@ -185,16 +188,32 @@ def _keys(path: Path) -> set[str]:
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
-    """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are removed.
+    """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are moved aside.
 
-    They stay if this run goes on from a file in it, `resumed`. Raises InputError if it cannot be made or emptied.
+    They stay if this run goes on from a file in it, `resumed`. Raises InputError if it cannot be made or they stay.
     """
     if not distributed.is_main():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if resumed is None or resumed.resolve().parent != folder.resolve():
-            for path in [folder / name for name in files]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _move_aside(folder, [name for name in files if os.path.lexists(folder / name)])
     except OSError as error:
         raise _unusable(folder, error) from None
+
+
+def _move_aside(folder: Path, names: list[str]) -> None:
+    """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
+    if not names:
+        return
+    named = folder.name not in ("", "..") and not folder.is_symlink()
+    place = folder if named else folder.resolve()  # on the same disk, whatever `folder` is called
+    for number in itertools.count(1):
+        aside = place.with_name(f"{place.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            aside.mkdir()
+            break
+    for name in names:
+        os.rename(folder / name, aside / name)
+    unfinished = "" if "results.json" in names else ", unfinished (--resume with this --output-dir goes on with it)"
+    print(f"the earlier run in {folder} is now in {aside}{unfinished}")

@@ -28,52 +28,55 @@ CONFUSIONS = 15  # rows in the table of what is taken for what
 
 
 def write_page(
+    path: Path,
     rows: Sequence[tuple[str, str]],
-    results: dict[str, Any],
     result: Evaluation,
     class_names: Sequence[str],
-    folder: Path,
+    adapter: Path,
+    mistakes: Path,
+    curves: Path | None = None,
+    config: dict[str, Any] | None = None,
 ) -> None:
-    """Write `report.html` into the folder of a run, whose pictures lie there already.
+    """Write the page of a run, or of an evaluation, which has no curves and no settings.
 
     Args:
-        rows: the table printed at the run's end, (name, value) each.
-        results: what `results.json` holds.
+        rows: the table that is printed, (name, value) each.
         result: the answers for the evaluation images.
+        adapter: the file that gave them.
+        mistakes, curves: pictures.
     """
     counts = confusion_counts(result, len(class_names))
-    adapter = shlex.quote(str(folder / "lora.pth"))
+    adapter = shlex.quote(str(adapter))
     commands = [
         f"python deploy_lora.py evaluate {adapter}",
         f"python deploy_lora.py predict {adapter} new_images --output predictions.csv",
         f"python deploy_lora.py merge {adapter} --output merged.pth",
         f"python deploy_lora.py export {adapter} --output model.onnx",
     ]
-    settings = yaml.safe_dump(results["config"], sort_keys=False, allow_unicode=True)
-    title = f"{results['val_accuracy']:.2%} of {results['val_images']} images right"
+    settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    title = f"{result.accuracy:.2%} of {len(result.labels)} images right"
     parts = [
         f"<h1>{title}</h1>",
         _table(rows),
-        "<h2>By epoch</h2>",
-        _picture(folder / "training_curves.png", "losses and accuracy by epoch"),
+        *(["<h2>By epoch</h2>", _picture(curves, "losses and accuracy by epoch")] if curves else []),
         "<h2>What is taken for what</h2>",
         "<p>A row is a true class, a column an answer; the mouse over a field tells both and the number of images. "
         "Right answers are blue, wrong ones orange, the darker the larger their share of the row.</p>",
         f'<div class="wide">{confusion_svg(counts, class_names)}</div>',
         _table(_confusions(counts, class_names), ("true class", "taken for", "images", "of the class")),
         "<h2>By class</h2>",
-        _table(_by_class(counts, class_names), ("class", "images", "right", "share")),
+        _table(by_class(counts, class_names), ("class", "images", "right", "share")),
         "<h2>Mistakes</h2>",
-        _picture(folder / "mistakes.png", "the most confident wrong answers, and the least certain right ones"),
+        _picture(mistakes, "the most confident wrong answers, and the least certain right ones"),
         "<h2>To go on</h2>",
         f"<pre>{html.escape(chr(10).join(commands))}</pre>",
-        f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>",
+        f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>" if config else "",
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
     # A folder's name may have bytes that are no character.
-    write_text(page.encode("utf-8", "replace").decode(), folder / "report.html")
+    write_text(page.encode("utf-8", "replace").decode(), path)
 
 
 def confusion_counts(result: Evaluation, classes: int) -> Tensor:
@@ -129,7 +132,7 @@ def _confusions(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
     ]
 
 
-def _by_class(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
+def by_class(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
     """(class, images, right answers, their share), the worst first; classes without images last."""
     totals, hits = counts.sum(1).tolist(), counts.diagonal().tolist()
     shares = [hit / total if total else 2.0 for hit, total in zip(hits, totals, strict=True)]

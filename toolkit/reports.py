@@ -113,7 +113,7 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "val_accuracy": result.accuracy,
         "val_loss": result.loss,
         "val_images": len(result.labels),
-        "val_accuracy_interval": wilson_interval(result.accuracy * len(result.labels), len(result.labels)),  # of 95%
+        "val_accuracy_interval": list(wilson_interval(result.accuracy * len(result.labels), len(result.labels))),
         "eval_split": run.args.eval_split,
         "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
         # Chosen on the very images that it was measured on: no number to publish.
@@ -148,9 +148,20 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
     plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
     rows = summary(results, run.args.output_dir)
-    write_page(rows, results, result, names, run.args.output_dir)
-    print("\n" + "\n".join(f"{name:<22}{value}" for name, value in rows))
+    pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
+    write_page(run.path("report.html"), rows, result, names, run.path("lora.pth"), **pictures, config=run.config)
+    print(f"\n{table(rows)}")
     return results
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Rows of (name, value) as they are printed."""
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def balanced(result: Evaluation) -> str:
+    """How good the answers are where each class counts alike."""
+    return f"{result.balanced_accuracy:.2%}, macro F1 {result.macro_f1:.2%}"
 
 
 def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
@@ -309,7 +320,6 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
     whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
-    adapter, config = (shlex.quote(str(folder / name)) for name in ("lora.pth", "config.yaml"))
     notes = [told] if told else []
     if results["config"]["finetune"]["keep_best"]:
         notes.append(f"chosen on these images: epoch {results['kept_epoch']} of {results['epochs']}")
@@ -327,6 +337,5 @@ def summary(results: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", "training_curves.png, confusion_matrix.png, mistakes.png; report.html shows them all"),
-        ("merge it", f"python deploy_lora.py merge {adapter} --output merged.pth"),
-        ("evaluate it", f"python finetune_lora.py --config {config} --eval-only {adapter}"),
+        ("merge it", f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"),
     ]
