@@ -1028,7 +1028,7 @@ class FineTuning:
         """Evaluate the guard's training images, in the same augmented views each time."""
         self.watched_loader.batch_sampler.epoch = 0
         with self.averaged():
-            return training.evaluate(self.network, self.stop.watched(self.watched_loader), self.device, self.dtype)
+            return training.evaluate(self.network, self.watched_loader, self.device, self.dtype)
 
     def shrink_to_sound_share(self, accuracy: float) -> None:
         """`--wise-ft auto`: keep less of the change while the training images are answered worse than by the probe."""

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import finetune_lora
+from toolkit import training
 from toolkit.backbones import build_backbone
 from toolkit.data import LabelledImages, load_splits
 
@@ -46,14 +47,16 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def finetune(base, images, tmp_path):
     """finetune("--epochs 1", "out") runs the script on these images, with what else `main` takes; its results, with the
-    folder as `folder`."""
+    folder as `folder`. The runs, short as they are, train at the rate that they are given."""
 
     def run(options: str = "", output: str = "out", **more) -> dict:
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path / output} --device cpu"
         argv += " --augmentation none --batch-size 8 --epochs 2 --learning-rate 1e-3"
         return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
 
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        yield run
 
 
 @pytest.fixture

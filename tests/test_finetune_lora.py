@@ -59,7 +59,9 @@ def start(base, images, tmp_path):
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         return FineTuning(args, model.train(), report, splits, CPU, dtype, [])
 
-    return start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        yield start
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -208,7 +210,8 @@ def test_a_run_leaves_these_files_and_no_others(finished):
 
 def test_it_says_what_was_recognised(finished):
     *_, printed = finished
-    told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n          all 78 backbone tensors loaded\n"
+    told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
+    told += "          all 78 backbone tensors loaded\n"
     assert told in printed
 
 
@@ -701,7 +704,7 @@ def scripted(accuracies: list[float]):
 def watched(monkeypatch):
     """watched([1.0, 0.4, ...]): what the guard sees of its training images, at the start and after each epoch.
 
-    The runs, short as they are, train at the rate that they are given, and keep all of their change.
+    The runs keep their usual share of the change.
     """
 
     real = FineTuning.watch
@@ -710,7 +713,6 @@ def watched(monkeypatch):
         left = iter(accuracies)
         monkeypatch.setattr(FineTuning, "watch", lambda run: real(run)._replace(accuracy=next(left)))
         monkeypatch.setattr(FineTuning, "shrink_to_sound_share", lambda *_: None)
-        monkeypatch.setattr(training, "STEPS_TO_TRAIN", 1)
 
     return script
 
@@ -804,7 +806,8 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.9e-3)
 
 
-def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune):
+def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
+    monkeypatch.setattr(training, "STEPS_TO_TRAIN", 200)
     results = finetune("--epochs 1 --head-init random --warmup-epochs 0", output="random")
     assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
     results = finetune("--epochs 1 --warmup-epochs 0", output="probe")
