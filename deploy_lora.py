@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     print(reports.table([*rows, *_by_class(result, names)]))
     with tempfile.TemporaryDirectory() as folder:
         mistakes = Path(folder) / "mistakes.png"
-        reports.plot_mistakes(result, images, names, mistakes)
+        reports.plot_mistakes(result, images, names, mistakes, about["transform"].bands)
         write_page(page, rows, result, names, args.adapter, mistakes)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
