@@ -38,7 +38,8 @@ from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, listed, printable, reports, training
-from toolkit.backbones import TIMM, headless, normalization, other_heads
+from toolkit.backbones import TIMM, headless, input_channels, other_heads
+from toolkit.bands import Bands, from_metadata, recorded
 from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
@@ -55,7 +56,6 @@ from toolkit.measures import wilson_interval
 from toolkit.options import positive_int, unknown_words, worker_count
 from toolkit.report_page import by_class, confusion_counts, write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
-from toolkit.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -135,7 +135,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     print(reports.table([*rows, *_by_class(result, names)]))
     with tempfile.TemporaryDirectory() as folder:
         mistakes = Path(folder) / "mistakes.png"
-        reports.plot_mistakes(result, images, names, mistakes)
+        reports.plot_mistakes(result, images, names, mistakes, about["transform"].bands)
         write_page(page, rows, result, names, args.adapter, mistakes)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
@@ -153,7 +153,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the most probable classes of each image as a table, a row an image, and return its rows."""
     with _model_on_device(args) as (model, about, make_loader):
         names = about["class_names"]
-        images = readable(_images(args.images))
+        images = readable(_images(args.images, about["transform"].bands))
         logits = _outputs(args, model, make_loader(images), "predict")
     probabilities, classes = logits.softmax(1).topk(min(TOP, len(names)))  # (N, classes) -> (N, TOP)
     columns = ["path", "class", "probability"]
@@ -173,8 +173,8 @@ def embed(args: argparse.Namespace) -> Tensor:
 
     `--output features.npy` is the array; `features_paths.csv` beside it has the path of each of its rows.
     """
-    with _model_on_device(args) as (model, _, make_loader):
-        images = readable(_images(args.images))
+    with _model_on_device(args) as (model, about, make_loader):
+        images = readable(_images(args.images, about["transform"].bands))
         features = _outputs(args, headless(model), make_loader(images), "embed")
     with open_atomically(args.output) as file:
         np.save(file, features.numpy())
@@ -211,21 +211,22 @@ def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     return torch.cat([y.float().cpu() for y in training.computed(model, batches, *_device_and_precision(args))])
 
 
-def _images(paths: Sequence[Path]) -> LabelledImages:
+def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     """The image files named, and all those in the folders named and below. Raises InputError for paths without any."""
     names = []
     for path in paths:
         if not os.path.exists(path):
             raise InputError(f"{path}: no such file or folder; give images, or folders of images")
-        others = Counter()
-        found = [f"{path}/{name}" for name in image_names(path, others=others)] if os.path.isdir(path) else [str(path)]
+        found, others = [str(path)], Counter()
+        if os.path.isdir(path):
+            found = [f"{path}/{name}" for name in image_names(path, others=others, bands=bands)]
         if not found:
-            raise InputError(f"{path}: no images {looked_for(others)}")
+            raise InputError(f"{path}: no images {looked_for(others, bands)}")
         tell_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)
-    return LabelledImages(ImageFiles("", names, labels), labels)
+    return LabelledImages(ImageFiles("", names, labels, bands), labels)
 
 
 def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -233,18 +234,18 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
 
     And where they were found, for people.
     """
-    known = about["class_names"]
+    known, bands = about["class_names"], about["transform"].bands
     if folder is None:
         data = _data_of_run(about)
         where = f"of {data.get('val_dir') or data.get('data_dir') or data.get('dataset')}, evaluated on in training"
-        splits = load_splits(**data)
+        splits = load_splits(**data, bands=bands)
         unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder
         where = f"all in {folder}"
         unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
-        files = labelled_files(folder, known, every=False)
+        files = labelled_files(folder, known, every=False, bands=bands)
         images = LabelledImages(files, files.labels)
     if unknown:
         raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
@@ -288,18 +289,23 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     arch, classes = metadata["arch"], len(metadata["class_names"])
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     heads = "".join(f"{number} heads and " for number in other_heads(model).values())
-    print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes")
+    channels = input_channels(model)
+    images = f" and images of {channels} channels" if channels != 3 else ""
+    print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes{images}")
     return metadata
 
 
 class Normalised(nn.Module):
-    """A model that takes images from 0 to 1 and normalises them itself: (N, 3, S, S) -> (N, classes)."""
+    """A model that normalises its images itself: (N, C, S, S) -> (N, classes).
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    They are from 0 to 1 or, with a `scale`, the numbers of the files.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], scale: float = 1.0):
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", scale * torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", scale * torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images - self.mean) / self.std)
@@ -308,20 +314,21 @@ class Normalised(nn.Module):
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
-    Its input is `images`, float32 (N, 3, S, S), normalised as in training or, with --normalise, from 0 to 1; its output
-    is `logits`, (N, classes).
+    Its input is `images`, float32 (N, C, S, S), normalised as in training or, with --normalise, from 0 to 1 (of images
+    that are no RGB photographs, the numbers of their files); its output is `logits`, (N, classes).
 
     Returns:
         What is written about the model into the file: `class_names` and the other values as JSON.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
-    mean, std = _normalisation(metadata)
+    values = from_metadata(metadata)
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
-    about |= {"mean": mean, "std": std, "normalised_inside": args.normalise}
+    about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
     about = {key: json.dumps(value) for key, value in about.items()}
     if args.normalise:
-        model = Normalised(model, mean, std).eval()
+        scale = values["bands"].scale if values["bands"] else 1.0
+        model = Normalised(model, values["mean"], values["std"], scale).eval()
     program = _graph(model, metadata["image_size"])
     with open_atomically(args.output) as file:
         file.write(_as_onnx(program, about) if args.output.suffix == ".onnx" else _as_pt2(program, about))
@@ -330,18 +337,9 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     return about
 
 
-def _normalisation(metadata: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel. Raises InputError if the file has something else there."""
-    mean, std = metadata.get("mean", list(IMAGENET_MEAN)), metadata.get("std", list(IMAGENET_STD))
-    for values in (mean, std):
-        if type(values) is not list or len(values) != 3 or not all(type(value) in (int, float) for value in values):
-            raise InputError("the file is damaged: its mean or std is not three numbers")
-    return mean, std
-
-
 def _graph(model: nn.Module, image_size: int) -> torch.export.ExportedProgram:
     """The model as a graph with a free number of images."""
-    images = torch.zeros(2, 3, image_size, image_size)
+    images = torch.zeros(2, input_channels(model), image_size, image_size)
     with_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
     try:
@@ -413,7 +411,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        peft_format.write_peft(model, Path(scratch))
+        peft_format.write_peft(model, Path(scratch), recorded(from_metadata(metadata), metadata))
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
         _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
@@ -468,7 +466,7 @@ def from_peft(
         raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
-    about |= {name: list(values) for name, values in normalization(report["arch"]).items()}
+    about |= recorded(peft_format.values_of(folder, report), report)
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error
@@ -477,7 +475,8 @@ def from_peft(
 @torch.no_grad()
 def _difference(theirs: nn.Module, ours: nn.Module, image_size: int, tolerance: float) -> float:
     """The largest difference of the logits for random images, relative to the largest logit."""
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    shape = 2, input_channels(ours), image_size, image_size
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = ours(images)
     error = ((theirs(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     if not error <= tolerance:
@@ -593,7 +592,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help="folder with a folder of images per class")
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parsers["export"].add_argument("--normalise", action="store_true", help="the graph takes images from 0 to 1")
+    parsers["export"].add_argument(
+        "--normalise", action="store_true", help="the graph takes images from 0 to 1, or files' numbers"
+    )
     direction = parsers["convert"]
     direction.add_argument("--to", choices=["peft"], help="write PEFT's format, into the folder --output")
     direction.add_argument("--from", choices=["peft"], dest="source", help="read a folder that PEFT wrote")

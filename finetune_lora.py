@@ -52,6 +52,7 @@ from lora.targets import (
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import (
     InputError,
+    bands,
     checkpoints,
     collapse,
     data,
@@ -64,7 +65,7 @@ from toolkit import (
     search,
     training,
 )
-from toolkit.backbones import headless, in_head, normalization
+from toolkit.backbones import headless, in_head
 from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
 from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
 from toolkit.collapse import CollapseGuard
@@ -628,7 +629,7 @@ def load_finetuned(
         checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
 
     Returns:
-        The model and the file's metadata, with `transform` from a PIL RGB image to the model's input, (3, H, W).
+        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W).
 
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
@@ -639,16 +640,16 @@ def load_finetuned(
     base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
     model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata))
     load_adapters(model, adapter_path, base)
-    transform = eval_transform(metadata["image_size"], **normalization(metadata["arch"]))
+    transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
     return model.eval(), {**metadata, "transform": transform}
 
 
 def load_base(
-    checkpoint: str | Path, stage1_adapter: str | Path | None, num_classes: int, arch=None, image_size=None, heads=None
+    checkpoint: str | Path, stage1_adapter: Path | None, num_classes: int, arch=None, image_size=None, heads=None, *more
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads."""
     heads = heads or lora_utils.heads_in_file(stage1_adapter)
-    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads)
+    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, *more)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
@@ -732,6 +733,7 @@ def main(
         splits, model, report = prepare(args)
         print(reports.describe_data(args, splits))
         print(describe_base(report, args.from_scratch))
+        args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
         print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
@@ -750,13 +752,13 @@ def main(
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """The images, the model for their classes and its report. Problems with both are told in one message."""
     try:
-        sources = options.image_sources(args)
+        sources = options.image_sources(args, options.bands_read(args))
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
             build_model(args, num_classes=2)
         except InputError as another:
-            raise InputError(f"{error}\n{another}") from None
+            raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
         raise
     model, report = build_model(args, len(splits.class_names))
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
@@ -765,7 +767,7 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
-    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, args.arch, args.image_size, args.heads)
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, *options.backbone_shape(args))
     if args.from_scratch:  # the file told the architecture alone
         model = checkpoints.random_backbone(num_classes, report)
     if isinstance(model, ResNet):
@@ -829,7 +831,7 @@ class FineTuning:
         self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
         self.splits, self.class_names = splits, splits.class_names
         self.config = options.resolved_config(make_parser(), args)
-        size, self.normalization = report["image_size"], normalization(report["arch"])
+        size, self.normalization = report["image_size"], args.normalization
         self.eval_transform = eval_transform(size, **self.normalization)
         self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
         self.loaders = loaders  # a list to which it adds its own
@@ -1149,7 +1151,7 @@ class FineTuning:
         return {
             **{name: self.report[name] for name in ("arch", "image_size", "heads")},
             "class_names": list(self.class_names),
-            **self.normalization,
+            **bands.recorded(self.normalization, self.report),
             "checkpoint": checkpoints.stored_checkpoint(self.args.checkpoint),
             "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
             "lora": options.lora_options(self.args),
@@ -1221,7 +1223,8 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base, args.stage1_adapter)
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **options.image_sources(args))
+    sources = options.image_sources(args, info["transform"].bands)
+    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **sources)
     if splits.class_names != info["class_names"]:
         raise InputError(
             f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "

@@ -26,7 +26,7 @@ from lora.fusion import unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
-from toolkit.checkpoints import is_none, tensor_digest
+from toolkit.checkpoints import CHANNEL_FITS, is_none, tensor_digest
 from toolkit.files import (
     found_path,
     is_plain_tensor,
@@ -594,12 +594,13 @@ def find_base(
     return base, stage1
 
 
-def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None]:
-    """What to tell `load_backbone` about the model of an adapter file: number of classes, arch, image size, heads.
+def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
+    """What to tell `load_backbone` about the model of an adapter file, in the order of its arguments after the path.
 
-    Older files name no heads: they were trained with the arch's own.
+    Older files name no heads and no channels: they were trained with the arch's own, and on RGB images.
     """
-    return len(metadata["class_names"]), metadata["arch"], metadata["image_size"], _heads(metadata)
+    shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"], _heads(metadata)
+    return *shape, metadata.get("channels") or 3, metadata.get("channel_fit")
 
 
 def heads_in_file(adapter: str | Path | None) -> int | None:
@@ -621,12 +622,13 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
-    wrong += ["heads"] if type(metadata.get("heads")) not in (int, type(None)) else []
+    wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
+    wrong += ["channel_fit"] if metadata.get("channel_fit") not in (None, *CHANNEL_FITS) else []
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
     with torch.device("meta"):  # takes no memory, whatever a file asks for
-        classes, arch, *size_and_heads = model_shape(metadata)
-        model = build_backbone(arch, classes, *size_and_heads)
+        classes, arch, *shape, _ = model_shape(metadata)
+        model = build_backbone(arch, classes, *shape)
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"

@@ -13,6 +13,7 @@ What PEFT cannot compute as this toolkit does is refused by name: see `obstacles
 models, and compares their answers after each conversion.
 """
 
+import json
 import logging
 import re
 from collections import Counter
@@ -29,10 +30,12 @@ from lora.adapted import AdaptedLayer, LoRASettings, is_adapted
 from lora.targets import outermost_layers
 from toolkit import InputError, listed, printable
 from toolkit.backbones import head_name
+from toolkit.bands import from_metadata
 from toolkit.files import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel
+IMAGES = "images"  # in the file's header
 ADAPTER = "default"  # PEFT's name for an adapter that was given none
 
 
@@ -83,9 +86,10 @@ def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
 
 
-def write_peft(model: nn.Module, folder: Path) -> None:
+def write_peft(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
     """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
 
+    What the images are (`about`, of `toolkit.bands.recorded`) is put into the file's header, for the way back.
     `obstacles` must have found none.
     """
     layers, head = _adapted_layers(model), head_name(model)
@@ -103,7 +107,7 @@ def write_peft(model: nn.Module, folder: Path) -> None:
     tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", IMAGES: json.dumps(about)})
 
 
 def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
@@ -140,6 +144,19 @@ def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, A
 
 
 # ---------------------------------------------------------------------------------------------------------- from PEFT
+
+
+def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """What `write_peft` says of the images; of a folder of PEFT's own what the backbone's images are likely to be."""
+    told = read_safetensors(folder / WEIGHTS)[1].get(IMAGES)
+    try:
+        about = json.loads(told) if told is not None else {"channels": report["channels"]}
+        if told is None and report["channels"] != 3:
+            zeros, ones = ([number] * report["channels"] for number in (0.0, 1.0))
+            about |= {"mean": zeros, "std": ones, "bands": [], "scale": 1.0, "show_bands": [1]}
+        return from_metadata({**about, "arch": report["arch"]})
+    except (ValueError, TypeError) as error:  # an InputError is a ValueError
+        raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
 
 
 def read_peft(folder: Path) -> dict[str, Tensor]:

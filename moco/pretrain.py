@@ -33,6 +33,7 @@ from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
 from toolkit import (
     InputError,
+    bands,
     checkpoints,
     data,
     distributed,
@@ -144,7 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=ARCHS, default="vit_mini")
-    options.add_heads_option(model)
+    options.add_shape_options(model)
     model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
     options.add_data_options(parser)
     moco = parser.add_argument_group("moco")
@@ -323,6 +324,7 @@ class Pretraining:
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
+        metadata |= {name: getattr(args, name) for name in ("channels", "channel_fit") if getattr(args, name)}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
@@ -442,14 +444,17 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
-    views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min)
+    values = bands.settle(args, args.arch, args.channels or 3, images)
+    if args.normalise:  # the checkpoint's `config` is to say it
+        args.mean, args.std = (list(values[name]) for name in ("mean", "std"))
+    views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
     loader = data.build_loader(data.Transformed(kept, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
-    transform, bounds = transforms.eval_transform(args.image_size), (KNN_BANK, KNN_QUERIES)
+    transform, bounds = transforms.eval_transform(args.image_size, **values), (KNN_BANK, KNN_QUERIES)
     knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
     if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
         raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
@@ -465,17 +470,19 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
 
     These are a part of the training split each: the held-out split has no part in stage 1, not even to watch it.
     """
-    own, sources = args.dataset == "imagefolder", options.image_sources(args)
+    own, read = args.dataset == "imagefolder", options.bands_read(args)
+    sources = options.image_sources(args, read)
     if args.dataset == data.UNLABELLED_SET or (own and not data.has_labels(args.data_dir, args.data_list)):
         if problems := options.unlabelled_problems(args):  # whether there are labels may be known only now
             raise InputError("\n".join(problems))
-        images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable), ()
+        images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read), ()
     else:
         splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
     if args.knn_dir:
-        labelled = data.load_splits("imagefolder", args.knn_dir, skip_unreadable=args.skip_unreadable)[:2]
+        how = {"skip_unreadable": args.skip_unreadable, "bands": read}
+        labelled = data.load_splits("imagefolder", args.knn_dir, **how)[:2]
     return images, labelled
 
 
@@ -490,14 +497,15 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
     args.dim = args.dim or (outputs[-1] if outputs else 256)
     args.mlp_dim = args.mlp_dim or (outputs[0] if len(outputs) > 1 and version == 3 else 4096)
     if args.checkpoint:
-        backbone, report = load_base(args.checkpoint, None, 1, args.arch, args.image_size, args.heads)
+        backbone, report = load_base(args.checkpoint, None, 1, *options.backbone_shape(args))
         args.arch, args.image_size, origin = report["arch"], report["image_size"], checkpoints.describe_base(report)
         args.heads = report["heads"] if other_heads(backbone) else None
+        args.channels = report["channels"] if report["channels"] != 3 else args.channels
         if args.moco_version == 3 and args.arch.startswith("vit"):  # its positions stay as they are
             backbone.encoder.pos_embedding.requires_grad_(False)
     else:
         args.image_size = args.image_size or default_image_size(args.arch)
-        backbone, origin = build_backbone(args.arch, 1, args.image_size, args.heads), ""
+        backbone, origin = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3), ""
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(backbone.to(device), args).to(device)

@@ -211,12 +211,17 @@ def test_half_a_backbone_is_an_error_that_lists_what_is_missing(case, resnet, sa
         load_backbone(saved(RESNETS[case][1](half)), num_classes=2)
 
 
-@pytest.mark.parametrize("case", RESNETS)
-def test_a_file_of_13_channels_is_understood_up_to_its_channels(case, resnet, saved):
+PUBLISHED = [("torchgeo's weights", channels) for channels in (1, 2, 6, 7, 9, 11)]  # and SSL4EO-S12's 13
+
+
+@pytest.mark.parametrize(("case", "channels"), [*PUBLISHED, *((case, 13) for case in RESNETS)])
+def test_the_first_layer_of_a_file_says_how_many_channels_the_images_have(case, channels, resnet, saved):
     family, build = RESNETS[case]
-    many = resnet | {"conv1.weight": torch.randn(64, 13, 7, 7)}
-    with pytest.raises(InputError, match=rf"\({family}\).*119 of its 120.*images of 13 channels"):
-        load_backbone(saved(build(many)), num_classes=2)
+    many = resnet | {"conv1.weight": torch.randn(64, channels, 7, 7)}
+    model, report = load_backbone(saved(build(many)), num_classes=2)
+    assert (report["family"], report["channels"], report["channel_fit"]) == (family, channels, None)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in many.items())
+    assert model(torch.randn(2, channels, 32, 32)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("case", ["SeCo", "mmpretrain, MoCo v2", "solo-learn, MoCo v2+", "VISSL"])

@@ -19,7 +19,15 @@ from finetune_lora import (
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
-from toolkit.backbones import build_backbone, default_image_size, forward_features, head_name, in_head, normalization
+from toolkit.backbones import (
+    build_backbone,
+    default_image_size,
+    first_convolution,
+    forward_features,
+    head_name,
+    in_head,
+    normalization,
+)
 from toolkit.checkpoints import load_backbone
 from toolkit.probe import init_head_from_probe
 
@@ -133,12 +141,11 @@ def test_what_cannot_be_built(arch, options, message):
         build_backbone(arch, **{"num_classes": 5, **options})
 
 
-@pytest.mark.parametrize(("shape", "message"), [((1, 64, 64), "images of 1 channels"), ((3, 64, 32), "64 x 32 pixels")])
-def test_models_for_other_images(shape, message, monkeypatch):
+def test_models_for_images_that_are_not_square(monkeypatch):
     config = timm.get_pretrained_cfg("test_vit")
-    config.input_size = shape
+    config.input_size = 3, 64, 32
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="64 x 32 pixels"):
         build_backbone("timm:test_vit", 5)
 
 
@@ -187,11 +194,28 @@ def test_another_model_s_checkpoint_is_refused(checkpoint):
         load_backbone(checkpoint("test_convnext")[0], 5)
 
 
+@pytest.mark.parametrize("channels", [1, 13])
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_a_checkpoint_for_other_channels_is_named_as_such(name, checkpoint):
-    path, _ = checkpoint(name, in_chans=1)
-    with pytest.raises(InputError, match="for images of 1 channels, and those of this toolkit have 3"):
-        load_backbone(path, 5, f"timm:{name}")
+def test_a_checkpoint_says_how_many_channels_its_images_have(name, channels, checkpoint):
+    path, theirs = checkpoint(name, in_chans=channels)
+    model, report = load_backbone(path, 5, f"timm:{name}")
+    images = torch.randn(2, channels, report["image_size"], report["image_size"])
+    assert report["channels"] == channels
+    assert torch.equal(model.eval().forward_features(images), theirs.eval().forward_features(images))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 7])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_first_layer_is_fitted_as_timm_does(name, channels, checkpoint):
+    from timm.models import adapt_input_conv
+
+    path, theirs = checkpoint(name)
+    model, report = load_backbone(path, 5, f"timm:{name}", channels=channels, channel_fit="timm")
+    first = f"{first_convolution(model)}.weight"
+    assert torch.equal(model.state_dict()[first], adapt_input_conv(channels, theirs.state_dict()[first]))
+    assert (report["channels"], report["channel_fit"]) == (channels, "timm")
+    with pytest.raises(InputError, match=rf"for images of 3 channels, not {channels}.*--channel-fit timm"):
+        load_backbone(path, 5, f"timm:{name}", channels=channels)
 
 
 def test_a_position_embedding_says_its_image_size_and_is_interpolated_to_another(checkpoint):

@@ -5,6 +5,7 @@ timm's are called `timm:` and a name of `timm.list_models()`, with or without a 
 
 import copy
 import difflib
+import math
 import re
 
 import torch
@@ -77,12 +78,15 @@ def other_heads(model: nn.Module) -> dict[str, str]:
     return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
 
 
-def build_backbone(arch: str, num_classes: int, image_size: int | None = None, heads: int | None = None) -> nn.Module:
-    """A randomly initialised model: images (N, 3, image_size, image_size) -> logits (N, num_classes).
+def build_backbone(
+    arch: str, num_classes: int, image_size: int | None = None, heads: int | None = None, channels: int = 3
+) -> nn.Module:
+    """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
     `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` are
     the attention heads of a ViT of torchvision's, None its own (`default_heads`).
-    Raises InputError for an unknown arch, a size or heads that do not fit, a class count below 1, or timm missing.
+    Raises InputError for an unknown arch, a size, heads or channels that do not fit, a class count below 1, or timm
+    missing.
     """
     own_size = default_image_size(arch)  # or it is an unknown one
     size = own_size if image_size is None else image_size
@@ -91,10 +95,11 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None, h
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
     if not 1 <= size <= LARGEST_IMAGE:
         raise InputError(f"image size is {size}; give a positive number of pixels, at most {LARGEST_IMAGE}")
+    check_channels(channels)
     if arch.startswith(TIMM):
-        return _build_timm(arch, num_classes, size)
+        return _build_timm(arch, num_classes, size, channels)
     if arch in _RESNETS:
-        return _RESNETS[arch](weights=None, num_classes=num_classes)
+        return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
     shape = _VITS[arch] | ({"num_heads": heads} if heads else {})
     patch = shape["patch_size"]
     if size % patch:
@@ -104,6 +109,43 @@ def build_backbone(arch: str, num_classes: int, image_size: int | None = None, h
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
         model.other_heads = heads
+    return _for_channels(model, channels)
+
+
+MOST_CHANNELS = 1024  # of hyperspectral images; a file could otherwise ask for any memory
+
+
+def check_channels(channels: int) -> None:
+    """Raises InputError for a number of channels that no image has."""
+    if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
+        raise InputError(f"{printable(channels)} channels; give a whole number from 1 to {MOST_CHANNELS}")
+
+
+def first_convolution(model: nn.Module) -> str | None:
+    """The name of the layer that sees the images; None where it is no convolution."""
+    return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def input_channels(model: nn.Module) -> int:
+    """How many channels a model's images have."""
+    name = first_convolution(model)
+    return 3 if name is None else model.get_submodule(name).in_channels
+
+
+def _for_channels(model: nn.Module, channels: int) -> nn.Module:
+    """The model, if not for 3 channels with another first convolution, initialised as torchvision does."""
+    if channels == 3:
+        return model
+    name = first_convolution(model)
+    old = model.get_submodule(name)
+    has_bias = old.bias is not None
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=has_bias)
+    if name == "conv1":
+        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    elif name == "conv_proj":
+        nn.init.trunc_normal_(new.weight, std=math.sqrt(1 / new.weight[0].numel()))
+        nn.init.zeros_(new.bias)
+    model.set_submodule(name, new)
     return model
 
 
@@ -137,7 +179,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the classifier head receives: images (N, 3, H, W) -> (N, D). The model and its head stay untouched."""
+    """What the classifier head receives: images (N, C, H, W) -> (N, D). The model and its head stay untouched."""
     return headless(model)(images)
 
 
@@ -188,7 +230,7 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
 
 
 def _timm_config(arch: str):
-    """timm's `PretrainedCfg` of a model. Raises InputError for a name that it lacks, and other images than RGB."""
+    """timm's `PretrainedCfg` of a model. Raises InputError for a name that it lacks, and images that are not square."""
     name = arch.removeprefix(TIMM)
     try:
         import timm
@@ -201,25 +243,23 @@ def _timm_config(arch: str):
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
         raise InputError(f"{arch}: {error}") from None
-    channels, height, width = config.input_size
-    if channels != 3:
-        raise InputError(f"{arch} takes images of {channels} channels; those of this toolkit have 3")
+    _, height, width = config.input_size
     if height != width:
         raise InputError(f"{arch} takes images of {height} x {width} pixels; those of this toolkit are square")
     return config
 
 
-def _build_timm(arch: str, num_classes: int, size: int) -> nn.Module:
+def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:
     import timm
 
     config, name = _timm_config(arch), arch.removeprefix(TIMM)
+    shape = {"num_classes": num_classes} | ({"in_chans": channels} if channels != config.input_size[0] else {})
     try:
-        if size == config.input_size[-1]:
-            model = timm.create_model(name, num_classes=num_classes)
-        else:
-            model = _timm_of_size(name, num_classes, size)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise InputError(f"timm cannot build {name} for {size} pixels: {error}") from None
+        own_size = size == config.input_size[-1]
+        model = timm.create_model(name, **shape) if own_size else _timm_of_size(name, shape, size)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        images = f"{size} pixels" + (f" and {channels} channels" if "in_chans" in shape else "")
+        raise InputError(f"timm cannot build {name} for {images}: {error}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     if size % patch[0]:
         fitting = max(1, round(size / patch[0])) * patch[0]
@@ -229,13 +269,13 @@ def _build_timm(arch: str, num_classes: int, size: int) -> nn.Module:
     return model
 
 
-def _timm_of_size(name: str, num_classes: int, size: int) -> nn.Module:
+def _timm_of_size(name: str, shape: dict[str, int], size: int) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(name, num_classes=num_classes, img_size=size)
+        return timm.create_model(name, img_size=size, **shape)
     except TypeError:  # without such an argument it takes any size
-        return timm.create_model(name, num_classes=num_classes)
+        return timm.create_model(name, **shape)
 
 
 def _check_arch(arch: str) -> None:

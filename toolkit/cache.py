@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from toolkit import InputError, distributed
+from toolkit.bands import Bands
 from toolkit.data import LabelledImages
 from toolkit.folders import ImageFiles, unreadable
 from toolkit.transforms import AtMost, View
@@ -52,15 +53,17 @@ class KeptImages(ImageFiles):
     """
 
     def __init__(self, files: ImageFiles, folder: Path, shorter: int):
-        self.folder, self.names, self.labels = files.folder, files.names, files.labels
+        super().__init__(files.folder, (), files.labels, files.bands)
+        self.names = files.names
         self.files, self.kept, self.shorter = files, folder, shorter
         self.is_full = False
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         place = self.place(i)
-        image = _read(place)
+        image = _read(place, self.bands)
         if image is None:
             image = View(AtMost(self.shorter))(self.files[i][0])
+            image = image.permute(1, 2, 0).numpy() if torch.is_tensor(image) else image
             self._keep(image, place)
         return image, self.labels[i]
 
@@ -73,11 +76,12 @@ class KeptImages(ImageFiles):
             raise unreadable(path, error) from None
         # A copy that keeps the old time of modification (rsync -t) shows in the time of change, which nobody can set.
         times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {times}"
+        of_file = f" {self.bands.chosen}" if self.bands else ""
+        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {times}{of_file}"
         name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
         return self.kept / name[:2] / name
 
-    def _keep(self, image: Image.Image, place: Path) -> None:
+    def _keep(self, image: Image.Image | np.ndarray, place: Path) -> None:
         if self.is_full:
             return
         try:
@@ -85,7 +89,7 @@ class KeptImages(ImageFiles):
             file, name = tempfile.mkstemp(dir=place.parent)
             try:
                 with os.fdopen(file, "wb") as kept:
-                    kept.write(np.array(image.size, dtype="<u4").tobytes() + image.tobytes())
+                    kept.write(np.array(_size(image), dtype="<u4").tobytes() + image.tobytes())
                 os.replace(name, place)
             except BaseException:
                 os.unlink(name)
@@ -95,14 +99,27 @@ class KeptImages(ImageFiles):
             warnings.warn(f"no more images are kept in {self.kept}: {error.strerror}", stacklevel=2)
 
 
-def _read(place: Path) -> Image.Image | None:
+def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height)."""
+    return image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+
+
+def _bytes_per_pixel(bands: Bands | None) -> int:
+    return 3 if bands is None else 4 * bands.channels
+
+
+def _read(place: Path, bands: Bands | None) -> Image.Image | np.ndarray | None:
     """What was kept there; None where nothing is, or not all of it."""
     try:
         content = place.read_bytes()
     except OSError:
         return None
     size = tuple(np.frombuffer(content[:8], dtype="<u4").tolist()) if len(content) > 8 else (0, 0)
-    return Image.frombytes("RGB", size, content[8:]) if len(content) == 8 + 3 * size[0] * size[1] > 8 else None
+    if len(content) != 8 + _bytes_per_pixel(bands) * size[0] * size[1] or 0 in size:
+        return None
+    if bands is None:
+        return Image.frombytes("RGB", size, content[8:])
+    return np.frombuffer(content, np.float32, offset=8).reshape(size[1], size[0], bands.channels)
 
 
 def keep_images(images: LabelledImages, where: str, image_size: int) -> LabelledImages:
@@ -258,9 +275,8 @@ def _bytes_needed(images: LabelledImages) -> tuple[int, int]:
     for i in images.indices[::step].tolist():
         with contextlib.suppress(InputError):  # what cannot be read is told when it is its turn
             place = source.place(i)
-            with source.files[i][0] as image:
-                width, height = AtMost(source.shorter)(*image.size)[1]
-            sizes.append(8 + 3 * width * height)
+            width, height = AtMost(source.shorter)(*_size(source.files[i][0]))[1]
+            sizes.append(8 + _bytes_per_pixel(source.bands) * width * height)
             missing.append(0 if place.exists() else sizes[-1])
     share = len(images) / max(1, len(sizes))
     return round(share * sum(sizes)), round(share * sum(missing))

@@ -29,7 +29,9 @@ from toolkit.backbones import (
     check_heads,
     default_heads,
     default_image_size,
+    first_convolution,
     head_name,
+    input_channels,
     other_heads,
 )
 from toolkit.files import TOOLKIT, ForeignObject, is_plain_tensor, read_checkpoint, read_safetensors, stored_path
@@ -47,6 +49,8 @@ def load_backbone(
     arch: str | None = None,
     image_size: int | None = None,
     heads: int | None = None,
+    channels: int | None = None,
+    channel_fit: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone in a checkpoint, in a torchvision model with a fresh classifier head for `num_classes`.
 
@@ -59,25 +63,34 @@ def load_backbone(
         image_size: by default the file's own. A ViT's position embedding is interpolated to any other.
         heads: attention heads of a ViT of torchvision's; by default what the layout implies. Where that is a guess, it
             warns: the tensors of a ViT-S with 6 heads and of one with 12 are alike.
+        channels: of the images; by default those that the file's first layer takes.
+        channel_fit: how that layer is made for others, one of CHANNEL_FITS; None: it is not.
 
     Returns:
-        The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a ViT of torchvision's), `epoch`
+        The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a ViT of torchvision's), `channels`,
+        `channel_fit` (None where the first layer is the file's own), `epoch`
         (None if unknown), `loaded` (names in the model), `dropped` (names in the file: projector, predictor, key
         encoder, queue, classifier).
         `model.base_digests` says what the checkpoint holds (name -> SHA-256): adapter files know their base by it.
 
     Raises:
-        InputError: the file cannot be read, or not every backbone tensor of the arch is in it, or others are too.
+        InputError: the file cannot be read, or not every backbone tensor of the arch is in it, or others are too, or
+            its images have other channels.
     """
     if is_none(path):
-        report = _report_of_random(arch, image_size, heads)
+        report = _report_of_random(arch, image_size, heads, channels)
         return random_backbone(num_classes, report), report
     source = _identify(path, _read(path), arch)
     arch = _find_arch(source) if source.arch is None else source.arch
     size = _find_image_size(source, arch) if image_size is None else image_size
     likely, certain = _find_heads(source, arch)
-    model = build_backbone(arch, num_classes, size, heads or likely)
+    first, own_channels = _find_channels(source.weights, arch)
+    channels = own_channels if channels is None else channels
+    model = build_backbone(arch, num_classes, size, heads or likely, channels)
     weights = _resize_positions(source.weights, model)
+    if channels != own_channels:
+        _check_channel_fit(path, own_channels, channels, channel_fit)
+        weights = weights | {first: fitted_to_channels(weights[first], channels)}
     _check_match(source, weights, model, arch)
     model.load_state_dict({**model.state_dict(), **weights})
     _record_digests(model, source.weights)
@@ -88,11 +101,59 @@ def load_backbone(
         "arch": arch,
         "image_size": size,
         "heads": heads or likely,
+        "channels": channels,
+        "channel_fit": channel_fit if channels != own_channels else None,
         "epoch": source.epoch,
         "loaded": list(weights),
         "dropped": source.dropped,
     }
     return model, report
+
+
+CHANNEL_FITS = ("timm",)
+
+
+def find_channels(path: str | os.PathLike, arch: str | None = None) -> int:
+    """How many channels the images have that the first layer in a checkpoint takes; 3 for random weights.
+
+    Raises InputError where `load_backbone` does so because of what the file is.
+    """
+    if is_none(path):
+        return 3
+    source = _identify(path, _read(path), arch)
+    return _find_channels(source.weights, _find_arch(source) if source.arch is None else source.arch)[1]
+
+
+def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
+    """The name of the first convolution's weight and its input channels; 3 where the file has none of this shape."""
+    model = _meta_model(arch)
+    name = f"{first_convolution(model)}.weight"
+    expected = model.state_dict().get(name)
+    if expected is None or name not in weights or weights[name].dim() != 4:
+        return None, input_channels(model)
+    (out, channels, *kernel), found = expected.shape, weights[name].shape
+    return name, found[1] if found == (out, found[1], *kernel) and found[1] > 0 else channels
+
+
+def _check_channel_fit(path: str | os.PathLike, found: int, wanted: int, fit: str | None) -> None:
+    if fit is None:
+        raise InputError(
+            f"{path} is for images of {found} channels, not {wanted}: leave --channels out and choose as many --bands, "
+            "or, if it must be, fit its first layer with --channel-fit timm"
+        )
+
+
+def fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
+    """A first convolution's weight (out, C, h, w) for other channels, by timm's rule (`adapt_input_conv`).
+
+    For one channel the weights of all are added up, so that grey gives what it gave as grey RGB. For more they are
+    repeated in turn, and scaled by the ratio of the numbers.
+    """
+    found = kernel.shape[1]
+    if channels == 1:
+        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
+    turns = -(-channels // found)
+    return (kernel.float().repeat(1, turns, 1, 1)[:, :channels] * (found / channels)).to(kernel.dtype)
 
 
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
@@ -175,17 +236,20 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
     return problems
 
 
-def _report_of_random(arch: str | None, image_size: int | None, heads: int | None) -> dict[str, Any]:
+def _report_of_random(
+    arch: str | None, image_size: int | None, heads: int | None, channels: int | None
+) -> dict[str, Any]:
     if arch is None:
         raise InputError("random weights have no architecture of their own: give an arch")
     size = default_image_size(arch) if image_size is None else image_size
-    shape = {"arch": arch, "image_size": size, "heads": heads or default_heads(arch)}
+    shape = {"arch": arch, "image_size": size, "heads": heads or default_heads(arch), "channels": channels or 3}
+    shape["channel_fit"] = None
     return {"family": NO_CHECKPOINT, **shape, "epoch": None, "loaded": [], "dropped": []}
 
 
 def random_backbone(num_classes: int, report: Mapping[str, Any]) -> nn.Module:
     """The architecture that a report of `load_backbone` describes, with random weights."""
-    model = build_backbone(report["arch"], num_classes, report["image_size"], report["heads"])
+    model = build_backbone(report["arch"], num_classes, report["image_size"], report["heads"], report["channels"])
     model.base_digests = {}  # no file has these weights: an adapter file holds all of them
     return model
 
@@ -534,7 +598,7 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
         found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
         raise InputError(
             f"{source.path} ({source.layout.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
-            f"{len(expected)} backbone tensors match; {found}{_other_channels(weights, expected)}"
+            f"{len(expected)} backbone tensors match; {found}"
             f"{_other_stem(weights, expected)}{_better_arch(source, arch)}"
         )
     counters = {key for key in common if key.endswith("num_batches_tracked")}  # cast, as by half(), they are floats
@@ -546,15 +610,6 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
 def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
     # One NaN or infinity makes the sum one, and a sum takes a fraction of the time of looking at each number.
     return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
-
-
-def _other_channels(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
-    """Says so where a first convolution is for other images than RGB."""
-    for name in weights.keys() & expected.keys():
-        found, wanted = weights[name].shape, expected[name].shape
-        if len(wanted) == 4 and wanted[1] == 3 != found[1] and found == (wanted[0], found[1], *wanted[2:]):
-            return f"; it is for images of {found[1]} channels, and those of this toolkit have 3"
-    return ""
 
 
 def _other_stem(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
@@ -578,14 +633,15 @@ def _better_arch(source: _Source, arch: str) -> str:
 
 def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
     """What the backbone is and what was recognised in its checkpoint, in two lines of a terminal."""
+    images = f"{report['image_size']} pixels" + (f" of {n} channels" if (n := report["channels"]) != 3 else "")
     if from_scratch or report["family"] == NO_CHECKPOINT:
-        return f"backbone: {report['arch']} for {report['image_size']} pixels with random weights"
+        return f"backbone: {report['arch']} for {images} with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
     heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
     needless = _parts_of(report["dropped"])
     others = f"; the file's {needless} not needed" if needless else ""
     return (
-        f"backbone: {report['arch']}{heads} for {report['image_size']} pixels from a {report['family']} "
+        f"backbone: {report['arch']}{heads} for {images} from a {report['family']} "
         f"checkpoint{epoch};\n          all {len(report['loaded'])} backbone tensors loaded{others}"
     )
 

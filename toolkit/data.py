@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
 
 from toolkit import InputError, distributed, listed, printable
+from toolkit.bands import Bands
 from toolkit.folders import (
     EVALUATION_NAMES,
     ImageFiles,
@@ -65,7 +66,9 @@ SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
 
 
 class LabelledImages(Dataset):
-    """(PIL RGB image, int label) pairs; `labels` holds all labels without reading an image.
+    """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
+
+    `labels` holds all labels without reading an image.
 
     Args:
         source: has (image, label) at each index.
@@ -84,9 +87,9 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
         image, label = self.undecoded(i)
-        return to_rgb(image), label
+        return image if isinstance(image, np.ndarray) else to_rgb(image), label
 
-    def undecoded(self, i: int) -> tuple[Image.Image, int]:
+    def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
         try:
             return self.source[int(self.indices[i])][0], self.labels[i]
@@ -149,6 +152,7 @@ def load_splits(
     data_list: Sequence[str | Path] | None = None,
     skip_unreadable: bool = False,
     for_training_only: bool = False,
+    bands: Bands | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -165,6 +169,7 @@ def load_splits(
             which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
         skip_unreadable: read all images once and leave out those that cannot be read.
         for_training_only: the evaluation images are not asked for, and `val` may be empty.
+        bands: `imagefolder`: what is read of files that are no RGB photographs.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
@@ -173,7 +178,10 @@ def load_splits(
         splits = _digits(data_dir)
     elif dataset == "imagefolder":
         needs_val = eval_split == "held-out" and not for_training_only
-        splits = _image_lists(data_list, data_dir) if data_list else _image_folder(data_dir, val_dir, needs_val)
+        if data_list:
+            splits = _image_lists(data_list, data_dir, bands)
+        else:
+            splits = _image_folder(data_dir, val_dir, needs_val, bands)
     elif dataset == UNLABELLED_SET:
         raise InputError(
             f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
@@ -205,7 +213,10 @@ UNLABELLED = -1  # the label of an image without one
 
 
 def load_unlabelled(
-    data_dir: str | Path | None = None, data_list: Sequence[str | Path] | None = None, skip_unreadable: bool = False
+    data_dir: str | Path | None = None,
+    data_list: Sequence[str | Path] | None = None,
+    skip_unreadable: bool = False,
+    bands: Bands | None = None,
 ) -> LabelledImages:
     """All images below a folder, or in a list, for pretraining. Of a folder with a train/ only those in there.
 
@@ -215,25 +226,25 @@ def load_unlabelled(
     if data_list:
         path = Path(data_list[0])
         folder = _existing("--data-dir", data_dir) if data_dir else path.parent
-        source = ImageFiles(folder, read_list(path, folder)[0], ())
+        source = ImageFiles(folder, read_list(path, folder)[0], (), bands)
     else:
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
         if os.path.isdir(folder / "train"):
             folder = folder / "train"
-        source = read_shards(folder)[0] if shard_names(folder) else _all_images(folder)
+        source = read_shards(folder, bands)[0] if shard_names(folder) else _all_images(folder, bands)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)
     return readable(images) if skip_unreadable else images
 
 
-def _all_images(folder: Path) -> ImageFiles:
+def _all_images(folder: Path, bands: Bands | None) -> ImageFiles:
     """Those below a folder, without labels; says which other files are there. Raises InputError if there are none."""
     others = Counter()
-    names = image_names(folder, others=others)
+    names = image_names(folder, others=others, bands=bands)
     if not names:
-        raise InputError(f"{folder}: no images {looked_for(others)}")
+        raise InputError(f"{folder}: no images {looked_for(others, bands)}")
     tell_others(folder, others)
-    return ImageFiles(folder, names, ())
+    return ImageFiles(folder, names, (), bands)
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
@@ -287,8 +298,9 @@ def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
     def problem(i: int) -> UnreadableImage | None:
         try:
             image, _ = images.undecoded(i)
-            image.draft(None, (1, 1))
-            to_rgb(image)
+            if not isinstance(image, np.ndarray):
+                image.draft(None, (1, 1))
+                to_rgb(image)
         except UnreadableImage as error:
             return error
         return None
@@ -315,7 +327,9 @@ def _digits(data_dir: str | Path | None) -> Splits:
     return Splits(train, held_out, [str(name) for name in digits.target_names])
 
 
-def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool) -> Splits:
+def _image_folder(
+    data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
+) -> Splits:
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set, which
     is split here.
     """
@@ -332,15 +346,15 @@ def _image_folder(data_dir: str | Path | None, val_dir: str | Path | None, needs
         )
     if shard_names(train):
         folders = [train] if held_out is None else [train, held_out]
-        return _by_label(folders, [_labelled_shards(folder) for folder in folders], split=train == root)
+        return _by_label(folders, [_labelled_shards(folder, bands) for folder in folders], split=train == root)
     class_names = class_folders(train)
     if held_out is None and train == root:
-        return Splits(*validation_part(_folder_images(root, class_names)), class_names)
-    images = _folder_images(train, class_names)
+        return Splits(*validation_part(_folder_images(root, class_names, bands)), class_names)
+    images = _folder_images(train, class_names, bands)
     if held_out is None:
         return Splits(images, images.subset([]), class_names)
     _check_classes(held_out, class_folders(held_out, at_least=1), train, class_names)
-    return Splits(images, _folder_images(held_out, class_names, every=False), class_names)
+    return Splits(images, _folder_images(held_out, class_names, bands, every=False), class_names)
 
 
 def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
@@ -362,12 +376,12 @@ def _existing(option: str, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _folder_images(folder: Path, class_names: list[str], every: bool = True) -> LabelledImages:
-    files = labelled_files(folder, class_names, every)
+def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, every: bool = True) -> LabelledImages:
+    files = labelled_files(folder, class_names, every, bands)
     return LabelledImages(files, files.labels)
 
 
-def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Splits:
+def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None, bands: Bands | None) -> Splits:
     """The images of one list, which is split here, or of two."""
     if len(lists) > 2:
         raise InputError(
@@ -380,14 +394,14 @@ def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Sp
         names, labels = read_list(path, folder)
         if not labels:
             raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
-        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names)), labels))
+        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
     return _by_label(paths, contents, split=True)
 
 
-def _labelled_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
+def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
     if not shard_names(folder):
         raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
-    images, labels = read_shards(folder)
+    images, labels = read_shards(folder, bands)
     if not labels:
         raise InputError(
             f"{folder}: the images in its archives have no labels, a .cls beside each .jpg; only pretraining needs "

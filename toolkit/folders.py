@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
+from toolkit.bands import ARRAY_SUFFIXES, Bands
 
 # Of an animated one the first frame is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -51,21 +52,24 @@ class ImageFiles(Dataset):
         folder: where the files are.
         names: their paths relative to it, with / between the parts.
         labels: their classes.
+        bands: what is read of files that are no RGB photographs; each image is then an array, (H, W, C).
     """
 
-    def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int]):
+    def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int], bands: Bands | None = None):
         self.folder = str(folder)
         self.names = FileNames(names)
         self.labels = labels
+        self.bands = bands
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         try:
-            return Image.open(self.path(i)), self.labels[i]
-        except MemoryError:
+            image = Image.open(self.path(i)) if self.bands is None else self.bands.read(self.content(i))
+            return image, self.labels[i]
+        except (MemoryError, InputError):
             raise
         except Exception as error:  # a damaged file fails in a hundred places of Pillow
             raise unreadable(self.path(i), error) from None
@@ -84,7 +88,7 @@ class ImageFiles(Dataset):
 
 
 class UnreadableImage(InputError):
-    """A file that Pillow cannot read."""
+    """A file that cannot be read as an image."""
 
 
 def unreadable(path: str, error: Exception) -> UnreadableImage:
@@ -156,30 +160,36 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _OF_SYSTEMS
 
 
-def labelled_files(folder: Path, class_names: list[str], every: bool = True) -> ImageFiles:
+def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
     """All images below the class folders; says which other files are there.
 
     Raises InputError if there are no images or, with `every`, none of some class.
     """
     folders, others, found = _folders_by_class(folder), Counter(), []
     for name in class_names:
-        found.append(list(itertools.chain(*(image_names(folder, inner, others) for inner in folders.get(name, ())))))
+        inside = (image_names(folder, inner, others, bands) for inner in folders.get(name, ()))
+        found.append(list(itertools.chain(*inside)))
     empty = [name for name, images in zip(class_names, found, strict=True) if not images]
     if len(empty) == len(class_names) or (every and empty):
-        raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others)}")
+        raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
     tell_others(folder, others)
     labels = [label for label, images in enumerate(found) for _ in images]
-    return ImageFiles(folder, itertools.chain(*found), labels)
+    return ImageFiles(folder, itertools.chain(*found), labels, bands)
 
 
-def image_names(folder: Path, within: str = "", others: Counter | None = None) -> list[str]:
+def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
+    """Of the files that are images. Arrays are among them only where bands are read: they may be stored features."""
+    return IMAGE_SUFFIXES if bands is None else (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
+
+
+def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
     """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
 
     Links are followed. What is no image is counted in `others`, by suffix. Raises InputError for a folder that cannot
     be listed.
     """
     try:
-        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others))
+        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, suffixes(bands)))
     except OSError as error:
         raise _unlisted(error) from None
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
@@ -188,14 +198,14 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None) -
 def first_image(folder: Path) -> str | None:
     """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
     try:
-        found = (posixpath.join(inner, names[0]) for inner, names in _image_folders(folder, "", (), Counter()) if names)
-        return next(found, None)
+        folders = _image_folders(folder, "", (), Counter(), IMAGE_SUFFIXES)
+        return next((posixpath.join(inner, names[0]) for inner, names in folders if names), None)
     except OSError as error:
         raise _unlisted(error) from None
 
 
 def _image_folders(
-    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter
+    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, endings: tuple[str, ...]
 ) -> Iterator[tuple[str, list[str]]]:
     """(path relative to `folder`, names of its images) for a folder and for each below it."""
     here = os.stat(folder / within)
@@ -208,19 +218,19 @@ def _image_folders(
                 continue
             if entry.is_dir():
                 folders.append(posixpath.join(within, entry.name))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            elif entry.name.lower().endswith(endings):
                 names.append(entry.name)
             else:
                 others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
     yield within, names
     for inner in folders:
-        yield from _image_folders(folder, inner, (*above, here), others)
+        yield from _image_folders(folder, inner, (*above, here), others, endings)
 
 
-def looked_for(others: Counter | None = None) -> str:
+def looked_for(others: Counter | None = None, bands: Bands | None = None) -> str:
     """For a message that there are no images: what would be one, and what is there instead."""
     instead = f"; found {_counted(others)}" if others else ""
-    return f"(looked for {' '.join(IMAGE_SUFFIXES)}{instead})"
+    return f"(looked for {' '.join(suffixes(bands))}{instead})"
 
 
 def tell_others(folder: str | Path, others: Counter) -> None:

@@ -5,6 +5,7 @@ An argument group titled `model`, `data`, `moco` or `finetune` is the YAML secti
 """
 
 import argparse
+import contextlib
 import copy
 import difflib
 import math
@@ -20,10 +21,18 @@ from typing import Any
 
 import yaml
 
-from toolkit import InputError, printable
+from toolkit import InputError, bands, printable
 from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
-from toolkit.checkpoints import OFFICIAL_CHECKPOINTS, SHIPPED, checkpoint_path, is_none, option_problems
+from toolkit.checkpoints import (
+    CHANNEL_FITS,
+    OFFICIAL_CHECKPOINTS,
+    SHIPPED,
+    checkpoint_path,
+    find_channels,
+    is_none,
+    option_problems,
+)
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from toolkit.files import found_path, stored_path
 from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
@@ -33,13 +42,13 @@ from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 # that both read belong to fine-tuning alone: pretraining passes over them.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views"),
+    "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views", "show_bands"),
     "moco": (),
     "finetune": (),
 }
 
 # Options of earlier versions, which configurations may still have.
-REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "scale", "shift", "noise"}
+REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -69,6 +78,7 @@ non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+any_float = _number(float, lambda x: True, "a number")
 positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
@@ -451,7 +461,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         default="none",
         help="keep training images decoded, at most twice --image-size",
     )
+    _add_band_options(group)
     return group
+
+
+def _add_band_options(group: argparse._ArgumentGroup) -> None:
+    """What the numbers of images mean that are no RGB photographs: `toolkit.bands`."""
+    several = {"nargs": "+", "action": "extend"}
+    group.add_argument("--bands", **several, help="which bands of a file, in order, as 4,3,2; 0: zeros (default: all)")
+    group.add_argument("--scale", type=positive_float, help="what the files' numbers are divided by, as 10000")
+    group.add_argument("--mean", type=any_float, **several, help="of each channel, or of all; default: the backbone's")
+    group.add_argument("--std", type=any_float, **several, help="the same; both are of what --scale leaves")
+    group.add_argument("--normalise", choices=("data",), help="data: measure mean and std on the training images")
 
 
 def add_training_data_options(group: argparse._ArgumentGroup) -> None:
@@ -472,6 +493,9 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         help="augmented views of each training image that are kept then (default: 4)",
     )
+    group.add_argument(
+        "--show-bands", type=positive_int, nargs="+", help="three channels that pictures show as red, green and blue"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
@@ -485,7 +509,7 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     )
     archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
     group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
-    add_heads_option(group)
+    add_shape_options(group)
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
     group.add_argument(
@@ -497,8 +521,17 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
     return group
 
 
-def add_heads_option(group: argparse._ArgumentGroup) -> None:
+def add_shape_options(group: argparse._ArgumentGroup) -> None:
+    """What a backbone is like beside its arch."""
     group.add_argument("--heads", type=positive_int, help="attention heads of a ViT; default: as its layout implies")
+    group.add_argument("--channels", type=positive_int, help="of the images; default: the checkpoint's, else 3")
+    group.add_argument("--channel-fit", choices=CHANNEL_FITS, help="fit the first layer to other --channels")
+
+
+def backbone_shape(args: argparse.Namespace) -> tuple:
+    """Arguments of `load_backbone`, from `arch` on. Random weights have any number of channels."""
+    fit = "timm" if getattr(args, "from_scratch", False) else args.channel_fit
+    return args.arch, args.image_size, args.heads, args.channels, fit
 
 
 def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
@@ -511,7 +544,8 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
         setattr(args, name, [found_path(path) for path in value] if isinstance(value, list) else found_path(value))
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
-    problems = []
+    args.bands = bands.split_names(args.bands)
+    problems = bands.option_problems(args)
     if args.val_dir and args.data_list:
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
     elif args.val_dir and not args.data_dir:
@@ -539,9 +573,18 @@ PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_ad
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
 
 
-def image_sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `toolkit.data.load_splits` that say where a user's own images are."""
-    return {"val_dir": args.val_dir, "data_list": args.data_list, "skip_unreadable": args.skip_unreadable}
+def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
+    """The keyword arguments of `toolkit.data.load_splits` that say where a user's own images are, and what is read."""
+    return {name: getattr(args, name) for name in ("val_dir", "data_list", "skip_unreadable")} | {"bands": read}
+
+
+def bands_read(args: argparse.Namespace) -> bands.Bands | None:
+    """What is read of a user's own images: as many bands as the first layer takes. None: they are RGB photographs."""
+    channels = args.channels or 3
+    if args.channels is None and args.checkpoint is not None and args.dataset in ("imagefolder", UNLABELLED_SET):
+        with contextlib.suppress(InputError):  # which is told when the backbone is built
+            channels = find_channels(args.checkpoint, args.arch)
+    return bands.bands_of(args, channels)
 
 
 def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:

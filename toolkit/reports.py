@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolkit import distributed
+from toolkit.bands import Bands, recorded
 from toolkit.data import LabelledImages, Splits
 from toolkit.files import open_atomically, write_text
 from toolkit.measures import TITLES, wilson_interval
@@ -141,12 +144,13 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "images": run.splits.digest(),
+        "normalization": recorded(run.normalization, run.report),
         "config": run.config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
     plot_finetuning(run.history, run.before, run.path("training_curves.png"))
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
-    plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"))
+    plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"), run.normalization["bands"])
     rows = summary(results, run.args.output_dir)
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
     write_page(run.path("report.html"), rows, result, names, run.path("lora.pth"), **pictures, config=run.config)
@@ -266,8 +270,13 @@ def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: 
         figure.savefig(file, dpi=150)
 
 
-def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Sequence[str], path: Path) -> None:
-    """Pictures: the wrong answers that were given with most confidence, and the right ones with least."""
+def plot_mistakes(
+    result: Evaluation, images: LabelledImages, class_names: Sequence[str], path: Path, bands: Bands | None = None
+) -> None:
+    """Pictures: the wrong answers that were given with most confidence, and the right ones with least.
+
+    Of images that are no RGB photographs they show the three `bands` that are meant for it.
+    """
     from matplotlib.figure import Figure
 
     columns, wrong, shrink = 6, result.predictions != result.labels, View(AtMost(256))
@@ -287,7 +296,8 @@ def plot_mistakes(result: Evaluation, images: LabelledImages, class_names: Seque
         for i, place in zip(chosen.tolist(), axes, strict=False):
             said, true = (class_names[labels[i]] for labels in (result.predictions, result.labels))
             told = true if said == true else f"{true}, taken for {said}"
-            place.imshow(shrink(images.undecoded(i)[0]))
+            shrunk = shrink(images.undecoded(i)[0])
+            place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
             place.set_title(drawn("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"])), fontsize=8)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
-from toolkit.folders import IMAGE_SUFFIXES, ImageFiles, first_image, looked_for, one_spelling, unreadable
+from toolkit.bands import Bands
+from toolkit.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, unreadable
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -46,11 +47,15 @@ class ShardedImages(ImageFiles):
             bytes), and its class.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels):
-        super().__init__(folder, names, labels)
+    def __init__(
+        self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels, bands=None
+    ):
+        super().__init__(folder, names, labels, bands)
         self.shards, self.places = list(shards), places
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
+        if self.bands is not None:
+            return super().__getitem__(i)
         try:
             image = Image.open(io.BytesIO(self.content(i)))
         except MemoryError:
@@ -70,7 +75,7 @@ class ShardedImages(ImageFiles):
             return file.read(size)
 
 
-def read_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
+def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
     """The images in a folder's archives, and their labels as text; no labels if no image has one.
 
     Only the archives' headers are read, and the labels.
@@ -81,20 +86,20 @@ def read_shards(folder: Path) -> tuple[ShardedImages, list[str]]:
     shards = shard_names(folder)
     names, places, texts = [], [], []
     for number, shard in enumerate(shards):
-        images, labels = _members(folder / shard)
+        images, labels = _members(folder / shard, suffixes(bands))
         names += [f"{shard}/{name}" for name in images]
         places += [(number, offset, size) for offset, size in images.values()]
         texts += [labels.get(_key(name)) for name in images]
     if not names:
-        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for()}")
+        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(bands=bands)}")
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
-    images = ShardedImages(folder, shards, names, np.array(places), [-1] * len(names))
+    images = ShardedImages(folder, shards, names, np.array(places), [-1] * len(names), bands)
     return images, [] if bare else texts
 
 
-def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """Of one archive: image -> (offset, size) in bytes, and key -> label."""
     images, labels = {}, {}
     try:
@@ -102,7 +107,7 @@ def _members(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
             for member in archive:
                 if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
                     continue
-                if member.name.lower().endswith(IMAGE_SUFFIXES) and member.isfile():
+                if member.name.lower().endswith(endings) and member.isfile():
                     images[member.name] = member.offset_data, member.size
                 elif member.name.endswith(".cls"):
                     text = archive.extractfile(member).read(1000).decode()

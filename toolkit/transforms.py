@@ -12,7 +12,9 @@ from torch.utils.data import get_worker_info
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
+from toolkit import InputError
 from toolkit.backbones import IMAGENET_MEAN, IMAGENET_STD
+from toolkit.bands import Bands
 from toolkit.folders import unreadable
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,6 +94,8 @@ def _warn_of_12_bits(name: str) -> None:
 class View:
     """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows; without steps a PIL image.
 
+    Of an array (H, W, C) it makes (C, S, S), of the values that the array has.
+
     A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has the pixels
     that it needs: a photograph of 12 megapixels in a third of the time.
 
@@ -99,11 +103,13 @@ class View:
         place: (width, height) of the upright image -> the rectangle (left, top, right, bottom) and the size
             (width, height) that it gets. Its `margin` is how many times that size to keep, at least, in decoding.
         steps: transforms of the resized image, as torchvision's.
+        bands: what the bands of images are that are no RGB photographs.
     """
 
-    def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable):
+    def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable, bands: Bands | None = None):
         self.place = place
         self.steps = T.Compose(steps)
+        self.bands = bands
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return render(image, [self])[0]
@@ -125,6 +131,11 @@ _REDUCTIONS = (1, 2, 4, 8)  # in which libjpeg decodes
 
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     """The views of an image, which is decoded once."""
+    if views[0].bands is not None:
+        image = views[0].bands.array(image)
+    if isinstance(image, np.ndarray):
+        height, width = image.shape[:2]
+        return [view.steps(_resized_bands(image, *view.place(width, height))) for view in views]
     is_jpeg = image.format in ("JPEG", "MPO")  # only these know their upright size, and can be reduced, undecoded
     if not is_jpeg:
         image = to_rgb(image)
@@ -157,6 +168,12 @@ def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], re
         image = image.crop(whole)
     inner = left - whole[0], top - whole[1], right - whole[0], bottom - whole[1]
     return image.resize(size, Image.Resampling.BILINEAR, box=inner)
+
+
+def _resized_bands(image: np.ndarray, box: tuple[int, ...], size: tuple[int, int]) -> torch.Tensor:
+    """The box of an array (H, W, C), resized as a photograph's is, but in floats: (C, height, width)."""
+    bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
+    return torch.stack([torch.from_numpy(np.array(_resized(band, box, size, 1))) for band in bands])
 
 
 class RandomCrop:
@@ -217,19 +234,30 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _tensor(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> list[Callable]:
-    return [to_tensor, T.Normalize(mean, std, inplace=True)]
+def _tensor(
+    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, bands: Bands | None = None
+) -> list[Callable]:
+    if bands is None:
+        return [to_tensor, T.Normalize(mean, std, inplace=True)]
+    return [bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
-def eval_transform(image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
+def eval_transform(
+    image_size: int,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    bands: Bands | None = None,
+) -> View:
     """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
 
     It takes what `Image.open` returns, and then gives the same pixels as evaluation. Its channels are normalised by
-    `mean` and `std`; see `toolkit.backbones.normalization`.
+    `mean` and `std`; see `toolkit.backbones.normalization`. With `bands` it takes arrays, (H, W, channels), the paths
+    of files, and PIL images, and returns (channels, image_size, image_size).
     """
+    tensor = _tensor(mean, std, bands)
     if image_size <= 64:
-        return View(Whole(image_size), *_tensor(mean, std))
-    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *_tensor(mean, std))
+        return View(Whole(image_size), *tensor, bands=bands)
+    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
 # Measured, see benchmarks/RESULTS.md: with the 0.08 of training from scratch, a short fine-tuning on few labels loses
@@ -244,6 +272,7 @@ def train_transform(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     crop_min: float = CROP_MIN,
+    bands: Bands | None = None,
 ) -> View:
     """Any PIL image -> (3, image_size, image_size), for fine-tuning.
 
@@ -252,18 +281,20 @@ def train_transform(
         augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
             more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
             scale, for digits and documents, which no flip leaves what they are) or 'none'.
-        mean, std: as for `eval_transform`.
+        mean, std, bands: as for `eval_transform`. With bands there is no 'trivial', whose changes are a photograph's.
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
-    crop = RandomCrop(image_size, (crop_min, 1.0))
+    crop, tensor = RandomCrop(image_size, (crop_min, 1.0)), _tensor(mean, std, bands)
     if augmentation == "crop":
-        return View(crop, T.RandomHorizontalFlip(), *_tensor(mean, std))
+        return View(crop, T.RandomHorizontalFlip(), *tensor, bands=bands)
     if augmentation == "trivial":
+        if bands is not None:
+            raise InputError("--augmentation trivial is for RGB photographs; use crop")
         change = T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
-        return View(crop, T.RandomHorizontalFlip(), change, *_tensor(mean, std))
+        return View(crop, T.RandomHorizontalFlip(), change, *tensor)
     if augmentation == "affine":
-        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *_tensor(mean, std))
-    return eval_transform(image_size, mean, std)
+        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *tensor, bands=bands)
+    return eval_transform(image_size, mean, std, bands)
 
 
 def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:
@@ -273,7 +304,14 @@ def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.Rand
 TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
 
 
-def two_crops(image_size: int, augmentation: str, crop_min: float = 0.2) -> TwoCrops:
+def two_crops(
+    image_size: int,
+    augmentation: str,
+    crop_min: float = 0.2,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    bands: Bands | None = None,
+) -> TwoCrops:
     """The views that MoCo contrasts.
 
     Args:
@@ -282,27 +320,57 @@ def two_crops(image_size: int, augmentation: str, crop_min: float = 0.2) -> TwoC
             blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
             noise: no flip, no colour).
         crop_min: smallest share of the image's area in a crop, for the first three.
+        mean, std, bands: as for `eval_transform`. With bands, each band's brightness varies in the place of colour,
+            grey and solarisation.
     """
+    levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
-        levels, normalize = _tensor()
-        view = View(Whole(image_size), _affine(10, 0.1, (0.88, 1.12)), levels, GaussianNoise(0.05), normalize)
+        affine, noise = _affine(10, 0.1, (0.88, 1.12)), GaussianNoise(0.05)
+        view = View(Whole(image_size), affine, levels, noise, normalize, bands=bands)
         return TwoCrops(view, view)
     crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
+    if bands is not None:
+        return _two_crops_of_bands(augmentation, image_size, (crop, flip, levels, normalize), bands)
     grey = T.RandomGrayscale(p=0.2)
     if augmentation == "moco_v1":
-        view = View(crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, *_tensor())
+        view = View(crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, levels, normalize)
         return TwoCrops(view, view)
-    # SimCLR's blur (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels.
-    blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
+    blur = _blur(image_size)
     if augmentation == "moco_v2":
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        view = View(crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, *_tensor())
+        view = View(crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, levels, normalize)
         return TwoCrops(view, view)
     jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    first = View(crop, jitter, grey, blur, flip, *_tensor())
+    first = View(crop, jitter, grey, blur, flip, levels, normalize)
     solarize = T.RandomSolarize(threshold=128, p=0.2)
-    second = View(crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, *_tensor())
+    second = View(crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, levels, normalize)
     return TwoCrops(first, second)
+
+
+def _two_crops_of_bands(augmentation: str, image_size: int, parts: tuple[Callable, ...], bands: Bands) -> TwoCrops:
+    """The views of a version of MoCo's, with a band's brightness in the place of what only photographs have."""
+    crop, flip, levels, normalize = parts
+    jitter, blur = T.RandomApply([BandBrightness(0.4)], p=0.8), _blur(image_size)
+    shares = {"moco_v1": (0.0, 0.0), "moco_v2": (0.5, 0.5), "moco_v3": (1.0, 0.1)}[augmentation]  # that are blurred
+    views = (
+        View(crop, jitter, T.RandomApply([blur], p=share), flip, levels, normalize, bands=bands) for share in shares
+    )
+    return TwoCrops(*views)
+
+
+class BandBrightness:
+    """Multiply each band of a (C, H, W) tensor by a number of its own, from 1 - strength to 1 + strength."""
+
+    def __init__(self, strength: float):
+        self.strength = strength
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image * (1 + self.strength * (2 * torch.rand(len(image), 1, 1) - 1))
+
+
+def _blur(image_size: int) -> "GaussianBlur":
+    """SimCLR's (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels."""
+    return GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
 
 
 class GaussianBlur(T.GaussianBlur):
@@ -312,12 +380,18 @@ class GaussianBlur(T.GaussianBlur):
     standard deviations: they add up to 6e-5.
     """
 
-    def forward(self, image: Image.Image) -> Image.Image:
+    def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+        if torch.is_tensor(image):  # (C, H, W)
+            return self.blurred(image.permute(1, 2, 0)).permute(2, 0, 1)
+        levels = self.blurred(torch.from_numpy(np.array(image)).float())
+        return Image.fromarray(levels.round_().to(torch.uint8).numpy())
+
+    def blurred(self, x: torch.Tensor) -> torch.Tensor:
+        """An image of floats, (H, W, C), blurred at random."""
         sigma = self.get_params(*self.sigma)
         radius = min(self.kernel_size[0] // 2, math.ceil(4 * sigma))
         weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(radius + 1)]
         total = 2 * sum(weights) - weights[0]
-        x = torch.from_numpy(np.array(image)).float()  # (H, W, 3)
         for dim in (0, 1):
             length = x.shape[dim]
             positions = torch.arange(-radius, length + radius).abs()
@@ -327,7 +401,7 @@ class GaussianBlur(T.GaussianBlur):
             for distance in range(1, radius + 1):
                 pair = padded.narrow(dim, radius - distance, length) + padded.narrow(dim, radius + distance, length)
                 x.add_(pair, alpha=weights[distance] / total)
-        return Image.fromarray(x.round_().to(torch.uint8).numpy())
+        return x
 
 
 class GaussianNoise:

@@ -1,0 +1,476 @@
+"""Images that are no RGB photographs: channels of checkpoints, bands of files, and what each command makes of them.
+
+Digits on 13 bands stand for Sentinel-2's images: three bands carry the class, the others noise.
+"""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
+from moco import pretrain
+from toolkit import InputError
+from toolkit.backbones import build_backbone, first_convolution, input_channels
+from toolkit.bands import Bands, decoded, measured
+from toolkit.checkpoints import load_backbone
+from toolkit.data import load_splits
+from toolkit.transforms import GaussianBlur, eval_transform, train_transform, two_crops
+
+tifffile = pytest.importorskip("tifffile")
+
+CLASSES = ("0", "1", "2")
+
+
+def bands_of_digit(digit: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """A digit of 8x8 levels up to 16 as reflectances in ten thousandths, (16, 16, 13) of 16 bits."""
+    levels = np.kron(digit, np.ones((2, 2)))
+    image = rng.randint(0, 2000, (16, 16, 13))
+    image[..., 1:4] += (levels * 400).astype(int)[..., None]
+    return image.astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def tiffs(tmp_path_factory) -> Path:
+    """train/ and val/ with three digits, 12 and 6 TIFFs of 13 bands each."""
+    from sklearn.datasets import load_digits
+
+    digits, rng = load_digits(), np.random.RandomState(0)
+    folder = tmp_path_factory.mktemp("bands")
+    for name in CLASSES:
+        chosen = digits.images[digits.target == int(name)][:18]
+        for i, digit in enumerate(chosen):
+            place = folder / ("train" if i < 12 else "val") / name
+            place.mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(
+                place / f"{i}.tif", bands_of_digit(digit, rng), planarconfig="contig", photometric="minisblack"
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base13(tmp_path_factory) -> Path:
+    """A vit_mini for 16 pixels of 13 channels, in MoCo v3's layout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_backbone("vit_mini", 3, 16, channels=13)
+    state = {f"module.base_encoder.{k}": v for k, v in model.state_dict().items() if not k.startswith("heads")}
+    path = tmp_path_factory.mktemp("base13") / "base.pth"
+    torch.save({"state_dict": state, "arch": "vit_mini", "epoch": 3}, path)
+    return path
+
+
+def run(base: Path, tiffs: Path, output: Path, options: str = "", scale: str = "--scale 10000") -> dict:
+    argv = f"--checkpoint {base} --data-dir {tiffs} --output-dir {output} --device cpu --workers 0 --batch-size 8"
+    argv += f" --epochs 2 --learning-rate 1e-3 {scale} {options}"
+    return finetune_lora.main(argv.split())
+
+
+@pytest.fixture(scope="module")
+def trained(base13, tiffs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    run(base13, tiffs, output)
+    return output / "lora.pth"
+
+
+def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tmp_path):
+    model, about = load_finetuned(trained)
+    assert input_channels(model) == about["channels"] == 13
+    assert (about["scale"], about["mean"], about["std"]) == (10000, [0] * 13, [1] * 13)
+    image = tiffs / "val" / "1" / "12.tif"
+    expected = torch.from_numpy(tifffile.imread(image).astype(np.float32) / 10000).permute(2, 0, 1)
+    assert torch.allclose(about["transform"](image), expected, atol=1e-7)
+
+    evaluated = deploy_lora.main(f"evaluate {trained} --device cpu --workers 0".split())
+    results = json.loads((trained.parent / "results.json").read_text())
+    assert evaluated["accuracy"] == results["val_accuracy"]
+    assert results["normalization"]["channels"] == 13
+    assert deploy_lora.main(f"evaluate {trained} {tiffs} --device cpu --workers 0".split()) == evaluated
+
+    argv = f"predict {trained} {image.parent} --output {tmp_path / 'p.csv'} --device cpu --workers 0"
+    assert len(deploy_lora.main(argv.split())) == 6
+    argv = f"embed {trained} {image.parent} --output {tmp_path / 'f.npy'} --device cpu --workers 0"
+    assert deploy_lora.main(argv.split()).shape == (6, 192)
+
+    only = finetune_lora.main(f"--data-dir {tiffs} --eval-only {trained} --device cpu --workers 0".split())
+    assert only["val_accuracy"] == evaluated["accuracy"]
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, base13, tiffs, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop(run):
+        if len(run.history) == 1:
+            raise Interrupted
+
+    argv = f"--checkpoint {base13} --data-dir {tiffs} --output-dir {tmp_path} --device cpu --workers 0 --batch-size 8"
+    argv += " --epochs 2 --learning-rate 1e-3 --scale 10000"
+    with pytest.raises(Interrupted):
+        finetune_lora.main(argv.split(), after_epoch=stop)
+    with pytest.raises(InputError, match=r"data\.scale was 10000\.0, is 9999\.0"):
+        finetune_lora.main([*argv.split(), "--scale", "9999", "--resume"])
+    finetune_lora.main([*argv.split(), "--resume"])
+    expected, resumed = (torch.load(path, weights_only=True)["tensors"] for path in (trained, tmp_path / "lora.pth"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_merged_file_and_the_graph_answer_as_the_model_does(trained, tiffs, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, about = load_finetuned(trained)
+    image = tiffs / "val" / "1" / "12.tif"
+    expected = model(about["transform"](image)[None])
+
+    deploy_lora.main(f"merge {trained} --output {tmp_path / 'merged.pth'}".split())
+    plain = build_backbone("vit_mini", 3, 16, channels=13)
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True))
+    assert torch.allclose(plain.eval()(about["transform"](image)[None]), expected, atol=1e-5)
+
+    deploy_lora.main(f"export {trained} --output {tmp_path / 'model.onnx'} --normalise".split())
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    told = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert (told["channels"], told["scale"], told["bands"]) == (13, 10000, [])
+    numbers = tifffile.imread(image).astype(np.float32).transpose(2, 0, 1)[None]  # as they are in the file
+    [logits] = session.run(None, {"images": numbers})
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
+
+
+def test_what_is_measured_of_the_training_images_is_kept(base13, tiffs, tmp_path, capsys):
+    run(base13, tiffs, tmp_path, "--normalise data --epochs 1", scale="")
+    assert "measured on 36 training images" in capsys.readouterr().out
+    stacked = np.stack([tifffile.imread(path) for path in (tiffs / "train").rglob("*.tif")]).astype(np.float64)
+    _, about = load_finetuned(tmp_path / "lora.pth")
+    assert np.allclose(about["mean"], stacked.mean((0, 1, 2)))
+    assert np.allclose(about["std"], stacked.std((0, 1, 2)))
+    told = json.loads((tmp_path / "results.json").read_text())["normalization"]
+    assert (told["mean"], told["std"]) == (about["mean"], about["std"])
+
+
+# --- what is no longer a photograph trains as one would --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"use_qlora": True}], ids=["LoRA", "QLoRA"])
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", 32), ("vit_mini", 16), ("vit_conv_small", 32)])
+def test_13_channels_of_which_10_are_zero_are_the_rgb_model_bit_for_bit(arch, size, options):
+    """Outputs and gradients, also with BatchNorm folded into the adapted convolutions, which freezing does.
+
+    In 4 bits the first convolution stays a float: its groups of numbers would be others with ten planes of zeros.
+    """
+    rgb, many = build_backbone(arch, 4, size), build_backbone(arch, 4, size, channels=13)
+    first = first_convolution(rgb)
+    kernel = torch.zeros_like(many.state_dict()[f"{first}.weight"])
+    kernel[:, 1:4] = rgb.state_dict()[f"{first}.weight"]
+    many.load_state_dict(rgb.state_dict() | {f"{first}.weight": kernel})
+    excluded = {"exclude_modules": [first]} if options else {}
+    for model in (rgb, many):
+        freeze_backbone_params(add_lora_to_model(model, r=4, **options, **excluded))
+        model.train()
+    theirs = dict(many.named_parameters())
+
+    def planes(tensor, like):
+        """Those of the three channels: a convolution's A is (r, channels * area)."""
+        area = like.shape[1] // 3 if tensor.shape != like.shape else 0
+        return tensor[:, area : 4 * area] if area else tensor
+
+    for name, parameter in rgb.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+            planes(theirs[name].data, parameter).copy_(parameter.data)
+    images, labels = torch.randn(4, 3, size, size), torch.arange(4)
+    padded = torch.zeros(4, 13, size, size)
+    padded[:, 1:4] = images
+    outputs = [rgb(images), many(padded)]
+    assert torch.equal(*outputs)
+    for logits in outputs:
+        F.cross_entropy(logits, labels).backward()
+    for name, parameter in rgb.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(planes(theirs[name].grad, parameter), parameter.grad), name
+
+
+def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_path):
+    pytest.importorskip("peft")
+    deploy_lora.main(f"convert {trained} --to peft --output {tmp_path / 'peft'}".split())
+    back = f"convert {tmp_path / 'peft'} --from peft --output {tmp_path / 'back.pth'} --checkpoint {base13}"
+    deploy_lora.main(back.split())
+    before, after = (load_finetuned(path)[1] for path in (trained, tmp_path / "back.pth"))
+    assert all(after[name] == before[name] for name in ("channels", "bands", "scale", "mean", "std", "show_bands"))
+
+
+def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
+    with pytest.raises(InputError, match=r"for images of 3 channels, not 13.*--channel-fit timm"):
+        run(base, tiffs, tmp_path, "--channels 13")
+    results = run(base, tiffs, tmp_path, "--channels 13 --channel-fit timm")
+    evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())
+    assert evaluated["accuracy"] == results["val_accuracy"]
+
+
+def test_random_weights_are_for_any_number_of_channels(base13, tiffs, tmp_path):
+    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --from-scratch --epochs 1"
+    run(base13, tiffs, tmp_path, options)
+    model, about = load_finetuned(tmp_path / "lora.pth")
+    assert (input_channels(model), about["bands"]) == (2, ["4", "2"])
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def saved_by(write, *args, **options) -> bytes:
+    file = io.BytesIO()
+    write(file, *args, **options)
+    return file.getvalue()
+
+
+def png_of_16_bits(array: np.ndarray) -> bytes:
+    return saved_by(Image.fromarray(array).save, "PNG")
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 6, 7, 9, 11, 13])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.float32])
+def test_every_form_of_a_file_has_the_same_numbers(kind, bands):
+    array = np.random.RandomState(0).uniform(0, 200, (20, 24, bands)).astype(kind)
+    planes = np.ascontiguousarray(array.transpose(2, 0, 1))
+    several = {"samples side by side": (array, "contig"), "planes": (planes, "separate")} if bands > 1 else {}
+    files = {
+        name: saved_by(tifffile.imwrite, written, planarconfig=how, photometric="minisblack")
+        for name, (written, how) in several.items()
+    } | {
+        "pages": saved_by(tifffile.imwrite, planes, photometric="minisblack", metadata=None),
+        "compressed": saved_by(tifffile.imwrite, planes, photometric="minisblack", compression="zlib"),
+        "BigTIFF": saved_by(tifffile.imwrite, planes, photometric="minisblack", bigtiff=True),
+        "npy, bands last": saved_by(np.save, array),
+        "npy, bands first": saved_by(np.save, planes),
+        "npz": saved_by(np.savez, image=array),
+    }
+    for name, content in files.items():
+        read, names = decoded(content)
+        assert read.dtype == np.float32, name
+        assert np.array_equal(read, array.astype(np.float32)), name
+        assert names == [str(number) for number in range(1, bands + 1)]
+
+
+def test_levels_of_16_bits_and_floats_are_not_cut_to_8_bits():
+    levels = np.random.RandomState(0).randint(0, 2**16, (8, 8)).astype(np.uint16)
+    assert np.array_equal(decoded(png_of_16_bits(levels))[0][..., 0], levels)
+    floats = saved_by(Image.fromarray(levels.astype(np.float32)).save, "TIFF")
+    assert np.array_equal(decoded(floats)[0][..., 0], levels)
+
+
+def test_an_rgb_png_of_16_bits_keeps_them():
+    import struct
+    import zlib
+
+    levels = np.random.RandomState(0).randint(0, 2**16, (5, 4, 3)).astype(">u2")
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = b"".join(b"\0" + row.tobytes() for row in levels)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0))
+    content += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.array_equal(decoded(content)[0], levels.astype(np.float32))
+
+
+def test_bands_are_picked_put_in_order_and_made_of_zeros():
+    array = np.arange(16 * 20 * 12, dtype=np.float32).reshape(16, 20, 12)
+    content = saved_by(np.save, array)
+    # BigEarthNet lacks B10; EuroSAT has B8A last, where SSL4EO-S12 has it after B08.
+    read = Bands(13, ("1", "2", "3", "4", "5", "6", "7", "8", "12", "9", "0", "10", "11")).read(content)
+    assert np.array_equal(read[..., 8], array[..., 11])
+    assert np.array_equal(read[..., 9], array[..., 8])
+    assert not read[..., 10].any()
+    named = saved_by(np.savez, B02=array[..., 0], B03=array[..., 1])
+    assert np.array_equal(Bands(2, ("B03", "B02")).read(named), array[..., [1, 0]])
+
+
+def test_what_was_not_seen_is_zero():
+    assert decoded(saved_by(np.save, np.array([[np.nan, np.inf], [1, -np.inf]])))[0].ravel().tolist() == [0, 0, 1, 0]
+
+
+def tiff_that_says_it_is_huge() -> bytes:
+    content = bytearray(saved_by(tifffile.imwrite, np.zeros((16, 16, 13), np.uint16), photometric="minisblack"))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        rows = file.pages[0].tags["ImageLength"].valueoffset
+    content[rows : rows + 4] = (2**30).to_bytes(4, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (saved_by(np.save, np.zeros((8, 8, 4))), "it has 4 bands, and the network takes 13: choose with --bands"),
+        (saved_by(np.save, np.zeros((8, 8, 13)))[:200], ""),
+        (saved_by(np.save, np.zeros((8, 8, 13), complex)), "complex128"),
+        (saved_by(np.save, np.zeros((2, 8, 8, 13))), r"\(2, 8, 8, 13\)"),
+        (saved_by(np.save, np.array([{}], object)), "allow_pickle"),
+        (saved_by(np.savez, a=np.zeros((8, 8)), b=np.zeros(3)), "neither one image nor bands of one size"),
+        (saved_by(tifffile.imwrite, np.zeros((8, 8, 13), np.uint16))[:150], ""),
+        (b"II*\0 and nothing more", ""),
+        (tiff_that_says_it_is_huge(), "more than its bytes can hold"),
+        (b"no image at all", "cannot identify"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, tiffs, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(tiffs, folder)
+    (folder / "train" / "1" / "broken.npy").write_bytes(content)
+    train = load_splits("imagefolder", folder, bands=Bands(13)).train
+    with pytest.raises(InputError, match=rf"broken\.npy: not a readable image .*{reason}"):
+        list(train)
+    assert len(load_splits("imagefolder", folder, bands=Bands(13), skip_unreadable=True).train) == 36
+    assert "1 of 37 images cannot be read" in (told := capsys.readouterr().out)
+    assert "broken.npy: not a readable image" in told
+
+
+def test_the_message_says_how_to_get_tifffile(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(InputError, match=r"TIFF files need tifffile .*: pip install tifffile"):
+        decoded(b"II*\0")
+
+
+def test_arrays_beside_photographs_stay_what_they_were(images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / "images")
+    np.save(tmp_path / "images" / "train" / "dark" / "features.npy", np.zeros(3))
+    assert len(load_splits("imagefolder", tmp_path / "images").train) == 21
+    assert "not read as images: 1 .npy" in capsys.readouterr().out
+
+
+def test_images_in_archives_have_bands_too(tiffs, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        with tarfile.open(tmp_path / part / "000.tar", "w") as archive:
+            for path in sorted((tiffs / part).rglob("*.tif")):
+                key = f"{path.parent.name}_{path.stem}"
+                for name, content in ((f"{key}.tif", path.read_bytes()), (f"{key}.cls", path.parent.name.encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    bands = Bands(13)
+    archived = load_splits("imagefolder", tmp_path, bands=bands).val
+    files = load_splits("imagefolder", tiffs, bands=bands).val
+    key = lambda image: image[0].tobytes()  # noqa: E731
+    assert sorted(map(key, archived)) == sorted(map(key, files))
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_kept_images_and_workers_change_nothing(cache, trained, base13, tiffs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run(base13, tiffs, tmp_path / "out", f"--cache-images {cache} --workers 1")  # the first epoch keeps, others read
+    kept = torch.load(tmp_path / "out" / "lora.pth", weights_only=True)["tensors"]
+    expected = torch.load(trained, weights_only=True)["tensors"]
+    assert all(torch.equal(kept[name], tensor) for name, tensor in expected.items())
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("", r"channel 1 has a standard deviation of \d+ .* divided by 1; --scale 10000 is likely, .*--normalise data"),
+        ("--scale 100000000", "largest is"),
+        ("--scale 1000000", "channel 1 has a standard deviation of 0.000.* --scale 10000 is likely"),
+        ("--scale 10000 --mean 1 2 --std 1", "--mean: 2 numbers; give one, or one for each of 13"),
+        ("--scale 10000 --mean 1", "--mean and --std belong together"),
+        ("--scale 10000 --mean 0 --std 0", "--std: a standard deviation is above 0"),
+        ("--normalise data --mean 0 --std 1", "drop one of them"),
+        ("--scale 10000 --bands 1,2,3", "--bands names 3 bands, and the network takes 13"),
+        ("--scale 10000 --bands 1,2,3,4,5,6,7,8,9,10,11,12,14", "it has no band 14, but 1, 2,"),
+        ("--scale 10000 --show-bands 4 3", "--show-bands: give one or three numbers from 1 to 13"),
+        ("--scale 10000 --augmentation trivial", "trivial is for RGB photographs"),
+        ("--scale 10000 --channel-fit timm", "needs --channels"),
+        ("--channels 5000 --channel-fit timm", "5000 channels; give a whole number from 1 to 1024"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(options, told, base13, tiffs, tmp_path):
+    with pytest.raises(InputError, match=told):
+        run(base13, tiffs, tmp_path / "out", options, scale="")
+    assert not (tmp_path / "out" / "lora.pth").exists()
+
+
+def test_a_single_channel_that_hardly_varies_is_told(base13, tiffs, tmp_path, capsys):
+    """Sentinel-2's B10 does so at the scale that SSL4EO-S12 was trained with: torchgeo has it at 12.1 +- 4.8."""
+    for path in tiffs.rglob("*.tif"):
+        image = tifffile.imread(path)
+        image[..., 10] //= 400
+        place = tmp_path / "images" / path.relative_to(tiffs)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(place, image, planarconfig="contig", photometric="minisblack")
+    run(base13, tmp_path / "images", tmp_path / "out", "--epochs 1")
+    assert "channel 11 hardly varies: its standard deviation is 0.00014" in capsys.readouterr().out
+
+
+def test_statistics_are_numpys():
+    images = np.random.RandomState(0).normal(1e4, 3, (5, 6, 7, 2)).astype(np.float32)
+    found = measured(images)
+    assert np.allclose(found.mean, images.mean((0, 1, 2), np.float64))
+    assert np.allclose(found.std, images.std((0, 1, 2), np.float64))
+    assert np.array_equal(found.high, images.max((0, 1, 2)))
+
+
+def test_an_rgb_photograph_read_as_bands_is_the_photograph(images):
+    """Resized, scaled and normalised alike; only the roundings to 8 bits in resizing are left out."""
+    image = Image.open(images / "val" / "striped" / "0.png")
+    as_bands = eval_transform(64, bands=Bands(3, scale=255.0))(image)
+    assert (as_bands - eval_transform(64)(image)).abs().max() < 1.01 / 255 / 0.224
+
+
+@pytest.mark.parametrize("channels", [1, 2, 13])
+@pytest.mark.parametrize("augmentation", ["crop", "affine", "none"])
+def test_training_views_of_any_number_of_bands(augmentation, channels):
+    image = np.random.RandomState(0).uniform(0, 10000, (40, 50, channels)).astype(np.float32)
+    values = {"mean": [0.5] * channels, "std": [0.25] * channels, "bands": Bands(channels, scale=10000.0)}
+    view = train_transform(32, augmentation, **values)(image)
+    assert view.shape == (channels, 32, 32)
+    assert view.abs().max() <= 2.01
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2", "moco_v3", "digits"])
+def test_two_views_of_bands(name):
+    image = np.random.RandomState(0).uniform(0, 1, (40, 50, 13)).astype(np.float32)
+    first, second = two_crops(32, name, mean=[0.0] * 13, std=[1.0] * 13, bands=Bands(13))(image)
+    assert first.shape == second.shape == (13, 32, 32)
+    assert not torch.equal(first, second)
+
+
+def test_bands_are_blurred_as_photographs_are():
+    levels = np.random.RandomState(0).randint(0, 256, (30, 40, 3)).astype(np.uint8)
+    blur = GaussianBlur(9, sigma=(1.0, 1.0))
+    blurred = blur(torch.from_numpy(levels).permute(2, 0, 1).float())
+    assert (blurred.permute(1, 2, 0) - torch.from_numpy(np.array(blur(Image.fromarray(levels))))).abs().max() <= 0.5
+
+
+def test_pictures_show_three_bands_stretched():
+    image = torch.linspace(0, 5000, 13 * 100).reshape(13, 10, 10)
+    picture = Bands(13, shown=(3, 2, 1)).picture(image)
+    assert picture.shape == (10, 10, 3)
+    assert (picture.min(), picture.max()) == (0, 1)
+    grey = Bands(1).picture(image[:1])
+    assert np.array_equal(grey[..., 0], grey[..., 2])
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_on_13_bands_gives_a_checkpoint_and_adapters_to_go_on_with(tiffs, tmp_path):
+    argv = f"--data-dir {tiffs} --output-dir {tmp_path / 'pre'} --device cpu --workers 0 --scale 10000"
+    argv += " --two-crops digits --epochs 1 --batch-size 12 --dim 16 --mlp-dim 32"
+    results = pretrain.main([*argv.split(), *["--arch", "vit_mini", "--image-size", "16", "--channels", "13"]])
+    assert load_backbone(results["checkpoint"], 3)[1]["channels"] == 13
+    run(results["checkpoint"], tiffs, tmp_path / "tuned", "--epochs 1")
+
+    argv = argv.replace("/pre ", "/adapted ") + f" --checkpoint {results['checkpoint']} --lora-rank 2"
+    adapted = pretrain.main(argv.split())
+    run(results["checkpoint"], tiffs, tmp_path / "both", f"--epochs 1 --stage1-adapter {adapted['checkpoint']}")
+    evaluated = deploy_lora.main(f"evaluate {tmp_path / 'both' / 'lora.pth'} --device cpu --workers 0".split())
+    assert evaluated["images"] == 18

@@ -1,0 +1,394 @@
+"""Images that are no RGB photographs: what is read of their files, and what their numbers mean.
+
+Such an image is an array (H, W, bands) of float32 that holds the very numbers of its file. The network sees
+``(numbers / scale - mean) / std``. All of these are measured, checked and recorded here.
+"""
+
+import argparse
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_png
+
+from toolkit import InputError, listed, printable
+from toolkit.backbones import check_channels, normalization
+
+ARRAY_SUFFIXES = (".npy", ".npz")
+ZEROS = "0"  # in --bands: a band that the files lack and the network was trained with
+MOST_COMPRESSED = 1100  # times the size of a file, which deflate does not reach: a damaged header would take minutes
+_NOT_A_NUMBER = 0.0  # in the place of NaN and infinity, with which files mark what was not seen
+
+
+@dataclass(frozen=True)
+class Bands:
+    """What is read of each image.
+
+    Args:
+        channels: how many bands the network takes.
+        chosen: which bands of a file they are, in order: numbers from 1, names of the arrays in an `.npz`, or ZEROS.
+            Empty: all, as they come.
+        scale: what the numbers are divided by.
+        shown: positions of three of the channels, from 0, that people are shown as red, green and blue; or of one.
+    """
+
+    channels: int
+    chosen: tuple[str, ...] = ()
+    scale: float = 1.0
+    shown: tuple[int, ...] = (0,)
+
+    def read(self, content: bytes) -> np.ndarray:
+        """The bands of an image file: (H, W, channels). Raises ValueError, or what a library does, with the reason."""
+        array, names = decoded(content)
+        return self._checked(self._picked(array, names))
+
+    def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
+        """An image as (H, W, channels): a file's bands, or an array of the network's own in their order.
+
+        Raises InputError for other bands than the network takes, or a file that is no image.
+        """
+        try:
+            if isinstance(image, str | os.PathLike):
+                return self.read(Path(image).read_bytes())
+            return self._checked(_floats(_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)))
+        except (ValueError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            name = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "") or "an image"
+            raise InputError(f"{name}: {printable(error)}") from None
+
+    def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        if not self.chosen:
+            return array
+        missing = [name for name in self.chosen if name != ZEROS and name not in names]
+        if missing:
+            raise ValueError(f"it has no band {listed(missing)}, but {listed(names, 16)}")
+        zeros = np.zeros(array.shape[:2], np.float32)
+        picked = [zeros if name == ZEROS else array[..., names.index(name)] for name in self.chosen]
+        return np.stack(picked, axis=-1)
+
+    def _checked(self, array: np.ndarray) -> np.ndarray:
+        if array.shape[2] != self.channels:
+            raise ValueError(f"{_counted(array.shape[2])}, and the network takes {self.channels}: choose with --bands")
+        return array
+
+    def scaled(self, image: torch.Tensor) -> torch.Tensor:
+        """The numbers of an image divided by the scale."""
+        return image / self.scale
+
+    def picture(self, image: torch.Tensor) -> np.ndarray:
+        """Three bands of an image (C, H, W) for people: (H, W, 3) from 0 to 1, without the extremes (2% each side)."""
+        levels = image[list(self.shown)].numpy()
+        low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
+        levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
+        return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
+
+
+def _counted(bands: int) -> str:
+    return f"it has {bands} band{'s' if bands > 1 else ''}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
+    """The content of an image file as (H, W, bands), float32, and the bands' names: numbers from 1 where it names none.
+
+    What it is is told by its first bytes. Raises InputError where a package is missing, ValueError or what a library
+    does for a damaged file.
+    """
+    if content.startswith(b"PK"):
+        return _from_npz(content)
+    if content.startswith(b"\x93NUMPY"):
+        array = _bands_last(_load(content))
+    elif content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        array = _from_tiff(content)
+    elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits; of RGB Pillow keeps 8
+        levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    else:
+        with Image.open(io.BytesIO(content)) as image:
+            array = _pixels(image)
+    array = _floats(array)
+    return array, [str(number) for number in range(1, array.shape[2] + 1)]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """A PIL image, upright, with the levels that it has: (H, W) or (H, W, bands)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGB", "RGBA", "CMYK", "L", "F") or image.mode.startswith("I"):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
+
+
+def _from_tiff(content: bytes) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series = file.series[0]
+        if series.nbytes > MOST_COMPRESSED * len(content):
+            raise ValueError(f"its header says that it is {series.shape}, which is more than its bytes can hold")
+        array, axes = series.asarray(), series.axes
+    if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third are samples, or pages
+        [other] = [place for place, name in enumerate(axes) if name not in "YX"]
+        return np.moveaxis(array, other, -1)
+    return _bands_last(array)
+
+
+def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
+    """The one array of an archive, or all of several, which are bands, by their names."""
+    with _load(content) as archive:
+        names = list(archive.files)
+        arrays = [archive[name] for name in names]
+    if len(arrays) == 1:
+        array = _floats(_bands_last(arrays[0]))
+        return array, [str(number) for number in range(1, array.shape[2] + 1)]
+    if not arrays or any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
+        raise ValueError(f"its arrays ({listed(names)}) are neither one image nor bands of one size, (H, W) each")
+    return _floats(np.stack(arrays, axis=-1)), names
+
+
+def _load(content: bytes) -> Any:
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except MemoryError:
+        raise ValueError("its header says that it is larger than it can be") from None
+
+
+def _bands_last(array: np.ndarray) -> np.ndarray:
+    """(H, W, bands) of an array that has the bands first or last: there are fewer of them than rows and columns."""
+    if array.ndim == 3 and array.shape[0] < array.shape[2]:
+        return np.moveaxis(array, 0, -1)
+    return array
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
+    array = array[..., None] if array.ndim == 2 else array
+    return np.nan_to_num(array.astype(np.float32), nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the options say
+
+
+def split_names(entries: Iterable[str] | None) -> list[str] | None:
+    """Bands as they are typed, `4,3,2` or `4 3 2`, one by one."""
+    return [name for entry in entries for name in entry.split(",") if name] if entries else None
+
+
+def option_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of the channels together, a line each."""
+    problems = []
+    if args.normalise and (args.mean or args.std):
+        problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
+    if bool(args.mean) != bool(args.std):
+        problems.append("--mean and --std belong together: give both, one number or one for each channel")
+    if any(value <= 0 for value in args.std or ()):
+        problems.append("--std: a standard deviation is above 0")
+    if args.channel_fit and args.channels is None:
+        problems.append(f"--channel-fit {args.channel_fit} needs --channels, the number to fit the first layer to")
+    if args.channels is not None:
+        try:
+            check_channels(args.channels)
+        except InputError as error:
+            problems.append(f"--channels: {error}")
+    return problems
+
+
+def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
+    """What the options say is read of images for a network of so many channels; None: they are RGB photographs.
+
+    That is so for three channels where nothing is said of bands or a scale. Raises InputError for another number of
+    bands or numbers than channels.
+    """
+    for name in ("mean", "std"):
+        if len(getattr(args, name) or [0]) not in (1, channels):
+            raise InputError(f"--{name}: {len(getattr(args, name))} numbers; give one, or one for each of {channels}")
+    if channels == 3 and not args.bands and args.scale is None:
+        return None
+    if args.bands and len(args.bands) != channels:
+        raise InputError(f"--bands names {len(args.bands)} bands, and the network takes {channels}")
+    shown = getattr(args, "show_bands", None)
+    if shown and (len(shown) not in (1, 3) or max(shown) > channels):
+        raise InputError(f"--show-bands: give one or three numbers from 1 to {channels}")
+    positions = tuple(number - 1 for number in shown) if shown else _likely_colours(channels)
+    return Bands(channels, tuple(args.bands or ()), args.scale or 1.0, positions)
+
+
+def _likely_colours(channels: int) -> tuple[int, ...]:
+    """The positions of red, green and blue. Sentinel-2 and Landsat 8 have another band before blue."""
+    if channels < 3:
+        return (0,)
+    if channels == 3:
+        return 0, 1, 2
+    return (3, 2, 1) if channels >= 11 else (2, 1, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+MEASURED = 256  # images
+SMALLEST, LARGEST = 0.01, 30.0  # standard deviations after normalisation, beyond which the scale is wrong
+
+
+@dataclass
+class Statistics:
+    """Of each channel, over all pixels: (channels,) each."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def measured(images: Iterable[np.ndarray]) -> Statistics:
+    """The statistics of images (H, W, channels)."""
+    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    for image in images:
+        pixels = image.reshape(-1, image.shape[2]).astype(np.float64)
+        count += len(pixels)
+        total = total + pixels.sum(0)
+        squares = squares + (pixels**2).sum(0)
+        low, high = np.minimum(low, pixels.min(0)), np.maximum(high, pixels.max(0))
+    mean = total / count
+    return Statistics(mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high)
+
+
+def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> dict[str, Any]:
+    """How the images of a run are normalised: `mean` and `std` of each channel, and `bands`, or None for photographs.
+
+    Measures some training images, says what it settles on, and raises InputError where their numbers cannot be meant.
+
+    Args:
+        args: the options; `--mean`, `--std` and `--normalise` go before what the arch was trained with.
+        images: those of training, a `LabelledImages`.
+    """
+    bands, mean, std = bands_of(args, channels), args.mean, args.std
+    known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
+    if bands is None and not args.normalise:
+        return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
+    scale, images = 255.0 if bands is None else bands.scale, images.at_most(MEASURED)
+    arrays = (images[i][0] for i in range(len(images)))
+    found = measured(_numbers(image) if bands is None else bands.array(image) for image in arrays)
+    if args.normalise:
+        varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
+        mean, std = (found.mean / scale).tolist(), np.where(varies, found.std / scale, 1).tolist()
+    values = _each(mean or known["mean"], std or known["std"], channels)
+    if bands is not None:
+        print(_described(bands, values, len(images) if args.normalise else 0))
+        _check_values(found, bands, values)
+    return {**values, "bands": bands}
+
+
+def _numbers(photograph: Image.Image) -> np.ndarray:
+    return np.asarray(photograph, dtype=np.float32)
+
+
+def _each(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[str, tuple[float, ...]]:
+    values = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    return {name: numbers * channels if len(numbers) == 1 else numbers for name, numbers in values.items()}
+
+
+def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) -> str:
+    chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
+    told = {name: ", ".join(f"{x:.4g}" for x in dict.fromkeys(numbers)) for name, numbers in values.items()}
+    source = f", measured on {images} training images" if images else ""
+    return (
+        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; then mean {told['mean']}, "
+        f"std {told['std']}{source}"
+    )
+
+
+def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:
+    """Raises InputError where the network would see numbers of another size than any was trained on.
+
+    That is where one channel varies too much, or most hardly do. A single channel that hardly varies may be right:
+    Sentinel-2's B10 has a standard deviation of 0.0005 where it is divided by 10000 as SSL4EO-S12 does. It is told.
+    """
+    seen = found.std / (bands.scale * np.asarray(values["std"]))
+    read = [i for i in range(bands.channels) if not bands.chosen or bands.chosen[i] != ZEROS]
+    weak = [i for i in read if seen[i] < SMALLEST]
+    strong = [i for i in read if seen[i] > LARGEST]
+    if strong or 2 * len(weak) > len(read):
+        worst = strong[0] if strong else weak[0]
+        raise InputError(
+            f"channel {worst + 1} has a standard deviation of {seen[worst]:.3g} after normalisation, and networks are "
+            f"trained on about 1: in the files its numbers go from {found.low[worst]:.4g} to {found.high[worst]:.4g} "
+            f"(mean {found.mean[worst]:.4g}, std {found.std[worst]:.4g}), and are divided by {bands.scale:g}; "
+            f"--scale {_likely_scale(found)} is likely, or measure mean and std with --normalise data"
+        )
+    for i in weak:
+        print(
+            f"channel {i + 1} hardly varies: its standard deviation is {seen[i]:.2g} after normalisation (in the files "
+            f"{found.std[i]:.3g}); if it should count, use --normalise data"
+        )
+
+
+def _likely_scale(found: Statistics) -> int:
+    """By which numbers of this size are divided: none, bytes, reflectances in ten thousandths, or all of 16 bits."""
+    highest = found.high.max()
+    if highest <= 2:
+        return 1
+    if highest <= 255:
+        return 255
+    return 10000 if found.mean.max() < 15000 else 65535
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What files say
+
+
+def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter file, or an exported one, says of the images: of RGB photographs mean and std alone."""
+    bands, fit = values["bands"], report.get("channel_fit")
+    about = {"mean": values["mean"], "std": values["std"]}
+    if fit is not None:
+        about |= {"channels": report["channels"], "channel_fit": fit}
+    if bands is not None:
+        about |= {"channels": bands.channels, "bands": list(bands.chosen), "scale": bands.scale}
+        about |= {"show_bands": [position + 1 for position in bands.shown]}
+    return about
+
+
+def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What `recorded` wrote, as `settle` returns it. Files from before have the values of their arch.
+
+    Raises InputError for a file that has something else there.
+    """
+    channels = metadata.get("channels") or 3
+    check_channels(channels)
+    known = normalization(metadata["arch"])
+    values = {name: metadata.get(name, list(known[name])) for name in ("mean", "std")}
+    for name, numbers in values.items():
+        if not _are_numbers(numbers, channels):
+            raise InputError(f"the file is damaged: its {name} is not {channels} numbers")
+    values = {name: tuple(numbers) for name, numbers in values.items()}
+    if not all(number > 0 for number in values["std"]):
+        raise InputError("the file is damaged: its std has numbers that are not above 0")
+    if "scale" not in metadata:
+        return {**values, "bands": None}
+    chosen, scale, shown = (metadata.get(name) for name in ("bands", "scale", "show_bands"))
+    named = type(chosen) is list and len(chosen) in (0, channels) and all(type(name) is str for name in chosen)
+    places = type(shown) is list and all(type(n) is int and 1 <= n <= channels for n in shown) and len(shown) in (1, 3)
+    if not named or not places or not _are_numbers([scale], 1) or not scale > 0:
+        raise InputError("the file is damaged: its bands, scale or show_bands are of no image")
+    positions = tuple(number - 1 for number in shown)
+    return {**values, "bands": Bands(channels, tuple(chosen), float(scale), positions)}
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    if type(values) is not list or len(values) != count:
+        return False
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
