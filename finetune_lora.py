@@ -731,8 +731,7 @@ def main(
         print(options.describe_options(make_parser(), args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
-        print(reports.describe_data(args, splits))
-        print(describe_base(report, args.from_scratch))
+        print(reports.describe_data(args, splits), describe_base(report, args.from_scratch), sep="\n")
         args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
         print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
@@ -817,9 +816,8 @@ class FineTuning:
     """
 
     FILES = (
-        *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "learning_rates.csv"),
-        "learning_rates.png",
-        *("training_curves.png", "confusion_matrix.png", "mistakes.png", "report.html", "tensorboard"),
+        *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
+        *("learning_rates.csv", "learning_rates.png", "training_curves.png", "confusion_matrix.png", "mistakes.png"),
     )
     # What may differ between a run and its continuation without changing what is computed.
     FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features")

@@ -91,7 +91,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output-dir", type=Path, default=MEASURED / "domain")
     args, passed_on = parser.parse_known_args(argv)
     read_stage1(args, passed_on, [])  # what is wrong with the options shows now, not in an hour
-    quality.parse([*quality_flags("none", args), *passed_on, *args.finetune])
+    quality.parse([*quality_flags("none", args), *passed_on, *args.finetune, "--checkpoint", str(args.checkpoint)])
     return args, passed_on
 
 

@@ -53,4 +53,5 @@ def test_the_interval_covers_the_true_accuracy_as_often_as_it_says(share, images
 
 def test_the_interval_of_none_and_of_all_right_stays_between_0_and_1():
     assert measures.wilson_interval(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
+    assert all(measures.wilson_interval(n, n)[1] == 1 and measures.wilson_interval(0, n)[0] == 0 for n in range(1, 400))
     assert measures.wilson_interval(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)

@@ -20,7 +20,8 @@ def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[floa
     share, unsure = hits / images, z * z / images
     middle = (share + unsure / 2) / (1 + unsure)
     half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = middle - half, middle + half
+    return (low if hits > 0 else 0.0), (high if hits < images else 1.0)  # exactly, whatever is rounded above
 
 
 def alignment(first: Tensor, second: Tensor) -> float:
