@@ -23,7 +23,7 @@ import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import InputError, checkpoints, runs, training
+from toolkit import InputError, bands, checkpoints, runs, training
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.collapse import Collapsed, CollapseGuard
@@ -56,6 +56,7 @@ def start(base, images, tmp_path):
         seed_everything(args.seed)
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
         model, report = build_model(args, len(splits.class_names))
+        args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         return FineTuning(args, model.train(), report, splits, CPU, dtype, [])
 
@@ -400,7 +401,7 @@ def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone"]
+    "way", ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3"]
 )
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
     """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
