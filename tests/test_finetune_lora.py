@@ -401,7 +401,8 @@ def test_a_run_is_not_resumed_on_other_images(finetune, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3"]
+    "way",
+    ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3"],
 )
 def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
     """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
