@@ -971,6 +971,8 @@ class FineTuning:
                     self.retreat()
                     continue
                 print(reports.describe_epoch(self.history, self.args.epochs))
+                if self.average.share < self.wise_ft_share:
+                    print(f"  {self.average.share:.0%} of the change is kept: more answers training images worse")
                 self.save()
                 if self.args.tensorboard:
                     reports.log_tensorboard(self.history[-1], self.args.output_dir)

@@ -632,7 +632,7 @@ ADAPTERS = [
          files={"theirs.pth": described(config={"data": {"data_dir": 3}})}),
     case("a graph of an unknown kind", "deploy_lora export lora.pth --output m.pth", "must end in .onnx or .pt2"),
     case("a graph of a checkpoint", "deploy_lora export base.pth --output m.pt2", "base.pth is not an adapter file"),
-    case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean or std is not three",
+    case("a normalisation that is none", "deploy_lora export theirs.pth --output m.pt2", "its mean is not 3 numbers",
          files={"theirs.pth": described(mean="ImageNet")}),
     case("a conversion without direction", "deploy_lora convert lora.pth --output peft", "--to peft or --from peft"),
     case("a conversion both ways", "deploy_lora convert lora.pth --output peft --to peft --from peft", "which way"),

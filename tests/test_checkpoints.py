@@ -500,7 +500,7 @@ def test_a_content_that_is_no_backbone_is_one_clear_line(case, resnet, saved):
     ],
 )
 def test_what_a_file_has_beside_the_backbone_is_said_not_to_be_needed(dropped, told):
-    report = {"arch": "resnet18", "heads": None, "image_size": 224, "family": "moco_v2", "epoch": 3}
+    report = {"arch": "resnet18", "heads": None, "image_size": 224, "channels": 3, "family": "moco_v2", "epoch": 3}
     line = describe_base(report | {"loaded": ["conv1.weight"], "dropped": dropped})
     assert line.endswith(f"epoch 3;\n          all 1 backbone tensors loaded; the file's {told} not needed")
 

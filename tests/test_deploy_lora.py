@@ -219,7 +219,8 @@ def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, cap
 def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
     for source, name in zip(CLASSES, ("cat", "test", "val"), strict=True):
         shutil.copytree(images / "val" / source, tmp_path / name)
-    found, where = deploy_lora._labelled_images(tmp_path, {"class_names": ["cat", "test", "val"]})
+    about = {"class_names": ["cat", "test", "val"], "transform": transforms.eval_transform(32)}
+    found, where = deploy_lora._labelled_images(tmp_path, about)
     assert where == f"all in {tmp_path}"
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]
 

@@ -82,7 +82,7 @@ class CollapseGuard:
         """
         if not math.isfinite(loss):
             return True
-        best = max(self.accuracies)
+        best = max(self.accuracies, default=0.0)
         useless = best > self.constant_accuracy >= accuracy and loss > max(self.constant_loss, self.first_loss or 0)
         return useless or self._lost(accuracy, self.share, errors=2)
 
@@ -95,7 +95,7 @@ class CollapseGuard:
 
     def _lost(self, accuracy: float, share: float, errors: float) -> bool:
         """More than this share of the lead over a constant answer, and more than so many standard errors?"""
-        best = max(self.accuracies)
+        best = max(self.accuracies, default=0.0)
         middle = (best + accuracy) / 2
         chance = errors * math.sqrt(2 * middle * (1 - middle) / self.images)
         return accuracy < best - max((best - self.constant_accuracy) * share, chance)

@@ -144,7 +144,7 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "images": run.splits.digest(),
-        "normalization": recorded(run.normalization, run.report),
+        "normalization": json.loads(json.dumps(recorded(run.normalization, run.report))),  # lists, as in the file
         "config": run.config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
