@@ -372,8 +372,8 @@ class Pretraining:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
         if not {"progress", "images"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        # An option that the run's version did not know has its default.
-        then = vars(options.parse_args(make_parser(), [])[0]) | state["config"]
+        # An option that the run's version did not know has its default; alpha's follows the rank.
+        then = vars(options.parse_args(make_parser(), [])[0]) | {"lora_alpha": 16.0} | state["config"]
         changed = runs.changed_settings(then, self.config(), FREE_TO_CHANGE)
         if changed:
             raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
