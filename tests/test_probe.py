@@ -9,7 +9,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from toolkit.probe import (
-    GENTLE,
+    DRIFT_STEPS,
+    LOGIT_DRIFT,
     STRENGTHS,
     choose_temperature,
     fit_linear_probe,
@@ -92,13 +93,14 @@ def test_a_softened_head_answers_the_same():
     assert torch.equal(model.fc(features).argmax(1), before.argmax(1))
 
 
-def test_the_temperature_grows_with_the_rate_and_the_number_of_steps_up_to_a_limit():
+def test_the_temperature_grows_with_the_rate_if_features_train():
     features, labels = clusters(4, spread=2.0)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
     spread = model.fc(features).std().item()
-    for steps, counted in {200: 200, 10_000: 500}.items():
-        assert choose_temperature(model, features, labels, steps).per_rate == pytest.approx(counted * spread / GENTLE)
+    per_rate = choose_temperature(model, features, labels, features_train=True).per_rate
+    assert per_rate == pytest.approx(DRIFT_STEPS * spread / LOGIT_DRIFT)
+    assert choose_temperature(model, features, labels, features_train=False).per_rate == 0
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
@@ -106,8 +108,8 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
-    assert choose_temperature(model, features, labels, 200).least == 1
-    least = choose_temperature(model, features, labels, 200, label_smoothing=0.1).least
+    assert choose_temperature(model, features, labels, True).least == 1
+    least = choose_temperature(model, features, labels, True, label_smoothing=0.1).least
     soften_head(model, least)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)

@@ -141,23 +141,39 @@ def test_nothing_is_mixed_unless_asked_for_and_never_images_that_stand_in_for_mi
     assert training.BatchMixing(0.5, 0.5, 2)(images, missing) == (images, missing)
 
 
-def test_an_average_keeps_counts_and_gives_the_weights_back():
+def test_an_average_gives_the_weights_back():
     model = nn.BatchNorm1d(2)
-    average = training.WeightAverage(model.state_dict(), 0.9)
+    average = training.WeightAverage(dict(model.named_parameters()), 0.9)
     with average.in_place():  # before the first step it is the weights
         assert torch.equal(model.weight, torch.ones(2))
     for _ in range(3):
-        model(torch.rand(4, 2))
+        with torch.no_grad():
+            model.weight += 1
         average.update()
     state = copy.deepcopy(average.state())
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.in_place():
-        assert model.num_batches_tracked == 3 and not torch.equal(model.running_mean, weights["running_mean"])
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+        assert 2 < model.weight[0] < 4  # between the first step's weight and the last one's
+    assert torch.equal(model.weight, torch.full((2,), 4.0))
     average.update()
     average.restore(state)
-    assert average.steps == 3
+    assert average.steps == 3 and average.share == 1
     assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
+
+
+def test_statistics_are_those_of_the_loaders_images():
+    """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.01), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    model[2].frozen = True
+    frozen = {name: tensor.clone() for name, tensor in model[2].state_dict().items()}
+    batches = [torch.randn(8, 3) * 5 + 2 for _ in range(4)]
+    single = torch.full((1, 3), 1e6)  # of one image there are no statistics
+    training.estimate_statistics(model, [(x, None) for x in (*batches, single)], torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0))
+    expected = torch.stack([batch.var(0) for batch in batches]).mean(0)
+    torch.testing.assert_close(model[0].running_var, expected)
+    assert model.training and model[0].training and model[0].momentum == 0.01
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in model[2].state_dict().items())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
