@@ -972,7 +972,8 @@ class FineTuning:
                     continue
                 print(reports.describe_epoch(self.history, self.args.epochs))
                 if self.average.share < self.wise_ft_share:
-                    print(f"  {self.average.share:.0%} of the change is kept: more answers training images worse")
+                    kept = f"  {self.average.share:.0%} of the change is kept so far"
+                    print(f"{kept}: with more, training images are answered worse than by the probe")
                 self.save()
                 if self.args.tensorboard:
                     reports.log_tensorboard(self.history[-1], self.args.output_dir)
