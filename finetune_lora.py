@@ -1009,11 +1009,11 @@ class FineTuning:
         now.seconds = time.perf_counter() - started
         if self.guard.has_collapsed(watched.accuracy, watched.loss):
             return False
-        self.guard.accuracies.append(watched.accuracy)
         self.shrink_to_sound_share(watched.accuracy)
         with self.averaged():
             result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
         now.seconds = time.perf_counter() - started
+        self.guard.accuracies.append(watched.accuracy)  # not before: a stop may interrupt the evaluation
         of_head, of_adapters = training.own_rates(self.args, now.learning_rate, self.faster)
         self.history.append(now.row(epoch, result, (of_head, of_adapters if self.args.lora_rank > 0 else None)))
         self.progress = None
@@ -1023,7 +1023,7 @@ class FineTuning:
     def averaged(self) -> Iterator[None]:
         """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
         with self.average.in_place():
-            if self.statistics_loader is not None:
+            if self.statistics_loader is not None and self.schedule.last_epoch > 0:  # the probe has the base's
                 training.estimate_statistics(self.network, self.statistics_loader, self.device, self.dtype)
             yield
 
