@@ -741,6 +741,7 @@ def main(
         if args.resume:
             run.resume(args.resume)
         else:
+            run.estimate_statistics()
             run.start(run.features())
             print(reports.describe_before(run.before, len(splits.val)))
         begin()  # once everything has been read
@@ -796,6 +797,7 @@ def search_learning_rate(
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
         run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders, *kept)
         kept[:] = [run.images]
+        run.estimate_statistics()
         features[:] = features or run.features()
         run.start(features)
         return run
@@ -910,6 +912,15 @@ class FineTuning:
             self.images = self.images._replace(train=train, val=kept(self.images.val))
         self.eval_transform, self.augmentation = plain_view, drawn_view
 
+    def estimate_statistics(self) -> None:
+        """Give BatchNorm, where it trains, the statistics of the training images for the present weights.
+
+        Before the probe too: training normalises by its batches, so a head fitted to the base's statistics would not
+        fit what training sees.
+        """
+        if self.statistics_loader is not None:
+            training.estimate_statistics(self.network, self.statistics_loader, self.device, self.dtype)
+
     def features(self) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""
         train, views = self.images.train.at_most(KNN_IMAGES), [self.eval_transform]
@@ -931,6 +942,10 @@ class FineTuning:
             self.head_temperature = choose_temperature(self.model, *augmented[0], trains, self.args.label_smoothing)
             soften_head(self.model, self.temperature())
         self.start_adapters()
+        if self.statistics_loader is not None:
+            self.watched_loader.batch_sampler.epoch = 0
+            worst = training.worst_batch_loss(self.network, self.watched_loader, self.device, self.dtype)
+            self.guard.first_loss = self.guard.recent_loss = worst
         self.guard.accuracies = [self.watch().accuracy]
 
     def start_adapters(self) -> None:
@@ -1023,8 +1038,7 @@ class FineTuning:
     def averaged(self) -> Iterator[None]:
         """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
         with self.average.in_place():
-            if self.statistics_loader is not None and self.schedule.last_epoch > 0:  # the probe has the base's
-                training.estimate_statistics(self.network, self.statistics_loader, self.device, self.dtype)
+            self.estimate_statistics()
             yield
 
     def watch(self) -> training.Evaluation:

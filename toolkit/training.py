@@ -546,6 +546,22 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
 
 
 @torch.no_grad()
+def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> float:
+    """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
+
+    Statistics of few images are so noisy that losses differ several times over although no weight has changed.
+    """
+    losses = []
+    model.train()
+    for images, labels in loader:
+        if len(images) > 1:  # of one image BatchNorm may have no statistics
+            with autocast(device, dtype):
+                logits = model(to_device(images, device))
+            losses.append(F.cross_entropy(logits.float(), to_device(labels, device)))
+    return torch.stack(losses).max().item()
+
+
+@torch.no_grad()
 def computed(
     function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
