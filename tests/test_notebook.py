@@ -14,6 +14,8 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from finetune_lora import DEFAULT_CHECKPOINT
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "finetune_lora_notebook.ipynb"
 SECTIONS = (
@@ -23,7 +25,11 @@ SECTIONS = (
 WITH_PICTURES = {2, 3, 5, 6, 7, 9}
 
 # In place of the cell tagged "parameters"; nothing else differs from what a reader runs.
-PARAMETERS = "EPOCHS = 3\nLABELS_PER_CLASS = 20"
+# In place of photographs stand the digits on paper, which the notebook itself has written by then.
+PARAMETERS = f"""
+EPOCHS, LABELS_PER_CLASS = 3, 20
+PHOTOGRAPHS, BACKBONE = "checkpoints/notebook/paper", {str(DEFAULT_CHECKPOINT)!r}
+"""
 
 # What is read out of the kernel after the last cell.
 REPORT = """
@@ -33,6 +39,7 @@ print(json.dumps({
     "on paper": [knn_paper, knn_adapted],
     "stage 1": str(stage1["checkpoint"]),
     "runs": {"lora": lora, "qlora": qlora, "full": full},
+    "photographs": photographs,
     "probe": probe,
     "epochs": [row["epoch"] for row in metrics],
     "evaluated": result.accuracy,
@@ -118,6 +125,16 @@ def test_stage_1_goes_on_with_other_images_in_a_file_of_adapters(computed, folde
 
 
 @pytest.mark.slow
+def test_photographs_of_ones_own_are_trained_on_where_they_are_given(computed, executed, folder):
+    assert (
+        computed["photographs"]["val_accuracy"] > 0.8
+        and (folder / "checkpoints/notebook/photographs/lora.pth").exists()
+    )
+    (last_code,) = code_cells(executed)[-2:-1]
+    assert len(pictures([last_code])) == 2  # the curves and the mistakes
+
+
+@pytest.mark.slow
 def test_what_it_evaluates_is_what_the_run_says(computed):
     lora = computed["runs"]["lora"]
     assert computed["evaluated"] == pytest.approx(lora["val_accuracy"], abs=1e-6)
@@ -164,7 +181,7 @@ def test_four_bits_are_four_bits(computed):
 @pytest.mark.slow
 def test_it_draws_what_is_committed(executed):
     drawn, committed = pictures(executed.cells), pictures(nbformat.read(NOTEBOOK, as_version=4).cells)
-    assert len(drawn) == len(committed)
+    assert len(drawn) == len(committed) + 2  # of the photographs
     assert all(picture.std() > 10 for picture in drawn)  # not blank
 
 
