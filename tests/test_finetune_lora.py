@@ -592,6 +592,22 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
     assert 0 <= finetune_lora.main(alone.split())["val_accuracy"] <= 1
 
 
+def test_a_probe_sees_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
+    """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training."""
+    torch.manual_seed(0)
+    resnet = build_backbone("resnet18", 5)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
+    monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
+    with pytest.raises(runs.Stopped):  # at the first step: the file is the probe's
+        finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 0 --train-norms --batch-size 7".split())
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    pixels = torch.stack([info["transform"](image) for image, _ in load_splits("imagefolder", images).train])
+    maps = resnet.conv1(pixels)
+    torch.testing.assert_close(model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    assert resnet.bn1.running_mean.abs().max() == 0  # what the file has
+
+
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
 
@@ -891,6 +907,24 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
+    """The epoch has been judged by then, and is judged again when the run goes on."""
+    whole = finetune("--epochs 2", output="whole")
+
+    def stop_request(requests, batches):
+        raise runs.Stopped(2)
+
+    monkeypatch.setattr(runs.StopRequests, "watched", stop_request)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", output="stopped")
+    state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")
+    assert state["history"] == [] and len(state["guard"]["accuracies"]) == 1
+    monkeypatch.undo()
+    resumed = finetune("--epochs 2 --resume", output="stopped")
+    states = [read_checkpoint(results["folder"] / "last.pth") for results in (whole, resumed)]
+    assert states[0]["guard"]["accuracies"] == states[1]["guard"]["accuracies"]
 
 
 @pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.3] * 4, 0)])
