@@ -41,6 +41,7 @@ from toolkit import InputError, listed, printable, reports, training
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.bands import Bands, from_metadata, recorded
 from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
+from toolkit.config import positive_int, unknown_words, worker_count
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
 from toolkit.folders import (
@@ -53,7 +54,6 @@ from toolkit.folders import (
     tell_others,
 )
 from toolkit.measures import wilson_interval
-from toolkit.options import positive_int, unknown_words, worker_count
 from toolkit.report_page import by_class, confusion_counts, write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
 

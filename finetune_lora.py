@@ -13,18 +13,14 @@ files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 
 import argparse
 import contextlib
-import itertools
 import math
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
@@ -42,7 +38,9 @@ from lora.split import split_model
 from lora.targets import (
     adaptable_layers,
     check_four_bits,
+    check_ranks,
     check_shared_weights,
+    check_stored_bits,
     choose_layers,
     layers_below,
     outermost_layers,
@@ -55,7 +53,7 @@ from toolkit import (
     bands,
     checkpoints,
     collapse,
-    data,
+    config,
     distributed,
     listed,
     options,
@@ -66,19 +64,20 @@ from toolkit import (
     training,
 )
 from toolkit.backbones import headless, in_head
-from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
 from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
-from toolkit.collapse import CollapseGuard
+from toolkit.collapse import CollapseGuard, EpochCollapsed, Recovery
 from toolkit.data import Splits, Transformed, build_loader, load_splits
-from toolkit.files import TOOLKIT, read_checkpoint, save_atomically, stored_path, write_csv, write_text
-from toolkit.probe import HeadTemperature, choose_temperature, head_accuracy, init_head_from_probe, soften_head
+from toolkit.evaluator import Evaluator
+from toolkit.feeding import Feed
+from toolkit.files import TOOLKIT, stored_path
+from toolkit.probe import HeadTemperature, soften_head, start_head
+from toolkit.run_state import Part, RunState
 from toolkit.training import evaluate
-from toolkit.transforms import eval_transform, train_transform
+from toolkit.transforms import eval_transform
 
 DEFAULT_CHECKPOINT = SHIPPED
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
-STATISTICS_IMAGES = 512  # at most so many training images give BatchNorm its statistics
-KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
+
 
 # ------------------------------------------------------------------------------------------------------- the layers
 
@@ -554,17 +553,11 @@ def adapt_layers(
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    highest = full_rank(model)
-    for name, own in settings.items():
-        if own is not None and own.r > highest:
-            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
+    check_ranks(settings, full_rank(model))
     check_shared_weights(model, chosen)
     if use_qlora:
         check_four_bits(model, chosen)
-    for name, layer in outermost_layers(model, is_adapted):
-        bits = layer.base_bits
-        if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
-            raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
+    check_stored_bits(model, chosen, use_qlora)
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
@@ -644,6 +637,23 @@ def load_finetuned(
     return model.eval(), {**metadata, "transform": transform}
 
 
+def adapter_metadata(run: "FineTuning") -> dict[str, Any]:
+    """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
+    args, stage1 = run.args, run.args.stage1_adapter
+    last = run.history[-1]["val_accuracy"] if run.history else run.baseline["probe_accuracy"]
+    return {
+        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
+        "class_names": run.identity["class_names"],
+        **bands.recorded(args.normalization, run.report),
+        "checkpoint": checkpoints.stored_checkpoint(args.checkpoint),
+        "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
+        "lora": options.lora_options(args),
+        "epoch": len(run.history),
+        "val_accuracy": last,
+        "config": run.identity["config"],
+    }
+
+
 def load_base(
     checkpoint: str | Path, stage1_adapter: Path | None, num_classes: int, arch=None, image_size=None, heads=None, *more
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -672,9 +682,9 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    how = {"allow_abbrev": False, "add_help": False, "formatter_class": options.HelpFormatter}
+    how = {"allow_abbrev": False, "add_help": False, "formatter_class": config.HelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **how)
-    options.add_help(parser, options.NEEDED)
+    config.add_help(parser, options.NEEDED)
     run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
     run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
     options.add_model_options(parser, DEFAULT_CHECKPOINT)
@@ -690,13 +700,13 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
         return checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-        typed = options.typed_options(parser, args, sources)
+        typed = config.typed_options(parser, args, sources)
         problems = options.complete_finetune_options(args, sources)
-        environment = runs.environment_problems(args, FineTuning.FILES)
+        environment = runs.environment_problems(args, output_folder.FINE_TUNING_FILES)
         return [*problems, *environment, *options.finetune_problems(args, typed)]
 
     parser = make_parser()
-    return options.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
+    return config.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -726,9 +736,9 @@ def main(
         base = args.checkpoint if sources["checkpoint"] != "default" else None
         with runs.faults_explained(device, "lower --batch-size") as loaders:
             return evaluate_adapter(args, base, device, dtype, loaders)
-    held = output_folder.held(args.output_dir, "finetune_lora.py", FineTuning.FILES, args.resume)
+    held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
-        print(options.describe_options(make_parser(), args, sources))
+        print(config.describe_options(make_parser(), args, sources))
         training.seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(reports.describe_data(args, splits), describe_base(report, args.from_scratch), sep="\n")
@@ -737,13 +747,12 @@ def main(
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
-        print(reports.describe_rates(args, run.rate(), run.faster))
+        print(reports.describe_rates(args, run.recovery.rate, run.adapter_lr_factor))
         if args.resume:
-            run.resume(args.resume)
+            run.resume(args.resume, options.FREE_TO_CHANGE)
         else:
-            run.estimate_statistics()
-            run.start(run.features())
-            print(reports.describe_before(run.before, len(splits.val)))
+            run.start()
+            print(reports.describe_baseline(run.baseline, len(splits.val)))
         begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
@@ -784,179 +793,96 @@ def search_learning_rate(
     args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    parts, features, start = search.parts_of(splits), [], training.rng_state()
-    kept = []  # what `--cache-features` keeps, for all trials
+    parts, random_state = search.parts_of(splits), training.rng_state()
+    features, cached = None, None  # of the first trial, for all of them
 
     def make_run(rate: float, epochs: int) -> FineTuning:
+        nonlocal features, cached
         loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
-        own["wise_ft"] = training.kept_share(args, Counter(splits.train.labels))  # the run's, which has more images
-        own_args = argparse.Namespace(**vars(args) | own)
+        own["wise_ft"] = training.wise_ft_alpha(args, Counter(splits.train.labels))  # the run's, which has more images
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
-        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders, *kept)
-        kept[:] = [run.images]
-        run.estimate_statistics()
-        features[:] = features or run.features()
-        run.start(features)
+        own_args = argparse.Namespace(**vars(args) | own)
+        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders, cached)
+        cached, features = run.feed.images, run.start(features)
         return run
 
-    settings = {"config": options.resolved_config(make_parser(), args), "images": splits.digest()}
+    settings = {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
     where = (len(parts.val), begin, args.output_dir, args.resume)
-    found = search.choose_learning_rate(make_run, args.epochs, *where, settings, FineTuning.FREE_TO_CHANGE)
+    found = search.choose_learning_rate(make_run, args.epochs, *where, settings, options.FREE_TO_CHANGE)
     loaders.clear()
-    training.restore_rng_state(start)  # so that a run given the rate found is this one
+    training.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return found
 
 
-class FineTuning:
+class FineTuning(RunState):
     """One run: the model, its optimizer, its data, and how far it has come.
 
     A study changes the loss in `loss`, the optimizer in `toolkit.training.build_optimizer` and the augmentation in
     `toolkit.transforms.train_transform`, and nothing else.
     """
 
-    FILES = (
-        *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
-        *("learning_rates.csv", "learning_rates.png", "training_curves.png", "confusion_matrix.png", "mistakes.png"),
-    )
-    # What may differ between a run and its continuation without changing what is computed.
-    FREE_TO_CHANGE = ("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features")
-    FREE_TO_CHANGE += tuple(f"data.{name}" for name in options.PLACES_OF_IMAGES)
-
     def __init__(
-        self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders, kept: Splits | None = None
+        self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders, cached: Splits | None = None
     ):
-        self.args, self.model, self.report, self.device, self.dtype = args, model, report, device, dtype
-        self.splits, self.class_names = splits, splits.class_names
-        self.config = options.resolved_config(make_parser(), args)
-        size, self.normalization = report["image_size"], args.normalization
-        self.eval_transform = eval_transform(size, **self.normalization)
-        self.augmentation = train_transform(size, args.augmentation, crop_min=args.crop_min, **self.normalization)
-        self.loaders = loaders  # a list to which it adds its own
-        # What computes, and its input: the images, or the features that this run or an earlier trial has kept.
-        self.network = model
-        self.images = kept or splits._replace(train=keep_images(splits.train, args.cache_images, size))
+        super().__init__(args, device, dtype)
+        self.model, self.report, self.splits = model, report, splits
+        self.network = model  # what computes on what the feed has: images, or features that are cached of them
+        self.feed = Feed(args, splits, report["image_size"], device, loaders, self.meter, cached)
         if args.cache_features != "none":
-            self.begin_above_frozen_blocks()
-        self.val_loader = self.add_loader(self.images.val, self.eval_transform)
+            with training.eval_mode(model):
+                lower, self.network = split_model(model, args.adapt_last)
+                self.feed.cache_features(lower, dtype)
         norms_train = training.batch_norm_trains(model)
-        drop = norms_train and len(splits.train) % args.batch_size == 1  # BatchNorm cannot normalise one image
-        shuffling = {"shuffle": True, "seed": args.seed, "drop_last": drop}
-        self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
-        self.meter = data.LoadingMeter()
-        self.faster = initialization.ADAPTER_LR_FACTOR if args.lora_init == "gradient" and args.lora_rank > 0 else 1.0
-        self.optimizer = training.build_optimizer(model, args, self.faster)
-        images = Counter(splits.train.labels)  # per class
-        parameters = dict(model.named_parameters())  # statistics are estimated for whatever weights are evaluated
-        averaged = {name: tensor for name, tensor in trained_state(model).items() if name in parameters}
-        self.wise_ft_share = training.kept_share(args, images)
-        self.average = training.WeightAverage(averaged, args.ema, self.wise_ft_share)
+        self.feed.add_loaders(norms_train)
+        images_per_class = Counter(splits.train.labels)
         self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
-        watched = collapse.watched_images(self.images.train)
-        self.watched_loader = self.add_loader(watched, self.augmentation, seed=args.seed, keep_workers=False)
-        self.statistics_loader = None
-        if norms_train:
-            some = self.images.train.at_most(STATISTICS_IMAGES)
-            self.statistics_loader = self.add_loader(some, self.eval_transform, keep_workers=False)
-        all_train = norms_train or not args.freeze_backbone
-        self.guard = CollapseGuard(splits.train.labels, watched.labels, all_train)
-        balanced = args.class_weights == "balanced"
-        self.class_weights = training.balanced_weights(images, len(splits.class_names)).to(device) if balanced else None
-        self.steps_per_epoch = math.ceil(len(self.train_loader) / args.accumulation_steps)
-        total = self.steps_per_epoch * args.epochs
-        warmup = training.warmup_steps(args.warmup_epochs, self.steps_per_epoch, total)
-        self.schedule = training.lr_schedule(self.optimizer, total, warmup, args.schedule)
-        self.rate_divisor = training.rate_divisor(args.learning_rate, total) if args.head_init == "probe" else 1.0
-        training.lower_rates(self.schedule, self.rate_divisor)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.parallel = distributed.parallel(self.network, device)
-        # Until here all processes drew the same; from here on each draws its own dropout.
-        if distributed.rank() > 0:
-            training.seed_everything(args.seed + distributed.rank())
-        self.stop = runs.StopRequests()
-        self.progress: training.Progress | None = None  # of the epoch that has begun
-        self.last_good: dict[str, Any] | None = None  # where to go back to: `trained()`, and the epochs until then
-        self.history: list[dict[str, float]] = []
-        self.before: dict[str, float | None] = {"knn_accuracy": None, "probe_accuracy": None}
+        self.class_weights = training.class_weights(args, images_per_class, len(splits.class_names), device)
+
+        self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
+        optimizer = training.build_optimizer(model, args, self.adapter_lr_factor)
+        steps_per_epoch = math.ceil(len(self.feed.train_loader) / args.accumulation_steps)
+        warmup, divisor = training.plan_rates(args, steps_per_epoch)
+        self.begin_training(self.network, optimizer, steps_per_epoch, warmup, divisor)
+
         self.head_temperature = HeadTemperature()
+        self.average = training.WeightAverage.of(model, args, images_per_class)
+        self.evaluator = Evaluator(self.network, self.feed, self.average, device, dtype)
+        all_train = norms_train or not args.freeze_backbone
+        self.guard = CollapseGuard(splits.train.labels, self.feed.watched.labels, all_train)
+        self.recovery = Recovery(self.guard, args.learning_rate / divisor)
 
-    def add_loader(self, images, transform, **loading) -> DataLoader:
-        # Copying what is kept pays in other processes only beside a GPU, and only forked ones share it.
-        idle = isinstance(images, KeptFeatures) and not (self.device.type == "cuda" and sys.platform == "linux")
-        workers = 0 if idle else self.args.workers
-        loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
-        self.loaders.append(build_loader(Transformed(images, transform), **loading))
-        return self.loaders[-1]
+        self.identity |= {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
+        self.identity |= {"class_names": list(splits.class_names), "base": getattr(model, "base_digests", {})}
+        weights = Part(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False))
+        self.trained_parts |= {"model": weights, "average": Part.of(self.average)}
+        self.other_parts |= {
+            **self.recovery.parts(),
+            "head_temperature": Part.attribute(self, "head_temperature", tuple, HeadTemperature._make),
+            "faster": Part.attribute(self, "adapter_lr_factor"),
+        }
 
-    def begin_above_frozen_blocks(self) -> None:
-        """`--cache-features`: compute what the blocks below those that train make of each image and view, once."""
-
-        def features(loader: DataLoader) -> Iterator[Tensor]:
-            bar = runs.progress_bar(loader, "blocks below")
-            yield from training.computed(lower, (batch for batch, _ in bar), self.device, self.dtype)
-
-        def kept(images, views: int = 0) -> KeptFeatures:
-            if isinstance(images, KeptFeatures):
-                return images
-            loaders = [self.add_loader(images, self.eval_transform, keep_workers=False)]
-            # Each pass over a loader has other views than the one before.
-            loaders += [self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)] * views
-            size, where = loaders[0].batch_sampler.batch_size, self.args.cache_features
-            return keep_features(images, [features(loader) for loader in loaders], size, where)
-
-        with training.eval_mode(self.model):
-            lower, self.network = split_model(self.model, self.args.adapt_last)
-            train = kept(self.images.train, self.args.cached_views or 0)
-            self.images = self.images._replace(train=train, val=kept(self.images.val))
-        self.eval_transform, self.augmentation = plain_view, drawn_view
-
-    def estimate_statistics(self) -> None:
-        """Give BatchNorm, where it trains, the statistics of the training images for the present weights.
-
-        Before the probe too: training normalises by its batches, so a head fitted to the base's statistics would not
-        fit what training sees.
-        """
-        if self.statistics_loader is not None:
-            training.estimate_statistics(self.network, self.statistics_loader, self.device, self.dtype)
-
-    def features(self) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""
-        train, views = self.images.train.at_most(KNN_IMAGES), [self.eval_transform]
-        views += [self.augmentation] if self.args.head_init == "probe" else []
-        bank, *augmented = (self.add_loader(train, view, keep_workers=False) for view in views)
-        bars = (runs.progress_bar(loader, "features") for loader in (bank, self.val_loader, *augmented))
-        return [training.extract_features(self.network, bar, self.device, self.dtype) for bar in bars]
-
-    def start(self, features: list[tuple[Tensor, Tensor]]) -> None:
-        """Measure what the backbone knows before any training, start the head from it, and the adapters after that."""
-        bank, queries, *augmented = features
-        self.before = {"knn_accuracy": training.knn_accuracy(*bank, *queries), "probe_accuracy": None}
-        if self.args.head_init == "probe":
-            both = (torch.cat(views) for views in zip(bank, *augmented, strict=True))
-            init_head_from_probe(self.model, *both, 2, self.args.class_weights)
-            self.before["probe_accuracy"] = head_accuracy(self.model, *queries)
-            trains = self.args.lora_rank > 0 or self.args.train_norms or not self.args.freeze_backbone
-            # A head that trains alone cannot harm the features.
-            self.head_temperature = choose_temperature(self.model, *augmented[0], trains, self.args.label_smoothing)
-            soften_head(self.model, self.temperature())
+    def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Start the head from what the backbone knows, then the adapters. Takes and returns `Feed.features`."""
+        self.evaluator.estimate_statistics()
+        features = features or self.feed.features(self.network, self.dtype)
+        self.baseline, self.head_temperature = start_head(self.model, features, self.args)
+        soften_head(self.model, self.temperature())
         self.start_adapters()
-        if self.statistics_loader is not None:
-            self.watched_loader.batch_sampler.epoch = 0
-            worst = training.worst_batch_loss(self.network, self.watched_loader, self.device, self.dtype)
-            self.guard.first_loss = self.guard.recent_loss = worst
-        self.guard.accuracies = [self.watch().accuracy]
+        self.guard.first_loss = self.guard.recent_loss = self.evaluator.worst_batch_loss()
+        self.guard.accuracies = [self.evaluator.watch().accuracy]
+        return features
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""
 
         def backward() -> None:
-            number = math.ceil(initialization.IMAGES / (self.args.batch_size * self.args.accumulation_steps))
             # As in a step, lest float16 overflow.
-            share = 1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
-            for micro_batches in itertools.islice(self.steps(epoch=1), number):
-                self.backward(micro_batches, lambda loss: self.scaler.scale(loss * share))
+            factor = 1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
+            for micro_batches in self.feed.first_steps(initialization.IMAGES):
+                self.backward(micro_batches, factor)
 
         if self.args.lora_init == "gradient":
             with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
@@ -965,12 +891,7 @@ class FineTuning:
 
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return self.head_temperature.at(self.rate() * self.faster)
-
-    def rate(self) -> float:
-        """The learning rate at its peak: collapses lower it."""
-        lowered = min(len(self.guard.retreats), collapse.RETREATS)  # the last one ends the run at the rate that it had
-        return self.args.learning_rate / self.rate_divisor / collapse.RETREAT_FACTOR**lowered
+        return self.head_temperature.at(self.recovery.rate * self.adapter_lr_factor)
 
     def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
         """Train the remaining epochs; after each, write its files and call `after_epoch`.
@@ -979,113 +900,54 @@ class FineTuning:
             Collapsed: the training has collapsed `collapse.RETREATS` times and does so again.
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
-        self.begin_files()
-        with runs.saved_when_stopped(self.stop, self.path("last.pth"), self.save_state, self.done):
+        self.save_config()
+        self.save_state() if self.progress else self.save()  # however soon the run is killed, it can be resumed
+        with self.saved_when_stopped():
             while len(self.history) < self.args.epochs:
-                if not self.train_epoch():
+                try:
+                    self.train_epoch()
+                except EpochCollapsed:
                     self.retreat()
                     continue
-                print(reports.describe_epoch(self.history, self.args.epochs))
-                if self.average.share < self.wise_ft_share:
-                    kept = f"  {self.average.share:.0%} of the change is kept so far"
-                    print(f"{kept}: with more, training images are answered worse than by the probe")
+                reports.tell_epoch(self.history, self.args, self.average)
                 self.save()
-                if self.args.tensorboard:
-                    reports.log_tensorboard(self.history[-1], self.args.output_dir)
                 if after_epoch is not None:
                     after_epoch(self)
 
-    def train_epoch(self) -> bool:
-        """What is left of the epoch, and its evaluation; False, and none of that, if the training collapses."""
+    def train_epoch(self) -> None:
+        """Train what is left of the epoch, and evaluate it. Raises EpochCollapsed if the training collapses."""
         epoch = len(self.history) + 1
         if self.progress is None:
-            self.progress = training.Progress(self.rate() * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
-            if self.guard.is_recoverable():
-                state = {"epochs": len(self.history), "state": self.trained(), "best": self.best_adapter()}
-                self.last_good = runs.copy_to_cpu(state)
+            factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+            self.progress = training.Progress(self.recovery.rate * factor)
+            best_file = self.path("lora.pth") if self.args.keep_best else None
+            self.recovery.begin_epoch(epoch - 1, self.trained, best_file)
         now = self.progress
-        started = time.perf_counter() - now.seconds
         self.model.train()
-        counts = {"total": len(self.splits.train), "initial": now.images, "unit": "img", "leave": False}
-        with runs.progress_bar(title=f"epoch {epoch}/{self.args.epochs}", **counts) as bar:
-            for micro_batches in self.steps(epoch, now.steps):
-                loss_sum, correct = self.step(micro_batches)
-                now.add(micro_batches.images, correct, loss_sum, time.perf_counter() - started)
-                told = {"loss": f"{now.loss:.3f}", "accuracy": f"{now.correct / now.images:.1%}"}
-                bar.set_postfix(told | self.meter.shown(), refresh=False)
-                bar.update(micro_batches.images)
-                if epoch == now.steps == 1:
-                    LoRAManager(self.model).tell_unused()
-                if self.guard.explodes(loss_sum / micro_batches.images):
-                    return False
-                self.stop.check()
-        self.average.share = self.wise_ft_share
-        watched = self.watch()
-        now.seconds = time.perf_counter() - started
-        if self.guard.has_collapsed(watched.accuracy, watched.loss):
-            return False
-        self.shrink_to_sound_share(watched.accuracy)
-        with self.averaged():
-            result = evaluate(self.network, self.stop.watched(self.val_loader), self.device, self.dtype)
-        now.seconds = time.perf_counter() - started
-        self.guard.accuracies.append(watched.accuracy)  # not before: a stop may interrupt the evaluation
-        of_head, of_adapters = training.own_rates(self.args, now.learning_rate, self.faster)
-        self.history.append(now.row(epoch, result, (of_head, of_adapters if self.args.lora_rank > 0 else None)))
+        with now.timed():
+            with runs.epoch_bar(epoch, self.args.epochs, len(self.splits.train), now.images) as bar:
+                for micro_batches in self.feed.steps(epoch, now.steps):
+                    loss_sum, correct = self.step(micro_batches)
+                    now.add(micro_batches.images, correct, loss_sum)
+                    bar.set_postfix(now.shown() | self.meter.shown(), refresh=False)
+                    bar.update(micro_batches.images)
+                    if epoch == now.steps == 1:
+                        LoRAManager(self.model).tell_unused()
+                    if self.guard.explodes(loss_sum / micro_batches.images):
+                        raise EpochCollapsed
+                    self.stop.check()
+            accuracy = self.evaluator.judge(self.guard, may_shrink=self.args.wise_ft == "auto")
+            result = self.evaluator.validate(self.stop.watched)
+        self.recovery.end_epoch(accuracy)  # not before: a stop may interrupt the evaluation
+        rates = training.own_rates(self.args, now.learning_rate, self.adapter_lr_factor)
+        self.history.append(now.row(epoch, result, rates))
         self.progress = None
-        return True
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
-        with self.average.in_place():
-            self.estimate_statistics()
-            yield
-
-    def watch(self) -> training.Evaluation:
-        """Evaluate the guard's training images, in the same augmented views each time."""
-        self.watched_loader.batch_sampler.epoch = 0
-        with self.averaged():
-            return training.evaluate(self.network, self.watched_loader, self.device, self.dtype)
-
-    def shrink_to_sound_share(self, accuracy: float) -> None:
-        """`--wise-ft auto`: keep less of the change while the training images are answered worse than by the probe."""
-        if self.args.wise_ft != "auto" or not self.average.start:
-            return
-        for divisor in collapse.SHARE_DIVISORS:
-            if not self.guard.is_below_start(accuracy):
-                return
-            self.average.share = self.wise_ft_share / divisor
-            accuracy = self.watch().accuracy
-
-    def retreat(self) -> None:
-        """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
-        epoch, rate, temperature = len(self.history) + 1, self.rate(), self.temperature()
-        self.restore(self.last_good["state"])
-        if self.last_good["best"] is not None:
-            save_atomically(self.last_good["best"], self.path("lora.pth"))
-        good_epochs = self.last_good["epochs"]
-        undone = sum(row["seconds"] for row in self.history[good_epochs:]) + self.progress.seconds
-        self.history, self.progress = self.history[:good_epochs], None
-        self.guard.retreat(epoch, rate, good_epochs, undone)
-        if len(self.guard.retreats) > collapse.RETREATS:
-            self.save()
-            raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
-        training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
-        if not self.history:  # the head need not be so soft, and then its gradient is another
-            soften_head(self.model, self.temperature() / temperature)
-            self.start_adapters()
-        self.save()
-        print(f"epoch {epoch}: training collapsed; back to epoch {len(self.history)}, learning rate {self.rate():.1e}")
-
-    def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
-        return training.micro_batches(self.train_loader, self.meter, epoch, start, self.args.accumulation_steps)
 
     def step(self, micro_batches: training.MicroBatches) -> tuple[float, int]:
         """One optimizer step, as if its batches, and those of all processes, were one: sums of losses and of hits."""
         self.optimizer.zero_grad(set_to_none=True)
         # The gradients are averaged over the processes; it is their sum that belongs to the whole.
-        share = distributed.world_size() / micro_batches.images
-        loss, plain, correct = self.backward(micro_batches, lambda loss: self.scaler.scale(loss * share))
+        loss, plain, correct = self.backward(micro_batches, distributed.world_size() / micro_batches.images)
         if not math.isfinite(loss):
             return loss, 0
         if self.args.clip_grad_norm is not None:
@@ -1096,8 +958,8 @@ class FineTuning:
             self.average.update()
         return plain, int(correct)
 
-    def backward(self, micro_batches: training.MicroBatches, scaled: Callable[[Tensor], Tensor]) -> list[float]:
-        """Add up the gradients of the scaled loss; returns the sums of loss, plain loss and hits over the images."""
+    def backward(self, micro_batches: training.MicroBatches, factor: float) -> list[float]:
+        """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits."""
         measured = []
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
             images, labels = self.mixing(training.to_device(images, self.device), labels)
@@ -1107,7 +969,7 @@ class FineTuning:
                 with training.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels)
-                scaled(loss).backward()
+                self.scaler.scale(loss * factor).backward()
             plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
             measured.append(torch.stack([loss.detach(), plain, training.count_right(logits, labels).float()]))
         sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
@@ -1118,109 +980,33 @@ class FineTuning:
         smoothing = self.args.label_smoothing
         return F.cross_entropy(logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing)
 
-    # ----------------------------------------------------------------------------------------------- files of a run
-
-    def path(self, name: str) -> Path:
-        return self.args.output_dir / name
-
-    def done(self) -> str:
-        steps = f" and {self.progress.steps} of {self.steps_per_epoch} steps" if self.progress else ""
-        return f"{len(self.history)} of {self.args.epochs} epochs{steps}"
-
-    def begin_files(self) -> None:
-        """What the folder has from the first moment on: however soon the run is killed, it can be resumed."""
-        if distributed.is_main():
-            write_text(yaml.safe_dump(self.config, sort_keys=False), self.path("config.yaml"))
-        self.save_state() if self.progress else self.save()  # the adapter of epoch 0 is the probe
+    def retreat(self) -> None:
+        """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
+        epoch, rate, temperature = len(self.history) + 1, self.recovery.rate, self.temperature()
+        good = self.recovery.go_back(self.history, self.progress.seconds, self.path("lora.pth"))
+        self.restore(good["state"])
+        self.history, self.progress = self.history[: good["epochs"]], None
+        if self.recovery.has_failed:
+            self.save()
+            raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
+        training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
+        if not self.history:  # the head need not be so soft, and then its gradient is another
+            soften_head(self.model, self.temperature() / temperature)
+            self.start_adapters()
+        self.save()
+        back = f"back to epoch {len(self.history)}, learning rate {self.recovery.rate:.1e}"
+        print(f"epoch {epoch}: training collapsed; {back}")
 
     def save(self) -> None:
-        """The files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
-        if distributed.is_main() and not self.has_better():
+        """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
+        path = self.path("lora.pth")
+        is_best = training.last_is_best(self.history, self.args.keep_best) or not path.exists()
+        if is_best and distributed.is_main():
             with self.average.in_place():
-                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), self.metadata())
+                LoRAManager(self.model).save_lora_checkpoint(path, adapter_metadata(self))
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
-        if distributed.is_main():
-            write_csv(self.history, training.Progress.METRICS, self.path("metrics.csv"))
-
-    def best_adapter(self) -> dict[str, Any] | None:
-        """What --keep-best has in `lora.pth`: an epoch that a retreat undoes may replace it."""
-        path = self.path("lora.pth")
-        return read_adapter_file(path) if self.args.keep_best and path.exists() and distributed.is_main() else None
-
-    def has_better(self) -> bool:
-        """Is `lora.pth` of an epoch that --keep-best prefers to the last, and that no retreat has undone?"""
-        path, rows = self.path("lora.pth"), self.history
-        if self.args.keep_best is None or not path.exists():
-            return False
-        kept = read_adapter_file(path)["metadata"]["epoch"]
-        return 0 < kept < len(rows) and training.best_epoch(rows[kept - 1 :], self.args.keep_best) is not rows[-1]
-
-    def save_state(self) -> None:
-        state = self.state()  # to which every process contributes
-        if distributed.is_main():
-            save_atomically(state, self.path("last.pth"))
-
-    def metadata(self) -> dict[str, Any]:
-        """What `load_finetuned` needs, and what a reader of the file would ask."""
-        return {
-            **{name: self.report[name] for name in ("arch", "image_size", "heads")},
-            "class_names": list(self.class_names),
-            **bands.recorded(self.normalization, self.report),
-            "checkpoint": checkpoints.stored_checkpoint(self.args.checkpoint),
-            "stage1_adapter": str(stored_path(stage1.absolute())) if (stage1 := self.args.stage1_adapter) else None,
-            "lora": options.lora_options(self.args),
-            "epoch": len(self.history),
-            "val_accuracy": self.history[-1]["val_accuracy"] if self.history else self.before["probe_accuracy"],
-            "config": self.config,
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Everything from which the run goes on bit for bit."""
-        return {
-            **self.trained(),
-            "progress": vars(self.progress) if self.progress else None,
-            # None: it is this very state.
-            "good": self.last_good if self.progress or not self.guard.is_recoverable() else None,
-            "guard": self.guard.state(),
-            "head_temperature": tuple(self.head_temperature),
-            "faster": self.faster,
-            "history": self.history,
-            "before": self.before,
-            "meter": vars(self.meter),
-            "images": self.splits.digest(),
-            "class_names": list(self.class_names),
-            "base": getattr(self.model, "base_digests", {}),
-            "config": self.config,
-        }
-
-    def trained(self) -> dict[str, Any]:
-        """What training changes."""
-        changing = runs.training_state(self.optimizer, self.schedule, self.scaler)
-        return {"model": trained_state(self.model), "average": self.average.state(), **changing}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo everything that happened since `trained` returned this."""
-        self.model.load_state_dict(state["model"], strict=False)
-        self.average.restore(state["average"])
-        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
-
-    def resume(self, path: Path) -> None:
-        """Go on where `last.pth` was written. Raises InputError where it belongs to another run."""
-        if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
-            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
-        state = read_checkpoint(path, mapped=False)
-        runs.check_same_run(path, state, self.state(), self.FREE_TO_CHANGE, self.args)
-        self.restore(state)
-        self.history, self.before = state["history"], state["before"]
-        self.last_good, self.faster = state["good"], state["faster"]
-        self.guard.restore(state["guard"])
-        self.meter = data.LoadingMeter(**state["meter"])
-        self.head_temperature = HeadTemperature(*state["head_temperature"])
-        self.progress = training.Progress(**state["progress"]) if state["progress"] else None
-        print(f"resuming {path} after {self.done()}")
-
-    # ------------------------------------------------------------------------------------------------------ the end
+        self.save_metrics(training.Progress.METRICS)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
@@ -1228,7 +1014,7 @@ class FineTuning:
         with self.average.in_place():
             if self.args.keep_best:
                 kept_epoch = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))["epoch"]
-            result = evaluate(self.network, self.val_loader, self.device, self.dtype)
+            result = self.evaluator.evaluate(self.feed.val_loader)
         counts = count_parameters(self.model)
         return reports.write_finetuning(self, result, kept_epoch, counts) if distributed.is_main() else {}
 

@@ -65,7 +65,7 @@ from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
-from toolkit.options import positive_int
+from toolkit.config import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
 from toolkit.training import autocast, fused, peak_memory_bytes, select_device, select_precision

@@ -36,9 +36,9 @@ from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
 from moco import pretrain
-from toolkit import InputError, options, training
+from toolkit import InputError, config, options, training
+from toolkit.config import positive_int
 from toolkit.data import Transformed, build_loader, load_splits
-from toolkit.options import positive_int
 from toolkit.probe import head_accuracy, init_head_from_probe
 from toolkit.runs import run_script
 from toolkit.transforms import eval_transform
@@ -104,7 +104,7 @@ def stage1_flags(args: argparse.Namespace, passed_on: list[str], own: list[str])
 
 def read_stage1(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> argparse.Namespace:
     flags = stage1_flags(args, passed_on, ["--checkpoint", str(args.checkpoint), *own])
-    return options.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
+    return config.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
 
 
 def adapt(name: str, args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any] | None:

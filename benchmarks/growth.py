@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
 from lora.backends import PREFERS_ONEDNN_LINEAR
-from toolkit.options import positive_float, positive_int
+from toolkit.config import positive_float, positive_int
 from toolkit.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")

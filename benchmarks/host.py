@@ -36,7 +36,7 @@ from benchmarks.compare_peers import (
     time_in_turn,
 )
 from benchmarks.operators import AsOnGPU, branches_of_a_gpu, narrow
-from toolkit.options import positive_int
+from toolkit.config import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
 

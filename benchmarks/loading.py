@@ -38,7 +38,7 @@ from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from toolkit import InputError, data, transforms
 from toolkit.backbones import build_backbone
-from toolkit.options import positive_int
+from toolkit.config import positive_int
 from toolkit.runs import run_script
 
 # Width, height and the noise's standard deviation in levels of 256. Noise is what takes bytes, and bytes are what takes

@@ -41,7 +41,7 @@ from finetune_lora import choose_layers
 from toolkit import InputError
 from toolkit.backbones import head_name
 from toolkit.collapse import Collapsed
-from toolkit.options import positive_int
+from toolkit.config import positive_int
 from toolkit.runs import run_script
 
 PROBE = ["--lora-rank", "0"]

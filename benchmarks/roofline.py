@@ -49,7 +49,7 @@ from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError
 from toolkit.backbones import default_image_size
-from toolkit.options import positive_int
+from toolkit.config import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_lora
 from moco import pretrain
-from toolkit.options import shown_default
+from toolkit.config import shown_default
 
 PAGE = Path(__file__).resolve().parent / "options.md"
 MARK = "<!-- What follows is written by docs/write_options.py. -->\n"

@@ -24,6 +24,11 @@ ADAPTER_LR_FACTOR = 24.0
 IMAGES = 256  # whose gradient is enough
 
 
+def lr_factor(lora_init: str, rank: int) -> float:
+    """What the learning rate of adapters with this start (--lora-init) is multiplied by."""
+    return ADAPTER_LR_FACTOR if lora_init == "gradient" and rank > 0 else 1.0
+
+
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
     """Start the adapters of `model` at its gradient, in place: A's rows orthogonal, B zero. The model's output stays.
 

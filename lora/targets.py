@@ -147,6 +147,21 @@ def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> N
         raise InputError(f"{shared[0]} shares its weight with another layer: leave it out with exclude_modules")
 
 
+def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> None:
+    """Raises InputError for a rank above the highest that any layer of the model can use."""
+    for name, own in settings.items():
+        if own is not None and own.r > highest:
+            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
+
+
+def check_stored_bits(model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool) -> None:
+    """Raises InputError for a layer in 4 or 16 bits that would become one of other bits: its float weight is gone."""
+    for name, layer in outermost_layers(model, is_adapted):
+        bits = layer.base_bits
+        if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
+            raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
+
+
 def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raises InputError if the layers chosen cannot be stored in 4 bits."""
     of_head = [name for name in chosen if in_head(model, name)]

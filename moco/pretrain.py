@@ -18,8 +18,7 @@ import argparse
 import json
 import math
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from toolkit import (
     InputError,
     bands,
     checkpoints,
+    config,
     data,
     distributed,
     measures,
@@ -47,8 +47,9 @@ from toolkit import (
 )
 from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
 from toolkit.cache import keep_images
-from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
-from toolkit.options import non_negative_float, non_negative_int, positive_float, positive_int
+from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
+from toolkit.files import read_checkpoint, save_atomically, write_text
+from toolkit.run_state import Part, RunState
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
         the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
-    args, _ = options.parse_args(make_parser(), argv, check=complete)
+    args, _ = config.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
     distributed.join(device)
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run = Pretraining(args, device, dtype)
         loaders += run.loaders()
         if args.resume:
-            run.resume(args.resume)
+            run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.origin)
         images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in what follows from other options; what is wrong with them together, a line each."""
-    typed = options.typed_options(make_parser(), args, sources)
+    typed = config.typed_options(make_parser(), args, sources)
     problems = options.complete_data_options(args, sources)
     options.complete_adapter_options(args)
     if args.resume == Path():  # the flag alone
@@ -140,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m moco.pretrain",
         description=__doc__,
         allow_abbrev=False,
-        formatter_class=options.HelpFormatter,
+        formatter_class=config.HelpFormatter,
     )
     options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
     model = parser.add_argument_group("model")
@@ -162,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--schedule", choices=training.SCHEDULES, default="cosine")
     moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
     moco.add_argument("--precision", choices=training.PRECISIONS, default="auto")
-    moco.add_argument("--momentum", type=options.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
+    moco.add_argument("--momentum", type=config.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
     moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
     moco.add_argument("--dim", type=positive_int, help="width of queries and keys; default: the checkpoint's, else 256")
     moco.add_argument(
@@ -170,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
     moco.add_argument("--two-crops", choices=transforms.TWO_CROPS, default="moco_v3", help="how the views are made")
-    moco.add_argument("--crop-min", type=options.fraction, default=0.2, help="smallest share of the area in a crop")
+    moco.add_argument("--crop-min", type=config.fraction, default=0.2, help="smallest share of the area in a crop")
     moco.add_argument("--seed", type=non_negative_int, default=0)
     moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
     moco.add_argument("--knn-dir", type=Path, help="class folders to measure it on, if the images have no labels")
@@ -178,36 +179,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Pretraining:
+class Pretraining(RunState):
     """A run: the model, its optimizer, its data and how far it is."""
 
     FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png", "tensorboard")
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
-        self.args, self.device, self.dtype = args, device, dtype
+        super().__init__(args, device, dtype)
         self.model, self.origin = build_model(args, device)
         self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
-        self.images = self.loader.dataset.dataset.digest
-        self.meter = data.LoadingMeter()
         if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
             distributed.synchronize_norms(self.model)
-        self.base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
-        self.optimizer = build_optimizer(self.model, args)
+        base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
         steps = len(self.loader)
-        self.schedule = training.lr_schedule(
-            self.optimizer, args.epochs * steps, args.warmup_epochs * steps, args.schedule
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.parallel = distributed.parallel(self.model, device)
-        if distributed.rank() > 0:  # until here all processes drew the same
-            training.seed_everything(args.seed + distributed.rank())
-        self.stop = runs.StopRequests()
-        self.epoch = self.global_steps = 0
-        # Of the epoch that has begun: the sum of its losses, its seconds, the learning rate of its first step.
-        self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
-        self.history: list[dict[str, Any]] = []
-        self.before: dict[str, float] | None = None  # what is measured of a checkpoint's features as they come
+        self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
+        self.trained_parts["model"] = Part(self.model_state, self.restore_model)
+        images = self.loader.dataset.dataset.digest
+        self.identity |= {"images": images, "base": base}
+        self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
     def train(self) -> None:
         """The remaining epochs. While they last, `last.pth` is what to go on from.
@@ -215,42 +205,48 @@ class Pretraining:
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
         """
-        if self.args.checkpoint and self.before is None:
-            self.before = self.measure()
-            print(f"before{describe_measures(self.before)}")
+        if self.args.checkpoint and self.baseline is None:
+            self.baseline = self.measure()
+            print(f"before{describe_measures(self.baseline)}")
         if self.global_steps == 0:
-            self.save("last.pth")  # whenever the run is killed from here on, it can be resumed
-        with runs.saved_when_stopped(self.stop, self.path("last.pth"), lambda: self.save("last.pth"), self.done):
+            self.save_state()  # whenever the run is killed from here on, it can be resumed
+        with self.saved_when_stopped():
             while self.epoch < self.args.epochs:
                 self.train_epoch()
                 self.finish_epoch()
         if distributed.is_main():
             self.path("last.pth").unlink(missing_ok=True)
 
-    def done(self) -> str:
-        return f"{self.epoch} of {self.args.epochs} epochs ({self.global_steps} steps)"
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return len(self.history)
+
+    @property
+    def global_steps(self) -> int:
+        return self.epoch * self.steps_per_epoch + (self.progress.steps if self.progress else 0)
 
     def train_epoch(self) -> None:
         """What is left of a pass over the images; adds a row to the history."""
-        self.model.train()
+        epoch = self.epoch + 1
+        if self.progress is None:
+            self.progress = training.Progress(self.schedule.get_last_lr()[0])
         now, batches = self.progress, self.loader.batch_sampler
-        batches.epoch, batches.start = self.epoch, self.global_steps - self.epoch * len(self.loader)
-        if batches.start == 0:
-            now["learning_rate"] = self.schedule.get_last_lr()[0]
-        start, title = time.perf_counter() - now["seconds"], f"epoch {self.epoch + 1}/{self.args.epochs}"
-        batches_watched = self.meter.watched(self.loader)
-        with runs.progress_bar(batches_watched, title, initial=batches.start, total=len(self.loader)) as bar:
+        batches.epoch, batches.start = self.epoch, now.steps
+        self.model.train()
+        title, total = f"epoch {epoch}/{self.args.epochs}", self.steps_per_epoch
+        watched = self.meter.watched(self.loader)
+        with now.timed(), runs.progress_bar(watched, title, initial=now.steps, total=total) as bar:
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
-                now["loss_sum"], now["seconds"] = now["loss_sum"] + loss, time.perf_counter() - start
+                now.add(self.args.batch_size, 0, loss)
                 told = {"loss": f"{loss:.3f}", "img/s": f"{self.meter.results()['images_per_second']:.0f}"}
                 bar.set_postfix(told | self.meter.shown(), refresh=False)
                 self.stop.check()
-        self.epoch += 1
-        row = {"loss": now["loss_sum"] / len(self.loader), "learning_rate": now["learning_rate"]}
-        row |= {"epoch": self.epoch, "seconds": now["seconds"]}
+        row = {"epoch": epoch, "loss": now.loss_sum / now.steps, "learning_rate": now.learning_rate}
+        row["seconds"] = now.seconds
         self.history.append({name: row.get(name) for name in METRICS})
-        self.progress = {"loss_sum": 0.0, "seconds": 0.0, "learning_rate": None}
+        self.progress = None
 
     def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
         """One optimizer step on two views (N, 3, S, S); returns the loss, the mean of all processes'."""
@@ -267,7 +263,6 @@ class Pretraining:
             )
         if training.stepped(self.scaler, self.optimizer):
             self.schedule.step()
-        self.global_steps += 1
         return loss
 
     def finish_epoch(self) -> None:
@@ -277,9 +272,7 @@ class Pretraining:
         if last or self.epoch % self.args.knn_every == 0:
             row |= self.measure()
             self.save_epoch()  # once more, with the measures: had they run out of memory, the epoch would not be lost
-        if distributed.is_main():
-            # After a resume too it has every epoch once. What was not measured is an empty field.
-            write_csv(self.history, METRICS, self.path("metrics.csv"))
+        self.save_metrics(METRICS)
         if self.args.tensorboard:
             reports.log_tensorboard(row, self.args.output_dir)
         print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{describe_measures(row)}")
@@ -289,9 +282,9 @@ class Pretraining:
         if self.args.lora_rank > 0:
             self.save_adapters()
         elif last or self.epoch % self.args.save_every == 0:
-            self.save(f"moco_stage1_epoch_{self.epoch}.pth", complete=last)
+            self.save_checkpoint(complete=last)
         if not last:
-            self.save("last.pth")
+            self.save_state()
 
     def measure(self) -> dict[str, float]:
         """How good the features before the projector are: by labels, which training never sees, or without any."""
@@ -327,7 +320,7 @@ class Pretraining:
         metadata |= {name: getattr(args, name) for name in ("channels", "channel_fit") if getattr(args, name)}
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
-        metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.config()}
+        metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
         LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
     def model_state(self) -> dict[str, torch.Tensor]:
@@ -339,81 +332,55 @@ class Pretraining:
         of_keys = {name.replace("encoder_q.", "encoder_k.", 1) for name in changing}
         return {name: tensor for name, tensor in state.items() if name in changing.keys() | of_keys}
 
-    def save(self, name: str, complete: bool = False) -> None:
-        """The last checkpoint has no optimizer: nothing is left to resume, and the file is half as large."""
-        state = {
-            "model": self.model_state(),
-            "base": self.base,
-            "epoch": self.epoch,
-            "global_steps": self.global_steps,
-            "arch": self.args.arch,
-            "images": self.images,
-            "config": self.config(),
-            "history": self.history,
-        }
-        if complete:
-            state["optimizer"] = {}
-        else:
-            state |= runs.training_state(self.optimizer, self.schedule, self.scaler)
-            state |= {"progress": self.progress, "before": self.before, "meter": vars(self.meter)}
-        if distributed.is_main():
-            save_atomically(state, self.path(name))
+    def restore_model(self, state: dict[str, torch.Tensor]) -> None:
+        self.model.load_state_dict(state, strict=self.args.lora_rank == 0)
 
-    def resume(self, path: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, "arch": self.args.arch}
+
+    def save_checkpoint(self, complete: bool) -> None:
+        """A complete run's has no optimizer: nothing is left to resume, and the file is half as large."""
+        state = self.state()
+        if complete:
+            needless = {*self.trained_parts, *self.other_parts} - {"model", "history"}
+            state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
+        if distributed.is_main():
+            save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
+
+    def resume(self, path: Path, free: Container[str]) -> None:
         """Go on where the run that wrote `path` was; on the CPU to the same bits as without the interruption.
 
         Raises InputError where that run was configured otherwise or is complete.
         """
         state = read_checkpoint(path, mapped=False)
-        wanted = {"model", "optimizer", "epoch", "global_steps", "config", "history"}
-        if not isinstance(state, dict) or not wanted <= state.keys():
+        if not isinstance(state, dict) or not {"model", "optimizer", "global_steps", "config"} <= state.keys():
             raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
         if not state["optimizer"] and state["epoch"]:
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
-        if not {"progress", "images"} <= state.keys():
+        if not {"progress", "images", "history"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
         # An option that the run's version did not know has its default; alpha's follows the rank.
-        then = vars(options.parse_args(make_parser(), [])[0]) | {"lora_alpha": 16.0} | state["config"]
-        changed = runs.changed_settings(then, self.config(), FREE_TO_CHANGE)
-        if changed:
-            raise InputError(f"--resume {path}: options differ from that run's: {', '.join(changed)}")
-        if state["images"] != self.images:
-            raise InputError(
-                f"--resume {path}: trained on other images than {self.args.data_dir or 'the data set'} holds now: put "
-                "back those that were there, or start without --resume"
-            )
-        if state.get("base") != self.base and self.base:
-            raise InputError(f"--resume {path}: trained over another base than {self.args.checkpoint}; give the same")
-        self.model.load_state_dict(state["model"], strict=self.args.lora_rank == 0)
-        runs.restore_training_state(state, self.optimizer, self.schedule, self.scaler)
-        self.epoch, self.global_steps, self.history = state["epoch"], state["global_steps"], state["history"]
-        self.progress, self.before = state["progress"], state.get("before")
-        self.meter = data.LoadingMeter(**state.get("meter", {}))
-
-    def config(self) -> dict[str, Any]:
-        """The options as a checkpoint can hold them."""
-
-        def plain(x: Any) -> Any:
-            return [plain(item) for item in x] if isinstance(x, list) else str(x) if isinstance(x, Path) else x
-
-        return {name: plain(x) for name, x in vars(self.args).items()}
-
-    def path(self, name: str) -> Path:
-        return self.args.output_dir / name
+        then = vars(config.parse_args(make_parser(), [])[0]) | {"lora_alpha": 16.0} | state["config"]
+        progress = state["progress"]
+        if progress is not None and "steps" not in progress:  # by an earlier version, for which an epoch always went on
+            steps = state["global_steps"] - state["epoch"] * self.steps_per_epoch
+            progress = progress | {"steps": steps} if steps else None
+        state = {"before": None, "base": {}, "meter": {}, **state, "config": then, "progress": progress}
+        self.go_on(path, state, free)
 
     def results(self) -> dict[str, Any]:
         last, adapters = self.history[-1], self.args.lora_rank > 0
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
-            "before": self.before,
+            "before": self.baseline,
             "epochs": self.epoch,
             "peak_memory_bytes": training.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
             "checkpoint": self.path("moco_lora.pth" if adapters else f"moco_stage1_epoch_{self.epoch}.pth"),
             "metrics": self.path("metrics.csv"),
-            "images": self.images,
-            "config": self.config(),
+            "images": self.identity["images"],
+            "config": self.identity["config"],
         }
 
     def loaders(self) -> list[DataLoader]:

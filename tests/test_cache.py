@@ -286,14 +286,14 @@ def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
     found = []
 
     def look(run) -> None:
-        plain = transforms.eval_transform(16, **run.normalization)
-        drawn = transforms.train_transform(16, "crop", **run.normalization)
+        plain = transforms.eval_transform(16, **run.args.normalization)
+        drawn = transforms.train_transform(16, "crop", **run.args.normalization)
         loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
         with training.eval_mode(run.model), torch.no_grad():
             below = split_model(run.model, 1)[0]
             expected = [below(images) for loader in (loaders[0], loaders[1], loaders[1]) for images, _ in loader]
-        found.append((run.images.train.source.tensors[0], torch.stack(expected, 1)))
-        taken = next(iter(run.train_loader))[0]
+        found.append((run.feed.images.train.source.tensors[0], torch.stack(expected, 1)))
+        taken = next(iter(run.feed.train_loader))[0]
         found.append((taken, expected))
 
     finetune("--adapt-last 1 --augmentation crop --cache-features ram --cached-views 2 --epochs 1", after_epoch=look)

@@ -9,6 +9,7 @@ import math
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,22 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from torch import nn
 
 import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, load_finetuned, read_options
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import InputError, bands, checkpoints, runs, training
+from toolkit import InputError, bands, checkpoints, feeding, runs, training
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.collapse import Collapsed, CollapseGuard
 from toolkit.data import Transformed, build_loader, load_splits
+from toolkit.evaluator import Evaluator
 from toolkit.files import read_checkpoint
 from toolkit.measures import wilson_interval
-from toolkit.training import MicroBatches, evaluate, seed_everything
+from toolkit.training import Evaluation, MicroBatches, evaluate, seed_everything
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -313,11 +316,11 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     scripted = iter([0.85, 0.9, 0.8, 0.82])
     adapters = []
 
-    def scripted_evaluate(model, loader, device, dtype):
+    def scripted_evaluate(model, real: Evaluation) -> Evaluation:
         adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-        return evaluate(model, loader, device, dtype)._replace(accuracy=next(scripted, 0.82))
+        return real._replace(accuracy=next(scripted, 0.82))
 
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted_evaluate)
+    with_evaluations(monkeypatch, scripted_evaluate)
     results = finetune("--epochs 4")
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
     assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
@@ -327,8 +330,8 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
 
 
 def test_crop_min_reaches_the_crops(finetune, monkeypatch):
-    made, real = [], finetune_lora.train_transform
-    monkeypatch.setattr(finetune_lora, "train_transform", lambda *a, **given: made.append(given) or real(*a, **given))
+    made, real = [], feeding.train_transform
+    monkeypatch.setattr(feeding, "train_transform", lambda *a, **given: made.append(given) or real(*a, **given))
     finetune("--augmentation crop --epochs 1")
     finetune("--augmentation crop --epochs 1 --crop-min 0.4", output="other")
     assert [given["crop_min"] for given in made] == [0.75, 0.4]
@@ -433,7 +436,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
 
 def test_a_step_on_mixed_images_is_on_their_shares_of_the_classes(start, monkeypatch):
     run, plain = start("--mixup 1 --label-smoothing 0.1 --class-weights balanced"), start()
-    images = torch.stack([run.train_loader.dataset[i][0] for i in range(6)])
+    images = torch.stack([run.feed.train_loader.dataset[i][0] for i in range(6)])
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     seen, real = [], run.loss
     monkeypatch.setattr(run, "loss", lambda logits, targets: seen.append((logits, targets)) or real(logits, targets))
@@ -452,7 +455,7 @@ def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dic
     """What step() returns, and the gradients, for the first images of the training set in batches of these sizes."""
     batches, position = [], 0
     for size in sizes:
-        samples = [run.train_loader.dataset[i * 5 % 21] for i in range(position, position + size)]
+        samples = [run.feed.train_loader.dataset[i * 5 % 21] for i in range(position, position + size)]
         batches.append((torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])))
         position += size
     result = run.step(MicroBatches(iter(batches), len(batches), sum(sizes)))
@@ -500,8 +503,8 @@ def test_accumulated_batches_are_one_big_batch(start, options):
 
 def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1")
-    images = torch.stack([run.train_loader.dataset[i][0] for i in range(6)])
-    labels = torch.tensor([run.train_loader.dataset[i][1] for i in range(6)])
+    images = torch.stack([run.feed.train_loader.dataset[i][0] for i in range(6)])
+    labels = torch.tensor([run.feed.train_loader.dataset[i][1] for i in range(6)])
     head = run.model.heads.head
     weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
     with torch.no_grad():
@@ -661,13 +664,13 @@ def test_a_random_head_and_a_rate_of_its_own(finetune, start):
 def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
     """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
     run, reference = start(options), start(options)
-    run.start(run.features())
+    run.start()
     reference.model.load_state_dict(
         {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}, strict=False
     )
 
     def backward():
-        for images, labels in build_loader(run.train_loader.dataset, batch_size=32):  # all 21, in another order
+        for images, labels in build_loader(run.feed.train_loader.dataset, batch_size=32):  # all 21, in another order
             F.cross_entropy(reference.model(images), labels, reduction="sum").backward()
 
     reference.model.eval()
@@ -685,7 +688,7 @@ def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monk
     precise, low = start("--learning-rate 1e-4"), start("--learning-rate 1e-4")
     low.dtype, low.scaler = torch.float16, torch.amp.GradScaler("cpu")
     for run in (precise, low):
-        run.start(run.features())
+        run.start()
     for (A, _), (expected, _) in zip(adapter_pairs(low.model), adapter_pairs(precise.model), strict=True):
         assert torch.linalg.svdvals(A.detach() @ expected.detach().T)[0] * 3 > 0.99
 
@@ -694,7 +697,7 @@ def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monk
 def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options):
     run = start(options)
     before = {name: p.clone() for name, p in run.model.named_parameters() if "lora_" in name}
-    run.start(run.features())
+    run.start()
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters() if "lora_" in name)
 
 
@@ -705,18 +708,23 @@ def test_a_step_that_float16_cannot_hold_advances_neither_schedule_nor_average(s
     trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     overflow = next(iter(trained.values())).register_hook(lambda gradient: gradient * math.inf)
-    run.step(next(run.steps(1)))
+    run.step(next(run.feed.steps(1)))
     assert run.schedule.last_epoch == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
     assert run.average.steps == 0
     overflow.remove()
-    run.step(next(run.steps(1)))
+    run.step(next(run.feed.steps(1)))
     assert run.schedule.last_epoch == 1 and run.average.steps == 1
 
 
-def scripted(accuracies: list[float]):
-    """`evaluate`, but with these accuracies, one after the other."""
-    left = iter(accuracies)
-    return lambda *args: evaluate(*args)._replace(accuracy=next(left))
+def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
+    """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
+    real = Evaluator.evaluate
+
+    def evaluate(evaluator: Evaluator, batches) -> Evaluation:
+        result = real(evaluator, batches)
+        return result if batches is evaluator.feed.watched_loader else changed(evaluator.network, result)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
 
 
 @pytest.fixture
@@ -726,12 +734,12 @@ def watched(monkeypatch):
     The runs keep their usual share of the change.
     """
 
-    real = FineTuning.watch
+    real = Evaluator.watch
 
     def script(accuracies: list[float]) -> None:
         left = iter(accuracies)
-        monkeypatch.setattr(FineTuning, "watch", lambda run: real(run)._replace(accuracy=next(left)))
-        monkeypatch.setattr(FineTuning, "shrink_to_sound_share", lambda *_: None)
+        monkeypatch.setattr(Evaluator, "watch", lambda evaluator: real(evaluator)._replace(accuracy=next(left)))
+        monkeypatch.setattr(Evaluator, "shrink_to_sound_share", lambda *_: None)
 
     return script
 
@@ -778,7 +786,7 @@ def test_a_loss_that_explodes_is_seen_within_the_epoch():
 def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
     """Whatever the accuracy on the evaluation images is, it changes nothing that is saved."""
     one = finetune("--epochs 2", output="one")
-    monkeypatch.setattr(finetune_lora, "evaluate", scripted([0.0, 0.0, 0.0]))
+    with_evaluations(monkeypatch, lambda network, real: real._replace(accuracy=0.0))
     other = finetune("--epochs 2", output="other")
     assert other["val_accuracy"] == 0 != one["val_accuracy"] and not other["retreats"]
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (one, other))
@@ -787,32 +795,35 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
 
 def test_few_training_images_are_watched_in_several_views(start):
     run = start()
-    assert len(run.splits.train) == 21 and run.guard.images == len(run.watched_loader.dataset) == 126
-    first, second = run.watch(), run.watch()
+    assert len(run.splits.train) == 21 and run.guard.images == len(run.feed.watched_loader.dataset) == 126
+    first, second = run.evaluator.watch(), run.evaluator.watch()
     assert first.loss == second.loss  # the same views
 
 
 def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypatch):
     """The largest share that answers the training images as well as the start; in the end nothing of the change."""
     run = start("--wise-ft auto")
-    run.start(run.features())
+    run.start()
     head = run.model.heads.head.weight
     with torch.no_grad():
         head.neg_()  # every answer is wrong, until the start weighs more
-    run.average.share = run.wise_ft_share
-    run.shrink_to_sound_share(run.watch().accuracy)
-    assert 0 < run.average.share <= run.wise_ft_share / 2
-    assert run.watch().accuracy >= run.guard.accuracies[0]
-    monkeypatch.setattr(FineTuning, "watch", lambda run: training.Evaluation(0.0, 0.1, *[None] * 3))
-    run.shrink_to_sound_share(0.1)
+    run.evaluator.shrink_to_sound_share(run.guard, run.evaluator.watch().accuracy)
+    assert 0 < run.average.share <= run.average.wise_ft_alpha / 2
+    assert run.evaluator.watch().accuracy >= run.guard.accuracies[0]
+    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.1, *[None] * 3))
+    run.evaluator.shrink_to_sound_share(run.guard, 0.1)
     assert run.average.share == 0
 
 
-def test_a_share_that_was_typed_stays(start):
-    run = start("--wise-ft 0.9")
-    run.start(run.features())
-    run.shrink_to_sound_share(0.0)
-    assert run.average.share == 0.9
+@pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
+def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
+    """Also if the training images are answered a little worse than at the start."""
+    run = start(f"--wise-ft {typed}")
+    run.start()
+    run.guard.accuracies = [1.0]
+    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.99, *[None] * 3))
+    run.train_epoch()
+    assert run.average.share == kept
 
 
 def test_a_short_run_trains_at_a_lower_rate():
@@ -858,14 +869,14 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
 def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkeypatch):
     """Each evaluation of the guard takes ten seconds here, and nothing else any time."""
     watched([1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
-    scripted_watch, now = FineTuning.watch, [0.0]
+    scripted_watch, now = Evaluator.watch, [0.0]
 
-    def ten_seconds(run):
+    def ten_seconds(evaluator):
         now[0] += 10
-        return scripted_watch(run)
+        return scripted_watch(evaluator)
 
-    monkeypatch.setattr(FineTuning, "watch", ten_seconds)
-    monkeypatch.setattr(finetune_lora.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Evaluator, "watch", ten_seconds)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
     results = finetune("--epochs 3")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
     assert sum(row["seconds"] for row in metrics(results["folder"])) == 30
@@ -960,15 +971,14 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
     answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2]
     answers += [[0] * 16 + answer for answer in last]
 
-    def evaluation(*args):
-        real = evaluate(*args)
+    def evaluation(_, real: Evaluation) -> Evaluation:
         if not answers:
             return real
         answer = torch.tensor(answers.pop(0))
         accuracy = (answer == labels).float().mean().item()
         return real._replace(accuracy=accuracy, predictions=answer, labels=labels)
 
-    monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
+    with_evaluations(monkeypatch, evaluation)
     results = finetune("--epochs 4 --keep-best balanced --head-init random")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
     assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
@@ -982,7 +992,12 @@ def test_a_resumed_run_keeps_how_much_faster_adapters_learn(finetune, monkeypatc
     real_train = FineTuning.train
     monkeypatch.setattr(FineTuning, "train", lambda run, *args: runs_made.append(run) or real_train(run, *args))
     finetune("--epochs 1 --resume")
-    assert runs_made[0].faster == runs_made[1].faster == 24 != finetune_lora.initialization.ADAPTER_LR_FACTOR
+    assert (
+        runs_made[0].adapter_lr_factor
+        == runs_made[1].adapter_lr_factor
+        == 24
+        != finetune_lora.initialization.ADAPTER_LR_FACTOR
+    )
 
 
 def test_the_best_epoch_is_not_looked_for_in_another_folder(finetune):
@@ -1012,14 +1027,13 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     answers = [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]]
     left = [torch.tensor(answer) for answer in answers]
 
-    def evaluation(*args):
-        real = evaluate(*args)
+    def evaluation(_, real: Evaluation) -> Evaluation:
         if not left:
             return real
         answer = left.pop(0)
         return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
 
-    monkeypatch.setattr(finetune_lora, "evaluate", evaluation)
+    with_evaluations(monkeypatch, evaluation)
     options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
     results = finetune(options)
     assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
@@ -1073,7 +1087,7 @@ def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, mo
     """They train on fewer images, of which `--wise-ft auto` would keep less."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     made, start = [], FineTuning.start
-    monkeypatch.setattr(FineTuning, "start", lambda run, features: made.append(run) or start(run, features))
+    monkeypatch.setattr(FineTuning, "start", lambda run, *given: made.append(run) or start(run, *given))
     finetune("--learning-rate auto --epochs 1 --keep-best f1")
     assert [len(run.splits.train) for run in made] == [16, 16, 21]
     assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class

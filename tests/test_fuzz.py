@@ -30,8 +30,8 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
+from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
-from toolkit.options import parse_args
 
 ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))

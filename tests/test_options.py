@@ -1,4 +1,4 @@
-"""toolkit/options.py: defaults, YAML and command line; types, choices and nearest names."""
+"""toolkit/config.py: defaults, YAML and command line; types, choices and nearest names."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 import finetune_lora
 from moco import pretrain
-from toolkit import InputError, options
+from toolkit import InputError, config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -16,8 +16,8 @@ def make_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--arch", choices=("resnet18", "vit_mini"), default="vit_mini")
     finetune = parser.add_argument_group("finetune")
-    finetune.add_argument("--epochs", type=options.positive_int, default=10)
-    finetune.add_argument("--learning-rate", type=options.positive_float, default=1e-4)
+    finetune.add_argument("--epochs", type=config.positive_int, default=10)
+    finetune.add_argument("--learning-rate", type=config.positive_float, default=1e-4)
     finetune.add_argument("--target-modules", nargs="+")
     finetune.add_argument("--freeze-backbone", action=argparse.BooleanOptionalAction, default=True)
     finetune.add_argument("--use-qlora", action="store_true")
@@ -32,7 +32,7 @@ def parse(tmp_path):
             path = tmp_path / "config.yaml"
             path.write_text(yaml)
             argv += ["--config", str(path)]
-        return options.parse_args(make_parser(), argv, **how)
+        return config.parse_args(make_parser(), argv, **how)
 
     return parse
 
@@ -65,7 +65,7 @@ def test_switches_and_lists_work_on_the_command_line(parse):
 
 def test_a_list_given_in_parts_is_one_list():
     command = "--data-list a.csv --data-list b.csv --exclude-modules fc --exclude-modules conv1 layer4"
-    args, _ = options.parse_args(finetune_lora.make_parser(), command.split())
+    args, _ = config.parse_args(finetune_lora.make_parser(), command.split())
     assert args.data_list == [Path("a.csv"), Path("b.csv")] and args.exclude_modules == ["fc", "conv1", "layer4"]
 
 
@@ -91,8 +91,8 @@ def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
 
     fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
-    for section in options.SECTIONS.keys() & fine_tuning.keys() & stage1.keys():
-        assert fine_tuning[section] - stage1[section] <= {*options.SECTIONS[section]}, section
+    for section in config.SECTIONS.keys() & fine_tuning.keys() & stage1.keys():
+        assert fine_tuning[section] - stage1[section] <= {*config.SECTIONS[section]}, section
 
 
 def test_the_default_config_is_used_unless_another_is_named_or_it_does_not_apply(parse, tmp_path):
@@ -161,7 +161,7 @@ def test_a_missing_file(parse):
 
 def test_help_shows_the_choices(capsys):
     with pytest.raises(SystemExit) as exit_:
-        options.parse_args(make_parser(), ["--help"])
+        config.parse_args(make_parser(), ["--help"])
     assert exit_.value.code == 0
     assert "{resnet18,vit_mini}" in capsys.readouterr().out
 
@@ -169,12 +169,12 @@ def test_help_shows_the_choices(capsys):
 @pytest.mark.parametrize(
     ("convert", "good", "bad"),
     [
-        (options.positive_int, {"1": 1}, ["0", "-1", "1.0", "", "1" * 5000]),
-        (options.non_negative_int, {"0": 0}, ["-1", "x"]),
-        (options.positive_float, {"1e-3": 1e-3}, ["0", "inf", "nan", "-1"]),
-        (options.non_negative_float, {"0": 0.0}, ["-1e-9", "inf"]),
-        (options.fraction, {"0": 0.0, "0.5": 0.5}, ["1", "-0.1"]),
-        (options.boolean, {"true": True, "False": False}, ["1", "yes"]),
+        (config.positive_int, {"1": 1}, ["0", "-1", "1.0", "", "1" * 5000]),
+        (config.non_negative_int, {"0": 0}, ["-1", "x"]),
+        (config.positive_float, {"1e-3": 1e-3}, ["0", "inf", "nan", "-1"]),
+        (config.non_negative_float, {"0": 0.0}, ["-1e-9", "inf"]),
+        (config.fraction, {"0": 0.0, "0.5": 0.5}, ["1", "-0.1"]),
+        (config.boolean, {"true": True, "False": False}, ["1", "yes"]),
     ],
 )
 def test_option_types(convert, good, bad):

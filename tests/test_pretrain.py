@@ -18,7 +18,7 @@ from finetune_lora import load_base, load_finetuned
 from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import InputError, data, options, training
+from toolkit import InputError, config, data, training
 from toolkit.checkpoints import load_backbone
 from toolkit.files import read_checkpoint
 
@@ -303,7 +303,7 @@ def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
     run()
     with pytest.raises(InputError, match="that run is complete"):
         run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_2.pth'}")
-    with pytest.raises(InputError, match=r"options differ from that run's: epochs was 2, is 3, seed was 0, is 5"):
+    with pytest.raises(InputError, match=r"belongs to a run with other settings .epochs was 2, is 3, seed was 0, is 5"):
         run(f"--epochs 3 --seed 5 --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}")
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a checkpoint of python"):
@@ -317,7 +317,9 @@ def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
     half = f"--data-dir {mine} --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}"
     run(half, "same")
     shutil.copy(mine / "dark" / "0.png", mine / "dark" / "another.png")
-    with pytest.raises(InputError, match=rf"moco_stage1_epoch_1\.pth: trained on other images than {mine} holds now"):
+    with pytest.raises(
+        InputError, match=rf"moco_stage1_epoch_1\.pth was trained on other images than {mine} holds now"
+    ):
         run(half, "other")
     (mine / "dark" / "another.png").unlink()
     run(half, "again")
@@ -346,11 +348,11 @@ def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folde
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
-    args, sources = options.parse_args(pretrain.make_parser(), ["--config", str(path)])
+    args, sources = config.parse_args(pretrain.make_parser(), ["--config", str(path)])
     assert sources["moco_version"] == "config"
     if path.stem != "stage1":
         assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
-    assert yaml.safe_load(path.read_text()).keys() <= set(options.SECTIONS)
+    assert yaml.safe_load(path.read_text()).keys() <= set(config.SECTIONS)
 
 
 def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():
@@ -371,7 +373,7 @@ def test_lars_takes_steps_of_a_fixed_ratio_to_the_weights():
 
 
 def test_without_adapters_it_goes_on_in_all_weights(run, base):
-    args = options.parse_args(pretrain.make_parser(), ["--checkpoint", str(base)], check=pretrain.complete)[0]
+    args = config.parse_args(pretrain.make_parser(), ["--checkpoint", str(base)], check=pretrain.complete)[0]
     start = pretrain.build_model(args, torch.device("cpu"))[0].encoder_q.state_dict()
     assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
     for name, tensor in load_backbone(base, 1)[0].state_dict().items():
@@ -387,7 +389,7 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
 def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
     """Version and widths come from the file as well."""
     flags = f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 256"
-    args = options.parse_args(pretrain.make_parser(), flags.split(), check=pretrain.complete)[0]
+    args = config.parse_args(pretrain.make_parser(), flags.split(), check=pretrain.complete)[0]
     theirs = pretrain.build_model(args, torch.device("cpu"))[0]
     names = ("encoder_q", "encoder_k") if version < 3 else ("base_encoder", "momentum_encoder")
     state = {}
@@ -397,7 +399,7 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
         state[f"module.{name}"] = tensor
     torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
     flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
-    args = options.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
+    args = config.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
     ours, told = pretrain.build_model(args, torch.device("cpu"))
     assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
     state = ours.state_dict()
@@ -511,7 +513,7 @@ def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monke
     content = torch.load(base)
     content["state_dict"]["module.base_encoder.class_token"] += 1
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"last\.pth: trained over another base than .*other\.pth"):
+    with pytest.raises(InputError, match=r"last\.pth was trained over another base than .*other\.pth"):
         adapt(f"--checkpoint {tmp_path / 'other.pth'} --resume {tmp_path / 'out/last.pth'}")
 
 

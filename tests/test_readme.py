@@ -150,7 +150,7 @@ def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch, c
 @pytest.mark.parametrize("command", commands_of("python -m moco.pretrain"))
 def test_every_pretraining_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    args, _ = pretrain.options.parse_args(pretrain.make_parser(), shlex.split(command)[3:])
+    args, _ = pretrain.config.parse_args(pretrain.make_parser(), shlex.split(command)[3:])
     assert args.arch
 
 
@@ -164,7 +164,7 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
         finetune_lora.read_options(launch.training_script_args)
     else:
         assert launch.module and launch.training_script == "moco.pretrain"
-        pretrain.options.parse_args(pretrain.make_parser(), launch.training_script_args)
+        pretrain.config.parse_args(pretrain.make_parser(), launch.training_script_args)
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + AFTER_TRAINING])

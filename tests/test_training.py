@@ -97,7 +97,13 @@ def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
 @pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
 @pytest.mark.parametrize("build_optimizer", [training.build_optimizer, pretrain.build_optimizer])
 def test_adamw_is_fused_on_a_gpu_alone(device, fused, build_optimizer):
-    options = {"learning_rate": 1e-3, "weight_decay": 0.1, "head_learning_rate": None, "optimizer": "adamw"}
+    options = {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "head_learning_rate": None,
+        "lora_rank": 0,
+        "optimizer": "adamw",
+    }
     model = nn.Sequential(nn.Linear(2, 2))
     with FakeTensorMode():  # tensors of a GPU that need none
         model._apply(lambda tensor: torch.empty(tensor.shape, device=device))
@@ -150,12 +156,12 @@ def test_an_average_gives_the_weights_back():
         with torch.no_grad():
             model.weight += 1
         average.update()
-    state = copy.deepcopy(average.state())
+    state = copy.deepcopy(average.state_dict())
     with average.in_place():
         assert 2 < model.weight[0] < 4  # between the first step's weight and the last one's
     assert torch.equal(model.weight, torch.full((2,), 4.0))
     average.update()
-    average.restore(state)
+    average.load_state_dict(state)
     assert average.steps == 3 and average.share == 1
     assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
 
@@ -180,7 +186,7 @@ def test_statistics_are_those_of_the_loaders_images():
 def test_a_share_of_the_change_is_kept(decay):
     """Weights and statistics lie on the line from where training began to where it is, or its average over time."""
     model = nn.BatchNorm1d(2)
-    average = training.WeightAverage(model.state_dict(), decay, share=0.25)
+    average = training.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
     with torch.no_grad():
         model.weight.fill_(3.0)
     average.begin()
@@ -196,8 +202,8 @@ def test_a_share_of_the_change_is_kept(decay):
         torch.testing.assert_close(model.running_mean, 0.25 * trained["running_mean"])
         assert model.num_batches_tracked == 1
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
-    resumed = training.WeightAverage(model.state_dict(), decay, share=0.25)
-    resumed.restore(copy.deepcopy(average.state()))
+    resumed = training.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
+    resumed.load_state_dict(copy.deepcopy(average.state_dict()))
     with resumed.in_place():
         torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
 
@@ -215,7 +221,7 @@ def test_a_share_of_the_change_is_kept(decay):
 )
 def test_how_much_of_the_change_is_kept(options, share):
     args = argparse.Namespace(**{"wise_ft": "auto", "head_init": "probe", "freeze_backbone": True} | options)
-    assert training.kept_share(args, {0: 2, 1: 8}) == share
+    assert training.wise_ft_alpha(args, {0: 2, 1: 8}) == share
 
 
 def test_the_best_epoch_by_each_measure():

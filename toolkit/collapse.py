@@ -8,12 +8,14 @@ Only training images are looked at. What a run does must not depend on the image
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError
+from toolkit import InputError, distributed
 from toolkit.data import LabelledImages
+from toolkit.files import read_checkpoint, save_atomically
+from toolkit.run_state import Part, copy_to_cpu
 
 RETREATS, RETREAT_FACTOR = 3, 8.0  # how often a collapsed run goes back, and what divides its learning rate then
 WATCHED_VIEWS = 128
@@ -32,6 +34,10 @@ class Collapsed(InputError):
             f"the adapter of epoch {good_epoch} is in {adapter}"
         )
         self.results = results
+
+
+class EpochCollapsed(Exception):
+    """Training has collapsed within an epoch: the run goes back."""
 
 
 def watched_images(images: LabelledImages) -> LabelledImages:
@@ -111,9 +117,73 @@ class CollapseGuard:
         self.accuracies = self.accuracies[: good_epochs + 1]
         self.recent_loss = self.first_loss
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         names = ("first_loss", "recent_loss", "accuracies", "retreats", "lost_seconds")
         return {name: getattr(self, name) for name in names}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+class Recovery:
+    """Keeps the last good state of a run, and takes the run back there once training has collapsed.
+
+    Args:
+        guard: judges the run.
+        rate: its learning rate at the peak, before any collapse.
+    """
+
+    def __init__(self, guard: CollapseGuard, rate: float):
+        self.guard, self.first_rate = guard, rate
+        self.last_good: dict[str, Any] | None = None  # None: the present state is good, or nothing has begun
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its peak: collapses lower it."""
+        lowered = min(len(self.guard.retreats), RETREATS)  # the last one ends the run at the rate that it had
+        return self.first_rate / RETREAT_FACTOR**lowered
+
+    @property
+    def has_failed(self) -> bool:
+        """Has the run gone back too often?"""
+        return len(self.guard.retreats) > RETREATS
+
+    def parts(self) -> dict[str, Part]:
+        """What a run has to remember of it, by key of `last.pth`."""
+        return {"guard": Part.of(self.guard), "good": Part.attribute(self, "last_good")}
+
+    def begin_epoch(self, epochs: int, trained: Callable[[], dict[str, Any]], best_file: Path | None) -> None:
+        """Keep the present state, if it is good.
+
+        Args:
+            epochs: that it has had.
+            trained: returns what training changes.
+            best_file: where --keep-best has the best adapter so far: an epoch that will be undone may replace it.
+        """
+        if not self.guard.is_recoverable():
+            return
+        best = None
+        if best_file is not None and best_file.exists() and distributed.is_main():
+            best = read_checkpoint(best_file)
+        self.last_good = copy_to_cpu({"epochs": epochs, "state": trained(), "best": best})
+
+    def end_epoch(self, accuracy: float) -> None:
+        """Note the accuracy on the watched images after an epoch that has not collapsed."""
+        self.guard.accuracies.append(accuracy)
+        if self.guard.is_recoverable():
+            self.last_good = None
+
+    def go_back(self, history: Sequence[dict[str, float]], seconds: float, best_file: Path) -> dict[str, Any]:
+        """Note that the epoch after these has collapsed; returns the last good state, and puts back its best adapter.
+
+        Args:
+            history: the rows of the finished epochs.
+            seconds: that the collapsed epoch took.
+            best_file: where --keep-best has the best adapter.
+        """
+        good, self.last_good = self.last_good, None
+        if good["best"] is not None and distributed.is_main():
+            save_atomically(good["best"], best_file)
+        undone = sum(row["seconds"] for row in history[good["epochs"] :]) + seconds
+        self.guard.retreat(len(history) + 1, self.rate, good["epochs"], undone)
+        return good

@@ -1,406 +1,41 @@
-"""Options of both scripts: argparse is the schema, a YAML file and the command line give the values.
-
-An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name; its options' names
-(`dest`) are the keys. Precedence: defaults < YAML < command line. All problems are reported in one message.
-"""
+"""The options of both scripts: flag and YAML key, type and default of each, and what goes together."""
 
 import argparse
 import contextlib
-import copy
-import difflib
-import math
 import os
-import re
-import shutil
-import sys
-import textwrap
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from toolkit import InputError, bands, printable
+from toolkit import InputError, bands
 from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
 from toolkit.checkpoints import (
     CHANNEL_FITS,
     OFFICIAL_CHECKPOINTS,
-    SHIPPED,
     checkpoint_path,
     find_channels,
     is_none,
     option_problems,
 )
+from toolkit.config import (
+    any_float,
+    by_layer,
+    flag,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    or_auto,
+    positive_float,
+    positive_int,
+    positive_share,
+    read_pattern,
+    worker_count,
+)
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
-from toolkit.files import found_path, stored_path
+from toolkit.files import found_path
 from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
 from toolkit.transforms import AUGMENTATIONS, CROP_MIN
-
-# One file configures both scripts. Each passes over the section that only the other has. These keys of the sections
-# that both read belong to fine-tuning alone: pretraining passes over them.
-SECTIONS = {
-    "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views", "show_bands"),
-    "moco": (),
-    "finetune": (),
-}
-
-# Options of earlier versions, which configurations may still have.
-REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Option values: argparse `type=` functions, used for flags and YAML values alike
-
-
-# What tensors, loaders and generators can take, and what stays finite when float32 multiplies a few of them.
-LARGEST = {int: 2**31 - 1, float: 1_000_000}
-
-
-def _number(kind: type, accepts: Callable[[float], bool], expected: str) -> Callable[[str], Any]:
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (abs(value) < math.inf and accepts(value)):  # refuses nan too
-            raise argparse.ArgumentTypeError(f"expected {expected}, got '{printable(text)}'")
-        if value > LARGEST[kind]:
-            raise argparse.ArgumentTypeError(f"{printable(text)} is too large; the largest is {LARGEST[kind]}")
-        return value
-
-    return convert
-
-
-positive_int = _number(int, lambda x: x > 0, "a whole number above 0")
-non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
-positive_float = _number(float, lambda x: x > 0, "a number above 0")
-non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
-fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-any_float = _number(float, lambda x: True, "a number")
-positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-
-
-def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """What `convert` makes of a text, or 'auto'."""
-    return lambda text: text if text == "auto" else convert(text)
-
-
-def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    """`LAYER=VALUE`, whose value `convert` takes, as it is; `read_pattern` takes it apart."""
-
-    def check(text: str) -> str:
-        layer, equals, value = text.rpartition("=")
-        if not layer or not equals:
-            raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
-        convert(value)
-        return text
-
-    return check
-
-
-def read_pattern(entries: list[str] | None) -> dict[str, float]:
-    """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
-    pairs = [(layer, float(value)) for layer, _, value in (entry.rpartition("=") for entry in entries or [])]
-    return {layer: int(value) if value.is_integer() else value for layer, value in pairs}
-
-
-worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
-
-
-def boolean(text: str) -> bool:
-    """`true` or `false`, as YAML writes them."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Options: defaults < YAML < command line
-
-
-def parse_args(
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-    default_config: Path | None = None,
-    default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
-    check: Callable[[argparse.Namespace, dict[str, str]], Iterable[str]] | None = None,
-) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
-
-    Options outside the groups of the YAML sections are for the command line only.
-
-    Args:
-        parser: has `--config`.
-        argv: the command line, `sys.argv[1:]` when None.
-        default_config: the YAML file used when the command line names none.
-        default_config_applies: is given what the command line says (unconverted, by `dest`) and answers whether
-            `default_config` suits it. None: always.
-        check: is given what is returned and may complete it; answers what is wrong with the options together. An option
-            whose own value is wrong has its default there.
-
-    Returns:
-        The options (`config` is the path of the file used, or None) and, for every option, where its value came
-        from: 'default', 'config' or 'command line'.
-
-    Raises:
-        InputError: one message with every problem of both the command line and the file, one per line.
-    """
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    typed, problems = _read_command_line(parser, argv)
-    values, sources = {}, dict.fromkeys(actions, "default")
-    for dest, action in actions.items():
-        default = action.default
-        values[dest] = action.type(default) if isinstance(default, str) and action.type else default
-
-    def take(dest: str, value: Any, source: str, name: str) -> None:
-        try:
-            values[dest], sources[dest] = _convert(actions[dest], value), source
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            problems.append(f"{name}: {error}")
-
-    if "config" in typed:
-        take("config", typed.pop("config"), "command line", "--config")
-    elif default_config and (not default_config_applies or default_config_applies(typed)):
-        values["config"] = default_config
-    if values["config"] is not None:
-        for section, dest, value in _read_config(parser, Path(values["config"]), problems):
-            take(dest, value, "config", f"{section}.{dest}")
-    for dest, value in typed.items():
-        take(dest, value, "command line", actions[dest].option_strings[0])
-    args = argparse.Namespace(**values)
-    problems += check(args, sources) if check else []
-    if problems:
-        raise InputError("\n".join(problems))
-    return args, sources
-
-
-def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
-    """The options to which the command line gives another value than their default. To be asked before completion."""
-    typed = (name for name, source in sources.items() if source == "command line")
-    return {name for name in typed if getattr(args, name) != parser.get_default(name)}
-
-
-def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """What was typed, unconverted, and what is wrong with its names. argparse alone would stop at the first problem."""
-    lenient = copy.deepcopy(parser)
-    lenient.allow_abbrev = False
-    lenient.print_help = parser.print_help
-    lenient.error = _raise_input_error
-    lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
-    for action in lenient._actions:
-        action.default, action.type, action.choices = argparse.SUPPRESS, None, None
-        if action.nargs is None:
-            action.nargs, action.const = "?", ""  # `--epochs` without its value, which _convert_one refuses
-        elif action.nargs == "+":
-            action.nargs = "*"
-    words = list(sys.argv[1:] if argv is None else argv)
-    switches = [flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings]
-    valued = [word for word in words if "=" in word and word.split("=")[0] in switches]
-    typed, rest = lenient.parse_known_args([word for word in words if word not in valued])
-    problems = [f"{printable(word)}: write {word.split('=')[0]} alone; it takes no value" for word in valued]
-    return vars(typed), problems + unknown_words(parser, rest)
-
-
-def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
-    """What is wrong with the words that `parse_known_args` left over."""
-    problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
-    see = "--help-all" if "--help-all" in known else "--help"
-    for before, word in zip(["", *rest], rest, strict=False):
-        if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
-            problems.append(f"{printable(word)}: the option was removed; leave it out")
-        elif word.startswith("-"):
-            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see {see}")
-        elif not before.startswith("-"):  # a word after an unknown option is most likely its value
-            problems.append(f"{printable(word)}: unexpected argument; see {see}")
-    return problems
-
-
-def _raise_input_error(message: str) -> None:
-    raise InputError(message)
-
-
-LONGEST_CONFIG = 100_000  # characters; PyYAML takes a second for them
-
-
-class _ConfigLoader(yaml.SafeLoader):
-    """YAML of plain values in which no key stands twice: the first would be lost without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            twice = next((key for key, count in keys.items() if count > 1), "one of them")
-            raise yaml.MarkedYAMLError(problem=f"the key {twice} is there twice", problem_mark=node.start_mark)
-        return mapping
-
-
-def _load_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises InputError, in one line, for a file that is none or is too long for one."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LONGEST_CONFIG + 1)
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot read it: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--config {path}: not a text file in UTF-8; give a YAML file") from None
-    if len(text) > LONGEST_CONFIG:
-        raise InputError(f"--config {path}: longer than {LONGEST_CONFIG:,} characters; give a YAML file of options")
-    try:
-        return yaml.load(text, _ConfigLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-    except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
-        reason = f"{type(error).__name__}: {printable(error)}"
-    raise InputError(f"--config {path}: not valid YAML: {reason}")
-
-
-def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of every key of the file that is this parser's; the others are added to problems."""
-    try:
-        content = _load_yaml(path)
-    except InputError as error:
-        problems.append(str(error))
-        return
-    if not isinstance(content, dict | None):
-        problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
-        return
-    own = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups}
-    own = {section: own[section] for section in SECTIONS if section in own}
-    for section, entries in (content or {}).items():
-        if section not in SECTIONS:
-            hint = _nearest(section, SECTIONS) or _right_section(section, own)
-            problems.append(f"{printable(section)}: no such section in {path}{hint}")
-        elif not isinstance(entries, dict | None):
-            problems.append(f"{section}: expected a section with `key: value` lines in {path}")
-        elif section in own:
-            for key, value in (entries or {}).items():
-                if key in own[section]:
-                    yield section, key, value
-                elif key in REMOVED:
-                    problems.append(f"{section}.{key} was removed; delete the line")
-                elif key not in SECTIONS[section]:
-                    hint = _right_section(key, own) or _nearest(key, own[section])
-                    problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
-
-
-def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    section = next((section for section, keys in own.items() if key in keys), None)
-    return f" (it belongs into the section {section})" if section else ""
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    name = printable(name)
-    likeness = {full: 1.0 if full.startswith(name) else _likeness(name, full) for full in known}
-    match = max(likeness, key=likeness.get)
-    return f" (did you mean {match}?)" if likeness[match] >= 0.6 else ""  # difflib's own cutoff
-
-
-def _likeness(name: str, full: str) -> float:
-    """How alike two names are, as a whole or word by word between their dashes, in any order: 0 to 1."""
-
-    def alike(one: str, other: str) -> float:
-        return difflib.SequenceMatcher(None, one, other).ratio()
-
-    name, full = name.strip("-"), full.strip("-")
-    ours, theirs = ([word for word in re.split("[-_ ]", text) if word] for text in (name, full))
-    best = [max((alike(word, other) for other in theirs), default=0) for word in ours]
-    shared = sum(likeness for likeness in best if likeness > 0.75)
-    return max(alike(name, full), 2 * shared / max(1, len(ours) + len(theirs)))
-
-
-def _convert(action: argparse.Action, value: Any) -> Any:
-    """A flag's words or a YAML value -> the option's value, checked alike."""
-    if value is None and action.default is None:  # `key: null`
-        return None
-    if action.nargs == 0:  # a switch such as --freeze-backbone
-        if not isinstance(value, bool):
-            raise ValueError(f"expected true or false, got {printable(repr(value))}")
-        return value
-    if action.nargs is None or action.nargs == "?":
-        return _convert_one(action, value)
-    if not isinstance(value, list) or (action.nargs == "+" and not value):
-        raise ValueError(f"expected a list, got {printable(repr(value))}" if value else "expected at least one value")
-    return [_convert_one(action, item) for item in value]
-
-
-def _convert_one(action: argparse.Action, value: Any) -> Any:
-    kind = action.type or str
-    if value is None or value == "" or not isinstance(value, str | int | float | Path):
-        raise ValueError(f"expected a value, got {'none' if value in (None, '') else printable(value)}")
-    if isinstance(value, bool) and kind is not boolean:
-        raise ValueError(f"expected a value, got {str(value).lower()}")
-    # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
-    try:
-        text = str(value)
-        converted = kind(text)
-    except ValueError:
-        raise ValueError(f"invalid value {printable(value)}") from None
-    if "\0" in text:
-        raise ValueError("expected text without a NUL character")
-    if action.choices is not None and converted not in action.choices:
-        names = [str(choice) for choice in action.choices]
-        raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_nearest(text, names)}")
-    return converted
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Help: the options that people need, and all of them
-
-
-def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
-    """`--help`, which shows the options in `needed` (by `dest`), each with its default, and `--help-all`.
-
-    The parser is one made with `add_help=False`.
-    """
-    show = {"action": _PrintText, "const": lambda: short_help(parser, needed)}
-    parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
-    parser.add_argument("--help-all", dest="help", action="help", help="all options")
-
-
-class _PrintText(argparse.Action):
-    """Prints what `const` returns, and exits."""
-
-    def __init__(self, option_strings, dest, const, help):
-        super().__init__(option_strings, dest, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser, *_):
-        print(self.const())
-        parser.exit()
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A help with the default of each option that has one."""
-
-    def _get_help_string(self, action):
-        default = shown_default(action.default) if action.option_strings and action.default != argparse.SUPPRESS else ""
-        meaning = action.help or ", ".join(map(str, action.choices or []))
-        return f"{meaning} (default: {default})" if default else meaning
-
-
-def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
-    """The first paragraphs of the description, and the options in `needed` with their defaults."""
-    actions = {action.dest: action for action in parser._actions}
-    flags = {dest: ", ".join(f for f in actions[dest].option_strings if not f.startswith("--no-")) for dest in needed}
-    column, width = max(map(len, flags.values())) + 4, shutil.get_terminal_size().columns - 2
-    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
-    for dest, names in flags.items():
-        indents = {"initial_indent": f"  {names}".ljust(column), "subsequent_indent": " " * column}
-        lines += textwrap.wrap(HelpFormatter._get_help_string(None, actions[dest]), width, **indents)
-    return "\n".join([*lines, "", "--help-all shows the other options. docs/choosing.md says what to take."])
-
-
-def shown_default(default: Any) -> str:
-    """A default as people read it; nothing for None."""
-    if default is None:
-        return ""
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    if default == SHIPPED:
-        return "shipped"
-    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The options that both scripts have, and those of fine-tuning
@@ -569,8 +204,13 @@ def unlabelled_problems(args: argparse.Namespace) -> list[str]:
 
 PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # that are read
 
-# Where the images are and which are left out may change between a run and its resumption: a digest tells other images.
+# These may differ when a run is resumed: the images' digest tells another data set.
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
+# So may these of fine-tuning, as `section.key`: they do not change what is computed.
+FREE_TO_CHANGE = (
+    *("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features"),
+    *(f"data.{name}" for name in PLACES_OF_IMAGES),
+)
 
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
@@ -638,16 +278,12 @@ def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[st
         return []
     needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern", "alpha_pattern") if getattr(args, name)]
     needless += [name for name in _OF_ADAPTERS if name in typed]
-    return [f"{_flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
+    return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
 
 
 # A configuration may have these for runs with adapters, so that only who types them is told.
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
 _OF_ADAPTERS += ("base_dtype",)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -733,7 +369,7 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
     """Fill in the options that follow from others; returns the problems with the data options, a line each."""
     problems = complete_data_options(args, sources)
     if sources["checkpoint"] == "default" and args.dataset != "digits" and not args.eval_only:
-        images = next((_flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
+        images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         problems.append(
             f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
             f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
@@ -820,51 +456,3 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
             "would never get to its peak; lower it"
         )
     return problems
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run used
-
-
-def describe_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """What was typed, what the YAML file changes, and where all settings will be."""
-
-    def changed(source: str) -> list[str]:
-        names = [name for name, origin in sources.items() if origin == source]
-        return [name for name in names if source != "config" or getattr(args, name) != parser.get_default(name)]
-
-    typed = [_as_typed(name, getattr(args, name)) for name in changed("command line")]
-    told = {
-        "command line": " ".join(typed),
-        f"{_stored(args.config)} changes": ", ".join(f"{n} {_as_text(getattr(args, n))}" for n in changed("config")),
-        "all settings": str(args.output_dir / "config.yaml"),
-    }
-    whole = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in told.items() if values)
-
-
-def _as_typed(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return _flag(name if value else f"no_{name}")
-    return f"{_flag(name)} {_as_text(value)}"
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_as_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(_stored(value))
-
-
-def resolved_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file that repeats the run."""
-    sections = {}
-    for group in parser._action_groups:
-        if group.title in SECTIONS:
-            sections[group.title] = {a.dest: _stored(getattr(args, a.dest)) for a in group._group_actions}
-    return sections
-
-
-def _stored(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_stored(item) for item in value]
-    return str(stored_path(value)) if isinstance(value, Path) else value

@@ -6,17 +6,18 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from toolkit import distributed
 from toolkit.bands import Bands, recorded
-from toolkit.data import LabelledImages, Splits
+from toolkit.collapse import Recovery
+from toolkit.data import LabelledImages, LoadingMeter, Splits
 from toolkit.files import open_atomically, write_text
 from toolkit.measures import TITLES, wilson_interval
 from toolkit.report_page import BLUE, ORANGE, write_page
-from toolkit.training import Evaluation, best_epoch, own_rates, peak_memory_bytes
+from toolkit.training import Evaluation, WeightAverage, best_epoch, own_rates, peak_memory_bytes
 from toolkit.transforms import AtMost, View
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
@@ -59,27 +60,27 @@ def describe_data(args: argparse.Namespace, splits: Splits) -> str:
     return f"data: {numbers}, {len(splits.class_names)} classes"
 
 
-def describe_before(before: dict[str, float | None], images: int) -> str:
+def describe_baseline(baseline: dict[str, float | None], images: int) -> str:
     """What the backbone knows before training, in a line; and another if these evaluation images can show no gain."""
     names = {"knn_accuracy": "k-NN", "probe_accuracy": "linear probe"}
-    known = [f"{name} {before[key]:.2%}" for key, name in names.items() if before[key] is not None]
+    known = [f"{name} {baseline[key]:.2%}" for key, name in names.items() if baseline[key] is not None]
     told = f"before training: {', '.join(known)}"
-    if before["probe_accuracy"] == 1:
+    if baseline["probe_accuracy"] == 1:
         told += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
     return told
 
 
-def describe_rates(args: argparse.Namespace, rate: float, faster: float) -> str:
+def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> str:
     """What learns at which rate, in a line.
 
     Args:
         rate: --learning-rate, or less in a short run.
-        faster: how many times as fast the adapters learn.
+        adapter_lr_factor: how many times as fast the adapters learn.
     """
-    head, adapters = own_rates(args, rate, faster)
+    head, adapters = own_rates(args, rate, adapter_lr_factor)
     told = [f"head {short_rate(head)}"]
-    if args.lora_rank > 0:
-        why = f" ({faster:g}x: they start at the gradient)" if faster > 1 else ""
+    if adapters is not None:
+        why = f" ({adapter_lr_factor:g}x: they start at the gradient)" if adapter_lr_factor > 1 else ""
         told.append(f"adapters {short_rate(adapters)}{why}")
     if args.train_norms or not args.freeze_backbone:
         told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
@@ -97,43 +98,54 @@ def describe_epoch(history: Sequence[dict[str, float]], epochs: int) -> str:
     return f"epoch {row['epoch']}: {losses}, accuracy {row['val_accuracy']:.2%}; {duration(row['seconds'])}{ending}"
 
 
+def tell_epoch(history: Sequence[dict[str, float]], args: argparse.Namespace, average: WeightAverage) -> None:
+    """Print the last finished epoch, and log it for TensorBoard if that was asked for."""
+    print(describe_epoch(history, args.epochs))
+    if average.share < average.wise_ft_alpha:
+        kept = f"  {average.share:.0%} of the change is kept so far"
+        print(f"{kept}: with more, training images are answered worse than by the probe")
+    if args.tensorboard:
+        log_tensorboard(history[-1], args.output_dir)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What it leaves
 
 
-def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
-    """Write and print the results of a `FineTuning`; returns what `results.json` has.
+class FineTuned(Protocol):
+    """What is reported of a run: see `finetune_lora.FineTuning`."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    splits: Splits
+    report: dict[str, Any]  # of `load_backbone`
+    identity: dict[str, Any]  # with `class_names`, `images` and `config`
+    history: list[dict[str, float]]
+    baseline: dict[str, float | None]
+    meter: LoadingMeter
+    average: WeightAverage
+    recovery: Recovery
+    adapter_lr_factor: float
+
+    def path(self, name: str) -> Path: ...
+
+
+def write_finetuning(run: FineTuned, result: Evaluation, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
+    """Write and print the results of a fine-tuning; returns what `results.json` has.
 
     Args:
         result: of the model as it was saved after `kept_epoch`, on the evaluation images.
         counts: its parameters, as `count_parameters` gives them.
     """
-    names, per_class = run.class_names, accuracy_per_class(result, run.class_names)
-    head_rate, adapter_rate = own_rates(run.args, run.rate(), run.faster)
-    best = {"epoch": 0, "val_accuracy": run.before["probe_accuracy"]}  # where no epoch did well
-    best = best_epoch(run.history, run.args.keep_best or "accuracy") if run.history else best
+    names, config, normalization = run.splits.class_names, run.identity["config"], run.args.normalization
     results = {
-        "val_accuracy": result.accuracy,
-        "val_loss": result.loss,
-        "val_images": len(result.labels),
-        "val_accuracy_interval": list(wilson_interval(result.accuracy * len(result.labels), len(result.labels))),
-        "eval_split": run.args.eval_split,
-        "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
-        # Chosen on the very images that it was measured on: no number to publish.
-        "best_epoch": best["epoch"],
-        "best_val_accuracy": best["val_accuracy"],
-        "knn_accuracy_before": run.before["knn_accuracy"],
-        "probe_accuracy_before": run.before["probe_accuracy"],
-        "accuracy_per_class": per_class,
-        "balanced_accuracy": result.balanced_accuracy,
-        "macro_f1": result.macro_f1,
-        "learning_rate": run.args.learning_rate,
-        "head_learning_rate": head_rate,
-        "adapter_learning_rate": adapter_rate if run.args.lora_rank > 0 else None,
+        **_accuracies(run, result, kept_epoch),
+        **_rates(run),
         "kept_share": run.average.share,
-        "retreats": run.guard.retreats,
+        "retreats": run.recovery.guard.retreats,
         "epochs": len(run.history),
-        "seconds": sum(row["seconds"] for row in run.history) + run.guard.lost_seconds,
+        "seconds": sum(row["seconds"] for row in run.history) + run.recovery.guard.lost_seconds,
         **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
@@ -143,19 +155,49 @@ def write_finetuning(run: Any, result: Evaluation, kept_epoch: int, counts: dict
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
-        "images": run.splits.digest(),
-        "normalization": json.loads(json.dumps(recorded(run.normalization, run.report))),  # lists, as in the file
-        "config": run.config,
+        "images": run.identity["images"],
+        "normalization": json.loads(json.dumps(recorded(normalization, run.report))),  # lists, as in the file
+        "config": config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
-    plot_finetuning(run.history, run.before, run.path("training_curves.png"))
+    plot_finetuning(run.history, run.baseline, run.path("training_curves.png"))
     plot_confusion_matrix(result, names, run.path("confusion_matrix.png"))
-    plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"), run.normalization["bands"])
+    plot_mistakes(result, run.splits.val, names, run.path("mistakes.png"), normalization["bands"])
     rows = summary(results, run.args.output_dir)
     pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
-    write_page(run.path("report.html"), rows, result, names, run.path("lora.pth"), **pictures, config=run.config)
+    write_page(run.path("report.html"), rows, result, names, run.path("lora.pth"), **pictures, config=config)
     print(f"\n{table(rows)}")
     return results
+
+
+def _accuracies(run: FineTuned, result: Evaluation, kept_epoch: int) -> dict[str, Any]:
+    """How good the saved adapter is, and what was known before training."""
+    images = len(result.labels)
+    best = {"epoch": 0, "val_accuracy": run.baseline["probe_accuracy"]}  # where no epoch did well
+    if run.history:
+        best = best_epoch(run.history, run.args.keep_best or "accuracy")
+    return {
+        "val_accuracy": result.accuracy,
+        "val_loss": result.loss,
+        "val_images": images,
+        "val_accuracy_interval": list(wilson_interval(result.accuracy * images, images)),
+        "eval_split": run.args.eval_split,
+        "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
+        # Chosen on the very images that it was measured on: no number to publish.
+        "best_epoch": best["epoch"],
+        "best_val_accuracy": best["val_accuracy"],
+        "knn_accuracy_before": run.baseline["knn_accuracy"],
+        "probe_accuracy_before": run.baseline["probe_accuracy"],
+        "accuracy_per_class": accuracy_per_class(result, run.splits.class_names),
+        "balanced_accuracy": result.balanced_accuracy,
+        "macro_f1": result.macro_f1,
+    }
+
+
+def _rates(run: FineTuned) -> dict[str, float | None]:
+    of_head, of_adapters = own_rates(run.args, run.recovery.rate, run.adapter_lr_factor)
+    asked = run.args.learning_rate
+    return {"learning_rate": asked, "head_learning_rate": of_head, "adapter_learning_rate": of_adapters}
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -179,11 +221,11 @@ def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
                     writer.add_scalar(name, value, row["epoch"])
 
 
-def plot_finetuning(history: list[dict[str, float]], before: dict[str, float | None], path: Path) -> None:
+def plot_finetuning(history: list[dict[str, float]], baseline: dict[str, float | None], path: Path) -> None:
     """Losses and accuracy by epoch, both losses without label smoothing.
 
     Args:
-        before: `knn_accuracy` and `probe_accuracy` before training, None where not measured.
+        baseline: `knn_accuracy` and `probe_accuracy` before training, None where not measured.
     """
     from matplotlib.figure import Figure
 
@@ -195,8 +237,8 @@ def plot_finetuning(history: list[dict[str, float]], before: dict[str, float | N
     losses.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     accuracies.plot(epochs, [100 * row["val_accuracy"] for row in history], "s--", color=ORANGE, label="evaluation")
     for name, label, style in (("knn_accuracy", "k-NN", ":"), ("probe_accuracy", "linear probe", "-.")):
-        if before[name] is not None:
-            accuracies.axhline(100 * before[name], color="0.4", linestyle=style, label=f"{label} before training")
+        if baseline[name] is not None:
+            accuracies.axhline(100 * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
     accuracies.set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     for axes in (losses, accuracies):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -206,13 +248,13 @@ def plot_finetuning(history: list[dict[str, float]], before: dict[str, float | N
         figure.savefig(file, dpi=150)
 
 
-def plot_learning_rates(trials: Sequence[Any], path: Path) -> None:
-    """Validation accuracy by learning rate, of `toolkit.search` trials."""
+def plot_learning_rates(rates: Sequence[float], accuracies: Sequence[float], path: Path) -> None:
+    """Validation accuracies (0 to 1) by learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot([t.learning_rate for t in trials], [100 * t.val_accuracy for t in trials], "o-", color=BLUE)
+    axes.plot(rates, [100 * accuracy for accuracy in accuracies], "o-", color=BLUE)
     axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy on the validation part (%)")
     axes.grid(alpha=0.3)
     with open_atomically(path) as file:

@@ -1,17 +1,15 @@
-"""How a run of either script begins, stops, goes on and fails: signals, states, faults and exit codes."""
+"""How a run of either script begins, stops and fails: signals, faults and exit codes."""
 
 import argparse
 import contextlib
 import ctypes
 import importlib.util
-import io
 import os
 import platform
 import signal
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from tqdm import tqdm
 from toolkit import InputError, cache, distributed, output_folder, printable
 from toolkit.data import DOWNLOADED
 from toolkit.folders import UnreadableImage
-from toolkit.training import base_dtype, restore_rng_state, rng_state, select_device, select_precision
+from toolkit.training import base_dtype, select_device, select_precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -60,8 +58,14 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
     return tqdm(batches, title, **options)
 
 
+def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
+    """The bar of an epoch over so many images, of which some are done."""
+    counts = {"total": images, "initial": done, "unit": "img", "leave": False}
+    return progress_bar(title=f"epoch {epoch}/{epochs}", **counts)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# How a run stops and goes on
+# How a run stops
 
 
 class Stopped(KeyboardInterrupt):
@@ -108,93 +112,6 @@ class StopRequests:
             if distributed.world_size() == 1:
                 self.check()
             yield batch
-
-
-@contextlib.contextmanager
-def saved_when_stopped(stop: StopRequests, path: Path, save: Callable[[], None], done: Callable[[], str]):
-    """Within this block a stop request is noted; once it is raised, the state is saved and told.
-
-    Args:
-        path: the file that `save` writes.
-        done: what the run has done so far, for the message.
-
-    Raises:
-        Stopped: with that message.
-    """
-    with stop:
-        try:
-            yield
-        except Stopped as stopped:
-            save()
-            told = f"Stopped; {done()} are saved in {path}. To go on: the same command with --resume"
-            raise Stopped(stopped.signum, told) from None
-
-
-def training_state(optimizer, schedule, scaler) -> dict[str, Any]:
-    """What training needs beside the model to go on bit for bit. All processes contribute their random states."""
-    return {
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": distributed.gather(rng_state()),  # by rank
-    }
-
-
-def restore_training_state(state: dict[str, Any], optimizer, schedule, scaler) -> None:
-    """Undo everything that happened since `training_state` returned this."""
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    if state["scaler"]:  # empty if the run was not in float16, which an automatic precision may change
-        scaler.load_state_dict(state["scaler"])
-    if distributed.rank() < len(state["rng"]):  # it may have been written by fewer processes
-        restore_rng_state(state["rng"][distributed.rank()])
-
-
-def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what `torch.save` can write, that shares no memory with the original."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, map_location="cpu", weights_only=True)
-
-
-def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings of a configuration with sections, as `section.key`."""
-    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
-
-
-def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
-    """The settings that differ from the interrupted run's, except those in `free`: they change nothing computed."""
-    return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
-
-
-def check_same_run(path: Path, then: Any, now: dict[str, Any], free: Container[str], args: argparse.Namespace) -> None:
-    """Refuse to go on with a run of another version, under other settings, with other images, or over another base.
-
-    Args:
-        path: the file to go on from.
-        then, now: the state in it and that of the run to be, with `config` by section, `class_names`, `images`, `base`.
-        free: names of settings, as `section.key`, that may differ because they do not change what is computed.
-
-    Raises:
-        InputError: what differs.
-    """
-    if not isinstance(then, dict) or then.keys() != now.keys():
-        raise InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
-    changed = changed_settings(*(flat(state["config"]) for state in (then, now)), free)
-    if changed or then["class_names"] != now["class_names"]:
-        what = ", ".join(changed) or "other classes"
-        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
-    if then["images"] != now["images"]:
-        raise InputError(
-            f"{path} was trained on other images than {args.data_dir or 'the data set'} holds now: put back those that "
-            "were there, or start without --resume"
-        )
-    if then["base"] != now["base"]:
-        raise InputError(
-            f"{path} was trained over another base than {args.checkpoint}: give the same --checkpoint, and "
-            "--stage1-adapter if there was one"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

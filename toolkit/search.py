@@ -8,15 +8,25 @@ are saved as they are made, so that a search that was stopped goes on where it w
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from toolkit import InputError, data, distributed, reports, runs
+from toolkit import InputError, data, distributed, reports, run_state
+from toolkit.collapse import EpochCollapsed
 from toolkit.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 USUAL = 1e-4  # the default of --learning-rate
 MOST_EPOCHS = 20  # of a trial
 IMAGES = 2_000  # at most so many train, and as many validate
+
+
+class Trainable(Protocol):
+    """A run of the search."""
+
+    history: list[dict[str, float]]  # each row with `val_accuracy` and `val_loss`
+
+    def train_epoch(self) -> None:
+        """Train and evaluate an epoch. Raises EpochCollapsed if the training collapses."""
 
 
 class Trial(NamedTuple):
@@ -49,7 +59,7 @@ def find_learning_rate(
 
 
 def choose(trials: Sequence[Trial], images: int) -> float:
-    """Of the rates within a standard error of the best accuracy the one nearest to the usual rate.
+    """Return the rate nearest to the default among those within one standard error of the best accuracy.
 
     A few hundred images tell rates apart that differ by some points, not the best from the second best. (The rule of
     one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
@@ -67,7 +77,7 @@ def parts_of(splits: data.Splits) -> data.Splits:
 
 
 def choose_learning_rate(
-    make_run: Callable[[float, int], Any],
+    make_run: Callable[[float, int], Trainable],
     epochs: int,
     images: int,
     begin: Callable[[], None],
@@ -79,8 +89,7 @@ def choose_learning_rate(
     """The best rate, found by a search or recalled from the run to go on with, and the `last.pth` of that run, if any.
 
     Args:
-        make_run: makes a run at a rate for a number of epochs. It has `train_epoch`, which is False if training
-            collapses, and `history`.
+        make_run: makes a run at a rate for a number of epochs.
         epochs: of the run that the rate is for.
         images: on how many the trials are judged.
         begin: makes the folder ready; called when there is something to save.
@@ -93,10 +102,10 @@ def choose_learning_rate(
     if resume is not None:
         state = read_checkpoint(resume)
         if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
-            raise InputError(f"{resume} is not a last.pth of this version of the script; start without --resume")
+            raise run_state.of_other_version(resume)
         if "trials" not in state:
             return state["config"]["finetune"]["learning_rate"], resume
-        changed = runs.changed_settings(*(runs.flat(of["config"]) for of in (state, settings)), free)
+        changed = run_state.changed_settings(state["config"], settings["config"], free)
         if changed or state["images"] != settings["images"]:
             what = ", ".join(changed) or "other images"
             raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
@@ -106,10 +115,13 @@ def choose_learning_rate(
 
     def trial(rate: float) -> tuple[float, float]:
         run = make_run(rate, epochs)
-        for _ in range(epochs):
-            if not run.train_epoch():
-                return 0.0, math.inf
-        return run.history[-1]["val_accuracy"], run.history[-1]["val_loss"]
+        try:
+            for _ in range(epochs):
+                run.train_epoch()
+        except EpochCollapsed:
+            return 0.0, math.inf
+        last = run.history[-1]
+        return last["val_accuracy"], last["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
         print("  learning rate {:.0e}: accuracy {:.2%}, loss {:.4f}".format(*trials[-1]))
@@ -122,6 +134,7 @@ def choose_learning_rate(
     rate, trials = find_learning_rate(trial, images, known, tried)
     begin()
     if distributed.is_main():
-        reports.plot_learning_rates(trials, folder / "learning_rates.png")
+        rates, accuracies, _ = zip(*trials, strict=True)
+        reports.plot_learning_rates(rates, accuracies, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
     return rate, None

@@ -230,6 +230,13 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     return 1 / torch.tensor(shares)
 
 
+def class_weights(
+    args: argparse.Namespace, images: Mapping[int, int], num_classes: int, device: torch.device
+) -> Tensor | None:
+    """What --class-weights makes of the number of images of each class: `balanced_weights`, or None."""
+    return balanced_weights(images, num_classes).to(device) if args.class_weights == "balanced" else None
+
+
 NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
 
 
@@ -304,15 +311,29 @@ class Progress:
     loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
     seconds: float = 0.0
 
-    def add(self, images: int, correct: int, loss_sum: float, seconds: float) -> None:
-        """Count an optimizer step; `seconds` are those of the epoch so far."""
-        self.steps, self.seconds = self.steps + 1, seconds
-        self.images, self.correct = self.images + images, self.correct + correct
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the seconds of this block, however it ends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def add(self, images: int, correct: int, loss_sum: float) -> None:
+        """Count an optimizer step."""
+        self.steps += 1
+        self.images += images
+        self.correct += correct
         self.loss_sum += loss_sum
 
     @property
     def loss(self) -> float:
         return self.loss_sum / self.images
+
+    def shown(self) -> dict[str, str]:
+        """For a progress bar."""
+        return {"loss": f"{self.loss:.3f}", "accuracy": f"{self.correct / self.images:.1%}"}
 
     def row(self, epoch: int, result: "Evaluation", own_rates: Sequence[float | None]) -> dict[str, float | None]:
         """The finished epoch in `metrics.csv`; `own_rates` are the head's and the adapters'."""
@@ -326,17 +347,25 @@ def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]
     return max(history, key=lambda row: (row[BEST_BY[by]], -row["val_loss"]))
 
 
+def last_is_best(history: Sequence[dict[str, float]], by: str | None) -> bool:
+    """Is the last epoch, or the start before any, the one that --keep-best keeps? Without it the last one always is."""
+    return by is None or not history or best_epoch(history, by) is history[-1]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, average of the weights
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace, faster: float = 1.0) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, args: argparse.Namespace, adapter_lr_factor: float = 1.0
+) -> torch.optim.Optimizer:
     """AdamW over everything that trains: biases and norms without weight decay, the head at a rate of its own.
 
     Args:
-        faster: times the learning rate at which adapters learn.
+        adapter_lr_factor: what the learning rate of adapters is multiplied by.
     """
-    groups, (of_head, of_adapters) = {}, own_rates(args, args.learning_rate, faster)
+    of_head, of_adapters = own_rates(args, args.learning_rate, adapter_lr_factor)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = of_head if in_head(model, name) else args.learning_rate
@@ -349,9 +378,13 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, faster: float = 
     )
 
 
-def own_rates(args: argparse.Namespace, rate: float, faster: float) -> tuple[float, float]:
-    """The learning rates of the head and of adapters where all else learns at `rate`, --learning-rate or less."""
-    return (args.head_learning_rate or args.learning_rate) * (rate / args.learning_rate), rate * faster
+def own_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> tuple[float, float | None]:
+    """The learning rates of the head and of adapters where all else learns at `rate`, --learning-rate or less.
+
+    That of adapters is None where there are none.
+    """
+    of_head = (args.head_learning_rate or args.learning_rate) * (rate / args.learning_rate)
+    return of_head, rate * adapter_lr_factor if args.lora_rank > 0 else None
 
 
 def fused(model: nn.Module) -> bool | None:
@@ -371,7 +404,7 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
 IMAGES_WORTH_THE_START = 5.0
 
 
-def kept_share(args: argparse.Namespace, images: Mapping[int, int]) -> float:
+def wise_ft_alpha(args: argparse.Namespace, images: Mapping[int, int]) -> float:
     """What share of training's change is evaluated and saved, above 0 and at most 1: `--wise-ft`.
 
     With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
@@ -388,7 +421,7 @@ def kept_share(args: argparse.Namespace, images: Mapping[int, int]) -> float:
 
 
 class WeightAverage:
-    """What is evaluated of what trains, and saved for use: an average over time, and of that one with the start.
+    """The weights that are evaluated and saved: an average of the trained ones over time, and of that with their start.
 
     The average over time is an exponential moving one: in step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself,
     so that it soon forgets where a short run began. (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's
@@ -398,16 +431,24 @@ class WeightAverage:
     Args:
         tensors: the model's own, which training changes in place.
         decay: 0: no average over time; the weights themselves.
-        share: 1: nothing of the start.
+        wise_ft_alpha: the share to begin with, above 0 and at most 1; 1: nothing of the start.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float, share: float = 1.0):
-        self.tensors, self.decay, self.share, self.steps = tensors, decay, share, 0
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float, wise_ft_alpha: float = 1.0):
+        self.tensors, self.decay, self.steps = tensors, decay, 0
+        self.wise_ft_alpha = self.share = wise_ft_alpha  # the share may be lower for a time
         self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
         self.start: dict[str, Tensor] = {}
 
+    @classmethod
+    def of(cls, model: nn.Module, args: argparse.Namespace, images: Mapping[int, int]) -> "WeightAverage":
+        """The average of what trains that the options ask for; `images` are the numbers of each class."""
+        # Not of BatchNorm's statistics, which are estimated for whatever weights are evaluated.
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        return cls(trained, args.ema, wise_ft_alpha(args, images))
+
     def begin(self) -> None:
-        """The weights are now as training starts."""
+        """Remember the present weights as the start of training."""
         if self.share < 1:
             floats = ((n, t) for n, t in self._floats(self.tensors) if not n.rpartition(".")[2].startswith("lora_A"))
             self.start = {name: tensor.detach().clone() for name, tensor in floats}
@@ -444,11 +485,11 @@ class WeightAverage:
                 for name, tensor in trained.items():
                     self.tensors[name].copy_(tensor)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "share": self.share, "averages": self.averages, "start": self.start}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Undo everything since `state()` returned this."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo everything since `state_dict()` returned this."""
         self.steps, self.share = state["steps"], state["share"]
         for kind in ("averages", "start"):
             setattr(self, kind, {name: tensor.clone().to(self.tensors[name]) for name, tensor in state[kind].items()})
@@ -476,6 +517,13 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     if epochs == 0:
         return 0
     return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
+
+
+def plan_rates(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, float]:
+    """How many steps the warm-up of a run is, and what its learning rates are divided by."""
+    steps = steps_per_epoch * args.epochs
+    divisor = rate_divisor(args.learning_rate, steps) if args.head_init == "probe" else 1.0
+    return warmup_steps(args.warmup_epochs, steps_per_epoch, steps), divisor
 
 
 def lr_schedule(

@@ -1,0 +1,86 @@
+"""Which weights of a fine-tuning run are evaluated, and on which images."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from toolkit import training
+from toolkit.collapse import SHARE_DIVISORS, CollapseGuard, EpochCollapsed
+from toolkit.feeding import Feed
+
+
+class Evaluator:
+    """Evaluates a network with the weights that are saved, not those that train, and BatchNorm statistics for them.
+
+    Args:
+        network: reads what the feed has: images, or features that are cached of them.
+        average: has the weights that are saved.
+    """
+
+    def __init__(
+        self, network: nn.Module, feed: Feed, average: training.WeightAverage, device: torch.device, dtype: torch.dtype
+    ):
+        self.network, self.feed, self.average = network, feed, average
+        self.device, self.dtype = device, dtype
+
+    def evaluate(self, batches: Iterable) -> training.Evaluation:
+        """With the weights that the model has."""
+        return training.evaluate(self.network, batches, self.device, self.dtype)
+
+    def validate(self, watched: Callable[[Iterable], Iterable] = iter) -> training.Evaluation:
+        """Evaluate the evaluation images, whose batches `watched` yields."""
+        with self.averaged():
+            return self.evaluate(watched(self.feed.val_loader))
+
+    def watch(self) -> training.Evaluation:
+        """Evaluate the collapse guard's training images, in the same augmented views each time."""
+        with self.averaged():
+            return self.evaluate(self.feed.watched_views())
+
+    def judge(self, guard: CollapseGuard, may_shrink: bool) -> float:
+        """The accuracy on the guard's images after an epoch.
+
+        Args:
+            may_shrink: keep less of what training has changed while the images are answered worse than at the start.
+
+        Raises:
+            EpochCollapsed: the training has collapsed.
+        """
+        self.average.share = self.average.wise_ft_alpha
+        watched = self.watch()
+        if guard.has_collapsed(watched.accuracy, watched.loss):
+            raise EpochCollapsed
+        if may_shrink and self.average.start:
+            self.shrink_to_sound_share(guard, watched.accuracy)
+        return watched.accuracy
+
+    def shrink_to_sound_share(self, guard: CollapseGuard, accuracy: float) -> None:
+        for divisor in SHARE_DIVISORS:
+            if not guard.is_below_start(accuracy):
+                return
+            self.average.share = self.average.wise_ft_alpha / divisor
+            accuracy = self.watch().accuracy
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
+        with self.average.in_place():
+            self.estimate_statistics()
+            yield
+
+    def estimate_statistics(self) -> None:
+        """Give BatchNorm, where it trains, the statistics of the training images for the present weights.
+
+        Before the probe too: training normalises by its batches, so a head fitted to the base's statistics would not
+        fit what training sees.
+        """
+        if self.feed.statistics_loader is not None:
+            training.estimate_statistics(self.network, self.feed.statistics_loader, self.device, self.dtype)
+
+    def worst_batch_loss(self) -> float | None:
+        """The highest loss of a batch of the guard's images; None where no BatchNorm makes it depend on the batch."""
+        if self.feed.statistics_loader is None:
+            return None
+        return training.worst_batch_loss(self.network, self.feed.watched_views(), self.device, self.dtype)
