@@ -353,7 +353,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
             bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
             rows = rows if packed else slice(None)
             if self._is_active:
-                W, a, b = self.base(name)[rows], torch.cat(A[i:end]), torch.cat(B[i:end])
+                W, a, b = self.base(name)[rows], A[i:end], B[i:end]
                 y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], prologue)
             else:
                 y = functional.frozen_linear(inputs[i], self._weight_without_adapter(name, inputs[i])[rows], bias)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from torchvision.models import ResNet, VisionTransformer
 
 from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, Training, build_variant, random_batch
-from lora import functional
+from lora import backends
 from toolkit.backbones import build_backbone
 
 BLOCK = 512  # bytes: PyTorch's allocator on CUDA hands out multiples of it
@@ -192,7 +192,7 @@ class AsOnGPU(Training):
 @contextlib.contextmanager
 def branches_of_a_gpu() -> Iterator[None]:
     """Within this block tensors on a CPU go the way that those on a GPU go."""
-    with warnings.catch_warnings(), mock.patch.object(functional, "PARTS", 1):  # a LayerNorm is pulled back as a whole
+    with warnings.catch_warnings(), mock.patch.object(backends, "counts_kernels", lambda x: True):
         warnings.filterwarnings("ignore", "TF32 acceleration")  # of other GPUs, when oneDNN is switched
         with torch.backends.mkldnn.flags(enabled=False):
             yield
@@ -205,15 +205,17 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 16, *args, **kwargs)
 
 
-def narrow(name: str, image_size: int) -> nn.Module:
-    """A model with the blocks of the named one, and hardly any arithmetic: a ViT has patches of 8 pixels."""
+def narrow(name: str, image_size: int, width: int = 16) -> nn.Module:
+    """A model with the blocks of the named one, and hardly any arithmetic: a ViT has patches of 8 pixels, and `width`
+    channels."""
     with torch.device("meta"):
         model = build_backbone(name, NUM_CLASSES)
     if name.startswith("vit"):
         layers = len(model.encoder.layers)
-        return VisionTransformer(image_size, 8, layers, 2, hidden_dim=16, mlp_dim=64, num_classes=NUM_CLASSES)
+        return VisionTransformer(image_size, 8, layers, 2, width, 4 * width, num_classes=NUM_CLASSES)
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     slim = NarrowResNet(type(stages[0][0]), [len(stage) for stage in stages], num_classes=NUM_CLASSES)
+    slim.__class__ = ResNet  # a subclass would not be fused
     slim.fc = nn.Linear(model.fc.in_features // 16, NUM_CLASSES)
     return slim.to(memory_format=torch.channels_last)
 

@@ -43,6 +43,12 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
 # 1e-15 Adam's squares of the gradients of channels that are rectified everywhere would be there.
 LEAK = 1e-20
 
+
+def counts_kernels(x: Tensor) -> bool:
+    """Is it the number of kernels that costs on x's device, as on a GPU, and not that of the passes over memory?"""
+    return x.device.type != "cpu"
+
+
 # -------------------------------------------------------------------------------------------- tracing, derivatives
 
 
@@ -75,6 +81,8 @@ def first_derivative(backward):
                 "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
                 "adapters out with LoRAManager(model).unload(merge=True)"
             )
+        if not torch.is_autocast_enabled(gy.device.type):  # it rarely is, and entering the context takes longer
+            return backward(ctx, gy)
         with torch.autocast(gy.device.type, enabled=False):
             return backward(ctx, gy)
 
@@ -113,10 +121,28 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     Not where b is some columns of a wider matrix, which oneDNN reads number by number.
     """
+    if counts_kernels(a):
+        return a @ b
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions
+
+
+def pixels(x: Tensor) -> Tensor | None:
+    """(N, C, H, W) as (N H W, C), a view; None if the channels do not lie last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _rows_of_pointwise(x: Tensor, kernel: Tensor, geometry: tuple) -> Tensor | None:
+    """The pixels of x if the kernel works on each by itself, so that the convolution is a matrix product."""
+    stride, padding, _, groups = geometry
+    by_pixel = kernel.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+    return pixels(x) if by_pixel else None
+
+
+def _linear_into(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None) -> None:
+    torch.mm(x, W.T, out=y) if bias is None else torch.addmm(bias, x, W.T, out=y)
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
@@ -137,13 +163,19 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
             with_residual = torch.ops.mkldnn._convolution_pointwise.binary
             y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
             return y.relu_() if relu else y
-    y = F.conv2d(x, kernel, bias, *geometry)
+    if counts_kernels(x) and (rows := _rows_of_pointwise(x, kernel, geometry)) is not None:
+        y = x.new_empty(len(x), *x.shape[2:], len(kernel)).permute(0, 3, 1, 2)
+        _linear_into(pixels(y), rows, kernel.flatten(1), bias)  # which adds the bias on the way, as cuDNN does not
+    else:
+        y = F.conv2d(x, kernel, bias, *geometry)
     y = y if residual is None else y.add_(residual)
     return y.relu_() if relu else y
 
 
 def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_weight: bool) -> Tensor:
     """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
+    if not of_weight and counts_kernels(x) and (rows := _rows_of_pointwise(gy, kernel, geometry)) is not None:
+        return (rows @ kernel.flatten(1)).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
     stride, padding, dilation, groups = geometry
     mask = [not of_weight, of_weight, False]
     settings = stride, padding, dilation, False, [0, 0], groups, mask
@@ -194,6 +226,24 @@ def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(x, shape)
 
 
+def flatten_dense_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """All their numbers in one row."""
+    return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+def unflatten_dense_tensors(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Views of such a row, in the shapes of these."""
+    return torch._C._nn.unflatten_dense_tensors(flat, like)
+
+
 def is_dense(x: Tensor) -> bool:
     """Do x's numbers fill a range of memory, each once, in whatever order?"""
     return torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The numbers behind two NF4 codes a byte, one float32 scale a block. An operator of bitsandbytes: import it first.
+
+    `bitsandbytes.functional` would look at its `QuantState` each time, which takes longer than the operator.
+    """
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, block, "nf4", shape, dtype)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import backends
+from lora import backends, thin, together
 from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION
 from lora.nf4 import NF4Weight, dense_weight
@@ -104,7 +104,8 @@ def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, weight, bias, scaling, groups, prologue, dtype):
+    def forward(ctx, x, adapter_x, A, B, bias, settings):  # each argument of `apply` takes time: the constants are one
+        weight, scaling, groups, prologue, dtype = settings
         ctx.rebuild, parts = None, ()
         if isinstance(prologue, RecomputedNorm):
             prologue, ctx.rebuild, parts = prologue
@@ -117,49 +118,33 @@ class _LoRALinear(torch.autograd.Function):
         ctx.prologue = prologue
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
 
-        factors, h = (A, B), None
-        A, B = A.to(dtype), B.to(dtype)
+        h = None
+        if A.dtype != dtype or B.dtype != dtype:  # a call that changes nothing takes time as well
+            A, B = A.to(dtype), B.to(dtype)
         W = dense_weight(weight, dtype)
-        bias = None if bias is None else bias.to(dtype)
-        if adapter_x is None and _merge_pays(W, rows.shape[0] * len(W)):
+        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+        if adapter_x is None and _merge_pays(W, rows.shape[0] * W.shape[0]):
             merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
             y = backends.linear(rows, merged, bias)
         else:
-            y = backends.linear(rows, W, bias)
             h = backends.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
-            width = len(W) // groups
-            for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
-                # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
-                y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
+            y = thin.add_side_path(rows, W, bias, h, B, scaling, groups)
         # As W is frozen, only the adapter's gradients need the input. h is thin, so it is saved where it is known.
         kept = x if prologue is not None else adapter_rows.view(x.shape)
-        ctx.save_for_backward(kept if ctx.rebuild is None else None, *factors, h, *parts)
+        ctx.save_for_backward(kept if ctx.rebuild is None else None, A, B, h, *parts)
         # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
-        return backends.unsafe_view(y, [*x.shape[:-1], len(W)])
+        return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
         saved, A, B, h, *parts = ctx.saved_tensors
-        need_x, need_adapter_x, need_A, need_B, _, need_bias = ctx.needs_input_grad[:6]
+        need_x, need_adapter_x, need_A, need_B, need_bias, _ = ctx.needs_input_grad
         if ctx.rebuild is not None:
-            with torch.autocast(gy.device.type, ctx.dtype, enabled=ctx.dtype in LOW_PRECISION):
-                saved = ctx.rebuild(*parts)
-        A, B = A.to(ctx.dtype), B.to(ctx.dtype)
-        gy = gy.to(ctx.dtype).flatten(0, -2)  # (N, out)
+            saved = ctx.rebuild(*parts)
+        gy = (gy if gy.dtype == ctx.dtype else gy.to(ctx.dtype)).flatten(0, -2)  # (N, out)
         saved, adapter_rows, statistics = _rows_of_the_adapter(ctx, saved)
-        gy_groups = gy.chunk(ctx.groups, 1)
-        # The thin matrices lie transposed, with the long dimension contiguous: on CPU up to six times faster.
-        pairs = zip(B.chunk(ctx.groups), gy_groups, strict=True)
-        gh = [backends.product(B_g.T.contiguous(), gy_g.T) for B_g, gy_g in pairs]
-        gh = _stacked(gh).mul_(ctx.scaling)  # (groups r, N)
-        gA = backends.product(gh, adapter_rows) if need_A else None  # (groups r, in)
-        gB = None
-        if need_B:
-            h = backends.product(A, adapter_rows.T) if h is None else h.T.contiguous()  # (groups r, N)
-            pairs = zip(h.chunk(ctx.groups), gy_groups, strict=True)
-            gB = [backends.product(h_g, gy_g).T for h_g, gy_g in pairs]
-            gB = _stacked(gB).mul_(ctx.scaling)  # (out, r)
+        gh, gA, gB = thin.adapter_gradients(gy, adapter_rows, h, A, B, ctx.scaling, ctx.groups, need_A, need_B)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = None
         if need_x:
@@ -167,12 +152,11 @@ class _LoRALinear(torch.autograd.Function):
             gx = _pull_back(ctx.prologue, gx, saved, statistics).view(ctx.shape)
         return (
             gx,
-            (gh.T @ A).view(ctx.shape) if need_adapter_x else None,
+            (gh @ A).view(ctx.shape) if need_adapter_x else None,
             gA,
             gB,
-            None,
             gy.sum(0) if need_bias else None,
-            *[None] * 4,
+            None,
         )
 
 
@@ -186,19 +170,14 @@ def _rows_of_the_adapter(ctx, saved: Tensor) -> tuple[Tensor, Tensor, list[Tenso
     return saved, rows.to(ctx.dtype).flatten(0, -2), statistics
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """As `torch.cat`, which would copy a single tensor too."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
     W = dense_weight(ctx.weight, ctx.dtype)
     if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
         return backends.linear(gy, W.T)
-    if _merge_pays(W, len(gy) * W.shape[1]):
+    if _merge_pays(W, gy.shape[0] * W.shape[1]):
         merged = effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight)
         return backends.linear(gy, merged.T)
-    return backends.linear(gy, W.T).addmm_(gh.T, A)  # (N, out) -> (N, in)
+    return thin.input_gradient(gy, W, gh, A)  # (N, out) -> (N, in)
 
 
 class RecomputedNorm(NamedTuple):
@@ -249,7 +228,7 @@ def _pull_back(
     if isinstance(prologue, nn.GELU):
         result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
         return backends.gelu_gradient(gradient.to(x.dtype), x, prologue.approximate, out=result)
-    if x.device.type != "cpu":
+    if backends.counts_kernels(x):
         return _pull_back_norm(prologue, gradient, x, *statistics).to(x.dtype)
     result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
@@ -266,8 +245,8 @@ def _pull_back_norm(norm: nn.LayerNorm, gradient: Tensor, x: Tensor, mean: Tenso
 def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight,
-    A: Tensor,
-    B: Tensor,
+    A: Tensor | Sequence[Tensor],
+    B: Tensor | Sequence[Tensor],
     bias: Tensor | None = None,
     scaling: float = 1.0,
     groups: int = 1,
@@ -279,8 +258,8 @@ def lora_linear(
     Args:
         x: (..., in).
         weight: (out, in), frozen in the fast path. One that requires a gradient gets it, by automatic differentiation.
-        A: (groups * r, in).
-        B: (out, r).
+        A: (groups * r, in), or the A of each layer.
+        B: (out, r), or likewise.
         bias: (out,).
         groups: how many layers on the same input ``weight`` holds, one below the other.
         adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
@@ -292,11 +271,12 @@ def lora_linear(
     """
     if adapter_x is not None and prologue is not None:
         raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
+    dtype = compute_dtype(x)
+    A, B, bias = together.rounded(A, B, bias, dtype)
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
     if prologue is not None and (_is_trainable(weight) or backends.is_traced()):
         x, prologue = prologue(x), None
     if _is_trainable(weight):
-        dtype = compute_dtype(x)
         if adapter_x is None and dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
         h = F.linear((x if adapter_x is None else adapter_x).to(dtype), A.to(dtype))  # (..., groups r)
@@ -308,7 +288,7 @@ def lora_linear(
         adapter_x = None if adapter_x is None else adapter_x[None]
         return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, prologue)[0]
     backends.refuse_jit()
-    return _LoRALinear.apply(x, adapter_x, A, B, weight, bias, scaling, groups, prologue, compute_dtype(x))
+    return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
@@ -326,17 +306,21 @@ def effective_kernel(
         row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
         in_place: add to ``weight``, a temporary that nobody else needs.
     """
+    if row_scale is not None:
+        scale = row_scale[:, None, None, None]
+        weight = weight.mul_(scale) if in_place else weight * scale
+        B = B * row_scale[:, None]
+        in_place = True
+    return _plus_low_rank(weight, A, B, scaling, in_place)
+
+
+def _plus_low_rank(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
         W = weight.permute(0, 2, 3, 1).flatten(1)  # a view
         A = A.view(len(A), *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
     else:
         W = weight.flatten(1)
-    if row_scale is not None:
-        scale = row_scale[:, None]
-        W = W.mul_(scale) if in_place else W * scale
-        B = B * scale
-        in_place = True
     W = (W if in_place else W.clone()).addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
     if channels_last:
         out, channels, kh, kw = weight.shape
@@ -380,24 +364,25 @@ PLAIN = Geometry()
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, weight, bias, residual, row_scale, scaling, geometry, relu, dtype):
+    def forward(ctx, x, adapter_x, A, B, bias, residual, settings):
+        weight, row_scale, scaling, geometry, relu, dtype, *precise = settings
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
         ctx.weight, ctx.scaling = weight, scaling
         ctx.geometry, ctx.dtype = geometry, dtype
-        ctx.relu = relu
         ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
 
-        factors = A, B
         bias = None if bias is None else bias.to(dtype)
+        A = A.to(dtype)
+        row_scales = _times(row_scale, scaling)  # s g
+        row_B = _scale_rows(B, scaling, row_scales)
+        sB, kernel = row_B.to(dtype), None
         if not ctx.side_path:
-            kernel = _folded_kernel(weight, A, B, scaling, row_scale, dtype)
+            kernel = _folded_kernel(weight, *precise, row_B, row_scale, dtype)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
         else:
             y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
-            A = A.to(dtype)
-            sB = _scale_rows(B, scaling, row_scale).to(dtype)
             if geometry.groups > 1:
                 y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
             else:
@@ -405,34 +390,34 @@ class _LoRAConv2d(torch.autograd.Function):
                 _add_pointwise_(y, h, sB)
             y = y if residual is None else y.add_(residual)
             y = y.relu_() if relu else y
-        ctx.save_for_backward(adapter_x, *factors, row_scale, y if relu else None)
+        # On a CPU the kernel is built once more in backward: kept, those of all layers would be there at once.
+        kept = (kernel,) if backends.counts_kernels(x) else (None, *precise, row_B)
+        ctx.save_for_backward(adapter_x, y if relu else None, A, sB, row_scale, row_scales, *kept)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, A, B, row_scale, y = ctx.saved_tensors
-        need_x, need_adapter_x, _, _, _, need_bias, need_residual = ctx.needs_input_grad[:7]
+        adapter_x, y, A, sB, row_scale, row_scales, kernel, *precise = ctx.saved_tensors
+        need_x, need_adapter_x, _, _, need_bias, need_residual, _ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
         gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
-        low_A = A.to(ctx.dtype)
-        sB = _scale_rows(B, ctx.scaling, row_scale).to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
-        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, low_A, sB, ctx.weight.shape, ctx.geometry, need_input)
+        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
         gx = None
         if need_x:
             if ctx.side_path:
                 kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
-            else:
-                kernel = _folded_kernel(ctx.weight, A, B, ctx.scaling, row_scale, ctx.dtype)
+            elif kernel is None:
+                kernel = _folded_kernel(ctx.weight, *precise, row_scale, ctx.dtype)
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
-        gB = _scale_rows(gB, ctx.scaling, row_scale)
+        gB = _scale_rows(gB, ctx.scaling, row_scales)
         g_bias = gy.sum((0, 2, 3)) if need_bias else None
         g_residual = gy if need_residual else None
-        return gx, g_adapter_x, gA, gB, None, g_bias, g_residual, *[None] * 5
+        return gx, g_adapter_x, gA, gB, g_bias, g_residual, None
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -447,8 +432,13 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
     """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    A4 = A.view(len(A), *kernel_shape[1:])
     is_pointwise = kernel_shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
+    if backends.counts_kernels(gy) and is_pointwise and not need_input:
+        rows = backends.pixels(gy), backends.pixels(adapter_x)
+        if not any(pixels is None for pixels in rows):
+            _, gA, gB = thin.adapter_gradients(*rows, None, A, sB, 1.0, 1, True, True)
+            return gA, gB, None
+    A4 = A.view(len(A), *kernel_shape[1:])
     gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
     if is_pointwise:
         gA = _pointwise_gradient(gh, adapter_x)
@@ -456,7 +446,7 @@ def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input)
     else:
         gA = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
         h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
-    gB = _pointwise_gradient(h, gy).T
+    gB = _pointwise_gradient(gy, h) if backends.counts_kernels(gy) else _pointwise_gradient(h, gy).T
     g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
     return gA, gB, g_adapter_x
 
@@ -472,39 +462,55 @@ def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, nee
 # Pixel by pixel a thin 1x1 convolution is a matrix product, if the channels lie last: up to twice as fast on a CPU.
 
 
-def _pixels(x: Tensor) -> Tensor | None:
-    """(N, C, H, W) as (N H W, C), a view; None if the channels do not lie last."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
-
-
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
-    if (pixels := _pixels(x)) is None:
+    if (pixels := backends.pixels(x)) is None:
         return F.conv2d(x, matrix[:, :, None, None])
     return backends.linear(pixels, matrix).view(len(x), *x.shape[2:], len(matrix)).permute(0, 3, 1, 2)
 
 
 def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
     """The kernel's gradient (r, in) from that of the output, (N, r, H, W), and the input, (N, in, H, W)."""
-    thin, pixels = _pixels(gh), _pixels(x)
-    if thin is None or pixels is None:
+    gradients, pixels = backends.pixels(gh), backends.pixels(x)
+    if gradients is None or pixels is None:
         matrix = x.new_empty(gh.shape[1], x.shape[1], 1, 1)  # only its shape is looked at
         return backends.conv2d_gradient(gh, x, matrix, PLAIN, of_weight=True).flatten(1)
-    return backends.product(thin.T, pixels)
+    return backends.product(gradients.T, pixels)
 
 
-def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Tensor:
-    matrix = matrix * scaling
-    return matrix if row_scale is None else matrix * row_scale.to(matrix.dtype)[:, None]
+def _times(row_scale: Tensor | None, scaling: float) -> Tensor | None:
+    """``s g``, kept beside g, which `fusion.scale_and_shift` keeps too."""
+    if row_scale is None or scaling == 1:
+        return row_scale
+    if backends.is_traced():
+        return row_scale * scaling
+    known = vars(row_scale).get("times")
+    if known is None or known[0] != scaling:
+        known = scaling, row_scale * scaling
+        if not torch.is_inference_mode_enabled():  # what is made there cannot be saved for a backward pass
+            row_scale.times = known
+    return known[1]
+
+
+def _scale_rows(matrix: Tensor, scaling: float, row_scales: Tensor | None) -> Tensor:
+    """``s g matrix``. The scales hold s already; if they are float32, so is the product of any matrix with them."""
+    if row_scales is not None:
+        return matrix * row_scales[:, None]
+    return matrix if scaling == 1 else matrix * scaling
 
 
 def _folded_kernel(
-    weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None, dtype: torch.dtype
+    weight: Tensor | NF4Weight, A: Tensor, row_B: Tensor, row_scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """``g (W + s B A)``, rounded once to ``dtype``."""
+    """``g W + (s g B) A``, rounded once to ``dtype``; `row_B` is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
-    W = dense_weight(weight, precise)
-    return effective_kernel(W, A.to(precise), B.to(precise), scaling, row_scale, in_place=W is not weight).to(dtype)
+    if row_scale is not None and isinstance(weight, Tensor):
+        W, in_place = weight * row_scale.to(precise)[:, None, None, None], True  # 16 bits times 32, in one pass
+    else:
+        W = dense_weight(weight, precise)
+        in_place = W is not weight
+        W = W if row_scale is None else W.mul_(row_scale[:, None, None, None])
+    return _plus_low_rank(W, A.to(precise), row_B.to(precise), 1.0, in_place).to(dtype)
 
 
 def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -516,7 +522,7 @@ def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
 
 def _add_pointwise_(y: Tensor, h: Tensor, sB: Tensor) -> Tensor:
     """``y += conv2d(h, sB)`` for a 1x1 kernel, in place. y: (N, out, H, W); h: (N, r, H, W); sB: (out, r)."""
-    if (pixels := _pixels(y)) is not None:
+    if (pixels := backends.pixels(y)) is not None:
         pixels.addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
     else:
         y.flatten(2).baddbmm_(sB.expand(len(y), -1, -1), h.flatten(2))
@@ -553,8 +559,10 @@ def lora_conv2d(
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
         backends.refuse_jit()
-        settings = row_scale, scaling, geometry, relu, dtype
-        return _LoRAConv2d.apply(x, adapter_x, A, B, weight, bias, residual, *settings)
+        # The kernel is built from A itself; what is rounded is for the products.
+        settings = weight, row_scale, scaling, geometry, relu, dtype, A.detach()
+        A = together.rounded_factor(A, dtype)
+        return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, settings)
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:

@@ -257,7 +257,7 @@ def test_only_the_input_and_what_is_thin_is_saved(path):
     assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * 4 in (0, thin * 4)
     with torch.autocast("cpu", torch.bfloat16):  # at half the size under autocast
         saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING))
-    assert sum(saved.values()) - (x.numel() * 2 + (A.numel() + B.numel()) * 4) in (0, thin * 2)
+    assert sum(saved.values()) - (x.numel() + A.numel() + B.numel()) * 2 in (0, thin * 2)
 
 
 def test_a_recomputed_operation_saves_its_input_not_its_output():
@@ -266,7 +266,7 @@ def test_a_recomputed_operation_saves_its_input_not_its_output():
     for autocast in (False, True):  # x as it is, on which the operation is exact, in either case
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             saved = saved_bytes(lambda: lora_linear(x, W, A, B, None, SCALING, prologue=nn.GELU()))
-        assert set(saved) >= {t.untyped_storage().data_ptr() for t in (x, A, B)}
+        assert x.untyped_storage().data_ptr() in saved
         assert sum(saved.values()) < 1.5 * x.numel() * 4
 
 
@@ -503,7 +503,8 @@ def test_small_updates_of_a_rounded_kernel_survive_on_average(autocast):
         for update in (A, 0 * A):
             if functional._kernel_merges(weight, scale, torch.bfloat16):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    kernel = functional._folded_kernel(weight, update, B, 1.0, scale, torch.bfloat16)
+                    row_B = functional._scale_rows(B, 1.0, scale)
+                    kernel = functional._folded_kernel(weight, update, row_B, scale, torch.bfloat16)
                 outputs.append(kernel.double().sum().item())
             else:  # the output is so large that its own rounding would hide the update: look at the update alone
                 zero = torch.zeros_like(weight)
