@@ -72,6 +72,7 @@ from toolkit.feeding import Feed
 from toolkit.files import TOOLKIT, stored_path
 from toolkit.probe import HeadTemperature, soften_head, start_head
 from toolkit.run_state import Part, RunState
+from toolkit.shared_norms import share_statistics
 from toolkit.training import evaluate
 from toolkit.transforms import eval_transform
 
@@ -785,6 +786,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
+    share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model, report
 

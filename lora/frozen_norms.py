@@ -37,7 +37,7 @@ def _new_freezable(stock: type[_BatchNorm]) -> Freezable:
 
 
 def stock_norm(norm: Freezable) -> type[_BatchNorm]:
-    return next(stock for stock, kind in FREEZABLE.items() if kind is type(norm))
+    return next(stock for stock, kind in FREEZABLE.items() if isinstance(norm, kind))
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:

@@ -50,6 +50,7 @@ from toolkit.cache import keep_images
 from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.run_state import Part, RunState
+from toolkit.shared_norms import share_statistics
 
 # What may differ between a run and its resumption without changing what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
@@ -188,9 +189,9 @@ class Pretraining(RunState):
         super().__init__(args, device, dtype)
         self.model, self.origin = build_model(args, device)
         self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
-        if args.moco_version == 3 and device.type == "cuda" and distributed.world_size() > 1:
+        if args.moco_version == 3:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
-            distributed.synchronize_norms(self.model)
+            share_statistics(self.model)
         base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
         steps = len(self.loader)
         self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
@@ -406,9 +407,8 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
     if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
         raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
-    synchronized = device.type == "cuda" and distributed.world_size() > 1
-    if args.moco_version == 3 and args.batch_size == distributed.world_size() and not synchronized:
-        raise InputError("the BatchNorms of MoCo v3's projector need two images for each process: raise --batch-size")
+    if args.moco_version == 3 and args.batch_size == 1:
+        raise InputError("the BatchNorms of MoCo v3's projector need two images: raise --batch-size")
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     values = bands.settle(args, args.arch, args.channels or 3, images)

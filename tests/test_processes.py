@@ -18,6 +18,7 @@ import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
 from toolkit import distributed, output_folder, training
+from toolkit.backbones import build_backbone
 from toolkit.files import read_checkpoint
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
@@ -85,6 +86,25 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert results["knn_accuracy_before"] == alone["knn_accuracy_before"]
     assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
     assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "what", ["--train-norms", pytest.param("--lora-rank 0 --no-freeze-backbone", marks=pytest.mark.slow)]
+)
+def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkeypatch, what):
+    """Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --image-size 32 --device cpu --epochs 1"
+    argv += f" --batch-size 10 --lora-rank 2 --learning-rate 1e-4 {what} --output-dir {tmp_path}"
+    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    with_sgd()
+    finetune_lora.main(f"{argv}/alone".split())
+    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
+    assert {"bn1.weight", "bn1.running_mean"} <= ours.keys()
+    assert_close(ours, theirs)
 
 
 @pytest.mark.slow

@@ -697,6 +697,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def fixed_order_batch(batch_size: int) -> int:
+    """The least multiple of the number of processes that is no less than a batch size."""
+    return -(-batch_size // distributed.world_size()) * distributed.world_size()
+
+
 def build_loader(
     dataset: Transformed,
     batch_size: int,
@@ -720,7 +725,7 @@ def build_loader(
             processes do not fork (macOS, Windows).
     """
     if not shuffle:
-        batch_size = -(-batch_size // distributed.world_size()) * distributed.world_size()
+        batch_size = fixed_order_batch(batch_size)
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
     if workers > 0:

@@ -149,17 +149,6 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(values)
 
 
-def synchronize_norms(model: nn.Module) -> None:
-    """Make every BatchNorm that trains take its statistics over all processes (SyncBatchNorm), in place.
-
-    One that is frozen has no statistics to take; `lora.frozen_norms` has given it a class of its own.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-
-
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model as it is to be called in training: the gradients of what trains are averaged over the processes."""
     if world_size() == 1:

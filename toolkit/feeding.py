@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from toolkit import collapse, runs, training
+from toolkit import collapse, data, distributed, runs, training
 from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
 from toolkit.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
 from toolkit.transforms import eval_transform, train_transform
@@ -76,19 +76,32 @@ class Feed:
         """Make the loaders: for training, for evaluation, for the collapse guard, and for statistics of BatchNorm.
 
         Args:
-            norms_train: some BatchNorm takes statistics of its batch, so that one image alone cannot be normalised.
+            norms_train: some BatchNorm takes statistics of its batch, so that each process needs an image of it, and
+                one image alone cannot be normalised.
         """
         self.val_loader = self.add_loader(self.images.val, self.eval_transform)
-        drops_last = norms_train and len(self.images.train) % self.args.batch_size == 1
+        drops_last = norms_train and self.has_small_rest(self.images.train, self.args.batch_size)
         shuffling = {"shuffle": True, "seed": self.args.seed, "drop_last": drops_last}
         self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
         self.watched = collapse.watched_images(self.images.train)
+        if norms_train:
+            self.watched = self.without_small_rest(self.watched)
         seeded = {"seed": self.args.seed, "keep_workers": False}
         self.watched_loader = self.add_loader(self.watched, self.augmentation, **seeded)
         self.statistics_loader = None
         if norms_train:
-            some = self.images.train.at_most(STATISTICS_IMAGES)
+            some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
             self.statistics_loader = self.add_loader(some, self.eval_transform, keep_workers=False)
+
+    def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
+        """Do batches leave over images that BatchNorm cannot normalise: one, or fewer than there are processes?"""
+        return len(images) > batch_size and 0 < len(images) % batch_size < max(2, distributed.world_size())
+
+    def without_small_rest(self, images: LabelledImages) -> LabelledImages:
+        batch_size = data.fixed_order_batch(self.args.batch_size)
+        if not self.has_small_rest(images, batch_size):
+            return images
+        return images.subset(range(len(images) // batch_size * batch_size))
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         # Copying what is kept pays in other processes only beside a GPU, and only forked ones share it.

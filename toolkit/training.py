@@ -210,14 +210,12 @@ def check_processes(*images: int) -> None:
 def check_batches(model: nn.Module, train_images: int, val_images: int, batch_size: int) -> None:
     """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch in training."""
     check_processes(train_images, val_images)
-    norms_train = batch_norm_trains(model)
-    if norms_train and distributed.world_size() > 1:
+    needed = max(2, distributed.world_size())
+    if batch_norm_trains(model) and min(batch_size, train_images) < needed:
         raise InputError(
-            "BatchNorm that trains knows the images of its own process alone: train this backbone in one process, or "
-            "freeze it (--freeze-backbone, no --train-norms)"
+            f"BatchNorm that trains needs {needed} images or more, and one in each process: raise --batch-size, or use "
+            "--freeze-backbone without --train-norms"
         )
-    if norms_train and min(batch_size, train_images) == 1:
-        raise InputError("BatchNorm that trains needs two images or more: raise --batch-size, or use --freeze-backbone")
 
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
@@ -586,9 +584,8 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
             norm.momentum = None  # the mean over all batches
             norm.train()
         for images, _ in loader:
-            if len(images) > 1:  # of one image BatchNorm may have no statistics
-                with autocast(device, dtype):
-                    model(to_device(images, device))
+            with autocast(device, dtype):
+                model(to_device(images, device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -602,11 +599,12 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
     losses = []
     model.train()
     for images, labels in loader:
-        if len(images) > 1:  # of one image BatchNorm may have no statistics
-            with autocast(device, dtype):
-                logits = model(to_device(images, device))
-            losses.append(F.cross_entropy(logits.float(), to_device(labels, device)))
-    return torch.stack(losses).max().item()
+        with autocast(device, dtype):
+            logits = model(to_device(images, device))
+        loss = F.cross_entropy(logits.float(), to_device(labels, device), reduction="sum").item()
+        loss, number = distributed.all_sum(loss, len(images))
+        losses.append(loss / number)
+    return max(losses)
 
 
 @torch.no_grad()
