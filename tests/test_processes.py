@@ -178,6 +178,17 @@ def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
         assert row == pytest.approx(other, rel=1e-3)
 
 
+def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path):
+    """The BatchNorms of its projector and predictor take their statistics over both."""
+    version = " --moco-version 3 --epochs 1 --learning-rate 1e-3"
+    children = together("moco.pretrain", options("pretrain") + version, tmp_path / "log")
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    pretrain.main((options("pretrain", "alone") + version).split())
+    ours, theirs = (read_checkpoint(tmp_path / name / "moco_stage1_epoch_1.pth")["model"] for name in ("out", "alone"))
+    assert any("running_mean" in name for name in ours)
+    assert_close(ours, theirs)
+
+
 def test_stage_1_in_adapters_in_two_processes_is_that_in_one_and_they_alone_travel(options, base, tmp_path):
     more = f" --checkpoint {base} --lora-rank 2 --image-size 16"
     note = {"NOTES": str(tmp_path / "notes")}
