@@ -387,7 +387,7 @@ class Pretraining(RunState):
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
             "normalization": self.about_images(),
-            "config": self.identity["normalization" : self.about_images(), "config"],
+            "config": self.identity["config"],
         }
 
     def loaders(self) -> list[DataLoader]:
