@@ -37,7 +37,7 @@ from finetune_lora import adapt_layers, load_base, load_finetuned
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, listed, printable, reports, training
+from toolkit import InputError, geotags, listed, printable, reports, training
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.bands import Bands, from_metadata, recorded
 from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -150,7 +150,10 @@ def _by_class(result: training.Evaluation, names: Sequence[str]) -> list[tuple[s
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write the most probable classes of each image as a table, a row an image, and return its rows."""
+    """Write the most probable classes of each image as a table, a row an image, and return its rows.
+
+    Where some files have geotags, so have the rows: `x` and `y` of the image's centre, and the `epsg` code they are in.
+    """
     with _model_on_device(args) as (model, about, make_loader):
         names = about["class_names"]
         images = readable(_images(args.images, about["transform"].bands))
@@ -163,6 +166,9 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     for i, (shares, numbers) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
         cells = (cell for share, n in zip(shares, numbers, strict=True) for cell in (names[n], f"{share:.4f}"))
         rows.append(dict(zip(columns, [images.name(i), *cells], strict=True)))
+    if places := geotags.centres(images.name(i) for i in range(len(images))):
+        rows = [row | place for row, place in zip(rows, places, strict=True)]
+        columns += geotags.COLUMNS
     write_csv(rows, columns, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows

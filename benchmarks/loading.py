@@ -2,6 +2,7 @@
 
     python -m benchmarks.loading                                        # views, and the start with 200,000 files
     python -m benchmarks.loading --only views --images 40
+    python -m benchmarks.loading --only bands --images 200              # TIFFs of 13 bands
     python -m benchmarks.loading --only training --data-dir photos      # who waits: a ResNet-18 at 224 pixels
 
 Views: files that look like photographs, of 0.2 and of 12 megapixels, are made first. Each loader makes the same views
@@ -9,6 +10,8 @@ of each file, one after the other in an order drawn anew, in one process with on
 time, which other processes do not lengthen, and the median of the ratios file by file. torchvision's is its ImageFolder
 with the transforms of its reference scripts and of MoCo's papers; timm's is its ImageDataset with its transforms for
 the crops of fine-tuning, where it is installed.
+Bands: TIFFs of 13 bands of 16 bits, as Sentinel-2's tiles come: read by tifffile alone, read here (as floats, all
+checks done), and made a view of for training.
 Start: a tree of hard links to a few images, read in a fresh process.
 Training: LoRA fine-tuning, and how long it waits for images.
 """
@@ -24,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +42,7 @@ from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from toolkit import InputError, data, transforms
 from toolkit.backbones import build_backbone
+from toolkit.bands import Bands
 from toolkit.config import positive_int
 from toolkit.runs import run_script
 
@@ -48,6 +53,7 @@ PHOTOGRAPHS = {
     "12 MP, smooth": ((4000, 3000), 1),
     "12 MP, noisy": ((4000, 3000), 4),
 }
+TILES = (64, 120)  # pixels along each side: EuroSAT's and BigEarthNet's
 VIEWS = ("fine-tuning", "evaluation", "moco_v1", "moco_v2", "moco_v3")
 PIXELS = 224  # of the training rows
 IMAGENET = 1_281_167  # training images
@@ -56,7 +62,7 @@ IMAGENET = 1_281_167  # training images
 def main(argv: list[str] | None = None) -> dict:
     """Measure, print tables and write each part's numbers into a file `loading_{part}.json`."""
     args = parse_arguments(argv)
-    parts = {"views": measure_views, "start": measure_start, "training": measure_training}
+    parts = {"views": measure_views, "bands": measure_bands, "start": measure_start, "training": measure_training}
     common = {"commit": current_commit(), "machine": f"{platform.machine()}, {data.usable_cores()} cores"}
     common["versions"] = {"torch": torch.__version__, "Pillow": Image.__version__, "python": platform.python_version()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=("views", "start", "training"), help="default: all that can be done"
+        "--only", nargs="+", choices=("views", "bands", "start", "training"), help="default: all that can be done"
     )
     parser.add_argument("--images", type=positive_int, default=24, help="of each size")
     parser.add_argument("--files", type=positive_int, default=200_000, help="in the tree of the start")
@@ -132,7 +138,11 @@ def loaders_of(view: str) -> list[str]:
 
 def compare(folder: Path, view: str, pixels: int) -> dict:
     """Median milliseconds per image by loader, and how many times faster this one is than each other: quartiles."""
-    sets = {name: READERS[name](folder, view, pixels) for name in loaders_of(view)}
+    return in_turn({name: READERS[name](folder, view, pixels) for name in loaders_of(view)})
+
+
+def in_turn(sets: dict[str, Sequence]) -> dict:
+    """The same of readers by name: what each does for each image, one after the other in an order drawn anew."""
     taken, order = {name: [] for name in sets}, list(sets)
     for i in [0, *range(len(sets["here"]))]:  # the first once more: what is done once only is not counted
         random.shuffle(order)
@@ -214,6 +224,54 @@ def print_views(row: dict) -> None:
     ratios = [f"{name} {middle:.2f}x ({low:.2f} to {high:.2f})" for name, (low, middle, high) in quartiles]
     file = f"{row['file']}, {row['file_bytes'] / 1e6:.2f} MB"
     print(f"| {file} | {row['view']} | {row['pixels']} | {shown} | {', '.join(ratios)} |", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- bands
+
+
+class Each:
+    """What a function makes of each file."""
+
+    def __init__(self, files: Sequence[Path], make: Callable[[Path], Any]):
+        self.files, self.make = files, make
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.make(self.files[i])
+
+
+def measure_bands(args: argparse.Namespace) -> list[dict]:
+    """A row for each size of tile, stored as it is and compressed: milliseconds of a core per image."""
+    import tifffile
+
+    torch.set_num_threads(1)
+    bands, rows = Bands(13, scale=10000.0), []
+    print("| tiles of 13 bands | tifffile, ms | read here, ms | a view of 224 pixels, ms |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for size in TILES:
+            crops = transforms.train_transform(PIXELS, mean=[0.0] * 13, std=[1.0] * 13, bands=bands)
+            for compression in (None, "zlib"):
+                files = make_tiles(Path(folder, f"{size}_{compression}"), size, args.images, compression)
+                readers = {"here": bands.read_path, "tifffile": tifffile.imread, "view": crops}
+                row = {"pixels": size, "compression": compression}
+                rows.append(row | in_turn({name: Each(files, make) for name, make in readers.items()}))
+                shown = " | ".join(f"{rows[-1]['milliseconds'][name]:.2f}" for name in ("tifffile", "here", "view"))
+                print(f"| {size} x {size}, {compression or 'not compressed'} | {shown} |", flush=True)
+    return rows
+
+
+def make_tiles(folder: Path, size: int, count: int, compression: str | None) -> list[Path]:
+    """TIFFs of 13 bands of 16 bits, with numbers like reflectances in ten thousandths."""
+    import tifffile
+
+    folder.mkdir()
+    for i in range(count):
+        levels = np.random.RandomState(i).normal(1500, 500, (size, size, 13)).clip(0, 10000).astype(np.uint16)
+        how = {"planarconfig": "contig", "photometric": "minisblack", "compression": compression}
+        tifffile.imwrite(folder / f"{i}.tif", levels, **how)
+    return sorted(folder.iterdir())
 
 
 # -------------------------------------------------------------------------------------------------------------- start

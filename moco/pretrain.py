@@ -188,7 +188,7 @@ class Pretraining(RunState):
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
         super().__init__(args, device, dtype)
         self.model, self.origin = build_model(args, device)
-        self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
+        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
         if args.moco_version == 3:
             # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
             share_statistics(self.model)
@@ -319,6 +319,7 @@ class Pretraining(RunState):
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
         metadata |= {name: getattr(args, name) for name in ("channels", "channel_fit") if getattr(args, name)}
+        metadata |= self.about_images()
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
@@ -333,11 +334,16 @@ class Pretraining(RunState):
         of_keys = {name.replace("encoder_q.", "encoder_k.", 1) for name in changing}
         return {name: tensor for name, tensor in state.items() if name in changing.keys() | of_keys}
 
+    def about_images(self) -> dict[str, Any]:
+        """How images are normalised, for those who go on with the backbone."""
+        return bands.recorded(self.normalization, vars(self.args))
+
     def restore_model(self, state: dict[str, torch.Tensor]) -> None:
         self.model.load_state_dict(state, strict=self.args.lora_rank == 0)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, "arch": self.args.arch}
+        about = {"arch": self.args.arch, "normalization": self.about_images()}
+        return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, **about}
 
     def save_checkpoint(self, complete: bool) -> None:
         """A complete run's has no optimizer: nothing is left to resume, and the file is half as large."""
@@ -381,6 +387,7 @@ class Pretraining(RunState):
             "checkpoint": self.path("moco_lora.pth" if adapters else f"moco_stage1_epoch_{self.epoch}.pth"),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
+            "normalization": self.about_images(),
             "config": self.identity["config"],
         }
 
@@ -396,10 +403,12 @@ def describe_measures(row: dict[str, float | None]) -> str:
     return text + ("  the features have collapsed: lower --learning-rate or warm up longer" if collapsed else "")
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoader, list[DataLoader], DataLoader | None]:
-    """The loader of two views of each training image, and those for measuring.
+def load_data(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
+    """How images are normalised (`bands.settle`), the loader of two views of each, and the loaders for measuring.
 
-    These are the bank and the queries of the k-NN accuracy, or none without labels; and, if the training images have
+    The last are the bank and the queries of the k-NN accuracy, or none without labels; and, if the training images have
     no labels, two views of some of them, or None.
     """
     images, labelled = load_images(args)
@@ -412,8 +421,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
     if args.batch_size % distributed.world_size():
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     values = bands.settle(args, args.arch, args.channels or 3, images)
-    if args.normalise:  # the checkpoint's `config` is to say it
-        args.mean, args.std = (list(values[name]) for name in ("mean", "std"))
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     kept = keep_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
@@ -427,9 +434,9 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[DataLoade
         raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
     knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
     if images.labels[0] != data.UNLABELLED:
-        return loader, knn_loaders, None
+        return values, loader, knn_loaders, None
     some = data.Transformed(images.at_most(max(MEASURED, args.batch_size)), views)
-    return loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
+    return values, loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
 
 
 def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:

@@ -8,10 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes tha
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import finetune_lora
-from toolkit import training
+from tests.checkpoint_files import without_head
+from toolkit import reports, training
 from toolkit.backbones import build_backbone
 from toolkit.data import LabelledImages, load_splits
 
@@ -44,6 +46,29 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def resnet() -> dict[str, torch.Tensor]:
+    """The state_dict of a ResNet-18 without its head, with statistics as after training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.resnet18()
+        for name, buffer in model.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2.0)
+    return without_head(model.state_dict())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a content as a file, returns its path."""
+
+    def save(content, name="checkpoint.pth", **options):
+        torch.save(content, tmp_path / name, **options)
+        return tmp_path / name
+
+    return save
+
+
 @pytest.fixture
 def finetune(base, images, tmp_path):
     """finetune("--epochs 1", "out") runs the script on these images, with what else `main` takes; its results, with the
@@ -57,6 +82,18 @@ def finetune(base, images, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "STEPS_TO_TRAIN", 1)
         yield run
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing, which takes a third of a short one: for tests that look at its numbers alone."""
+
+    def blank(*given) -> None:
+        [path] = [value for value in given if isinstance(value, Path)]
+        Image.new("L", (1, 1)).save(path)
+
+    for name in ("plot_finetuning", "plot_confusion_matrix", "plot_mistakes"):
+        monkeypatch.setattr(reports, name, blank)
 
 
 @pytest.fixture

@@ -678,7 +678,43 @@ OUTPUTS = [
     case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
 ]  # fmt: skip
 
-TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS]
+
+def tiles(**others: bytes | None) -> dict[str, bytes]:
+    """Two classes of two images each, with three files of a band; `others` are in the place of those of mine/cat/0."""
+    names = [f"mine/{label}/{i}/{band}.png" for label in ("cat", "dog") for i in (0, 1) for band in ("B2", "B3", "B4")]
+    files = dict.fromkeys(names, picture("L")) | {f"mine/cat/0/{band}.png": file for band, file in others.items()}
+    return {name: file for name, file in files.items() if file is not None}
+
+
+BAND_FILES = "--bands B2,B3,B4 --scale 255"
+CHANNELS = [
+    case("a scale of nothing", "finetune --scale 0", "--scale: expected a number above 0"),
+    case("no spread", "finetune --mean 0 --std 0", "--std: a standard deviation is above 0"),
+    case("a mean alone", "finetune --mean 0.5", "--mean and --std belong together"),
+    case("means of other channels", "finetune --mean 0 0 --std 1", "--mean: 2 numbers; give one, or one for each of 3"),
+    case("values both measured and given", "finetune --normalise data --mean 0 --std 1", "drop one of them"),
+    case("an unknown family", "finetune --normalise ssl4eo", "'ssl4eo' is none of data, ssl4eo-s12", "did you mean"),
+    case("a family of other channels", "finetune --normalise ssl4eo-l", "images of 6, 7, 9, 11 channels"),
+    case("the same, pretraining", "pretrain --checkpoint base.pth --normalise cem500k", "for images of 1 channels"),
+    case("a family and a scale", "finetune --normalise ssl4eo-s12 --scale 1", "brings its own --scale"),
+    case("too few bands", "finetune --bands 1,2", "--bands names 2 bands, and the network takes 3"),
+    case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),
+    case("names for bands without any", f"finetune {BAND_FILES}", "it has no band B2, B3, B4, but 1, 2, 3"),
+    case("the scale of other files", "finetune --bands 3,2,1 --scale 1", "--scale 255 is likely"),
+    case("bands that are not shown", "finetune --bands 3,2,1 --scale 255 --show-bands 4", "--show-bands: give one or"),
+    case("other channels than the checkpoint's", "finetune --channels 5", "of 3 channels, not 5", "--channel-fit timm"),
+    case("a fit to nothing", "finetune --channel-fit timm", "--channel-fit timm needs --channels"),
+    images("a band that lacks", tiles(B3=None), "cat/0/B2.png: not a readable image (there is no B3.png beside it)",
+           options=BAND_FILES),
+    images("a band of another size", tiles(B4=picture("L", (8, 6))), "its band B4 is 8x6 and another 8x8: a smaller",
+           options=BAND_FILES),
+    images("several bands in the file of one", tiles(B4=picture()), "B4.png is to be one band, and it has 3",
+           options=BAND_FILES),
+    images("a damaged band", tiles(B4=b"none"), "cat/0/B2.png: not a readable image (B4.png: cannot identify",
+           options=BAND_FILES),
+]  # fmt: skip
+
+TABLE = [*FLAGS, *CONFIGS, *IMAGES, *CHECKPOINTS, *ADAPTERS, *OUTPUTS, *CHANNELS]
 
 
 def everything_in(folder: Path) -> dict[str, bytes | None]:
@@ -723,7 +759,10 @@ def test_titles_are_distinct():
 @pytest.mark.parametrize(
     "script, options, names",
     [
-        ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+        pytest.param(
+            *("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+            marks=pytest.mark.slow,
+        ),
         ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
         ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
         ("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch) -> Path:
+def place(tmp_path, monkeypatch, no_pictures) -> Path:
     """Where the images of these tests are kept, on disk or in what passes for memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "shm").mkdir()
@@ -241,12 +241,12 @@ def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flag
     assert count_files(place if where == "disk" else tmp_path / "shm") == 0
 
 
-def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images):
+def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images, few_images):
     """Through the script, and resumed with the features elsewhere."""
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 3).state_dict(), tmp_path / "base.pth")
     argv = f"--checkpoint {tmp_path / 'base.pth'} --data-dir {images} --image-size 32 --device cpu --augmentation none"
-    argv += " --adapt-last 1 --batch-size 8 --epochs 2 --output-dir "
+    argv += " --adapt-last 1 --lora-rank 2 --batch-size 8 --epochs 2 --output-dir "
     plain = finetune_lora.main(f"{argv} {tmp_path / 'plain'}".split())
     with pytest.raises(runs.Stopped):
         finetune_lora.main(f"{argv} {tmp_path / 'kept'} --cache-features disk".split(), stop_after_an_epoch)

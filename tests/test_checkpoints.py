@@ -14,73 +14,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import describe_base, load_backbone, tensor_digest
 
 # --- Building files --------------------------------------------------------------------------------------------------
-
-
-def prefixed(prefix, tensors):
-    return {prefix + key: value for key, value in tensors.items()}
-
-
-def without_head(tensors):
-    return {key: value for key, value in tensors.items() if not key.startswith(("fc.", "head.", "heads."))}
-
-
-def mlp_head(prefix, layers, width=8):
-    """Keys of a projector: `layers` are the places of its Linear layers, BatchNorm follows each where v3 has one."""
-    return {f"{prefix}.{i}.weight": torch.randn(width, width) for i in layers}
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    """The state_dict of a ResNet-18 backbone."""
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18()
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            buffer.uniform_(0.5, 2.0)
-    return without_head(model.state_dict())
-
-
-TIMM_BLOCK = {
-    "norm1.weight": (384,),
-    "norm1.bias": (384,),
-    "attn.qkv.weight": (1152, 384),
-    "attn.qkv.bias": (1152,),
-    "attn.proj.weight": (384, 384),
-    "attn.proj.bias": (384,),
-    "norm2.weight": (384,),
-    "norm2.bias": (384,),
-    "mlp.fc1.weight": (1536, 384),
-    "mlp.fc1.bias": (1536,),
-    "mlp.fc2.weight": (384, 1536),
-    "mlp.fc2.bias": (384,),
-}
-
-
-def timm_vit(depth, stem, positions=None):
-    """A ViT-S backbone under timm's names."""
-    shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
-    shapes |= {f"blocks.{i}.{key}": shape for i in range(depth) for key, shape in TIMM_BLOCK.items()} | stem
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for key, shape in shapes.items():
-        noise = torch.randn(shape, generator=generator)
-        if "running_var" in key:
-            tensors[key] = noise.abs() + 0.5
-        elif len(shape) == 1 and key.endswith("weight"):
-            tensors[key] = 1 + 0.1 * noise
-        else:
-            tensors[key] = noise / math.sqrt(math.prod(shape[1:]) or 1) if len(shape) > 1 else 0.1 * noise
-    tensors["pos_embed"][:, 0] = 0  # MoCo v3 gives the class token no position
-    return tensors
-
-
-def patch_stem():
-    return {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
 
 
 def conv_stem():
@@ -104,17 +43,6 @@ def vit_conv_small():
     return tensors | counters
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Saves a content as a file, returns its path."""
-
-    def save(content, name="checkpoint.pth", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
 def moco_v1(backbone, arch="resnet18"):
     head = {"fc.weight": torch.randn(128, 512), "fc.bias": torch.randn(128)}
     return moco_file(backbone | head, arch)
@@ -130,29 +58,23 @@ def other_network(encoder):
 
 
 def moco_file(encoder, arch):
-    state = prefixed("module.encoder_q.", encoder) | prefixed("module.encoder_k.", other_network(encoder))
+    state = under("module.encoder_q.", encoder) | under("module.encoder_k.", other_network(encoder))
     state |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
     return {"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 0.03}]}}
 
 
 def moco_v3(backbone, projector, arch):
     encoder = backbone | projector
-    state = prefixed("module.base_encoder.", encoder)
-    state |= prefixed("module.momentum_encoder.", other_network(encoder))
-    state |= prefixed("module.predictor.", {"0.weight": torch.randn(8, 8), "1.running_mean": torch.randn(8)})
+    state = under("module.base_encoder.", encoder)
+    state |= under("module.momentum_encoder.", other_network(encoder))
+    state |= under("module.predictor.", {"0.weight": torch.randn(8, 8), "1.running_mean": torch.randn(8)})
     return {"epoch": 300, "arch": arch, "state_dict": state, "optimizer": {}, "scaler": {"scale": 65536.0}}
 
 
-def lightly_sequential(backbone):
-    """lightly's examples cut the ResNet into an nn.Sequential."""
-    places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
-    return {".".join([places[first], *rest]): v for k, v in backbone.items() for first, *rest in [k.split(".")]}
-
-
 def lightly_file(backbone):
-    state = prefixed("backbone.", backbone) | prefixed("backbone_momentum.", other_network(backbone))
-    state |= prefixed("projection_head.", mlp_head("layers", (0, 2)))
-    state |= prefixed("projection_head_momentum.", mlp_head("layers", (0, 2)))
+    state = under("backbone.", backbone) | under("backbone_momentum.", other_network(backbone))
+    state |= under("projection_head.", mlp_head("layers", (0, 2)))
+    state |= under("projection_head_momentum.", mlp_head("layers", (0, 2)))
     return {"epoch": 9, "state_dict": state | {"criterion.memory_bank.bank": torch.randn(128, 64)}}
 
 
@@ -165,13 +87,13 @@ RESNET_FILES = {
     "linear_probe": lambda r: {
         "epoch": 100,
         "arch": "resnet18",
-        "state_dict": prefixed("module.", r | {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}),
+        "state_dict": under("module.", r | {"fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}),
         "best_acc1": torch.tensor(67.5),
         "optimizer": {},
     },
     "moco_stage1": lambda r: {
-        "model": prefixed("encoder_q.", r | mlp_head("fc", (0, 3)))
-        | prefixed("encoder_k.", other_network(r))
+        "model": under("encoder_q.", r | mlp_head("fc", (0, 3)))
+        | under("encoder_k.", other_network(r))
         | {"predictor.0.weight": torch.randn(8, 8)},
         "optimizer": {},
         "epoch": 100,
@@ -212,7 +134,7 @@ def check_dropped(dropped, state):
 def test_stage_1_of_this_toolkit_for_a_vit(saved):
     source = build_backbone("vit_mini", 10, image_size=32)
     encoder = without_head(source.state_dict()) | mlp_head("heads", (0, 3, 6))
-    content = {"model": prefixed("encoder_q.", encoder) | prefixed("encoder_k.", encoder), "arch": "vit_mini"}
+    content = {"model": under("encoder_q.", encoder) | under("encoder_k.", encoder), "arch": "vit_mini"}
     model, report = load_backbone(saved(content | {"epoch": 7, "config": {"image_size": 32}}), num_classes=5)
     assert report["family"] == "moco_stage1"
     assert report["image_size"] == 32
@@ -221,7 +143,7 @@ def test_stage_1_of_this_toolkit_for_a_vit(saved):
 
 
 def test_lightly_sequential_resnet(resnet, saved):
-    model, report = load_backbone(saved(lightly_file(lightly_sequential(resnet))), num_classes=3)
+    model, report = load_backbone(saved(lightly_file(sequential(resnet))), num_classes=3)
     assert report["family"] == "lightly"
     assert all(torch.equal(model.state_dict()[key], value) for key, value in resnet.items())
 
@@ -324,7 +246,7 @@ VIT_FILES = {
     "linear_probe": lambda tensors, arch: {
         "arch": arch,
         "best_acc1": np.float64(73.2),
-        "state_dict": prefixed("module.", tensors | {"head.weight": torch.randn(9, 384), "head.bias": torch.zeros(9)}),
+        "state_dict": under("module.", tensors | {"head.weight": torch.randn(9, 384), "head.bias": torch.zeros(9)}),
     },
     "deit": lambda tensors, arch: {"model": tensors},
 }
@@ -442,12 +364,12 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(resnet, saved):
 
 
 BAD_CONTENTS = {
-    "zero match: a prefix nobody knows": (lambda r: prefixed("model.encoder.", r), "belongs to a known backbone"),
+    "zero match: a prefix nobody knows": (lambda r: under("model.encoder.", r), "belongs to a known backbone"),
     "zero match: another network": (lambda r: {"w": torch.zeros(3)}, "belongs to a known backbone"),
     "partial match": (lambda r: dict(list(r.items())[:40]), "40 of its 120 backbone tensors match"),
-    "only the key encoder": (lambda r: prefixed("module.encoder_k.", r), "belongs to a known backbone"),
+    "only the key encoder": (lambda r: under("module.encoder_k.", r), "belongs to a known backbone"),
     "only a head beside the encoder": (lambda r: {"encoder_q.fc.weight": torch.zeros(2)}, "known backbone"),
-    "another network beside it": (lambda r: prefixed("encoder_q.", r) | {"decoder.w": torch.zeros(1)}, "decoder.w"),
+    "another network beside it": (lambda r: under("encoder_q.", r) | {"decoder.w": torch.zeros(1)}, "decoder.w"),
     "module prefix on a part only": (lambda r: r | {"module.bn1.weight": r["bn1.weight"]}, "not expected: module.bn1"),
     "the same tensor twice": (lambda r: r | {"0.weight": r["conv1.weight"]}, "twice"),
     "diverged": (lambda r: r | {"bn1.bias": torch.full((64,), math.nan)}, "NaN.*bn1.bias"),

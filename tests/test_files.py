@@ -33,18 +33,6 @@ from toolkit.files import (
     stored_path,
 )
 
-
-@pytest.fixture
-def saved(tmp_path):
-    """Saves a content as a file, returns its path."""
-
-    def save(content, name="checkpoint.pth", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
 # --- Paths -----------------------------------------------------------------------------------------------------------
 
 

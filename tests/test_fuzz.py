@@ -29,9 +29,13 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone
+from toolkit.bands import Bands, pages_told
+from toolkit.checkpoints import find_images, load_backbone
 from toolkit.config import parse_args
+from toolkit.families import take_known_values
 from toolkit.files import read_checkpoint
+from toolkit.folders import ImageFiles
+from toolkit.geotags import centre, centres
 
 ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))
@@ -177,7 +181,9 @@ def pretrained() -> dict:
     """What stage 1 writes."""
     state = build_backbone("vit_mini", 1, 16).state_dict()
     model = {f"encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("heads")}
-    return {"arch": "vit_mini", "epoch": 3, "config": {"image_size": 16, "seed": 0}, "model": model}
+    images = {"mean": [0.0] * 3, "std": [1.0] * 3, "channels": 3, "bands": [], "scale": 2.0, "show_bands": [1]}
+    about = {"epoch": 3, "config": {"image_size": 16, "seed": 0}, "normalization": images}
+    return {"arch": "vit_mini", **about, "model": model}
 
 
 @fuzz(12, changes=changes())
@@ -188,6 +194,44 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
         warnings.simplefilter("ignore")
         model, _ = load_backbone(path, num_classes=2)
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        take_known_values(pretrain.make_parser().parse_args([]), *find_images(path), path)
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def band_files() -> dict[str, bytes]:
+    """Images of three bands in each form that is read, with geotags where there is a place for them."""
+    tifffile = pytest.importorskip("tifffile")
+    levels, files = np.arange(3 * 64, dtype=np.uint16).reshape(8, 8, 3), {}
+    keys = [(34735, "H", 8, [1, 1, 0, 1, 3072, 0, 1, 32632], True)]
+    keys += [(33550, "d", 3, [10.0, 10.0, 0.0], True), (33922, "d", 6, [0.0, 0.0, 0.0, 5e5, 5e6, 0.0], True)]
+    how = {"photometric": "minisblack", "planarconfig": "contig", "extratags": keys}
+    write = {
+        "tif": lambda file: tifffile.imwrite(file, levels, **how),
+        "npy": lambda file: np.save(file, levels),
+        "npz": lambda file: np.savez(file, a=levels[..., 0], b=levels[..., 1], c=levels[..., 2]),
+    }
+    for kind, save in write.items():
+        file = io.BytesIO()
+        save(file)
+        files[kind] = file.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("kind", ["tif", "npy", "npz"])
+@pytest.mark.filterwarnings("ignore")
+@fuzz(40, edits=EDITS, kept=KEPT)
+def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, edits, kept):
+    path = tmp_path_factory.getbasetemp() / f"mutated.{kind}"
+    path.write_bytes(mutate(band_files[kind], edits, kept))
+    bands = Bands(3)
+    pages_told(path.read_bytes(), bands)
+    assert centres([str(path)]) in ([], [centre(path)])
+    with only_our_error():
+        image, _ = ImageFiles(path.parent, [path.name], [0], bands)[0]
+        assert image.shape[2] == 3 and np.isfinite(image).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters

@@ -20,16 +20,13 @@ import finetune_lora
 from finetune_lora import add_lora_to_model, load_base, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
-from toolkit import InputError
+from tests.checkpoint_files import patch_stem, sequential, timm_vit, under
+from toolkit import InputError, backbones, checkpoints
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone, load_contrast
 from toolkit.files import ForeignObject, read_checkpoint
 
 # --- Building files --------------------------------------------------------------------------------------------------
-
-
-def under(prefix, tensors):
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def renamed(tensors, *places):
@@ -52,56 +49,31 @@ def queue(prefix=""):
     return {f"{prefix}queue": torch.randn(4, 8), f"{prefix}queue_ptr": torch.zeros(1, dtype=torch.long)}
 
 
-def sequential(tensors):
-    """A ResNet as an nn.Sequential of its children names them."""
-    return renamed(tensors, ("^conv1", "0"), ("^bn1", "1"), *((f"^layer{i}", f"{i + 3}") for i in range(1, 5)))
-
-
 def of_mmpretrain(tensors):
     """A ViT of timm's under mmpretrain's names."""
     places = [(r"^norm\.", "ln1."), (r"\.norm", ".ln"), ("^blocks", "layers"), ("embed.proj", "embed.projection")]
     return renamed(tensors, *places, ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
 
 
-@pytest.fixture(scope="module")
-def resnet():
-    """The state_dict of a ResNet-18 without its head, with statistics as after training."""
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18()
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            buffer.uniform_(0.5, 2.0)
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
+@pytest.fixture(scope="module", autouse=True)
+def shallow_vits():
+    """A ViT-S here has two blocks: twelve would show no more of names and shapes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backbones._VITS, "vit_small", backbones._VITS["vit_small"] | {"num_layers": 2})
+        checkpoints._shapes.cache_clear()
+        yield
+    checkpoints._shapes.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def vit():
     """The state_dict of a ViT-S under timm's names, with MoCo v3's fixed position embedding: nothing at the class."""
-    torch.manual_seed(0)
-    tensors = {"cls_token": torch.randn(1, 1, 384), "pos_embed": torch.randn(1, 197, 384)}
-    tensors["pos_embed"][:, 0] = 0
-    shapes = {"patch_embed.proj": (384, 3, 16, 16), "norm": (384,)}
-    for i in range(12):
-        shapes |= {f"blocks.{i}.norm1": (384,), f"blocks.{i}.norm2": (384,), f"blocks.{i}.attn.qkv": (1152, 384)}
-        shapes |= {f"blocks.{i}.attn.proj": (384, 384), f"blocks.{i}.mlp.fc1": (1536, 384)}
-        shapes |= {f"blocks.{i}.mlp.fc2": (384, 1536)}
-    for name, shape in shapes.items():
-        tensors |= {f"{name}.weight": torch.randn(shape) / 20, f"{name}.bias": torch.randn(shape[0]) / 20}
-    return tensors
+    return timm_vit(2, patch_stem())
 
 
 def learned(vit):
     """The same with a position embedding that has trained."""
     return vit | {"pos_embed": vit["pos_embed"] + 1}
-
-
-@pytest.fixture
-def saved(tmp_path):
-    def save(content, name="checkpoint.pth", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
 
 
 # --- ResNets ---------------------------------------------------------------------------------------------------------
@@ -319,7 +291,7 @@ def test_heads_that_are_given_count_and_decide_what_is_computed(heads, vit, save
     path = saved(moco_v3(vit))
     model, report = load_backbone(path, num_classes=384, heads=heads)
     assert report["heads"] == heads
-    plain = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=heads)
+    plain = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=heads, depth=2)
     plain.load_state_dict(vit)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
@@ -328,8 +300,9 @@ def test_heads_that_are_given_count_and_decide_what_is_computed(heads, vit, save
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_name_of_timms_says_how_many_heads(vit, saved):
+def test_a_name_of_timms_says_how_many_heads(saved):
     pytest.importorskip("timm")
+    vit = timm_vit(12, patch_stem())
     model, report = load_backbone(saved(mmpretrain_v3(vit)), num_classes=2, arch="timm:vit_small_patch16_224")
     assert model.blocks[0].attn.num_heads == 6 and report["heads"] is None
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in vit.items())
@@ -362,6 +335,9 @@ def mini(tmp_path):
     return tmp_path / "mini.pth"
 
 
+FEW = pytest.mark.usefixtures("few_images", "no_pictures")
+
+
 def logits_of_plain_vit(state, heads, images):
     """What torchvision's own ViT with so many heads computes."""
     plain = build_backbone("vit_mini", 3, 16, heads)
@@ -377,6 +353,7 @@ def train(checkpoint, images, *options):
     return folder / "lora.pth"
 
 
+@FEW
 @pytest.mark.parametrize("heads", [3, 6])
 def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mini, images, capsys):
     given = ["--heads", f"{heads}"]
@@ -396,6 +373,7 @@ def test_the_adapter_file_keeps_the_heads_and_every_reader_builds_them(heads, mi
     torch.testing.assert_close(again, outputs[heads])
 
 
+@FEW
 def test_a_run_is_resumed_with_its_heads_alone(mini, images):
     train(mini, images, "--epochs", "1", "--heads", "6")
     with pytest.raises(InputError, match="heads was 6, is None"):
@@ -422,7 +400,7 @@ def test_files_of_a_vit_small_that_do_not_say_their_heads_have_12_in_silence(vit
     """As when they were trained: there was no other number then."""
     base = saved(learned(vit), "base.pth")  # of which one would now guess 6
     model, _ = load_backbone(base, 2, heads=12)
-    manager = LoRAManager(add_lora_to_model(model, r=1, target_modules=["encoder_layer_11.mlp.0"]))
+    manager = LoRAManager(add_lora_to_model(model, r=1, target_modules=["encoder_layer_1.mlp.0"]))
     about = {"arch": "vit_small", "class_names": ["a", "b"], "image_size": 224, "checkpoint": str(base)}
     manager.save_lora_checkpoint(base.with_name("lora.pth"), about)
     assert load_finetuned(base.with_name("lora.pth"))[0].encoder.layers[0].num_heads == 12
@@ -455,6 +433,7 @@ def test_pretraining_keeps_the_heads_in_its_files(rank, mini, images):
     assert model.encoder.layers[0].num_heads == report["heads"] == 6
 
 
+@FEW
 def test_random_weights_have_the_heads_that_are_asked_for(mini, images):
     for path, options in ((mini, "--from-scratch"), ("none", "--arch vit_mini --image-size 16")):
         more = f"--epochs 1 --no-freeze-backbone --checkpoint {path} --heads 6 {options}"

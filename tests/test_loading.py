@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -43,6 +44,18 @@ def test_the_photographs_are_what_they_are_said_to_be(tmp_path):
     paths = sorted(tmp_path.rglob("*.jpg"))
     assert [Image.open(path).size for path in paths] == [(130, 90)] * 3
     assert loading.bytes_of(tmp_path) == pytest.approx(sum(path.stat().st_size for path in paths) / 3)
+
+
+def test_tiles_of_13_bands_are_measured_beside_tifffiles_own_reading(tmp_path, monkeypatch, capsys):
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr(loading, "PIXELS", 32)
+    rows = loading.main(["--only", "bands", "--images", "3", "--output-dir", str(tmp_path)])["bands"]
+    assert [(row["pixels"], row["compression"]) for row in rows] == [(n, c) for n in (64, 120) for c in (None, "zlib")]
+    assert all(min(row["milliseconds"].values()) > 0 for row in rows)
+    assert all(row["milliseconds"].keys() == {"here", "tifffile", "view"} for row in rows)
+    assert capsys.readouterr().out.count("| 64 x 64") == 2
+    [tile] = loading.make_tiles(tmp_path / "tiles", 64, 1, "zlib")
+    assert np.array_equal(loading.Bands(13).read_path(tile), tifffile.imread(tile).astype(np.float32))
 
 
 @pytest.mark.slow

@@ -49,6 +49,52 @@ class Bands:
         array, names = decoded(content)
         return self._checked(self._picked(array, names))
 
+    def read_path(self, path: str | os.PathLike) -> np.ndarray:
+        """The same of a path, which may be that of one band with the files of the others beside it."""
+        files = self.files(path)
+        if len(files) == 1 and self._place(os.path.basename(path)) is None:
+            return self.read(Path(path).read_bytes())
+        found = {name: _single(file) for name, file in files.items()}
+        size = max((band.shape for band in found.values()), key=math.prod)
+        enlarged = {name: _enlarged(band, size, name) for name, band in found.items()}
+        return np.stack([enlarged.get(name, np.zeros(size, np.float32)) for name in self.chosen], axis=-1)
+
+    def files(self, path: str | os.PathLike) -> dict[str, str]:
+        """The files that an image at this path is read of, by band where each band has its own."""
+        folder, name = os.path.split(os.fspath(path))
+        place = self._place(name)
+        if place is None:
+            return {"": os.fspath(path)}
+        begin, end, _ = place
+        return {band: os.path.join(folder, f"{begin}{band}{end}") for band in self.chosen if band != ZEROS}
+
+    def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
+        """Of the image files in one folder those that stand for an image, and how many are of bands not chosen.
+
+        Of band files the first band's that is there stands for all. In a folder without any, each file is an image.
+        """
+        places = {name: place for name in names if (place := self._place(name)) is not None}
+        if not places:
+            return list(names), 0
+        found: dict[tuple[str, str], str] = {}
+        for name, (begin, end, _) in sorted(places.items(), key=lambda item: item[1][2]):
+            found.setdefault((begin, end), name)
+        return list(found.values()), len(names) - len(places)
+
+    def _place(self, name: str) -> tuple[str, str, int] | None:
+        """Of a file of one band: what is before the band in its name, what behind it, and which of the chosen it is.
+
+        `S2A_32UQD_B02.tif` is one where B02 is chosen. Numbers alone are bands of one file.
+        """
+        if all(band.isdigit() for band in self.chosen):
+            return None
+        stem, end = os.path.splitext(name)
+        for position, band in enumerate(self.chosen):
+            begin = stem.removesuffix(band)
+            if band != ZEROS and stem.endswith(band) and begin[-1:] in ("", "_", "-", "."):
+                return begin, end, position
+        return None
+
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
         """An image as (H, W, channels): a file's bands, or an array of the network's own in their order.
 
@@ -56,7 +102,7 @@ class Bands:
         """
         try:
             if isinstance(image, str | os.PathLike):
-                return self.read(Path(image).read_bytes())
+                return self.read_path(image)
             return self._checked(_floats(_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)))
         except (ValueError, OSError) as error:
             if isinstance(error, InputError):
@@ -93,6 +139,38 @@ class Bands:
 
 def _counted(bands: int) -> str:
     return f"it has {bands} band{'s' if bands > 1 else ''}"
+
+
+def _single(path: str) -> np.ndarray:
+    """The file of one band: (H, W)."""
+    name = os.path.basename(path)
+    try:
+        array, _ = decoded(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {name} beside it") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: {error}") from None
+    if array.shape[2] != 1:
+        raise ValueError(f"{name} is to be one band, and {_counted(array.shape[2])}")
+    return array[..., 0]
+
+
+def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """A band at the largest one's size (H, W), interpolated: Sentinel-2 has bands of 10, 20 and 60 m.
+
+    Raises ValueError where that is no whole multiple of its own: then it is another place's, or cut otherwise.
+    """
+    if band.shape == size:
+        return band
+    times, rest = divmod(size[0], band.shape[0])
+    if rest or band.shape[1] * times != size[1]:
+        raise ValueError(
+            f"its band {name} is {band.shape[1]}x{band.shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
+            "enlarged to a whole multiple, and this is none"
+        )
+    return np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -145,6 +223,24 @@ def _from_tiff(content: bytes) -> np.ndarray:
     return _bands_last(array)
 
 
+def pages_told(content: bytes, bands: Bands | None) -> str | None:
+    """How the pages of a TIFF are read, in words; None: it has one page, or is none that can be read."""
+    try:
+        if bands is None:
+            with Image.open(io.BytesIO(content)) as image:
+                pages, of_image = getattr(image, "n_frames", 1), 1
+        else:
+            import tifffile
+
+            with tifffile.TiffFile(io.BytesIO(content)) as file:
+                pages, of_image = len(file.pages), len(file.series[0].pages)
+    except Exception:  # it is told when the images are read
+        return None
+    if pages == 1:
+        return None
+    return f"{pages} pages, each a band" if of_image == pages else f"{pages} pages, of which the first is the image"
+
+
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The one array of an archive, or all of several, which are bands, by their names."""
     with _load(content) as archive:
@@ -191,8 +287,10 @@ def split_names(entries: Iterable[str] | None) -> list[str] | None:
 def option_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of the channels together, a line each."""
     problems = []
-    if args.normalise and (args.mean or args.std):
+    if args.normalise == "data" and (args.mean or args.std):
         problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
+    elif args.normalise and args.normalise != "data" and (args.mean or args.std or args.scale):
+        problems.append(f"--normalise {args.normalise} brings its own --scale, --mean and --std: drop one of them")
     if bool(args.mean) != bool(args.std):
         problems.append("--mean and --std belong together: give both, one number or one for each channel")
     if any(value <= 0 for value in args.std or ()):
@@ -277,6 +375,7 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
     """
     bands, mean, std = bands_of(args, channels), args.mean, args.std
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
+    _tell_pages(images, bands)
     if bands is None and not args.normalise:
         return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
     scale, images = 255.0 if bands is None else bands.scale, images.at_most(MEASURED)
@@ -290,6 +389,16 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
         print(_described(bands, values, len(images) if args.normalise else 0))
         _check_values(found, bands, values)
     return {**values, "bands": bands}
+
+
+def _tell_pages(images: Any, bands: Bands | None) -> None:
+    """Say how the first TIFF among the images is read if it has several pages: a page is a band, or an image."""
+    for i in range(len(images)):
+        name = images.name(i)
+        if name.lower().endswith((".tif", ".tiff")):
+            if told := pages_told(images.source.content(int(images.indices[i])), bands):
+                print(f"images: {printable(name)} has {told}")
+            return
 
 
 def _numbers(photograph: Image.Image) -> np.ndarray:
@@ -353,7 +462,7 @@ def _likely_scale(found: Statistics) -> int:
 def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """What an adapter file, or an exported one, says of the images: of RGB photographs mean and std alone."""
     bands, fit = values["bands"], report.get("channel_fit")
-    about = {"mean": values["mean"], "std": values["std"]}
+    about = {"mean": list(values["mean"]), "std": list(values["std"])}
     if fit is not None:
         about |= {"channels": report["channels"], "channel_fit": fit}
     if bands is not None:

@@ -71,13 +71,13 @@ class KeptImages(ImageFiles):
         """The file that this image is kept in."""
         path = self.path(i)
         try:
-            status = os.stat(path)
+            found = [os.stat(file) for file in self.parts(i)]
         except OSError as error:
             raise unreadable(path, error) from None
         # A copy that keeps the old time of modification (rsync -t) shows in the time of change, which nobody can set.
-        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        states = " ".join(f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}" for status in found)
         of_file = f" {self.bands.chosen}" if self.bands else ""
-        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {status.st_size} {times}{of_file}"
+        key = f"{_FORMAT} {self.shorter} {os.path.abspath(path)} {states}{of_file}"
         name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
         return self.kept / name[:2] / name
 

@@ -113,15 +113,22 @@ def load_backbone(
 CHANNEL_FITS = ("timm",)
 
 
-def find_channels(path: str | os.PathLike, arch: str | None = None) -> int:
-    """How many channels the images have that the first layer in a checkpoint takes; 3 for random weights.
+def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:
+    """What the images are that a checkpoint was trained on.
 
-    Raises InputError where `load_backbone` does so because of what the file is.
+    Returns:
+        How many channels its first layer takes, 3 for random weights; and what the file says of their numbers, as
+        `toolkit.bands.recorded` writes it, with the `arch`: nothing, as a rule.
+
+    Raises:
+        InputError: where `load_backbone` does so because of what the file is.
     """
     if is_none(path):
-        return 3
+        return 3, {}
     source = _identify(path, _read(path), arch)
-    return _find_channels(source.weights, _find_arch(source) if source.arch is None else source.arch)[1]
+    found = _find_arch(source) if source.arch is None else source.arch
+    told = {**source.images, "arch": found} if source.images else {}
+    return _find_channels(source.weights, found)[1], told
 
 
 def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
@@ -365,6 +372,7 @@ class _Source:
     epoch: int | None
     image_size: int | None
     heads: int | None
+    images: dict[str, Any]  # what the file says of them
     weights: dict[str, torch.Tensor]
     dropped: list[str]
 
@@ -390,6 +398,7 @@ def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Sou
         epoch=_whole_number(info, "epoch"),
         image_size=_whole_number(info, "config/image_size"),  # that this toolkit's pretraining stores
         heads=_whole_number(info, "config/heads"),
+        images=_told_of_images(info),
         weights={name: tensors[full] for full, name in names.items()},
         dropped=dropped,
     )
@@ -405,6 +414,14 @@ def _at(content: Any, place: str) -> Any:
 def _whole_number(info: Mapping, place: str) -> int | None:
     value = _at(info, place)
     return value if type(value) is int else None
+
+
+def _told_of_images(info: Mapping) -> dict[str, Any]:
+    """What this toolkit's pretraining says, or CEM500K's: `norms`, mean and std of grey from 0 to 1."""
+    told, norms = info.get("normalization"), info.get("norms")
+    if isinstance(norms, list) and len(norms) == 2:
+        return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0, "show_bands": [1]}
+    return dict(told) if isinstance(told, Mapping) else {}
 
 
 def _named_arch(info: Mapping) -> str | None:

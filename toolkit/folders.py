@@ -67,24 +67,30 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         try:
-            image = Image.open(self.path(i)) if self.bands is None else self.bands.read(self.content(i))
+            image = Image.open(self.path(i)) if self.bands is None else self._read(i)
             return image, self.labels[i]
         except (MemoryError, InputError):
             raise
         except Exception as error:  # a damaged file fails in a hundred places of Pillow
             raise unreadable(self.path(i), error) from None
 
+    def _read(self, i: int) -> np.ndarray:
+        return self.bands.read_path(self.path(i))
+
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.names[i])
 
+    def parts(self, i: int) -> list[str]:
+        """The paths of all that an image is read of: one, or one for each of its bands."""
+        return [self.path(i)] if self.bands is None else list(self.bands.files(self.path(i)).values())
+
     def size(self, i: int) -> int:
         """In bytes; -1 for what cannot be read, which is found out when it is."""
-        path = self.path(i)
-        return os.path.getsize(path) if os.access(path, os.R_OK) else -1
+        paths = self.parts(i)
+        return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
 
     def content(self, i: int) -> bytes:
-        with open(self.path(i), "rb") as file:
-            return file.read()
+        return b"".join(Path(path).read_bytes() for path in self.parts(i))
 
 
 class UnreadableImage(InputError):
@@ -189,7 +195,7 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     be listed.
     """
     try:
-        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, suffixes(bands)))
+        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
     except OSError as error:
         raise _unlisted(error) from None
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
@@ -198,14 +204,14 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
 def first_image(folder: Path) -> str | None:
     """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
     try:
-        folders = _image_folders(folder, "", (), Counter(), IMAGE_SUFFIXES)
+        folders = _image_folders(folder, "", (), Counter(), None)
         return next((posixpath.join(inner, names[0]) for inner, names in folders if names), None)
     except OSError as error:
         raise _unlisted(error) from None
 
 
 def _image_folders(
-    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, endings: tuple[str, ...]
+    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, bands: Bands | None
 ) -> Iterator[tuple[str, list[str]]]:
     """(path relative to `folder`, names of its images) for a folder and for each below it."""
     here = os.stat(folder / within)
@@ -218,13 +224,16 @@ def _image_folders(
                 continue
             if entry.is_dir():
                 folders.append(posixpath.join(within, entry.name))
-            elif entry.name.lower().endswith(endings):
+            elif entry.name.lower().endswith(suffixes(bands)):
                 names.append(entry.name)
             else:
                 others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+    if bands is not None:
+        names, apart = bands.one_for_each_image(names)
+        others.update({"of other bands": apart} if apart else {})
     yield within, names
     for inner in folders:
-        yield from _image_folders(folder, inner, (*above, here), others, endings)
+        yield from _image_folders(folder, inner, (*above, here), others, bands)
 
 
 def looked_for(others: Counter | None = None, bands: Bands | None = None) -> str:

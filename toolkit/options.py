@@ -14,7 +14,7 @@ from toolkit.checkpoints import (
     CHANNEL_FITS,
     OFFICIAL_CHECKPOINTS,
     checkpoint_path,
-    find_channels,
+    find_images,
     is_none,
     option_problems,
 )
@@ -33,7 +33,8 @@ from toolkit.config import (
     worker_count,
 )
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
-from toolkit.files import found_path
+from toolkit.families import FAMILIES, take_known_values
+from toolkit.files import found_path, read_checkpoint
 from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
 from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 
@@ -107,7 +108,10 @@ def _add_band_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scale", type=positive_float, help="what the files' numbers are divided by, as 10000")
     group.add_argument("--mean", type=any_float, **several, help="of each channel, or of all; default: the backbone's")
     group.add_argument("--std", type=any_float, **several, help="the same; both are of what --scale leaves")
-    group.add_argument("--normalise", choices=("data",), help="data: measure mean and std on the training images")
+    known = ("data", *FAMILIES)
+    group.add_argument(
+        "--normalise", choices=known, help="data: as measured on the training images; or as a known family's"
+    )
 
 
 def add_training_data_options(group: argparse._ArgumentGroup) -> None:
@@ -219,11 +223,19 @@ def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> 
 
 
 def bands_read(args: argparse.Namespace) -> bands.Bands | None:
-    """What is read of a user's own images: as many bands as the first layer takes. None: they are RGB photographs."""
-    channels = args.channels or 3
-    if args.channels is None and args.checkpoint is not None and args.dataset in ("imagefolder", UNLABELLED_SET):
-        with contextlib.suppress(InputError):  # which is told when the backbone is built
-            channels = find_channels(args.checkpoint, args.arch)
+    """What is read of a user's own images: as many bands as the first layer takes. None: they are RGB photographs.
+
+    What the pretraining is known to have done to their numbers is filled into the options: `take_known_values`.
+    """
+    channels, told, told_by = 3, {}, args.checkpoint
+    with contextlib.suppress(InputError):  # which is told when the backbone is built
+        if args.checkpoint is not None:
+            channels, told = find_images(args.checkpoint, args.arch)
+        if (adapter := getattr(args, "stage1_adapter", None)) is not None:
+            about = read_checkpoint(adapter)["metadata"]
+            told, told_by = (about, adapter) if "mean" in about else (told, told_by)
+    channels = args.channels or channels
+    take_known_values(args, channels, told, told_by)
     return bands.bands_of(args, channels)
 
 

@@ -156,7 +156,7 @@ def write_finetuning(run: FineTuned, result: Evaluation, kept_epoch: int, counts
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
         "images": run.identity["images"],
-        "normalization": json.loads(json.dumps(recorded(normalization, run.report))),  # lists, as in the file
+        "normalization": recorded(normalization, run.report),
         "config": config,
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))

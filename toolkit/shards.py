@@ -65,6 +65,9 @@ class ShardedImages(ImageFiles):
         image.filename = self.path(i)  # what messages call it
         return image, self.labels[i]
 
+    def _read(self, i: int) -> np.ndarray:
+        return self.bands.read(self.content(i))
+
     def size(self, i: int) -> int:
         return int(self.places[i, 2])
 

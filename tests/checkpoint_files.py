@@ -1,0 +1,62 @@
+"""What checkpoint files are made of in the tests: tensors under the names that torchvision and timm give them."""
+
+import math
+
+import torch
+
+
+def under(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without_head(tensors):
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("fc.", "head.", "heads."))}
+
+
+def mlp_head(prefix, layers, width=8):
+    """Keys of a projector: `layers` are the places of its Linear layers, BatchNorm follows each where v3 has one."""
+    return {f"{prefix}.{i}.weight": torch.randn(width, width) for i in layers}
+
+
+def sequential(tensors):
+    """A ResNet as an nn.Sequential of its children names them."""
+    places = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+    return {".".join([places[first], *rest]): v for k, v in tensors.items() for first, *rest in [k.split(".")]}
+
+
+TIMM_BLOCK = {
+    "norm1.weight": (384,),
+    "norm1.bias": (384,),
+    "attn.qkv.weight": (1152, 384),
+    "attn.qkv.bias": (1152,),
+    "attn.proj.weight": (384, 384),
+    "attn.proj.bias": (384,),
+    "norm2.weight": (384,),
+    "norm2.bias": (384,),
+    "mlp.fc1.weight": (1536, 384),
+    "mlp.fc1.bias": (1536,),
+    "mlp.fc2.weight": (384, 1536),
+    "mlp.fc2.bias": (384,),
+}
+
+
+def timm_vit(depth, stem, positions=None):
+    """A ViT-S backbone under timm's names."""
+    shapes = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)}
+    shapes |= {f"blocks.{i}.{key}": shape for i in range(depth) for key, shape in TIMM_BLOCK.items()} | stem
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if "running_var" in key:
+            tensors[key] = noise.abs() + 0.5
+        elif len(shape) == 1 and key.endswith("weight"):
+            tensors[key] = 1 + 0.1 * noise
+        else:
+            tensors[key] = noise / math.sqrt(math.prod(shape[1:]) or 1) if len(shape) > 1 else 0.1 * noise
+    tensors["pos_embed"][:, 0] = 0  # MoCo v3 gives the class token no position
+    return tensors
+
+
+def patch_stem():
+    return {"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}

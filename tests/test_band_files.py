@@ -1,0 +1,311 @@
+"""Bands in files beside each other, pages of a stack, and where on Earth an image is."""
+
+import csv
+import io
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import load_finetuned
+from moco import pretrain
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.bands import Bands, pages_told
+from toolkit.cache import keep_images
+from toolkit.data import load_splits
+from toolkit.geotags import centre
+
+tifffile = pytest.importorskip("tifffile")
+
+NAMES = ("B02", "B03", "B04", "B8A")
+
+
+def write_bands(place: Path, prefix: str, bands: dict[str, np.ndarray]) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    for name, band in bands.items():
+        tifffile.imwrite(place / f"{prefix}{name}.tif", band, photometric="minisblack")
+
+
+@pytest.fixture(scope="module")
+def band_files(tmp_path_factory) -> Path:
+    """Two classes of eight images: of one a folder each with B02.tif and so on, of the other P_B02.tif side by side.
+
+    B8A has half as many pixels along each side, and B01 is chosen by no test.
+    """
+    folder, rng = tmp_path_factory.mktemp("band_files"), np.random.RandomState(0)
+    for label in ("sea", "wood"):
+        for i in range(8):
+            bands = {name: rng.randint(0, 2000, (16, 16)).astype(np.uint16) for name in ("B01", *NAMES[:3])}
+            bands["B02"] += 4000 * (label == "wood")
+            bands["B8A"] = bands["B02"][::2, ::2]
+            place, prefix = (folder / label / f"tile{i}", "") if label == "sea" else (folder / label, f"P{i}_")
+            write_bands(place, prefix, bands)
+    return folder
+
+
+def test_an_image_is_its_band_files_in_the_order_chosen(band_files, capsys):
+    bands = Bands(4, ("B04", "0", "B02", "B8A"))
+    train, val, class_names = load_splits("imagefolder", band_files, bands=bands)
+    assert class_names == ["sea", "wood"]
+    assert len(train) + len(val) == 16
+    assert "not read as images: 32 of other bands" in capsys.readouterr().out  # B01 and B03
+    for images in (train, val):
+        for i in range(len(images)):
+            image, _ = images[i]
+            first = images.name(i)
+            assert first.endswith("B04.tif")
+            other = {name: tifffile.imread(first.replace("B04", name)) for name in ("B02", "B8A")}
+            assert np.array_equal(image[..., 0], tifffile.imread(first))
+            assert not image[..., 1].any()
+            assert np.array_equal(image[..., 2], other["B02"])
+            enlarged = Image.fromarray(other["B8A"].astype(np.float32)).resize((16, 16), Image.Resampling.BILINEAR)
+            assert np.array_equal(image[..., 3], np.asarray(enlarged))
+
+
+def test_numbers_are_bands_of_one_file_also_where_files_end_in_numbers():
+    assert Bands(2, ("2", "1")).one_for_each_image(["tile_1.tif", "tile_2.tif"]) == (["tile_1.tif", "tile_2.tif"], 0)
+
+
+def test_a_folder_without_band_files_has_images_of_several_bands(tmp_path):
+    """Arrays of an .npz have names as well."""
+    np.savez(tmp_path / "tile.npz", B03=np.ones((8, 8)), B02=np.zeros((8, 8)))
+    assert Bands(2, ("B02", "B03")).one_for_each_image(["tile.npz"]) == (["tile.npz"], 0)
+    assert Bands(2, ("B02", "B03")).read_path(tmp_path / "tile.npz")[0, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tile: (tile / "B03.tif").unlink(), r"B02\.tif: not a readable .*there is no B03\.tif beside it"),
+        (lambda tile: (tile / "B02.tif").unlink(), r"B03\.tif: not a readable .*there is no B02\.tif beside it"),
+        (lambda tile: write_bands(tile, "", {"B03": np.zeros((12, 16))}), "B03 is 16x12 and another 16x16: a smaller"),
+        (lambda tile: write_bands(tile, "", {"B03": np.zeros((8, 16))}), "B03 is 16x8 and another 16x16: a smaller"),
+        (lambda tile: write_bands(tile, "", {"B03": np.zeros((2, 16, 16))}), "B03.tif is to be one band, and it has 2"),
+        (lambda tile: (tile / "B03.tif").write_bytes(b"no image"), r"B03\.tif: cannot identify image"),
+    ],
+)
+def test_what_is_wrong_with_one_band_is_one_line(change, reason, band_files, tmp_path, capsys):
+    shutil.copytree(band_files, tmp_path / "images")
+    change(tmp_path / "images" / "sea" / "tile3")
+    bands = Bands(2, ("B02", "B03"))
+    with pytest.raises(InputError, match=reason):
+        list(load_splits("imagefolder", tmp_path / "images", bands=bands).train)
+        list(load_splits("imagefolder", tmp_path / "images", bands=bands).val)
+    splits = load_splits("imagefolder", tmp_path / "images", bands=bands, skip_unreadable=True)
+    assert len(splits.train) + len(splits.val) == 15
+    assert "tile3" in capsys.readouterr().out
+
+
+def test_kept_images_notice_that_any_of_their_bands_has_changed(band_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(band_files, tmp_path / "images")
+    images = keep_images(
+        load_splits("imagefolder", tmp_path / "images", bands=Bands(2, ("B02", "B03"))).train, "disk", 8
+    )
+    before = images[0][0]
+    assert np.array_equal(images[0][0], before)
+    write_bands(Path(images.name(0)).parent, Path(images.name(0)).name[:-7], {"B03": np.full((16, 16), 7, np.uint16)})
+    assert (images[0][0][..., 1] == 7).all()
+
+
+def test_copies_are_of_all_bands(band_files, tmp_path, capsys):
+    """An image that shares one band with another, as clouds and water do, is none."""
+    for part in ("train", "val"):
+        shutil.copytree(band_files, tmp_path / part)
+    bands = Bands(2, ("B02", "B03"))
+    load_splits("imagefolder", tmp_path, bands=bands)
+    assert "16 of 16 evaluation images are copies" in capsys.readouterr().out
+    for path in (tmp_path / "val").rglob("*B03.tif"):
+        tifffile.imwrite(path, np.zeros((16, 16), np.uint16), photometric="minisblack")
+    load_splits("imagefolder", tmp_path, bands=bands)
+    assert "images are copies" not in capsys.readouterr().out
+
+
+def test_band_files_go_through_every_command(band_files, tmp_path, capsys):
+    options = "--device cpu --workers 0 --batch-size 4 --epochs 1"
+    bands = f"--data-dir {band_files} --bands B02,B03,B04,B8A --scale 10000"
+    shape = "--arch vit_mini --image-size 16 --channels 4 --two-crops digits --dim 8 --mlp-dim 8"
+    stage1 = pretrain.main(f"{bands} {options} {shape} --output-dir {tmp_path / 'stage1'}".split())
+    capsys.readouterr()
+
+    # The file says what its images were: nothing is typed again.
+    argv = f"--checkpoint {stage1['checkpoint']} --data-dir {band_files} {options} --output-dir {tmp_path / 'tuned'}"
+    results = finetune_lora.main(argv.split())
+    told = capsys.readouterr().out
+    assert "as in the pretraining, which moco_stage1_epoch_1.pth says" in told
+    assert "images: 4 channels (B02,B03,B04,B8A of each file), divided by 10000" in told
+    adapter = tmp_path / "tuned" / "lora.pth"
+    _, about = load_finetuned(adapter)
+    assert (about["bands"], about["scale"]) == (list(NAMES), 10000)
+
+    assert (
+        deploy_lora.main(f"evaluate {adapter} --device cpu --workers 0".split())["accuracy"] == results["val_accuracy"]
+    )
+    argv = f"predict {adapter} {band_files} --output {tmp_path / 'p.csv'} --device cpu --workers 0"
+    assert len(deploy_lora.main(argv.split())) == 16
+    tile = band_files / "sea" / "tile0" / "B02.tif"
+    assert about["transform"](tile).shape == (4, 16, 16)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def tiff(*pages: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for page in pages:
+            writer.write(page, photometric="minisblack", metadata=None, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "bands", "told"),
+    [
+        (tiff(*np.zeros((5, 8, 8), np.uint16)), Bands(5), "5 pages, each a band"),
+        (tiff(np.zeros((16, 16)), np.zeros((4, 4))), Bands(1), "2 pages, of which the first is the image"),
+        (tiff(*np.zeros((3, 8, 8), np.uint8)), None, "3 pages, of which the first is the image"),
+        (tiff(np.zeros((8, 8, 13), np.uint16), planarconfig="contig"), Bands(13), None),
+        (tiff(np.zeros((8, 8), np.uint8)), None, None),
+        (b"II*\0 and nothing more", Bands(1), None),
+    ],
+)
+def test_a_run_says_what_a_page_is(content, bands, told):
+    assert pages_told(content, bands) == told
+    if told and bands:
+        assert bands.read(content).shape[2] == bands.channels
+
+
+def test_a_run_over_a_stack_says_it_once(base, tmp_path, capsys, no_pictures):
+    rng = np.random.RandomState(0)
+    for label in ("a", "b"):
+        for i in range(5):
+            pages = rng.randint(0, 250, (3, 8, 8)).astype(np.uint8)
+            (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "images" / label / f"{i}.tif").write_bytes(tiff(*pages))
+    argv = (
+        f"--checkpoint {base} --data-dir {tmp_path / 'images'} --output-dir {tmp_path / 'out'} --device cpu --epochs 1"
+    )
+    finetune_lora.main([*argv.split(), "--workers", "0", "--scale", "255", "--lora-rank", "2"])
+    assert capsys.readouterr().out.count(".tif has 3 pages, each a band") == 1
+
+
+# --- geotags ---------------------------------------------------------------------------------------------------------
+
+
+def geotiff(path: Path, keys: list[tuple[int, int]], levels: np.ndarray | None = None, **tags) -> Path:
+    """A TIFF, if not of `levels` 10 pixels wide and 20 high, with the GeoKeys and the tags scale, tiepoint, matrix."""
+    directory = [1, 1, 0, len(keys), *(n for key, value in keys for n in (key, 0, 1, value))]
+    numbers = {"scale": 33550, "tiepoint": 33922, "matrix": 34264}
+    extra = [(34735, "H", len(directory), directory, True)]
+    extra += [(numbers[name], "d", len(values), values, True) for name, values in tags.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.RandomState(0).randint(0, 255, (20, 10)).astype(np.uint8) if levels is None else levels
+    tifffile.imwrite(path, levels, photometric="minisblack", planarconfig="contig", extratags=extra)
+    return path
+
+
+UTM, DEGREES = (3072, 32632), (2048, 4326)
+PLACE = {"scale": [10.0, 10.0, 0.0], "tiepoint": [0.0, 0.0, 0.0, 500000.0, 5300000.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "tags", "expected"),
+    [
+        ([UTM], PLACE, (500050, 5299900, 32632)),
+        ([(1025, 2), UTM], PLACE, (500045, 5299905, 32632)),  # places are of pixels' centres
+        ([UTM], PLACE | {"tiepoint": [10.0, 20.0, 0.0, 500000.0, 5300000.0, 0.0]}, (499950, 5300100, 32632)),
+        ([DEGREES], {"scale": [0.1, 0.2, 0.0], "tiepoint": [0.0, 0.0, 0.0, 8.0, 50.0, 0.0]}, (8.5, 48.0, 4326)),
+        ([UTM], {"matrix": [0.0, 2.0, 0, 100.0, 3.0, 0.0, 0, 200.0, *[0.0] * 7, 1.0]}, (120, 215, 32632)),  # turned
+        ([(3072, 32767)], PLACE, (500050, 5299900, "")),
+    ],
+)
+def test_the_centre_is_where_the_tags_say(keys, tags, expected, tmp_path):
+    found = centre(geotiff(tmp_path / "tile.tif", keys, **tags))
+    assert (found["x"], found["y"]) == pytest.approx(expected[:2])
+    assert found["epsg"] == expected[2]
+
+
+@pytest.mark.parametrize(
+    "tags", [{}, {"scale": [10.0, 10.0, 0.0]}, PLACE | {"scale": [float("nan")] * 3}, PLACE | {"tiepoint": [0.0] * 12}]
+)
+def test_tags_that_give_no_place_are_left_out(tags, tmp_path):
+    assert centre(geotiff(tmp_path / "tile.tif", [UTM], **tags)) == {}
+
+
+def test_predictions_have_the_places_of_the_files_that_know_theirs(finetune, images, tmp_path, monkeypatch, capsys):
+    adapter = finetune("--epochs 1 --lora-rank 2")["folder"] / "lora.pth"
+    geotiff(tmp_path / "tiles" / "1.tif", [UTM], **PLACE)
+    shutil.copy(images / "val" / "dark" / "0.png", tmp_path / "tiles" / "2.png")
+    argv = f"predict {adapter} {tmp_path / 'tiles'} --output {tmp_path / 'p.csv'} --device cpu --workers 0".split()
+    deploy_lora.main(argv)
+    with open(tmp_path / "p.csv") as file:
+        first, second = csv.DictReader(file)
+    assert (float(first["x"]), float(first["y"]), first["epsg"]) == (500050, 5299900, "32632")
+    assert (second["x"], second["y"], second["epsg"]) == ("", "", "")
+
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    assert "x" not in deploy_lora.main(argv)[0]
+    assert "geotags of TIFFs are not read: pip install tifffile" in capsys.readouterr().out
+    (tmp_path / "tiles" / "1.tif").unlink()
+    assert "x" not in deploy_lora.main(argv)[0]
+
+
+# --- the worked page -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eurosat(tmp_path, monkeypatch) -> Path:
+    """A folder with what docs/sentinel-2.md downloads, in small, and new tiles with geotags; torchgeo's layout."""
+    monkeypatch.chdir(tmp_path)
+    backbone = build_backbone("resnet18", 2, channels=13).state_dict()
+    tensors = {name: tensor for name, tensor in backbone.items() if not name.startswith("fc.")}
+    torch.save(tensors, "resnet18_sentinel2_all_moco-59bfdff9.pth")
+    rng = np.random.RandomState(0)
+    for place, count in (("EuroSAT_MS/Forest", 5), ("EuroSAT_MS/River", 5), ("new_tiles", 4)):
+        for i in range(count):
+            levels = rng.randint(0, 3000, (32, 32, 13)).astype(np.uint16)
+            levels[..., 9] //= 300  # B10, which stands before B11, B12 and B8A here
+            geotiff(tmp_path / place / f"{i}.tif", [UTM], levels, **PLACE)
+    shutil.copy("new_tiles/0.tif", "new_tiles/tile.tif")
+    return tmp_path
+
+
+FEWER = "--image-size 32 --epochs 1 --batch-size 4 --device cpu --workers 0"
+SMALL = {"finetune_lora.py": f"{FEWER} --lora-rank 2", "moco.pretrain": f"{FEWER} --moco-version 2 --queue-size 8"}
+
+
+@pytest.mark.slow
+def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys, no_pictures):
+    pytest.importorskip("onnxscript")
+    page = (Path(finetune_lora.__file__).parent / "docs" / "sentinel-2.md").read_text()
+    code = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    commands = [line for block in code for line in re.sub(r"\\\n *", "", block).splitlines()]
+    run = {"finetune_lora.py": finetune_lora.main, "deploy_lora.py": deploy_lora.main, "moco.pretrain": pretrain.main}
+    told = {}
+    for command in (command.replace("-m ", "") for command in commands if command.startswith("python ")):
+        _, script, *argv = shlex.split(command)
+        run[script]([*argv, *SMALL.get(script, "").split()])
+        told[command] = capsys.readouterr().out
+    assert len(told) == 6
+    first, *_, last = told.values()
+    promised = [line for block in code for line in block.splitlines() if line.startswith("images: ")]
+    for part in [part for line in promised for part in line.split(" ... ")]:
+        assert part in first
+    assert "channel 11 hardly varies" in first
+    assert "which moco_lora.pth says" in last
+    assert promised[1] in last  # the bands too, which were not typed again
+
+    with open("predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(float(row["x"]), float(row["y"]), row["epsg"]) for row in rows] == [(500160, 5299840, "32632")] * 5
+    [snippet] = [block for block in code if "load_finetuned" in block]
+    exec(snippet, names := {"load_finetuned": load_finetuned})
+    assert names["logits"].shape == (1, 2)

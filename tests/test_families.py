@@ -1,0 +1,114 @@
+"""What a checkpoint's images were is taken from its file or its name, and said; what is typed counts more."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from toolkit import InputError
+from toolkit.backbones import build_backbone
+from toolkit.bands import option_problems
+from toolkit.checkpoints import find_images
+from toolkit.families import FAMILIES, take_known_values
+
+
+def options(**given) -> Namespace:
+    nothing = dict.fromkeys(("scale", "mean", "std", "normalise", "bands", "channels", "channel_fit"))
+    return Namespace(**nothing | given)
+
+
+def values(args: Namespace) -> tuple:
+    return args.scale, args.mean, args.std, args.bands
+
+
+PUBLISHED = {  # names under which torchgeo and SSL4EO-S12 publish files
+    "resnet50_sentinel2_all_moco-df8b932e.pth": (13, "ssl4eo-s12"),
+    "resnet18_sentinel2_rgb_moco-e3a335e3.pth": (3, "ssl4eo-s12"),
+    "vit_small_patch16_224_sentinel2_all_moco-67c9032d.pth": (13, "ssl4eo-s12"),
+    "B13_rn50_moco_0099_ckpt.pth": (13, "ssl4eo-s12"),
+    "B13_vits16_moco_0099_ckpt.pth": (13, "ssl4eo-s12"),
+    "resnet50_sentinel1_all_moco-906e4356.pth": (2, "ssl4eo-s12-radar"),
+    "B2_rn50_moco_0099_ckpt.pth": (2, "ssl4eo-s12-radar"),
+    "resnet18_landsat_tm_toa_moco-1c691b4f.pth": (7, "ssl4eo-l"),
+    "resnet18_landsat_etm_toa_moco-bb88689c.pth": (9, "ssl4eo-l"),
+    "resnet18_landsat_etm_sr_moco-4f078acd.pth": (6, "ssl4eo-l"),
+    "resnet18_landsat_oli_tirs_toa_moco-a3002f51.pth": (11, "ssl4eo-l"),
+    "cem500k_mocov2_resnet50_200ep.pth.tar": (1, "cem500k"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_name_of_a_published_file_tells_its_family(name, capsys):
+    channels, family = PUBLISHED[name]
+    args, known = options(), FAMILIES[family]
+    take_known_values(args, channels, {}, f"downloads/{name}")
+    assert values(args) == (known.scale, list(known.mean), list(known.std), None)
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and f"of {family} (" in told and f"which the name of {name} says" in told
+
+
+@pytest.mark.parametrize(
+    ("channels", "name", "given"),
+    [
+        (13, "base.pth", {}),
+        (4, "resnet50_sentinel2_all_moco-df8b932e.pth", {}),  # fitted to other images
+        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"scale": 1.0}),
+        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"mean": [0.0], "std": [1.0]}),
+        (13, "resnet50_sentinel2_all_moco-df8b932e.pth", {"normalise": "data"}),
+    ],
+)
+def test_what_is_not_known_or_was_typed_stays(channels, name, given, capsys):
+    args = options(**given)
+    take_known_values(args, channels, {}, name)
+    assert args == options(**given)
+    assert not capsys.readouterr().out
+
+
+def test_a_family_goes_by_its_name(capsys):
+    args = options(normalise="ssl4eo-s12")
+    take_known_values(args, 13, {}, "mine.pth")
+    assert values(args) == (10000, [0], [1], None)
+    assert args.normalise is None  # config.yaml then holds the numbers
+    assert "of ssl4eo-s12 (torchgeo" in capsys.readouterr().out
+    with pytest.raises(InputError, match="ssl4eo-l is for images of 6, 7, 9, 11 channels, and the network takes 13"):
+        take_known_values(options(normalise="ssl4eo-l"), 13, {}, "mine.pth")
+    [problem] = option_problems(options(normalise="cem500k", scale=1.0))
+    assert "cem500k brings its own --scale, --mean and --std" in problem
+
+
+def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
+    path = tmp_path / "any.pth.tar"
+    state = build_backbone("resnet18", 2, channels=1).state_dict()
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    torch.save({"arch": "resnet18", "epoch": 200, "norms": [0.583, 0.0997], "state_dict": state}, path)
+    channels, told = find_images(path)
+    args = options()
+    take_known_values(args, channels, told, path)
+    assert (channels, *values(args)) == (1, 255, [0.583], [0.0997], None)
+    assert "as in the pretraining, which any.pth.tar says" in capsys.readouterr().out
+
+
+TOLD = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0], "scale": 5.0, "show_bands": [1]}
+
+
+def test_bands_that_are_typed_go_before_those_of_the_file():
+    for typed, expected in ((None, ["4", "2"]), (["B04", "B02"], ["B04", "B02"])):
+        args = options(bands=typed)
+        take_known_values(args, 2, TOLD | {"bands": ["4", "2"]}, "stage1.pth")
+        assert values(args) == (5, [1, 2], [3, 4], expected)
+
+
+def test_photographs_normalised_as_ever_need_no_word_and_others_do(capsys):
+    usual = {"arch": "vit_mini", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    args = options()
+    take_known_values(args, 3, usual, "stage1.pth")
+    assert args == options() and not capsys.readouterr().out
+    take_known_values(args, 3, usual | {"mean": [0.5, 0.5, 0.5]}, "stage1.pth")
+    assert values(args) == (None, [0.5] * 3, usual["std"], None)
+    assert "as in the pretraining" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [{"std": [0.0, 1.0]}, {"mean": "x"}, {"channels": -1}, {"bands": 3}, {"scale": -1}])
+def test_a_file_that_is_damaged_there_is_one_line(damage):
+    with pytest.raises(InputError, match=r"^stage1\.pth: "):
+        take_known_values(options(), 2, TOLD | {"bands": []} | damage, "stage1.pth")

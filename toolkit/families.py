@@ -1,0 +1,105 @@
+"""What the numbers of images were divided by, and how they were normalised, where a checkpoint was pretrained.
+
+A file may say it itself: this toolkit's stage 1 and CEM500K do. Else the name of a published file tells its family, or
+`--normalise` names it. Wrong units are this field's commonest silent error, so whatever is taken is printed.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import InputError, printable
+from toolkit.backbones import normalization
+from toolkit.bands import from_metadata
+
+
+@dataclass(frozen=True)
+class Family:
+    """Values of `--scale`, `--mean` and `--std`, for networks of so many channels.
+
+    Args:
+        file: a pattern in the names under which its files are published; empty: they do not tell.
+        source: where the values stand.
+    """
+
+    channels: tuple[int, ...]
+    scale: float | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    file: str
+    source: str
+
+
+_TORCHGEO = "torchgeo, models/resnet.py"
+FAMILIES = {
+    "ssl4eo-s12": Family(
+        (3, 13), 10000.0, (0.0,), (1.0,), r"sentinel2_(all|rgb)_moco|^B(13|3)_(rn|vit)\w+_moco", _TORCHGEO
+    ),
+    "ssl4eo-s12-radar": Family(
+        (2,), 1.0, (-12.59, -20.26), (5.26, 5.91), r"sentinel1_(all|grd)_moco|^B2_(rn|vit)\w+_moco", _TORCHGEO
+    ),
+    "ssl4eo-l": Family((6, 7, 9, 11), 255.0, (0.0,), (1.0,), r"landsat_\w+_moco", _TORCHGEO),
+    "cem500k": Family((1,), 255.0, (0.57287007,), (0.12740536,), r"cem500k", "cem-dataset, mocov2_config.yaml"),
+    "moco-cxr": Family((3,), None, (0.502,), (0.085585,), "", "MoCo-CXR, by its aug_setting"),
+}
+_GIVEN = ("scale", "mean", "std", "normalise")
+
+
+def take_known_values(
+    args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path | None
+) -> None:
+    """Give the options of the images the values of the checkpoint's pretraining, unless some were given; says so.
+
+    Args:
+        args: `scale`, `mean`, `std` and `bands` are filled in. A family's name in `normalise` gives way to its values.
+        channels: of the network.
+        told: what a file says, as `toolkit.bands.recorded` writes it, and its `arch`; empty where it says nothing.
+        told_by: that file; its name may tell a family.
+
+    Raises:
+        InputError: the family that `normalise` names is for other channels, or the file is damaged there.
+    """
+    if args.normalise in FAMILIES:
+        family = FAMILIES[args.normalise]
+        if channels not in family.channels:
+            counts = ", ".join(map(str, family.channels))
+            raise InputError(
+                f"--normalise {args.normalise} is for images of {counts} channels, and the network takes {channels}: "
+                "give --scale, --mean and --std instead"
+            )
+        _take_family(args, args.normalise, "")
+        args.normalise = None
+        return
+    if told_by is None or any(getattr(args, name) is not None for name in _GIVEN):
+        return
+    if told:
+        _take_told(args, channels, told, told_by)
+        return
+    names = [name for name, family in FAMILIES.items() if family.file and channels in family.channels]
+    name = next((name for name in names if re.search(FAMILIES[name].file, Path(told_by).name)), None)
+    if name is not None:
+        _take_family(args, name, f", which the name of {printable(Path(told_by).name)} says: else give --scale")
+
+
+def _take_family(args: argparse.Namespace, name: str, reason: str) -> None:
+    family = FAMILIES[name]
+    args.scale, args.mean, args.std = family.scale, list(family.mean), list(family.std)
+    print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
+
+
+def _take_told(args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path) -> None:
+    try:
+        values = from_metadata(dict(told))
+    except InputError as error:
+        raise InputError(f"{told_by}: {error}") from None
+    bands, usual = values["bands"], normalization(told["arch"])
+    photographs = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
+    if photographs or channels != (3 if bands is None else bands.channels):
+        return
+    args.mean, args.std = list(values["mean"]), list(values["std"])
+    if bands is not None:
+        args.scale, args.bands = bands.scale, args.bands or list(bands.chosen) or None
+    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(told_by).name)} says")
