@@ -1,5 +1,7 @@
 """What the tests of the training scripts share: a tiny backbone, tiny images, and the script run on them."""
 
+import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -84,16 +86,40 @@ def finetune(base, images, tmp_path):
         yield run
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Runs draw nothing, which takes a third of a short one: for tests that look at its numbers alone."""
+PICTURES = {name: getattr(reports, name) for name in dir(reports) if name.startswith("plot_")}
+
+
+@contextlib.contextmanager
+def plotting(functions):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PICTURES:
+            patch.setattr(reports, name, functions[name])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Runs draw nothing, which takes a third of a short one: a test that looks at pictures asks for `pictures`."""
 
     def blank(*given) -> None:
         [path] = [value for value in given if isinstance(value, Path)]
         Image.new("L", (1, 1)).save(path)
 
-    for name in ("plot_finetuning", "plot_confusion_matrix", "plot_mistakes"):
-        monkeypatch.setattr(reports, name, blank)
+    with plotting(dict.fromkeys(PICTURES, blank)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def drawing(no_pictures):
+    """Within `with drawing():` runs draw their pictures."""
+    return functools.partial(plotting, PICTURES)
+
+
+@pytest.fixture
+def pictures(drawing):
+    """Runs draw their pictures."""
+    with drawing():
+        yield
 
 
 @pytest.fixture

@@ -183,7 +183,7 @@ def test_a_run_says_what_a_page_is(content, bands, told):
         assert bands.read(content).shape[2] == bands.channels
 
 
-def test_a_run_over_a_stack_says_it_once(base, tmp_path, capsys, no_pictures):
+def test_a_run_over_a_stack_says_it_once(base, tmp_path, capsys):
     rng = np.random.RandomState(0)
     for label in ("a", "b"):
         for i in range(5):
@@ -283,7 +283,7 @@ SMALL = {"finetune_lora.py": f"{FEWER} --lora-rank 2", "moco.pretrain": f"{FEWER
 
 
 @pytest.mark.slow
-def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys, no_pictures):
+def test_the_page_on_sentinel_2_runs_from_top_to_bottom(eurosat, capsys):
     pytest.importorskip("onnxscript")
     page = (Path(finetune_lora.__file__).parent / "docs" / "sentinel-2.md").read_text()
     code = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch, no_pictures) -> Path:
+def place(tmp_path, monkeypatch) -> Path:
     """Where the images of these tests are kept, on disk or in what passes for memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "shm").mkdir()

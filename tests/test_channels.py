@@ -30,7 +30,6 @@ from toolkit.transforms import GaussianBlur, eval_transform, train_transform, tw
 tifffile = pytest.importorskip("tifffile")
 
 CLASSES = ("0", "1", "2")
-NUMBERS = pytest.mark.usefixtures("no_pictures")
 
 
 def bands_of_digit(digit: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
@@ -107,7 +106,6 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
     assert only["val_accuracy"] == evaluated["accuracy"]
 
 
-@NUMBERS
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, base13, tiffs, tmp_path):
     class Interrupted(Exception):
         pass
@@ -199,7 +197,6 @@ def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_pa
     assert all(after[name] == before[name] for name in ("channels", "bands", "scale", "mean", "std", "show_bands"))
 
 
-@NUMBERS
 def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
     with pytest.raises(InputError, match=r"for images of 3 channels, not 13.*--channel-fit timm"):
         run(base, tiffs, tmp_path, "--channels 13")
@@ -208,7 +205,6 @@ def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, t
     assert evaluated["accuracy"] == results["val_accuracy"]
 
 
-@NUMBERS
 def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(base13, tiffs, tmp_path, capsys):
     options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --from-scratch --epochs 1 --normalise data"
     run(base13, tiffs, tmp_path, options, scale="")
@@ -362,7 +358,6 @@ def test_images_in_archives_have_bands_too(tiffs, tmp_path):
     assert sorted(map(key, archived)) == sorted(map(key, files))
 
 
-@NUMBERS
 def test_kept_images_and_workers_change_nothing(trained, base13, tiffs, tmp_path, monkeypatch):
     run(base13, tiffs, tmp_path / "out", "--cache-images ram --workers 1")  # the first epoch keeps, others read
     kept = torch.load(tmp_path / "out" / "lora.pth", weights_only=True)["tensors"]
@@ -465,7 +460,6 @@ def test_pictures_show_three_bands_stretched():
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
-@NUMBERS
 def test_stage_1_on_13_bands_goes_on_in_adapters_that_say_what_their_images_were(tiffs, tmp_path, capsys):
     argv = f"--data-dir {tiffs} --output-dir {tmp_path / 'pre'} --device cpu --workers 0 --scale 10000"
     argv += " --two-crops digits --epochs 1 --batch-size 8 --dim 8 --mlp-dim 8"

@@ -191,12 +191,12 @@ def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(base, images, tmp_path_factory) -> tuple[dict, Path, str]:
+def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
     """A run of six epochs that others look at: its results, its folder and what it printed."""
     folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 6"
     argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), drawing():
         results = finetune_lora.main(argv.split())
     return results, folder, printed.getvalue()
 

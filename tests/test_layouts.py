@@ -335,7 +335,7 @@ def mini(tmp_path):
     return tmp_path / "mini.pth"
 
 
-FEW = pytest.mark.usefixtures("few_images", "no_pictures")
+FEW = pytest.mark.usefixtures("few_images")
 
 
 def logits_of_plain_vit(state, heads, images):

@@ -12,6 +12,8 @@ from PIL import Image
 from toolkit.report_page import BLUE, ORANGE, confusion_counts, confusion_svg, write_page
 from toolkit.training import Evaluation
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 class Reader(HTMLParser):
     """The tags and the text of a page."""

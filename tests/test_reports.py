@@ -15,6 +15,8 @@ from toolkit.data import LabelledImages
 from toolkit.measures import wilson_interval
 from toolkit.training import Evaluation
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 def evaluation(labels: list[int], predictions: list[int], confidences: list[float] | None = None) -> Evaluation:
     labels, predictions = torch.tensor(labels), torch.tensor(predictions)
