@@ -214,7 +214,7 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     """The model's output for all images, float32 on the CPU: (N, D)."""
     batches = (images for images, _ in progress_bar(loader, title))
-    return torch.cat([y.float().cpu() for y in training.computed(model, batches, *_device_and_precision(args))])
+    return torch.cat([y.float().cpu() for y in training.map_batches(model, batches, *_device_and_precision(args))])
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:

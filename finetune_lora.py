@@ -882,8 +882,8 @@ class FineTuning(RunState):
 
         def backward() -> None:
             # As in a step, lest float16 overflow.
-            factor = 1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
-            for micro_batches in self.feed.first_steps(initialization.IMAGES):
+            factor = 1 / initialization.GRADIENT_IMAGES if self.scaler.is_enabled() else 1.0
+            for micro_batches in self.feed.first_steps(initialization.GRADIENT_IMAGES):
                 self.backward(micro_batches, factor)
 
         if self.args.lora_init == "gradient":
