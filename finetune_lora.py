@@ -55,6 +55,7 @@ from toolkit import (
     collapse,
     config,
     distributed,
+    dotted,
     listed,
     options,
     output_folder,
@@ -547,9 +548,7 @@ def adapt_layers(
     candidates = adaptable_layers(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
     projections = {
-        f"{name}.out_proj".lstrip("."): name
-        for name, layer in chosen.items()
-        if isinstance(layer, nn.MultiheadAttention)
+        dotted(name, "out_proj"): name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)
     }
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
