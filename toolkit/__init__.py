@@ -1,8 +1,9 @@
 """What every run shares, of either stage: images, models and checkpoints, training, options, files and reports."""
 
 import difflib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -31,12 +32,16 @@ def dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
+def did_you_mean(name: Any, known: Collection[str]) -> str:
     """`did you mean X?` with the known name that is most like this one; nothing where none is."""
     name = printable(name)
     likeness = {full: 1.0 if full.startswith(name) else _likeness(name, full) for full in known}
-    match = max(likeness, key=likeness.get, default=None)
-    return f"did you mean {match}?" if match is not None and likeness[match] >= 0.6 else ""  # difflib's own cutoff
+    if max(likeness.values(), default=0) < 0.6:  # difflib's own cutoff
+        return ""
+    # Of names that are equally like it, the one that begins alike for longer: resnet51 is resnet50 and not resnet18.
+    alike = {full: len(os.path.commonprefix([name, full])) for full in known}  # noqa: RUF071 - by characters
+    match = max(likeness, key=lambda full: (likeness[full], alike[full]))
+    return f"did you mean {match}?"
 
 
 def _likeness(name: str, full: str) -> float:

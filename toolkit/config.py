@@ -12,7 +12,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +274,7 @@ def _right_section(key: Any, own: dict[str, list[str]]) -> str:
     return f" (it belongs into the section {section})" if section else ""
 
 
-def _hint(name: Any, known: Iterable[str]) -> str:
+def _hint(name: Any, known: Collection[str]) -> str:
     meant = did_you_mean(name, known)
     return f" ({meant})" if meant else ""
 
