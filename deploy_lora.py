@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +42,16 @@ from toolkit.bands import Bands, from_metadata, recorded
 from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.config import positive_int, unknown_words, worker_count
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
-from toolkit.files import found_path, open_atomically, same_file, save_atomically, write_csv, write_text
+from toolkit.files import (
+    found_path,
+    is_safetensors,
+    open_atomically,
+    same_file,
+    save_atomically,
+    write_csv,
+    write_safetensors,
+    write_text,
+)
 from toolkit.folders import (
     ImageFiles,
     class_folders,
@@ -214,7 +222,7 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     """The model's output for all images, float32 on the CPU: (N, D)."""
     batches = (images for images, _ in progress_bar(loader, title))
-    return torch.cat([y.float().cpu() for y in training.computed(model, batches, *_device_and_precision(args))])
+    return torch.cat([y.float().cpu() for y in training.map_batches(model, batches, *_device_and_precision(args))])
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
@@ -287,9 +295,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
     LoRAManager(model).merge_lora_weights()
     state = model.state_dict()
-    if args.output.suffix == ".safetensors":
-        with open_atomically(args.output) as file:
-            file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
+    if is_safetensors(args.output):
+        write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         save_atomically(state, args.output)
     arch, classes = metadata["arch"], len(metadata["class_names"])

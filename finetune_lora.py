@@ -55,6 +55,7 @@ from toolkit import (
     collapse,
     config,
     distributed,
+    dotted,
     listed,
     options,
     output_folder,
@@ -547,9 +548,7 @@ def adapt_layers(
     candidates = adaptable_layers(model)
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
     projections = {
-        f"{name}.out_proj".lstrip("."): name
-        for name, layer in chosen.items()
-        if isinstance(layer, nn.MultiheadAttention)
+        dotted(name, "out_proj"): name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)
     }
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
@@ -882,8 +881,8 @@ class FineTuning(RunState):
 
         def backward() -> None:
             # As in a step, lest float16 overflow.
-            factor = 1 / initialization.IMAGES if self.scaler.is_enabled() else 1.0
-            for micro_batches in self.feed.first_steps(initialization.IMAGES):
+            factor = 1 / initialization.GRADIENT_IMAGES if self.scaler.is_enabled() else 1.0
+            for micro_batches in self.feed.first_steps(initialization.GRADIENT_IMAGES):
                 self.backward(micro_batches, factor)
 
         if self.args.lora_init == "gradient":

@@ -6,7 +6,6 @@ with `weights_only=True`, or a `.safetensors` where the name ends so. `deploy_lo
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -15,7 +14,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -24,16 +22,17 @@ from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, r
 from lora.adapter_set import Adapter, AdapterSet, LayerState
 from lora.fusion import unfuse
 from lora.nf4 import dense_weight
-from toolkit import InputError, listed, printable
+from toolkit import InputError, did_you_mean, dotted, listed, printable
 from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
 from toolkit.checkpoints import CHANNEL_FITS, is_none, tensor_digest
 from toolkit.files import (
     found_path,
     is_plain_tensor,
-    open_atomically,
+    is_safetensors,
     read_checkpoint,
     read_safetensors,
     save_atomically,
+    write_safetensors,
 )
 
 FORMAT_VERSION = 1
@@ -81,7 +80,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, module in model.named_modules():
         if not getattr(module, "frozen", False):
-            names.update(f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False))
+            names.update(dotted(prefix, name) for name, _ in module.named_buffers(recurse=False))
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
@@ -113,7 +112,7 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             known = getattr(module, "float_digests", {}).get(name)
             if known is None and is_adapted(module) and module.merged:
                 tensor = module.base(name)
-            yield f"{prefix}.{name}".lstrip("."), tensor, known
+            yield dotted(prefix, name), tensor, known
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -177,7 +176,7 @@ class LoRAManager:
     def _own_tensors(self) -> dict[str, Tensor]:
         """The tensors that every adapter file of this model holds, by name: adapters and classifier head."""
         tensors = {
-            f"{prefix}.{name}".lstrip("."): parameter
+            dotted(prefix, name): parameter
             for prefix, module in self._layers_in_file().items()
             for name, parameter in module.named_parameters(recurse=False)
             if _is_adapter(module, name)
@@ -254,7 +253,7 @@ class LoRAManager:
                 continue
             factors = [f"{layer.scaling:.17g}", type(layer).__name__]
             factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
-            sources |= {f"{name}.{weight}".lstrip("."): factors for weight in layer.weight_names}
+            sources |= {dotted(name, weight): factors for weight in layer.weight_names}
         self.unload(merge=True)
         state = self.model.state_dict()
         computed = dict(getattr(self.model, "resized_digests", {}))
@@ -311,9 +310,8 @@ class LoRAManager:
         """
         adapter_set = self._adapter_set()
         if name is not None and name not in adapter_set.named:
-            near = difflib.get_close_matches(str(name), self.names, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"no adapter is named {name!r}: {hint}there are: {listed(self.names, 12) or 'none'}")
+            hint = f"{did_you_mean(name, self.names)} there are: {listed(self.names, 12) or 'none'}"
+            raise InputError(f"no adapter is named {name!r}: {hint.lstrip()}")
         adapter_set.use(name, self.model)
         return {} if name is None else adapter_set.named[name].metadata
 
@@ -513,12 +511,11 @@ def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
     """Write what `read_adapter_file` returns, as `.safetensors` if the name ends so, else as `.pth`."""
-    if Path(path).suffix != ".safetensors":
+    if is_safetensors(path):
+        described = json.dumps({key: value for key, value in content.items() if key != "tensors"})
+        write_safetensors(content["tensors"], path, {"adapter": described})
+    else:
         save_atomically(content, path)
-        return
-    described = json.dumps({key: value for key, value in content.items() if key != "tensors"})
-    with open_atomically(path) as file:
-        file.write(safetensors.torch.save(content["tensors"], metadata={"adapter": described}))
 
 
 def read_adapter_file(path: str | Path) -> dict[str, Any]:
@@ -527,7 +524,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not an adapter file, or one of a later version.
     """
-    content = _read_described(path) if Path(path).suffix == ".safetensors" else read_checkpoint(path)
+    content = _read_described(path) if is_safetensors(path) else read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = [key for key, kind in _FIELDS.items() if type(content.get(key)) is not kind]

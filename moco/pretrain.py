@@ -46,7 +46,7 @@ from toolkit import (
     transforms,
 )
 from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
-from toolkit.cache import keep_images
+from toolkit.cache import cache_images
 from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.run_state import Part, RunState
@@ -61,7 +61,7 @@ OPTIMIZERS = ("adamw", "sgd", "lars")
 # Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
 COLLAPSED_RANK = 2.0  # fewer directions than this hold features that tell no images apart
-MEASURED = 2_048  # images of which alignment, uniformity and effective rank are
+MEASURED_IMAGES = 2_048  # images of which alignment, uniformity and effective rank are
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -297,7 +297,7 @@ class Pretraining(RunState):
                 training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
             )
             measured["knn_accuracy"] = training.knn_accuracy(*bank, *queries)
-            features = bank[0][:: math.ceil(len(bank[0]) / MEASURED)]  # evenly: they are sorted by class
+            features = bank[0][:: math.ceil(len(bank[0]) / MEASURED_IMAGES)]  # evenly: they are sorted by class
             measured["effective_rank"] = measures.effective_rank(features)
         if self.view_loader:
             first, second = (self.features_of_view(number) for number in (0, 1))
@@ -422,7 +422,7 @@ def load_data(
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     values = bands.settle(args, args.arch, args.channels or 3, images)
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
-    kept = keep_images(images, args.cache_images, args.image_size)
+    kept = cache_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
@@ -435,7 +435,7 @@ def load_data(
     knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
     if images.labels[0] != data.UNLABELLED:
         return values, loader, knn_loaders, None
-    some = data.Transformed(images.at_most(max(MEASURED, args.batch_size)), views)
+    some = data.Transformed(images.at_most(max(MEASURED_IMAGES, args.batch_size)), views)
     return values, loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
 
 

@@ -19,7 +19,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone
 from toolkit.bands import Bands, pages_told
-from toolkit.cache import keep_images
+from toolkit.cache import cache_images
 from toolkit.data import load_splits
 from toolkit.geotags import centre
 
@@ -107,7 +107,7 @@ def test_what_is_wrong_with_one_band_is_one_line(change, reason, band_files, tmp
 def test_kept_images_notice_that_any_of_their_bands_has_changed(band_files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(band_files, tmp_path / "images")
-    images = keep_images(
+    images = cache_images(
         load_splits("imagefolder", tmp_path / "images", bands=Bands(2, ("B02", "B03"))).train, "disk", 8
     )
     before = images[0][0]

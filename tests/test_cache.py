@@ -63,7 +63,7 @@ def decodes(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("where", ["disk", "ram"])
 def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monkeypatch, capsys):
-    kept = cache.keep_images(photos, where, 32)
+    kept = cache.cache_images(photos, where, 32)
     assert "keeping decoded images in " in capsys.readouterr().out
     first, opened = pixels(kept), decodes(monkeypatch)
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(kept), strict=True)) and opened == []
@@ -71,17 +71,17 @@ def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monke
     assert [label for _, label in kept] == photos.labels and kept.digest == photos.digest
     for mine, file in zip(first[1:], pixels(photos)[1:], strict=True):
         assert np.array_equal(mine, file)
-    part = cache.keep_images(photos.subset([2, 0]), where, 32)
+    part = cache.cache_images(photos.subset([2, 0]), where, 32)
     assert [np.array_equal(*pair) for pair in zip(pixels(part), (first[2], first[0]), strict=True)] == [True, True]
     usage = shutil.disk_usage("/")._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # what is there already needs no room
-    again = cache.keep_images(photos, where, 32)  # another run
+    again = cache.cache_images(photos, where, 32)  # another run
     assert "0.00 GB are still to come" in capsys.readouterr().out
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(again), strict=True))
 
 
 def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
-    kept = cache.keep_images(photos, "disk", 32)
+    kept = cache.cache_images(photos, "disk", 32)
     before = pixels(kept)
     path = tmp_path / "images" / "c.bmp"
     status = os.stat(path)
@@ -90,7 +90,7 @@ def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
     assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     after = pixels(kept)
     assert (after[2] == (255, 0, 0)).all() and np.array_equal(after[0], before[0])
-    larger = pixels(cache.keep_images(photos, "disk", 64))  # another size is another image
+    larger = pixels(cache.cache_images(photos, "disk", 64))  # another size is another image
     assert larger[0].shape == (128, 192, 3) and count_files(place) == 3 + 1 + 3
     path.unlink()
     with pytest.raises(InputError, match=r"c\.bmp: not a readable image"):
@@ -99,7 +99,7 @@ def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:8]])
 def test_what_is_not_whole_is_made_anew(photos, place, damage):
-    kept = cache.keep_images(photos, "disk", 32)
+    kept = cache.cache_images(photos, "disk", 32)
     before = pixels(kept)
     for path in place.rglob("*"):
         if path.is_file():
@@ -109,8 +109,8 @@ def test_what_is_not_whole_is_made_anew(photos, place, damage):
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same(photos, place, monkeypatch):
-    kept = cache.keep_images(photos, "disk", 32)
-    expected = pixels(cache.keep_images(photos, "ram", 32))
+    kept = cache.cache_images(photos, "disk", 32)
+    expected = pixels(cache.cache_images(photos, "ram", 32))
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -126,19 +126,19 @@ def test_too_little_room_is_told_before(photos, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"--cache-images ram: .* use --cache-images disk or none"):
-        cache.keep_images(photos, "ram", 32)
+        cache.cache_images(photos, "ram", 32)
     with pytest.raises(InputError, match=r"--cache-images disk: .* has room for 0.00 GB, .* use --cache-images none"):
-        cache.keep_images(photos, "disk", 32)
+        cache.cache_images(photos, "disk", 32)
 
 
 def test_places_that_cannot_be_used(photos, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"cannot make .*: Not a directory; set XDG_CACHE_HOME"):
-        cache.keep_images(photos, "disk", 32)
+        cache.cache_images(photos, "disk", 32)
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "gone")
     with pytest.raises(InputError, match=r"this system has no .*gone, .*: use disk instead of ram"):
-        cache.keep_images(photos, "ram", 32)
+        cache.cache_images(photos, "ram", 32)
 
 
 @pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt"])
@@ -157,7 +157,7 @@ read = cache._read
 cache._read = lambda *place: time.sleep(0.2) or read(*place)
 def main():
     files = data.ImageFiles({str(tmp_path / "images")!r}, [f"b{{i}}.png" for i in range(8)], [0] * 8)
-    images = cache.keep_images(data.LabelledImages(files, [0] * 8), "ram", 32)
+    images = cache.cache_images(data.LabelledImages(files, [0] * 8), "ram", 32)
     loader = data.build_loader(data.Transformed(images, transforms.eval_transform(32)), 1, workers=1)
     for _ in loader:
         print(any(path.is_file() for path in cache._MEMORY.rglob("*")))
@@ -186,7 +186,7 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
 
 def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):
     def views(workers: int) -> list[torch.Tensor]:
-        kept = data.Transformed(cache.keep_images(photos, "disk", 32), transforms.two_crops(32, "moco_v2"))
+        kept = data.Transformed(cache.cache_images(photos, "disk", 32), transforms.two_crops(32, "moco_v2"))
         loader = data.build_loader(kept, 2, shuffle=True, workers=workers)
         return [view for _ in range(2) for pair, _ in loader for view in pair]
 
@@ -196,7 +196,7 @@ def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):
 
 def test_images_in_memory_and_no_cache_are_left_alone(photos):
     digits = data.load_splits("digits").val
-    assert cache.keep_images(digits, "ram", 32) is digits and cache.keep_images(photos, "none", 32) is photos
+    assert cache.cache_images(digits, "ram", 32) is digits and cache.cache_images(photos, "none", 32) is photos
 
 
 @pytest.mark.parametrize("where", ["disk", pytest.param("ram", marks=pytest.mark.slow)])
@@ -307,7 +307,7 @@ def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
 def test_processes_that_load_share_what_is_kept(photos):
     """As they do for a GPU, which would wait for the copies otherwise."""
     features = torch.randn(3, 2, 5, 4)
-    kept = cache.keep_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
+    kept = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
     batches = [next(iter(data.build_loader(data.Transformed(kept, torch.clone), 3, workers=w))) for w in (0, 1)]
     assert all(torch.equal(batch, features) and labels.tolist() == [0, 1, 0] for batch, labels in batches)
 
@@ -330,7 +330,7 @@ def test_the_trials_of_auto_share_what_is_kept(finetune, monkeypatch):
 def test_processes_on_several_machines_share_no_features(photos, monkeypatch):
     monkeypatch.setattr(cache.distributed, "gather", lambda value: [value, f"not {value}"])
     with pytest.raises(InputError, match="several machines share no file; use --cache-features none"):
-        cache.keep_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
+        cache.cache_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
 
 
 def test_features_that_find_no_room_are_refused(photos, monkeypatch):
@@ -338,7 +338,7 @@ def test_features_that_find_no_room_are_refused(photos, monkeypatch):
     with pytest.raises(
         InputError, match=r"--cache-features disk: .* has room for 0.00 GB, .* use --cache-features none"
     ):
-        cache.keep_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
+        cache.cache_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
 
 
 def test_pretraining_with_kept_images_is_what_it_is_without(place, tmp_path):

@@ -22,7 +22,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone, first_convolution, input_channels
 from toolkit.bands import Bands, decoded, measured, settle
-from toolkit.cache import keep_images
+from toolkit.cache import cache_images
 from toolkit.checkpoints import load_backbone
 from toolkit.data import LabelledImages, load_splits
 from toolkit.transforms import GaussianBlur, eval_transform, train_transform, two_crops
@@ -366,7 +366,7 @@ def test_kept_images_and_workers_change_nothing(trained, base13, tiffs, tmp_path
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train = load_splits("imagefolder", tiffs, bands=Bands(13)).train
-    on_disk = keep_images(train, "disk", 16)
+    on_disk = cache_images(train, "disk", 16)
     for i in [0, 0, 1]:
         assert np.array_equal(on_disk[i][0], train[i][0])
 

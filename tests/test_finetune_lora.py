@@ -554,7 +554,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(start, mode):
 
 
 def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
-    run, seen = start("--batch-size 8 --accumulation-steps 2"), []
+    run, seen = start("--batch-size 8 --accumulation-steps 2 --learning-rate 1e-5"), []
     real_step = run.step
 
     def step(micro_batches):

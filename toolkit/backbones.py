@@ -4,7 +4,6 @@ timm's are called `timm:` and a name of `timm.list_models()`, with or without a 
 """
 
 import copy
-import difflib
 import math
 import re
 
@@ -14,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
-from toolkit import InputError, printable
+from toolkit import InputError, did_you_mean, dotted, printable
 
 _RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 
@@ -206,7 +205,7 @@ def block_names(model: nn.Module) -> list[str]:
         children = list(module.children())
         alike = any(all(isinstance(child, type(one)) for child in children) for one in children)  # fused ones too
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and alike:
-            return [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+            return [dotted(name, child) for child, _ in module.named_children()]
     return []
 
 
@@ -237,8 +236,8 @@ def _timm_config(arch: str):
     except ImportError as error:
         raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=1, cutoff=0.4)
-        raise InputError(f"timm has no model {name!r}{f': did you mean {TIMM}{near[0]}?' if near else ''}")
+        meant = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
+        raise InputError(f"timm has no model {name!r}{': ' if meant else ''}{meant}")
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
@@ -280,9 +279,8 @@ def _timm_of_size(name: str, shape: dict[str, int], size: int) -> nn.Module:
 
 def _check_arch(arch: str) -> None:
     if arch not in ARCHS:
-        near = difflib.get_close_matches(str(arch), ARCHS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"unknown arch {arch!r}: {hint}choose one of {', '.join(ARCHS)}, {TIMM}NAME")
+        hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
+        raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
 
 
 def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:

@@ -337,7 +337,7 @@ def _likely_colours(channels: int) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Values
 
-MEASURED = 256  # images
+MEASURED_IMAGES = 256  # images
 SMALLEST, LARGEST = 0.01, 30.0  # standard deviations after normalisation, beyond which the scale is wrong
 
 
@@ -378,7 +378,7 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
     _tell_pages(images, bands)
     if bands is None and not args.normalise:
         return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
-    scale, images = 255.0 if bands is None else bands.scale, images.at_most(MEASURED)
+    scale, images = 255.0 if bands is None else bands.scale, images.at_most(MEASURED_IMAGES)
     arrays = (images[i][0] for i in range(len(images)))
     found = measured(_numbers(image) if bands is None else bands.array(image) for image in arrays)
     if args.normalise:

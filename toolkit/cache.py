@@ -32,7 +32,7 @@ from toolkit import InputError, distributed
 from toolkit.bands import Bands
 from toolkit.data import LabelledImages
 from toolkit.folders import ImageFiles, unreadable
-from toolkit.transforms import AtMost, View
+from toolkit.transforms import ShrinkTo, View
 
 CACHES = ("none", "ram", "disk")
 _FORMAT = 2  # raise it with every change to what is kept
@@ -40,7 +40,7 @@ _MEMORY = Path("/dev/shm")  # a file system in memory: Linux's
 _PREFIX = "moco-images-"
 
 
-class KeptImages(ImageFiles):
+class CachedImages(ImageFiles):
     """`ImageFiles` whose images, once decoded and resized, are kept in a folder, a file each.
 
     A file's name is a digest of the image's path, size and times of change and of how it was resized: what is kept is
@@ -62,7 +62,7 @@ class KeptImages(ImageFiles):
         place = self.place(i)
         image = _read(place, self.bands)
         if image is None:
-            image = View(AtMost(self.shorter))(self.files[i][0])
+            image = View(ShrinkTo(self.shorter))(self.files[i][0])
             image = image.permute(1, 2, 0).numpy() if torch.is_tensor(image) else image
             self._keep(image, place)
         return image, self.labels[i]
@@ -122,7 +122,7 @@ def _read(place: Path, bands: Bands | None) -> Image.Image | np.ndarray | None:
     return np.frombuffer(content, np.float32, offset=8).reshape(size[1], size[0], bands.channels)
 
 
-def keep_images(images: LabelledImages, where: str, image_size: int) -> LabelledImages:
+def cache_images(images: LabelledImages, where: str, image_size: int) -> LabelledImages:
     """The same images, kept `where`, one of CACHES, once they are decoded; says where, and how much it will take.
 
     Raises:
@@ -134,7 +134,7 @@ def keep_images(images: LabelledImages, where: str, image_size: int) -> Labelled
     folder = distributed.gather(
         str(_memory_folder() if where == "ram" else _disk_folder()) if distributed.is_main() else ""
     )[0]
-    kept = LabelledImages(KeptImages(images.source, Path(folder), 2 * image_size), images.labels)
+    kept = LabelledImages(CachedImages(images.source, Path(folder), 2 * image_size), images.labels)
     kept.indices, kept.labels, kept.times_split = images.indices, images.labels, images.times_split
     needed, missing = _bytes_needed(kept)
     print(
@@ -165,7 +165,7 @@ def _disk_folder() -> Path:
     return folder
 
 
-class KeptFeatures(LabelledImages):
+class CachedFeatures(LabelledImages):
     """(features, label) pairs: what frozen blocks make of images. The source is a `TensorDataset` of the features.
 
     Features are (views, ...): of the image as it is, then of augmented views, if there are any.
@@ -176,18 +176,18 @@ class KeptFeatures(LabelledImages):
 
 
 def plain_view(features: Tensor) -> Tensor:
-    """Of `KeptFeatures`: those of the image as it is."""
+    """Of `CachedFeatures`: those of the image as it is."""
     return features[0]
 
 
 def drawn_view(features: Tensor) -> Tensor:
-    """Of `KeptFeatures`: those of an augmented view, drawn at random, or of the image as it is where that is all."""
+    """Of `CachedFeatures`: those of an augmented view, drawn at random, or of the image as it is where that is all."""
     return features[torch.randint(min(1, len(features) - 1), len(features), ())]
 
 
-def keep_features(
+def cache_features(
     images: LabelledImages, views: Sequence[Iterable[Tensor]], batch_size: int, where: str
-) -> KeptFeatures:
+) -> CachedFeatures:
     """Keep the features of all images in a file that is gone when the processes end, and say how much they take.
 
     Args:
@@ -206,7 +206,7 @@ def keep_features(
                 kept = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
             kept[start + first :: step, view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # all have written their share
-    return KeptFeatures(TensorDataset(kept), images.labels)
+    return CachedFeatures(TensorDataset(kept), images.labels)
 
 
 def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:
@@ -275,7 +275,7 @@ def _bytes_needed(images: LabelledImages) -> tuple[int, int]:
     for i in images.indices[::step].tolist():
         with contextlib.suppress(InputError):  # what cannot be read is told when it is its turn
             place = source.place(i)
-            width, height = AtMost(source.shorter)(*_size(source.files[i][0]))[1]
+            width, height = ShrinkTo(source.shorter)(*_size(source.files[i][0]))[1]
             sizes.append(8 + _bytes_per_pixel(source.bands) * width * height)
             missing.append(0 if place.exists() else sizes[-1])
     share = len(images) / max(1, len(sizes))

@@ -34,7 +34,15 @@ from toolkit.backbones import (
     input_channels,
     other_heads,
 )
-from toolkit.files import TOOLKIT, ForeignObject, is_plain_tensor, read_checkpoint, read_safetensors, stored_path
+from toolkit.files import (
+    TOOLKIT,
+    ForeignObject,
+    is_plain_tensor,
+    is_safetensors,
+    read_checkpoint,
+    read_safetensors,
+    stored_path,
+)
 
 SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
 OFFICIAL_CHECKPOINTS = (
@@ -195,7 +203,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
 
 
 def _read(path: str | os.PathLike) -> Any:
-    if Path(path).suffix == ".safetensors":
+    if is_safetensors(path):
         return read_safetensors(path)[0]
     return read_checkpoint(path, objects=True)
 

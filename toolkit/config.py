@@ -6,20 +6,19 @@ An argument group titled `model`, `data`, `moco` or `finetune` is the YAML secti
 
 import argparse
 import copy
-import difflib
 import math
 import re
 import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from toolkit import InputError, printable
+from toolkit import InputError, did_you_mean, printable
 from toolkit.checkpoints import SHIPPED
 from toolkit.files import stored_path
 
@@ -196,7 +195,7 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
         if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
             problems.append(f"{printable(word)}: the option was removed; leave it out")
         elif word.startswith("-"):
-            problems.append(f"{printable(word)}: no such option{_nearest(word.split('=')[0], known)}; see {see}")
+            problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
             problems.append(f"{printable(word)}: unexpected argument; see {see}")
     return problems
@@ -255,7 +254,7 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
     own = {section: own[section] for section in SECTIONS if section in own}
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
-            hint = _nearest(section, SECTIONS) or _right_section(section, own)
+            hint = _hint(section, SECTIONS) or _right_section(section, own)
             problems.append(f"{printable(section)}: no such section in {path}{hint}")
         elif not isinstance(entries, dict | None):
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
@@ -266,7 +265,7 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
                 elif key in REMOVED:
                     problems.append(f"{section}.{key} was removed; delete the line")
                 elif key not in SECTIONS[section]:
-                    hint = _right_section(key, own) or _nearest(key, own[section])
+                    hint = _right_section(key, own) or _hint(key, own[section])
                     problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
 
 
@@ -275,24 +274,9 @@ def _right_section(key: Any, own: dict[str, list[str]]) -> str:
     return f" (it belongs into the section {section})" if section else ""
 
 
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    name = printable(name)
-    likeness = {full: 1.0 if full.startswith(name) else _likeness(name, full) for full in known}
-    match = max(likeness, key=likeness.get)
-    return f" (did you mean {match}?)" if likeness[match] >= 0.6 else ""  # difflib's own cutoff
-
-
-def _likeness(name: str, full: str) -> float:
-    """How alike two names are, as a whole or word by word between their dashes, in any order: 0 to 1."""
-
-    def alike(one: str, other: str) -> float:
-        return difflib.SequenceMatcher(None, one, other).ratio()
-
-    name, full = name.strip("-"), full.strip("-")
-    ours, theirs = ([word for word in re.split("[-_ ]", text) if word] for text in (name, full))
-    best = [max((alike(word, other) for other in theirs), default=0) for word in ours]
-    shared = sum(likeness for likeness in best if likeness > 0.75)
-    return max(alike(name, full), 2 * shared / max(1, len(ours) + len(theirs)))
+def _hint(name: Any, known: Collection[str]) -> str:
+    meant = did_you_mean(name, known)
+    return f" ({meant})" if meant else ""
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -326,7 +310,7 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
         raise ValueError("expected text without a NUL character")
     if action.choices is not None and converted not in action.choices:
         names = [str(choice) for choice in action.choices]
-        raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_nearest(text, names)}")
+        raise ValueError(f"{printable(repr(value))} is none of {', '.join(names)}{_hint(text, names)}")
     return converted
 
 

@@ -679,14 +679,14 @@ class LoadingMeter:
 WORTH_TELLING = 0.1  # of the time
 
 
-TINY = 2_000  # images in memory, or 500 files, are read before a loading process has started
+SMALL_DATASET_IMAGES = 2_000  # images in memory, or 500 files, are read before a loading process has started
 MOST_WORKERS = 16
 
 
 def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
     """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
     in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
-    if len(dataset) < (TINY // 4 if in_files else TINY):
+    if len(dataset) < (SMALL_DATASET_IMAGES // 4 if in_files else SMALL_DATASET_IMAGES):
         return 0
     cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(MOST_WORKERS, max(1, cores // (4 if device is None or device.type == "cpu" else 1)))

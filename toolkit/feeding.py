@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit import collapse, data, distributed, runs, training
-from toolkit.cache import KeptFeatures, drawn_view, keep_features, keep_images, plain_view
+from toolkit.cache import CachedFeatures, cache_features, cache_images, drawn_view, plain_view
 from toolkit.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
 from toolkit.transforms import eval_transform, train_transform
 
@@ -46,7 +46,7 @@ class Feed:
         self.args, self.device, self.loaders, self.meter = args, device, loaders, meter
         self.eval_transform = eval_transform(image_size, **args.normalization)
         self.augmentation = train_transform(image_size, args.augmentation, crop_min=args.crop_min, **args.normalization)
-        self.images = cached or splits._replace(train=keep_images(splits.train, args.cache_images, image_size))
+        self.images = cached or splits._replace(train=cache_images(splits.train, args.cache_images, image_size))
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: compute what the blocks below those that train make of each image and view, once.
@@ -57,16 +57,16 @@ class Feed:
 
         def features(loader: DataLoader) -> Iterator[Tensor]:
             bar = runs.progress_bar(loader, "blocks below")
-            yield from training.computed(lower, (batch for batch, _ in bar), self.device, dtype)
+            yield from training.map_batches(lower, (batch for batch, _ in bar), self.device, dtype)
 
-        def kept(images: LabelledImages, views: int = 0) -> KeptFeatures:
-            if isinstance(images, KeptFeatures):
+        def kept(images: LabelledImages, views: int = 0) -> CachedFeatures:
+            if isinstance(images, CachedFeatures):
                 return images
             loaders = [self.add_loader(images, self.eval_transform, keep_workers=False)]
             # Each pass over a loader has other views than the one before.
             loaders += [self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)] * views
             size, where = loaders[0].batch_sampler.batch_size, self.args.cache_features
-            return keep_features(images, [features(loader) for loader in loaders], size, where)
+            return cache_features(images, [features(loader) for loader in loaders], size, where)
 
         train = kept(self.images.train, self.args.cached_views or 0)
         self.images = self.images._replace(train=train, val=kept(self.images.val))
@@ -105,7 +105,7 @@ class Feed:
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         # Copying what is kept pays in other processes only beside a GPU, and only forked ones share it.
-        idle = isinstance(images, KeptFeatures) and not (self.device.type == "cuda" and sys.platform == "linux")
+        idle = isinstance(images, CachedFeatures) and not (self.device.type == "cuda" and sys.platform == "linux")
         workers = 0 if idle else self.args.workers
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         self.loaders.append(build_loader(Transformed(images, transform), **loading))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import safetensors
+import safetensors.torch
 import torch
 
 from toolkit import InputError, printable
@@ -181,6 +181,19 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
 
 
 _MOST_CLASSES = 1_000  # torch goes through all of them for each object
+
+
+def is_safetensors(path: str | os.PathLike) -> bool:
+    """Does the name say that the file is read and written by `read_safetensors` and `write_safetensors`?"""
+    return Path(path).suffix == ".safetensors"
+
+
+def write_safetensors(
+    tensors: dict[str, torch.Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
+    """Write contiguous tensors, and the metadata beside them, whole or not at all."""
+    with open_atomically(path) as file:
+        file.write(safetensors.torch.save(tensors, metadata=metadata))
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -18,7 +18,7 @@ from toolkit.files import open_atomically, write_text
 from toolkit.measures import TITLES, wilson_interval
 from toolkit.report_page import BLUE, ORANGE, write_page
 from toolkit.training import Evaluation, WeightAverage, best_epoch, own_rates, peak_memory_bytes
-from toolkit.transforms import AtMost, View
+from toolkit.transforms import ShrinkTo, View
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
@@ -321,7 +321,7 @@ def plot_mistakes(
     """
     from matplotlib.figure import Figure
 
-    columns, wrong, shrink = 6, result.predictions != result.labels, View(AtMost(256))
+    columns, wrong, shrink = 6, result.predictions != result.labels, View(ShrinkTo(256))
     ranked = result.confidences.argsort(descending=True, stable=True)
     shown = {
         "Wrong, most confident first": ranked[wrong[ranked]][: 2 * columns],

@@ -15,9 +15,9 @@ from toolkit.collapse import EpochCollapsed
 from toolkit.files import read_checkpoint, save_atomically, write_csv
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-USUAL = 1e-4  # the default of --learning-rate
-MOST_EPOCHS = 20  # of a trial
-IMAGES = 2_000  # at most so many train, and as many validate
+DEFAULT_RATE = 1e-4  # the default of --learning-rate
+MOST_TRIAL_EPOCHS = 20  # of a trial
+SEARCH_IMAGES = 2_000  # at most so many train, and as many validate
 
 
 class Trainable(Protocol):
@@ -67,13 +67,13 @@ def choose(trials: Sequence[Trial], images: int) -> float:
     best = max(trial.val_accuracy for trial in trials)
     error = math.sqrt(best * (1 - best) / images)
     alike = [trial.learning_rate for trial in trials if trial.val_accuracy >= best - error]
-    return min(alike, key=lambda rate: abs(math.log(rate / USUAL)))
+    return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
 
 
 def parts_of(splits: data.Splits) -> data.Splits:
     """What a search trains and validates on: two parts of the training images."""
     rest, part = data.validation_part(splits.train)
-    return data.Splits(rest.at_most(IMAGES), part.at_most(IMAGES), splits.class_names)
+    return data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
 
 
 def choose_learning_rate(
@@ -111,7 +111,7 @@ def choose_learning_rate(
             raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
         known = [Trial(*trial) for trial in state["trials"]]
 
-    epochs = min(epochs, MOST_EPOCHS)
+    epochs = min(epochs, MOST_TRIAL_EPOCHS)
 
     def trial(rate: float) -> tuple[float, float]:
         run = make_run(rate, epochs)
@@ -130,7 +130,8 @@ def choose_learning_rate(
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
             write_csv([trial._asdict() for trial in trials], Trial._fields, folder / "learning_rates.csv")
 
-    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, over at most {IMAGES:,} images each")
+    told = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {told}")
     rate, trials = find_learning_rate(trial, images, known, tried)
     begin()
     if distributed.is_main():

@@ -608,7 +608,7 @@ def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, d
 
 
 @torch.no_grad()
-def computed(
+def map_batches(
     function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """What a function of images (N, 3, H, W) makes of each batch, on a device and in a precision."""

@@ -193,7 +193,7 @@ class RandomCrop:
 LONGEST = 8  # times its shorter side: evaluation's crop takes the middle of that
 
 
-class Whole:
+class ResizeWhole:
     """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side.
 
     With `shorter`, only the middle of an image that is longer than LONGEST times its shorter side: 3000 x 1 pixels
@@ -215,7 +215,7 @@ class Whole:
         return (left, top, left + inner[0], top + inner[1]), scaled
 
 
-class AtMost:
+class ShrinkTo:
     """A place for `View`: all of the image, with at most so many pixels along its shorter side."""
 
     margin = 1
@@ -256,8 +256,8 @@ def eval_transform(
     """
     tensor = _tensor(mean, std, bands)
     if image_size <= 64:
-        return View(Whole(image_size), *tensor, bands=bands)
-    return View(Whole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
+        return View(ResizeWhole(image_size), *tensor, bands=bands)
+    return View(ResizeWhole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
 # Measured, see benchmarks/RESULTS.md: with the 0.08 of training from scratch, a short fine-tuning on few labels loses
@@ -293,7 +293,7 @@ def train_transform(
         change = T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
         return View(crop, T.RandomHorizontalFlip(), change, *tensor)
     if augmentation == "affine":
-        return View(Whole(image_size), _affine(10, 0.08, (0.9, 1.1)), *tensor, bands=bands)
+        return View(ResizeWhole(image_size), _affine(10, 0.08, (0.9, 1.1)), *tensor, bands=bands)
     return eval_transform(image_size, mean, std, bands)
 
 
@@ -326,7 +326,7 @@ def two_crops(
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
         affine, noise = _affine(10, 0.1, (0.88, 1.12)), GaussianNoise(0.05)
-        view = View(Whole(image_size), affine, levels, noise, normalize, bands=bands)
+        view = View(ResizeWhole(image_size), affine, levels, noise, normalize, bands=bands)
         return TwoCrops(view, view)
     crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
     if bands is not None:
