@@ -232,8 +232,10 @@ def bands_read(args: argparse.Namespace) -> bands.Bands | None:
         if args.checkpoint is not None:
             channels, told = find_images(args.checkpoint, args.arch)
         if (adapter := getattr(args, "stage1_adapter", None)) is not None:
-            about = read_checkpoint(adapter)["metadata"]
-            told, told_by = (about, adapter) if "mean" in about else (told, told_by)
+            content = read_checkpoint(adapter)
+            about = content.get("metadata") if isinstance(content, dict) else None
+            if isinstance(about, dict) and "mean" in about:
+                told, told_by = about, adapter
     channels = args.channels or channels
     take_known_values(args, channels, told, told_by)
     return bands.bands_of(args, channels)
