@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.origin)
-        images = f"{len(run.loader.dataset)} images of {args.dataset}{'' if run.knn_loaders else ' without labels'}"
-        print(f"{args.arch}, MoCo v{args.moco_version}, {images}")
+        print(f"data: {len(run.loader.dataset):,} images{'' if run.knn_loaders else ' without labels'}")
+        print(f"model: {args.arch}, MoCo v{args.moco_version}")
         print(training.describe_device(device, dtype))
         if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(
@@ -208,7 +208,7 @@ class Pretraining(RunState):
         """
         if self.args.checkpoint and self.baseline is None:
             self.baseline = self.measure()
-            print(f"before{describe_measures(self.baseline)}")
+            print(f"before training: {describe_measures(self.baseline)}")
         if self.global_steps == 0:
             self.save_state()  # whenever the run is killed from here on, it can be resumed
         with self.saved_when_stopped():
@@ -276,7 +276,10 @@ class Pretraining(RunState):
         self.save_metrics(METRICS)
         if self.args.tensorboard:
             reports.log_tensorboard(row, self.args.output_dir)
-        print(f"epoch {self.epoch:4d}  loss {row['loss']:.4f}  {row['seconds']:.1f} s{describe_measures(row)}")
+        told = ", ".join(filter(None, (f"loss {row['loss']:.3f}", describe_measures(row))))
+        print(f"epoch {self.epoch}: {told}; {reports.describe_times(self.history, self.args.epochs)}")
+        if (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK:
+            print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:
         last = self.epoch == self.args.epochs
@@ -396,11 +399,10 @@ class Pretraining(RunState):
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
-    """What was measured of the features, and whether they have collapsed."""
-    shown = [(title, row[name]) for name, title in measures.TITLES.items() if row.get(name) is not None]
-    text = "".join(f"  {title} {value:.3f}" for title, value in shown)
-    collapsed = (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK
-    return text + ("  the features have collapsed: lower --learning-rate or warm up longer" if collapsed else "")
+    """What was measured of the features; empty if nothing was."""
+    shown = {name: row[name] for name in measures.TITLES if row.get(name) is not None}
+    numbers = {name: f"{value:.1%}" if name == "knn_accuracy" else f"{value:.2f}" for name, value in shown.items()}
+    return ", ".join(f"{measures.TITLES[name]} {number}" for name, number in numbers.items())
 
 
 def load_data(

@@ -64,7 +64,7 @@ def test_the_files_of_a_run(run, tmp_path, capsys):
     assert rows[0]["knn_accuracy"] == "" and float(rows[1]["knn_accuracy"]) == results["knn_accuracy"]
     assert float(rows[1]["loss"]) == results["loss"]
     assert float(rows[1]["learning_rate"]) == pytest.approx(5e-4)
-    assert "vit_mini, MoCo v3, 16 images of imagefolder" in capsys.readouterr().out
+    assert "data: 16 images\nmodel: vit_mini, MoCo v3\n" in capsys.readouterr().out
 
 
 def test_results_tell_the_images_per_second_and_the_share_of_waiting(run, tmp_path):
@@ -103,8 +103,8 @@ def test_images_without_labels(run, flat, capsys):
     assert results["knn_accuracy"] is None
     assert 0 < results["alignment"] < 4 and -8 < results["uniformity"] < 0 and 1 < results["effective_rank"] < 192
     told = capsys.readouterr().out
-    assert "20 images of imagefolder without labels" in told  # all: there is nothing to hold out
-    assert told.count("  alignment ") == told.count("  uniformity ") == told.count("  effective rank ") == 2
+    assert "data: 20 images without labels" in told  # all: there is nothing to hold out
+    assert told.count(", alignment ") == told.count(", uniformity ") == told.count(", effective rank ") == 2
     with open(results["metrics"], newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["knn_accuracy"] for row in rows] == ["", ""]
@@ -132,7 +132,7 @@ def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsy
 
 def test_a_folder_of_class_folders_can_be_used_without_labels(run, capsys):
     assert run("--dataset unlabelled --epochs 1")["knn_accuracy"] is None
-    assert "20 images of unlabelled without labels" in capsys.readouterr().out
+    assert "data: 20 images without labels" in capsys.readouterr().out
 
 
 def test_some_labels_for_the_accuracy_alone(run, flat, folder):
@@ -231,7 +231,7 @@ def test_the_seed_decides(run):
 
 def test_pretraining_for_a_validation_choice_leaves_the_validation_part_out(run, capsys):
     run("--epochs 1 --eval-split validation --batch-size 4")
-    assert "MoCo v3, 12 images" in capsys.readouterr().out
+    assert "data: 12 images\n" in capsys.readouterr().out
 
 
 def test_a_queue_longer_than_the_data_is_told(run, capsys):
@@ -462,7 +462,7 @@ def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):
     capsys.readouterr()
     run(f"--checkpoint {whole} --epochs 1", "on")
     told = capsys.readouterr().out
-    assert f"MoCo v{version}," in told
+    assert f"MoCo v{version}\n" in told
     assert "projector taken over" in told and ("predictor taken over" in told) == (version == 3)
     if version == 2:  # which the checkpoint says
         with pytest.raises(InputError, match="--queue-size 4 is smaller than --batch-size 8; raise it"):

@@ -93,9 +93,13 @@ def describe_epoch(history: Sequence[dict[str, float]], epochs: int) -> str:
     """The last finished epoch, and what is left of the whole run, in a line."""
     row = history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
-    left = sum(row["seconds"] for row in history) / len(history) * (epochs - row["epoch"])
-    ending = f", {duration(left)} left" if left else ""
-    return f"epoch {row['epoch']}: {losses}, accuracy {row['val_accuracy']:.2%}; {duration(row['seconds'])}{ending}"
+    return f"epoch {row['epoch']}: {losses}, accuracy {row['val_accuracy']:.2%}; {describe_times(history, epochs)}"
+
+
+def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
+    """How long the last finished epoch took, and what is left of the whole run."""
+    left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
+    return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
 
 
 def tell_epoch(history: Sequence[dict[str, float]], args: argparse.Namespace, average: WeightAverage) -> None:
