@@ -365,7 +365,7 @@ PLAIN = Geometry()
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, residual, settings):
-        weight, row_scale, scaling, geometry, relu, dtype, *precise = settings
+        weight, row_scale, scaling, geometry, relu, dtype, precise_A = settings
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
@@ -374,12 +374,12 @@ class _LoRAConv2d(torch.autograd.Function):
         ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
 
         bias = None if bias is None else bias.to(dtype)
-        A = A.to(dtype)
+        given, A = (A, B), A.to(dtype)
         row_scales = _times(row_scale, scaling)  # s g
         row_B = _scale_rows(B, scaling, row_scales)
         sB, kernel = row_B.to(dtype), None
         if not ctx.side_path:
-            kernel = _folded_kernel(weight, *precise, row_B, row_scale, dtype)
+            kernel = _folded_kernel(weight, precise_A, row_B, row_scale, dtype)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
         else:
             y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
@@ -390,18 +390,24 @@ class _LoRAConv2d(torch.autograd.Function):
                 _add_pointwise_(y, h, sB)
             y = y if residual is None else y.add_(residual)
             y = y.relu_() if relu else y
-        # On a CPU the kernel is built once more in backward: kept, those of all layers would be there at once.
-        kept = (kernel,) if backends.counts_kernels(x) else (None, *precise, row_B)
-        ctx.save_for_backward(adapter_x, y if relu else None, A, sB, row_scale, row_scales, *kept)
+        # On a CPU all of it is built once more in backward: kept, the kernels of all layers would be there at once.
+        kept = (A, sB, row_scales, kernel) if backends.counts_kernels(x) else given
+        ctx.save_for_backward(adapter_x, y if relu else None, row_scale, *kept)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, y, A, sB, row_scale, row_scales, kernel, *precise = ctx.saved_tensors
+        adapter_x, y, row_scale, *kept = ctx.saved_tensors
         need_x, need_adapter_x, _, _, need_bias, need_residual, _ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
         gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
+        if backends.counts_kernels(gy):
+            A, sB, row_scales, kernel = kept
+        else:
+            (precise_A, B), row_scales, kernel = kept, _times(row_scale, ctx.scaling), None
+            row_B = _scale_rows(B, ctx.scaling, row_scales)
+            A, sB = precise_A.to(ctx.dtype), row_B.to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
         gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
@@ -410,7 +416,7 @@ class _LoRAConv2d(torch.autograd.Function):
             if ctx.side_path:
                 kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
             elif kernel is None:
-                kernel = _folded_kernel(ctx.weight, *precise, row_scale, ctx.dtype)
+                kernel = _folded_kernel(ctx.weight, precise_A, row_B, row_scale, ctx.dtype)
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
