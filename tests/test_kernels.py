@@ -36,6 +36,7 @@ from tests.dense import (
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu():
+    torch.manual_seed(0)
     with branches_of_a_gpu():
         yield
 
@@ -78,7 +79,7 @@ def test_a_layer_is_the_dense_one(name, autocast):
     x = torch.randn(shape)
     x = x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
     call = (lambda m, x: m["attention"](x, x, x, need_weights=False)[0]) if name == "attention" else (lambda m, x: m(x))
-    compare_with_dense(model, adapted, [x], 3 * BF16 if autocast else FP32, call, autocast)
+    compare_with_dense(model, adapted, [x], 5 * BF16 if autocast else FP32, call, autocast)
 
 
 def low_precision_step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,6 @@ def low_precision_step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 @pytest.mark.parametrize("name", ["vit", "bottlenecks"])
 def test_a_step_in_16_bits_is_as_near_the_dense_one_as_on_a_cpu(monkeypatch, name, four_bits):
-    torch.manual_seed(0)
     stock, x = MODELS[name]()
     model = frozen(copy.deepcopy(stock), use_qlora=four_bits).train()
     for path, layer in model.named_modules() if four_bits else ():
