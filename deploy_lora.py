@@ -210,7 +210,7 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
             loaders.append(build_loader(transformed, args.batch_size, workers=args.workers, device=device))
             return loaders[-1]
 
-        yield model.to(device), about, make_loader
+        yield training.place(model, device), about, make_loader
 
 
 def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.models.resnet import ResNet
 
 import lora_utils
 from lora import adapted, attention, functional, initialization
@@ -746,7 +745,7 @@ def main(
         print(training.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
-        run = FineTuning(args, model.to(device), report, splits, device, dtype, loaders)
+        run = FineTuning(args, training.place(model, device), report, splits, device, dtype, loaders)
         print(reports.describe_rates(args, run.recovery.rate, run.adapter_lr_factor))
         if args.resume:
             run.resume(args.resume, options.FREE_TO_CHANGE)
@@ -779,8 +778,6 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, *options.backbone_shape(args))
     if args.from_scratch:  # the file told the architecture alone
         model = checkpoints.random_backbone(num_classes, report)
-    if isinstance(model, ResNet):
-        model.to(memory_format=torch.channels_last)
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
     if args.freeze_backbone:
@@ -806,7 +803,7 @@ def search_learning_rate(
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
         own_args = argparse.Namespace(**vars(args) | own)
-        run = FineTuning(own_args, model.to(device), report, parts, device, dtype, loaders, cached)
+        run = FineTuning(own_args, training.place(model, device), report, parts, device, dtype, loaders, cached)
         cached, features = run.feed.images, run.start(features)
         return run
 
@@ -1035,7 +1032,7 @@ def evaluate_adapter(
     training.check_processes(len(splits.val))
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
-    result = evaluate(model.to(device), loaders[-1], device, dtype)
+    result = evaluate(training.place(model, device), loaders[-1], device, dtype)
     print(f"{args.eval_only}: {reports.right_of(result.accuracy, len(result.labels))}, loss {result.loss:.4f}")
     return {"val_accuracy": result.accuracy, "val_loss": result.loss}
 

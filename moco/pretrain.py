@@ -484,7 +484,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         backbone, origin = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3), ""
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
-    model = contrast(backbone.to(device), args).to(device)
+    model = contrast(training.place(backbone, device), args).to(device)
     fuse(model.encoder_k)  # which is frozen
     return model, origin + "".join(start_from(model, parts))
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco import pretrain
 from toolkit import InputError, training
+from toolkit.backbones import build_backbone
 
 
 def draw() -> tuple:
@@ -342,3 +343,13 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
     optimizer.step(), schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * 4 / 8)) * r for r in (1, 0.1)])
     assert again.base_lrs == [0.25, 0.025]
+
+
+def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_is():
+    device = torch.device("cpu")
+    resnet = training.place(build_backbone("resnet18", 2), device)
+    images = training.to_device(torch.rand(2, 3, 32, 32), device)
+    for tensor in (images, resnet.layer1[0].conv1.weight, resnet.layer1(resnet.conv1(images))):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    vit = training.place(build_backbone("vit_mini", 2, 16), device)
+    assert all(parameter.is_contiguous() for parameter in vit.parameters())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.models.resnet import ResNet
 from torchvision.transforms import v2
 
 from toolkit import InputError, distributed
@@ -85,6 +86,9 @@ def select_device(name: str) -> torch.device:
             torch.cuda.set_device(device)
         # The shapes of a run hardly change: cuDNN tries its convolutions once and keeps the fastest.
         torch.backends.cudnn.benchmark = device.type == "cuda"
+        # The gradients of A and B are sums over thousands of rows: partial sums in 16 bits would lose them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise InputError(f"--device {name!r} is not available here{reason}; use another, or --device cpu") from None
@@ -156,6 +160,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to the device, in place, and a ResNet into the memory format of the images from `to_device`."""
+    is_resnet = isinstance(model, ResNet) and device.type != "mps"
+    return model.to(device, memory_format=torch.channels_last if is_resnet else torch.preserve_format)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
