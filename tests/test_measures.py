@@ -133,8 +133,8 @@ def test_a_bootstrap_of_the_mean_has_its_standard_error():
     drawn = measures.bootstrap(lambda weights: (weights * values).sum(-1) / 400, 400, draws=2000)
     assert drawn.std().item() == pytest.approx(values.std().item() / 20, rel=0.1)
     low, high = measures.percentile_interval(drawn)
-    assert low == pytest.approx(values.mean() - 1.96 * values.std() / 20, abs=0.02)
-    assert high == pytest.approx(values.mean() + 1.96 * values.std() / 20, abs=0.02)
+    assert low == pytest.approx(values.mean().item() - 1.96 * values.std().item() / 20, abs=0.02)
+    assert high == pytest.approx(values.mean().item() + 1.96 * values.std().item() / 20, abs=0.02)
     assert all(map(math.isnan, measures.percentile_interval(torch.full((9,), math.nan))))
 
 
