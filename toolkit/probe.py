@@ -131,9 +131,14 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
+def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
+    """What the head of `model` makes of features (N, D): (N, K)."""
+    return model.get_submodule(head_name(model))(features)
+
+
 def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
     """The accuracy (0 to 1) of the head of `model` on features (N, D) with labels (N,)."""
-    return (model.get_submodule(head_name(model))(features).argmax(1) == labels).float().mean().item()
+    return (head_outputs(model, features).argmax(1) == labels).float().mean().item()
 
 
 def fit_linear_probe(

@@ -660,6 +660,23 @@ def knn_accuracy(
     return correct / len(labels)
 
 
+@torch.no_grad()
+def all_outputs(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """What a model answers over a loader, in eval mode, float32 (N, K), and the targets, both on the CPU.
+
+    With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
+    """
+    outputs, targets = [], []
+    with eval_mode(model):
+        for images, wanted in loader:
+            with autocast(device, dtype):
+                outputs.append(model(to_device(images, device)).float())
+            targets.append(to_device(wanted, device))
+    return tuple(distributed.interleave(torch.cat(parts)).cpu() for parts in (outputs, targets))
+
+
 class Evaluation(NamedTuple):
     """The result of `evaluate`."""
 
