@@ -200,6 +200,11 @@ def bootstrap(
     return torch.cat(parts)
 
 
+def draws_for(numbers: int) -> int:
+    """How many draws of a bootstrap take no more than seconds to a minute, 200 to DRAWS, where each has so many."""
+    return min(DRAWS, max(200, 100_000_000 // max(1, numbers)))
+
+
 def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, float]:
     """Between which values a bootstrap's middle draws (draws,) lie; NaN for none that are numbers."""
     drawn = drawn[drawn.isfinite()].double()

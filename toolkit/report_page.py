@@ -57,15 +57,15 @@ def write_page(
     title = f"{result.accuracy:.2%} of {len(result.labels)} images right"
     parts = [
         f"<h1>{title}</h1>",
-        _table(rows),
+        html_table(rows),
         *(["<h2>By epoch</h2>", _picture(curves, "losses and accuracy by epoch")] if curves else []),
         "<h2>What is taken for what</h2>",
         "<p>A row is a true class, a column an answer; the mouse over a field tells both and the number of images. "
         "Right answers are blue, wrong ones orange, the darker the larger their share of the row.</p>",
         f'<div class="wide">{confusion_svg(counts, class_names)}</div>',
-        _table(_confusions(counts, class_names), ("true class", "taken for", "images", "of the class")),
+        html_table(_confusions(counts, class_names), ("true class", "taken for", "images", "of the class")),
         "<h2>By class</h2>",
-        _table(by_class(counts, class_names), ("class", "images", "right", "share")),
+        html_table(by_class(counts, class_names), ("class", "images", "right", "share")),
         "<h2>Mistakes</h2>",
         _picture(mistakes, "the most confident wrong answers, and the least certain right ones"),
         "<h2>To go on</h2>",
@@ -140,7 +140,7 @@ def by_class(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
     return [(class_names[i], totals[i], hits[i], f"{shares[i]:.1%}" if totals[i] else "no images") for i in order]
 
 
-def _table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
+def html_table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
     """An HTML table. Under titles, columns of numbers stand to the right."""
 
     def cells(kind: str, values: Sequence[Any]) -> str:
@@ -153,6 +153,11 @@ def _table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
     return (
         "<table>" + "".join(f"<tr>{line}</tr>" for line in [*lines, *(cells("td", row) for row in rows)]) + "</table>"
     )
+
+
+def drawn(text: str) -> str:
+    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _picture(path: Path, described: str) -> str:

@@ -16,7 +16,7 @@ from toolkit.collapse import Recovery
 from toolkit.data import LabelledImages, LoadingMeter, Splits
 from toolkit.files import open_atomically, write_text
 from toolkit.measures import TITLES, wilson_interval
-from toolkit.report_page import BLUE, ORANGE, write_page
+from toolkit.report_page import BLUE, ORANGE, drawn, write_page
 from toolkit.training import Evaluation, WeightAverage, best_epoch, own_rates, peak_memory_bytes
 from toolkit.transforms import ShrinkTo, View
 
@@ -277,11 +277,6 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     with open_atomically(path) as file:
         figure.savefig(file, dpi=120)
-
-
-def drawn(text: str) -> str:
-    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
-    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
