@@ -10,6 +10,7 @@ from PIL import Image
 from toolkit import answer_reports, tasks
 from toolkit.data import LabelledImages
 
+pytestmark = pytest.mark.usefixtures("pictures")
 NAMES = ["cat", "a $dog$", "eel"]
 
 
@@ -75,17 +76,19 @@ def test_the_answers_of_each_image_are_columns(labels, numbers):
     assert numbers.answer_columns()["weight answer"][5] == "100" and numbers.answer_columns()["age"][0] == ""
 
 
-def test_pages_have_a_row_for_each_label_and_number(labels, numbers):
-    page = "".join(labels.sections())
+def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (3, 2)).save(picture)
+    page = "".join(labels.sections(picture))
     assert all(f"<td>{name}</td>" in page for name in NAMES) and "threshold" in page
-    assert "<td>weight</td>" in "".join(numbers.sections())
+    assert "<td>weight</td>" in "".join(numbers.sections(picture))
     assert labels.printed()[1][0] in NAMES and numbers.printed()[1][0] == "age"
 
 
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):
     for report, count in ((labels, 30), (numbers, 20)):
         report.draw(tmp_path / report.picture)
-        answer_reports.draw_mistakes(report.mistakes(), images(count), tmp_path / "mistakes.png")
-        answer_reports.draw_mistakes([], images(count), tmp_path / "none.png")
+        answer_reports.plot_worst_answers(report.mistakes(), images(count), tmp_path / "mistakes.png")
+        answer_reports.plot_worst_answers([], images(count), tmp_path / "none.png")
         for name in (report.picture, "mistakes.png", "none.png"):
             assert Image.open(tmp_path / name).width > 300

@@ -141,6 +141,21 @@ def test_lists_of_other_answers_that_cannot_be_used(tmp_path, read, content, pro
     assert problem in str(raised.value) and "list.csv" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        ("0.5 0.5 1", True),
+        ("31 17 52", True),
+        ("1 2 1", False),
+        ("1.0 2.0 1.0", False),
+        ("cat dog 1", False),
+        ("1 2", False),
+    ],
+)
+def test_labels_that_tell_how_much_are_no_classes(labels, numbers):
+    assert lists.look_like_numbers(labels.split()) == numbers
+
+
 def test_a_second_list_follows_the_names_of_the_first():
     second = lists.Targets(["a.png"], ["dog", "cat"], torch.tensor([[1.0, NAN]]))
     found = lists.like(second, ["cat", "dog", "eel"], Path("val.csv"), Path("train.csv"))

@@ -37,7 +37,7 @@ from toolkit.folders import (
     tell_others,
     unreadable,
 )
-from toolkit.lists import in_order, like, list_has_labels, read_label_list, read_list, read_number_list
+from toolkit.lists import in_order, like, list_has_labels, look_like_numbers, read_list, read_targets
 from toolkit.shards import ShardedImages, read_shards, shard_names
 from toolkit.transforms import TwoCrops, View, to_rgb
 
@@ -407,6 +407,11 @@ def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None, bands
         names, labels = read_list(path, folder)
         if not labels:
             raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
+        if look_like_numbers(labels):
+            raise InputError(
+                f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that images "
+                "share; use --task regression"
+            )
         contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
     return _by_label(paths, contents, split=True)
 
@@ -432,8 +437,7 @@ def _target_lists(
         )
     found = []
     for path, folder in _places_of_lists(lists, data_dir):
-        several = task == "multilabel"
-        targets = read_label_list(path, folder, unknown) if several else read_number_list(path, folder)
+        targets = read_targets(path, folder, task, unknown)
         if found:
             targets = like(targets, found[0][1].names, path, Path(lists[0]))
         found.append((folder, targets))

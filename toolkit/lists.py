@@ -50,11 +50,12 @@ def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     for row in rows:
         if len(row) != columns or not all(row):
             expected = "a path and a label, one for each image" if columns == 2 else "a path alone, as the first line"
-            raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}")
+            several = " (for several labels or numbers: --task multilabel or regression)" if len(row) > 2 else ""
+            raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}{several}")
         if "," in row[-1] and columns == 2:
             raise InputError(
                 f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
-                "has one label; write the name of its class without one"
+                "has one label; write the name of its class without one, or use --task multilabel"
             )
     labels = [one_spelling(row[1]) for row in rows if columns == 2]
     return _checked_files(path, folder, [row[0] for row in rows], labels), labels
@@ -141,6 +142,11 @@ def read_label_list(path: Path, folder: Path, unknown: str = "ignore") -> Target
     return _checked(path, folder, targets)
 
 
+def read_targets(path: Path, folder: Path, task: str, unknown: str = "ignore") -> Targets:
+    """`read_label_list` for 'multilabel', `read_number_list` for 'regression'."""
+    return read_label_list(path, folder, unknown) if task == "multilabel" else read_number_list(path, folder)
+
+
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
 
 
@@ -217,12 +223,20 @@ def _checked(path: Path, folder: Path, targets: Targets) -> Targets:
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
 
+def look_like_numbers(labels: Sequence[str]) -> bool:
+    """Are labels numbers that tell how much, and not which class: all different, or with decimals?"""
+    numbers = [_number(label) for label in labels]
+    if len(labels) < 3 or None in numbers:
+        return False
+    return len(set(numbers)) == len(labels) or any(number != int(number) for number in numbers)
+
+
 def in_order(names: Iterable[str]) -> list[str]:
     """Sorted; numbers by their value, so that 10 comes after 9."""
     return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
-def like(targets: Targets, names: Sequence[str], path: Path, other: Path) -> Targets:
+def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) -> Targets:
     """The same with its columns in the order of these names. A label that it never names, no image of it has.
 
     Raises:

@@ -186,7 +186,7 @@ NUMBERS_AT_ONCE = 2_000_000  # of a bootstrap's weights
 def bootstrap(
     measure: Callable[[Tensor], Tensor], images: int, draws: int = DRAWS, seed: int = 0, labels: int = 1
 ) -> Tensor:
-    """What a measure is for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
+    """A measure's values for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
 
     Args:
         measure: takes weights (n, images), how often each image was drawn, and returns (n, ...).
@@ -212,6 +212,30 @@ def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, floa
         return math.nan, math.nan
     low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
+
+
+GROUPS = 50  # of the jackknife
+
+
+def intervals(measure: Callable[[Tensor], Tensor], images: int, labels: int = 1) -> list[tuple[float, float]]:
+    """95% intervals of a measure's columns: a bootstrap's, moved by what the jackknife says of the bias.
+
+    A mean of average precisions over labels with few positives flatters: a positive counts among the right answers at
+    its own rank. By how much shows when groups of images are left out (Quenouille, Biometrika 43, 1956); the draws of a
+    bootstrap, which have images several times, flatter even more.
+
+    Args:
+        measure: takes weights (n, images) and returns (n, columns).
+        labels: as for `bootstrap`.
+    """
+    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels)
+    here = measure(torch.ones(1, images))[0]
+    groups = min(GROUPS, images)
+    group = torch.randperm(images, generator=torch.Generator().manual_seed(0)) % groups
+    without = torch.cat([measure((group != number)[None].double()) for number in range(groups)])
+    bias = (groups - 1) * (without.nanmean(0) - here)
+    shift = (drawn.nanmean(0) - here + bias).nan_to_num()
+    return [percentile_interval(column) for column in (drawn - shift).T]
 
 
 def paired_difference(

@@ -4,8 +4,6 @@ Probing first and fine-tuning then keeps what the backbone knows; a random head'
 has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
-import argparse
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.backbones import head_name
-from toolkit.training import knn_accuracy
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
@@ -37,32 +34,6 @@ class HeadTemperature(NamedTuple):
     def at(self, rate: float) -> float:
         """The temperature for adapters that train at a learning rate."""
         return max(self.least, self.per_rate * rate)
-
-
-def start_head(
-    model: nn.Module, features: list[tuple[Tensor, Tensor]], args: argparse.Namespace
-) -> tuple[dict[str, float | None], HeadTemperature]:
-    """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
-
-    Args:
-        features: of training images, of evaluation images and, for a probe, of augmented training images, with their
-            labels: (N, D) and (N,) each.
-
-    Returns:
-        `knn_accuracy` and `probe_accuracy` (0 to 1; None without a probe), and what to divide the head's logits by.
-    """
-    bank, queries, *augmented = features
-    baseline = {"knn_accuracy": knn_accuracy(*bank, *queries), "probe_accuracy": None}
-    if args.head_init != "probe":
-        return baseline, HeadTemperature()
-    both = [torch.cat(views) for views in zip(bank, *augmented, strict=True)]
-    init_head_from_probe(model, *both, views=2, class_weights=args.class_weights)
-    baseline["probe_accuracy"] = head_accuracy(model, *queries)
-    # A head that trains alone cannot harm the features.
-    features_train = args.lora_rank > 0 or args.train_norms or not args.freeze_backbone
-    views, labels = augmented[0]
-    loss = functools.partial(F.cross_entropy, target=labels, label_smoothing=args.label_smoothing)
-    return baseline, choose_temperature(model, views, loss, features_train)
 
 
 def init_head_from_probe(

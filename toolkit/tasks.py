@@ -5,19 +5,35 @@ judged, what is measured of the answers, and what they look like in a table. To 
 and put it into TASKS.
 """
 
+import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import InputError, measures, probe, training
-from toolkit.data import LabelledImages
+from toolkit.data import LabelledImages, Splits
 
+
+class Answers(Protocol):
+    """What a task's `evaluate` returns."""
+
+    loss: float  # the plain one, the mean over images
+    targets: Tensor
+
+    @property
+    def score(self) -> float: ...
+
+    def measured(self) -> dict[str, float]:
+        """Figures by the names in the task's `measured`."""
+
+
+TOP = 5  # classes of each image in a table of predictions
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
 
 
@@ -46,12 +62,22 @@ class Task:
         """The same without weights and smoothing: what is told, and what the guard looks at."""
         raise NotImplementedError
 
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How many images are answered right, where that can be said: for a progress bar. Else 0."""
+        return outputs.new_zeros(())
+
+    def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What is told of a batch that trains: `plain_loss` and `hits`."""
+        return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
+
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images, and their targets; nothing is mixed by default."""
         return images, targets
 
-    def evaluate(self, model: nn.Module, loader, device: torch.device, dtype: torch.dtype = torch.float32):
-        """The answers of a model over a loader: what has `loss`, `score`, `measured()` and `targets`."""
+    def evaluate(
+        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Answers:
+        """The answers of a model over a loader."""
         raise NotImplementedError
 
     def knn_score(self, bank: Tensor, bank_targets: Tensor, features: Tensor, targets: Tensor) -> float:
@@ -91,6 +117,23 @@ class Task:
         """The square of the standard error of a score that is measured on so many images."""
         raise NotImplementedError
 
+    axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
+    outputs_are: str  # for people
+
+    def told(self, score: float) -> str:
+        """A score as people read it."""
+        return f"{score:.2%}"
+
+    def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
+        """The columns of a table of predictions, and for each image what stands in them."""
+        raise NotImplementedError
+
+    output_name = "logits"  # of what `output_layer` makes of the outputs
+
+    def output_layer(self) -> nn.Module:
+        """What an exported graph ends with, so that its outputs mean something by themselves."""
+        return nn.Identity()
+
     def to(self, device: torch.device) -> "Task":
         """Put what the loss needs onto the device; returns the task."""
         return self
@@ -109,16 +152,23 @@ class Classification(Task):
 
     Args:
         class_weights: (K,), how much each class's images count in the loss; None: 1.
-        balanced: the linear probe counts all classes alike.
+        mixing: mixup, CutMix, or both; None: nothing is mixed.
     """
 
     kind, score, score_title, loss_title = "classification", "accuracy", "accuracy", "cross-entropy"
+    outputs_are = "classes"
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
     best_by = training.BEST_BY
 
-    def __init__(self, names: Sequence[str], class_weights: Tensor | None = None, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        names: Sequence[str],
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        mixing: training.BatchMixing | None = None,
+    ):
         super().__init__(names)
-        self.class_weights, self.label_smoothing = class_weights, label_smoothing
+        self.class_weights, self.label_smoothing, self.mixing = class_weights, label_smoothing, mixing
 
     def to(self, device: torch.device) -> "Classification":
         self.class_weights = None if self.class_weights is None else self.class_weights.to(device)
@@ -131,6 +181,12 @@ class Classification(Task):
 
     def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="sum")
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return training.count_right(outputs, targets)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, targets) if self.mixing is None else self.mixing(images, targets)
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> training.Evaluation:
         return training.evaluate(model, loader, device, dtype)
@@ -150,6 +206,20 @@ class Classification(Task):
             return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
         return probe.choose_temperature(model, features, loss, features_train)
+
+    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
+        """The most probable classes and their probabilities."""
+        probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
+        columns = ["class", "probability"]
+        for place in range(2, probabilities.shape[1] + 1):
+            columns += [f"class_{place}", f"probability_{place}"]
+
+        def rows() -> Iterator[list[str]]:
+            for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
+                pairs = zip(shares, numbers, strict=True)
+                yield [cell for share, n in pairs for cell in (self.names[n], f"{share:.4f}")]
+
+        return columns, rows()
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
@@ -251,6 +321,7 @@ class MultiLabel(Task):
     """
 
     kind, score, score_title, loss_title = "multilabel", "macro_ap", "macro AP", "binary cross-entropy"
+    outputs_are = "labels"
     measured = ("macro_ap", "micro_ap", "macro_auroc")
     best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
 
@@ -319,6 +390,22 @@ class MultiLabel(Task):
 
     def soften_head(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature, self.constant_logits)
+
+    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
+        """The labels whose probability is above their threshold, and the probability of each label."""
+        probabilities = outputs.sigmoid()
+
+        def rows() -> Iterator[list[str]]:
+            for shares, said in zip(probabilities.tolist(), (probabilities > self.thresholds).tolist(), strict=True):
+                labels = [name for name, is_said in zip(self.names, said, strict=True) if is_said]
+                yield [",".join(labels), *(f"{share:.4f}" for share in shares)]
+
+        return ["labels", *(f"{name} probability" for name in self.names)], rows()
+
+    output_name = "probabilities"
+
+    def output_layer(self) -> nn.Module:
+        return nn.Sigmoid()
 
     def counts(self, images: LabelledImages) -> Mapping[int, int]:
         return dict(enumerate(images.targets.nansum(0).long().tolist()))
@@ -391,6 +478,7 @@ class Regression(Task):
     """
 
     kind, score, score_title, loss_title = "regression", "r2", "R2", "squared error (standardised)"
+    axis, outputs_are = (1.0, ""), "numbers"
     measured = ("r2", "mae", "rmse", "spearman")
     best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
 
@@ -455,8 +543,21 @@ class Regression(Task):
     def head_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         return probe.HeadTemperature()  # a softer head would answer other numbers
 
+    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
+        """The numbers."""
+        rows = ([f"{number:.6g}" for number in numbers] for numbers in self.in_units(outputs).tolist())
+        return list(self.names), rows
+
+    output_name = "numbers"
+
+    def output_layer(self) -> nn.Module:
+        return InUnits(self.mean, self.std)
+
     def counts(self, images: LabelledImages) -> Mapping[int, int]:
         return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
+
+    def told(self, score: float) -> str:
+        return f"{score:.3f}"
 
     def constant_score(self, images: LabelledImages) -> float:
         return 0.0
@@ -472,6 +573,18 @@ class Regression(Task):
 
     def record(self) -> dict[str, Any]:
         return {"kind": self.kind, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+class InUnits(nn.Module):
+    """Standardised outputs (N, K) -> numbers in their own units."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs * self.std + self.mean
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -509,7 +622,50 @@ def neighbours_say(bank: Tensor, targets: Tensor, features: Tensor) -> Tensor:
     return torch.cat(found)
 
 
+def start_head(
+    task: Task, model: nn.Module, features: list[tuple[Tensor, Tensor]], args: argparse.Namespace
+) -> tuple[dict[str, float | None], probe.HeadTemperature]:
+    """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
+
+    Args:
+        features: of training images, of evaluation images and, for a probe, of augmented training images, (N, D) each,
+            with their targets.
+
+    Returns:
+        The scores of k-NN and of the probe (None without one), by `baseline_keys`, and what to divide the head's
+        logits by.
+    """
+    bank, queries, *augmented = features
+    of_knn, of_probe = baseline_keys(task)
+    baseline = {of_knn: task.knn_score(*bank, *queries), of_probe: None}
+    if args.head_init != "probe":
+        return baseline, probe.HeadTemperature()
+    both = [torch.cat(views) for views in zip(bank, *augmented, strict=True)]
+    task.start_head(model, *both, views=2)
+    baseline[of_probe] = task.head_score(model, *queries)
+    # A head that trains alone cannot harm the features.
+    features_train = args.lora_rank > 0 or args.train_norms or not args.freeze_backbone
+    return baseline, task.head_temperature(model, *augmented[0], features_train)
+
+
+def baseline_keys(task: Task) -> tuple[str, str]:
+    """What the scores of k-NN and of the linear probe are called."""
+    return f"knn_{task.score}", f"probe_{task.score}"
+
+
 TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression)}
+
+
+def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
+    """What the options ask for, with what the training images say of it."""
+    names, train, balanced = splits.class_names, splits.train, args.class_weights == "balanced"
+    if args.task == "multilabel":
+        return MultiLabel(names, train.targets, balanced, args.mixup).to(device)
+    if args.task == "regression":
+        return Regression(names, train.targets, args.mixup).to(device)
+    weights = training.balanced_weights(Counter(train.labels), len(names)) if balanced else None
+    mixing = training.BatchMixing(args.mixup, args.cutmix, len(names))
+    return Classification(names, weights, args.label_smoothing, mixing).to(device)
 
 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
