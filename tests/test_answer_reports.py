@@ -3,12 +3,15 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
 
 from toolkit import answer_reports, tasks
 from toolkit.data import LabelledImages
+from toolkit.training import Evaluation
 
 pytestmark = pytest.mark.usefixtures("pictures")
 NAMES = ["cat", "a $dog$", "eel"]
@@ -47,6 +50,21 @@ def test_each_headline_has_an_interval_around_it(labels, numbers):
             assert low <= figures[name] <= high and low < high
         assert json.loads(json.dumps(figures, allow_nan=False)) == figures
         assert len(report.rows()) >= 4 and all("95% interval" in text for title, text in report.rows() if title)
+
+
+def test_means_over_classes_have_intervals_around_them():
+    """As scikit-learn measures them, of drawn images too; a class without images has no share."""
+    random = np.random.RandomState(0)
+    labels = torch.from_numpy(random.choice(3, 200, p=[0.6, 0.3, 0.1]))
+    said = torch.where(torch.from_numpy(random.rand(200) < 0.7), labels, torch.from_numpy(random.randint(0, 3, 200)))
+    result = Evaluation(0.1, 0.0, said, labels, torch.full((200,), 0.5))
+    figures = answer_reports.ClassReport(tasks.Classification([*NAMES, "owl"]), result).figures()
+    for name in ("balanced_accuracy", "macro_f1"):
+        low, high = figures[f"{name}_interval"]
+        assert low < figures[name] < high < low + 0.3
+    draws = [random.randint(0, 200, 200) for _ in range(300)]
+    drawn = [balanced_accuracy_score(labels[draw], said[draw]) for draw in draws]
+    assert figures["balanced_accuracy_interval"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
 
 
 def test_a_label_that_no_image_has_is_left_out_and_said(labels):

@@ -94,7 +94,21 @@ class ClassReport:
             "accuracy_per_class": accuracy_per_class(result, self.names),
             "balanced_accuracy": result.balanced_accuracy,
             "macro_f1": result.macro_f1,
+            **dict(zip(("balanced_accuracy_interval", "macro_f1_interval"), self._intervals(), strict=True)),
         }
+
+    def _intervals(self) -> list[list[float]]:
+        """Of the means over classes."""
+        right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
+        counted = (right, self.result.labels, self.result.predictions)
+
+        def means(weights: Tensor) -> Tensor:
+            right, images, answers = (_by_class(weights, classes, len(self.names)) for classes in counted)
+            both = images + answers
+            accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
+            return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
+
+        return [list(pair) for pair in measures.intervals(means, len(right), len(self.names))]
 
     def title(self) -> str:
         return f"{self.result.accuracy:.2%} of {len(self.result.labels)} images right"
@@ -128,6 +142,12 @@ class ClassReport:
             "answer": [self.names[i] for i in result.predictions.tolist()],
             "probability": [f"{share:.6f}" for share in result.confidences.tolist()],
         }
+
+
+def _by_class(weights: Tensor, classes: Tensor, number: int) -> Tensor:
+    """The sum of weights (n, N) over the images of each class, (n, number); -1 is none."""
+    sums = torch.zeros(len(weights), number + 1, dtype=torch.float64)
+    return sums.index_add_(1, classes % (number + 1), weights.double())[:, :number]
 
 
 class LabelReport:
