@@ -66,6 +66,7 @@ from toolkit.folders import (
 from toolkit.lists import like, read_targets
 from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
+from toolkit.tasks import from_record
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -424,7 +425,8 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        peft_format.write_peft(model, Path(scratch), recorded(from_metadata(metadata), metadata))
+        values, record = recorded(from_metadata(metadata), metadata), metadata["task"].record()
+        peft_format.write_peft(model, Path(scratch), values, record)
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
         _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
@@ -480,6 +482,8 @@ def from_peft(
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
     about |= recorded(peft_format.values_of(folder, report), report)
+    task = from_record(peft_format.task_of(folder), class_names, folder).record()
+    about |= {} if task is None else {"task": task}
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error

@@ -173,8 +173,15 @@ def test_cached_features_know_their_targets(run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_in_pefts_format_keeps_its_answers(trained, kind, tmp_path):
+def test_an_adapter_in_pefts_format_keeps_its_answers(trained, base, kind, tmp_path):
     pytest.importorskip("peft")
     _, folder = trained[kind]
-    deploy_lora.main(["convert", str(folder / "lora.pth"), "--to", "peft", "--output", str(tmp_path / "peft")])
-    assert (tmp_path / "peft" / "adapter_config.json").exists()
+    there = ["convert", str(folder / "lora.pth"), "--to", "peft", "--output", str(tmp_path / "peft")]
+    deploy_lora.main(there)
+    back = ["convert", str(tmp_path / "peft"), "--from", "peft", "--output", str(tmp_path / "lora.pth")]
+    deploy_lora.main([*back, "--checkpoint", str(base)])
+    one, other = (load_finetuned(path / "lora.pth", base) for path in (folder, tmp_path))
+    assert one[1]["task"].record() == other[1]["task"].record()
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(one[0](images), other[0](images), rtol=1e-3, atol=1e-4)
