@@ -2,6 +2,7 @@
 
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
+    python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
@@ -36,7 +37,8 @@ from finetune_lora import adapt_layers, load_base, load_finetuned
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, geotags, listed, printable, reports, training
+from toolkit import InputError, comparison, geotags, listed, printable, reports, training
+from toolkit.answer_reports import REPORTS
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.bands import Bands, from_metadata, recorded
 from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -61,9 +63,10 @@ from toolkit.folders import (
     looked_for,
     tell_others,
 )
-from toolkit.measures import wilson_interval
-from toolkit.report_page import by_class, confusion_counts, write_page
+from toolkit.lists import like, read_targets
+from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
+from toolkit.tasks import from_record
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -105,9 +108,6 @@ _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxoth
 
 # -------------------------------------------------------------------------------------------------- answers for images
 
-SHOWN = 15  # classes, in the table of an evaluation
-TOP = 5  # classes of each image in the table of predictions
-
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Print how good the answers for labelled images are, write a page about them, and return the numbers.
@@ -117,63 +117,50 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         images, where = _labelled_images(args.images, about)
-        images = readable(images)
-        result = training.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
-    names = about["class_names"]
-    results = {
-        "images": len(result.labels),
-        "accuracy": result.accuracy,
-        "balanced_accuracy": result.balanced_accuracy,
-        "macro_f1": result.macro_f1,
-        "loss": result.loss,
-        "accuracy_interval": list(wilson_interval(result.accuracy * len(result.labels), len(result.labels))),
-        "accuracy_per_class": reports.accuracy_per_class(result, names),
-    }
+        images, task = readable(images), about["task"]
+        result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
+    report = REPORTS[task.kind](task, result)
+    results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     if args.output is not None:
         write_text(json.dumps(results, indent=2), args.output)
+        comparison.write_answers(report.answer_columns(), images, args.output)
     page = args.adapter.with_name(f"{args.adapter.stem}_evaluation") if args.output is None else args.output
     page = page.with_suffix(".html")
     rows = [
         ("adapter", str(args.adapter)),
         ("images", where),
-        ("accuracy", reports.right_of(result.accuracy, len(result.labels))),
-        ("balanced over classes", reports.balanced(result)),
+        *report.rows(),
         ("loss", f"{result.loss:.4f}"),
     ]
-    print(reports.table([*rows, *_by_class(result, names)]))
+    print(reports.table([*rows, *report.printed()]))
     with tempfile.TemporaryDirectory() as folder:
-        mistakes = Path(folder) / "mistakes.png"
-        reports.plot_mistakes(result, images, names, mistakes, about["transform"].bands)
-        write_page(page, rows, result, names, args.adapter, mistakes)
+        mistakes, picture = Path(folder) / "mistakes.png", Path(folder) / report.picture
+        report.draw(picture)
+        report.draw_mistakes(images, mistakes, about["transform"].bands)
+        write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes)
     print(reports.table([("as a page", f"{page}: mistakes too")]))
     return results
 
 
-def _by_class(result: training.Evaluation, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Rows on the classes, the worst first."""
-    classes = by_class(confusion_counts(result, len(names)), names)
-    rows = [(printable(name, 20), f"{right} of {images} right") for name, images, right, _ in classes[:SHOWN]]
-    more = [("", f"and {len(classes) - SHOWN} more")] if len(classes) > SHOWN else []
-    return [("by class", "the worst first:"), *rows, *more]
+def compare(args: argparse.Namespace) -> list[comparison.Difference]:
+    """Print how much better the second of two results is than the first, and return it by measure."""
+    differences = comparison.compare(args.first, args.second)
+    print(reports.table(comparison.table(differences, args.first, args.second)))
+    return differences
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write the most probable classes of each image as a table, a row an image, and return its rows.
+    """Write the answers for each image as a table, a row an image, and return its rows.
 
+    They are the most probable classes; or all labels above their thresholds, and the probability of each; or numbers.
     Where some files have geotags, so have the rows: `x` and `y` of the image's centre, and the `epsg` code they are in.
     """
     with _model_on_device(args) as (model, about, make_loader):
-        names = about["class_names"]
         images = readable(_images(args.images, about["transform"].bands))
-        logits = _outputs(args, model, make_loader(images), "predict")
-    probabilities, classes = logits.softmax(1).topk(min(TOP, len(names)))  # (N, classes) -> (N, TOP)
-    columns = ["path", "class", "probability"]
-    for place in range(2, probabilities.shape[1] + 1):
-        columns += [f"class_{place}", f"probability_{place}"]
-    rows = []
-    for i, (shares, numbers) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
-        cells = (cell for share, n in zip(shares, numbers, strict=True) for cell in (names[n], f"{share:.4f}"))
-        rows.append(dict(zip(columns, [images.name(i), *cells], strict=True)))
+        outputs = _outputs(args, model, make_loader(images), "predict")
+    columns, answers = about["task"].table(outputs)
+    columns = ["path", *columns]
+    rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
     if places := geotags.centres(images.name(i) for i in range(len(images))):
         rows = [row | place for row, place in zip(rows, places, strict=True)]
         columns += geotags.COLUMNS
@@ -246,14 +233,22 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
     """All images in the class folders of a folder, or of the val/ in it; None: those that the run was evaluated on.
 
+    Of an adapter for several labels or for numbers, `folder` is a list.
+
     And where they were found, for people.
     """
     known, bands = about["class_names"], about["transform"].bands
     if folder is None:
         data = _data_of_run(about)
-        where = f"of {data.get('val_dir') or data.get('data_dir') or data.get('dataset')}, evaluated on in training"
-        splits = load_splits(**data, bands=bands)
+        place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
+        where = f"of {printable(place)}, evaluated on in training"
+        splits = load_splits(**data, bands=bands, task=about["task"].kind)
         unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
+    elif about["task"].kind != "classification":
+        where = f"in {folder}"
+        targets = like(read_targets(folder, folder.parent, about["task"].kind), known, folder, "the adapter")
+        files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
+        return LabelledImages(files, files.labels, targets=targets.values), where
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder
@@ -270,7 +265,7 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load_splits` for the images of the run that wrote the file."""
     config = about.get("config")
     recorded = config.get("data") if isinstance(config, dict) else None
-    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
+    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list, "unknown": str}
     if (
         not isinstance(recorded, dict)
         or any(type(recorded.get(key)) not in (kind, type(None)) for key, kind in kinds.items())
@@ -328,7 +323,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
     Its input is `images`, float32 (N, C, S, S), normalised as in training or, with --normalise, from 0 to 1 (of images
-    that are no RGB photographs, the numbers of their files); its output is `logits`, (N, classes).
+    that are no RGB photographs, the numbers of their files); its output is `logits`, (N, classes), or `probabilities`
+    of several labels, or `numbers` in their own units.
 
     Returns:
         What is written about the model into the file: `class_names` and the other values as JSON.
@@ -336,23 +332,28 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     values = from_metadata(metadata)
+    task = metadata["task"]
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
     about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
+    about |= {"task": record} if (record := task.record()) else {}
     about = {key: json.dumps(value) for key, value in about.items()}
     if args.normalise:
         scale = values["bands"].scale if values["bands"] else 1.0
         model = Normalised(model, values["mean"], values["std"], scale).eval()
-    program = _graph(model, metadata["image_size"])
+    channels = input_channels(model)
+    program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels)
     with open_atomically(args.output) as file:
-        file.write(_as_onnx(program, about) if args.output.suffix == ".onnx" else _as_pt2(program, about))
+        file.write(
+            _as_onnx(program, about, task.output_name) if args.output.suffix == ".onnx" else _as_pt2(program, about)
+        )
     size = metadata["image_size"]
     print(f"wrote {args.output}: {metadata['arch']} for images of {size} pixels; its metadata: {', '.join(about)}")
     return about
 
 
-def _graph(model: nn.Module, image_size: int) -> torch.export.ExportedProgram:
+def _graph(model: nn.Module, image_size: int, channels: int) -> torch.export.ExportedProgram:
     """The model as a graph with a free number of images."""
-    images = torch.zeros(2, input_channels(model), image_size, image_size)
+    images = torch.zeros(2, channels, image_size, image_size)
     with_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
     try:
@@ -367,10 +368,10 @@ def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> byt
     return file.getvalue()
 
 
-def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
+def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], output: str) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the exporter itself will change
-        names = {"input_names": ["images"], "output_names": ["logits"]}
+        names = {"input_names": ["images"], "output_names": [output]}
         graph = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     graph.model.metadata_props.update(about)
     return graph.model_proto.SerializeToString()
@@ -424,7 +425,8 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        peft_format.write_peft(model, Path(scratch), recorded(from_metadata(metadata), metadata))
+        values, record = recorded(from_metadata(metadata), metadata), metadata["task"].record()
+        peft_format.write_peft(model, Path(scratch), values, record)
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
         _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
@@ -480,6 +482,8 @@ def from_peft(
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
     about |= recorded(peft_format.values_of(folder, report), report)
+    task = from_record(peft_format.task_of(folder), class_names, folder).record()
+    about |= {} if task is None else {"task": task}
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error
@@ -563,6 +567,7 @@ def check_convert(args: argparse.Namespace) -> list[str]:
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
+    "compare": (compare, lambda args: [], "two results over the same images: is one better by more than chance?"),
     "predict": (predict, check_output, "the most probable classes of images, as a table"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
@@ -589,7 +594,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parsers = {
         name: subparsers.add_parser(name, help=text, allow_abbrev=False) for name, (*_, text) in COMMANDS.items()
     }
+    comparing = parsers["compare"]
+    comparing.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
+    comparing.add_argument("second", type=Path, help="another, over the same images")
     for name, command in parsers.items():
+        if command is comparing:
+            continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
             command.needs_output = name != "evaluate"
@@ -602,7 +612,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help="folder with a folder of images per class")
+    parsers["evaluate"].add_argument(
+        "images",
+        type=Path,
+        nargs="?",
+        help="folder with a folder of images per class; a list of labels or numbers",
+    )
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     parsers["export"].add_argument(

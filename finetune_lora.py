@@ -14,7 +14,6 @@ files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
 import argparse
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,10 @@ from toolkit import (
     reports,
     runs,
     search,
+    tasks,
     training,
 )
+from toolkit.answer_reports import headline
 from toolkit.backbones import headless, in_head
 from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
 from toolkit.collapse import CollapseGuard, EpochCollapsed, Recovery
@@ -70,10 +71,9 @@ from toolkit.data import Splits, Transformed, build_loader, load_splits
 from toolkit.evaluator import Evaluator
 from toolkit.feeding import Feed
 from toolkit.files import TOOLKIT, stored_path
-from toolkit.probe import HeadTemperature, soften_head, start_head
+from toolkit.probe import HeadTemperature
 from toolkit.run_state import Part, RunState
 from toolkit.shared_norms import share_statistics
-from toolkit.training import evaluate
 from toolkit.transforms import eval_transform
 
 DEFAULT_CHECKPOINT = SHIPPED
@@ -621,7 +621,8 @@ def load_finetuned(
         checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
 
     Returns:
-        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W).
+        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W), and
+        the `task` (see `toolkit.tasks`).
 
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
@@ -633,13 +634,15 @@ def load_finetuned(
     model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata))
     load_adapters(model, adapter_path, base)
     transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
-    return model.eval(), {**metadata, "transform": transform}
+    task = tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)
+    return model.eval(), {**metadata, "transform": transform, "task": task}
 
 
 def adapter_metadata(run: "FineTuning") -> dict[str, Any]:
     """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
     args, stage1 = run.args, run.args.stage1_adapter
-    last = run.history[-1]["val_accuracy"] if run.history else run.baseline["probe_accuracy"]
+    score, task = f"val_{run.task.score}", run.task.record()
+    last = run.history[-1][score] if run.history else run.baseline[tasks.baseline_keys(run.task)[1]]
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
@@ -648,8 +651,9 @@ def adapter_metadata(run: "FineTuning") -> dict[str, Any]:
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
         "lora": options.lora_options(args),
         "epoch": len(run.history),
-        "val_accuracy": last,
+        score: last,
         "config": run.identity["config"],
+        **({} if task is None else {"task": task}),
     }
 
 
@@ -751,7 +755,7 @@ def main(
             run.resume(args.resume, options.FREE_TO_CHANGE)
         else:
             run.start()
-            print(reports.describe_baseline(run.baseline, len(splits.val)))
+            print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
         run.train(after_epoch)
         return run.finish()
@@ -791,7 +795,7 @@ def search_learning_rate(
     args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    parts, random_state = search.parts_of(splits), training.rng_state()
+    parts, random_state, task = search.parts_of(splits), training.rng_state(), tasks.task_of_run(args, splits, device)
     features, cached = None, None  # of the first trial, for all of them
 
     def make_run(rate: float, epochs: int) -> FineTuning:
@@ -799,7 +803,7 @@ def search_learning_rate(
         loaders.clear()  # which ends the last trial's loading processes
         training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
-        own["wise_ft"] = training.wise_ft_alpha(args, Counter(splits.train.labels))  # the run's, which has more images
+        own["wise_ft"] = training.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
         own_args = argparse.Namespace(**vars(args) | own)
@@ -809,7 +813,7 @@ def search_learning_rate(
 
     settings = {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
     where = (len(parts.val), begin, args.output_dir, args.resume)
-    found = search.choose_learning_rate(make_run, args.epochs, *where, settings, options.FREE_TO_CHANGE)
+    found = search.choose_learning_rate(make_run, task, args.epochs, *where, settings, options.FREE_TO_CHANGE)
     loaders.clear()
     training.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return found
@@ -835,9 +839,7 @@ class FineTuning(RunState):
                 self.feed.cache_features(lower, dtype)
         norms_train = training.batch_norm_trains(model)
         self.feed.add_loaders(norms_train)
-        images_per_class = Counter(splits.train.labels)
-        self.mixing = training.BatchMixing(args.mixup, args.cutmix, len(splits.class_names))
-        self.class_weights = training.class_weights(args, images_per_class, len(splits.class_names), device)
+        self.task = tasks.task_of_run(args, splits, device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
         optimizer = training.build_optimizer(model, args, self.adapter_lr_factor)
@@ -846,10 +848,10 @@ class FineTuning(RunState):
         self.begin_training(self.network, optimizer, steps_per_epoch, warmup, divisor)
 
         self.head_temperature = HeadTemperature()
-        self.average = training.WeightAverage.of(model, args, images_per_class)
-        self.evaluator = Evaluator(self.network, self.feed, self.average, device, dtype)
+        self.average = training.WeightAverage.of(model, args, self.task.counts(splits.train))
+        self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype)
         all_train = norms_train or not args.freeze_backbone
-        self.guard = CollapseGuard(splits.train.labels, self.feed.watched.labels, all_train)
+        self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, all_train)
         self.recovery = Recovery(self.guard, args.learning_rate / divisor)
 
         self.identity |= {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
@@ -866,11 +868,11 @@ class FineTuning(RunState):
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Feed.features`."""
         self.evaluator.estimate_statistics()
         features = features or self.feed.features(self.network, self.dtype)
-        self.baseline, self.head_temperature = start_head(self.model, features, self.args)
-        soften_head(self.model, self.temperature())
+        self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args)
+        self.task.soften_head(self.model, self.temperature())
         self.start_adapters()
         self.guard.first_loss = self.guard.recent_loss = self.evaluator.worst_batch_loss()
-        self.guard.accuracies = [self.evaluator.watch().accuracy]
+        self.guard.accuracies = [self.evaluator.watch().score]
         return features
 
     def start_adapters(self) -> None:
@@ -907,7 +909,7 @@ class FineTuning(RunState):
                 except EpochCollapsed:
                     self.retreat()
                     continue
-                reports.tell_epoch(self.history, self.args, self.average)
+                reports.tell_epoch(self.task, self.history, self.args, self.average)
                 self.save()
                 if after_epoch is not None:
                     after_epoch(self)
@@ -960,7 +962,7 @@ class FineTuning(RunState):
         """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits."""
         measured = []
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = self.mixing(training.to_device(images, self.device), labels)
+            images, labels = self.task.mix(training.to_device(images, self.device), labels)
             labels = training.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
@@ -968,15 +970,13 @@ class FineTuning(RunState):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels)
                 self.scaler.scale(loss * factor).backward()
-            plain = F.cross_entropy(logits.detach().float(), labels, reduction="sum")
-            measured.append(torch.stack([loss.detach(), plain, training.count_right(logits, labels).float()]))
+            measured.append(torch.stack([loss.detach(), *self.task.progress(logits.detach().float(), labels)]))
         sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
         return distributed.all_sum(*map(sum, zip(*sums, strict=True)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised, summed over images: cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed."""
-        smoothing = self.args.label_smoothing
-        return F.cross_entropy(logits, labels, self.class_weights, reduction="sum", label_smoothing=smoothing)
+        """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.tasks`."""
+        return self.task.loss(logits, labels)
 
     def retreat(self) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
@@ -989,7 +989,7 @@ class FineTuning(RunState):
             raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
         training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
-            soften_head(self.model, self.temperature() / temperature)
+            self.task.soften_head(self.model, self.temperature() / temperature)
             self.start_adapters()
         self.save()
         back = f"back to epoch {len(self.history)}, learning rate {self.recovery.rate:.1e}"
@@ -998,13 +998,13 @@ class FineTuning(RunState):
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
         path = self.path("lora.pth")
-        is_best = training.last_is_best(self.history, self.args.keep_best) or not path.exists()
+        is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
         if is_best and distributed.is_main():
             with self.average.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, adapter_metadata(self))
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
-        self.save_metrics(training.Progress.METRICS)
+        self.save_metrics(training.metrics_columns(self.task.measured))
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
@@ -1012,6 +1012,9 @@ class FineTuning(RunState):
         with self.average.in_place():
             if self.args.keep_best:
                 kept_epoch = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))["epoch"]
+            if self.evaluator.choose_thresholds() and distributed.is_main():
+                about = {**read_adapter_file(self.path("lora.pth"))["metadata"], "task": self.task.record()}
+                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), about)
             result = self.evaluator.evaluate(self.feed.val_loader)
         counts = count_parameters(self.model)
         return reports.write_finetuning(self, result, kept_epoch, counts) if distributed.is_main() else {}
@@ -1022,7 +1025,8 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base, args.stage1_adapter)
-    sources = options.image_sources(args, info["transform"].bands)
+    task = info["task"]
+    sources = options.image_sources(args, info["transform"].bands) | {"task": task.kind}
     splits = load_splits(args.dataset, args.data_dir, args.eval_split, **sources)
     if splits.class_names != info["class_names"]:
         raise InputError(
@@ -1032,9 +1036,9 @@ def evaluate_adapter(
     training.check_processes(len(splits.val))
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
-    result = evaluate(training.place(model, device), loaders[-1], device, dtype)
-    print(f"{args.eval_only}: {reports.right_of(result.accuracy, len(result.labels))}, loss {result.loss:.4f}")
-    return {"val_accuracy": result.accuracy, "val_loss": result.loss}
+    result = task.evaluate(training.place(model, device), loaders[-1], device, dtype)
+    print(f"{args.eval_only}: {headline(task, result)}, loss {result.loss:.4f}")
+    return {f"val_{task.score}": result.score, "val_loss": result.loss}
 
 
 if __name__ == "__main__":

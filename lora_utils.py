@@ -35,7 +35,7 @@ from toolkit.files import (
     write_safetensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the latest; of an adapter whose outputs are classes it is 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
@@ -392,7 +392,7 @@ class LoRAManager:
             if not quantised and now[name] != start.get(name)
         }
         content = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 2 if "task" in metadata else 1,
             "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
             "base_hash": _hash(now, without=tensors),

@@ -35,7 +35,7 @@ from toolkit.files import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the base's names inside a PeftModel
-IMAGES = "images"  # in the file's header
+IMAGES, TASK = "images", "task"  # in the file's header
 ADAPTER = "default"  # PEFT's name for an adapter that was given none
 
 
@@ -86,10 +86,11 @@ def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
 
 
-def write_peft(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
     """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
 
-    What the images are (`about`, of `toolkit.bands.recorded`) is put into the file's header, for the way back.
+    What the images are (`about`, of `toolkit.bands.recorded`) is put into the file's header, for the way back, and what
+    the outputs mean (`task`, of `toolkit.tasks.Task.record`).
     `obstacles` must have found none.
     """
     layers, head = _adapted_layers(model), head_name(model)
@@ -107,7 +108,8 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
     tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", IMAGES: json.dumps(about)})
+    header = {"format": "pt", IMAGES: json.dumps(about)} | ({} if task is None else {TASK: json.dumps(task)})
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=header)
 
 
 def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
@@ -156,6 +158,14 @@ def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             about |= {"mean": zeros, "std": ones, "bands": [], "scale": 1.0, "show_bands": [1]}
         return from_metadata({**about, "arch": report["arch"]})
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
+        raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
+
+
+def task_of(folder: Path) -> Any:
+    """What `write_peft` says of the task: what `toolkit.tasks.from_record` reads."""
+    try:
+        return json.loads(read_safetensors(folder / WEIGHTS)[1].get(TASK, "null"))
+    except ValueError as error:  # an InputError is one too
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
 
 

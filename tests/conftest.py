@@ -15,7 +15,7 @@ from PIL import Image
 
 import finetune_lora
 from tests.checkpoint_files import without_head
-from toolkit import reports, training
+from toolkit import answer_reports, reports, training
 from toolkit.backbones import build_backbone
 from toolkit.data import LabelledImages, load_splits
 
@@ -86,14 +86,19 @@ def finetune(base, images, tmp_path):
         yield run
 
 
-PICTURES = {name: getattr(reports, name) for name in dir(reports) if name.startswith("plot_")}
+PICTURES = {
+    (module, name): getattr(module, name)
+    for module in (reports, answer_reports)
+    for name in dir(module)
+    if name.startswith("plot_")
+}
 
 
 @contextlib.contextmanager
 def plotting(functions):
     with pytest.MonkeyPatch.context() as patch:
-        for name in PICTURES:
-            patch.setattr(reports, name, functions[name])
+        for module, name in PICTURES:
+            patch.setattr(module, name, functions[module, name])
         yield
 
 

@@ -424,6 +424,24 @@ IMAGES = [
              "l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"dog\nmine/cat/2.png,cat\nmine/cat/3.png,dog\n'}),
     case("a label over two lines", "plain-finetune --data-list l.csv", "l.csv: line 1 is not `path,label`",
          files=classes("cat") | {"l.csv": 'mine/cat/0.png,"c\nat"\nmine/cat/1.png,dog\n'}),
+    case("labels that are numbers", "plain-finetune --data-list l.csv", "l.csv: the labels are numbers, as 3.5",
+         "use --task regression", files=classes("cat", count=4) | {
+             "l.csv": "mine/cat/0.png,3.5\nmine/cat/1.png,2\nmine/cat/2.png,7\nmine/cat/3.png,1\n"}),
+    case("a column for each label", "plain-finetune --data-list l.csv", "--task multilabel or regression",
+         files=classes("cat") | {"l.csv": "path,cat,dog\nmine/cat/0.png,1,0\nmine/cat/1.png,0,1\n"}),
+    case("several labels in folders", "finetune --task multilabel", "--task multilabel needs --data-list with `path,"),
+    case("numbers in folders", "finetune --task regression", "--task regression needs --data-list with `path,3.5`"),
+    case("what several labels have not", "plain-finetune --task multilabel --data-list l.csv --cutmix 1 "
+         "--labels-per-class 3 --label-smoothing 0.1 --keep-best accuracy", "--cutmix with --task multilabel",
+         "--labels-per-class with", "--label-smoothing with", "--keep-best accuracy with --task multilabel"),
+    case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced "
+         "--unknown negative", "--class-weights balanced with --task regression", "--unknown with --task regression"),
+    case("unknown labels of one class", "finetune --unknown negative", "--unknown with --task classification"),
+    case("a number that is always the same", "plain-finetune --task regression --data-list l.csv",
+         "the number number is the same in all", files=classes("cat", count=4) | {
+             "l.csv": "".join(f"mine/cat/{i}.png,2.5\n" for i in range(4))}),
+    case("a column that is no label", "plain-finetune --task multilabel --data-list l.csv", "'Male' in the column Sex",
+         files=classes("cat") | {"l.csv": "path,Sex,cat\nmine/cat/0.png,Male,1\n"}),
     case("two labels in one", "plain-finetune --data-list l.csv", "'cat,dog' of mine/cat/1.png has a comma",
          files=classes("cat") | {"l.csv": 'mine/cat/0.png,cat\nmine/cat/1.png,"cat,dog"\n'}),
     case("two labels for one file of two names", "plain-finetune --data-list l.csv", "two labels for mine/cat/0.png",
@@ -585,7 +603,7 @@ ADAPTERS = [
     adapter("an unknown arch", described(arch="resnet51"), "unknown arch 'resnet51'", "did you mean resnet50?"),
     adapter("metadata of wrong types", described(arch=3, image_size="16"), "arch, image_size in its metadata"),
     adapter("no metadata", changed("lora.pth", lambda c: c.update(metadata={})), "does not say its arch, class_names"),
-    adapter("a later format", changed("lora.pth", lambda c: c.update(format_version=2)), "has format version 2"),
+    adapter("a later format", changed("lora.pth", lambda c: c.update(format_version=3)), "has format version 3"),
     case("info of nothing", "deploy_lora info gone.pth", "gone.pth: file not found"),
     case("info of a folder", "deploy_lora info images", "images: not a file"),
     case("info of a checkpoint", "deploy_lora info base.pth", "base.pth is not an adapter file of this toolkit"),

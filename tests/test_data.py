@@ -1,5 +1,6 @@
 """toolkit/data.py: data sets, splits, loaders."""
 
+import math
 import os
 import pickle
 import shutil
@@ -245,6 +246,56 @@ def test_one_list_is_split_and_two_are_not(tmp_path):
     (tmp_path / "c.txt").write_text("shoot one/dog/2.png\teel\n")
     with pytest.raises(InputError, match=r"c\.txt has classes that .*a\.txt lacks: eel"):
         data.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "c.txt"])
+
+
+def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
+    two_classes(tmp_path, "one", names=[str(i) for i in range(40)])
+    rows = [f"one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(40)]
+    labels = [["tall"] * (i % 2) + ["rare"] * (i % 10 == 0) for i in range(80)]
+    text = "".join(f'{row},"{",".join(own)}"\n' for row, own in zip(rows, labels, strict=True))
+    (tmp_path / "all.csv").write_text(text)
+    splits = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="multilabel")
+    assert splits.class_names == ["rare", "tall"]
+    of_row = dict(zip(rows, labels, strict=True))
+    for part in splits[:2]:
+        assert part.targets[:, 0].sum() > 0 and len(part.targets) == len(part)
+        for i, name in enumerate(part.relative_names()):
+            expected = [float(label in of_row[name]) for label in splits.class_names]
+            assert part[i][1].tolist() == part.targets[i].tolist() == expected
+    few = splits.train.at_most(3)
+    assert {tuple(row) for row in few.targets.tolist()} == {(0, 0), (0, 1), (1, 0)}
+    assert few.digest != few.subset([1, 0, 2]).digest
+    relabelled = data.LabelledImages(few.source, few.source.labels, few.indices, torch.zeros(80, 2))
+    assert few.digest != relabelled.digest
+
+
+def test_a_second_list_of_several_labels_is_for_evaluation(tmp_path):
+    two_classes(tmp_path, "one")
+    (tmp_path / "a.csv").write_text("path,cat,dog\none/cat/a.png,1,0\none/dog/a.png,-1,1\n")
+    (tmp_path / "b.csv").write_text("path,dog,cat\none/cat/b.png,1,0\n")
+    lists = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    splits = data.load_splits("imagefolder", data_list=lists, task="multilabel")
+    torch.testing.assert_close(splits.train.targets, torch.tensor([[1, 0], [math.nan, 1]]), equal_nan=True)
+    assert splits.val.targets.tolist() == [[0, 1]]
+    positive = data.load_splits("imagefolder", data_list=lists, task="multilabel", unknown="positive")
+    assert positive.train.targets.tolist() == [[1, 0], [1, 1]]
+    assert splits.train.digest != positive.train.digest
+
+
+def test_a_list_of_numbers_is_split(tmp_path):
+    two_classes(tmp_path, "one", names=[str(i) for i in range(20)])
+    rows = [f"one/{folder}/{i}.png,{i},{i / 2}\n" for folder in ("cat", "dog") for i in range(20)]
+    (tmp_path / "all.csv").write_text("path,age,weight\n" + "".join(rows))
+    train, val, names = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="regression")
+    assert names == ["age", "weight"] and len(train) + len(val) == 40 and len(val)
+    assert all(part[i][1].tolist() == part.targets[i].tolist() for part in (train, val) for i in range(len(part)))
+
+
+@pytest.mark.parametrize(("task", "form"), [("multilabel", 'as `path,"a,b"`'), ("regression", "as `path,3.5`")])
+def test_folders_cannot_say_several_labels(tmp_path, task, form):
+    two_classes(tmp_path, "one")
+    with pytest.raises(InputError, match=f"--task {task} needs --data-list: .*{form}"):
+        data.load_splits("imagefolder", tmp_path / "one", task=task)
 
 
 def test_the_place_of_a_list_of_absolute_paths_is_its_own(tmp_path):

@@ -29,10 +29,11 @@ from toolkit import InputError, bands, checkpoints, feeding, runs, training
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.collapse import Collapsed, CollapseGuard
-from toolkit.data import Transformed, build_loader, load_splits
+from toolkit.data import LabelledImages, Transformed, build_loader, load_splits
 from toolkit.evaluator import Evaluator
 from toolkit.files import read_checkpoint
 from toolkit.measures import wilson_interval
+from toolkit.tasks import Classification
 from toolkit.training import Evaluation, MicroBatches, evaluate, seed_everything
 
 ROOT = Path(__file__).parents[1]
@@ -746,8 +747,8 @@ def watched(monkeypatch):
 
 def guard(images: int, accuracies: list[float], classes: int = 10, all_train: bool = False) -> CollapseGuard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
-    labels = [i % classes for i in range(images)]
-    judge = CollapseGuard(labels, labels, all_train)
+    watched = LabelledImages([None] * images, [i % classes for i in range(images)])
+    judge = CollapseGuard(Classification([str(i) for i in range(classes)]), watched, watched, all_train)
     judge.accuracies = accuracies
     return judge
 
@@ -1103,9 +1104,8 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
     moved = shutil.copytree(images, tmp_path / "moved")
     command = f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}"
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(
-        FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(training.Progress.METRICS, 0.5)) or True
-    )
+    columns = training.metrics_columns(Classification.measured)
+    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(columns, 0.5)))
     with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{command} --batch-size 4", output="elsewhere")
     results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")

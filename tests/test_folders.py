@@ -82,61 +82,6 @@ def test_an_unlabelled_class_is_an_error_only_where_all_are_needed(tmp_path):
         folders.labelled_files(tmp_path, ["dog"], every=False)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a.png,cat\nb c.png,dog\n", (["a.png", "b c.png"], ["cat", "dog"])),
-        ("\ufeffPath,Label\r\na.png , cat\r\n\r\n", (["a.png"], ["cat"])),
-        ("a.png\tcat; black\n", (["a.png"], ["cat; black"])),
-        ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
-        ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
-        ('"b,c.png",dog', (["b,c.png"], ["dog"])),
-        ("a.png\nb c.png", (["a.png", "b c.png"], [])),
-        ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
-    ],
-)
-def test_lists(tmp_path, text, expected):
-    touch(tmp_path, "a.png", "b c.png", "b,c.png")
-    (tmp_path / "list").write_text(text, encoding="utf-8")
-    assert folders.read_list(tmp_path / "list", tmp_path) == expected
-    assert folders.list_has_labels(tmp_path / "list") == bool(expected[1])
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("", "lists no images"),
-        ("path,label\n", "lists no images"),
-        (b"\xff\xfe\0", "not a text file of `path,label` lines"),
-        ('"' + "a" * 200_000, r"line 1 is not `path,label` \(field larger than"),
-        ('a.png,cat\nb.png,"dog\na.png,cat\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
-        ('a.png,cat\nb.png,"dog\na.png,cat"\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
-        ('a.png,"cat,dog"\n', "the label 'cat,dog' of a.png has a comma, and an image has one label"),
-        ("a.png\tcat, dog\n", "the label 'cat, dog' of a.png has a comma, and an image has one label"),
-        ("a.png,cat\n./a.png,dog\n", "two labels for a.png; leave one of the lines out"),
-        ("a.png,cat\n../{folder}/a.png,dog\n", "two labels for a.png; leave one of the lines out"),
-        ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
-        ("a.png,cat,1\n", "the line 'a.png,cat,1' is not a path and a label"),
-        ("a.png,\n", "the line 'a.png,' is not a path and a label"),
-        ("a.png\nb.png,dog\n", "the line 'b.png,dog' is not a path alone, as the first line"),
-        ("a.png,cat\ngone.png,dog\nhere/gone.png,dog\n", "2 of its files are not in .*: gone.png, here/gone.png"),
-        ("a.png,cat\nb.png,cat\na.png,dog\n", "two labels for a.png; leave one of the lines out"),
-    ],
-)
-def test_lists_that_cannot_be_used(tmp_path, content, problem):
-    touch(tmp_path, "a.png", "b.png")
-    if isinstance(content, str):
-        content = content.replace("{folder}", tmp_path.name).encode()
-    (tmp_path / "list.csv").write_bytes(content)
-    with pytest.raises(InputError, match=rf"--data-list .*list\.csv: {problem}"):
-        folders.read_list(tmp_path / "list.csv", tmp_path)
-
-
-def test_a_list_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match=r"--data-list .*gone\.csv: cannot read it: No such file"):
-        folders.read_list(tmp_path / "gone.csv", tmp_path)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems know one spelling alone")
 def test_two_spellings_of_a_class_are_one_class(tmp_path):
     """The letter and its accent as one character, or as two, as a Mac may write them."""

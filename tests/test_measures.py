@@ -1,11 +1,14 @@
 """toolkit/measures.py: against the formulas written out, and at the ends of each range."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest, spearmanr
+from sklearn import metrics
 
 from toolkit import measures
 
@@ -55,3 +58,186 @@ def test_the_interval_of_none_and_of_all_right_stays_between_0_and_1():
     assert measures.wilson_interval(0, 10) == (0, pytest.approx(0.2775, abs=1e-4))
     assert all(measures.wilson_interval(n, n)[1] == 1 and measures.wilson_interval(0, n)[0] == 0 for n in range(1, 400))
     assert measures.wilson_interval(10, 10) == (pytest.approx(0.7225, abs=1e-4), 1)
+
+
+# Scores with many ties, some labels rare; each as scores (N,), 0 or 1 (N,), and how often each image counts (N,).
+
+
+def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = np.random.RandomState(seed)
+    positive = torch.from_numpy((random.rand(images) < 0.3).astype(float))
+    scores = torch.from_numpy(random.randint(0, 8, images) / 8 + positive.numpy() * 0.25)
+    return scores, positive, torch.from_numpy(random.randint(0, 4, images))
+
+
+RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metrics.roc_auc_score}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", RANKINGS)
+def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
+    scores, positive, times = scored_labels(seed)
+    ours, theirs = vars(measures)[name], RANKINGS[name]
+    assert ours(scores, positive).item() == pytest.approx(theirs(positive, scores), abs=1e-12)
+    assert ours(-scores, positive).item() == pytest.approx(theirs(positive, -scores), abs=1e-12)
+    repeated = theirs(positive, scores, sample_weight=times.numpy())
+    assert ours(scores, positive, torch.stack([times, 2 * times])).tolist() == pytest.approx([repeated] * 2, abs=1e-12)
+
+
+def test_a_label_without_both_outcomes_has_no_figure():
+    """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
+    scores, ones = torch.rand(9), torch.ones(9)
+    assert measures.average_precision(scores, 0 * ones).isnan() and measures.auroc(scores, 0 * ones).isnan()
+    assert measures.average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
+    assert measures.auroc(scores, ones).isnan()
+    assert measures.best_threshold(scores, 0 * ones) == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
+    scores, positive, times = scored_labels(seed)
+    scores = scores / 2
+    threshold = measures.best_threshold(scores, positive)
+    reached = measures.f1(scores > threshold, positive).item()
+    assert reached == pytest.approx(metrics.f1_score(positive, scores > threshold), abs=1e-12)
+    others = [metrics.f1_score(positive, scores > other) for other in np.linspace(0, 0.999, 200)]
+    assert reached == pytest.approx(max(others))
+    weighted = metrics.f1_score(positive, scores > threshold, sample_weight=times.numpy())
+    assert measures.f1(scores > threshold, positive, times).item() == pytest.approx(weighted)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_numbers_are_scikit_learns_and_scipys(seed):
+    random = np.random.RandomState(seed)
+    truth = torch.from_numpy(random.randint(0, 9, 50) * 3.5 + 1000)
+    answers, times = truth + torch.from_numpy(random.randint(-3, 4, 50)), torch.from_numpy(random.randint(0, 3, 50))
+    pairs = {
+        measures.mean_absolute_error: metrics.mean_absolute_error,
+        measures.root_mean_squared_error: metrics.root_mean_squared_error,
+        measures.r2: metrics.r2_score,
+        measures.spearman: lambda t, a: spearmanr(t, a).statistic,
+    }
+    repeated = torch.arange(50).repeat_interleave(times)
+    for ours, theirs in pairs.items():
+        assert ours(answers, truth).item() == pytest.approx(theirs(truth, answers), abs=1e-9)
+        of_repeated = theirs(truth[repeated], answers[repeated])
+        assert ours(answers, truth, times[None]).item() == pytest.approx(of_repeated, abs=1e-9)
+
+
+def test_one_number_for_all_images_explains_nothing():
+    assert measures.r2(torch.rand(5), torch.full((5,), 3e8)).isnan()
+    assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
+
+
+def test_a_bootstrap_of_the_mean_has_its_standard_error():
+    values = torch.from_numpy(np.random.RandomState(0).randn(400))
+    drawn = measures.bootstrap(lambda weights: (weights * values).sum(-1) / 400, 400, draws=2000)
+    assert drawn.std().item() == pytest.approx(values.std().item() / 20, rel=0.1)
+    low, high = measures.percentile_interval(drawn)
+    assert low == pytest.approx(values.mean().item() - 1.96 * values.std().item() / 20, abs=0.02)
+    assert high == pytest.approx(values.mean().item() + 1.96 * values.std().item() / 20, abs=0.02)
+    assert all(map(math.isnan, measures.percentile_interval(torch.full((9,), math.nan))))
+
+
+def covered(measure, draws: int, images: int = 400) -> float:
+    """The share of bootstrap intervals, of so many drawn sets, that have the value of a set without end."""
+    random = np.random.RandomState(0)
+
+    def drawn_set(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positive = (random.rand(count) < 0.3).astype(float)
+        return torch.from_numpy(random.randn(count) + 1.5 * positive), torch.from_numpy(positive)
+
+    true, hits = measure(*drawn_set(500_000), None), 0
+    for _ in range(draws):
+        scores, positive = drawn_set(images)
+        of_label = functools.partial(measure, scores, positive)
+        [(low, high)] = measures.intervals(lambda weights: of_label(weights)[:, None], images)  # noqa: B023
+        hits += low <= true <= high
+    return hits / draws
+
+
+COVERED = {
+    "average precision": measures.average_precision,
+    "auroc": measures.auroc,
+    "f1": lambda scores, positive, weights: measures.f1(scores > 0.8, positive, weights),
+}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_intervals_by_bootstrap_cover_in_a_few_draws(name):
+    assert covered(COVERED[name], draws=60) >= 0.86
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COVERED)
+def test_intervals_by_bootstrap_cover_as_often_as_they_say(name):
+    assert covered(COVERED[name], draws=500) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_interval_of_a_flattering_mean_is_moved():
+    """Of ten labels that are hardly found the mean AP of 300 images is too high, and the interval has the truth."""
+    random = np.random.RandomState(0)
+
+    def drawn_set(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positive = (random.rand(count, 10) < 0.2).astype(float)
+        return torch.from_numpy(random.randn(count, 10) + 0.4 * positive), torch.from_numpy(positive)
+
+    def mean_ap(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        pairs = zip(scores.T, positive.T, strict=True)
+        return torch.stack([measures.average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
+
+    true, hits, by_draws = mean_ap(*drawn_set(200_000)).item(), 0, 0
+    for _ in range(20):
+        of_set = functools.partial(mean_ap, *drawn_set(300))
+        [(low, high)] = measures.intervals(lambda weights: of_set(weights)[:, None], 300, labels=10)  # noqa: B023
+        hits += low <= true <= high
+        low, high = measures.percentile_interval(measures.bootstrap(of_set, 300, draws=200, labels=10))
+        by_draws += low <= true <= high
+    assert hits >= 17 > by_draws + 3
+
+
+def test_the_exact_test_of_two_runs_is_a_binomial_one():
+    random = np.random.RandomState(0)
+    first, second = torch.from_numpy(random.rand(300) < 0.7), torch.from_numpy(random.rand(300) < 0.8)
+    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+    assert measures.mcnemar(first, second) == pytest.approx(binomtest(wins, wins + losses).pvalue)
+    assert measures.mcnemar(first, first) == 1
+
+
+def test_the_difference_of_two_runs_is_tested_on_the_same_images():
+    """Both runs find the same images hard: alone their intervals overlap, and yet the second is better."""
+    random = np.random.RandomState(0)
+    hard = torch.from_numpy(random.randn(200))
+
+    def mean_of(values: torch.Tensor):
+        return lambda weights: (weights * values).sum(-1) / weights.sum(-1)
+
+    better = hard + 0.1 + 0.05 * torch.from_numpy(random.randn(200))
+    difference, low, high, p = measures.paired_difference(mean_of(hard), mean_of(better), 200)
+    assert low < difference < high and low > 0.08 and p == pytest.approx(2 / 1001)
+    intervals = [measures.percentile_interval(measures.bootstrap(mean_of(v), 200)) for v in (hard, better)]
+    assert intervals[0][1] > intervals[1][0]
+    *_, of_itself = measures.paired_difference(mean_of(hard), mean_of(hard), 200)
+    assert of_itself == 1
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_share_right():
+    confidences = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
+    right = torch.tensor([True, True, True, False, True, False])
+    assert measures.calibration_error(confidences, right) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6, abs=1e-6)
+    bins = measures.calibration(confidences, right)
+    assert bins.shape == (15, 3) and bins[:, 2].sum() == 6 and bins[14].tolist() == pytest.approx([0.95, 0.75, 4])
+    assert measures.calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_temperature_makes_logits_mean_what_they_say(temperature):
+    """Labels are drawn from the probabilities of logits, which are then shown at another temperature."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(5000, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    found = measures.fit_temperature(temperature * logits, lambda shown: F.cross_entropy(shown, labels))
+    assert found == pytest.approx(temperature, rel=0.06)
+    confidences = {t: (temperature * logits / t).softmax(1).max(1) for t in (1.0, found)}
+    errors = [measures.calibration_error(c.values, c.indices == labels) for c in confidences.values()]
+    assert temperature == 1 or errors[1] < errors[0] / 2

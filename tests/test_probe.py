@@ -1,10 +1,12 @@
 """The linear probe as a start of the head, against scikit-learn on standardised features."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
@@ -14,8 +16,11 @@ from toolkit.probe import (
     STRENGTHS,
     choose_temperature,
     fit_linear_probe,
+    fit_one_vs_rest,
+    fit_ridge,
     head_accuracy,
     init_head_from_probe,
+    set_head,
     soften_head,
 )
 
@@ -29,6 +34,10 @@ def clusters(
     centres = torch.randn(classes, features, generator=generator)
     noise = spread * torch.randn(len(labels), features, generator=generator)
     return (centres[labels] + noise) * 10.0 ** torch.arange(-2, features - 2) + 5, labels
+
+
+def loss_of(labels: torch.Tensor, smoothing: float = 0.0):
+    return functools.partial(F.cross_entropy, target=labels, label_smoothing=smoothing)
 
 
 class Net(nn.Module):
@@ -98,9 +107,9 @@ def test_the_temperature_grows_with_the_rate_if_features_train():
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
     spread = model.fc(features).std().item()
-    per_rate = choose_temperature(model, features, labels, features_train=True).per_rate
+    per_rate = choose_temperature(model, features, loss_of(labels), features_train=True).per_rate
     assert per_rate == pytest.approx(DRIFT_STEPS * spread / LOGIT_DRIFT)
-    assert choose_temperature(model, features, labels, features_train=False).per_rate == 0
+    assert choose_temperature(model, features, loss_of(labels), features_train=False).per_rate == 0
 
 
 def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
@@ -108,10 +117,90 @@ def test_at_a_low_rate_the_head_keeps_its_calibrated_confidence():
     features, labels = clusters(4, spread=0.1)
     model = Net(8, 4)
     init_head_from_probe(model, features, labels)
-    assert choose_temperature(model, features, labels, True).least == 1
-    least = choose_temperature(model, features, labels, True, label_smoothing=0.1).least
+    assert choose_temperature(model, features, loss_of(labels), True).least == 1
+    least = choose_temperature(model, features, loss_of(labels, 0.1), True).least
     soften_head(model, least)
     losses = [
         F.cross_entropy(model.fc(features) * scale, labels, label_smoothing=0.1).item() for scale in (0.7, 1.0, 1.4)
     ]
     assert least > 1 and losses[1] == min(losses)
+
+
+def several_labels(images: int = 120, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) and labels (N, 3) of 0, 1 and, where unknown, NaN; the last is rare."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.rand(images, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.1])).float()
+    directions = torch.randn(3, 8, generator=generator)
+    features = targets @ directions + spread * torch.randn(images, 8, generator=generator)
+    targets[torch.rand(images, 3, generator=generator) < 0.2] = torch.nan
+    return features * 10.0 ** torch.arange(-2, 6) + 5, targets
+
+
+@pytest.mark.parametrize("weights", [None, "balanced"])
+def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_known(weights):
+    features, targets = several_labels()
+    counts = None
+    if weights:
+        positives, known = targets.nansum(0), (~targets.isnan()).sum(0)
+        counts = torch.stack([known / (2 * (known - positives)), known / (2 * positives)])
+    weight, bias, strength = fit_one_vs_rest(features, targets, weights=counts)
+    X = StandardScaler().fit_transform(features.numpy())
+    for k in range(3):
+        known = ~targets[:, k].isnan().numpy()
+        reference = LogisticRegression(C=strength, class_weight=weights, max_iter=500, tol=1e-6)
+        reference.fit(X[known], targets[known, k].numpy())
+        shares = (features.double() @ weight[k].double() + bias[k]).sigmoid()
+        np.testing.assert_allclose(shares.numpy(), reference.predict_proba(X)[:, 1], atol=5e-3)
+
+
+def test_labels_of_one_kind_are_fitted_as_far_as_they_go():
+    """A label that no image has, one that all have and one that is known of none: no error, and nothing infinite."""
+    features, targets = several_labels()
+    targets[:, 0], targets[:, 1], targets[:, 2] = 0.0, 1.0, torch.nan
+    weight, bias, _ = fit_one_vs_rest(features, targets)
+    shares = (features.double() @ weight.double().T + bias).sigmoid()
+    assert shares[:, 0].max() < 0.05 and shares[:, 1].min() > 0.95 and shares[:, 2].eq(0.5).all()
+    assert fit_one_vs_rest(features[:1], targets[:1])[2] == 1
+
+
+def test_views_of_an_image_are_held_out_together_for_several_labels_too():
+    features, targets = several_labels(spread=4.0)
+    strength = fit_one_vs_rest(features, targets)[2]
+    twice = features.repeat(2, 1), targets.repeat(2, 1)
+    assert fit_one_vs_rest(*twice, views=2)[2] <= strength < fit_one_vs_rest(*twice)[2]
+
+
+@pytest.mark.parametrize("images", [120, 6])
+def test_the_ridge_is_scikit_learns_on_standardised_features(images):
+    features, _ = several_labels()
+    features = features[:images]
+    numbers = (
+        torch.randn(images, 2, generator=torch.Generator().manual_seed(1)) + features[:, 3:4] / features[:, 3].std()
+    )
+    numbers[::4, 1] = torch.nan
+    weight, bias, penalty = fit_ridge(features, numbers)
+    X = StandardScaler().fit_transform(features.numpy())
+    for k in range(2):
+        known = ~numbers[:, k].isnan().numpy()
+        reference = Ridge(alpha=penalty).fit(X[known], numbers[known, k].numpy())
+        answers = features.double() @ weight[k].double() + bias[k]
+        np.testing.assert_allclose(answers.numpy(), reference.predict(X), rtol=1e-3, atol=1e-3)
+
+
+def test_the_penalty_is_stronger_where_the_numbers_are_noise():
+    features, _ = several_labels()
+    generator = torch.Generator().manual_seed(1)
+    exact, noise = features[:, :1] / features[:, 0].std(), torch.randn(120, 1, generator=generator)
+    assert fit_ridge(features, exact)[2] < fit_ridge(features, noise)[2]
+
+
+def test_a_head_is_softened_towards_a_constant_answer():
+    features, targets = several_labels()
+    model, constant = Net(8, 3), torch.tensor([0.0, -1.0, -2.5])
+    set_head(model, *fit_one_vs_rest(features, targets)[:2])
+    before = model.fc(features)
+    soften_head(model, 2.0, constant)
+    soften_head(model, 1.5, constant)  # as after a retreat: one after the other is both at once
+    torch.testing.assert_close(model.fc(features), (before - constant) / 3 + constant, rtol=1e-3, atol=1e-3)
+    soften_head(model, 1e6, constant)
+    torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)

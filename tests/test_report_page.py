@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from toolkit.report_page import BLUE, ORANGE, confusion_counts, confusion_svg, write_page
+from toolkit.report_page import BLUE, ORANGE, class_sections, confusion_counts, confusion_svg, write_page
 from toolkit.training import Evaluation
 
 pytestmark = pytest.mark.usefixtures("pictures")
@@ -41,10 +41,12 @@ def test_the_page_is_complete_and_runs_nothing(tmp_path):
     for name in ("training_curves.png", "mistakes.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)
     names = ["<script>alert(1)</script>", 'quo"te', "absent caf\udce9"]  # of bytes that are not UTF-8
-    about = evaluation([0, 0, 1], [0, 1, 1]), names, tmp_path / "lora.pth", tmp_path / "mistakes.png"
+    sections = class_sections(evaluation([0, 0, 1], [0, 1, 1]), names)
+    about = sections, tmp_path / "lora.pth", tmp_path / "mistakes.png"
     config = {"finetune": {"note": "</pre><script>"}}
     rows = [("accuracy after", "66.67%")]
-    write_page(tmp_path / "report.html", rows, *about, curves=tmp_path / "training_curves.png", config=config)
+    title, curves = "66.67% of 3 images right", tmp_path / "training_curves.png"
+    write_page(tmp_path / "report.html", title, rows, *about, curves=curves, config=config)
     text = (tmp_path / "report.html").read_text()
     page = Reader(text)
     assert "script" not in page.tags and page.tags.count("img") == 2 and "http" not in text
@@ -84,9 +86,9 @@ def test_a_browser_without_a_network_shows_all_of_it(tmp_path):
     Image.new("RGB", (300, 200), (200, 0, 200)).save(tmp_path / "training_curves.png")
     Image.new("RGB", (300, 200), (0, 200, 0)).save(tmp_path / "mistakes.png")
     answers = evaluation([0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0])
-    about = answers, ["cat", "dog", "owl"], tmp_path / "lora.pth", tmp_path / "mistakes.png"
+    about = class_sections(answers, ["cat", "dog", "owl"]), tmp_path / "lora.pth", tmp_path / "mistakes.png"
     rows, curves = [("accuracy after", "50.00%")], tmp_path / "training_curves.png"
-    write_page(tmp_path / "report.html", rows, *about, curves=curves)
+    write_page(tmp_path / "report.html", "half right", rows, *about, curves=curves)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,2600", "--hide-scrollbars"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     command += [f"--screenshot={tmp_path / 'page.png'}", f"file://{tmp_path / 'report.html'}"]

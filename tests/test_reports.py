@@ -10,12 +10,14 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from moco import pretrain
-from toolkit import InputError, reports
+from toolkit import InputError, answer_reports, report_page, reports
 from toolkit.data import LabelledImages
 from toolkit.measures import wilson_interval
+from toolkit.tasks import Classification
 from toolkit.training import Evaluation
 
 pytestmark = pytest.mark.usefixtures("pictures")
+TASK = Classification(["cat", "dog"])
 
 
 def evaluation(labels: list[int], predictions: list[int], confidences: list[float] | None = None) -> Evaluation:
@@ -29,7 +31,7 @@ def test_macro_f1_and_balanced_accuracy_are_scikit_learns():
     result = evaluation(labels, predictions)
     assert result.macro_f1 == pytest.approx(f1_score(labels, predictions, average="macro"))
     assert result.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predictions))
-    per_class = reports.accuracy_per_class(result, ["a", "b", "c", "absent"])
+    per_class = answer_reports.accuracy_per_class(result, ["a", "b", "c", "absent"])
     assert per_class["absent"] is None
     present = [share for share in per_class.values() if share is not None]
     assert sum(present) / 3 == pytest.approx(balanced_accuracy_score(labels, predictions))
@@ -49,21 +51,21 @@ def test_mistakes_are_drawn_most_confident_first(tmp_path, monkeypatch):
     monkeypatch.setattr(LabelledImages, "undecoded", lambda self, i: drawn.append(i) or real(self, i))
     confidences = [0.9 - 0.01 * i for i in range(20)]
     result = evaluation([i % 2 for i in range(20)], [1] * 20, confidences)
-    reports.plot_mistakes(result, images, ["cat", "a dog with a very long name"], tmp_path / "some.png")
+    answer_reports.plot_mistakes(result, images, ["cat", "a dog with a very long name"], tmp_path / "some.png")
     assert drawn == [*range(0, 20, 2), 19, 17, 15, 13, 11, 9]
     perfect = evaluation([i % 2 for i in range(20)], [i % 2 for i in range(20)], confidences)
-    reports.plot_mistakes(perfect, images, ["cat", "dog"], tmp_path / "none.png")
+    answer_reports.plot_mistakes(perfect, images, ["cat", "dog"], tmp_path / "none.png")
     assert size(tmp_path / "none.png")[1] < size(tmp_path / "some.png")[1]
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
     """Dollars begin no formula, and a folder's bytes that are no character are shown as a question mark."""
-    assert reports.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
+    assert report_page.drawn("under$10%, caf\udce9") == r"under\$10%, caf?"
     result = evaluation([0, 1], [1, 0])
     images = LabelledImages([(Image.new("RGB", (4, 4)), label) for label in (0, 1)], [0, 1])
     names = ["under$10%", "over$10% caf\udce9"]
-    reports.plot_mistakes(result, images, names, tmp_path / "mistakes.png")
-    reports.plot_confusion_matrix(result, names, tmp_path / "matrix.png")
+    answer_reports.plot_mistakes(result, images, names, tmp_path / "mistakes.png")
+    answer_reports.plot_confusion_matrix(result, names, tmp_path / "matrix.png")
 
 
 def test_mistakes_are_drawn_from_small_pictures(tmp_path, monkeypatch):
@@ -71,14 +73,14 @@ def test_mistakes_are_drawn_from_small_pictures(tmp_path, monkeypatch):
     drawn, real = [], Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda axes, image: drawn.append(image.size) or real(axes, image))
     images = LabelledImages([(Image.new("RGB", (900, 600)), 0), (Image.new("RGB", (20, 10)), 1)], [0, 1])
-    reports.plot_mistakes(evaluation([0, 1], [1, 1]), images, ["cat", "dog"], tmp_path / "mistakes.png")
+    answer_reports.plot_mistakes(evaluation([0, 1], [1, 1]), images, ["cat", "dog"], tmp_path / "mistakes.png")
     assert drawn == [(384, 256), (20, 10)]
 
 
 @pytest.mark.parametrize("classes", [2, 30, 1500])
 def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
     labels = list(range(classes)) * 2
-    reports.plot_confusion_matrix(
+    answer_reports.plot_confusion_matrix(
         evaluation(labels, labels), [f"class {i}" for i in range(classes)], tmp_path / "a.png"
     )
     assert min(size(tmp_path / "a.png")) > 300
@@ -87,12 +89,12 @@ def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
 @pytest.mark.parametrize("probe", [0.8, None])
 def test_curves_of_one_epoch_with_and_without_a_probe(tmp_path, probe):
     history = [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}]
-    reports.plot_finetuning(history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, tmp_path / "curves.png")
+    reports.plot_finetuning(TASK, history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, tmp_path / "curves.png")
     assert size(tmp_path / "curves.png")[0] > 1000
 
 
 def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
-    reports.plot_learning_rates([1e-4, 1e-2], [0.5, 0.0], tmp_path / "rates.png")
+    reports.plot_learning_rates([1e-4, 1e-2], [0.5, 0.0], TASK, tmp_path / "rates.png")
     assert size(tmp_path / "rates.png")[0] > 500
 
 
@@ -108,18 +110,19 @@ def test_a_search_with_rates_that_collapse_can_be_drawn(tmp_path):
     ],
 )
 def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, told):
+    report = answer_reports.ClassReport(TASK, evaluation([0] * 100, [0] * 80 + [1] * 20))
     results = dict.fromkeys(("trainable_parameters", "total_parameters", "seconds", "kept_share"), 1)
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
-    results |= dict.fromkeys(("val_accuracy", "balanced_accuracy", "macro_f1", "knn_accuracy_before"), 0.8)
-    results |= {"device": "cpu", "val_accuracy_interval": wilson_interval(80, 100), "probe_accuracy_before": probe}
-    results |= {"config": {"finetune": {"keep_best": None}}}
-    summary = str(reports.summary(results | {"learning_rate": rate, "val_images": 100}, tmp_path))
+    results |= {"task": "classification", "device": "cpu", "learning_rate": rate}
+    results |= {"val_accuracy_interval": wilson_interval(80, 100), "probe_accuracy_before": probe}
+    results |= {"knn_accuracy_before": 0.8, "config": {"finetune": {"keep_best": None}}}
+    summary = str(reports.summary(results, report, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
 
 
 def test_an_accuracy_is_told_as_counted_images_with_its_interval():
-    assert reports.right_of(0.5, 24) == "12 of 24 images, 50.00% (95% interval 31% to 69%)"
-    assert reports.right_of(356 / 359, 359) == "356 of 359 images, 99.16% (95% interval 97.6% to 99.7%)"
+    assert answer_reports.right_of(0.5, 24) == "12 of 24 images, 50.00% (95% interval 31% to 69%)"
+    assert answer_reports.right_of(356 / 359, 359) == "356 of 359 images, 99.16% (95% interval 97.6% to 99.7%)"
 
 
 @pytest.mark.parametrize(
@@ -134,8 +137,8 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
     losses = {"train_loss": 0.84321, "val_loss": 0.22549, "val_accuracy": 0.93593}
     history = [losses | {"epoch": epoch, "seconds": seconds} for epoch, seconds in ((1, 8.0), (2, 10.0))]
     told = "training loss 0.843, evaluation 0.225, accuracy 93.59%; 10 s"
-    assert reports.describe_epoch(history, 4) == f"epoch 2: {told}, 18 s left"
-    assert reports.describe_epoch(history, 2) == f"epoch 2: {told}"
+    assert reports.describe_epoch(TASK, history, 4) == f"epoch 2: {told}, 18 s left"
+    assert reports.describe_epoch(TASK, history, 2) == f"epoch 2: {told}"
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,32 @@
 import contextlib
 
 from toolkit.search import RATES, Trial, choose, find_learning_rate
+from toolkit.tasks import Classification
+
+
+def variance_on(images: int):
+    """Of accuracies that are measured on so many images."""
+    return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
 
 
 def test_a_rate_is_found_that_is_better_by_more_than_chance():
     accuracies = dict(zip(RATES, [0.5, 0.6, 0.7, 0.8, 0.9, 0.89, 0.0], strict=True))
-    rate, trials = find_learning_rate(lambda rate: (accuracies[rate], 0.0), images=100)  # 0.9 has an error of 0.03
+    rate, trials = find_learning_rate(
+        lambda rate: (accuracies[rate], 0.0), variance_on(100)
+    )  # 0.9 has an error of 0.03
     assert rate == 1e-3
-    assert [(trial.learning_rate, trial.val_accuracy) for trial in trials] == list(accuracies.items())
+    assert [(trial.learning_rate, trial.val_score) for trial in trials] == list(accuracies.items())
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
     accuracies = [0.5, 0.88, 0.84, 0.88, 0.9, 0.89, 0.0]
     trials = [Trial(rate, accuracy, 0.0) for rate, accuracy in zip(RATES, accuracies, strict=True)]
-    assert choose(trials, 100) == 3e-4 and choose(trials, 20) == 1e-4 and choose(trials, 10_000) == 1e-3
-    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], 5) == 1e-4
+    assert (
+        choose(trials, variance_on(100)) == 3e-4
+        and choose(trials, variance_on(20)) == 1e-4
+        and choose(trials, variance_on(10_000)) == 1e-3
+    )
+    assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], variance_on(5)) == 1e-4
 
 
 def test_an_interrupted_search_goes_on_with_what_it_knows():
@@ -33,6 +45,6 @@ def test_an_interrupted_search_goes_on_with_what_it_knows():
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        find_learning_rate(trial, 1000, tried=stop_after_five)
-    rate, trials = find_learning_rate(trial, 1000, known=saved)
+        find_learning_rate(trial, variance_on(1000), tried=stop_after_five)
+    rate, trials = find_learning_rate(trial, variance_on(1000), known=saved)
     assert rate == 1e-4 and made == list(RATES) == [trial.learning_rate for trial in trials]

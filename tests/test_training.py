@@ -228,7 +228,7 @@ def test_the_best_epoch_by_each_measure():
     names = ("epoch", "val_loss", *training.BEST_BY.values())
     rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
     history = [dict(zip(names, row, strict=True)) for row in rows]
-    best = {by: training.best_epoch(history, by)["epoch"] for by in training.BEST_BY}
+    best = {by: training.best_epoch(history, column)["epoch"] for by, column in training.BEST_BY.items()}
     assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
 
 

@@ -136,6 +136,7 @@ def cache_images(images: LabelledImages, where: str, image_size: int) -> Labelle
     )[0]
     kept = LabelledImages(CachedImages(images.source, Path(folder), 2 * image_size), images.labels)
     kept.indices, kept.labels, kept.times_split = images.indices, images.labels, images.times_split
+    kept.targets = images.targets
     needed, missing = _bytes_needed(kept)
     print(
         f"keeping decoded images in {folder}: {needed / 1e9:.2f} GB, of which {missing / 1e9:.2f} GB are still to come"
@@ -206,7 +207,7 @@ def cache_features(
                 kept = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
             kept[start + first :: step, view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # all have written their share
-    return CachedFeatures(TensorDataset(kept), images.labels)
+    return CachedFeatures(TensorDataset(kept), images.labels, targets=images.targets)
 
 
 def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:

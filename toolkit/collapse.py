@@ -7,7 +7,6 @@ Only training images are looked at. What a run does must not depend on the image
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from toolkit import InputError, distributed
 from toolkit.data import LabelledImages
 from toolkit.files import read_checkpoint, save_atomically
 from toolkit.run_state import Part, copy_to_cpu
+from toolkit.tasks import Task
 
 RETREATS, RETREAT_FACTOR = 3, 8.0  # how often a collapsed run goes back, and what divides its learning rate then
 WATCHED_VIEWS = 128
@@ -47,20 +47,20 @@ def watched_images(images: LabelledImages) -> LabelledImages:
 
 
 class CollapseGuard:
-    """Judges a run by the losses of its steps, and after each epoch by some views of training images.
+    """Judges a run by the losses of its steps, and after each epoch by its score on some views of training images.
 
     Args:
-        train_labels: of all training images.
-        watched_labels: of those that are evaluated after each epoch.
+        task: what the score is, how sure it is, and what a constant answer has.
+        train: all training images.
+        watched: those that are evaluated after each epoch.
         all_train: the whole backbone trains, or BatchNorm.
     """
 
-    def __init__(self, train_labels: Sequence[int], watched_labels: Sequence[int], all_train: bool = False):
-        self.images = len(watched_labels)
+    def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, all_train: bool = False):
+        self.variance, self.images = task.variance, len(watched)
         self.share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
-        self.constant_accuracy = max(Counter(watched_labels).values()) / self.images
-        shares = [count / len(train_labels) for count in Counter(train_labels).values()]
-        self.constant_loss = -sum(share * math.log(share) for share in shares)
+        self.constant_accuracy = task.constant_score(watched)
+        self.constant_loss = task.constant_loss(train)
         self.first_loss: float | None = None  # of the first step, and so of the start
         self.recent_loss: float | None = None
         self.accuracies: list[float] = []  # of the start, and after each epoch
@@ -103,7 +103,7 @@ class CollapseGuard:
         """More than this share of the lead over a constant answer, and more than so many standard errors?"""
         best = max(self.accuracies, default=0.0)
         middle = (best + accuracy) / 2
-        chance = errors * math.sqrt(2 * middle * (1 - middle) / self.images)
+        chance = errors * math.sqrt(2 * self.variance(middle, self.images))
         return accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
     def retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:

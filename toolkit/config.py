@@ -26,7 +26,10 @@ from toolkit.files import stored_path
 # that both read belong to fine-tuning alone: pretraining passes over them.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": ("labels_per_class", "augmentation", "crop_min", "cache_features", "cached_views", "show_bands"),
+    "data": (
+        *("task", "unknown", "labels_per_class", "augmentation", "crop_min"),
+        *("cache_features", "cached_views", "show_bands"),
+    ),
     "moco": (),
     "finetune": (),
 }

@@ -33,12 +33,11 @@ from toolkit.folders import (
     has_class_folders,
     image_names,
     labelled_files,
-    list_has_labels,
     looked_for,
-    read_list,
     tell_others,
     unreadable,
 )
+from toolkit.lists import in_order, like, list_has_labels, look_like_numbers, read_list, read_targets
 from toolkit.shards import ShardedImages, read_shards, shard_names
 from toolkit.transforms import TwoCrops, View, to_rgb
 
@@ -74,25 +73,34 @@ class LabelledImages(Dataset):
         source: has (image, label) at each index.
         labels: the label of each.
         indices: those of the source that are meant, in order; None: all.
+        targets: (N, K) of all images, where each has more to it than a class: then a row of them takes the label's
+            place, and `labels` only say which images are alike (see `strata`).
     """
 
-    def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], indices: Sequence[int] | None = None):
+    def __init__(
+        self,
+        source: Sequence[tuple[Any, int]],
+        labels: Sequence[int],
+        indices: Sequence[int] | None = None,
+        targets: torch.Tensor | None = None,
+    ):
         self.source = source
         self.indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         self.labels = [int(labels[i]) for i in self.indices]
+        self.targets = None if targets is None else targets[self.indices]
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
         return image if isinstance(image, np.ndarray) else to_rgb(image), label
 
-    def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
+    def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
         try:
-            return self.source[int(self.indices[i])][0], self.labels[i]
+            return self.source[int(self.indices[i])][0], (self.labels if self.targets is None else self.targets)[i]
         except (OSError, SyntaxError) as error:  # torchvision's sets decode their files themselves
             raise unreadable(self.name(i), error) from None
 
@@ -101,6 +109,7 @@ class LabelledImages(Dataset):
         images = type(self)(self.source, [])
         images.indices = self.indices[positions]
         images.labels = [self.labels[i] for i in positions]
+        images.targets = None if self.targets is None else self.targets[np.asarray(positions, dtype=int)]
         images.times_split = self.times_split
         return images
 
@@ -124,17 +133,19 @@ class LabelledImages(Dataset):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Equal for sets of the same files with the same labels in the same order."""
+        """Equal for sets of the same files with the same labels, or targets, in the same order."""
         hashed = hashlib.sha256()
         for label, key in zip(self.labels, self.relative_names(), strict=True):
             hashed.update(os.fsencode(f"{label} {key}\n"))
+        if self.targets is not None:
+            hashed.update(self.targets.numpy().tobytes())
         return hashed.hexdigest()
 
 
 class Splits(NamedTuple):
     train: LabelledImages
     val: LabelledImages
-    class_names: list[str]
+    class_names: list[str]  # or those of the labels, or numbers, of which an image has several
 
     def digest(self) -> str:
         """Equal for splits of the same files with the same labels into the same parts."""
@@ -153,6 +164,8 @@ def load_splits(
     skip_unreadable: bool = False,
     for_training_only: bool = False,
     bands: Bands | None = None,
+    task: str = "classification",
+    unknown: str = "ignore",
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -170,11 +183,15 @@ def load_splits(
         skip_unreadable: read all images once and leave out those that cannot be read.
         for_training_only: the evaluation images are not asked for, and `val` may be empty.
         bands: `imagefolder`: what is read of files that are no RGB photographs.
+        task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
+        unknown: what unknown labels mean, as `read_label_list` takes it.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
     """
-    if dataset == "digits":
+    if task != "classification":
+        splits = _target_lists(data_list, data_dir, bands, task, unknown)
+    elif dataset == "digits":
         splits = _digits(data_dir)
     elif dataset == "imagefolder":
         needs_val = eval_split == "held-out" and not for_training_only
@@ -194,9 +211,10 @@ def load_splits(
     if skip_unreadable:
         labels = set(train.labels)
         train, val = readable(train), readable(val)
-        gone = [class_names[label] for label in sorted(labels - set(train.labels))]
+        gone = [] if task != "classification" else sorted(labels - set(train.labels))
         if gone:
-            raise InputError(f"no training image of {listed(gone)} can be read: repair some, or remove the class")
+            names = listed(class_names[label] for label in gone)
+            raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
     if eval_split == "validation":
         left_alone = val_dir or (data_list or [])[1:]
         if left_alone and not for_training_only:
@@ -383,19 +401,65 @@ def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, ev
 
 def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None, bands: Bands | None) -> Splits:
     """The images of one list, which is split here, or of two."""
+    paths, contents = [], []
+    for path, folder in _places_of_lists(lists, data_dir):
+        paths.append(path)
+        names, labels = read_list(path, folder)
+        if not labels:
+            raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
+        if look_like_numbers(labels):
+            raise InputError(
+                f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that images "
+                "share; use --task regression"
+            )
+        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
+    return _by_label(paths, contents, split=True)
+
+
+def _places_of_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Iterator[tuple[Path, Path]]:
+    """Each list, and the folder in which its images are."""
     if len(lists) > 2:
         raise InputError(
             f"--data-list: expected one list, or one for training and one for evaluation, got {len(lists)}"
         )
-    paths = [Path(path) for path in lists]
-    folders = [_existing("--data-dir", data_dir) if data_dir else path.parent for path in paths]
-    contents = []
-    for path, folder in zip(paths, folders, strict=True):
-        names, labels = read_list(path, folder)
-        if not labels:
-            raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
-        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
-    return _by_label(paths, contents, split=True)
+    for path in map(Path, lists):
+        yield path, _existing("--data-dir", data_dir) if data_dir else path.parent
+
+
+def _target_lists(
+    lists: Sequence[str | Path] | None, data_dir: str | Path | None, bands: Bands | None, task: str, unknown: str
+) -> Splits:
+    """The images of one list, which is split here, or of two, with several labels or with numbers."""
+    if not lists:
+        raise InputError(
+            f"--task {task} needs --data-list: a folder or an archive says one class for each image, a list says "
+            + ('several labels, as `path,"a,b"`' if task == "multilabel" else "numbers, as `path,3.5`")
+        )
+    found = []
+    for path, folder in _places_of_lists(lists, data_dir):
+        targets = read_targets(path, folder, task, unknown)
+        if found:
+            targets = like(targets, found[0][1].names, path, Path(lists[0]))
+        found.append((folder, targets))
+    parts = []
+    for folder, targets in found:
+        labels = strata(targets.values).tolist() if task == "multilabel" else [0] * len(targets.paths)
+        files = ImageFiles(folder, targets.paths, labels, bands)
+        parts.append(LabelledImages(files, labels, targets=targets.values))
+    return Splits(*(validation_part(parts[0]) if len(parts) == 1 else parts), found[0][1].names)
+
+
+def strata(values: torch.Tensor) -> torch.Tensor:
+    """For each image the rarest label that it has, (N,), or K: a split or a choice that has its share of each of these
+    has its share of rare labels.
+
+    Args:
+        values: (N, K), 1 where an image has the label.
+    """
+    has, labels = values == 1, values.shape[1]
+    rarest_first = has.sum(0).argsort(stable=True)
+    place = torch.where(has[:, rarest_first], torch.arange(labels), labels).amin(1)
+    return torch.cat([rarest_first, torch.tensor([labels])])[place]
 
 
 def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
@@ -413,7 +477,7 @@ def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, 
 
 def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]], split: bool) -> Splits:
     """Images whose labels are text: of one place, of which `split` holds a part out, or of two."""
-    class_names = _in_order(set(contents[0][1]))
+    class_names = in_order(set(contents[0][1]))
     if len(class_names) < 2:
         raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
     _check_classes(places[-1], contents[-1][1], places[0], class_names)
@@ -424,11 +488,6 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     if len(parts) == 1:
         parts = validation_part(parts[0]) if split else (parts[0], parts[0].subset([]))
     return Splits(*parts, class_names)
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Sorted; numbers by their value, so that 10 comes after 9."""
-    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
 def _torchvision(name: str, root: Path) -> Splits:

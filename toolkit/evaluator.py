@@ -9,6 +9,7 @@ from torch import nn
 from toolkit import training
 from toolkit.collapse import SHARE_DIVISORS, CollapseGuard, EpochCollapsed
 from toolkit.feeding import Feed
+from toolkit.tasks import Answers, MultiLabel, Task
 
 
 class Evaluator:
@@ -17,30 +18,44 @@ class Evaluator:
     Args:
         network: reads what the feed has: images, or features that are cached of them.
         average: has the weights that are saved.
+        task: what the answers are.
     """
 
     def __init__(
-        self, network: nn.Module, feed: Feed, average: training.WeightAverage, device: torch.device, dtype: torch.dtype
+        self,
+        network: nn.Module,
+        feed: Feed,
+        average: training.WeightAverage,
+        task: Task,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
-        self.network, self.feed, self.average = network, feed, average
+        self.network, self.feed, self.average, self.task = network, feed, average, task
         self.device, self.dtype = device, dtype
 
-    def evaluate(self, batches: Iterable) -> training.Evaluation:
+    def evaluate(self, batches: Iterable) -> Answers:
         """With the weights that the model has."""
-        return training.evaluate(self.network, batches, self.device, self.dtype)
+        return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
-    def validate(self, watched: Callable[[Iterable], Iterable] = iter) -> training.Evaluation:
+    def validate(self, watched: Callable[[Iterable], Iterable] = iter) -> Answers:
         """Evaluate the evaluation images, whose batches `watched` yields."""
         with self.averaged():
             return self.evaluate(watched(self.feed.val_loader))
 
-    def watch(self) -> training.Evaluation:
+    def watch(self) -> Answers:
         """Evaluate the collapse guard's training images, in the same augmented views each time."""
         with self.averaged():
             return self.evaluate(self.feed.watched_views())
 
+    def choose_thresholds(self) -> bool:
+        """Choose by training images above which probabilities labels are answers. False where a task has none."""
+        if not isinstance(self.task, MultiLabel):
+            return False
+        self.task.thresholds = self.evaluate(self.feed.threshold_views()).best_thresholds()
+        return True
+
     def judge(self, guard: CollapseGuard, may_shrink: bool) -> float:
-        """The accuracy on the guard's images after an epoch.
+        """The score on the guard's images after an epoch.
 
         Args:
             may_shrink: keep less of what training has changed while the images are answered worse than at the start.
@@ -50,18 +65,18 @@ class Evaluator:
         """
         self.average.share = self.average.wise_ft_alpha
         watched = self.watch()
-        if guard.has_collapsed(watched.accuracy, watched.loss):
+        if guard.has_collapsed(watched.score, watched.loss):
             raise EpochCollapsed
         if may_shrink and self.average.start:
-            self.shrink_to_sound_share(guard, watched.accuracy)
-        return watched.accuracy
+            self.shrink_to_sound_share(guard, watched.score)
+        return watched.score
 
-    def shrink_to_sound_share(self, guard: CollapseGuard, accuracy: float) -> None:
+    def shrink_to_sound_share(self, guard: CollapseGuard, score: float) -> None:
         for divisor in SHARE_DIVISORS:
-            if not guard.is_below_start(accuracy):
+            if not guard.is_below_start(score):
                 return
             self.average.share = self.average.wise_ft_alpha / divisor
-            accuracy = self.watch().accuracy
+            score = self.watch().score
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -83,4 +98,5 @@ class Evaluator:
         """The highest loss of a batch of the guard's images; None where no BatchNorm makes it depend on the batch."""
         if self.feed.statistics_loader is None:
             return None
-        return training.worst_batch_loss(self.network, self.feed.watched_views(), self.device, self.dtype)
+        views, loss = self.feed.watched_views(), self.task.plain_loss
+        return training.worst_batch_loss(self.network, views, self.device, self.dtype, loss)

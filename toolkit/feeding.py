@@ -17,6 +17,7 @@ from toolkit.data import LabelledImages, LoadingMeter, Splits, Transformed, buil
 from toolkit.transforms import eval_transform, train_transform
 
 STATISTICS_IMAGES = 512  # at most so many training images give BatchNorm its statistics
+THRESHOLD_IMAGES = 5_000  # at most so many training images choose the thresholds of labels
 KNN_IMAGES = 10_000  # at most so many training images vote on the accuracy before training, and make the probe
 
 
@@ -124,6 +125,11 @@ class Feed:
         """The augmented views of training images that the collapse guard sees: the same ones each time."""
         self.watched_loader.batch_sampler.epoch = 0
         return self.watched_loader
+
+    def threshold_views(self) -> DataLoader:
+        """Augmented views of training images, by which thresholds of labels are chosen."""
+        some = self.images.train.at_most(THRESHOLD_IMAGES)
+        return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
 
     def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of training and evaluation images; for a probe, of training views as well."""

@@ -1,6 +1,5 @@
-"""Image files: finding them below a folder or in a list, keeping their names in little memory, and opening them."""
+"""Image files: finding them below a folder, keeping their names in little memory, and opening them."""
 
-import csv
 import hashlib
 import itertools
 import os
@@ -8,7 +7,7 @@ import posixpath
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -254,89 +253,6 @@ def _counted(others: Counter) -> str:
 
 def _unlisted(error: OSError) -> InputError:
     return InputError(f"{error.filename}: cannot be listed: {error.strerror}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Lists
-
-
-def list_has_labels(path: Path) -> bool:
-    """Does a list of images have a second column?"""
-    return len(_rows(path)[0]) > 1
-
-
-def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
-
-    Args:
-        path: a text or CSV file in UTF-8 with commas or tabs between the columns; its first line may name them.
-        folder: what relative paths are relative to.
-
-    Returns:
-        The paths as listed, and the labels as text; no labels if the list has none.
-
-    Raises:
-        InputError: a file that is none of this, files that are not there, or two labels for one file.
-    """
-    rows = _rows(path)
-    columns = min(2, len(rows[0]))
-    for row in rows:
-        if len(row) != columns or not all(row):
-            expected = "a path and a label, one for each image" if columns == 2 else "a path alone, as the first line"
-            raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}")
-        if "," in row[-1] and columns == 2:
-            raise InputError(
-                f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
-                "has one label; write the name of its class without one"
-            )
-    names = [_shortest(row[0]) for row in rows]
-    labels = [one_spelling(row[1]) for row in rows if columns == 2]
-    root = os.path.abspath(folder)
-    files = [os.path.join(root, name) for name in names]
-    missing = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
-    if missing:
-        raise InputError(f"--data-list {path}: {len(missing)} of its files are not in {folder}: {listed(missing)}")
-    files = [os.path.normpath(file) if ".." in file else file for file in files]
-    label_of = dict(zip(files, labels, strict=False))
-    torn = [name for name, file, label in zip(names, files, labels, strict=False) if label_of[file] != label]
-    if torn:
-        raise InputError(
-            f"--data-list {path}: two labels for {listed(dict.fromkeys(torn))}; leave one of the lines out"
-        )
-    return names, labels
-
-
-def _shortest(name: str) -> str:
-    """A path without ./ and //. What .. leaves depends on links, so it stays."""
-    return str(PurePosixPath(name)) if "./" in name or "//" in name else name
-
-
-def _rows(path: Path) -> list[list[str]]:
-    """The lines of a list, in cells, without a first line of titles."""
-    rows, number, line = [], 0, ""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            delimiter = "\t" if "\t" in file.readline() else ","
-            file.seek(0)
-            for line in file:
-                number += 1
-                # Each line by itself: a quotation mark without its other would make one cell of all lines behind it.
-                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
-                rows += [[cell.strip() for cell in cells]] if any(cells) else []
-    except OSError as error:
-        raise InputError(f"--data-list {path}: cannot read it: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--data-list {path}: not a text file of `path,label` lines: {printable(error)}") from None
-    except csv.Error as error:
-        raise InputError(
-            f"--data-list {path}: line {number} is not `path,label` ({error}); look at its quotation marks: "
-            f"'{printable(line.strip())}'"
-        ) from None
-    if rows and rows[0][0].lower() in ("path", "file", "filename", "image"):
-        rows = rows[1:]
-    if not rows:
-        raise InputError(f"--data-list {path}: lists no images; write a line `path,label` for each")
-    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""What is measured of features, without a label, and how far an accuracy may be off."""
+"""What is measured of features without a label, of scores for labels, of numbers; and how far chance reaches."""
 
+import math
+from collections.abc import Callable
 from statistics import NormalDist
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,3 +57,256 @@ def effective_rank(features: Tensor) -> float:
 
 def _on_sphere(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several labels an image. `positive` is 1 where an image has the label and 0 where not; each function takes one label.
+# `weights`, (N,) or (draws, N), say how often each image counts: a row for each draw of a bootstrap.
+
+
+def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean precision over the positives, ranked by scores (N,): scikit-learn's `average_precision_score`.
+
+    Images of equal scores are ranked together. NaN without a positive.
+    """
+    order, ends = _ranked(scores, descending=True)
+    counts = _counts(weights, positive)[..., order]
+    hits = (counts * positive[order]).cumsum(-1)[..., ends]
+    answers = counts.cumsum(-1)[..., ends]
+    found = hits.diff(dim=-1, prepend=torch.zeros_like(hits[..., :1]))
+    return (found * hits / answers.clamp_min(1)).sum(-1) / hits[..., -1]
+
+
+def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How often a positive scores higher than a negative, ties counting half: the area under the ROC curve.
+
+    NaN where all images are alike.
+    """
+    order, ends = _ranked(scores)
+    counts = _counts(weights, positive)[..., order]
+    hits = (counts * positive[order]).cumsum(-1)[..., ends]
+    misses = counts.cumsum(-1)[..., ends] - hits
+    found, tied = (sums.diff(dim=-1, prepend=torch.zeros_like(sums[..., :1])) for sums in (hits, misses))
+    return (found * (misses - tied / 2)).sum(-1) / (hits[..., -1] * misses[..., -1])
+
+
+def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The harmonic mean of precision and recall of answers (N,), 0 or 1. 0 where nothing is found or was to be."""
+    counts = _counts(weights, positive)
+    answers = answers.double()
+    both = counts @ (answers + positive)
+    return 2 * (counts @ (answers * positive)) / both.clamp_min(1)
+
+
+def best_threshold(scores: Tensor, positive: Tensor) -> float:
+    """Above which score (N,), from 0 to 1, the answer is yes for the highest F1: halfway to the next lower score.
+
+    0.5 without a positive. Of equally good ones the highest.
+    """
+    if not positive.any():
+        return 0.5
+    order, ends = _ranked(scores, descending=True)
+    hits, ranked = positive[order].double().cumsum(0)[ends], scores[order][ends].double()
+    quality = 2 * hits / (ends + 1 + positive.sum())
+    below = torch.cat([ranked[1:], ranked.new_zeros(1)])
+    best = int(quality.argmax())
+    return ((ranked + below) / 2)[best].item()
+
+
+def _ranked(scores: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """The order of the scores, and the places in it where a run of equal ones ends."""
+    order = scores.argsort(descending=descending, stable=True)
+    ranked = scores[order]
+    last = torch.ones_like(ranked, dtype=torch.bool)
+    last[:-1] = ranked[1:] != ranked[:-1]
+    return order, last.nonzero().flatten()
+
+
+def _counts(weights: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones(len(like), dtype=torch.float64) if weights is None else weights.double()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers. Answers and truth are (N,); weights as above.
+
+
+def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    return _weighted_mean((answers.double() - truth).abs(), _counts(weights, truth))
+
+
+def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    return _weighted_mean((answers.double() - truth).square(), _counts(weights, truth)).sqrt()
+
+
+def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The share of the variance that the answers explain: 1 at best, 0 for the mean, below for worse answers.
+
+    NaN where the truth is one number.
+    """
+    counts, truth = _counts(weights, truth), truth.double()
+    left = _weighted_mean((answers.double() - truth).square(), counts)
+    variance = _weighted_mean(truth.square(), counts) - _weighted_mean(truth, counts).square()
+    scale = truth.square().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(variance > 1e-12 * scale, 1 - left / variance, torch.nan)
+
+
+def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
+    counts = _counts(weights, truth)
+    first, second = _mean_ranks(answers, counts), _mean_ranks(truth, counts)
+    first = first - _weighted_mean(first, counts)[..., None]
+    second = second - _weighted_mean(second, counts)[..., None]
+    products = (_weighted_mean(a * b, counts) for a, b in ((first, second), (first, first), (second, second)))
+    together, one, other = products
+    return together / (one * other).sqrt()
+
+
+def _mean_ranks(values: Tensor, counts: Tensor) -> Tensor:
+    """Each image's rank, where those of equal values share the mean of theirs: as `counts`."""
+    order, ends = _ranked(values)
+    until = counts[..., order].cumsum(-1)[..., ends]
+    of_run = until.diff(dim=-1, prepend=torch.zeros_like(until[..., :1]))
+    run = torch.searchsorted(ends, torch.arange(len(values)))
+    ranks = torch.empty(counts.shape, dtype=torch.float64)
+    ranks[..., order] = (until - of_run / 2)[..., run]
+    return ranks
+
+
+def _weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
+    return (values * counts).sum(-1) / counts.sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How far chance reaches
+
+DRAWS = 1_000
+NUMBERS_AT_ONCE = 2_000_000  # of a bootstrap's weights
+
+
+def bootstrap(
+    measure: Callable[[Tensor], Tensor], images: int, draws: int = DRAWS, seed: int = 0, labels: int = 1
+) -> Tensor:
+    """A measure's values for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
+
+    Args:
+        measure: takes weights (n, images), how often each image was drawn, and returns (n, ...).
+        labels: how many numbers the measure looks at for each image; it says how many draws are made at once.
+    """
+    random, parts = np.random.RandomState(seed), []
+    at_once = max(1, NUMBERS_AT_ONCE // (images * labels))
+    for start in range(0, draws, at_once):
+        drawn = random.multinomial(images, np.full(images, 1 / images), size=min(at_once, draws - start))
+        parts.append(measure(torch.from_numpy(drawn)))
+    return torch.cat(parts)
+
+
+def draws_for(numbers: int) -> int:
+    """How many draws of a bootstrap take no more than seconds to a minute, 200 to DRAWS, where each has so many."""
+    return min(DRAWS, max(200, 100_000_000 // max(1, numbers)))
+
+
+def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Between which values a bootstrap's middle draws (draws,) lie; NaN for none that are numbers."""
+    drawn = drawn[drawn.isfinite()].double()
+    if not len(drawn):
+        return math.nan, math.nan
+    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+GROUPS = 50  # of the jackknife
+
+
+def intervals(measure: Callable[[Tensor], Tensor], images: int, labels: int = 1) -> list[tuple[float, float]]:
+    """95% intervals of a measure's columns: a bootstrap's, moved by what the jackknife says of the bias.
+
+    A mean of average precisions over labels with few positives flatters: a positive counts among the right answers at
+    its own rank. By how much shows when groups of images are left out (Quenouille, Biometrika 43, 1956); the draws of a
+    bootstrap, which have images several times, flatter even more.
+
+    Args:
+        measure: takes weights (n, images) and returns (n, columns).
+        labels: as for `bootstrap`.
+    """
+    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels)
+    here = measure(torch.ones(1, images))[0]
+    groups = min(GROUPS, images)
+    group = torch.randperm(images, generator=torch.Generator().manual_seed(0)) % groups
+    without = torch.cat([measure((group != number)[None].double()) for number in range(groups)])
+    bias = (groups - 1) * (without.nanmean(0) - here)
+    shift = (drawn.nanmean(0) - here + bias).nan_to_num()
+    return [percentile_interval(column) for column in (drawn - shift).T]
+
+
+def paired_difference(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], images: int, labels: int = 1, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """How much better the second of two runs is over the same images: (difference, low, high, p).
+
+    Both are measured on the same draws of a bootstrap, so what makes a draw easy for both does not blur the difference.
+    The interval is of 95%; p is twice the share of draws in which the order is not that of the difference, at most 1,
+    and never less than one draw can tell.
+
+    Args:
+        first, second: measures as `bootstrap` takes them, that return (n,).
+    """
+
+    def difference(weights: Tensor) -> Tensor:
+        return second(weights) - first(weights)
+
+    measured = difference(torch.ones(1, images)).item()
+    drawn = bootstrap(difference, images, labels=labels, seed=seed)
+    drawn = drawn[drawn.isfinite()]
+    sides = min((drawn <= 0).sum().item(), (drawn >= 0).sum().item())
+    p = min(1.0, 2 * (sides + 1) / (len(drawn) + 1))
+    return measured, *percentile_interval(drawn), p
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """How likely two equally good runs differ as much as these, whose answers (N,) are right or wrong: p, two-sided.
+
+    Only images that one of the two gets right tell: each is as likely for either (Psychometrika 12, 1947; exact).
+    """
+    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+    number, fewer = wins + losses, min(wins, losses)
+    of_all = math.lgamma(number + 1) - number * math.log(2)
+    chances = (of_all - math.lgamma(k + 1) - math.lgamma(number - k + 1) for k in range(fewer + 1))
+    return min(1.0, 2 * sum(map(math.exp, chances)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+BINS = 15
+
+
+def calibration(confidences: Tensor, right: Tensor, bins: int = BINS) -> Tensor:
+    """By bins of equal width of confidences (N,), 0 to 1: mean confidence, share that is right, images; (bins, 3).
+
+    Empty bins have zeros. (Guo et al., arXiv 1706.04599, section 2.)
+    """
+    place = (confidences.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], ...
+    sums = torch.zeros(bins, 3, dtype=torch.float64)
+    sums.index_add_(0, place, torch.stack([confidences.double(), right.double(), torch.ones(len(right))], 1).double())
+    sums[:, :2] /= sums[:, 2:].clamp_min(1)
+    return sums
+
+
+def calibration_error(confidences: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error: the mean distance of confidence and share right, over the images; 0 to 1."""
+    confidence, share, images = calibration(confidences, right, bins).T
+    return ((confidence - share).abs() * images / images.sum()).sum().item()
+
+
+def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
+    """What logits are to be divided by for the smallest loss, from 1/20 to 20 (arXiv 1706.04599, section 4.2).
+
+    Args:
+        logits: of images that did not train what gives them.
+        loss: of logits, such as the cross-entropy with their labels.
+    """
+    from scipy.optimize import minimize_scalar
+
+    bounds = (math.log(1 / 20), math.log(20))
+    found = minimize_scalar(lambda log: loss(logits / math.exp(log)).item(), bounds=bounds, method="bounded")
+    return math.exp(found.x)

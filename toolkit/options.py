@@ -35,7 +35,9 @@ from toolkit.config import (
 from toolkit.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from toolkit.families import FAMILIES, take_known_values
 from toolkit.files import found_path, read_checkpoint
-from toolkit.training import BEST_BY, PRECISIONS, SCHEDULES
+from toolkit.lists import UNKNOWN
+from toolkit.tasks import TASKS
+from toolkit.training import PRECISIONS, SCHEDULES
 from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,6 +118,15 @@ def _add_band_options(group: argparse._ArgumentGroup) -> None:
 
 def add_training_data_options(group: argparse._ArgumentGroup) -> None:
     """What fine-tuning adds to the group `data`."""
+    group.add_argument(
+        "--task",
+        choices=tuple(TASKS),
+        default="classification",
+        help="one class an image; multilabel: several labels; regression: numbers; the last two in --data-list",
+    )
+    group.add_argument(
+        "--unknown", choices=UNKNOWN, default="ignore", help="what an unknown label counts as, with --task multilabel"
+    )
     group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     group.add_argument(
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
@@ -219,7 +230,8 @@ FREE_TO_CHANGE = (
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `toolkit.data.load_splits` that say where a user's own images are, and what is read."""
-    return {name: getattr(args, name) for name in ("val_dir", "data_list", "skip_unreadable")} | {"bands": read}
+    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown")  # pretraining has not all of them
+    return {name: value for name, value in vars(args).items() if name in names} | {"bands": read}
 
 
 def bands_read(args: argparse.Namespace) -> bands.Bands | None:
@@ -344,7 +356,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default="auto",
         help="share of what training changes to keep; auto: more, the more images per class",
     )
-    tune.add_argument("--keep-best", choices=BEST_BY, help="lora.pth is the best epoch by this, not the last")
+    best_by = dict.fromkeys(by for task in TASKS.values() for by in task.best_by)
+    tune.add_argument("--keep-best", choices=best_by, help="lora.pth is the best epoch by this, not the last")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
@@ -436,6 +449,28 @@ def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str
     return problems
 
 
+def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+    """What does not go together with --task, a line each."""
+    task, problems = TASKS[args.task], []
+    if args.keep_best is not None and args.keep_best not in task.best_by:
+        problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
+    if "unknown" in typed and args.task != "multilabel":
+        problems.append(f"--unknown with --task {args.task}: only labels of --task multilabel may be unknown; drop it")
+    if args.task == "classification":
+        return problems
+    if not args.data_list:
+        form = '`path,"a,b"` lines, or a column for each label' if args.task == "multilabel" else "`path,3.5` lines"
+        problems.append(f"--task {args.task} needs --data-list with {form}: folders say one class for each image")
+    one_class = {
+        "--labels-per-class": args.labels_per_class is not None,
+        "--cutmix": args.cutmix > 0,
+        "--label-smoothing": args.label_smoothing > 0,
+        "--class-weights balanced": args.class_weights == "balanced" and args.task == "regression",
+    }
+    wrong = [name for name, given in one_class.items() if given]
+    return problems + [f"{name} with --task {args.task}: it is for images of one class; drop it" for name in wrong]
+
+
 def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
     """What is wrong with the options of fine-tuning together, a line each. `typed` is what `typed_options` says."""
     rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
@@ -449,6 +484,7 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
     problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)
+    problems += [] if args.eval_only else _task_problems(args, typed)
     if args.train_norms and args.adapt_last and args.use_qlora:
         problems.append(
             "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "

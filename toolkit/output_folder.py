@@ -28,7 +28,8 @@ except ImportError:  # Windows
 LOCK = ".running"  # in the folder for as long as a run writes there
 FINE_TUNING_FILES = (
     *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
-    *("learning_rates.csv", "learning_rates.png", "training_curves.png", "confusion_matrix.png", "mistakes.png"),
+    *("learning_rates.csv", "learning_rates.png", "training_curves.png", "mistakes.png", "results_answers.csv"),
+    *("confusion_matrix.png", "precision_recall.png", "scatter.png"),
 )
 # Both scripts write files of these names: the keys and columns that one alone of the two has there.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")

@@ -4,8 +4,8 @@ Probing first and fine-tuning then keeps what the backbone knows; a random head'
 has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
-import argparse
 import warnings
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.backbones import head_name
-from toolkit.training import knn_accuracy
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak
 FOLDS = 3
@@ -37,53 +36,33 @@ class HeadTemperature(NamedTuple):
         return max(self.least, self.per_rate * rate)
 
 
-def start_head(
-    model: nn.Module, features: list[tuple[Tensor, Tensor]], args: argparse.Namespace
-) -> tuple[dict[str, float | None], HeadTemperature]:
-    """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
-
-    Args:
-        features: of training images, of evaluation images and, for a probe, of augmented training images, with their
-            labels: (N, D) and (N,) each.
-
-    Returns:
-        `knn_accuracy` and `probe_accuracy` (0 to 1; None without a probe), and what to divide the head's logits by.
-    """
-    bank, queries, *augmented = features
-    baseline = {"knn_accuracy": knn_accuracy(*bank, *queries), "probe_accuracy": None}
-    if args.head_init != "probe":
-        return baseline, HeadTemperature()
-    both = [torch.cat(views) for views in zip(bank, *augmented, strict=True)]
-    init_head_from_probe(model, *both, views=2, class_weights=args.class_weights)
-    baseline["probe_accuracy"] = head_accuracy(model, *queries)
-    # A head that trains alone cannot harm the features.
-    features_train = args.lora_rank > 0 or args.train_norms or not args.freeze_backbone
-    return baseline, choose_temperature(model, *augmented[0], features_train, args.label_smoothing)
-
-
 def init_head_from_probe(
     model: nn.Module, features: Tensor, labels: Tensor, views: int = 1, class_weights: str = "none"
 ) -> None:
-    """Set the head of `model` to the linear probe of its features.
+    """Set the head of `model`, a linear layer from D features to K classes, to the linear probe of its features.
 
-    Args:
-        model: its head is a linear layer from D features to K classes.
-        features: (views * N, D), as `toolkit.training.extract_features` returns them: the same N images once for each
-            view, such as once as they are and once augmented.
-        labels: (views * N,), from 0 to K - 1.
-        class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
+    The arguments are those of `fit_linear_probe`.
     """
+    classes = _linear_head(model).out_features
+    set_head(model, *fit_linear_probe(features, labels, classes, views, class_weights)[:2])
+
+
+@torch.no_grad()
+def set_head(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Set the head of `model`, a linear layer, to a probe's weight (K, D) and bias (K,)."""
     head = _linear_head(model)
-    weight, bias, _ = fit_linear_probe(features, labels, head.out_features, views, class_weights)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
     distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
 
 
 @torch.no_grad()
 def choose_temperature(
-    model: nn.Module, features: Tensor, labels: Tensor, features_train: bool, label_smoothing: float = 0.0
+    model: nn.Module,
+    features: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    features_train: bool,
+    towards: Tensor | float = 0.0,
 ) -> HeadTemperature:
     """The temperature for the head of `model`, which is the probe:
     - `least` has the smallest loss (Guo et al., arXiv 1706.04599), so that training does not begin by taking back the
@@ -93,20 +72,27 @@ def choose_temperature(
       more that does to the loss. It is 0 if the features do not train.
 
     Args:
-        features, labels: (N, D) and (N,), of training images with their augmentation.
+        features: (N, D), of training images with their augmentation.
+        loss: of logits (N, K) for them.
+        features_train: whether they will change.
+        towards: as `soften_head` takes it.
     """
-    logits = _linear_head(model)(features)
-    losses = [F.cross_entropy(logits / t, labels, label_smoothing=label_smoothing).item() for t in TEMPERATURES]
+    logits = _linear_head(model)(features) - towards
+    losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
     per_rate = DRIFT_STEPS * logits.std().item() / LOGIT_DRIFT if features_train else 0.0
     return HeadTemperature(TEMPERATURES[losses.index(min(losses))], per_rate)
 
 
 @torch.no_grad()
-def soften_head(model: nn.Module, temperature: float) -> None:
-    """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls."""
+def soften_head(model: nn.Module, temperature: float, towards: Tensor | float = 0.0) -> None:
+    """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls.
+
+    Args:
+        towards: the logits (K,) that are left at an infinite temperature, if not 0: those of a constant answer.
+    """
     head = _linear_head(model)
-    for parameter in (head.weight, head.bias):
-        parameter.div_(temperature)
+    head.weight.div_(temperature)
+    head.bias.sub_(towards).div_(temperature).add_(towards)
     distributed.broadcast([head.weight, head.bias])
 
 
@@ -116,15 +102,26 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 
 
 @torch.no_grad()
+def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
+    """What the head of `model` makes of features (N, D): (N, K)."""
+    return model.get_submodule(head_name(model))(features)
+
+
 def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
     """The accuracy (0 to 1) of the head of `model` on features (N, D) with labels (N,)."""
-    return (model.get_submodule(head_name(model))(features).argmax(1) == labels).float().mean().item()
+    return (head_outputs(model, features).argmax(1) == labels).float().mean().item()
 
 
 def fit_linear_probe(
     features: Tensor, labels: Tensor, num_classes: int, views: int = 1, class_weights: str = "none"
 ) -> tuple[Tensor, Tensor, float]:
     """A multinomial logistic regression on standardised features, as weight (K, D), bias (K,) and its C.
+
+    Args:
+        features: (views * N, D), as `toolkit.training.extract_features` returns them: the same N images once for each
+            view, such as once as they are and once augmented.
+        labels: (views * N,), from 0 to K - 1.
+        class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
 
     C has the smallest cross-validated log loss, for which all views of an image are held out together; larger ones than
     the first that is worse are not tried. A class with a single image leaves nothing to validate on: C is then 1. A
@@ -170,3 +167,127 @@ def _regression(strength: float, class_weight: str | None):
     from sklearn.preprocessing import StandardScaler
 
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, class_weight=class_weight, max_iter=200))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several labels an image, and numbers: targets are (views * N, K), NaN where nothing is known
+
+
+def fit_one_vs_rest(
+    features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """A logistic regression for each of K labels on standardised features: weight (K, D), bias (K,) and their C.
+
+    All are fitted together, in the time that one softmax takes, and share the C with the smallest loss in
+    cross-validation, as `fit_linear_probe` chooses its own. An unknown label leaves its image out of that label's fit.
+
+    Args:
+        features: (views * N, D), as for `fit_linear_probe`.
+        targets: 0 or 1.
+        weights: (2, K): how much a negative and a positive of each label count; None: 1.
+    """
+    X, mean, scale = _standardised(features)
+    Y = targets.detach().cpu().double()
+    weight_of = torch.ones(2, Y.shape[1]) if weights is None else weights.cpu()
+    counts = torch.where(Y > 0.5, weight_of[1], weight_of[0]).double().masked_fill(Y.isnan(), 0)
+    Y = Y.nan_to_num()
+    parts = list(_parts(len(Y) // views, views))
+    starts, smallest, best = [None] * len(parts), np.inf, 1.0
+    for strength in STRENGTHS if parts else ():
+        loss = 0.0
+        for i, (rest, part) in enumerate(parts):
+            starts[i] = _logistic(X[rest], Y[rest], counts[rest], strength, starts[i])
+            loss += _logistic_loss(X[part], Y[part], counts[part], starts[i]).item()
+        if loss >= smallest:
+            break
+        smallest, best = loss, float(strength)
+    fitted = _logistic(X, Y, counts, best)
+    return *_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), best
+
+
+RIDGES = 10.0 ** np.arange(-2, 7)
+
+
+def fit_ridge(features: Tensor, targets: Tensor, views: int = 1) -> tuple[Tensor, Tensor, float]:
+    """A ridge regression of K numbers on standardised features: weight (K, D), bias (K,) and its penalty.
+
+    The penalty has the smallest squared error in cross-validation, of all numbers together, which should be of about
+    the same spread. An unknown number leaves its image out of that number's fit.
+    """
+    X, mean, scale = _standardised(features)
+    X, Y = X.double(), targets.detach().cpu().double()
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for rest, part in _parts(len(Y) // views, views):
+        for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
+            errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
+    best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
+    [(weight, bias)] = _ridges(X, Y, [best])
+    return *_unstandardised(weight, bias, mean, scale), best
+
+
+def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    X = features.detach().cpu().float()
+    mean, scale = X.mean(0), X.std(0, correction=0)
+    scale[scale <= 1e-6 * mean.abs()] = 1.0  # all the same, but for rounding
+    scale[scale == 0] = 1.0
+    return (X - mean) / scale, mean, scale
+
+
+def _unstandardised(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight.double() / scale
+    return weight.float(), (bias - weight @ mean.double()).float()
+
+
+def _parts(count: int, views: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (rest, part) for each part of a cross-validation, which has all views of its images; none for one image."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    fold = (order % min(FOLDS, count)).repeat(views)
+    for number in range(FOLDS if count >= FOLDS else count if count > 1 else 0):
+        yield (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
+
+
+def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tensor | None = None) -> Tensor:
+    """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss."""
+    from scipy.optimize import minimize
+
+    shape = Y.shape[1], X.shape[1] + 1
+    penalty = 1 / (strength * len(X))
+
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.from_numpy(flat).view(shape)
+        logits = (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+        errors = counts * (logits.sigmoid() - Y) / len(X)
+        gradient = torch.cat([(errors.float().T @ X).double() + penalty * weights[:, :-1], errors.sum(0)[:, None]], 1)
+        value = (counts * (F.softplus(logits) - Y * logits)).sum() / len(X)
+        value += penalty / 2 * weights[:, :-1].square().sum()
+        return value.item(), gradient.numpy().ravel()
+
+    start = np.zeros(shape) if start is None else start.numpy()
+    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200, "gtol": 1e-4})
+    return torch.from_numpy(found.x).view(shape)
+
+
+def _logistic_loss(X: Tensor, Y: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+    logits = (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+    return (counts * (F.softplus(logits) - Y * logits)).sum()
+
+
+def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
+    """Weight (K, D) and bias (K,) for each penalty. Numbers that are known of the same images are fitted together."""
+    found = [(X.new_zeros(Y.shape[1], X.shape[1]), X.new_zeros(Y.shape[1])) for _ in penalties]
+    patterns, which = (~Y.isnan()).T.unique(dim=0, return_inverse=True)
+    for number, known in enumerate(patterns):
+        if not known.any():
+            continue
+        columns = (which == number).nonzero().flatten()
+        rows, truth = X[known], Y[known][:, columns]
+        centre, mean = rows.mean(0), truth.mean(0)
+        rows, truth = rows - centre, truth - mean
+        wide = rows.shape[1] > rows.shape[0]
+        values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+        turned = vectors.T @ (truth if wide else rows.T @ truth)
+        for (weight, bias), penalty in zip(found, penalties, strict=True):
+            solved = vectors @ (turned / (values.clamp_min(0) + penalty)[:, None])
+            weight[columns] = (rows.T @ solved if wide else solved).T
+            bias[columns] = mean - weight[columns] @ centre
+    return found

@@ -29,9 +29,9 @@ CONFUSIONS = 15  # rows in the table of what is taken for what
 
 def write_page(
     path: Path,
+    title: str,
     rows: Sequence[tuple[str, str]],
-    result: Evaluation,
-    class_names: Sequence[str],
+    sections: Sequence[str],
     adapter: Path,
     mistakes: Path,
     curves: Path | None = None,
@@ -41,11 +41,10 @@ def write_page(
 
     Args:
         rows: the table that is printed, (name, value) each.
-        result: the answers for the evaluation images.
+        sections: what the page shows of the answers, in HTML.
         adapter: the file that gave them.
         mistakes, curves: pictures.
     """
-    counts = confusion_counts(result, len(class_names))
     adapter = shlex.quote(str(adapter))
     commands = [
         f"python deploy_lora.py evaluate {adapter}",
@@ -54,20 +53,13 @@ def write_page(
         f"python deploy_lora.py export {adapter} --output model.onnx",
     ]
     settings = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    title = f"{result.accuracy:.2%} of {len(result.labels)} images right"
     parts = [
         f"<h1>{title}</h1>",
-        _table(rows),
-        *(["<h2>By epoch</h2>", _picture(curves, "losses and accuracy by epoch")] if curves else []),
-        "<h2>What is taken for what</h2>",
-        "<p>A row is a true class, a column an answer; the mouse over a field tells both and the number of images. "
-        "Right answers are blue, wrong ones orange, the darker the larger their share of the row.</p>",
-        f'<div class="wide">{confusion_svg(counts, class_names)}</div>',
-        _table(_confusions(counts, class_names), ("true class", "taken for", "images", "of the class")),
-        "<h2>By class</h2>",
-        _table(by_class(counts, class_names), ("class", "images", "right", "share")),
+        html_table(rows),
+        *(["<h2>By epoch</h2>", html_picture(curves, "losses and accuracy by epoch")] if curves else []),
+        *sections,
         "<h2>Mistakes</h2>",
-        _picture(mistakes, "the most confident wrong answers, and the least certain right ones"),
+        html_picture(mistakes, "the most confident wrong answers, and the least certain right ones"),
         "<h2>To go on</h2>",
         f"<pre>{html.escape(chr(10).join(commands))}</pre>",
         f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>" if config else "",
@@ -77,6 +69,20 @@ def write_page(
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
     # A folder's name may have bytes that are no character.
     write_text(page.encode("utf-8", "replace").decode(), path)
+
+
+def class_sections(result: Evaluation, class_names: Sequence[str]) -> list[str]:
+    """What is taken for what, and the classes."""
+    counts = confusion_counts(result, len(class_names))
+    return [
+        "<h2>What is taken for what</h2>",
+        "<p>A row is a true class, a column an answer; the mouse over a field tells both and the number of images. "
+        "Right answers are blue, wrong ones orange, the darker the larger their share of the row.</p>",
+        f'<div class="wide">{confusion_svg(counts, class_names)}</div>',
+        html_table(_confusions(counts, class_names), ("true class", "taken for", "images", "of the class")),
+        "<h2>By class</h2>",
+        html_table(by_class(counts, class_names), ("class", "images", "right", "share")),
+    ]
 
 
 def confusion_counts(result: Evaluation, classes: int) -> Tensor:
@@ -140,7 +146,7 @@ def by_class(counts: Tensor, class_names: Sequence[str]) -> list[tuple]:
     return [(class_names[i], totals[i], hits[i], f"{shares[i]:.1%}" if totals[i] else "no images") for i in order]
 
 
-def _table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
+def html_table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
     """An HTML table. Under titles, columns of numbers stand to the right."""
 
     def cells(kind: str, values: Sequence[Any]) -> str:
@@ -155,6 +161,11 @@ def _table(rows: Iterable[Sequence[Any]], titles: Sequence[str] = ()) -> str:
     )
 
 
-def _picture(path: Path, described: str) -> str:
+def drawn(text: str) -> str:
+    """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def html_picture(path: Path, described: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{described}" src="data:image/png;base64,{data}">'

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from toolkit import InputError, data, distributed, reports, run_state
 from toolkit.collapse import EpochCollapsed
 from toolkit.files import read_checkpoint, save_atomically, write_csv
+from toolkit.tasks import Task
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
@@ -23,7 +24,7 @@ SEARCH_IMAGES = 2_000  # at most so many train, and as many validate
 class Trainable(Protocol):
     """A run of the search."""
 
-    history: list[dict[str, float]]  # each row with `val_accuracy` and `val_loss`
+    history: list[dict[str, float]]  # each row with the task's score, as `val_accuracy`, and `val_loss`
 
     def train_epoch(self) -> None:
         """Train and evaluate an epoch. Raises EpochCollapsed if the training collapses."""
@@ -33,21 +34,21 @@ class Trial(NamedTuple):
     """A short run and how it ended."""
 
     learning_rate: float
-    val_accuracy: float  # 0 to 1
+    val_score: float  # the task's, such as the accuracy
     val_loss: float
 
 
 def find_learning_rate(
     trial: Callable[[float], tuple[float, float]],
-    images: int,
+    variance: Callable[[float], float],
     known: Iterable[Trial] = (),
     tried: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> tuple[float, list[Trial]]:
     """The rate that `choose` takes, and every trial that was made.
 
     Args:
-        trial: trains at a rate and returns validation accuracy and loss.
-        images: on how many the accuracy is measured.
+        trial: trains at a rate and returns validation score and loss.
+        variance: of a score, the square of its standard error.
         known: trials of an interrupted search, which are not repeated.
         tried: called after each trial with all so far.
     """
@@ -55,18 +56,18 @@ def find_learning_rate(
     for rate in RATES[len(trials) :]:
         trials.append(Trial(rate, *trial(rate)))
         tried(trials)
-    return choose(trials, images), trials
+    return choose(trials, variance), trials
 
 
-def choose(trials: Sequence[Trial], images: int) -> float:
-    """Return the rate nearest to the default among those within one standard error of the best accuracy.
+def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
+    """Return the rate nearest to the default among those within one standard error of the best score.
 
     A few hundred images tell rates apart that differ by some points, not the best from the second best. (The rule of
     one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
     """
-    best = max(trial.val_accuracy for trial in trials)
-    error = math.sqrt(best * (1 - best) / images)
-    alike = [trial.learning_rate for trial in trials if trial.val_accuracy >= best - error]
+    best = max(trial.val_score for trial in trials)
+    error = math.sqrt(variance(best))
+    alike = [trial.learning_rate for trial in trials if trial.val_score >= best - error]
     return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
 
 
@@ -78,6 +79,7 @@ def parts_of(splits: data.Splits) -> data.Splits:
 
 def choose_learning_rate(
     make_run: Callable[[float, int], Trainable],
+    task: Task,
     epochs: int,
     images: int,
     begin: Callable[[], None],
@@ -90,6 +92,7 @@ def choose_learning_rate(
 
     Args:
         make_run: makes a run at a rate for a number of epochs.
+        task: what judges the runs.
         epochs: of the run that the rate is for.
         images: on how many the trials are judged.
         begin: makes the folder ready; called when there is something to save.
@@ -121,21 +124,24 @@ def choose_learning_rate(
         except EpochCollapsed:
             return 0.0, math.inf
         last = run.history[-1]
-        return last["val_accuracy"], last["val_loss"]
+        return last[f"val_{task.score}"], last["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
-        print("  learning rate {:.0e}: accuracy {:.2%}, loss {:.4f}".format(*trials[-1]))
+        rate, score, loss = trials[-1]
+        print(f"  learning rate {rate:.0e}: {task.score_title} {task.told(score)}, loss {loss:.4f}")
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
-            write_csv([trial._asdict() for trial in trials], Trial._fields, folder / "learning_rates.csv")
+            columns = ("learning_rate", f"val_{task.score}", "val_loss")
+            rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
+            write_csv(rows, columns, folder / "learning_rates.csv")
 
     told = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
     print(f"searching for a learning rate: {told}")
-    rate, trials = find_learning_rate(trial, images, known, tried)
+    rate, trials = find_learning_rate(trial, lambda score: task.variance(score, images), known, tried)
     begin()
     if distributed.is_main():
-        rates, accuracies, _ = zip(*trials, strict=True)
-        reports.plot_learning_rates(rates, accuracies, folder / "learning_rates.png")
+        rates, scores, _ = zip(*trials, strict=True)
+        reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
     return rate, None

@@ -238,14 +238,12 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     return 1 / torch.tensor(shares)
 
 
-def class_weights(
-    args: argparse.Namespace, images: Mapping[int, int], num_classes: int, device: torch.device
-) -> Tensor | None:
-    """What --class-weights makes of the number of images of each class: `balanced_weights`, or None."""
-    return balanced_weights(images, num_classes).to(device) if args.class_weights == "balanced" else None
-
-
 NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
+
+
+def no_labels(like: Tensor) -> Tensor:
+    """Labels, or targets, of images that only stand in for missing ones: no loss counts them."""
+    return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
 
 
 class BatchMixing:
@@ -293,7 +291,7 @@ def micro_batches(
     sampler, size = loader.batch_sampler, accumulation_steps
     sampler.epoch, sampler.start = epoch - 1, start * size
     shares = (
-        (images, labels if sampler.has_share(number) else torch.full_like(labels, NO_LABEL))
+        (images, labels if sampler.has_share(number) else no_labels(labels))
         for number, (images, labels) in enumerate(meter.watched(loader), start * size)
     )
     for first in range(start * size, len(sampler), size):
@@ -308,9 +306,6 @@ BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1"
 @dataclass
 class Progress:
     """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
-
-    METRICS = ("epoch", "train_loss", "val_loss", *BEST_BY.values(), "learning_rate")
-    METRICS += ("head_learning_rate", "adapter_learning_rate", "seconds")
 
     learning_rate: float  # of its first step
     steps: int = 0
@@ -341,23 +336,30 @@ class Progress:
 
     def shown(self) -> dict[str, str]:
         """For a progress bar."""
-        return {"loss": f"{self.loss:.3f}", "accuracy": f"{self.correct / self.images:.1%}"}
+        loss = {"loss": f"{self.loss:.3f}"}
+        return loss | {"accuracy": f"{self.correct / self.images:.1%}"} if self.correct else loss
 
     def row(self, epoch: int, result: "Evaluation", own_rates: Sequence[float | None]) -> dict[str, float | None]:
         """The finished epoch in `metrics.csv`; `own_rates` are the head's and the adapters'."""
-        measured = result.loss, result.accuracy, result.balanced_accuracy, result.macro_f1
-        values = (epoch, self.loss, *measured, self.learning_rate, *own_rates, self.seconds)
-        return dict(zip(self.METRICS, values, strict=True))
+        values = (epoch, self.loss, result.loss, *result.measured().values())
+        values += (self.learning_rate, *own_rates, self.seconds)
+        return dict(zip(metrics_columns(result.measured()), values, strict=True))
 
 
-def best_epoch(history: Sequence[dict[str, float]], by: str) -> dict[str, float]:
-    """The row with the highest value of what `by` names in BEST_BY; of equal ones that with the lowest loss."""
-    return max(history, key=lambda row: (row[BEST_BY[by]], -row["val_loss"]))
+def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
+    """The columns of `metrics.csv`, where these are measured on the evaluation images."""
+    rates = ("learning_rate", "head_learning_rate", "adapter_learning_rate")
+    return ("epoch", "train_loss", "val_loss", *(f"val_{name}" for name in measured), *rates, "seconds")
 
 
-def last_is_best(history: Sequence[dict[str, float]], by: str | None) -> bool:
+def best_epoch(history: Sequence[dict[str, float]], column: str) -> dict[str, float]:
+    """The row with the highest value in a column; of equal ones that with the lowest loss."""
+    return max(history, key=lambda row: (row[column], -row["val_loss"]))
+
+
+def last_is_best(history: Sequence[dict[str, float]], column: str | None) -> bool:
     """Is the last epoch, or the start before any, the one that --keep-best keeps? Without it the last one always is."""
-    return by is None or not history or best_epoch(history, by) is history[-1]
+    return column is None or not history or best_epoch(history, column) is history[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -601,19 +603,28 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
 
 
 @torch.no_grad()
-def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> float:
+def worst_batch_loss(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    dtype: torch.dtype,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> float:
     """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
 
     Statistics of few images are so noisy that losses differ several times over although no weight has changed.
+
+    Args:
+        loss: of outputs and targets, summed over images.
     """
     losses = []
     model.train()
     for images, labels in loader:
         with autocast(device, dtype):
-            logits = model(to_device(images, device))
-        loss = F.cross_entropy(logits.float(), to_device(labels, device), reduction="sum").item()
-        loss, number = distributed.all_sum(loss, len(images))
-        losses.append(loss / number)
+            outputs = model(to_device(images, device))
+        total = loss(outputs.float(), to_device(labels, device)).item()
+        total, number = distributed.all_sum(total, len(images))
+        losses.append(total / number)
     return max(losses)
 
 
@@ -670,6 +681,23 @@ def knn_accuracy(
     return correct / len(labels)
 
 
+@torch.no_grad()
+def all_outputs(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """What a model answers over a loader, in eval mode, float32 (N, K), and the targets, both on the CPU.
+
+    With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
+    """
+    outputs, targets = [], []
+    with eval_mode(model):
+        for images, wanted in loader:
+            with autocast(device, dtype):
+                outputs.append(model(to_device(images, device)).float())
+            targets.append(to_device(wanted, device))
+    return tuple(distributed.interleave(torch.cat(parts)).cpu() for parts in (outputs, targets))
+
+
 class Evaluation(NamedTuple):
     """The result of `evaluate`."""
 
@@ -678,6 +706,18 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
+
+    @property
+    def score(self) -> float:
+        return self.accuracy
+
+    @property
+    def targets(self) -> Tensor:
+        return self.labels
+
+    def measured(self) -> dict[str, float]:
+        figures = self.accuracy, self.balanced_accuracy, self.macro_f1
+        return dict(zip(("accuracy", "balanced_accuracy", "macro_f1"), figures, strict=True))
 
     @property
     def balanced_accuracy(self) -> float:

@@ -1,0 +1,187 @@
+"""Runs of several labels an image and of numbers, through every door: files, commands, resumption, other formats."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import load_finetuned
+from lora_utils import read_adapter_file
+from toolkit import comparison, training
+from toolkit.files import read_checkpoint
+
+KINDS = ("multilabel", "regression")
+SCORES = {"multilabel": "macro_ap", "regression": "r2"}
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    """Images whose upper and left halves are bright, or not, some answers unknown; and how bright the halves are."""
+    folder, random = tmp_path_factory.mktemp("labelled"), np.random.RandomState(0)
+    for part, count in (("train", 24), ("val", 16)):
+        rows = {"multilabel": [["path", "up", "left"]], "regression": [["path", "upper light", "left light"]]}
+        for i in range(count):
+            light = random.randint(0, 120, 2)
+            pixels = random.randint(0, 60, (16, 16, 3))
+            pixels[:8] += light[0]
+            pixels[:, :8] += light[1]
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{part}{i}.png")
+            answers = [str(int(value > 60)) for value in light]
+            if part == "train" and i % 8 == 0:
+                answers[0] = "-1"
+            rows["multilabel"].append([f"{part}{i}.png", *answers])
+            rows["regression"].append([f"{part}{i}.png", *map(str, light)])
+        for kind, lines in rows.items():
+            (folder / f"{kind}_{part}.csv").write_text("\n".join(map(",".join, lines)) + "\n")
+    return folder
+
+
+def train(base, lists, kind: str, options: str, folder):
+    """Train on one of the pairs of lists; returns the results and the folder."""
+    data = f"--task {kind} --data-list {lists}/{kind}_train.csv {lists}/{kind}_val.csv"
+    argv = f"--checkpoint {base} {data} --output-dir {folder} --device cpu --augmentation none"
+    argv += f" --batch-size 8 --epochs 2 --learning-rate 1e-4 --workers 0 {options}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "STEPS_TO_TRAIN", 1)  # at the rate that is given
+        return finetune_lora.main(argv.split()), folder
+
+
+@pytest.fixture
+def run(base, lists, tmp_path):
+    return lambda kind, options="", output="out": train(base, lists, kind, options, tmp_path / output)
+
+
+@pytest.fixture(scope="module")
+def trained(base, lists, tmp_path_factory):
+    """Results and folder of a run by its kind."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {kind: train(base, lists, kind, "", folder / kind) for kind in KINDS}
+
+
+def rows_of(path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
+    results, folder = trained[kind]
+    score = SCORES[kind]
+    low, high = results[f"val_{score}_interval"]
+    assert results["task"] == kind and low <= high and json.loads((folder / "results.json").read_text()) == results
+    assert results[f"val_{score}"] > results[f"probe_{score}_before"] - 0.3
+    assert f"val_{score}" in rows_of(folder / "metrics.csv")[1]
+    picture = "precision_recall.png" if kind == "multilabel" else "scatter.png"
+    assert {picture, "mistakes.png", "report.html", "training_curves.png"} <= {path.name for path in folder.iterdir()}
+    content = read_adapter_file(folder / "lora.pth")
+    assert content["format_version"] == 2 and content["metadata"]["task"]["kind"] == kind
+
+    evaluated = deploy_lora.main(["evaluate", str(folder / "lora.pth"), "--output", str(tmp_path / "again.json")])
+    assert evaluated[score] == pytest.approx(results[f"val_{score}"], abs=1e-4)
+    listed = deploy_lora.main(["evaluate", str(folder / "lora.pth"), str(lists / f"{kind}_val.csv")])
+    assert listed[score] == evaluated[score]
+    assert f"{kind}_val.csv" in capsys.readouterr().out
+    same = comparison.compare(folder / "results.json", tmp_path / "again.json")
+    assert all(of.first == pytest.approx(of.second, abs=1e-4) for of in same)
+    only = finetune_lora.main(["--eval-only", str(folder / "lora.pth"), "--config", str(folder / "config.yaml")])
+    assert only[f"val_{score}"] == pytest.approx(evaluated[score], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path):
+    results, folder = trained[kind]
+    table = deploy_lora.main(["predict", str(folder / "lora.pth"), str(lists), "--output", str(tmp_path / "p.csv")])
+    by_name = {row["path"].rpartition("/")[2]: row for row in table}
+    answers = rows_of(comparison.answers_path(folder / "results.json"))
+    for row in answers:
+        said = by_name[row["image"]]
+        if kind == "regression":
+            assert float(said["upper light"]) == pytest.approx(float(row["upper light answer"]), rel=1e-3)
+            continue
+        shares = {name: float(row[f"{name} probability"]) for name in ("up", "left")}
+        assert float(said["up probability"]) == pytest.approx(shares["up"], abs=1e-3)
+        thresholds = {name: label["threshold"] for name, label in results["labels"].items()}
+        assert said["labels"].split(",") == [name for name in ("up", "left") if shares[name] > thresholds[name]] or [""]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    _, folder = trained[kind]
+    about = deploy_lora.main(["export", str(folder / "lora.pth"), "--output", str(tmp_path / "model.onnx")])
+    assert json.loads(about["task"])["kind"] == kind and len(json.loads(about["class_names"])) == 2
+    model, info = load_finetuned(folder / "lora.pth")
+    image = info["transform"](Image.open(lists / "val0.png"))[None]
+    with torch.no_grad():
+        outputs = model(image)
+    expected = outputs.sigmoid() if kind == "multilabel" else info["task"].in_units(outputs)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    name = {"multilabel": "probabilities", "regression": "numbers"}[kind]
+    np.testing.assert_allclose(session.run([name], {"images": image.numpy()})[0], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_goes_on_bit_for_bit(trained, run, kind, tmp_path):
+    _, whole = trained[kind]
+
+    def stop(fine_tuning):
+        raise KeyboardInterrupt
+
+    command = ["--config", f"{whole}/config.yaml", "--output-dir", f"{tmp_path}/parts", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        finetune_lora.main(command, after_epoch=stop)
+    _, parts = run(kind, f"--resume {tmp_path}/parts/last.pth", output="parts")
+    one, other = (read_adapter_file(folder / "lora.pth") for folder in (whole, parts))
+    assert one["metadata"]["task"] == other["metadata"]["task"]
+    assert all(torch.equal(tensor, other["tensors"][name]) for name, tensor in one["tensors"].items())
+
+
+@pytest.mark.parametrize(("kind", "by"), [("multilabel", "macro-ap"), ("regression", "r2")])
+def test_the_best_epoch_by_the_tasks_own_figure_is_kept(run, kind, by):
+    results, folder = run(kind, f"--keep-best {by} --epochs 3 --mixup 0.2")
+    column = f"val_{by.replace('-', '_')}"
+    best = max(rows_of(folder / "metrics.csv"), key=lambda row: float(row[column]))
+    assert results["kept_epoch"] in (0, int(best["epoch"])) and results[f"best_{column}"] == float(best[column])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_judges_by_the_tasks_score(run, kind, monkeypatch):
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    _, folder = run(kind, "--learning-rate auto --epochs 1")
+    trials = rows_of(folder / "learning_rates.csv")
+    assert list(trials[0]) == ["learning_rate", f"val_{SCORES[kind]}", "val_loss"]
+
+
+def test_unknown_labels_are_left_out_of_the_loss_or_taken_for_no(trained, run):
+    ignored, _ = trained["multilabel"]
+    negative, folder = run("multilabel", "--unknown negative --class-weights balanced", output="negative")
+    assert ignored["labels"]["up"]["unknown"] == negative["labels"]["up"]["unknown"] == 0  # of evaluation images
+    assert ignored["val_macro_ap"] != negative["val_macro_ap"]
+    assert read_checkpoint(folder / "last.pth")["config"]["data"]["unknown"] == "negative"
+
+
+def test_cached_features_know_their_targets(run):
+    results, _ = run("multilabel", "--adapt-last 1 --cache-features disk --cache-images disk")
+    assert math.isfinite(results["val_macro_ap"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_in_pefts_format_keeps_its_answers(trained, base, kind, tmp_path):
+    pytest.importorskip("peft")
+    _, folder = trained[kind]
+    there = ["convert", str(folder / "lora.pth"), "--to", "peft", "--output", str(tmp_path / "peft")]
+    deploy_lora.main(there)
+    back = ["convert", str(tmp_path / "peft"), "--from", "peft", "--output", str(tmp_path / "lora.pth")]
+    deploy_lora.main([*back, "--checkpoint", str(base)])
+    one, other = (load_finetuned(path / "lora.pth", base) for path in (folder, tmp_path))
+    assert one[1]["task"].record() == other[1]["task"].record()
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(one[0](images), other[0](images), rtol=1e-3, atol=1e-4)

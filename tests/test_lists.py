@@ -1,0 +1,164 @@
+"""toolkit/lists.py: what is read of a line, and what is said of one that cannot be read."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit import InputError, lists
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png,cat\nb c.png,dog\n", (["a.png", "b c.png"], ["cat", "dog"])),
+        ("\ufeffPath,Label\r\na.png , cat\r\n\r\n", (["a.png"], ["cat"])),
+        ("a.png\tcat; black\n", (["a.png"], ["cat; black"])),
+        ('"a.png", "cat"\n"b c.png","cat"\n', (["a.png", "b c.png"], ["cat", "cat"])),  # a space is no part of a name
+        ("./a.png,caf\u00e9\n.//b c.png,cafe\u0301\n", (["a.png", "b c.png"], ["caf\u00e9", "caf\u00e9"])),
+        ('"b,c.png",dog', (["b,c.png"], ["dog"])),
+        ("a.png\nb c.png", (["a.png", "b c.png"], [])),
+        ("a.png 1\nb,c.png 12\n", (["a.png", "b,c.png"], ["1", "12"])),  # as VTAB's lists
+        ("b c.png\na.png\n", (["b c.png", "a.png"], [])),
+        ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
+    ],
+)
+def test_lists(tmp_path, text, expected):
+    touch(tmp_path, "a.png", "b c.png", "b,c.png")
+    (tmp_path / "list").write_text(text, encoding="utf-8")
+    assert lists.read_list(tmp_path / "list", tmp_path) == expected
+    assert lists.list_has_labels(tmp_path / "list") == bool(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "lists no images"),
+        ("path,label\n", "lists no images"),
+        (b"\xff\xfe\0", "not a text file of `path,label` lines"),
+        ('"' + "a" * 200_000, r"line 1 is not `path,label` \(field larger than"),
+        ('a.png,cat\nb.png,"dog\na.png,cat\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
+        ('a.png,cat\nb.png,"dog\na.png,cat"\n', "line 2 is not .*; look at its quotation marks: 'b.png,\"dog'"),
+        ('a.png,"cat,dog"\n', "the label 'cat,dog' of a.png has a comma, and an image has one label"),
+        ("a.png\tcat, dog\n", "the label 'cat, dog' of a.png has a comma, and an image has one label"),
+        ("a.png,cat\n./a.png,dog\n", "two labels for a.png; leave one of the lines out"),
+        ("a.png,cat\n../{folder}/a.png,dog\n", "two labels for a.png; leave one of the lines out"),
+        ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
+        ("a.png,cat,1\n", "the line 'a.png,cat,1' is not a path and a label"),
+        ("a.png,\n", "the line 'a.png,' is not a path and a label"),
+        ("a.png\nb.png,dog\n", "the line 'b.png,dog' is not a path alone, as the first line"),
+        ("a.png,cat\ngone.png,dog\nhere/gone.png,dog\n", "2 of its files are not in .*: gone.png, here/gone.png"),
+        ("a.png,cat\nb.png,cat\na.png,dog\n", "two labels for a.png; leave one of the lines out"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, content, problem):
+    touch(tmp_path, "a.png", "b.png")
+    if isinstance(content, str):
+        content = content.replace("{folder}", tmp_path.name).encode()
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"--data-list .*list\.csv: {problem}"):
+        lists.read_list(tmp_path / "list.csv", tmp_path)
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"--data-list .*gone\.csv: cannot read it: No such file"):
+        lists.read_list(tmp_path / "gone.csv", tmp_path)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "values"),
+    [
+        ('a.png,"cat,dog"\nb.png,\nc.png, dog\n', ["cat", "dog"], [[1, 1], [0, 0], [0, 1]]),
+        ("path\tlabels\na.png\t10, 9\nb.png\t\nc.png\t10,\n", ["9", "10"], [[1, 1], [0, 0], [0, 1]]),
+        ("path,cat,dog\na.png,1,0\nb.png,-1,1\nc.png,,1\n", ["cat", "dog"], [[1, 0], [NAN, 1], [NAN, 1]]),
+        ("Path,dog\na.png,1.0\nb.png,-1.0\nc.png,0.0\n", ["dog"], [[1], [NAN], [0]]),
+        ("path,labels\na.png,1\nb.png,0\nc.png,1\n", ["0", "1"], [[0, 1], [1, 0], [0, 1]]),  # names, not answers
+    ],
+)
+def test_lists_of_several_labels(tmp_path, text, names, values):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text(text)
+    targets = lists.read_label_list(tmp_path / "list.csv", tmp_path)
+    assert (targets.paths, targets.names) == (["a.png", "b.png", "c.png"], names)
+    torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
+    for unknown, value in (("negative", 0.0), ("positive", 1.0)):
+        known = lists.read_label_list(tmp_path / "list.csv", tmp_path, unknown).values
+        assert torch.equal(known, torch.tensor(values).float().nan_to_num(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "values"),
+    [
+        ("a.png,3\nb.png,-1.5e3\nc.png,\n", ["number"], [[3], [-1500], [NAN]]),
+        ("path,age,weight\na.png,3,1\nb.png,4,\nc.png,5,2\n", ["age", "weight"], [[3, 1], [4, NAN], [5, 2]]),
+        ("a.png,3,1\nb.png,4,1\nc.png,5,2\n", ["number 1", "number 2"], [[3, 1], [4, 1], [5, 2]]),
+    ],
+)
+def test_lists_of_numbers(tmp_path, text, names, values):
+    touch(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text(text)
+    targets = lists.read_number_list(tmp_path / "list.csv", tmp_path)
+    assert targets.names == names
+    torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "problem"),
+    [
+        (lists.read_label_list, "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put the labels"),
+        (lists.read_label_list, "a.png\n", "the line 'a.png' is not"),
+        (lists.read_label_list, "a.png,\n", "no image has a label"),
+        (
+            lists.read_label_list,
+            "Path,Sex,Edema\na.png,Male,1\n",
+            "'Male' in the column Sex is not 1, 0, or -1",
+        ),
+        (lists.read_label_list, "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
+        (lists.read_label_list, "path,cat,cat\na.png,1,1\n", "expected a column with a name of its own"),
+        (lists.read_label_list, "path,cat,dog\na.png,1,0\na.png,1,\n", "two labels for a.png"),
+        (lists.read_label_list, "path,cat,dog\ngone.png,1,0\n", "1 of its files are not in"),
+        (lists.read_number_list, "a.png,three\n", "'three' in the column number is not a number, or nothing"),
+        (lists.read_number_list, "a.png,nan\n", "'nan' in the column number is not a number"),
+        (lists.read_number_list, "a.png,inf\n", "'inf' in the column number is not a number"),
+        (lists.read_number_list, "a.png\n", "expected a column with a name"),
+        (lists.read_number_list, "a.png,1\n./a.png,2\n", "two labels for"),
+    ],
+)
+def test_lists_of_other_answers_that_cannot_be_used(tmp_path, read, content, problem):
+    touch(tmp_path, "a.png")
+    (tmp_path / "list.csv").write_text(content)
+    with pytest.raises(InputError) as raised:
+        read(tmp_path / "list.csv", tmp_path)
+    assert problem in str(raised.value) and "list.csv" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers"),
+    [
+        ("0.5 0.5 1", True),
+        ("31 17 52", True),
+        ("1 2 1", False),
+        ("1.0 2.0 1.0", False),
+        ("cat dog 1", False),
+        ("1 2", False),
+    ],
+)
+def test_labels_that_tell_how_much_are_no_classes(labels, numbers):
+    assert lists.look_like_numbers(labels.split()) == numbers
+
+
+def test_a_second_list_follows_the_names_of_the_first():
+    second = lists.Targets(["a.png"], ["dog", "cat"], torch.tensor([[1.0, NAN]]))
+    found = lists.like(second, ["cat", "dog", "eel"], Path("val.csv"), Path("train.csv"))
+    torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, 0]]), equal_nan=True)
+    with pytest.raises(InputError, match=r"val.csv has dog, which train.csv lacks"):
+        lists.like(second, ["cat"], Path("val.csv"), Path("train.csv"))

@@ -1,0 +1,244 @@
+"""toolkit/tasks.py: each task against the dense stock computation, gradients too, and what unknown targets do."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn import metrics
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from toolkit import InputError, probe, tasks, training
+from toolkit.data import LabelledImages
+
+CPU = torch.device("cpu")
+NAMES = ["cat", "dog", "eel"]
+
+
+def drawn(images: int = 40, unknown: float = 0.3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (N, 3) that train, and 0, 1 or NaN (N, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = (torch.rand(images, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.2])).float()
+    outputs = torch.randn(images, 3, generator=generator) + 2 * targets
+    targets[torch.rand(images, 3, generator=generator) < unknown] = torch.nan
+    return outputs.requires_grad_(), targets
+
+
+def images_of(targets: torch.Tensor) -> LabelledImages:
+    return LabelledImages([None] * len(targets), [0] * len(targets), targets=targets)
+
+
+class Net(nn.Module):
+    def __init__(self, features: int = 6, outputs: int = 3):
+        super().__init__()
+        self.fc = nn.Linear(features, outputs)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several labels
+
+
+def test_a_label_that_is_unknown_is_as_if_it_were_not_there():
+    """Loss and gradients are those of stock binary cross-entropies over the known labels alone; the others are 0."""
+    outputs, targets = drawn()
+    known = ~targets.isnan()
+    loss = tasks.MultiLabel(NAMES, targets).loss(outputs, targets)
+    [gradient] = torch.autograd.grad(loss, outputs)
+    stock = F.binary_cross_entropy_with_logits(outputs[known], targets[known], reduction="sum") / 3
+    [expected] = torch.autograd.grad(stock, outputs)
+    torch.testing.assert_close(loss, stock)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient[~known].eq(0).all()
+    nothing = torch.full_like(targets, math.nan)
+    assert tasks.MultiLabel(NAMES, targets).loss(outputs, nothing) == 0
+
+
+def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
+    outputs, targets = drawn(images=200)
+    task = tasks.MultiLabel(NAMES, targets, balanced=True)
+    known, positive = ~targets.isnan(), targets == 1
+    ratio = (known.sum(0) - positive.sum(0)) / positive.sum(0)
+    torch.testing.assert_close(task.weights[1] / task.weights[0], ratio)  # PyTorch's pos_weight
+    weights = torch.where(positive, task.weights[1], task.weights[0]) * known
+    torch.testing.assert_close(weights.sum(0), known.sum(0).float())
+    stock = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="sum") / 3
+    torch.testing.assert_close(task.loss(outputs, targets), stock)
+    torch.testing.assert_close(task.plain_loss(outputs, targets), tasks.MultiLabel(NAMES).loss(outputs, targets))
+    only = tasks.MultiLabel(["all", "none"], torch.tensor([[1.0, 0.0]] * 4), balanced=True)
+    assert only.weights.eq(1).all() and only.constant_logits.isfinite().all()
+
+
+def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
+    outputs, targets = drawn(images=80)
+    answers = tasks.LabelAnswers(0.0, outputs.detach().sigmoid(), targets)
+    columns = [(~targets[:, k].isnan()).numpy() for k in range(3)]
+    pairs = [(targets[known, k].numpy(), answers.probabilities[known, k].numpy()) for k, known in enumerate(columns)]
+    precisions = [metrics.average_precision_score(*pair) for pair in pairs]
+    assert answers.by_label("average_precision").tolist() == pytest.approx(precisions, abs=1e-12)
+    assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
+    areas = [metrics.roc_auc_score(*pair) for pair in pairs]
+    assert answers.measured()["macro_auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
+    micro = [np.concatenate(part) for part in zip(*pairs, strict=True)]
+    assert answers.measured()["micro_ap"] == pytest.approx(metrics.average_precision_score(*micro), abs=1e-12)
+    thresholds = answers.best_thresholds()
+    scores = [metrics.f1_score(true, p > t) for (true, p), t in zip(pairs, thresholds.numpy(), strict=True)]
+    assert answers.f1(thresholds).tolist() == pytest.approx(scores)
+    assert answers.f1(thresholds).mean() >= answers.f1(torch.full((3,), 0.5)).mean()
+    twice = answers.macro("average_precision", torch.full((2, 80), 2))
+    assert twice.tolist() == pytest.approx([answers.score] * 2)
+
+
+def test_labels_without_positives_have_no_share_in_the_means():
+    _, targets = drawn(unknown=0)
+    answers = tasks.LabelAnswers(0.0, torch.rand(40, 3), targets)
+    without = tasks.LabelAnswers(0.0, answers.probabilities, targets * torch.tensor([1.0, 1, 0]))
+    assert without.by_label("average_precision")[2].isnan() and without.f1(torch.full((3,), 0.5))[2].isnan()
+    assert without.score == pytest.approx(answers.by_label("average_precision")[:2].mean().item())
+    assert without.positives()[2] == 0 and answers.unknown().tolist() == [0, 0, 0]
+
+
+def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():
+    _, targets = drawn(images=200)
+    task, images = tasks.MultiLabel(NAMES, targets), images_of(targets)
+    shares = targets.nanmean(0)
+    assert task.constant_score(images) == pytest.approx(shares.mean().item())
+    constant = shares.logit().expand(200, 3)
+    assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
+    torch.testing.assert_close(task.constant_logits, shares.logit(), atol=0.1, rtol=0)
+    assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
+
+
+def test_the_error_of_a_score_is_that_of_drawing_other_images():
+    """By the order of magnitude: AP has no simple formula."""
+    outputs, targets = drawn(images=3000)
+    task, score = tasks.MultiLabel(NAMES, targets), []
+    for part in torch.arange(3000).split(150):
+        score.append(tasks.LabelAnswers(0.0, outputs.detach()[part], targets[part]).score)
+    assert 0.6 < math.sqrt(task.variance(np.mean(score), 150)) / np.std(score) < 1.7
+
+
+def test_mixing_leaves_unknown_what_one_of_the_two_does_not_know():
+    images, targets = torch.rand(8, 3, 4, 4), torch.tensor([[1.0, 0.0], [0.0, math.nan]] * 4)
+    torch.manual_seed(0)
+    new, labels = tasks.MultiLabel(["a", "b"], mixup=0.4).mix(images, targets)
+    share = ((new - images.roll(1, 0)) / (images - images.roll(1, 0))).median()
+    torch.testing.assert_close(labels[0, 0], share.clamp(0, 1), atol=1e-4, rtol=0)
+    assert labels[:, 1].isnan().all()
+    assert tasks.MultiLabel(["a", "b"]).mix(images, targets)[1] is targets
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
+    _, targets = drawn(images=30)
+    targets = 50 * torch.randn(30, 3, generator=torch.Generator().manual_seed(2)) + 1000 + 0 * targets
+    outputs = torch.randn(30, 3, requires_grad=True)
+    task, known = tasks.Regression(NAMES, targets), ~targets.isnan()
+    stock = 0.0
+    for k in range(3):
+        rows = targets[known[:, k], k]
+        wanted = (rows - rows.mean()) / rows.std(correction=0)
+        stock += F.mse_loss(outputs[known[:, k], k], wanted, reduction="sum") / 3
+    loss = task.loss(outputs, targets)
+    torch.testing.assert_close(loss, stock, rtol=1e-3, atol=1e-3)
+    gradients = [torch.autograd.grad(value, outputs)[0] for value in (loss, stock)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    assert gradients[0][~known].eq(0).all()
+    assert task.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
+    assert task.constant_score(images_of(targets)) == 0
+    torch.testing.assert_close(task.in_units(task.standardised(targets)), targets, equal_nan=True)
+
+
+@pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3])
+def test_a_number_that_is_always_the_same_teaches_nothing(column):
+    with pytest.raises(InputError, match="the number age is the same in all training images"):
+        tasks.Regression(["age"], torch.tensor(column)[:, None])
+
+
+def test_numbers_are_measured_in_their_own_units():
+    truth = torch.tensor([[10.0, 1], [20, math.nan], [40, 3], [30, 5]])
+    answers = tasks.NumberAnswers(0.0, torch.tensor([[12.0, 2], [18, 9], [40, 3], [30, 4]]), truth)
+    assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3) / 2)
+    assert answers.score == pytest.approx((1 - 8 / 500 + 1 - 2 / 8) / 2)
+    assert answers.measured()["spearman"] == pytest.approx(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All tasks
+
+
+def features_for(kind: str) -> tuple[torch.Tensor, torch.Tensor, tasks.Task]:
+    """Features (N, 6) in which the answers are, the targets, and the task."""
+    outputs, targets = drawn(images=300, unknown=0.1)
+    features = torch.cat([outputs.detach(), torch.randn(300, 3, generator=torch.Generator().manual_seed(3))], 1)
+    if kind == "classification":
+        labels = outputs.detach().argmax(1)
+        return features, labels, tasks.Classification(NAMES)
+    if kind == "multilabel":
+        return features, targets, tasks.MultiLabel(NAMES, targets)
+    numbers = features[:, :3] * 7 + 100 + 0 * targets
+    return features, numbers, tasks.Regression(NAMES, numbers)
+
+
+@pytest.mark.parametrize("kind", tasks.TASKS)
+def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
+    features, targets, task = features_for(kind)
+    torch.manual_seed(0)
+    model = Net()
+    random = task.head_score(model, features, targets)
+    task.start_head(model, features, targets)
+    score = task.head_score(model, features, targets)
+    assert score > max(0.75, random + 0.2)
+    loader = DataLoader(TensorDataset(features, targets), batch_size=64)
+    result = task.evaluate(model, loader, CPU)
+    measured = {"accuracy": result.accuracy} if kind == "classification" else result.measured()
+    assert measured[task.score] == pytest.approx(score, abs=1e-6)
+    assert result.loss * len(features) == pytest.approx(task.plain_loss(model(features), targets).item(), rel=1e-4)
+    assert task.knn_score(features, targets, features, targets) > 0.5
+    temperature = task.head_temperature(model, features, targets, features_train=True)
+    task.soften_head(model, temperature.at(1e-3))
+    assert task.head_score(model, features, targets) == pytest.approx(score, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", tasks.TASKS)
+def test_a_record_is_read_as_it_was_written(kind):
+    *_, task = features_for(kind)
+    again = tasks.from_record(task.record(), NAMES, "lora.pth")
+    assert type(again) is type(task) and again.record() == task.record()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "multilabel",
+        {"kind": "segmentation"},
+        {"kind": ["multilabel"]},
+        {"kind": "multilabel"},
+        {"kind": "multilabel", "thresholds": [0.5]},
+        {"kind": "multilabel", "thresholds": [0.5, 0.5, math.nan]},
+        {"kind": "regression", "mean": [0.0] * 3, "std": ["1"] * 3},
+    ],
+)
+def test_a_record_of_something_else_is_refused(record):
+    with pytest.raises(InputError, match=r"lora\.pth is (of another version|damaged)"):
+        tasks.from_record(record, NAMES, "lora.pth")
+
+
+def test_classification_computes_what_a_run_always_computed():
+    features, labels, _ = features_for("classification")
+    weights = training.balanced_weights({0: 10, 1: 20, 2: 30}, 3)
+    task, logits = tasks.Classification(NAMES, weights, label_smoothing=0.1), features[:, :3]
+    stock = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=0.1)
+    assert torch.equal(task.loss(logits, labels), stock)
+    assert torch.equal(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
+    assert task.head_temperature(Net(), features, labels, False).at(1.0) >= 1
+    assert probe.HeadTemperature() == tasks.Regression(["a"], torch.tensor([[1.0], [2.0]])).head_temperature(
+        *[None] * 4
+    )

@@ -1,0 +1,505 @@
+"""What is told of the answers of a task: figures, tables and pictures."""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from toolkit import listed, measures, printable
+from toolkit.bands import Bands
+from toolkit.data import LabelledImages
+from toolkit.files import open_atomically
+from toolkit.report_page import (
+    BLUE,
+    ORANGE,
+    by_class,
+    class_sections,
+    confusion_counts,
+    drawn,
+    html_picture,
+    html_table,
+)
+from toolkit.tasks import Classification, LabelAnswers, MultiLabel, NumberAnswers, Regression, Task
+from toolkit.training import Evaluation
+from toolkit.transforms import ShrinkTo, View
+
+SHOWN = 15  # labels, in the table that is printed
+COLUMNS, PICTURES = 6, 18  # of mistakes.png
+
+
+def interval_text(low: float, high: float, digits: int = 1) -> str:
+    """How far chance reaches, for a share."""
+    return f"95% interval {low:.{digits}%} to {high:.{digits}%}"
+
+
+def _finite(value: float) -> float | None:
+    """NaN is no JSON."""
+    return None if math.isnan(value) else value
+
+
+def right_of(accuracy: float, images: int) -> str:
+    """An accuracy as counted images, per cent, and how far chance reaches."""
+    low, high = measures.wilson_interval(accuracy * images, images)
+    digits = 0 if images < 200 else 1  # more would be chance's own
+    interval = f"95% interval {low:.{digits}%} to {high:.{digits}%}"
+    return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({interval})"
+
+
+class Report(Protocol):
+    """What every kind of answers has."""
+
+    task: Task
+    picture: str  # the file that `draw` writes
+
+    def figures(self) -> dict[str, Any]:
+        """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
+
+    def title(self) -> str: ...
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The headlines, (name, value) each, of which the first is the score."""
+
+    def printed(self) -> list[tuple[str, str]]:
+        """Rows on the classes, labels or numbers, the worst first."""
+
+    def sections(self, picture: Path) -> list[str]:
+        """For the page, in HTML; `picture` is what `draw` has drawn."""
+
+    def draw(self, path: Path) -> None: ...
+
+    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
+        """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """What `results_answers.csv` has of each image: what is true, and what was answered."""
+
+
+class ClassReport:
+    """Of an `Evaluation` of one class an image."""
+
+    picture = "confusion_matrix.png"
+
+    def __init__(self, task: Classification, result: Evaluation):
+        self.task, self.result, self.names = task, result, task.names
+
+    def figures(self) -> dict[str, Any]:
+        result, images = self.result, len(self.result.labels)
+        return {
+            "accuracy": result.accuracy,
+            "accuracy_interval": list(measures.wilson_interval(result.accuracy * images, images)),
+            "accuracy_per_class": accuracy_per_class(result, self.names),
+            "balanced_accuracy": result.balanced_accuracy,
+            "macro_f1": result.macro_f1,
+            **dict(zip(("balanced_accuracy_interval", "macro_f1_interval"), self._intervals(), strict=True)),
+        }
+
+    def _intervals(self) -> list[list[float]]:
+        """Of the means over classes."""
+        right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
+        counted = (right, self.result.labels, self.result.predictions)
+
+        def means(weights: Tensor) -> Tensor:
+            right, images, answers = (_by_class(weights, classes, len(self.names)) for classes in counted)
+            both = images + answers
+            accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
+            return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
+
+        return [list(pair) for pair in measures.intervals(means, len(right), len(self.names))]
+
+    def title(self) -> str:
+        return f"{self.result.accuracy:.2%} of {len(self.result.labels)} images right"
+
+    def rows(self) -> list[tuple[str, str]]:
+        result = self.result
+        return [
+            ("accuracy", right_of(result.accuracy, len(result.labels))),
+            ("balanced over classes", f"{result.balanced_accuracy:.2%}, macro F1 {result.macro_f1:.2%}"),
+        ]
+
+    def printed(self) -> list[tuple[str, str]]:
+        classes = by_class(confusion_counts(self.result, len(self.names)), self.names)
+        rows = [(printable(name, 20), f"{right} of {images} right") for name, images, right, _ in classes[:SHOWN]]
+        more = [("", f"and {len(classes) - SHOWN} more")] if len(classes) > SHOWN else []
+        return [("by class", "the worst first:"), *rows, *more]
+
+    def sections(self, picture: Path) -> list[str]:
+        return class_sections(self.result, self.names)
+
+    def draw(self, path: Path) -> None:
+        plot_confusion_matrix(self.result, self.names, path)
+
+    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
+        plot_mistakes(self.result, images, self.names, path, bands)
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        result = self.result
+        return {
+            "class": [self.names[i] for i in result.labels.tolist()],
+            "answer": [self.names[i] for i in result.predictions.tolist()],
+            "probability": [f"{share:.6f}" for share in result.confidences.tolist()],
+        }
+
+
+def _by_class(weights: Tensor, classes: Tensor, number: int) -> Tensor:
+    """The sum of weights (n, N) over the images of each class, (n, number); -1 is none."""
+    sums = torch.zeros(len(weights), number + 1, dtype=torch.float64)
+    return sums.index_add_(1, classes % (number + 1), weights.double())[:, :number]
+
+
+class LabelReport:
+    """Of `LabelAnswers`, for the evaluation images.
+
+    Args:
+        task: has the thresholds.
+    """
+
+    picture = "precision_recall.png"
+
+    def __init__(self, task: MultiLabel, answers: LabelAnswers):
+        self.task, self.answers, self.names = task, answers, task.names
+        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names))
+        self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
+        self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
+        self.f1s = answers.f1(task.thresholds).tolist()
+
+    HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
+
+    def _headlines(self, weights: Tensor) -> Tensor:
+        answers, thresholds = self.answers, self.task.thresholds
+        found = [answers.macro("average_precision", weights), answers.micro_average_precision(weights)]
+        found.append(answers.macro("auroc", weights))
+        found += [answers.f1(thresholds, weights).nanmean(-1), answers.micro_f1(thresholds, weights)]
+        return torch.stack(found, -1)
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+            found[name] = _finite(value)
+            found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
+        return found | {"labels": {name: self._label(i) for i, name in enumerate(self.names)}}
+
+    def _label(self, i: int) -> dict[str, Any]:
+        return {
+            "positives": int(self.answers.positives()[i]),
+            "unknown": int(self.answers.unknown()[i]),
+            "average_precision": _finite(self.average_precisions[i]),
+            "auroc": _finite(self.aurocs[i]),
+            "f1": _finite(self.f1s[i]),
+            "threshold": self.task.thresholds[i].item(),
+        }
+
+    def title(self) -> str:
+        return f"macro AP {self.headlines[0]:.2%} on {len(self.answers.targets)} images"
+
+    def rows(self) -> list[tuple[str, str]]:
+        told = dict(zip(self.HEADLINES, zip(self.headlines, self.intervals, strict=True), strict=True))
+        texts = {name: f"{value:.2%} ({interval_text(*interval)})" for name, (value, interval) in told.items()}
+        missing = [name for name, value in zip(self.names, self.average_precisions, strict=True) if math.isnan(value)]
+        left_out = f"no evaluation image has {listed(missing, 4)}: left out of the means"
+        return [
+            ("macro AP", texts["macro_ap"]),
+            *([("", left_out)] if missing else []),
+            ("micro AP", texts["micro_ap"]),
+            ("macro AUROC", texts["macro_auroc"]),
+            ("macro F1", f"{texts['macro_f1']}, at thresholds chosen on training images"),
+        ]
+
+    def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
+        """(label, positives, unknown, AP, AUROC, F1, threshold), the worst first; labels without positives last."""
+        order = sorted(range(len(self.names)), key=lambda i: (math.isnan(v := self.average_precisions[i]), v))
+        positives, unknown = self.answers.positives().tolist(), self.answers.unknown().tolist()
+        shares = [[_share(v) for v in of] for of in (self.average_precisions, self.aurocs, self.f1s)]
+        thresholds = [f"{threshold:.2f}" for threshold in self.task.thresholds.tolist()]
+        columns = (self.names, positives, unknown, *shares, thresholds)
+        return [tuple(column[i] for column in columns) for i in order]
+
+    def printed(self) -> list[tuple[str, str]]:
+        """Rows on the labels, the worst first, for a terminal."""
+        labels = self.by_label()
+        rows = [(printable(name, 20), f"AP {ap} of {count} positives") for name, count, _, ap, *_ in labels[:SHOWN]]
+        more = [("", f"and {len(labels) - SHOWN} more")] if len(labels) > SHOWN else []
+        return [("by label", "the worst first:"), *rows, *more]
+
+    def sections(self, picture: Path) -> list[str]:
+        titles = ("label", "images", "unknown", "AP", "AUROC", "F1", "threshold")
+        shown = html_picture(picture, "precision by recall of the labels with the lowest AP")
+        return ["<h2>By label</h2>", html_table(self.by_label(), titles), shown]
+
+    def draw(self, path: Path) -> None:
+        plot_precision_recall(self, path)
+
+    def mistakes(self) -> list[tuple[int, str]]:
+        """(image, what is told of it) of the most confidently wrong labels, each image once."""
+        answers = self.answers
+        wrong = ((answers.probabilities > self.task.thresholds) != (answers.targets == 1)) & ~answers.targets.isnan()
+        distance = (answers.probabilities - answers.targets.nan_to_num()).abs() * wrong
+        found: dict[int, str] = {}
+        for place in distance.flatten().argsort(descending=True, stable=True).tolist():
+            image, label = divmod(place, len(self.names))
+            if not wrong[image, label] or len(found) == PICTURES:
+                break
+            is_there = "is there" if answers.targets[image, label] == 1 else "is not there"
+            told = f"{self.names[label]} {is_there}: {answers.probabilities[image, label]:.0%}"
+            found.setdefault(image, told)
+        return list(found.items())
+
+    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
+        plot_worst_answers(self.mistakes(), images, path, bands)
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """The truth and the probability of each label."""
+        columns = {}
+        for name, truth, shares in zip(self.names, self.answers.targets.T, self.answers.probabilities.T, strict=True):
+            columns[name] = ["" if math.isnan(value) else f"{value:g}" for value in truth.tolist()]
+            columns[f"{name} probability"] = [f"{share:.6f}" for share in shares.tolist()]
+        return columns
+
+
+def _share(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1%}"
+
+
+def _precision_recall(scores: Tensor, targets: Tensor) -> tuple[list[float], list[float]]:
+    known = ~targets.isnan()
+    positive = targets[known][scores[known].argsort(descending=True)]
+    hits = positive.cumsum(0)
+    return (hits / hits[-1]).tolist(), (hits / torch.arange(1, len(hits) + 1)).tolist()
+
+
+class NumberReport:
+    """Of `NumberAnswers`, for the evaluation images."""
+
+    picture = "scatter.png"
+    HEADLINES: Mapping[str, str] = {
+        "r2": "r2",
+        "mae": "mean_absolute_error",
+        "rmse": "root_mean_squared_error",
+        "spearman": "spearman",
+    }
+
+    def __init__(self, task: Regression, answers: NumberAnswers):
+        self.task, self.answers, self.names = task, answers, task.names
+        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names))
+        self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
+        self.by = {name: answers.by_number(measure).tolist() for name, measure in self.HEADLINES.items()}
+
+    def _headlines(self, weights: Tensor) -> Tensor:
+        return torch.stack([self.answers.mean(measure, weights) for measure in self.HEADLINES.values()], -1)
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+            found[name] = _finite(value)
+            found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
+        numbers = {
+            name: {"images": int(known), **{measure: _finite(values[i]) for measure, values in self.by.items()}}
+            for i, (name, known) in enumerate(zip(self.names, self._known(), strict=True))
+        }
+        return found | {"numbers": numbers}
+
+    def _known(self) -> list[int]:
+        return (~self.answers.targets.isnan()).sum(0).tolist()
+
+    def title(self) -> str:
+        return f"R2 {self.headlines[0]:.3f} on {len(self.answers.targets)} images"
+
+    def rows(self) -> list[tuple[str, str]]:
+        texts = [
+            f"{value:.4g} (95% interval {low:.4g} to {high:.4g})"
+            for value, (low, high) in zip(self.headlines, self.intervals, strict=True)
+        ]
+        titles = ("R2", "mean absolute error", "RMS error", "rank correlation")
+        mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
+        return [(title, text + mean) for title, text in zip(titles, texts, strict=True)]
+
+    def by_number(self) -> list[tuple]:
+        """(number, images, R2, MAE, RMSE, Spearman)."""
+        columns = [[f"{value:.4g}" for value in values] for values in self.by.values()]
+        return list(zip(self.names, self._known(), *columns, strict=True))
+
+    def printed(self) -> list[tuple[str, str]]:
+        """Rows on the numbers, for a terminal."""
+        rows = [
+            (printable(name, 20), f"R2 {of_r2}, mean absolute error {mae}")
+            for name, _, of_r2, mae, *_ in self.by_number()[:SHOWN]
+        ]
+        return [("by number", "in their own units:"), *rows] if len(self.names) > 1 else []
+
+    def sections(self, picture: Path) -> list[str]:
+        titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
+        shown = html_picture(picture, "the answer for each image by what is true")
+        return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
+
+    def draw(self, path: Path) -> None:
+        plot_scatter(self, path)
+
+    def mistakes(self) -> list[tuple[int, str]]:
+        """(image, what is told of it) of the largest errors by the numbers' spread, each image once."""
+        errors = (self.answers.answers - self.answers.targets).abs() / self.task.std.cpu()
+        found: dict[int, str] = {}
+        for place in errors.nan_to_num().flatten().argsort(descending=True, stable=True)[:1000].tolist():
+            image, number = divmod(place, len(self.names))
+            if len(found) < PICTURES and not errors[image, number].isnan():
+                true, said = self.answers.targets[image, number], self.answers.answers[image, number]
+                found.setdefault(image, f"{self.names[number]} {true:.4g}, answered {said:.4g}")
+        return list(found.items())
+
+    def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
+        plot_worst_answers(self.mistakes(), images, path, bands)
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """The truth and the answer of each number."""
+        columns = {}
+        for name, truth, answers in zip(self.names, self.answers.targets.T, self.answers.answers.T, strict=True):
+            columns[name] = ["" if math.isnan(value) else f"{value:.8g}" for value in truth.tolist()]
+            columns[f"{name} answer"] = [f"{value:.8g}" for value in answers.tolist()]
+        return columns
+
+
+def plot_precision_recall(report: LabelReport, path: Path) -> None:
+    """Precision by recall, of the ten labels with the lowest AP."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, count, *_ in report.by_label()[:10]:
+        if count:
+            i = report.names.index(name)
+            recall, precision = _precision_recall(report.answers.probabilities[:, i], report.answers.targets[:, i])
+            axes.plot(recall, precision, label=drawn(printable(name, 24)), drawstyle="steps-post")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=report.title())
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
+
+
+def plot_scatter(report: NumberReport, path: Path) -> None:
+    """The answer for each image by the truth, a panel for each of the first six numbers."""
+    from matplotlib.figure import Figure
+
+    shown = report.names[:6]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place in places[len(shown) :]:
+        place.axis("off")
+    for i, (name, place) in enumerate(zip(shown, places, strict=False)):
+        truth, answers = report.answers.targets[:, i], report.answers.answers[:, i]
+        known = ~truth.isnan()
+        place.plot(truth[known], answers[known], ".", color=BLUE, alpha=0.5)
+        ends = [truth[known].min().item(), truth[known].max().item()] if known.any() else [0, 1]
+        place.plot(ends, ends, "--", color=ORANGE)
+        place.set(xlabel="true", ylabel="answer", title=drawn(f"{printable(name, 24)}: R2 {report.by['r2'][i]:.3f}"))
+        place.grid(alpha=0.3)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def plot_worst_answers(
+    mistakes: Sequence[tuple[int, str]], images: LabelledImages, path: Path, bands: Bands | None = None
+) -> None:
+    """Pictures of images, with what is told of each.
+
+    Of images that are no RGB photographs they show the three `bands` that are meant for it.
+    """
+    from matplotlib.figure import Figure
+
+    rows, shrink = max(1, -(-len(mistakes) // COLUMNS)), View(ShrinkTo(256))
+    figure = Figure(figsize=(1.7 * COLUMNS, 2.2 * rows), layout="constrained")
+    figure.suptitle("The worst answers, the most confident first" if mistakes else "No wrong answers")
+    places = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    for place in places:
+        place.axis("off")
+    for (i, told), place in zip(mistakes, places, strict=False):
+        shrunk = shrink(images.undecoded(i)[0])
+        place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
+        place.set_title(drawn("\n".join(textwrap.wrap(told, 20))), fontsize=8)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def plot_confusion_matrix(result: Evaluation, class_names: Sequence[str], path: Path) -> None:
+    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes.
+
+    Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+    size = -(-len(class_names) // 1000)
+    groups = range(-(-len(class_names) // size))
+    matrix = confusion_matrix(result.labels // size, result.predictions // size, labels=groups)
+    few = len(class_names) <= 20
+    side = min(12, 3 + 0.4 * len(class_names))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in class_names] if few else None)
+    rotation = 45 if few and max(map(len, class_names)) > 3 else "horizontal"
+    display.plot(ax=axes, include_values=few, cmap="Blues", xticks_rotation=rotation)
+    if not few:
+        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
+    counted = f", {size} classes per row" if size > 1 else ""
+    axes.set_title(f"{result.accuracy:.1%} of {len(result.labels)} images right{counted}")
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
+
+
+def plot_mistakes(
+    result: Evaluation, images: LabelledImages, class_names: Sequence[str], path: Path, bands: Bands | None = None
+) -> None:
+    """Pictures: the wrong answers that were given with most confidence, and the right ones with least.
+
+    Of images that are no RGB photographs they show the three `bands` that are meant for it.
+    """
+    from matplotlib.figure import Figure
+
+    columns, wrong, shrink = 6, result.predictions != result.labels, View(ShrinkTo(256))
+    ranked = result.confidences.argsort(descending=True, stable=True)
+    shown = {
+        "Wrong, most confident first": ranked[wrong[ranked]][: 2 * columns],
+        "Right, least confident first": ranked[~wrong[ranked]].flip(0)[:columns],
+    }
+    rows = [max(1, -(-len(chosen) // columns)) for chosen in shown.values()]
+    figure = Figure(figsize=(1.7 * columns, 2.2 * sum(rows)), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=rows)
+    for part, (title, chosen), height in zip(parts, shown.items(), rows, strict=True):
+        part.suptitle(title if len(chosen) else f"{title}: none")
+        axes = part.subplots(height, columns, squeeze=False).ravel()
+        for place in axes:
+            place.axis("off")
+        for i, place in zip(chosen.tolist(), axes, strict=False):
+            said, true = (class_names[labels[i]] for labels in (result.predictions, result.labels))
+            told = true if said == true else f"{true}, taken for {said}"
+            shrunk = shrink(images.undecoded(i)[0])
+            place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
+            place.set_title(drawn("\n".join([*textwrap.wrap(told, 18), f"{result.confidences[i]:.0%}"])), fontsize=8)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def accuracy_per_class(result: Evaluation, class_names: Sequence[str]) -> dict[str, float | None]:
+    """The share of each class's images that are right; None for a class without any (NaN would not be JSON)."""
+    hits = [(result.predictions[result.labels == i] == i).float() for i in range(len(class_names))]
+    return dict(zip(class_names, [hit.mean().item() if len(hit) else None for hit in hits], strict=True))
+
+
+REPORTS: Mapping[str, Callable[[Any, Any], Report]] = {
+    "classification": ClassReport,
+    "multilabel": LabelReport,
+    "regression": NumberReport,
+}
+
+
+def headline(task: Task, answers: Any) -> str:
+    """The score and its interval, in a line."""
+    title, told = REPORTS[task.kind](task, answers).rows()[0]
+    return told if task.kind == "classification" else f"{title} {told}"

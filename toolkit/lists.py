@@ -1,0 +1,250 @@
+"""Lists of images: a line each, with the path, and what is known of the image."""
+
+import csv
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolkit import InputError, listed, printable
+from toolkit.folders import one_spelling
+
+UNKNOWN = ("ignore", "negative", "positive")  # what a label of which nothing is known means
+TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names them
+
+
+class Targets(NamedTuple):
+    """What a list says of its images beyond one class each."""
+
+    paths: list[str]  # as listed
+    names: list[str]  # of the K labels, or numbers
+    values: Tensor  # float32 (N, K): 1 or 0, or a number; NaN where nothing is known
+
+
+def list_has_labels(path: Path) -> bool:
+    """Does a list of images have a second column?"""
+    return len(_rows(path)[1][0]) > 1
+
+
+def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
+
+    Args:
+        path: a text or CSV file in UTF-8 with commas or tabs between the columns, or, where the second is a number as
+            in VTAB's and FGVC's lists, a space; its first line may name them.
+        folder: what relative paths are relative to.
+
+    Returns:
+        The paths as listed, and the labels as text; no labels if the list has none.
+
+    Raises:
+        InputError: a file that is none of this, files that are not there, or two labels for one file.
+    """
+    _, rows = _rows(path)
+    columns = min(2, len(rows[0]))
+    for row in rows:
+        if len(row) != columns or not all(row):
+            expected = "a path and a label, one for each image" if columns == 2 else "a path alone, as the first line"
+            several = " (for several labels or numbers: --task multilabel or regression)" if len(row) > 2 else ""
+            raise InputError(f"--data-list {path}: the line '{printable(','.join(row))}' is not {expected}{several}")
+        if "," in row[-1] and columns == 2:
+            raise InputError(
+                f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
+                "has one label; write the name of its class without one, or use --task multilabel"
+            )
+    labels = [one_spelling(row[1]) for row in rows if columns == 2]
+    return _checked_files(path, folder, [row[0] for row in rows], labels), labels
+
+
+def _checked_files(path: Path, folder: Path, names: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The files' names, short. Raises InputError for files that are not there, or have two labels."""
+    names = [_shortest(name) for name in names]
+    root = os.path.abspath(folder)
+    files = [os.path.join(root, name) for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
+    if missing:
+        raise InputError(f"--data-list {path}: {len(missing)} of its files are not in {folder}: {listed(missing)}")
+    files = [os.path.normpath(file) if ".." in file else file for file in files]
+    label_of = dict(zip(files, labels, strict=False))
+    torn = [name for name, file, label in zip(names, files, labels, strict=False) if label_of[file] != label]
+    if torn:
+        raise InputError(
+            f"--data-list {path}: two labels for {listed(dict.fromkeys(torn))}; leave one of the lines out"
+        )
+    return names
+
+
+def _shortest(name: str) -> str:
+    """A path without ./ and //. What .. leaves depends on links, so it stays."""
+    return str(PurePosixPath(name)) if "./" in name or "//" in name else name
+
+
+def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """A list's titles, if its first line has some, and its lines, in cells."""
+    rows, number, line = [], 0, ""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            first = file.readline()
+            delimiter = "\t" if "\t" in first else " " if _SPACED.fullmatch(first.strip()) else ","
+            file.seek(0)
+            for line in file:
+                number += 1
+                # Each line by itself: a quotation mark without its other would make one cell of all lines behind it.
+                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+                rows += [[cell.strip() for cell in cells]] if any(cells) else []
+    except OSError as error:
+        raise InputError(f"--data-list {path}: cannot read it: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--data-list {path}: not a text file of `path,label` lines: {printable(error)}") from None
+    except csv.Error as error:
+        raise InputError(
+            f"--data-list {path}: line {number} is not `path,label` ({error}); look at its quotation marks: "
+            f"'{printable(line.strip())}'"
+        ) from None
+    titles = rows.pop(0) if rows and rows[0][0].lower() in TITLES else []
+    if not rows:
+        raise InputError(f"--data-list {path}: lists no images; write a line `path,label` for each")
+    return titles, rows
+
+
+_SPACED = re.compile(r"[^\s,]+\.\w+ \d+")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several labels an image, or numbers
+
+
+def read_label_list(path: Path, folder: Path, unknown: str = "ignore") -> Targets:
+    """A list of images with several labels: `path,"a,b"`, or a column for each label that the first line names.
+
+    In columns 1 is yes, 0 is no, and -1 or nothing is unknown (as in CheXpert's lists). In the other form what is not
+    named is no.
+
+    Args:
+        path, folder: as for `read_list`.
+        unknown: one of UNKNOWN: what becomes of unknown labels.
+
+    Raises:
+        InputError: a file that is none of this, files that are not there, or two lines for one file.
+    """
+    titles, rows = _rows(path)
+    if _has_columns(titles, rows):
+        targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
+    else:
+        targets = _named_labels(path, rows)
+    if unknown != "ignore":
+        targets.values.nan_to_num_(float(unknown == "positive"))
+    return _checked(path, folder, targets)
+
+
+def read_targets(path: Path, folder: Path, task: str, unknown: str = "ignore") -> Targets:
+    """`read_label_list` for 'multilabel', `read_number_list` for 'regression'."""
+    return read_label_list(path, folder, unknown) if task == "multilabel" else read_number_list(path, folder)
+
+
+_ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
+
+
+def read_number_list(path: Path, folder: Path) -> Targets:
+    """A list of images with one or several numbers each; a first line may name them. Nothing is unknown.
+
+    Raises:
+        InputError: a file that is none of this, files that are not there, or two lines for one file.
+    """
+    titles, rows = _rows(path)
+    count = len(rows[0]) - 1
+    titles = titles or ["path", *(["number"] if count == 1 else [f"number {i}" for i in range(1, count + 1)])]
+    return _checked(path, folder, _columns(path, titles, rows, _number, "a number, or nothing for unknown"))
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text) if text else math.nan
+    except ValueError:
+        return None
+    return None if math.isinf(value) or text.lower().lstrip("+-") == "nan" else value
+
+
+def _has_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Has a list a column for each label? One of two columns has, if those are answers and not called labels."""
+    if len(titles) != 2:
+        return len(titles) > 2
+    return titles[1].lower() not in ("label", "labels") and all(row[-1] in _ANSWERS for row in rows)
+
+
+def _columns(
+    path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]], read: Callable[[str], float | None], expected: str
+) -> Targets:
+    """What stands in the columns behind the paths. Raises InputError where a cell cannot be read."""
+    names = [one_spelling(title) for title in titles[1:]]
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise InputError(f"--data-list {path}: expected a column with a name of its own for each label or number")
+    for row in rows:
+        if len(row) != len(titles):
+            line = printable(",".join(row))
+            raise InputError(f"--data-list {path}: the line '{line}' has {len(row)} columns and not {len(titles)}")
+    values = [[read(cell) for cell in row[1:]] for row in rows]
+    for row, numbers in zip(rows, values, strict=True):
+        if None in numbers:
+            place = numbers.index(None)
+            raise InputError(
+                f"--data-list {path}: '{printable(row[1 + place])}' in the column {printable(names[place])} is not "
+                f"{expected}; leave out columns that are no answers"
+            )
+    return Targets([row[0] for row in rows], names, torch.tensor(values))
+
+
+def _named_labels(path: Path, rows: Sequence[Sequence[str]]) -> Targets:
+    """What stands behind the paths is the names of the labels that an image has."""
+    for row in rows:
+        if len(row) != 2:
+            raise InputError(
+                f"--data-list {path}: the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of "
+                "an image into quotation marks, or name the columns in the first line, as path,cat,dog"
+            )
+    found = [list(filter(None, (one_spelling(name.strip()) for name in row[1].split(",")))) for row in rows]
+    names = in_order({name for labels in found for name in labels})
+    if not names:
+        raise InputError(f"--data-list {path}: no image has a label")
+    place = {name: number for number, name in enumerate(names)}
+    values = torch.zeros(len(rows), len(names))
+    for i, labels in enumerate(found):
+        values[i, [place[name] for name in labels]] = 1
+    return Targets([row[0] for row in rows], names, values)
+
+
+def _checked(path: Path, folder: Path, targets: Targets) -> Targets:
+    labels = [str(row) for row in targets.values.tolist()]  # NaN is no other NaN
+    return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
+
+
+def look_like_numbers(labels: Sequence[str]) -> bool:
+    """Are labels numbers that tell how much, and not which class: all different, or with decimals?"""
+    numbers = [_number(label) for label in labels]
+    if len(labels) < 3 or None in numbers:
+        return False
+    return len(set(numbers)) == len(labels) or any(number != int(number) for number in numbers)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sorted; numbers by their value, so that 10 comes after 9."""
+    return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
+
+
+def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) -> Targets:
+    """The same with its columns in the order of these names. A label that it never names, no image of it has.
+
+    Raises:
+        InputError: it has names that are not among them.
+    """
+    unknown = sorted(set(targets.names) - set(names))
+    if unknown:
+        raise InputError(f"--data-list {path} has {listed(unknown)}, which {other} lacks")
+    values = torch.zeros(len(targets.values), len(names))
+    values[:, [names.index(name) for name in targets.names]] = targets.values
+    return Targets(targets.paths, list(names), values)
