@@ -27,7 +27,6 @@ from finetune_lora import (
     DEFAULT_CHECKPOINT,
     add_lora_to_model,
     count_parameters,
-    evaluate,
     freeze_backbone_params,
     load_finetuned,
 )
@@ -36,7 +35,7 @@ from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.data import Transformed, build_loader, load_splits
 from toolkit.runs import run_script
-from toolkit.training import select_device
+from toolkit.training import evaluate, select_device
 from toolkit.transforms import eval_transform, train_transform
 
 

@@ -89,7 +89,7 @@ def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
 @pytest.mark.parametrize("probe", [0.8, None])
 def test_curves_of_one_epoch_with_and_without_a_probe(tmp_path, probe):
     history = [{"epoch": 1, "train_loss": 0.5, "val_loss": 0.4, "val_accuracy": 0.9}]
-    reports.plot_finetuning(TASK, history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, tmp_path / "curves.png")
+    reports.plot_finetuning(history, {"knn_accuracy": 0.7, "probe_accuracy": probe}, tmp_path / "curves.png")
     assert size(tmp_path / "curves.png")[0] > 1000
 
 

@@ -17,7 +17,7 @@ from toolkit.data import LoadingMeter, Splits
 from toolkit.files import open_atomically, write_text
 from toolkit.measures import TITLES
 from toolkit.report_page import BLUE, ORANGE, write_page
-from toolkit.tasks import TASKS, Answers, Task, baseline_keys
+from toolkit.tasks import TASKS, Answers, Classification, Task, baseline_keys
 from toolkit.training import WeightAverage, best_epoch, own_rates, peak_memory_bytes
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
@@ -162,7 +162,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     }
     write_text(json.dumps(results, indent=2), run.path("results.json"))
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
-    plot_finetuning(run.task, run.history, run.baseline, run.path("training_curves.png"))
+    plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
     rows = summary(results, report, run.args.output_dir)
@@ -219,7 +219,12 @@ def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
                     writer.add_scalar(name, value, row["epoch"])
 
 
-def plot_finetuning(task: Task, history: list[dict[str, float]], baseline: dict[str, float | None], path: Path) -> None:
+def plot_finetuning(
+    history: list[dict[str, float]],
+    baseline: dict[str, float | None],
+    path: Path,
+    task: Task | type[Task] = Classification,
+) -> None:
     """Losses and score by epoch, both losses without label smoothing.
 
     Args:

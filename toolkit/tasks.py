@@ -648,7 +648,7 @@ def start_head(
     return baseline, task.head_temperature(model, *augmented[0], features_train)
 
 
-def baseline_keys(task: Task) -> tuple[str, str]:
+def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
     """What the scores of k-NN and of the linear probe are called."""
     return f"knn_{task.score}", f"probe_{task.score}"
 
