@@ -206,7 +206,7 @@ def test_a_run_leaves_these_files_and_no_others(finished):
     _, folder, _ = finished
     assert sorted(path.name for path in folder.iterdir()) == [
         *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
-        *("metrics.csv", "mistakes.png", "report.html", "results.json", "training_curves.png"),
+        *("metrics.csv", "mistakes.png", "report.html", "results.json", "results_answers.csv", "training_curves.png"),
     ]
     for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):
         with Image.open(folder / name) as picture:
