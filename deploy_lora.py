@@ -66,7 +66,7 @@ from toolkit.folders import (
 from toolkit.lists import like, read_targets
 from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
-from toolkit.tasks import from_record
+from toolkit.tasks import Task, from_record
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         images, where = _labelled_images(args.images, about)
-        images, task = readable(images), about["task"]
+        images, task = readable(images), _task_of(about)
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
     report = REPORTS[task.kind](task, result)
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
@@ -158,7 +158,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     with _model_on_device(args) as (model, about, make_loader):
         images = readable(_images(args.images, about["transform"].bands))
         outputs = _outputs(args, model, make_loader(images), "predict")
-    columns, answers = about["task"].table(outputs)
+    columns, answers = _task_of(about).table(outputs)
     columns = ["path", *columns]
     rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
     if places := geotags.centres(images.name(i) for i in range(len(images))):
@@ -167,6 +167,11 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     write_csv(rows, columns, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows
+
+
+def _task_of(about: dict[str, Any]) -> Task:
+    """What the outputs of a model mean, by what its file says."""
+    return from_record(about.get("task"), about["class_names"], "the adapter")
 
 
 def embed(args: argparse.Namespace) -> Tensor:
@@ -242,11 +247,11 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         data = _data_of_run(about)
         place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
         where = f"of {printable(place)}, evaluated on in training"
-        splits = load_splits(**data, bands=bands, task=about["task"].kind)
+        splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
         unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
-    elif about["task"].kind != "classification":
+    elif _task_of(about).kind != "classification":
         where = f"in {folder}"
-        targets = like(read_targets(folder, folder.parent, about["task"].kind), known, folder, "the adapter")
+        targets = like(read_targets(folder, folder.parent, _task_of(about).kind), known, folder, "the adapter")
         files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
         return LabelledImages(files, files.labels, targets=targets.values), where
     else:
@@ -332,7 +337,7 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
     values = from_metadata(metadata)
-    task = metadata["task"]
+    task = _task_of(metadata)
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
     about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
     about |= {"task": record} if (record := task.record()) else {}
@@ -425,7 +430,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        values, record = recorded(from_metadata(metadata), metadata), metadata["task"].record()
+        values, record = recorded(from_metadata(metadata), metadata), _task_of(metadata).record()
         peft_format.write_peft(model, Path(scratch), values, record)
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
         error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)

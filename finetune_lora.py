@@ -621,8 +621,7 @@ def load_finetuned(
         checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
 
     Returns:
-        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W), and
-        the `task` (see `toolkit.tasks`).
+        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W).
 
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
@@ -634,8 +633,8 @@ def load_finetuned(
     model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata))
     load_adapters(model, adapter_path, base)
     transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
-    task = tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)
-    return model.eval(), {**metadata, "transform": transform, "task": task}
+    tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
+    return model.eval(), {**metadata, "transform": transform}
 
 
 def adapter_metadata(run: "FineTuning") -> dict[str, Any]:
@@ -1025,7 +1024,7 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
     model, info = load_finetuned(args.eval_only, base, args.stage1_adapter)
-    task = info["task"]
+    task = tasks.from_record(info.get("task"), info["class_names"], args.eval_only)
     sources = options.image_sources(args, info["transform"].bands) | {"task": task.kind}
     splits = load_splits(args.dataset, args.data_dir, args.eval_split, **sources)
     if splits.class_names != info["class_names"]:

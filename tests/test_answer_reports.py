@@ -110,3 +110,13 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
         answer_reports.plot_worst_answers([], images(count), tmp_path / "none.png")
         for name in (report.picture, "mistakes.png", "none.png"):
             assert Image.open(tmp_path / name).width > 300
+
+
+def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbers):
+    """As of a few evaluation images."""
+    truth = torch.tensor([[2.0, 3.0]] * 4)
+    report = answer_reports.NumberReport(numbers.task, tasks.NumberAnswers(0.1, truth + 1, truth))
+    figures = report.figures()
+    assert figures["r2"] is None and figures["r2_interval"] is None and figures["mae"] == pytest.approx(1)
+    json.dumps(figures, allow_nan=False)
+    assert report.rows() and report.by_number()

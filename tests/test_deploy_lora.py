@@ -27,7 +27,6 @@ from toolkit.backbones import build_backbone, forward_features
 from toolkit.checkpoints import load_backbone
 from toolkit.measures import wilson_interval
 from toolkit.runs import run_script
-from toolkit.tasks import Classification
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 
@@ -221,7 +220,6 @@ def test_a_class_may_be_called_as_a_part_of_a_set_is(images, tmp_path):
     for source, name in zip(CLASSES, ("cat", "test", "val"), strict=True):
         shutil.copytree(images / "val" / source, tmp_path / name)
     about = {"class_names": ["cat", "test", "val"], "transform": transforms.eval_transform(32)}
-    about["task"] = Classification(about["class_names"])
     found, where = deploy_lora._labelled_images(tmp_path, about)
     assert where == f"all in {tmp_path}"
     assert len(found) == 15 and sorted({*found.labels}) == [0, 1, 2]

@@ -36,9 +36,9 @@ def interval_text(low: float, high: float, digits: int = 1) -> str:
     return f"95% interval {low:.{digits}%} to {high:.{digits}%}"
 
 
-def _finite(value: float) -> float | None:
-    """NaN is no JSON."""
-    return None if math.isnan(value) else value
+def finite(value: float | None) -> float | None:
+    """The value, or None for NaN, which is no JSON."""
+    return None if value is None or math.isnan(value) else value
 
 
 def right_of(accuracy: float, images: int) -> str:
@@ -178,7 +178,7 @@ class LabelReport:
     def figures(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
-            found[name] = _finite(value)
+            found[name] = finite(value)
             found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
         return found | {"labels": {name: self._label(i) for i, name in enumerate(self.names)}}
 
@@ -186,9 +186,9 @@ class LabelReport:
         return {
             "positives": int(self.answers.positives()[i]),
             "unknown": int(self.answers.unknown()[i]),
-            "average_precision": _finite(self.average_precisions[i]),
-            "auroc": _finite(self.aurocs[i]),
-            "f1": _finite(self.f1s[i]),
+            "average_precision": finite(self.average_precisions[i]),
+            "auroc": finite(self.aurocs[i]),
+            "f1": finite(self.f1s[i]),
             "threshold": self.task.thresholds[i].item(),
         }
 
@@ -293,10 +293,10 @@ class NumberReport:
     def figures(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
-            found[name] = _finite(value)
+            found[name] = finite(value)
             found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
         numbers = {
-            name: {"images": int(known), **{measure: _finite(values[i]) for measure, values in self.by.items()}}
+            name: {"images": int(known), **{measure: finite(values[i]) for measure, values in self.by.items()}}
             for i, (name, known) in enumerate(zip(self.names, self._known(), strict=True))
         }
         return found | {"numbers": numbers}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from toolkit import comparison, distributed
-from toolkit.answer_reports import REPORTS, Report
+from toolkit.answer_reports import REPORTS, Report, finite
 from toolkit.bands import recorded
 from toolkit.collapse import Recovery
 from toolkit.data import LoadingMeter, Splits
@@ -182,7 +183,7 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
     interval = f"{run.task.score}_interval"
     return {
         "task": run.task.kind,
-        score: result.score,
+        score: figures[run.task.score],
         "val_loss": result.loss,
         "val_images": len(result.targets),
         f"val_{interval}": figures[interval],
@@ -190,9 +191,9 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
         # Chosen on the very images that it was measured on: no number to publish.
         "best_epoch": best["epoch"],
-        f"best_{score}": best[score],
-        f"{of_knn}_before": run.baseline[of_knn],
-        f"{of_probe}_before": run.baseline[of_probe],
+        f"best_{score}": finite(best[score]),
+        f"{of_knn}_before": finite(run.baseline[of_knn]),
+        f"{of_probe}_before": finite(run.baseline[of_probe]),
         **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
 
@@ -289,9 +290,10 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
 def against_the_probe(results: dict[str, Any]) -> str:
     """What to try where a run hardly moved from the linear probe that it began with; else nothing."""
     score = TASKS[results["task"]].score
-    probe, (low, high) = results[f"probe_{score}_before"], results[f"val_{score}_interval"]
-    if probe is None:
+    probe, interval = results[f"probe_{score}_before"], results[f"val_{score}_interval"]
+    if probe is None or interval is None:
         return ""
+    low, high = interval
     if probe > high:
         return "below the linear probe that it began with: try --learning-rate auto"
     if results["learning_rate"] < LOW_RATE and probe >= low:
@@ -315,7 +317,7 @@ def summary(results: dict[str, Any], report: Report, folder: Path) -> list[tuple
         notes.append(f"chosen on these images: epoch {results['kept_epoch']} of {results['epochs']}")
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     return [
-        (f"k-NN {task.score_title} before", task.told(knn)),
+        (f"k-NN {task.score_title} before", task.told(math.nan if knn is None else knn)),
         *([("linear probe before", task.told(probe))] if probe is not None else []),
         (f"{title} after", headline),
         *(("", note) for note in notes),
