@@ -234,10 +234,10 @@ FLAGS = [
     case(
         "features that change",
         "finetune --cache-features ram --mixup 1",
-        "--cache-features needs --adapt-last, or --lora-rank 0: what is kept must be the same in every epoch",
+        "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
         "--cache-features needs --mixup 0",
     ),
-    case("views of nothing kept", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
+    case("views of nothing cached", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
     case(
         "norms below 4 bits",
         "finetune --adapt-last 2 --use-qlora --train-norms",
