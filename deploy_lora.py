@@ -94,12 +94,12 @@ def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
         for name, entry in itertools.islice(value.items(), _SHORT.maxlist):
             yield from _described(name, entry, f"{indent}  ")
         return
-    told = _SHORT.repr(value)
+    shown = _SHORT.repr(value)
     if isinstance(value, dict):
         entries = itertools.islice(value.items(), _SHORT.maxlist)
-        told = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
+        shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
     how = {"initial_indent": indent, "subsequent_indent": f"{indent}    ", "break_on_hyphens": False}
-    yield textwrap.fill(f"{printable(key)}: {printable(told, 2000)}", 100, **how)
+    yield textwrap.fill(f"{printable(key)}: {printable(shown, 2000)}", 100, **how)
 
 
 # A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
@@ -611,9 +611,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             command.needs_output = name != "evaluate"
             what = "the file to write" if command.needs_output else "the numbers as .json; the page lies beside it"
             command.add_argument("--output", type=Path, help=what)
-            command.add_argument(
-                "--checkpoint", type=checkpoint_path, help="the base, if it is not where it was at training"
-            )
+            command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

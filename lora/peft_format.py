@@ -155,11 +155,11 @@ def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, A
 
 def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
     """The normalisation that `write_peft` recorded; for a folder that PEFT itself wrote, that of the backbone."""
-    told = read_safetensors(folder / WEIGHTS)[1].get(IMAGES)
+    _, header = read_safetensors(folder / WEIGHTS)
     channels = report["channels"]
     try:
-        if told is not None:
-            about = json.loads(told)
+        if IMAGES in header:
+            about = json.loads(header[IMAGES])
         elif channels == 3:
             about = {"channels": 3}
         else:
@@ -182,7 +182,7 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
     """The tensors in a folder of PEFT. Raises InputError unless it holds plain LoRA, as this toolkit computes it."""
     peft = import_peft()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
-        raise InputError(f"{folder} is no adapter of PEFT's: it must be a folder with {CONFIG} and {WEIGHTS}")
+        raise InputError(f"{folder} is no adapter of PEFT: it must be a folder with {CONFIG} and {WEIGHTS}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:

@@ -243,8 +243,9 @@ class Pretraining(RunState):
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now.add(self.args.batch_size, 0, loss)
-                told = {"loss": f"{loss:.3f}", "img/s": f"{self.meter.results()['images_per_second']:.0f}"}
-                bar.set_postfix(told | self.meter.shown(), refresh=False)
+                speed = self.meter.results()["images_per_second"]
+                shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
+                bar.set_postfix(shown | self.meter.shown(), refresh=False)
                 self.stop.check()
         row = {"epoch": epoch, "loss": now.loss_sum / now.steps, "learning_rate": now.learning_rate}
         row["seconds"] = now.seconds

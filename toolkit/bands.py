@@ -228,7 +228,7 @@ def _from_tiff(content: bytes) -> np.ndarray:
     return _bands_last(array)
 
 
-def pages_told(content: bytes, bands: Bands | None) -> str | None:
+def describe_pages(content: bytes, bands: Bands | None) -> str | None:
     """A sentence part on how the pages of a TIFF are read; None if it has one page or cannot be read."""
     try:
         if bands is None:
@@ -415,8 +415,8 @@ def _tell_pages(images: Any, bands: Bands | None) -> None:
     for i in range(len(images)):
         name = images.name(i)
         if name.lower().endswith((".tif", ".tiff")):
-            if told := pages_told(images.source.content(int(images.indices[i])), bands):
-                print(f"images: {printable(name)} has {told}")
+            if pages := describe_pages(images.source.content(int(images.indices[i])), bands):
+                print(f"images: {printable(name)} has {pages}")
             return
 
 
@@ -431,12 +431,15 @@ def _each(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[st
 
 def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) -> str:
     chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
-    told = {name: ", ".join(f"{x:.4g}" for x in dict.fromkeys(numbers)) for name, numbers in values.items()}
     source = f", measured on {images} training images" if images else ""
     return (
-        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; then mean {told['mean']}, "
-        f"std {told['std']}{source}"
+        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; "
+        f"then mean {_distinct(values['mean'])}, std {_distinct(values['std'])}{source}"
     )
+
+
+def _distinct(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in dict.fromkeys(numbers))
 
 
 def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:

@@ -135,8 +135,9 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
         return 3, {}
     source = _identify(path, _read(path), arch)
     found = _find_arch(source) if source.arch is None else source.arch
-    told = {**source.images, "arch": found} if source.images else {}
-    return _find_channels(source.weights, found)[1], told
+    _, channels = _find_channels(source.weights, found)
+    metadata = {**source.images, "arch": found} if source.images else {}
+    return channels, metadata
 
 
 def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
@@ -326,7 +327,7 @@ class _Layout:
     """Where a project's files have the backbone, and how to recognise these files.
 
     A file has this layout if some tensor's name starts with `prefix`, some name starts with one of `signs`, and
-    something is at `told`, a path through the dictionaries around the tensors. The prefix `module.`, of
+    something is at `entry`, a path through the dictionaries around the tensors. The prefix `module.`, of
     DistributedDataParallel, does not count.
     """
 
@@ -334,16 +335,16 @@ class _Layout:
     prefix: str = ""  # of the backbone's tensors
     beside: tuple[str, ...] = ()  # prefixes of all other tensors, which are left out
     signs: tuple[str, ...] = ("",)
-    told: str = ""
+    entry: str = ""
     renames: _Renames = _SEQUENTIAL
     # The attention heads of a ViT-S with a fixed position embedding, as in MoCo v3, and of one with a learned one.
     heads: tuple[int, int] = (12, 12)
     heads_certain: bool = False  # False: they are the likelier of two numbers
 
     def fits(self, keys: Collection[str], info: Mapping) -> bool:
-        is_told = not self.told or _at(info, self.told) is not None
+        has_entry = not self.entry or _at(info, self.entry) is not None
         has_prefix = any(key.startswith(self.prefix) for key in keys)
-        return is_told and has_prefix and any(key.startswith(self.signs) for key in keys)
+        return has_entry and has_prefix and any(key.startswith(self.signs) for key in keys)
 
 
 _MOCO = ("encoder_k.", "queue", "predictor.")
@@ -359,21 +360,21 @@ _OF_TIMM = {"heads": (12, 6), "heads_certain": True}  # for projects that use Mo
 
 # The first layout that fits counts, so those with more signs come first.
 _LAYOUTS = (
-    _Layout("moco_stage1", "encoder_q.", _MOCO, told="model", heads_certain=True),  # this toolkit's own
+    _Layout("moco_stage1", "encoder_q.", _MOCO, entry="model", heads_certain=True),  # this toolkit's own
     _Layout("seco", "encoder_q.", (*_MOCO, "heads_q.", "heads_k."), ("heads_q.",)),
     _Layout("moco_v2", "encoder_q.", _MOCO, ("encoder_q.fc.0.", "encoder_q.classifier.0.")),
     _Layout("moco_v1", "encoder_q.", _MOCO),
     _Layout("moco_v3", "base_encoder.", ("momentum_encoder.", "predictor.")),
     _Layout("mmpretrain", "backbone.", _OPENMMLAB, _OPENMMLAB_SIGNS, renames=_MMPRETRAIN, **_OF_TIMM),
-    _Layout("mmpretrain", "backbone.", _OPENMMLAB, told="meta", renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB, entry="meta", renames=_MMPRETRAIN, **_OF_TIMM),
     _Layout("solo_learn", "backbone.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),
     _Layout("solo_learn", "encoder.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),  # its first releases
-    _Layout("torchgeo", "backbone.", _LIGHTLY, told="hyper_parameters/model", heads=(6, 6), heads_certain=True),
-    _Layout("torchgeo", "model.", ("criterion.",), told="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("torchgeo", "backbone.", _LIGHTLY, entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("torchgeo", "model.", ("criterion.",), entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
     _Layout("lightning", "model.", ("criterion.",)),
     _Layout("lightly", "backbone.", _LIGHTLY),
     _Layout("vissl", "_feature_blocks."),
-    _Layout("linear_probe", told="best_acc1"),
+    _Layout("linear_probe", entry="best_acc1"),
     _Layout("mmpretrain", signs=("patch_embed.projection.",), renames=_MMPRETRAIN, **_OF_TIMM),
     _Layout("deit", signs=("blocks.",), heads=(12, 6)),
     _Layout("torchvision"),
@@ -421,7 +422,7 @@ def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Sou
         epoch=_whole_number(info, "epoch"),
         image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
         heads=_whole_number(info, "config/heads"),
-        images=_told_of_images(info),
+        images=_image_metadata(info),
         weights={name: tensors[full] for full, name in names.items()},
         dropped=dropped,
     )
@@ -439,13 +440,13 @@ def _whole_number(info: Mapping, place: str) -> int | None:
     return value if type(value) is int else None
 
 
-def _told_of_images(info: Mapping) -> dict[str, Any]:
+def _image_metadata(info: Mapping) -> dict[str, Any]:
     """The metadata about images from this toolkit's pretraining, or from CEM500K's `norms`: mean and std of grey."""
-    told = info.get("normalization")
+    recorded = info.get("normalization")
     norms = info.get("norms")
     if isinstance(norms, list) and len(norms) == 2:
         return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0, "show_bands": [1]}
-    return dict(told) if isinstance(told, Mapping) else {}
+    return dict(recorded) if isinstance(recorded, Mapping) else {}
 
 
 def _named_arch(info: Mapping) -> str | None:

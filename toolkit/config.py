@@ -409,13 +409,14 @@ def describe_options(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         return [name for name in names if source != "config" or getattr(args, name) != parser.get_default(name)]
 
     typed = [_as_typed(name, getattr(args, name)) for name in changed("command line")]
-    told = {
+    configured = [f"{name} {_as_text(getattr(args, name))}" for name in changed("config")]
+    entries = {
         "command line": " ".join(typed),
-        f"{stored(args.config)} changes": ", ".join(f"{n} {_as_text(getattr(args, n))}" for n in changed("config")),
+        f"{stored(args.config)} changes": ", ".join(configured),
         "all settings": str(args.output_dir / "config.yaml"),
     }
     whole = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in told.items() if values)
+    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in entries.items() if values)
 
 
 def _as_typed(name: str, value: Any) -> str:

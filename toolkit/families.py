@@ -51,15 +51,15 @@ _GIVEN = ("scale", "mean", "std", "normalise")
 
 
 def take_known_values(
-    args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path | None
+    args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path | None
 ) -> None:
     """Fill in the values of the checkpoint's pretraining where the options give none, and print them.
 
     Args:
         args: `scale`, `mean`, `std` and `bands` are filled in. They also replace a family's name in `normalise`.
         channels: the network's.
-        told: the file's metadata as `toolkit.bands.recorded` writes them, and its `arch`; empty if it has none.
-        told_by: that file, whose name may tell its family.
+        metadata: the file's, as `toolkit.bands.recorded` writes them, and its `arch`; empty if it has none.
+        file: the checkpoint or adapter file, whose name may tell its family.
 
     Raises:
         InputError: the family that `normalise` names is for other channels, or the metadata are damaged.
@@ -75,15 +75,15 @@ def take_known_values(
         _take_family(args, args.normalise, "")
         args.normalise = None
         return
-    if told_by is None or any(getattr(args, name) is not None for name in _GIVEN):
+    if file is None or any(getattr(args, name) is not None for name in _GIVEN):
         return
-    if told:
-        _take_told(args, channels, told, told_by)
+    if metadata:
+        _take_recorded(args, channels, metadata, file)
         return
-    file = Path(told_by).name
+    file_name = Path(file).name
     for name, family in FAMILIES.items():
-        if family.file and channels in family.channels and re.search(family.file, file):
-            _take_family(args, name, f", which the name of {printable(file)} says: else give --scale")
+        if family.file and channels in family.channels and re.search(family.file, file_name):
+            _take_family(args, name, f", which the name of {printable(file_name)} says: else give --scale")
             return
 
 
@@ -95,20 +95,20 @@ def _take_family(args: argparse.Namespace, name: str, reason: str) -> None:
     print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
 
 
-def _take_told(args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path) -> None:
+def _take_recorded(args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path) -> None:
     try:
-        values = from_metadata(dict(told))
+        values = from_metadata(dict(metadata))
     except InputError as error:
-        raise InputError(f"{told_by}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
     bands = values["bands"]
-    usual = normalization(told["arch"])
+    usual = normalization(metadata["arch"])
     are_usual = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
-    told_channels = 3 if bands is None else bands.channels
-    if are_usual or channels != told_channels:
+    recorded_channels = 3 if bands is None else bands.channels
+    if are_usual or channels != recorded_channels:
         return
     args.mean = list(values["mean"])
     args.std = list(values["std"])
     if bands is not None:
         args.scale = bands.scale
         args.bands = args.bands or list(bands.chosen) or None
-    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(told_by).name)} says")
+    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")

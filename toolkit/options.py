@@ -243,18 +243,18 @@ def bands_read(args: argparse.Namespace) -> bands.Bands | None:
     Fills in scale, mean and std of the pretraining if they are known: see `take_known_values`.
     """
     channels = 3
-    told: dict[str, Any] = {}
-    told_by = args.checkpoint
+    metadata: dict[str, Any] = {}
+    file = args.checkpoint
     with contextlib.suppress(InputError):  # reported when the backbone is built
         if args.checkpoint is not None:
-            channels, told = find_images(args.checkpoint, args.arch)
+            channels, metadata = find_images(args.checkpoint, args.arch)
         if (adapter := getattr(args, "stage1_adapter", None)) is not None:
             content = read_checkpoint(adapter)
             about = content.get("metadata") if isinstance(content, dict) else None
             if isinstance(about, dict) and "mean" in about:
-                told, told_by = about, adapter
+                metadata, file = about, adapter
     channels = args.channels or channels
-    take_known_values(args, channels, told, told_by)
+    take_known_values(args, channels, metadata, file)
     return bands.bands_of(args, channels)
 
 

@@ -62,7 +62,7 @@ def find_learning_rate(
 def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
     """Return the rate nearest to the default among those within one standard error of the best score.
 
-    A few hundred images tell rates apart that differ by some points, not the best from the second best. (The rule of
+    A few hundred images can show a difference of some points, but not which of the best rates is best. (The rule of
     one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
     """
     best = max(trial.val_score for trial in trials)
@@ -136,8 +136,8 @@ def choose_learning_rate(
             rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
             write_csv(rows, columns, folder / "learning_rates.csv")
 
-    told = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {told}")
+    plan = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {plan}")
     rate, trials = find_learning_rate(trial, lambda score: task.variance(score, images), known, tried)
     begin()
     if distributed.is_main():

@@ -44,8 +44,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
     with _named_if_unreadable(image):
-        told = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return told if told in range(1, 9) else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in range(1, 9) else 1
 
 
 @contextlib.contextmanager
