@@ -35,7 +35,7 @@ from toolkit.files import (
     write_safetensors,
 )
 
-FORMAT_VERSION = 2  # the latest; of an adapter whose outputs are classes it is 1, which every version reads
+FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 

@@ -112,7 +112,9 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
-    header = {"format": "pt", IMAGES: json.dumps(about)} | ({} if task is None else {TASK: json.dumps(task)})
+    header = {"format": "pt", IMAGES: json.dumps(about)}
+    if task is not None:
+        header[TASK] = json.dumps(task)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=header)
 
 

@@ -280,9 +280,11 @@ class Pretraining(RunState):
         self.save_metrics(METRICS)
         if self.args.tensorboard:
             reports.log_tensorboard(row, self.args.output_dir)
-        told = ", ".join(filter(None, (f"loss {row['loss']:.3f}", describe_measures(row))))
-        print(f"epoch {self.epoch}: {told}; {reports.describe_times(self.history, self.args.epochs)}")
-        if (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK:
+        measured = describe_measures(row)
+        figures = f"loss {row['loss']:.3f}" + (f", {measured}" if measured else "")
+        print(f"epoch {self.epoch}: {figures}; {reports.describe_times(self.history, self.args.epochs)}")
+        rank = row.get("effective_rank")
+        if rank and rank < COLLAPSED_RANK:
             print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:

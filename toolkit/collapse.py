@@ -58,7 +58,8 @@ class CollapseGuard:
     """
 
     def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, all_train: bool = False):
-        self.variance, self.images = task.variance, len(watched)
+        self.variance = task.variance
+        self.images = len(watched)
         self.share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.constant_accuracy = task.constant_score(watched)
         self.constant_loss = task.constant_loss(train)

@@ -52,7 +52,7 @@ class Evaluator:
             return self.evaluate(self.feed.watched_views())
 
     def choose_thresholds(self) -> bool:
-        """Choose by training images above which probabilities labels are answers. False where a task has none."""
+        """Choose the thresholds above which labels are answers, by training images. False if the task has none."""
         if not isinstance(self.task, MultiLabel):
             return False
         self.task.thresholds = self.evaluate(self.feed.threshold_views()).best_thresholds()

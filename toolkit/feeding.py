@@ -133,7 +133,7 @@ class Feed:
         return self.watched_loader
 
     def threshold_views(self) -> DataLoader:
-        """Augmented views of training images, by which thresholds of labels are chosen."""
+        """Augmented views of training images, by which the thresholds of labels are chosen."""
         some = self.images.train.at_most(THRESHOLD_IMAGES)
         return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
 

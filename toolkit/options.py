@@ -455,8 +455,9 @@ def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str
 
 
 def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """What does not go together with --task, a line each."""
-    task, problems = TASKS[args.task], []
+    """The options that do not go together with --task, one line each."""
+    task = TASKS[args.task]
+    problems = []
     if args.keep_best is not None and args.keep_best not in task.best_by:
         problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
     if "unknown" in typed and args.task != "multilabel":
