@@ -126,7 +126,8 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         numel = math.prod(_stock_shape(module, name, parameter))
         counts["total"] += numel
         counts["trainable" if parameter.requires_grad else "frozen"] += numel
-        counts["lora"] += numel if _is_adapter(module, name) else 0
+        if _is_adapter(module, name):
+            counts["lora"] += numel
     return counts
 
 
@@ -344,10 +345,10 @@ class LoRAManager:
         if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
-            moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
-            if moved:
+            changed = [name for name in now if start and now[name] != start.get(name)]
+            if layers and changed:
                 raise InputError(
-                    f"the base has trained with the adapter in use ({listed(moved)}), so others cannot share it: save "
+                    f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: save "
                     "the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
             self.model.adapter_set = AdapterSet(self.model)
@@ -637,7 +638,8 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
-    wrong += ["channel_fit"] if metadata.get("channel_fit") not in (None, *CHANNEL_FITS) else []
+    if metadata.get("channel_fit") not in (None, *CHANNEL_FITS):
+        wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
     classes, arch, *shape, _ = model_shape(metadata)

@@ -181,7 +181,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the classifier head receives: images (N, C, H, W) -> (N, D). The model and its head stay untouched."""
+    """The features that the classifier head receives: images (N, C, H, W) -> (N, D). The model is not changed."""
     return headless(model)(images)
 
 

@@ -152,7 +152,7 @@ def cache_images(images: LabelledImages, where: str, image_size: int) -> Labelle
 
 
 def _first_of_all(text: Callable[[], str]) -> str:
-    """What this returns in the first process, for all processes of the run."""
+    """The text that this function returns in the first process, for all processes of the run."""
     return distributed.gather(text() if distributed.is_main() else "")[0]
 
 

@@ -386,7 +386,7 @@ _BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files nam
 
 @dataclass
 class _Source:
-    """What a file holds, under the model's names."""
+    """The content of a file, with tensors under the model's names."""
 
     path: str | os.PathLike
     layout: _Layout
@@ -567,9 +567,11 @@ def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def _find_image_size(source: _Source, arch: str) -> int:
     """The image size of the pretraining: a ViT's position embedding implies it, a ResNet's file may state it."""
     name = next((name for name in _POSITIONS if name in source.weights), None)
-    patch, tokens = _patch_and_tokens(_meta_model(arch)) if name else (None, 0)
-    if patch and _grid(source.weights[name], tokens):
-        return _grid(source.weights[name], tokens) * patch
+    if name is not None:
+        patch, tokens = _patch_and_tokens(_meta_model(arch))
+        side = _grid(source.weights[name], tokens)
+        if patch and side:
+            return side * patch
     return source.image_size or default_image_size(arch)
 
 
@@ -586,7 +588,9 @@ def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
 
 def _grid(positions: torch.Tensor, tokens: int) -> int:
     """The patches along each side in a position embedding (1, tokens + grid * grid, D); 0 if they form no square."""
-    count = positions.shape[1] - tokens if positions.dim() == 3 else 0
+    if positions.dim() != 3:
+        return 0
+    count = positions.shape[1] - tokens
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 

@@ -291,7 +291,7 @@ def _key_problems(section: str, key: Any, own: dict[str, list[str]], path: Path)
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
     section = next((section for section, keys in own.items() if key in keys), None)
-    return f" (it belongs into the section {section})" if section else ""
+    return f" (it belongs in the section {section})" if section else ""
 
 
 def _hint(name: Any, known: Collection[str]) -> str:

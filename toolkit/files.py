@@ -218,7 +218,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
 
 
 def describe_header(header: bytes) -> str:
-    """What a file that is no checkpoint most likely is, judging by its first bytes."""
+    """Guess from its first bytes what a file is that is no checkpoint."""
     if not header:
         return "it is empty"
     if header.startswith(b"version http"):

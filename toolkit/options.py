@@ -68,7 +68,9 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argpar
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the group and YAML section `data`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder for your own images, else digits")
+    group.add_argument(
+        "--dataset", choices=DATASETS, help="default: imagefolder if you name images of your own, else digits"
+    )
     group.add_argument(
         "--data-dir", type=Path, help="folder with train/ and val/, or a folder per class; default: digits"
     )
@@ -158,7 +160,7 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
         help="file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
     )
     archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
-    group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
+    group.add_argument("--arch", metavar=f"{{{archs}}}", help="architecture, or timm:NAME; default: the checkpoint's")
     add_shape_options(group)
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
@@ -166,7 +168,7 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
         "--from-scratch",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="the same architecture, random weights",
+        help="random weights in the checkpoint's architecture",
     )
     return group
 
@@ -174,7 +176,9 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
 def add_shape_options(group: argparse._ArgumentGroup) -> None:
     """Add the options that describe a backbone beside its arch."""
     group.add_argument("--heads", type=positive_int, help="attention heads of a ViT; default: as its layout implies")
-    group.add_argument("--channels", type=positive_int, help="of the images; default: the checkpoint's, else 3")
+    group.add_argument(
+        "--channels", type=positive_int, help="channels of the images; default: the checkpoint's, else 3"
+    )
     group.add_argument("--channel-fit", choices=CHANNEL_FITS, help="fit the first layer to other --channels")
 
 

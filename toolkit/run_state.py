@@ -108,7 +108,7 @@ class RunState:
             self.scaler.load_state_dict(state)
 
     def trained(self) -> dict[str, Any]:
-        """What training changes."""
+        """The state that training changes, by key of `last.pth`."""
         return {key: part.get() for key, part in self.trained_parts.items()}
 
     def restore(self, trained: dict[str, Any]) -> None:
