@@ -348,8 +348,8 @@ class LoRAManager:
             changed = [name for name in now if start and now[name] != start.get(name)]
             if layers and changed:
                 raise InputError(
-                    f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: save "
-                    "the adapter, load the checkpoint again, and then load the saved file with a name"
+                    f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
+                    "save the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
             self.model.adapter_set = AdapterSet(self.model)
         self.model.adapter_set.adopt(layers, self.model)

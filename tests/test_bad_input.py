@@ -309,7 +309,7 @@ CONFIGS = [
            "moco.noise was removed; delete the line", script="pretrain"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
-    config("no sections", "epochs: 3", "epochs: no such section", "belongs into the section finetune"),
+    config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
     config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
     config("a section that is a value", "finetune: 3", "finetune: expected a section"),
     config("a section that is a list", "finetune: [epochs]", "finetune: expected a section"),
