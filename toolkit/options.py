@@ -110,8 +110,13 @@ def _add_band_options(group: argparse._ArgumentGroup) -> None:
     several = {"nargs": "+", "action": "extend"}
     group.add_argument("--bands", **several, help="bands to read from a file, as 4,3,2; 0: zeros (default: all)")
     group.add_argument("--scale", type=positive_float, help="divisor of the files' values, as 10000")
-    group.add_argument("--mean", type=any_float, **several, help="mean of each channel, or of all, after --scale")
-    group.add_argument("--std", type=any_float, **several, help="standard deviation likewise; default: the backbone's")
+    group.add_argument(
+        "--mean",
+        type=any_float,
+        **several,
+        help="mean of each channel, or one for all, after --scale; default: the backbone's",
+    )
+    group.add_argument("--std", type=any_float, **several, help="standard deviations, given like --mean")
     known = ("data", *FAMILIES)
     group.add_argument(
         "--normalise", choices=known, help="data: mean and std measured on training images; or a known family's"
