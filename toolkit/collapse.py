@@ -85,8 +85,8 @@ class CollapseGuard:
     def has_collapsed(self, accuracy: float, loss: float) -> bool:
         """Has accuracy lost a quarter of its best lead over a constant answer, by more than two standard errors?
 
-        If the whole backbone trains, a third. On very few images no loss of accuracy exceeds two standard errors: there
-        an accuracy no better than a constant answer's, with a higher loss, counts as a collapse too.
+        The share is a third if the whole backbone trains. On very few images no loss of accuracy exceeds two standard
+        errors: there an accuracy no better than a constant answer's, with a higher loss, counts as a collapse too.
         """
         if not math.isfinite(loss):
             return True
