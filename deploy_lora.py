@@ -1,4 +1,4 @@
-"""After training: what is in an adapter file, its answers for images, and the files that serve without this toolkit.
+"""Use an adapter file after training: inspect it, answer for images, and export it to files that need no toolkit.
 
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
@@ -9,8 +9,8 @@
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
     python deploy_lora.py convert checkpoints/lora/lora.pth --to peft --output peft_adapter
 
-Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each is a function of the parsed options; the
-table COMMANDS lists them all.
+Every command takes the file of any run: LoRA, QLoRA or full fine-tuning. Each command is a function of the parsed
+options; the table COMMANDS lists them all.
 """
 
 import argparse
@@ -72,7 +72,7 @@ from toolkit.tasks import Task, from_record
 
 
 def info(args: argparse.Namespace) -> dict[str, Any]:
-    """Print what is in an adapter file and return it."""
+    """Print the content of an adapter file and return it."""
     content = read_adapter_file(args.adapter)
     numel = sum(tensor.numel() for tensor in content["tensors"].values())
     size = args.adapter.stat().st_size / 1e6
@@ -87,32 +87,34 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
-    """An entry of a file's metadata in lines that a terminal holds: sections under their titles."""
+    """The lines of a terminal for an entry of a file's metadata; sections are indented under their titles."""
     sections = isinstance(value, dict) and any(isinstance(entry, dict) and entry for entry in value.values())
     if sections and len(indent) < 6:
         yield f"{indent}{printable(key)}:"
         for name, entry in itertools.islice(value.items(), _SHORT.maxlist):
             yield from _described(name, entry, f"{indent}  ")
         return
-    told = _SHORT.repr(value)
+    shown = _SHORT.repr(value)
     if isinstance(value, dict):
         entries = itertools.islice(value.items(), _SHORT.maxlist)
-        told = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
+        shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
     how = {"initial_indent": indent, "subsequent_indent": f"{indent}    ", "break_on_hyphens": False}
-    yield textwrap.fill(f"{printable(key)}: {printable(told, 2000)}", 100, **how)
+    yield textwrap.fill(f"{printable(key)}: {printable(shown, 2000)}", 100, **how)
 
 
-# Lists may hold the same list many times over: written out in full, a few hundred bytes could fill the memory.
+# A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
 _SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 100, 100, 200, 200
+_SHORT.maxlevel = 3
+_SHORT.maxlist = _SHORT.maxdict = 100
+_SHORT.maxstring = _SHORT.maxother = 200
 
 # -------------------------------------------------------------------------------------------------- answers for images
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Print how good the answers for labelled images are, write a page about them, and return the numbers.
+    """Evaluate the adapter on labelled images: print the measures, write a page about them, and return them.
 
-    The images are those in the class folders of `images` or, without it, those that the run was evaluated on. The page
+    The images are those in the class folders of `images` or, without it, those on which the run was evaluated. The page
     is `lora_evaluation.html` beside `lora.pth` or, with `--output results.json`, `results.html`.
     """
     with _model_on_device(args) as (model, about, make_loader):
@@ -124,8 +126,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.output is not None:
         write_text(json.dumps(results, indent=2), args.output)
         comparison.write_answers(report.answer_columns(), images, args.output)
-    page = args.adapter.with_name(f"{args.adapter.stem}_evaluation") if args.output is None else args.output
-    page = page.with_suffix(".html")
+    beside = args.adapter.with_name(f"{args.adapter.stem}_evaluation")
+    page = (args.output or beside).with_suffix(".html")
     rows = [
         ("adapter", str(args.adapter)),
         ("images", where),
@@ -143,17 +145,17 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> list[comparison.Difference]:
-    """Print how much better the second of two results is than the first, and return it by measure."""
+    """Print how much better the second of two results is than the first, and return the differences by measure."""
     differences = comparison.compare(args.first, args.second)
     print(reports.table(comparison.table(differences, args.first, args.second)))
     return differences
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write the answers for each image as a table, a row an image, and return its rows.
+    """Write the answers for images as a table, one row for each image, and return the rows.
 
-    They are the most probable classes; or all labels above their thresholds, and the probability of each; or numbers.
-    Where some files have geotags, so have the rows: `x` and `y` of the image's centre, and the `epsg` code they are in.
+    Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
+    numbers. If files have geotags, the rows also have `x` and `y` of the image's centre, and the `epsg` code of these.
     """
     with _model_on_device(args) as (model, about, make_loader):
         images = readable(_images(args.images, about["transform"].bands))
@@ -175,9 +177,9 @@ def _task_of(about: dict[str, Any]) -> Task:
 
 
 def embed(args: argparse.Namespace) -> Tensor:
-    """Write what the classifier head receives for each image, and return it: float32, (N, D).
+    """Write the features that the classifier head receives for images, and return them: float32, (N, D).
 
-    `--output features.npy` is the array; `features_paths.csv` beside it has the path of each of its rows.
+    `--output features.npy` is the array; `features_paths.csv` beside it has the image's path for each row.
     """
     with _model_on_device(args) as (model, about, make_loader):
         images = readable(_images(args.images, about["transform"].bands))
@@ -192,7 +194,7 @@ def embed(args: argparse.Namespace) -> Tensor:
 
 @contextlib.contextmanager
 def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
-    """The model on --device, what its file says, and what makes a loader of images; faults come with a remedy."""
+    """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
     device, _ = _device_and_precision(args)
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
@@ -214,11 +216,12 @@ def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch
 def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     """The model's output for all images, float32 on the CPU: (N, D)."""
     batches = (images for images, _ in progress_bar(loader, title))
-    return torch.cat([y.float().cpu() for y in training.map_batches(model, batches, *_device_and_precision(args))])
+    outputs = training.map_batches(model, batches, *_device_and_precision(args))
+    return torch.cat([output.float().cpu() for output in outputs])
 
 
 def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
-    """The image files named, and all those in the folders named and below. Raises InputError for paths without any."""
+    """The image files that are named, and all in named folders and below. Raises InputError for a path without any."""
     names = []
     for path in paths:
         if not os.path.exists(path):
@@ -236,19 +239,20 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
 
 
 def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
-    """All images in the class folders of a folder, or of the val/ in it; None: those that the run was evaluated on.
+    """Labelled images, and a description of where they were found.
 
-    Of an adapter for several labels or for numbers, `folder` is a list.
-
-    And where they were found, for people.
+    They are all images in the class folders of `folder`, or of the val/ in it; None: those on which the run was
+    evaluated. For an adapter with several labels or numbers, `folder` is a list.
     """
-    known, bands = about["class_names"], about["transform"].bands
+    known = about["class_names"]
+    bands = about["transform"].bands
     if folder is None:
         data = _data_of_run(about)
         place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
         where = f"of {printable(place)}, evaluated on in training"
         splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
-        unknown, images = sorted(set(splits.class_names) ^ set(known)), splits.val
+        unknown = sorted(set(splits.class_names) ^ set(known))
+        images = splits.val
     elif _task_of(about).kind != "classification":
         where = f"in {folder}"
         targets = like(read_targets(folder, folder.parent, _task_of(about).kind), known, folder, "the adapter")
@@ -271,11 +275,12 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     config = about.get("config")
     recorded = config.get("data") if isinstance(config, dict) else None
     kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list, "unknown": str}
-    if (
-        not isinstance(recorded, dict)
-        or any(type(recorded.get(key)) not in (kind, type(None)) for key, kind in kinds.items())
-        or not all(isinstance(path, str) for path in recorded.get("data_list") or ())
-    ):
+
+    def has_kind(key: str) -> bool:
+        return type(recorded.get(key)) in (kinds[key], type(None))
+
+    is_usable = isinstance(recorded, dict) and all(map(has_kind, kinds))
+    if not is_usable or not all(isinstance(path, str) for path in recorded.get("data_list") or ()):
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     data = {key: recorded[key] for key in kinds if recorded.get(key) is not None}
     for key in {"data_dir", "val_dir"} & data.keys():
@@ -299,7 +304,8 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         save_atomically(state, args.output)
-    arch, classes = metadata["arch"], len(metadata["class_names"])
+    arch = metadata["arch"]
+    classes = len(metadata["class_names"])
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
     heads = "".join(f"{number} heads and " for number in other_heads(model).values())
     channels = input_channels(model)
@@ -311,7 +317,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
 class Normalised(nn.Module):
     """A model that normalises its images itself: (N, C, S, S) -> (N, classes).
 
-    They are from 0 to 1 or, with a `scale`, the numbers of the files.
+    The images have values from 0 to 1 or, with a `scale`, those of their files.
     """
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], scale: float = 1.0):
@@ -327,12 +333,12 @@ class Normalised(nn.Module):
 def export(args: argparse.Namespace) -> dict[str, str]:
     """Write the merged model as a graph, `.onnx` or `.pt2` (torch.export), for any number of images at a time.
 
-    Its input is `images`, float32 (N, C, S, S), normalised as in training or, with --normalise, from 0 to 1 (of images
-    that are no RGB photographs, the numbers of their files); its output is `logits`, (N, classes), or `probabilities`
-    of several labels, or `numbers` in their own units.
+    The graph's input is `images`, float32 (N, C, S, S), normalised as in training. With --normalise the graph does this
+    itself: its input has values from 0 to 1, or those of the files if these are not RGB photographs. The output is
+    `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units.
 
     Returns:
-        What is written about the model into the file: `class_names` and the other values as JSON.
+        The metadata that are written into the file: `class_names` and other values as JSON.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
@@ -348,16 +354,15 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     channels = input_channels(model)
     program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels)
     with open_atomically(args.output) as file:
-        file.write(
-            _as_onnx(program, about, task.output_name) if args.output.suffix == ".onnx" else _as_pt2(program, about)
-        )
+        is_onnx = args.output.suffix == ".onnx"
+        file.write(_as_onnx(program, about, task.output_name) if is_onnx else _as_pt2(program, about))
     size = metadata["image_size"]
     print(f"wrote {args.output}: {metadata['arch']} for images of {size} pixels; its metadata: {', '.join(about)}")
     return about
 
 
 def _graph(model: nn.Module, image_size: int, channels: int) -> torch.export.ExportedProgram:
-    """The model as a graph with a free number of images."""
+    """The model as a graph for any number of images."""
     images = torch.zeros(2, channels, image_size, image_size)
     with_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
@@ -375,7 +380,7 @@ def _as_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> byt
 
 def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], output: str) -> bytes:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the exporter itself will change
+        warnings.simplefilter("ignore")  # the exporter warns of its own future changes
         names = {"input_names": ["images"], "output_names": [output]}
         graph = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     graph.model.metadata_props.update(about)
@@ -385,7 +390,7 @@ def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str], outpu
 # ------------------------------------------------------------------------------------------- PEFT's format, and from it
 
 PEFT_FILES = (peft_format.CONFIG, peft_format.WEIGHTS)
-ROUNDING = 1e-3  # of the answers' size: what is above is no rounding
+ROUNDING = 1e-3  # the largest difference of answers, relative to their size, that rounding explains
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -402,18 +407,19 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     """Write an adapter file as a folder that `peft.PeftModel.from_pretrained(base, folder)` reads.
 
     `base` is the torchvision model with the base's weights and a head for the adapter's classes, whose weights come
-    from the folder (`modules_to_save`). Of a 4-bit adapter it is the float model, whose answers differ by the rounding.
+    from the folder (`modules_to_save`). For a 4-bit adapter it is the float model, whose answers differ by the
+    rounding.
 
     Args:
-        adapter: what `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
-        folder: is made if need be; the two files in it are replaced.
-        checkpoint: the base, if it is not where it was at training.
+        adapter: a file that `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
+        folder: is made if it does not exist; the two files in it are replaced.
+        checkpoint: the base, if it was moved since training.
 
     Returns:
         The largest difference of the two models' logits for random images, relative to the largest logit.
 
     Raises:
-        InputError: PEFT is missing, the file has no adapters, or something in it has no place in PEFT's form.
+        InputError: PEFT is missing, the file has no adapters, or something in it has no counterpart in PEFT's format.
     """
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(adapter, checkpoint)
@@ -447,23 +453,23 @@ def from_peft(
     arch: str | None = None,
     heads: int | None = None,
 ) -> float:
-    """Write the LoRA adapter in a folder of PEFT's as an adapter file, which `load_finetuned` reads.
+    """Write the LoRA adapter in a folder of PEFT as an adapter file, which `load_finetuned` reads.
 
     Args:
-        folder: what `PeftModel.save_pretrained` wrote, with the classifier head in it (`modules_to_save`).
+        folder: written by `PeftModel.save_pretrained`, with the classifier head in it (`modules_to_save`).
         output: `.pth` or `.safetensors`.
         checkpoint: the base that PEFT adapted, in any layout that `load_backbone` knows.
-        class_names: what the outputs mean; None: their numbers.
-        image_size: pixels; None: the size that the checkpoint is for.
-        arch: None: what the checkpoint says; or such as 'timm:resnet50'.
-        heads: attention heads of a ViT; None: what the checkpoint's layout implies.
+        class_names: the names of the outputs; None: their numbers.
+        image_size: pixels along each side; None: the checkpoint's own.
+        arch: such as 'timm:resnet50'; None: the one that the checkpoint names.
+        heads: attention heads of a ViT; None: the number that the checkpoint's layout implies.
 
     Returns:
         The largest difference of the two models' logits for random images, relative to the largest logit.
 
     Raises:
-        InputError: PEFT is missing, the folder or the checkpoint is not what it should be, or the adapter has
-            something that this toolkit's adapters have not.
+        InputError: PEFT is missing, the folder or the checkpoint cannot be read, or the adapter has something that this
+            toolkit's adapters lack.
     """
     peft = peft_format.import_peft()
     tensors = peft_format.read_peft(folder)
@@ -518,8 +524,8 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-ON_IMAGES = ("evaluate", "predict", "embed")  # these compute on a device
-SUFFIXES = {  # of --output
+ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
+SUFFIXES = {  # allowed for --output
     "evaluate": (".json",),
     "predict": (".csv",),
     "embed": (".npy",),
@@ -529,8 +535,10 @@ SUFFIXES = {  # of --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
+    if args.output is None and args.command == "evaluate":
+        return []
     if args.output is None:
-        return [] if args.command == "evaluate" else ["--output: expected a value, the file to write"]
+        return ["--output: expected a value, the file to write"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
         return [f"--output {args.output}: the name must end in {' or '.join(suffixes)}"]
@@ -538,16 +546,16 @@ def check_output(args: argparse.Namespace) -> list[str]:
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
     if os.path.isdir(args.output) and args.command != "convert":
         return [f"--output {args.output}: a folder; name a file"]
-    images = getattr(args, "images", None)
-    return [
-        f"--output {args.output} is read by this very command; name another file"
-        for path in (args.adapter, args.checkpoint, *(images if isinstance(images, list) else []))
-        if same_file(args.output, path)
-    ]
+    read = [args.adapter, args.checkpoint]
+    if args.command in ("predict", "embed"):
+        read += args.images
+    if any(same_file(args.output, path) for path in read):
+        return [f"--output {args.output} is read by this very command; name another file"]
+    return []
 
 
 def check_export(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of `export`, or missing for them."""
+    """What is wrong with the options of `export`, and which packages they lack."""
     problems = check_output(args)
     if not problems and args.output.suffix == ".onnx":
         try:
@@ -568,7 +576,7 @@ def check_convert(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-# Command -> what it does, what is wrong with its options, and its line of help.
+# Command -> the function that runs it, the one that checks its options, and its line of help.
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
@@ -582,7 +590,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Its help shows `--output` as required where it is. The lack of it is told with all else: `check_output`."""
+    """Shows `--output` as required in the help, but parses without it: `check_output` reports all problems at once."""
 
     needs_output = False
 
@@ -593,26 +601,22 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The command line, and that of each command."""
+    """The parser of the command line, and the parser of each command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
-    parsers = {
-        name: subparsers.add_parser(name, help=text, allow_abbrev=False) for name, (*_, text) in COMMANDS.items()
-    }
-    comparing = parsers["compare"]
-    comparing.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
-    comparing.add_argument("second", type=Path, help="another, over the same images")
-    for name, command in parsers.items():
-        if command is comparing:
+    parsers = {}
+    for name, (*_, text) in COMMANDS.items():
+        parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
+        if name == "compare":
+            command.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
+            command.add_argument("second", type=Path, help="another, over the same images")
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
             command.needs_output = name != "evaluate"
             what = "the file to write" if command.needs_output else "the numbers as .json; the page lies beside it"
             command.add_argument("--output", type=Path, help=what)
-            command.add_argument(
-                "--checkpoint", type=checkpoint_path, help="the base, if it is not where it was at training"
-            )
+            command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -639,7 +643,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run one of COMMANDS. Raises InputError with all that is wrong with the options, or for files that do not fit."""
+    """Run one of COMMANDS. Raises InputError with all problems of the options, or for files that do not fit."""
     parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
     run, check, _ = COMMANDS[args.command]

@@ -203,7 +203,7 @@ class LoRALayer:
             self._base_data = base_data
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit: it was kept, not subtracted."""
+        """Put the base weight back, bit for bit: it was stored, nothing is subtracted."""
         for name, weight in self._base_data.items():
             getattr(self, name).data = weight
         self._base_data = {}
@@ -231,7 +231,7 @@ class LoRALayer:
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if self.merged:  # the base that is kept would not know of what is loaded
+        if self.merged:  # unmerging would discard the loaded weight and put the stored base back
             name = prefix + self.weight_names[0]
             errors.append(f"{name} is merged: call unmerge_lora_weights() before load_state_dict()")
             return
@@ -412,9 +412,9 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
 
 
 class _FourBits:
-    """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` holds the packed bytes, no float copy of it is kept.
+    """The base in NF4 (QLoRA, arXiv 2305.14314): `weight` holds the packed bytes, and there is no float copy.
 
-    The weight is dequantised for each product, forward and backward, and not kept. Merging gives a float weight.
+    The weight is dequantised anew for each product, forward and backward. Merging gives a float weight.
     """
 
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
@@ -761,7 +761,7 @@ def main(
 
 
 def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
-    """The images, the model for their classes and its report. Problems with both are told in one message."""
+    """Load the images, and build the model for their classes and its report. One message has the problems of both."""
     try:
         sources = options.image_sources(args, options.bands_read(args))
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
@@ -779,7 +779,7 @@ def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]
 def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, *options.backbone_shape(args))
-    if args.from_scratch:  # the file told the architecture alone
+    if args.from_scratch:  # only the architecture comes from the file
         model = checkpoints.random_backbone(num_classes, report)
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))

@@ -1,8 +1,8 @@
-"""LoRAManager and the adapter file: save, load, merge, switch and take out what LoRA trained.
+"""LoRAManager and the adapter file: save, load, merge, switch and remove what LoRA trained.
 
 An adapter file holds the adapters, the classifier head, whatever else trained, and what is needed to put them back:
 rank, scaling and kind of every adapted layer, and a hash of the base weights that they belong to. It is a `.pth`, read
-with `weights_only=True`, or a `.safetensors` where the name ends so. `deploy_lora.py` has the command line.
+with `weights_only=True`, or a `.safetensors` if its name ends so. `deploy_lora.py` has the command line.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from toolkit.files import (
     write_safetensors,
 )
 
-FORMAT_VERSION = 2  # the latest; of an adapter whose outputs are classes it is 1, which every version reads
+FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
 _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scaling")
 
@@ -43,11 +43,10 @@ _LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scali
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """Name -> SHA-256 of every parameter and buffer except the adapters and the classifier head; and a ViT's
-    `other_heads`.
+    """Name -> SHA-256 of every parameter and buffer except adapters and classifier head, and a ViT's `other_heads`.
 
-    A weight in 4 or 16 bits counts with its values before rounding, and an interpolated position embedding with those
-    of the checkpoint: the digests are then the same on every machine.
+    The digest of a weight in 4 or 16 bits is that of its values before rounding, and the digest of an interpolated
+    position embedding is that of the checkpoint's: so digests are the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
     for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.checkpoints.load_backbone
@@ -58,8 +57,9 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 @contextlib.contextmanager
 def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> Iterator[None]:
-    """Follow a layer that loads `state` within this block: a rounded weight that changes gets the digest of what was
-    loaded, and no longer counts as the base that it was.
+    """Update the digests of a layer that loads `state` within this block.
+
+    A rounded weight that changes gets the digest of the loaded values, and no longer counts as its former base.
     """
 
     def stored(name: str) -> Tensor:
@@ -70,13 +70,13 @@ def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> I
     for name, numbers in before.items():
         if not torch.equal(stored(name), numbers):
             loaded = state[prefix + name]
-            is_packed = not loaded.is_floating_point()  # in 4 bits: its bytes alone do not say which numbers it has
-            # In place: adapters that share the base share its digests.
+            is_packed = not loaded.is_floating_point()  # in 4 bits, whose bytes alone do not determine the values
+            # Change the dictionary in place: adapters that share the base share it.
             layer.float_digests[name] = tensor_digest(stored(name) if is_packed else loaded)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes, by name in the model: trainable parameters, and buffers not frozen."""
+    """The tensors that training changes, by name in the model: trainable parameters, and unfrozen buffers."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, module in model.named_modules():
         if not getattr(module, "frozen", False):
@@ -85,10 +85,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def unused_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapted layers that the last backward pass gave no gradient, though they train.
+    """The names of adapted layers that train, and that the last backward pass gave no gradient.
 
-    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter. Ask after the
-    first backward pass of a training loop.
+    Such an adapter does nothing: the model does not call its layer, or reads its weight past the adapter. Call this
+    after the first backward pass of a training loop.
     """
     unused = []
     for name, layer in adapted_layers(unwrapped(model)).items():
@@ -99,8 +99,10 @@ def unused_adapters(model: nn.Module) -> list[str]:
 
 
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Yields (name, tensor, digest before quantisation or None) of all tensors except the adapters: those of the
-    classifier head if `of_head`, else all others. A merged weight is yielded as it was before merging.
+    """Yield (name, tensor, digest before rounding or None) for all tensors but the adapters.
+
+    With `of_head` these are the classifier head's tensors, else all others. A merged weight is yielded as it was before
+    merging.
     """
     for prefix, module in model.named_modules():
         if of_head != in_head(model, prefix):
@@ -118,13 +120,14 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count a model's parameters by elements, not by bytes: {'total', 'trainable', 'frozen', 'lora'}."""
     counts = dict.fromkeys(("total", "trainable", "frozen", "lora"), 0)
-    for full_name, parameter in model.named_parameters():  # a shared one comes once
+    for full_name, parameter in model.named_parameters():  # yields a shared parameter once
         path, _, name = full_name.rpartition(".")
         module = model.get_submodule(path)
         numel = math.prod(_stock_shape(module, name, parameter))
         counts["total"] += numel
         counts["trainable" if parameter.requires_grad else "frozen"] += numel
-        counts["lora"] += numel if _is_adapter(module, name) else 0
+        if _is_adapter(module, name):
+            counts["lora"] += numel
     return counts
 
 
@@ -135,7 +138,7 @@ def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
 
 
 def full_rank(model: nn.Module) -> int:
-    """The full rank of the largest layer. A higher rank adds nothing but memory, and a slip may ask for any amount."""
+    """The full rank of the largest layer. A higher rank only takes memory: a typing error could ask for terabytes."""
     shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
     return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
 
@@ -150,8 +153,8 @@ def _is_adapter(module: nn.Module, name: str) -> bool:
 class LoRAManager:
     """Saves, loads, merges, disables, switches and removes the adapters of a model.
 
-    `finetune_lora.add_lora_to_model` gives a model its adapter. Adapter files that are loaded with a name stay beside
-    one another in the model, and `use` says which of them computes.
+    `finetune_lora.add_lora_to_model` gives a model its adapter. The adapters of files that are loaded with a name stay
+    in the model side by side, and `use` selects the one that computes.
     """
 
     def __init__(self, model: nn.Module):
@@ -168,10 +171,12 @@ class LoRAManager:
         return {n: layer for n, layer in self._layers().items() if layer.r or layer.base_bits == 4}
 
     def _layers_to_merge(self) -> dict[str, AdaptedLayer]:
-        """The layers that merging makes dense floats: those with adapters, and rounded ones of rank 0 below them."""
+        """The layers that merging turns into dense floats: those with adapters, and rounded ones of rank 0."""
         layers = self._layers()
+        if not layers:
+            return {}
         stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32 and not m.r}
-        return layers | stored if layers else {}
+        return layers | stored
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """The tensors that every adapter file of this model holds, by name: adapters and classifier head."""
@@ -208,16 +213,18 @@ class LoRAManager:
                 layer.lora_enabled = enabled
 
     def unload(self, merge: bool = False) -> nn.Module:
-        """Take out all adapters, in use or not, and return the model with its stock layers and blocks.
+        """Remove all adapters, in use or not, and return the model with its stock layers and blocks.
 
-        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. What is frozen stays frozen,
-        but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
+        `torch.fx` and torchvision's `create_feature_extractor` then find what they expect. Frozen parameters stay
+        frozen, but BatchNorms follow `model.train()` again, and nothing is recomputed in backward.
 
         Args:
-            merge: keep ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, merged or not.
+            merge: leave ``W + s B A`` as the weights. Otherwise the base weights come back, bit for bit, even if the
+                adapters were merged.
 
         Raises:
-            InputError: layers in 4 or 16 bits without `merge`: their float weights are gone. The model is as it was.
+            InputError: layers are in 4 or 16 bits and `merge` is false: their float weights are gone. The model is
+                unchanged.
         """
         layers = self._layers()
         adapter_set = getattr(self.model, "adapter_set", None)
@@ -225,10 +232,11 @@ class LoRAManager:
         base |= adapter_set.base.layers if adapter_set else {}
         rounded = [name for name, state in base.items() if state.base_bits < 32]
         if rounded and not (merge and layers):
-            name, bits = rounded[0], base[rounded[0]].base_bits
+            name = rounded[0]
+            how = "merge=True" if layers else "merge=True and an adapter in use"
             raise InputError(
-                f"{name} is in {bits} bits, its float weight is gone: keep the merged weights with merge=True"
-                f"{'' if layers else ' and an adapter in use'}, or load the checkpoint again"
+                f"{name} is in {base[name].base_bits} bits, its float weight is gone: take the merged weights with "
+                f"{how}, or load the checkpoint again"
             )
         if adapter_set and not merge:
             self.unmerge_lora_weights()
@@ -241,15 +249,15 @@ class LoRAManager:
         return self.model
 
     def merge_into_base(self) -> None:
-        """Make ``W + s B A`` the base: the adapters are gone, and whatever is trained next is trained over their sum.
+        """Make ``W + s B A`` the new base and remove the adapters: what is trained next is trained over the sum.
 
-        A merged weight is known (`base_digests`) by what it was computed from: sums are rounded differently from one
-        machine to the next.
+        The digest of a merged weight (`base_digests`) is made from what it was computed from: the sum itself is rounded
+        differently from one machine to the next.
         """
         before = base_digests(self.model)
         sources = {}
         for name, layer in self._layers_to_merge().items():
-            if in_head(self.model, name):  # which is no part of the base
+            if in_head(self.model, name):  # the head is no part of the base
                 continue
             factors = [f"{layer.scaling:.17g}", type(layer).__name__]
             factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
@@ -264,7 +272,7 @@ class LoRAManager:
         self.model.resized_digests = computed
 
     def get_lora_info(self) -> dict[str, Any]:
-        """What is adapted and how: totals, and for every layer its rank, scaling, kind and number of parameters.
+        """Totals, and for every adapted layer its rank, scaling, kind and number of parameters.
 
         A layer of rank 0 has no adapter, but is stored in 4 bits.
         """
@@ -280,7 +288,7 @@ class LoRAManager:
         }
 
     def tell_unused(self) -> None:
-        """Print the names that `unused_adapters` returns, if any, in a line."""
+        """Print a line with the names that `unused_adapters` returns, if there are any."""
         if unused := unused_adapters(self.model):
             tqdm.write(f"no gradient reaches the adapters of {listed(unused)}: leave them out with --exclude-modules")
 
@@ -288,22 +296,22 @@ class LoRAManager:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that `use` can choose from, in the order in which they came."""
+        """The names that `use` accepts, in the order in which the adapters were added."""
         adapter_set = getattr(self.model, "adapter_set", None)
         return list(adapter_set.named) if adapter_set else []
 
     @property
     def in_use(self) -> str | None:
-        """The name of the adapter that computes. None: the base does, or an adapter that has no name."""
+        """The name of the adapter that computes. None: the base computes, or an adapter without a name."""
         adapter_set = getattr(self.model, "adapter_set", None)
         return adapter_set.in_use if adapter_set else None
 
     def use(self, name: str | None) -> dict[str, Any]:
-        """Let the adapter of this name compute, or with None the base; returns the adapter's metadata.
+        """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
 
-        No weight is copied. Layers that the adapter does not adapt become stock layers, and the classifier head is its
-        own. So is what trains: each adapter needs an optimizer of its own. Threads that share a model must take turns,
-        each from `use` to its answer.
+        No weight is copied. Layers that the adapter does not adapt become stock layers. Each adapter has its own
+        classifier head and trainable parameters, and so needs an optimizer of its own. Threads that share a model must
+        take turns: one thread at a time calls `use` and computes its answer.
 
         Raises:
             InputError: no adapter has this name, or the adapters are merged or switched off.
@@ -316,17 +324,18 @@ class LoRAManager:
         return {} if name is None else adapter_set.named[name].metadata
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and free its memory. If it is in use, the base is from then on. Raises as `use`."""
+        """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
         before = self.in_use
         self.use(name)
         self.use(None if name == before else before)
         del self._adapter_set().named[name]
 
     def _adapter_set(self) -> AdapterSet:
-        """The model's named adapters. An adapter that it has without a name becomes one of them, `default`.
+        """The model's named adapters. An adapter without a name becomes one of them, as `default`.
 
         Raises:
-            InputError: adapters are merged or switched off, or once more without a name, or the base trained with one.
+            InputError: the adapters are merged or switched off, there is a `default` already, or the base has trained
+                together with the adapter.
         """
         layers = self._layers()
         if any(layer.merged for layer in layers.values()):
@@ -336,18 +345,18 @@ class LoRAManager:
         if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
-            moved = [name for name in now if start and now[name] != start.get(name)] if layers else []
-            if moved:
+            changed = [name for name in now if start and now[name] != start.get(name)]
+            if layers and changed:
                 raise InputError(
-                    f"the base has trained with the adapter in use ({listed(moved)}), so others cannot share it: save "
-                    "the adapter, load the checkpoint again, and then load the saved file with a name"
+                    f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
+                    "save the adapter, load the checkpoint again, and then load the saved file with a name"
                 )
             self.model.adapter_set = AdapterSet(self.model)
         self.model.adapter_set.adopt(layers, self.model)
         return self.model.adapter_set
 
     def _add(self, name: str, content: dict[str, Any], path: str | Path) -> None:
-        """Add a file's adapter under a name. Raises InputError where it does not fit the base."""
+        """Add a file's adapter under a name. Raises InputError if it does not fit the base."""
         adapter_set = self._adapter_set()
         adapter = Adapter(content["metadata"])
         if not isinstance(name, str) or not name or name in adapter_set.named:
@@ -370,12 +379,12 @@ class LoRAManager:
 
         Args:
             path: `.pth`, or `.safetensors`.
-            metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` gives back; by default
-                those that the adapter in use came with. What `finetune_lora.load_finetuned` needs of it: `arch`,
-                `class_names`, `image_size`, `checkpoint`, and `heads` where they are not the arch's own.
+            metadata: plain values (numbers, strings, lists, dicts) that `load_lora_checkpoint` returns; by default
+                those with which the adapter in use was loaded. `finetune_lora.load_finetuned` needs `arch`,
+                `class_names`, `image_size`, `checkpoint`, and `heads` if they are not the arch's own.
 
         Raises:
-            InputError: the place cannot be written, or the metadata; a file that was there is still as it was.
+            InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
         now = base_digests(self.model)
         start = getattr(self.model, "base_digests", {})
@@ -384,8 +393,8 @@ class LoRAManager:
         elif metadata is None:
             metadata = self.model.adapter_set.named[self.in_use].metadata
         tensors = self._own_tensors()
-        # Two-stage and full fine-tuning move the base itself: what moved belongs to the result. A weight in 4 bits
-        # cannot move, and without a record of the start everything counts as moved.
+        # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
+        # 4 bits cannot change, and without a record of the start every tensor counts as changed.
         tensors |= {
             name: tensor
             for name, tensor, quantised in _stock_tensors(self.model)
@@ -405,14 +414,14 @@ class LoRAManager:
 
         Args:
             path: what `save_lora_checkpoint` wrote.
-            name: None: the file is read into the adapter in use, which must have the same layers and ranks. Otherwise
-                the file's adapter stays under this name beside all others, with layers, ranks and a classifier head
-                of its own; `use(name)` puts it into use.
+            name: None: read the file into the adapter in use, which must have the same layers and ranks. Otherwise add
+                the file's adapter under this name, with layers, ranks and a classifier head of its own; `use(name)`
+                switches to it.
 
         Raises:
-            InputError: anything that does not fit, by name: tensors missing, surplus or of another shape, another
-                rank, kind or set of adapted layers, another base, numbers that are not finite, a name that is taken.
-                The model is then bitwise as it was.
+            InputError: the file does not fit. The message names tensors that are missing, surplus or of another shape,
+                another rank, kind or set of adapted layers, another base, numbers that are not finite, or a name that
+                is taken. The model is then bitwise unchanged.
         """
         content = read_adapter_file(path)
         if name is not None:
@@ -426,7 +435,7 @@ class LoRAManager:
         return content["metadata"]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
-        """Copy a file's tensors and settings into the layers that are adapted now."""
+        """Copy a file's tensors and settings into the layers that are adapted now. Raises InputError if they differ."""
         _refuse(path, self._differences(content))
         broken = [name for name, tensor in content["tensors"].items() if not tensor.isfinite().all()]
         if broken:
@@ -441,7 +450,9 @@ class LoRAManager:
                 setattr(layer, field, record[field])
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
-        layers, records = self._layers_in_file(), content["layers"]
+        """The differences between a file and the adapter in use, one line each."""
+        layers = self._layers_in_file()
+        records = content["layers"]
         if any(layer.merged for layer in layers.values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
         problems = [f"{name} is adapted in the file but not here" for name in records if name not in layers]
@@ -457,7 +468,8 @@ class LoRAManager:
         if problems:
             return problems
 
-        tensors, own = content["tensors"], self._own_tensors()
+        tensors = content["tensors"]
+        own = self._own_tensors()
         trained = {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if name in tensors}
         here = {**trained, **own}
         problems += [f"tensor {name} is missing in the file" for name in own if name not in tensors]
@@ -475,7 +487,7 @@ class LoRAManager:
         return problems
 
     def _base_hashes(self, without: Collection[str]) -> list[str]:
-        """The hashes that a file over this base may have: older files hash the position embedding as interpolated."""
+        """The hashes that a file over this base may have: older files hash the interpolated position embedding."""
         digests = base_digests(self.model)
         earlier = digests | getattr(self.model, "resized_digests", {})
         return [_hash(digests, without), _hash(earlier, without)]
@@ -485,7 +497,7 @@ class LoRAManager:
 
 
 def _refuse(path: str | Path, problems: list[str]) -> None:
-    """Raises InputError if there are problems, with the first few of them."""
+    """Raise InputError with the first few problems, if there are any."""
     problems = [printable(problem) for problem in sorted(problems)]
     more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
     if problems:
@@ -502,7 +514,7 @@ def _hash(digests: dict[str, str], without: Collection[str]) -> str:
 
 
 def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata as any adapter file gives it back: with lists for tuples, and strings for keys."""
+    """The metadata as adapter files return them: with lists for tuples, and strings as keys."""
     try:
         return json.loads(json.dumps(metadata))
     except (TypeError, ValueError) as error:
@@ -510,7 +522,7 @@ def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
-    """Write what `read_adapter_file` returns, as `.safetensors` if the name ends so, else as `.pth`."""
+    """Write the content of an adapter file, see `read_adapter_file`, as `.safetensors` if the name ends so."""
     if is_safetensors(path):
         described = json.dumps({key: value for key, value in content.items() if key != "tensors"})
         write_safetensors(content["tensors"], path, {"adapter": described})
@@ -522,7 +534,7 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
     """The content of an adapter file: `format_version`, `tensors`, `layers`, `base_hash`, `metadata`.
 
     Raises:
-        InputError: no such file, not an adapter file, or one of a later version.
+        InputError: the file does not exist, is no adapter file, is damaged, or is of a later version.
     """
     content = _read_described(path) if is_safetensors(path) else read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
@@ -555,7 +567,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     if type(record["kind"]) is not str or type(record["use_rslora"]) is not bool or type(record["r"]) is not int:
         return False
     numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
-    if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # no NaN either
+    if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # refuses NaN too
         return False
     if record["r"] == 0:
         return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
@@ -568,14 +580,14 @@ def find_base(
     checkpoint: str | Path | None = None,
     stage1_adapter: str | Path | None = None,
 ) -> tuple[Path, Path | None]:
-    """The checkpoint that an adapter file was trained over, and the stage-1 adapter that was merged into it, if any.
+    """Find the checkpoint that an adapter file was trained over, and the stage-1 adapter merged into it, if any.
 
     Args:
-        path: the adapter file, whose metadata says where both were.
-        checkpoint, stage1_adapter: where they are now, if not there. The second may lie beside `path` as well.
+        path: the adapter file, whose metadata have the paths of both.
+        checkpoint, stage1_adapter: their paths now, if they were moved. The second is also looked for beside `path`.
 
     Raises:
-        InputError: one of them is not there.
+        InputError: one of them is not found.
     """
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
@@ -592,16 +604,22 @@ def find_base(
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
-    """What to tell `load_backbone` about the model of an adapter file, in the order of its arguments after the path.
+    """The arguments of `load_backbone` after the path, for the model of an adapter file.
 
     Older files name no heads and no channels: they were trained with the arch's own, and on RGB images.
     """
-    shape = len(metadata["class_names"]), metadata["arch"], metadata["image_size"], _heads(metadata)
-    return *shape, metadata.get("channels") or 3, metadata.get("channel_fit")
+    return (
+        len(metadata["class_names"]),
+        metadata["arch"],
+        metadata["image_size"],
+        _heads(metadata),
+        metadata.get("channels") or 3,
+        metadata.get("channel_fit"),
+    )
 
 
 def heads_in_file(adapter: str | Path | None) -> int | None:
-    """The attention heads of the ViT under an adapter file; None: no file, or not a ViT of torchvision's."""
+    """The attention heads of the ViT under an adapter file; None: there is no file, or no torchvision ViT."""
     return None if adapter is None else _heads(read_adapter_file(adapter)["metadata"])
 
 
@@ -611,7 +629,7 @@ def _heads(metadata: dict[str, Any]) -> int | None:
 
 
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raises InputError if an adapter file's metadata describes no model, or one that its tensors do not fit."""
+    """Raise InputError if an adapter file's metadata describe no model, or one that its tensors do not fit."""
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
     if "moco_version" in metadata:
         raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
@@ -620,11 +638,12 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = [key for key, kind in kinds.items() if type(metadata[key]) is not kind]
     wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
-    wrong += ["channel_fit"] if metadata.get("channel_fit") not in (None, *CHANNEL_FITS) else []
+    if metadata.get("channel_fit") not in (None, *CHANNEL_FITS):
+        wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):
         raise InputError(f"{path} is damaged: {', '.join(wrong) or 'class_names'} in its metadata of the wrong type")
+    classes, arch, *shape, _ = model_shape(metadata)
     with torch.device("meta"):  # takes no memory, whatever a file asks for
-        classes, arch, *shape, _ = model_shape(metadata)
         model = build_backbone(arch, classes, *shape)
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():

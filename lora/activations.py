@@ -28,7 +28,7 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self):
         super().__init__(functools.partial(self._pack, least_dim=3), self._unpack)
-        # A tensor that two operations save is kept once, by its storage and version, as long as one of them needs it.
+        # A tensor that two operations save is stored once, by its storage and version, while one of them needs it.
         self._known: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[Tensor]]] = {}
 
     def __enter__(self):
@@ -42,7 +42,7 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
         # q, k, v and the output have four dimensions, the log-sum-exp three. A mask has four as well, but CUDA's
-        # kernels want back the padded layout that they saved: with one, all is kept as it is.
+        # kernels need the padded layout back that they saved: with a mask nothing is rounded.
         least_dim = 4 if attn_mask is None else math.inf
         pack = functools.partial(self._pack, least_dim=least_dim)
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
@@ -55,7 +55,7 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if storage.nbytes() != 4 * tensor.numel() or not backends.is_dense(tensor):
             return tensor.to(torch.bfloat16), None
-        reference = StorageWeakRef(storage)  # keeps its number from being used again, not its memory
+        reference = StorageWeakRef(storage)  # reserves the storage's number, not its memory
         key, layout = (reference.cdata, tensor._version), (tensor.shape, tensor.stride())
         low = self._known[key][1]() if key in self._known else None
         if low is None:

@@ -1,7 +1,7 @@
-"""What the toolkit knows of adapted layers: their settings, the Protocol that they follow, the table of their kinds.
+"""Adapted layers as the rest of the toolkit sees them: their settings, their Protocol, the table of their kinds.
 
-`finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts know them by the
-Protocol `AdaptedLayer` and by the table `ADAPTED`, so that no import runs upwards.
+`finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts use them through the
+Protocol `AdaptedLayer` and the table `ADAPTED`, so that no import runs upwards.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lora.nf4 import NF4Weight
 from toolkit import InputError
 
-# The one table of kinds: stock class -> what adapts it over a float base, and over a 4-bit one. Types are exact: a
-# subclass may compute something else. `finetune_lora.py` fills the table below its classes, so a reader finds both in
-# one file, and nothing on this floor has to import that file.
+# The table of kinds: stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types
+# are exact: a subclass may compute something else. `finetune_lora.py` fills the table below its classes: a reader finds
+# both in one file, and nothing in this package has to import that file.
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
@@ -26,7 +26,7 @@ ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """How a layer is adapted. It takes numbers of any kind, NumPy's too, and keeps them as plain ones.
+    """How a layer is adapted. Numbers of any kind, NumPy's too, are stored as plain ones.
 
     Args:
         r: rank, at least 1.
@@ -66,7 +66,7 @@ NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": Fals
 
 
 def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
-    """The settings in a layer's record of an adapter file. None: it had no adapter, but was in 4 bits."""
+    """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
     if record["r"] == 0:
         return None
     return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
@@ -80,9 +80,9 @@ class AdaptedLayer(Protocol):
 
     Its `forward` takes more arguments than the stock layer's:
 
-    - linear layers and attention take `prologue`, an operation on each row of the input, to apply first;
-    - convolutions take `batch_norm`, a BatchNorm with constant statistics, to apply to the output, then `residual`, to
-      add, and `relu`.
+    - linear layers and attention take `prologue`, an operation that they first apply to each row of the input;
+    - convolutions take `batch_norm`, a BatchNorm with constant statistics that they apply to the output, `residual`,
+      which they then add, and `relu`.
     """
 
     r: int
@@ -114,26 +114,27 @@ class AdaptedLayer(Protocol):
 
 
 class AdaptedAttention(AdaptedLayer, Protocol):
-    """An attention offers its packed q, k and v as well, for what follows to be recomputed from them."""
+    """Attention also offers its packed q, k and v, so that backward can recompute what follows from them."""
 
     def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None: ...
 
 
 def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
-    # As isinstance of a Protocol checked at run time, in a tenth of the time: forward asks for every layer.
+    """Does the module follow the Protocol `AdaptedLayer`?"""
+    # This takes a tenth of the time of isinstance with a runtime Protocol, and forward asks for every layer.
     return hasattr(type(module), "adapted_state")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """By name, the layers that have an adapter now, and those of rank 0, which are stored as if they had one."""
+    """The layers that have the parameters of an adapter now, by name; those of a rank-0 layer are empty."""
     layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
     return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
 
 
 def base_bits(state: Mapping[str, Any]) -> int:
-    """The bits that the base weight of a layer with this `adapted_state` is stored in.
+    """The bits in which a layer with this `adapted_state` stores its base weight.
 
-    4 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is what it was, in any dtype.
+    4 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is unchanged, in any dtype.
     """
     if not state.get("float_digests"):
         return 32
@@ -146,10 +147,10 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 
 
 def kind_named(name: str) -> type[nn.Module] | None:
-    """The kind of adapted layer that adapter files call by this name; None: there is no such kind."""
+    """The class of adapted layers that adapter files name so; None: there is no such class."""
     return next((kind for kinds in ADAPTED.values() for kind in kinds if kind.__name__ == name), None)
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """What a kind of adapted layer adapts; any other class is its own."""
+    """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)

@@ -1,8 +1,8 @@
-"""Several adapters on one base: what each has of its own in the model, and how one takes the place of another.
+"""Several adapters on one base: what each adapter owns in the model, and how the model switches between them.
 
-The model is always what it would be with the adapter in use alone: a layer that this one does not adapt is a stock
-layer. Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public face. Layers are known by the Protocol `AdaptedLayer` of `lora/adapted.py`.
+The model is always as it would be with the adapter in use alone: a layer that this one does not adapt is a stock layer.
+Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
+`LoRAManager` has the public functions. Layers are used through the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
 import copy
@@ -17,14 +17,14 @@ from lora.fusion import fuse
 from toolkit import InputError
 from toolkit.backbones import head_name, in_head
 
-DEFAULT = "default"  # the name of an adapter that was in the model before any with a name
+DEFAULT = "default"  # the name that an adapter without a name gets
 
 
 class LayerState(NamedTuple):
-    """What a layer is for one adapter, or for the base."""
+    """The class, attributes and parameters of a layer under one adapter, or under the base."""
 
     kind: type[nn.Module]
-    attributes: dict[str, Any]  # those that the stock layer does not have
+    attributes: dict[str, Any]  # those that the stock layer lacks
     parameters: dict[str, nn.Parameter | None]
 
     @classmethod
@@ -40,7 +40,7 @@ class LayerState(NamedTuple):
         module._parameters.clear()
         module._parameters.update(self.parameters)
         if any(p is not None and p.device != device for p in self.parameters.values()):
-            module.to(device)  # where the model was moved meanwhile
+            module.to(device)  # the model was moved meanwhile
 
     @property
     def base_bits(self) -> int:
@@ -48,7 +48,7 @@ class LayerState(NamedTuple):
 
     def without_adapter(self) -> "LayerState":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
-        if self.base_bits < 32:  # it stays what it is, switched off
+        if self.base_bits < 32:  # the float weight is gone, so the layer stays adapted and is switched off
             return LayerState(self.kind, {**self.attributes, "lora_enabled": False}, parameters)
         return LayerState(self.attributes.get("stock_class", stock_class(self.kind)), {}, parameters)
 
@@ -64,10 +64,10 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     head: nn.Module | None = None
     layers: dict[str, LayerState] = field(default_factory=dict)  # outside the head
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # of the base, where training moved them
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that training changed
 
     def snapshot(self, model: nn.Module) -> None:
-        """Take all of it from the model as it is now, with the layers and tensors themselves, not copies."""
+        """Take everything that the adapter owns from the model as it is now: the objects themselves, not copies."""
         head = head_name(model)
         self.head = None if head is None else model.get_submodule(head)
         layers = adapted_layers(model)
@@ -77,7 +77,7 @@ class Adapter:
             self.tensors[path] = owner[leaf]
 
     def install(self, model: nn.Module, above: "Adapter | None" = None) -> None:
-        """Put all of it into the model, except where `above` has something of its own."""
+        """Put everything into the model, except what `above` replaces with something of its own."""
         above = above or Adapter()
         name = head_name(model)
         head = above.head or self.head
@@ -89,7 +89,7 @@ class Adapter:
         for path, tensor in (self.tensors | above.tensors).items():
             module, _, leaf = path.rpartition(".")
             if leaf in getattr(modules[module], "float_digests", ()):
-                continue  # the adapter in use stores this weight in fewer bits, as its state has put it
+                continue  # the installed state stores this weight in fewer bits
             owner, leaf = _owner(model, path)
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])
@@ -97,7 +97,7 @@ class Adapter:
 
 
 class AdapterSet:
-    """The adapters that share a model, in `model.adapter_set`."""
+    """The adapters that share a model; it is `model.adapter_set`."""
 
     def __init__(self, model: nn.Module):
         name = head_name(model)
@@ -117,11 +117,11 @@ class AdapterSet:
             self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
-        """Replace the adapter in use by another of `named`, or with None by the base."""
+        """Switch to another adapter of `named`, or with None to the base."""
         if name == self.in_use:
             return
         if self.in_use is not None:
-            self._remember(adapted_layers(model), model)  # it may have got more since
+            self._remember(adapted_layers(model), model)  # more layers may have been adapted since
             self.named[self.in_use].snapshot(model)
         self.base.install(model, None if name is None else self.named[name])
         self.in_use = name
@@ -130,12 +130,13 @@ class AdapterSet:
     def build(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> list[str]:
         """Build the layers and tensors that an adapter file names, uninitialised. The base must be in use.
 
-        The caller then reads the file's numbers and calls `adapter.snapshot`, and in any case `base.install`. Returns
-        what does not fit, a line each.
+        The caller then reads the file's numbers and calls `adapter.snapshot`; in any case it calls `base.install`.
+        Returns what does not fit, one line each.
         """
         if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
-        records, tensors = content["layers"], content["tensors"]
+        records = content["layers"]
+        tensors = content["tensors"]
         head = head_name(model)
         modules = dict(model.named_modules())
         attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
@@ -144,14 +145,16 @@ class AdapterSet:
         if head is not None:
             _replace_head(model, head, _resized_head(self.base.head, f"{head}.", tensors))
         stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for path in (path for path in tensors if path in stock and not in_head(model, path)):
+        changed = [path for path in tensors if path in stock and not in_head(model, path)]
+        for path in changed:
             self.base.tensors.setdefault(path, stock[path])
             owner, leaf = _owner(model, path)
             adapter.tensors[path] = owner[leaf] = _copy(stock[path])
         self._share_4_bits(records, modules)
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
-        for path in (path for path in modules if path in records):  # attention before its output projection
-            problems += _adapt(model.get_submodule(path), path, records[path], tensors)
+        for path in modules:  # in the model's order: attention comes before its output projection
+            if path in records:
+                problems += _adapt(model.get_submodule(path), path, records[path], tensors)
         absent = {path: state for path, state in self.base.layers.items() if path not in records}
         rounded = {path: state for path, state in absent.items() if state.base_bits < 32}
         # Files do not record that a rank-0 layer is stored in 16 bits.
@@ -159,13 +162,13 @@ class AdapterSet:
         return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
-        """Note what these layers are without any adapter, unless it is known."""
+        """Note the state of these layers without an adapter, unless it is known already."""
         for path, layer in layers.items():
             if not in_head(model, path):
                 self.base.layers.setdefault(path, LayerState.of(layer).without_adapter())
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-        """Give these layers the 4-bit weights that the first 4-bit adapter brought over a float base."""
+        """Give these layers the 4-bit weights that an earlier 4-bit adapter made from the float base."""
         for path, record in records.items():
             states = (other.layers[path] for other in self.named.values() if path in other.layers)
             shared = next((s for s in states if s.base_bits < 32 and s.kind.__name__ == record["kind"]), None)
@@ -178,12 +181,12 @@ class AdapterSet:
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Adapt one layer as its record in a file says. Returns what does not fit."""
+    """Adapt one layer as its record in a file says. Returns what does not fit, one line each."""
     kind = kind_named(record["kind"])
     if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
     ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
-    if ranks != {(record["r"],)}:  # before any memory is taken for it
+    if ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
         return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
     try:
         kind.adapt(layer, recorded_settings(record))
@@ -205,7 +208,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
-    """Put another head into the model, with the mode, device and dtype of the one there."""
+    """Put another head into the model, with the mode, device and dtype of the present one."""
     former = model.get_submodule(name)
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
@@ -216,7 +219,7 @@ def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
 
 
 def _stock_head(head: nn.Module) -> nn.Module:
-    """The head without adapters; itself, if it has none."""
+    """The head without adapters: a copy, or the head itself if it has none."""
     if not adapted_layers(head):
         return head
     head = copy.deepcopy(head)
@@ -226,7 +229,7 @@ def _stock_head(head: nn.Module) -> nn.Module:
 
 
 def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a head, with as many outputs of each layer as the file's tensors have."""
+    """A copy of a head whose layers have as many outputs as the file's tensors."""
     head = copy.deepcopy(head)
     for path, module in head.named_modules(prefix=prefix.rstrip(".")):
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -14,7 +14,7 @@ class Freezable:
     def train(self, mode: bool = True):
         return super().train(mode and not self.frozen)
 
-    def __reduce_ex__(self, protocol):  # the kind cannot be found by its name
+    def __reduce_ex__(self, protocol):  # pickle cannot find a class by name that was made at run time
         return _new_freezable, (stock_norm(self),), vars(self)
 
 
@@ -22,7 +22,7 @@ FREEZABLE: dict[type[_BatchNorm], type[Freezable]] = {}  # stock class -> its fr
 
 
 def _freezable_kind(stock: type[_BatchNorm]) -> type[Freezable]:
-    """The freezable kind of a BatchNorm, or of a subclass, such as timm's with an activation."""
+    """The freezable subclass of a BatchNorm class, such as timm's with an activation."""
     if stock not in FREEZABLE:
         FREEZABLE[stock] = type(f"Freezable{stock.__name__}", (Freezable, stock), {})
     return FREEZABLE[stock]
@@ -41,7 +41,10 @@ def stock_norm(norm: Freezable) -> type[_BatchNorm]:
 
 
 def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
-    """Keep a BatchNorm in eval mode, or let it follow `train()` again, now to `training`. Ignore other modules."""
+    """Freeze a BatchNorm in eval mode, or let it follow `train()` again, starting with `training`.
+
+    Other modules are left alone.
+    """
     if isinstance(norm, _BatchNorm) and not isinstance(norm, Freezable):
         norm.__class__ = _freezable_kind(type(norm))
     if isinstance(norm, Freezable):

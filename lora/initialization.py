@@ -1,12 +1,13 @@
-"""How adapters start: A at the main directions of the loss's gradient, instead of at random ones.
+"""Starts adapters with A in the main directions of the loss's gradient, instead of random ones.
 
-B is zero at the start, so the first steps change W by ``s dB A``: A decides in which r directions of its input a layer
-can move. Random directions hold a share of about r / fan_in of the gradient G (fan_out, fan_in). The best r directions
-are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1; here B stays zero, and W as it is).
+B is zero at the start, so the first steps change W by ``s dB A``: A determines in which r directions of its input a
+layer can change. Random directions contain a share of about r / fan_in of the gradient G (fan_out, fan_in). The best r
+directions are G's first right singular vectors (LoRA-GA, arXiv 2407.05000, theorem 3.1; here B starts at zero, and W is
+unchanged).
 
-G is never formed. With A zero and any Q in B's place the model computes what its base computes, and the gradient of A
-is ``s Q^T G``: with a random Q a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.1), for
-the time and memory of training steps with adapters, whatever the kind of layer and the bits of its base.
+G is never formed. If A is zero and B is any matrix Q, the model computes what its base computes, and the gradient of A
+is ``s Q^T G``. For a random Q this is a sketch of G's rows (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm
+4.1). It takes the time and memory of a few training steps with adapters, for every kind of layer and base.
 """
 
 import math
@@ -21,18 +22,18 @@ from toolkit import distributed
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
 # then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
 ADAPTER_LR_FACTOR = 24.0
-GRADIENT_IMAGES = 256  # whose gradient is enough
+GRADIENT_IMAGES = 256  # so many images give a good enough gradient
 
 
 def lr_factor(lora_init: str, rank: int) -> float:
-    """What the learning rate of adapters with this start (--lora-init) is multiplied by."""
+    """The factor on the learning rate of adapters with this start (--lora-init)."""
     return ADAPTER_LR_FACTOR if lora_init == "gradient" and rank > 0 else 1.0
 
 
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
-    """Start the adapters of `model` at its gradient, in place: A's rows orthogonal, B zero. The model's output stays.
+    """Start the adapters of `model` at its gradient, in place, without changing the model's output.
 
-    A's rows are as long as those of a random start, 1 / sqrt(3).
+    B becomes zero. A's rows become orthogonal, and as long as those of a random start, 1 / sqrt(3).
 
         def backward():
             for images, labels in first_batches:
@@ -40,13 +41,13 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
         start_at_gradient(model, backward)
 
-    Call it once the head is as training will have it (`init_head_from_probe`), with the model in eval mode if nothing
-    random is to have a part in it. An adapter stays as it is if its gradient is zero, not finite or missing, as that of
-    a merged one is; all of them do if `backward` raises. The parameters' `.grad` are put back in any case.
+    Call it after the head has its starting values (`init_head_from_probe`), and in eval mode to leave dropout out. An
+    adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
+    raises. The parameters' `.grad` are restored in any case.
 
     Args:
         backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.
-        seed: of the random Q.
+        seed: seeds the random Q.
     """
     pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
     if not pairs:
@@ -71,12 +72,12 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
                 B.copy_(former_B)
     with torch.no_grad():
         for (A, B), sketch in zip(pairs, sketches, strict=True):
-            if sketch is not None and sketch.isfinite().all() and sketch.any():  # of zeros any direction is a main one
+            if sketch is not None and sketch.isfinite().all() and sketch.any():  # zeros have no main directions
                 precise = sketch.to(torch.promote_types(sketch.dtype, torch.float32))  # SVD knows no 16 bits
                 rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
                 A[: len(rows)] = rows / math.sqrt(3)
                 B.zero_()
-        distributed.broadcast(A for A, _ in pairs)  # on other machines the last bits, or signs, may differ
+        distributed.broadcast(A for A, _ in pairs)  # the last bits, or signs, may differ between machines
 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

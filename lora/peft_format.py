@@ -1,16 +1,16 @@
-"""The state of adapters in the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), and from it.
+"""Converts adapters to the format of PEFT (`adapter_config.json`, `adapter_model.safetensors`), and from it.
 
-Both libraries compute ``W + s B A``, so an adapter is carried over as it is; only the shapes differ.
+Both libraries compute ``W + s B A``, so an adapter's values stay as they are; only the shapes differ.
 
 - **Linear**: the same.
 - **Conv2d**: A, here (r, in * kh * kw), is a kernel (r, in, kh, kw) in PEFT, and B, here (out, r), is (out, r, 1, 1).
-- **Attention**: PEFT has one pair for the packed weight of q, k and v, where here each of the three has its own.
-  A pair of three times the rank holds ours: ``A = [A_q; A_k; A_v]`` and ``B = diag(B_q, B_k, B_v)``. In PEFT the output
-  projection has the same rank, so its factors are filled up with zeros. PEFT up to 0.21 adds the projection's update
-  twice (its pull request 3774): `_times_projected` asks the installed release, and the factors are made for that one.
+- **Attention**: here q, k and v have a pair each; PEFT has one pair for their packed weight. A pair of three times the
+  rank holds ours: ``A = [A_q; A_k; A_v]`` and ``B = diag(B_q, B_k, B_v)``. In PEFT the output projection has the same
+  rank, so its factors are padded with zeros. PEFT up to 0.21 adds the projection's update twice (its pull request
+  3774): `_times_projected` tests the installed release, and the factors are made for that one.
 
-What PEFT cannot compute as this toolkit does is refused by name: see `obstacles`. `deploy_lora.py convert` loads the
-models, and compares their answers after each conversion.
+An adapter that PEFT would compute differently is refused, with the reason: see `obstacles`. `deploy_lora.py convert`
+loads the models, and compares their answers after each conversion.
 """
 
 import json
@@ -34,14 +34,14 @@ from toolkit.bands import from_metadata
 from toolkit.files import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of the base's names inside a PeftModel
-IMAGES, TASK = "images", "task"  # in the file's header
-ADAPTER = "default"  # PEFT's name for an adapter that was given none
+PREFIX = "base_model.model."  # precedes the base's names inside a PeftModel
+IMAGES, TASK = "images", "task"  # the keys of this toolkit's metadata in the file's header
+ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
 def import_peft():
     """The module `peft`. Raises InputError if it is missing."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of what nobody needs here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and its warnings do not matter here
     try:
         import peft
     except ImportError as error:
@@ -53,11 +53,12 @@ def import_peft():
 
 
 def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yields what has no place in PEFT's format, each with the reason.
+    """Yield what PEFT's format cannot hold, each with the reason.
 
-    `tensors` are those of the adapter file that the model was loaded from.
+    `tensors` are those of the adapter file from which the model was loaded.
     """
-    layers, head = _adapted_layers(model), f"{head_name(model)}."
+    layers = _adapted_layers(model)
+    head = f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
         return
@@ -71,7 +72,7 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _obstacle(layer: nn.Module) -> str | None:
-    """Why PEFT computes another function with this layer's adapter, or cannot adapt it; None if it can."""
+    """Why PEFT computes something else with this layer's adapter, or cannot adapt the layer; None if it can."""
     if isinstance(layer, nn.Conv2d):
         if layer.groups > 1:
             return "a convolution in groups"
@@ -89,16 +90,19 @@ def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
     """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
 
-    What the images are (`about`, of `toolkit.bands.recorded`) is put into the file's header, for the way back, and what
-    the outputs mean (`task`, of `toolkit.tasks.Task.record`).
-    `obstacles` must have found none.
+    The metadata about images (`about`, from `toolkit.bands.recorded`) and the meaning of the outputs (`task`, from
+    `toolkit.tasks.Task.record`) are written into the file's header, for a conversion back. `obstacles` must have found
+    none.
     """
-    layers, head = _adapted_layers(model), head_name(model)
-    packed = {name: _packed_factors(layer, _times_projected()) for name, layer in layers.items()}
+    layers = _adapted_layers(model)
+    head = head_name(model)
+    times_projected = _times_projected()
+    packed = {name: _packed_factors(layer, times_projected) for name, layer in layers.items()}
     ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
+    alphas = {name: layers[name].scaling * rank for name, rank in ranks.items()}
     config = import_peft().LoraConfig(
         **_by_layer("r", "rank_pattern", ranks),
-        **_by_layer("lora_alpha", "alpha_pattern", {name: layers[name].scaling * r for name, r in ranks.items()}),
+        **_by_layer("lora_alpha", "alpha_pattern", alphas),
         target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
         modules_to_save=[head],
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
@@ -108,15 +112,17 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
-    header = {"format": "pt", IMAGES: json.dumps(about)} | ({} if task is None else {TASK: json.dumps(task)})
+    header = {"format": "pt", IMAGES: json.dumps(about)}
+    if task is not None:
+        header[TASK] = json.dumps(task)
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata=header)
 
 
 def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tensor]:
-    """A layer's factors as PEFT has them, by their names within the layer."""
+    """A layer's factors in PEFT's shapes, by their names within the layer."""
     if isinstance(layer, nn.Conv2d):
-        shape = layer.in_channels, *layer.kernel_size
-        A, B = layer.lora_A.unflatten(1, shape), layer.lora_B[:, :, None, None]  # (r, in, kh, kw), (out, r, 1, 1)
+        A = layer.lora_A.unflatten(1, (layer.in_channels, *layer.kernel_size))  # (r, in, kh, kw)
+        B = layer.lora_B[:, :, None, None]  # (out, r, 1, 1)
         return {"lora_A.weight": A, "lora_B.weight": B}
     if not isinstance(layer, nn.MultiheadAttention):
         return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
@@ -134,35 +140,40 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
 
 
 def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor with zeros after its own ranks."""
+    """The factor padded with zeros to this rank, along this dimension."""
     more = rank - factor.shape[dim]
     return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
 
 
 def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
-    """A setting of PEFT's: the most frequent value for all layers, and a pattern for those that differ."""
+    """A setting in PEFT's form: the most frequent value for all layers, and a pattern for those that differ."""
     usual, _ = Counter(values.values()).most_common(1)[0]
-    return {field: usual, pattern: {f"^{re.escape(n)}": value for n, value in values.items() if value != usual}}
+    others = {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
+    return {field: usual, pattern: others}
 
 
 # ---------------------------------------------------------------------------------------------------------- from PEFT
 
 
 def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """What `write_peft` says of the images; of a folder of PEFT's own what the backbone's images are likely to be."""
-    told = read_safetensors(folder / WEIGHTS)[1].get(IMAGES)
+    """The normalisation that `write_peft` recorded; for a folder that PEFT itself wrote, that of the backbone."""
+    _, header = read_safetensors(folder / WEIGHTS)
+    channels = report["channels"]
     try:
-        about = json.loads(told) if told is not None else {"channels": report["channels"]}
-        if told is None and report["channels"] != 3:
-            zeros, ones = ([number] * report["channels"] for number in (0.0, 1.0))
-            about |= {"mean": zeros, "std": ones, "bands": [], "scale": 1.0, "show_bands": [1]}
+        if IMAGES in header:
+            about = json.loads(header[IMAGES])
+        elif channels == 3:
+            about = {"channels": 3}
+        else:
+            unscaled = {"mean": [0.0] * channels, "std": [1.0] * channels, "scale": 1.0}
+            about = {"channels": channels, **unscaled, "bands": [], "show_bands": [1]}
         return from_metadata({**about, "arch": report["arch"]})
     except (ValueError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(f"{folder / WEIGHTS} is damaged: {printable(error)}") from None
 
 
 def task_of(folder: Path) -> Any:
-    """What `write_peft` says of the task: what `toolkit.tasks.from_record` reads."""
+    """The task that `write_peft` recorded, for `toolkit.tasks.from_record`."""
     try:
         return json.loads(read_safetensors(folder / WEIGHTS)[1].get(TASK, "null"))
     except ValueError as error:  # an InputError is one too
@@ -170,10 +181,10 @@ def task_of(folder: Path) -> Any:
 
 
 def read_peft(folder: Path) -> dict[str, Tensor]:
-    """The tensors in a folder of PEFT's. Raises InputError unless it holds plain LoRA, which this toolkit has too."""
+    """The tensors in a folder of PEFT. Raises InputError unless it holds plain LoRA, as this toolkit computes it."""
     peft = import_peft()
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():  # PEFT would look for it on the internet
-        raise InputError(f"{folder} is no adapter of PEFT's: it must be a folder with {CONFIG} and {WEIGHTS}")
+        raise InputError(f"{folder} is no adapter of PEFT: it must be a folder with {CONFIG} and {WEIGHTS}")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:
@@ -181,10 +192,11 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
     if config.peft_type != peft.PeftType.LORA:
         raise InputError(f"{folder} holds {printable(config.peft_type)}; only LoRA can be converted")
     more = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters") if getattr(config, name)]
-    more += [f"bias={config.bias}"] if config.bias != "none" else []
-    # Others change the base's weights before they begin.
-    plain = config.init_lora_weights in (True, False, "gaussian", "orthogonal", "eva")
-    more += [] if plain else [f"init_lora_weights={config.init_lora_weights}"]
+    if config.bias != "none":
+        more.append(f"bias={config.bias}")
+    # Other initialisations change the base's weights at the start.
+    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        more.append(f"init_lora_weights={config.init_lora_weights}")
     if more:
         raise InputError(f"{folder} has {printable(', '.join(more))}, which adapters here have not")
     return read_safetensors(folder / WEIGHTS)[0]
@@ -194,12 +206,12 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
 def adapters_in(
     theirs: nn.Module, tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, LoRASettings], dict[str, Tensor]]:
-    """The adapters of a PeftModel as this toolkit has them: the settings of each layer, and all factors by name.
+    """Convert the adapters of a PeftModel: the settings of each layer, and all factors by name in this toolkit.
 
     Args:
         theirs: `PeftModel.from_pretrained` of the folder.
         tensors: what `read_peft` returned for it.
-        folder: for messages.
+        folder: named in messages.
 
     Raises:
         InputError: the tensors do not fit the folder's configuration, or a layer is of a kind that is not adapted here.
@@ -210,16 +222,18 @@ def adapters_in(
     if torn:
         raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
     kinds = {name: type(layer).__name__ for name, layer in layers.items()}
-    reasons = {
-        name: _obstacle(layer.get_base_layer()) if kinds[name] in _KINDS else f"PEFT's {kinds[name]}"
-        for name, layer in layers.items()
-    }
-    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason]
+    refused = []
+    for name, layer in layers.items():
+        is_known = kinds[name] in _KINDS
+        reason = _obstacle(layer.get_base_layer()) if is_known else f"PEFT's {kinds[name]}"
+        if reason:
+            refused.append(f"{name} ({reason})")
     if refused:
         raise InputError(f"{folder} cannot be read: {listed(refused)}")
     settings, factors = {}, {}
     for inner, layer in layers.items():
-        A, B = (pair[ADAPTER].weight.flatten(1) for pair in (layer.lora_A, layer.lora_B))  # (r, fan_in), (out, r)
+        A = layer.lora_A[ADAPTER].weight.flatten(1)  # (r, fan_in)
+        B = layer.lora_B[ADAPTER].weight.flatten(1)  # (out, r)
         own = {"lora_A": A, "lora_B": B}
         if kinds[inner] == "MultiheadAttention":
             own = _unpacked(A, B)
@@ -233,28 +247,30 @@ def adapters_in(
     return settings, factors
 
 
-_KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # of PEFT's layers that have a counterpart here
+_KINDS = ("Linear", "Conv2d", "MultiheadAttention")  # the layers of PEFT that have a counterpart here
 
 
 def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The adapters of q, k and v in the packed one, A (R, E) and B (3 E, R): blocks, if that is how it is built.
+    """Unpack an adapter A (R, E), B (3 E, R) into those of q, k and v: of a third of the rank if B is block-diagonal.
 
-    B before training, all zeros, tells nothing: each of the three then has the whole rank.
+    Otherwise each of the three has the whole rank, also before training: a B of zeros does not show how it is built.
     """
-    blocks = B.unflatten(0, (3, -1)).unbind()  # 3 of (E, R)
-    pairs = [(A, block) for block in blocks]
+    As = [A] * 3
+    Bs = B.unflatten(0, (3, -1)).unbind()  # 3 of (E, R)
     if len(A) % 3 == 0 and B.any():
-        own = [(a, block.chunk(3, 1)[i]) for i, (a, block) in enumerate(zip(A.chunk(3), blocks, strict=True))]
-        if torch.equal(torch.block_diag(*(b for _, b in own)), B):
-            pairs = own
-    named = zip("qkv", pairs, strict=True)
-    return {f"lora_{factor}_{p}": tensor for p, pair in named for factor, tensor in zip("AB", pair, strict=True)}
+        blocks = [rows.chunk(3, dim=1)[i] for i, rows in enumerate(Bs)]  # 3 of (E, R / 3), on the diagonal
+        if torch.equal(torch.block_diag(*blocks), B):
+            As, Bs = A.chunk(3), blocks
+    factors = {}
+    for name, own_A, own_B in zip("qkv", As, Bs, strict=True):
+        factors |= {f"lora_A_{name}": own_A, f"lora_B_{name}": own_B}
+    return factors
 
 
 def _without_zeros(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     """The factors without the ranks in which both are zero."""
     used = (A != 0).any(1) | (B != 0).any(0)
-    used[0] = True  # a rank of 1 at least
+    used[0] = True  # leaves a rank of at least 1
     return {"lora_A": A[used], "lora_B": B[:, used]}
 
 
@@ -265,7 +281,7 @@ def _without_zeros(A: Tensor, B: Tensor) -> dict[str, Tensor]:
 def _times_projected() -> int:
     """How often the installed PEFT adds the update of attention's output projection.
 
-    The answer of an attention in which that update, of size 1, is all there is.
+    This is the output of an attention in which all else is zero, and the update of its projection adds 1 each time.
     """
     peft = import_peft()
     with torch.random.fork_rng(devices=[]):

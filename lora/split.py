@@ -1,4 +1,4 @@
-"""A model in two halves: what is computed once for each image, and what trains on top of it."""
+"""Splits a model in two halves: a lower one that is computed once for each image, and an upper one that trains."""
 
 import contextlib
 import copy
@@ -40,13 +40,13 @@ class HeadAlone(nn.Module):
 
 
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
-    """Two halves, ``lower`` and ``upper``, with ``upper(lower(images))`` the model's output.
+    """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
 
-    The upper half has the last so many blocks (as `toolkit.backbones.block_names` has them) and the head; None: the
-    head. It is a shallow copy of the model, which shares every layer.
+    The upper half has the `last` blocks (see `toolkit.backbones.block_names`) and the head; None: only the head. It is
+    a shallow copy of the model, and shares every layer.
 
     Raises:
-        InputError: blocks are asked for, and the model is no ResNet or ViT of torchvision's class.
+        InputError: `last` is given, and the model is not of torchvision's ResNet or ViT class.
     """
     upper = copy.copy(model)
     if last is None:
@@ -60,16 +60,17 @@ def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], 
             "--cache-features none"
         )
     blocks = block_names(model)
-    upper.__class__, upper.first = uppers[kind], len(blocks) - last
+    upper.__class__ = uppers[kind]
+    upper.first = len(blocks) - last
     return functools.partial(input_of, model, blocks[-last]), upper
 
 
 class _Reached(Exception):
-    """The way out of a model's forward."""
+    """Ends a model's forward early."""
 
 
 def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    """What the module of this name receives in ``model(x)``, which runs no further."""
+    """The input of the module of this name in ``model(x)``, which is stopped there."""
     received = []
 
     def stop(module: nn.Module, inputs: tuple) -> None:

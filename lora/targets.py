@@ -1,4 +1,4 @@
-"""Which layers of a model get adapters, and with which settings."""
+"""Selects the layers of a model that get adapters, and their settings."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
 
 def matches_layer(name: str, target: str) -> bool:
-    """Is the target a layer's name, a part of it between dots (a suffix, a containing module), or a pattern for it?"""
+    """Is the target this layer's name, a part of it between dots (a suffix, a containing module), or a regex for it?"""
     try:
         return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
     except (re.error, OverflowError, RecursionError) as error:
@@ -31,10 +31,10 @@ def settings_by_layer(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, LoRASettings]:
-    """The settings of each layer, by its name: those given, but for the rank or alpha that a pattern has for the layer.
+    """The settings of each layer by name: those given, with the rank or alpha of a pattern that matches the layer.
 
     Args:
-        rank_pattern, alpha_pattern: from targets, see `matches_layer`, to values. The first one that matches counts.
+        rank_pattern, alpha_pattern: targets (see `matches_layer`) -> values. The first target that matches counts.
 
     Raises:
         InputError: a target that matches no layer, or a value out of its range.
@@ -59,25 +59,25 @@ def settings_by_layer(
 
 
 def unwrap_for_editing(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper. Raises InputError if it is too late to change what trains."""
+    """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
     if isinstance(model, DistributedDataParallel):
         raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
     return unwrapped(model)
 
 
 def outermost_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
-    """Yields (name, module) of the modules wanted, except those inside attention, which belong to it."""
+    """Yield (name, module) for the modules wanted, except those inside attention, which belong to it."""
     inside = set()
     for name, module in model.named_modules():
         if id(module) not in inside and wanted(module):
             yield name, module
-        # Swin's attention reads the weights of its layers and never calls them.
+        # Swin's attention reads its layers' weights and never calls the layers.
         if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
             inside.update(id(m) for m in module.modules())
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can be adapted, and those that are, by name."""
+    """The layers that can be adapted or are adapted already, by name."""
     return dict(outermost_layers(model, lambda module: is_adapted(module) or _has_adaptable_kind(module)))
 
 
@@ -90,8 +90,8 @@ def choose_layers(
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
 
     Raises:
-        InputError: a target or exclusion that is no regular expression or matches nothing, too few blocks, or no layer
-            left.
+        InputError: a target or exclusion is no regular expression or matches nothing, the model has fewer blocks, or no
+            layer is left.
     """
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
@@ -101,7 +101,10 @@ def choose_layers(
     def is_matched(name: str, patterns: Iterable[str]) -> bool:
         return any(matches_layer(name, pattern) for pattern in patterns)
 
-    unmatched = [t for t in [*(targets or []), *excluded] if not any(matches_layer(name, t) for name in candidates)]
+    def matches_nothing(pattern: str) -> bool:
+        return not any(matches_layer(name, pattern) for name in candidates)
+
+    unmatched = [pattern for pattern in [*(targets or []), *excluded] if matches_nothing(pattern)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     if targets is None:
@@ -125,14 +128,14 @@ def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
 
 
 def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
-    """The names of the layers below the last blocks that could be adapted, without those excluded."""
+    """The names of the layers below the last blocks that can be adapted, without those excluded."""
     model = unwrap_for_editing(model)
     names = choose_layers(model, None, exclude_modules)
     return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
 
 
 def _has_adaptable_kind(layer: nn.Module) -> bool:
-    """Is its type one in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them by others."""
+    """Is the layer's type in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them."""
     if type(layer) is nn.MultiheadAttention:
         names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
         return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
@@ -140,22 +143,22 @@ def _has_adaptable_kind(layer: nn.Module) -> bool:
 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raises InputError if a layer chosen shares its weight: to adapt the one would be to adapt the other."""
+    """Raise InputError if a chosen layer shares its weight with another, which the adapter would then change too."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    shared = [n for n, layer in chosen.items() if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1)]
-    if shared:
-        raise InputError(f"{shared[0]} shares its weight with another layer: leave it out with exclude_modules")
+    for name, layer in chosen.items():
+        if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1):
+            raise InputError(f"{name} shares its weight with another layer: leave it out with exclude_modules")
 
 
 def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> None:
-    """Raises InputError for a rank above the highest that any layer of the model can use."""
+    """Raise InputError for a rank above the highest that any layer of the model can use."""
     for name, own in settings.items():
         if own is not None and own.r > highest:
             raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
 
 
 def check_stored_bits(model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool) -> None:
-    """Raises InputError for a layer in 4 or 16 bits that would become one of other bits: its float weight is gone."""
+    """Raise InputError if a layer in 4 or 16 bits would have to change its bits: its float weight is gone."""
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
@@ -163,13 +166,13 @@ def check_stored_bits(model: nn.Module, chosen: Mapping[str, nn.Module], use_qlo
 
 
 def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raises InputError if the layers chosen cannot be stored in 4 bits."""
+    """Raise InputError if the chosen layers cannot be stored in 4 bits."""
     of_head = [name for name in chosen if in_head(model, name)]
     if of_head:
         raise InputError(f"the classifier head {of_head[0]} trains, so it cannot be in 4 bits: leave it out")
-    double = [name for name, layer in chosen.items() if any(p.dtype == torch.float64 for p in layer.parameters())]
-    if double:
-        raise InputError(f"{double[0]} is in float64, which has no 4-bit form: call model.float() first")
+    for name, layer in chosen.items():
+        if any(p.dtype == torch.float64 for p in layer.parameters()):
+            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
     try:
         bitsandbytes_functional()
     except ImportError as error:

@@ -1,9 +1,9 @@
 """MoCo: a query encoder learns to recognise, among many keys, the one that comes from the same image.
 
-v1 and v2 (arXiv 1911.05722, 2003.04297) keep the other keys in a queue, v3 (2104.02057) takes them from the batch.
-In both, the encoder of the keys follows that of the queries as a moving average. Written from the papers.
+v1 and v2 (arXiv 1911.05722, 2003.04297) hold the other keys in a queue, v3 (2104.02057) takes them from the batch.
+In both, the key encoder is a moving average of the query encoder. Written from the papers.
 
-Of several processes (`toolkit.distributed`) each has its share of the images, and all contrast with everybody's keys.
+With several processes (`toolkit.distributed`) each has its share of the images, and contrasts with the keys of all.
 """
 
 import copy
@@ -21,13 +21,13 @@ from toolkit.backbones import head_name
 
 
 class MomentumContrast(nn.Module):
-    """The part that all versions share: encoder_q, and encoder_k which follows it without ever seeing a gradient.
+    """The part that all versions share: encoder_q, and encoder_k, its moving average, which gets no gradient.
 
     Args:
-        backbone: a torchvision model, whose classifier head `projector` takes the place of. Both encoders share what is
-            frozen in it: over a frozen backbone with adapters, encoder_k is a second set of adapters and no more.
+        backbone: a torchvision model; `projector` replaces its classifier head. Both encoders share its frozen
+            parameters: over a frozen backbone with adapters, encoder_k is only a second set of adapters.
         projector: features -> embeddings.
-        m: momentum, how much of encoder_k is kept in a step.
+        m: momentum, the weight of the old encoder_k in each update.
         T: temperature of the softmax.
     """
 
@@ -45,19 +45,20 @@ class MomentumContrast(nn.Module):
 
     @torch.no_grad()
     def update_encoder_k(self, m: float) -> None:
-        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all that trains."""
-        pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
-        keys, queries = zip(*((k, q) for k, q in pairs if k is not q), strict=True)
-        # As an interpolation, because what is equal in both then stays so exactly.
-        torch._foreach_lerp_(list(keys), list(queries), 1 - m)
+        """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all trainable parameters."""
+        pairs = list(zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True))
+        keys = [k for k, q in pairs if k is not q]
+        queries = [q for k, q in pairs if k is not q]
+        # An interpolation leaves values exactly equal that are equal in both encoders.
+        torch._foreach_lerp_(keys, queries, 1 - m)
 
 
 class MoCo(MomentumContrast):
     """v1 and, with `mlp`, v2: InfoNCE against a queue of keys (1911.05722, algorithm 1).
 
     BatchNorm normalises in each process by itself. So that its statistics cannot tell which key belongs to which query,
-    the keys are computed in another order than the queries (section 3.3, shuffling BN). In one process there is nowhere
-    to shuffle them to: BatchNorm sees the whole batch in any order.
+    keys are computed in another order than queries (section 3.3, shuffling BN). One process has no use for shuffling:
+    BatchNorm sees the whole batch in any order.
 
     Args:
         backbone: as in MomentumContrast.
@@ -94,7 +95,7 @@ class MoCo(MomentumContrast):
 
     @torch.no_grad()
     def dequeue_and_enqueue(self, k: torch.Tensor) -> None:
-        """The newest keys (N, dim) take the places of the oldest."""
+        """Replace the oldest keys by the newest ones (N, dim)."""
         positions = (self.queue_ptr + torch.arange(len(k), device=k.device)) % self.K
         self.queue[:, positions] = k.T
         self.queue_ptr[0] = (self.queue_ptr[0] + len(k)) % self.K
@@ -145,15 +146,15 @@ class MoCoV3(MomentumContrast):
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """In float32, or in float64 if it is that already."""
+    """The tensor in float32, or in float64 if it already is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The encodings (W N, dim) of all W processes' images, (N, 3, S, S) each, every one made in a random process.
+    """Encode the images of all W processes, (N, 3, S, S) each, in random processes: (W N, dim).
 
-    Where no BatchNorm takes statistics of the batch, as in a frozen backbone, nothing can leak through them: each
-    process then encodes its own images, and none travel.
+    If no BatchNorm takes statistics of the batch, as in a frozen backbone, nothing can leak through them. Each process
+    then encodes its own images, and sends none.
     """
     if distributed.world_size() == 1 or not any(isinstance(m, _BatchNorm) and m.training for m in encoder.modules()):
         return distributed.interleave(encoder(images))
@@ -165,9 +166,9 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def momentum_copy(encoder: nn.Module) -> nn.Module:
-    """A copy that never sees a gradient and shares what is frozen: no memory is spent on what stays equal anyway.
+    """A copy without gradients that shares the frozen tensors, since they stay equal anyway.
 
-    Frozen are parameters without `requires_grad`, and the statistics of a BatchNorm that is `frozen`.
+    These are the parameters without `requires_grad`, and the statistics of a BatchNorm that is `frozen`.
     """
     shared = [p for p in encoder.parameters() if not p.requires_grad]
     for module in encoder.modules():
@@ -177,7 +178,7 @@ def momentum_copy(encoder: nn.Module) -> nn.Module:
 
 
 def feature_dim(backbone: nn.Module) -> int:
-    """Width of what a backbone hands to its classifier head."""
+    """The width of the features that a backbone's classifier head receives."""
     head = getattr(backbone, head_name(backbone))
     return next(module.in_features for module in head.modules() if isinstance(module, nn.Linear))
 
@@ -193,12 +194,13 @@ def mlp(widths: list[int]) -> nn.Sequential:
 
 
 def fix_positions(vit: VisionTransformer) -> None:
-    """Fixed sine-cosine position embedding in two dimensions; the class token's is zero (2104.02057, section 4.4)."""
+    """Fix the position embedding: sine-cosine in two dimensions, zero for the class token (2104.02057, section 4.4)."""
     side = vit.image_size // vit.patch_size
     position = vit.encoder.pos_embedding  # (1, 1 + side * side, D)
     frequency = 10000 ** -(torch.arange(vit.hidden_dim // 4) / (vit.hidden_dim // 4))  # (D / 4)
     angle = torch.outer(torch.arange(side), frequency)  # (side, D / 4)
-    rows, columns = angle.repeat_interleave(side, dim=0), angle.repeat(side, 1)  # (side * side, D / 4), row by row
+    rows = angle.repeat_interleave(side, dim=0)  # (side * side, D / 4), row by row
+    columns = angle.repeat(side, 1)
     grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)  # (side * side, D)
     position.data = torch.cat([torch.zeros(1, vit.hidden_dim), grid])[None].to(position)
     position.requires_grad_(False)

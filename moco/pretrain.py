@@ -8,8 +8,8 @@
     python -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet --precision bf16     # on a GPU
     torchrun --nproc-per-node=8 -m moco.pretrain --config configs/moco_v2.yaml --data-dir /data/imagenet # on eight
 
-With --checkpoint stage 1 goes on from another one's end, with images of your own: with --lora-rank in adapters alone,
-over a frozen backbone that queries and keys share, else in all weights.
+With --checkpoint a pretraining that has ended goes on with your own images. Without --lora-rank all weights train; with
+it only adapters do, over a frozen backbone that queries and keys share.
 
 Every option is a flag and a key of the configuration file, whose sections are the groups below (see --help).
 """
@@ -52,16 +52,16 @@ from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.run_state import Part, RunState
 from toolkit.shared_norms import share_statistics
 
-# What may differ between a run and its resumption without changing what is computed.
+# Options that may differ when a run is resumed, because they do not change what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"tensorboard", "checkpoint"}  # a digest tells another base
+FREE_TO_CHANGE |= {"tensorboard", "checkpoint"}  # a digest catches another base
 FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
-# Of larger sets so many images are drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
+# The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
 KNN_BANK, KNN_QUERIES = 50_000, 10_000
-COLLAPSED_RANK = 2.0  # fewer directions than this hold features that tell no images apart
-MEASURED_IMAGES = 2_048  # images of which alignment, uniformity and effective rank are
+COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
+MEASURED_IMAGES = 2_048  # the images on which alignment, uniformity and effective rank are measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
 
 
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Pretrain as the options say.
 
     Returns:
-        The content of `results.json`: of the last epoch `loss`, `knn_accuracy` (0 to 1; None without labels),
-        `effective_rank` and, without labels, `alignment` and `uniformity` (`toolkit.measures`); `before`, the same of a
-        checkpoint before any step; `epochs`, `seconds`, `images_per_second`, `waiting_share`, `peak_memory_bytes` and
-        the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
+        The content of `results.json`. From the last epoch: `loss`, `knn_accuracy` (0 to 1; None without labels),
+        `effective_rank` and, without labels, `alignment` and `uniformity` (`toolkit.measures`). `before`: the same
+        measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
+        `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
     args, _ = config.parse_args(make_parser(), argv, check=complete)
     device = training.select_device(args.device)
@@ -87,14 +87,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
             print(run.origin)
-        print(f"data: {len(run.loader.dataset):,} images{'' if run.knn_loaders else ' without labels'}")
+        unlabelled = "" if run.knn_loaders else " without labels"
+        print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {args.arch}, MoCo v{args.moco_version}")
         print(training.describe_device(device, dtype))
         if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
             )
-        begin()  # checkpoints of an earlier run that this one does not write stay
+        begin()  # an earlier run's checkpoints stay if this run does not write them
         run.train()
         if distributed.is_main():
             write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in what follows from other options; what is wrong with them together, a line each."""
+    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
     typed = config.typed_options(make_parser(), args, sources)
     problems = options.complete_data_options(args, sources)
     options.complete_adapter_options(args)
@@ -129,7 +130,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
 
 
 def written(args: argparse.Namespace) -> Iterator[str]:
-    """The names of the files that a run writes to --output-dir, of checkpoints only those that are there already."""
+    """The names of the files that a run writes to --output-dir; of the checkpoints, those that exist already."""
     yield from Pretraining.FILES
     for path in args.output_dir.glob("moco_stage1_epoch_*.pth"):
         number = path.stem.rpartition("_")[2]
@@ -181,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Pretraining(RunState):
-    """A run: the model, its optimizer, its data and how far it is."""
+    """A run of stage 1: the model, its optimizer, its data and its progress."""
 
     FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png", "tensorboard")
 
@@ -190,7 +191,7 @@ class Pretraining(RunState):
         self.model, self.origin = build_model(args, device)
         self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
         if args.moco_version == 3:
-            # v3 shuffles nothing: only statistics over all processes cannot tell which key belongs to which query.
+            # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
         base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
         steps = len(self.loader)
@@ -201,7 +202,7 @@ class Pretraining(RunState):
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
     def train(self) -> None:
-        """The remaining epochs. While they last, `last.pth` is what to go on from.
+        """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
 
         Raises:
             Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
@@ -210,7 +211,7 @@ class Pretraining(RunState):
             self.baseline = self.measure()
             print(f"before training: {describe_measures(self.baseline)}")
         if self.global_steps == 0:
-            self.save_state()  # whenever the run is killed from here on, it can be resumed
+            self.save_state()  # from here on the run can be resumed whenever it is killed
         with self.saved_when_stopped():
             while self.epoch < self.args.epochs:
                 self.train_epoch()
@@ -228,21 +229,23 @@ class Pretraining(RunState):
         return self.epoch * self.steps_per_epoch + (self.progress.steps if self.progress else 0)
 
     def train_epoch(self) -> None:
-        """What is left of a pass over the images; adds a row to the history."""
+        """Train the rest of a pass over the images, and add a row to the history."""
         epoch = self.epoch + 1
         if self.progress is None:
             self.progress = training.Progress(self.schedule.get_last_lr()[0])
-        now, batches = self.progress, self.loader.batch_sampler
-        batches.epoch, batches.start = self.epoch, now.steps
+        now = self.progress
+        self.loader.batch_sampler.epoch = self.epoch
+        self.loader.batch_sampler.start = now.steps
         self.model.train()
-        title, total = f"epoch {epoch}/{self.args.epochs}", self.steps_per_epoch
-        watched = self.meter.watched(self.loader)
-        with now.timed(), runs.progress_bar(watched, title, initial=now.steps, total=total) as bar:
+        title = f"epoch {epoch}/{self.args.epochs}"
+        counts = {"initial": now.steps, "total": self.steps_per_epoch}
+        with now.timed(), runs.progress_bar(self.meter.watched(self.loader), title, **counts) as bar:
             for (x1, x2), _ in bar:
                 loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
                 now.add(self.args.batch_size, 0, loss)
-                told = {"loss": f"{loss:.3f}", "img/s": f"{self.meter.results()['images_per_second']:.0f}"}
-                bar.set_postfix(told | self.meter.shown(), refresh=False)
+                speed = self.meter.results()["images_per_second"]
+                shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
+                bar.set_postfix(shown | self.meter.shown(), refresh=False)
                 self.stop.check()
         row = {"epoch": epoch, "loss": now.loss_sum / now.steps, "learning_rate": now.learning_rate}
         row["seconds"] = now.seconds
@@ -250,7 +253,7 @@ class Pretraining(RunState):
         self.progress = None
 
     def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
-        """One optimizer step on two views (N, 3, S, S); returns the loss, the mean of all processes'."""
+        """Take one optimizer step on two views (N, 3, S, S); return the mean loss of all processes."""
         m = self.model.momentum(self.global_steps / (self.args.epochs * len(self.loader)))
         with training.autocast(self.device, self.dtype):
             loss = self.parallel(x1, x2, m)
@@ -267,56 +270,61 @@ class Pretraining(RunState):
         return loss
 
     def finish_epoch(self) -> None:
-        """The files, what is measured of the features, and a line of output, whichever are due."""
-        row, last = self.history[-1], self.epoch == self.args.epochs
-        self.save_epoch()
-        if last or self.epoch % self.args.knn_every == 0:
+        """Save the files that are due, measure the features if that is due, and print a line."""
+        row = self.history[-1]
+        is_last = self.epoch == self.args.epochs
+        self.save_epoch()  # before measuring, which may run out of memory
+        if is_last or self.epoch % self.args.knn_every == 0:
             row |= self.measure()
-            self.save_epoch()  # once more, with the measures: had they run out of memory, the epoch would not be lost
+            self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
         if self.args.tensorboard:
             reports.log_tensorboard(row, self.args.output_dir)
-        told = ", ".join(filter(None, (f"loss {row['loss']:.3f}", describe_measures(row))))
-        print(f"epoch {self.epoch}: {told}; {reports.describe_times(self.history, self.args.epochs)}")
-        if (row.get("effective_rank") or COLLAPSED_RANK) < COLLAPSED_RANK:
+        measured = describe_measures(row)
+        figures = f"loss {row['loss']:.3f}" + (f", {measured}" if measured else "")
+        print(f"epoch {self.epoch}: {figures}; {reports.describe_times(self.history, self.args.epochs)}")
+        rank = row.get("effective_rank")
+        if rank and rank < COLLAPSED_RANK:
             print("  the features have collapsed: lower --learning-rate or warm up longer")
 
     def save_epoch(self) -> None:
-        last = self.epoch == self.args.epochs
+        """Save the adapters, or a checkpoint if it is due; and the state to resume, unless the run is complete."""
+        is_last = self.epoch == self.args.epochs
         if self.args.lora_rank > 0:
             self.save_adapters()
-        elif last or self.epoch % self.args.save_every == 0:
-            self.save_checkpoint(complete=last)
-        if not last:
+        elif is_last or self.epoch % self.args.save_every == 0:
+            self.save_checkpoint(complete=is_last)
+        if not is_last:
             self.save_state()
 
     def measure(self) -> dict[str, float]:
-        """How good the features before the projector are: by labels, which training never sees, or without any."""
+        """Measure the features before the projector, by labels if there are any: training never sees these."""
         encoder = self.model.encoder_q
-        distributed.broadcast(encoder.buffers())  # BatchNorm's statistics, which each process keeps of its own images
+        distributed.broadcast(encoder.buffers())  # each process has BatchNorm statistics of its own images
         measured = {}
         if self.knn_loaders:
-            bank, queries = (
-                training.extract_features(encoder, loader, self.device, self.dtype) for loader in self.knn_loaders
-            )
-            measured["knn_accuracy"] = training.knn_accuracy(*bank, *queries)
-            features = bank[0][:: math.ceil(len(bank[0]) / MEASURED_IMAGES)]  # evenly: they are sorted by class
-            measured["effective_rank"] = measures.effective_rank(features)
+            bank_loader, query_loader = self.knn_loaders
+            features, labels = training.extract_features(encoder, bank_loader, self.device, self.dtype)
+            queries = training.extract_features(encoder, query_loader, self.device, self.dtype)
+            measured["knn_accuracy"] = training.knn_accuracy(features, labels, *queries)
+            some = features[:: math.ceil(len(features) / MEASURED_IMAGES)]  # spread evenly: they are sorted by class
+            measured["effective_rank"] = measures.effective_rank(some)
         if self.view_loader:
-            first, second = (self.features_of_view(number) for number in (0, 1))
+            first = self.features_of_view(0)
+            second = self.features_of_view(1)
             measured["alignment"] = measures.alignment(first, second)
             measured["uniformity"] = measures.uniformity(first)
             measured["effective_rank"] = measures.effective_rank(first)
         return measured
 
     def features_of_view(self, number: int) -> torch.Tensor:
-        """Features (N, D) of the first or the second view of some images: the same views each time."""
+        """Features (N, D) of the first (0) or the second view (1) of some images: the same views each time."""
         self.view_loader.batch_sampler.epoch = 0
         view = ((views[number], labels) for views, labels in self.view_loader)
         return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
     def save_adapters(self) -> None:
-        """`moco_lora.pth`, which `finetune_lora.py --stage1-adapter` takes."""
+        """Write `moco_lora.pth`, which `finetune_lora.py --stage1-adapter` reads."""
         args = self.args
         if not distributed.is_main():
             return
@@ -329,8 +337,8 @@ class Pretraining(RunState):
         LoRAManager(headless(self.model.encoder_q)).save_lora_checkpoint(self.path("moco_lora.pth"), metadata)
 
     def model_state(self) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint: all, or over a frozen base those that change, which both encoders have."""
-        state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}  # to be read without a GPU
+        """The tensors of a checkpoint: all, or with adapters only those that change, in both encoders."""
+        state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}  # readable without a GPU
         if self.args.lora_rank == 0:
             return state
         changing = trained_state(self.model)
@@ -338,7 +346,7 @@ class Pretraining(RunState):
         return {name: tensor for name, tensor in state.items() if name in changing.keys() | of_keys}
 
     def about_images(self) -> dict[str, Any]:
-        """How images are normalised, for those who go on with the backbone."""
+        """The metadata on how images are normalised, for whoever uses the backbone."""
         return bands.recorded(self.normalization, vars(self.args))
 
     def restore_model(self, state: dict[str, torch.Tensor]) -> None:
@@ -349,7 +357,7 @@ class Pretraining(RunState):
         return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, **about}
 
     def save_checkpoint(self, complete: bool) -> None:
-        """A complete run's has no optimizer: nothing is left to resume, and the file is half as large."""
+        """Write a checkpoint. That of a complete run is half as large: it lacks what only resuming needs."""
         state = self.state()
         if complete:
             needless = {*self.trained_parts, *self.other_parts} - {"model", "history"}
@@ -358,9 +366,9 @@ class Pretraining(RunState):
             save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
-        """Go on where the run that wrote `path` was; on the CPU to the same bits as without the interruption.
+        """Resume the run that wrote `path`; on the CPU, to the same bits as without the interruption.
 
-        Raises InputError where that run was configured otherwise or is complete.
+        Raises InputError if that run was configured otherwise or is complete.
         """
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or not {"model", "optimizer", "global_steps", "config"} <= state.keys():
@@ -369,17 +377,18 @@ class Pretraining(RunState):
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
         if not {"progress", "images", "history"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        # An option that the run's version did not know has its default; alpha's follows the rank.
+        # An option that the run's version did not know has its default; that of alpha follows the rank.
         then = vars(config.parse_args(make_parser(), [])[0]) | {"lora_alpha": 16.0} | state["config"]
         progress = state["progress"]
-        if progress is not None and "steps" not in progress:  # by an earlier version, for which an epoch always went on
+        if progress is not None and "steps" not in progress:  # an earlier version wrote it, with an epoch always begun
             steps = state["global_steps"] - state["epoch"] * self.steps_per_epoch
             progress = progress | {"steps": steps} if steps else None
         state = {"before": None, "base": {}, "meter": {}, **state, "config": then, "progress": progress}
         self.go_on(path, state, free)
 
     def results(self) -> dict[str, Any]:
-        last, adapters = self.history[-1], self.args.lora_rank > 0
+        last = self.history[-1]
+        file = "moco_lora.pth" if self.args.lora_rank > 0 else f"moco_stage1_epoch_{self.epoch}.pth"
         return {
             **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.baseline,
@@ -387,7 +396,7 @@ class Pretraining(RunState):
             "peak_memory_bytes": training.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
-            "checkpoint": self.path("moco_lora.pth" if adapters else f"moco_stage1_epoch_{self.epoch}.pth"),
+            "checkpoint": self.path(file),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
             "normalization": self.about_images(),
@@ -399,7 +408,7 @@ class Pretraining(RunState):
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
-    """What was measured of the features; empty if nothing was."""
+    """The measures of the features in words; empty if none was taken."""
     shown = {name: row[name] for name in measures.TITLES if row.get(name) is not None}
     numbers = {name: f"{value:.1%}" if name == "knn_accuracy" else f"{value:.2f}" for name, value in shown.items()}
     return ", ".join(f"{measures.TITLES[name]} {number}" for name, number in numbers.items())
@@ -408,10 +417,10 @@ def describe_measures(row: dict[str, float | None]) -> str:
 def load_data(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
-    """How images are normalised (`bands.settle`), the loader of two views of each, and the loaders for measuring.
+    """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
 
-    The last are the bank and the queries of the k-NN accuracy, or none without labels; and, if the training images have
-    no labels, two views of some of them, or None.
+    The third value has the loaders of bank and queries of the k-NN accuracy; it is empty without labels. The fourth
+    loads two views of some training images if these have no labels, and is None otherwise.
     """
     images, labelled = load_images(args)
     if len(images) < args.batch_size:
@@ -424,14 +433,14 @@ def load_data(
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     values = bands.settle(args, args.arch, args.channels or 3, images)
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
-    kept = cache_images(images, args.cache_images, args.image_size)
+    cached = cache_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
-    loader = data.build_loader(data.Transformed(kept, views), **training_views)
+    loader = data.build_loader(data.Transformed(cached, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
-    transform, bounds = transforms.eval_transform(args.image_size, **values), (KNN_BANK, KNN_QUERIES)
-    knn_images = [part.at_most(bound) for part, bound in zip(labelled, bounds, strict=False)]
+    transform = transforms.eval_transform(args.image_size, **values)
+    knn_images = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=False)]
     if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
         raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
     knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
@@ -442,16 +451,18 @@ def load_data(
 
 
 def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
-    """The training images; and a bank and queries with labels, or nothing where no image has one.
+    """The training images; and bank and queries with labels, or an empty tuple if no image has a label.
 
-    These are a part of the training split each: the held-out split has no part in stage 1, not even to watch it.
+    Bank and queries are parts of the training split: stage 1 never reads the held-out split, not even to measure.
     """
-    own, read = args.dataset == "imagefolder", options.bands_read(args)
+    is_own = args.dataset == "imagefolder"
+    read = options.bands_read(args)
     sources = options.image_sources(args, read)
-    if args.dataset == data.UNLABELLED_SET or (own and not data.has_labels(args.data_dir, args.data_list)):
-        if problems := options.unlabelled_problems(args):  # whether there are labels may be known only now
+    if args.dataset == data.UNLABELLED_SET or (is_own and not data.has_labels(args.data_dir, args.data_list)):
+        if problems := options.unlabelled_problems(args):  # only now it may be known that there are no labels
             raise InputError("\n".join(problems))
-        images, labelled = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read), ()
+        images = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
+        labelled = ()
     else:
         splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)
         images = splits.train
@@ -463,52 +474,64 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
 
 
 def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
-    """MoCo around a fresh backbone or a checkpoint's, and a line on where it comes from.
+    """Build MoCo around a new backbone or a checkpoint's; return it and a line on where its weights come from.
 
-    Of `args` it fills in what follows from the checkpoint: arch, image size, version and widths.
+    Fills in the options that follow from the checkpoint: arch, image size, version and widths.
     """
-    version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
+    version, parts = None, {}
+    if args.checkpoint:
+        version, parts = checkpoints.load_contrast(args.checkpoint)
     args.moco_version = args.moco_version or version or 3
-    outputs = [t.shape[0] for name, t in parts.get("projector", {}).items() if name.endswith("weight") and t.dim() == 2]
+    projector = parts.get("projector", {}).items()
+    outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
     args.dim = args.dim or (outputs[-1] if outputs else 256)
-    args.mlp_dim = args.mlp_dim or (outputs[0] if len(outputs) > 1 and version == 3 else 4096)
+    has_hidden_width = len(outputs) > 1 and version == 3
+    args.mlp_dim = args.mlp_dim or (outputs[0] if has_hidden_width else 4096)
+    origin = ""
     if args.checkpoint:
         backbone, report = load_base(args.checkpoint, None, 1, *options.backbone_shape(args))
-        args.arch, args.image_size, origin = report["arch"], report["image_size"], checkpoints.describe_base(report)
+        origin = checkpoints.describe_base(report)
+        args.arch = report["arch"]
+        args.image_size = report["image_size"]
         args.heads = report["heads"] if other_heads(backbone) else None
-        args.channels = report["channels"] if report["channels"] != 3 else args.channels
-        if args.moco_version == 3 and args.arch.startswith("vit"):  # its positions stay as they are
+        if report["channels"] != 3:
+            args.channels = report["channels"]
+        if args.moco_version == 3 and args.arch.startswith("vit"):  # leave the checkpoint's positions as they are
             backbone.encoder.pos_embedding.requires_grad_(False)
     else:
         args.image_size = args.image_size or default_image_size(args.arch)
-        backbone, origin = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3), ""
+        backbone = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3)
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(training.place(backbone, device), args).to(device)
-    fuse(model.encoder_k)  # which is frozen
+    fuse(model.encoder_k)  # it gets no gradient
     return model, origin + "".join(start_from(model, parts))
 
 
 def contrast(backbone: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """MoCo of the version asked for. The backbone's classifier head gives way to a projector."""
+    """MoCo in the version asked for. A projector replaces the backbone's classifier head."""
     if args.moco_version == 3:
         return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
     return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
 
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
-    """Give projector and predictor the values of a checkpoint, if it has them; says for each what became of it."""
+    """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
     encoders = (model.encoder_q, model.encoder_k)
     modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in encoders]}
     modules |= {"predictor": [model.predictor]} if hasattr(model, "predictor") else {}
     for part, tensors in parts.items():
         for module in modules.get(part, ()):
-            wanted = {name: t.shape for name, t in module.state_dict().items() if not name.endswith("tracked")}
-            fits = wanted == {name: t.shape for name, t in tensors.items() if not name.endswith("tracked")}
+            fits = _shapes(module.state_dict()) == _shapes(tensors)
             if fits:
                 module.load_state_dict(tensors, strict=False)
         if part in modules:
             yield f"; {part} {'taken over' if fits else 'fresh'}"
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shapes of tensors by name, without BatchNorm's counters, which some files lack."""
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -520,9 +543,9 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step has a fixed ratio to the norm of each weight (1708.03888, algorithm 1).
+    """SGD with momentum whose steps have a fixed ratio to the norm of each weight (1708.03888, algorithm 1).
 
-    Biases and normalisation, the parameters of one dimension, take plain steps without weight decay, as in SimCLR.
+    Parameters of one dimension, biases and normalisation, take plain steps without weight decay, as in SimCLR.
     """
 
     def __init__(self, parameters, lr: float, weight_decay: float, momentum: float, trust: float = 0.001):

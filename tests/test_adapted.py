@@ -33,10 +33,10 @@ def test_scaling():
 
 
 def test_settings_of_any_kind_of_number():
-    """They come from NumPy as well; what is kept is what an adapter file can hold."""
-    kept = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
-    assert [type(value) for value in kept.values()] == [int, float, float, bool]
-    assert list(kept.values()) == [4, 6, 0, True]
+    """They may come from NumPy; the layer stores what an adapter file can hold."""
+    stored = vars(LoRASettings(np.int64(4), np.float32(6), 0, 1))
+    assert [type(value) for value in stored.values()] == [int, float, float, bool]
+    assert list(stored.values()) == [4, 6, 0, True]
 
 
 @pytest.mark.parametrize(

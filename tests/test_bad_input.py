@@ -234,10 +234,10 @@ FLAGS = [
     case(
         "features that change",
         "finetune --cache-features ram --mixup 1",
-        "--cache-features needs --adapt-last, or --lora-rank 0: what is kept must be the same in every epoch",
+        "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
         "--cache-features needs --mixup 0",
     ),
-    case("views of nothing kept", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
+    case("views of nothing cached", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
     case(
         "norms below 4 bits",
         "finetune --adapt-last 2 --use-qlora --train-norms",
@@ -309,7 +309,7 @@ CONFIGS = [
            "moco.noise was removed; delete the line", script="pretrain"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
-    config("no sections", "epochs: 3", "epochs: no such section", "belongs into the section finetune"),
+    config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
     config("a key in the wrong section", "model: {epochs: 3}", "model.epochs: no such key", "section finetune"),
     config("a section that is a value", "finetune: 3", "finetune: expected a section"),
     config("a section that is a list", "finetune: [epochs]", "finetune: expected a section"),

@@ -18,7 +18,7 @@ from finetune_lora import load_finetuned
 from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone
-from toolkit.bands import Bands, pages_told
+from toolkit.bands import Bands, describe_pages
 from toolkit.cache import cache_images
 from toolkit.data import load_splits
 from toolkit.geotags import centre
@@ -178,7 +178,7 @@ def tiff(*pages: np.ndarray, **options) -> bytes:
     ],
 )
 def test_a_run_says_what_a_page_is(content, bands, told):
-    assert pages_told(content, bands) == told
+    assert describe_pages(content, bands) == told
     if told and bands:
         assert bands.read(content).shape[2] == bands.channels
 

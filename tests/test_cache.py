@@ -1,4 +1,4 @@
-"""toolkit/cache.py: images come from where they are kept, as they were decoded, and never older than their files."""
+"""toolkit/cache.py: images come from the cache as they were decoded, and never older than their files."""
 
 import errno
 import itertools
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch) -> Path:
-    """Where the images of these tests are kept, on disk or in what passes for memory."""
+    """Where the images of these tests are cached, on disk or in what passes for memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "shm").mkdir()
     monkeypatch.setattr(cache, "_MEMORY", tmp_path / "shm")
@@ -63,12 +63,12 @@ def decodes(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("where", ["disk", "ram"])
 def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monkeypatch, capsys):
-    kept = cache.cache_images(photos, where, 32)
-    assert "keeping decoded images in " in capsys.readouterr().out
-    first, opened = pixels(kept), decodes(monkeypatch)
-    assert all(np.array_equal(*pair) for pair in zip(first, pixels(kept), strict=True)) and opened == []
+    cached = cache.cache_images(photos, where, 32)
+    assert "caching decoded images in " in capsys.readouterr().out
+    first, opened = pixels(cached), decodes(monkeypatch)
+    assert all(np.array_equal(*pair) for pair in zip(first, pixels(cached), strict=True)) and opened == []
     assert [image.shape for image in first] == [(64, 96, 3), (90, 40, 3), (5, 7, 3)]  # never enlarged
-    assert [label for _, label in kept] == photos.labels and kept.digest == photos.digest
+    assert [label for _, label in cached] == photos.labels and cached.digest == photos.digest
     for mine, file in zip(first[1:], pixels(photos)[1:], strict=True):
         assert np.array_equal(mine, file)
     part = cache.cache_images(photos.subset([2, 0]), where, 32)
@@ -80,44 +80,44 @@ def test_each_image_is_decoded_once_and_comes_back_the_same(photos, where, monke
     assert all(np.array_equal(*pair) for pair in zip(first, pixels(again), strict=True))
 
 
-def test_what_is_kept_is_never_older_than_its_file(photos, place, tmp_path):
-    kept = cache.cache_images(photos, "disk", 32)
-    before = pixels(kept)
+def test_what_is_cached_is_never_older_than_its_file(photos, place, tmp_path):
+    cached = cache.cache_images(photos, "disk", 32)
+    before = pixels(cached)
     path = tmp_path / "images" / "c.bmp"
     status = os.stat(path)
     Image.new("RGB", (7, 5), "red").save(path)  # of as many bytes
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as rsync and cp -p do
     assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-    after = pixels(kept)
+    after = pixels(cached)
     assert (after[2] == (255, 0, 0)).all() and np.array_equal(after[0], before[0])
     larger = pixels(cache.cache_images(photos, "disk", 64))  # another size is another image
     assert larger[0].shape == (128, 192, 3) and count_files(place) == 3 + 1 + 3
     path.unlink()
     with pytest.raises(InputError, match=r"c\.bmp: not a readable image"):
-        pixels(kept)
+        pixels(cached)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[:8]])
 def test_what_is_not_whole_is_made_anew(photos, place, damage):
-    kept = cache.cache_images(photos, "disk", 32)
-    before = pixels(kept)
+    cached = cache.cache_images(photos, "disk", 32)
+    before = pixels(cached)
     for path in place.rglob("*"):
         if path.is_file():
             path.write_bytes(damage(path.read_bytes()))
-    assert all(np.array_equal(*pair) for pair in zip(before, pixels(kept), strict=True))
-    assert all(np.array_equal(*pair) for pair in zip(before, pixels(kept), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(before, pixels(cached), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(before, pixels(cached), strict=True))
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told_and_the_images_come_all_the_same(photos, place, monkeypatch):
-    kept = cache.cache_images(photos, "disk", 32)
+    cached = cache.cache_images(photos, "disk", 32)
     expected = pixels(cache.cache_images(photos, "ram", 32))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.warns(UserWarning, match=r"no more images are kept in .*: No space left on device") as told:
-        found = pixels(kept)
+    with pytest.warns(UserWarning, match=r"no more images are cached in .*: No space left on device") as told:
+        found = pixels(cached)
     assert len(told) == 1 and count_files(place) == 0
     assert all(np.array_equal(*pair) for pair in zip(expected, found, strict=True))
 
@@ -184,10 +184,10 @@ def test_room_for_features_is_reserved(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("features-*"))) == 1
 
 
-def test_views_of_kept_images_do_not_depend_on_who_kept_them(photos):
+def test_views_of_cached_images_do_not_depend_on_who_cached_them(photos):
     def views(workers: int) -> list[torch.Tensor]:
-        kept = data.Transformed(cache.cache_images(photos, "disk", 32), transforms.two_crops(32, "moco_v2"))
-        loader = data.build_loader(kept, 2, shuffle=True, workers=workers)
+        cached = data.Transformed(cache.cache_images(photos, "disk", 32), transforms.two_crops(32, "moco_v2"))
+        loader = data.build_loader(cached, 2, shuffle=True, workers=workers)
         return [view for _ in range(2) for pair, _ in loader for view in pair]
 
     first, second = views(0), views(2)
@@ -200,11 +200,11 @@ def test_images_in_memory_and_no_cache_are_left_alone(photos):
 
 
 @pytest.mark.parametrize("where", ["disk", pytest.param("ram", marks=pytest.mark.slow)])
-def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, place, tmp_path):
-    """Images that are no larger than twice the model's input are kept as they are."""
-    plain, kept = finetune("--workers 1", "plain"), finetune(f"--cache-images {where} --workers 1", "kept")
-    assert kept["val_accuracy"] == plain["val_accuracy"] and kept["images"] == plain["images"]
-    ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
+def test_fine_tuning_with_cached_images_is_what_it_is_without(finetune, where, place, tmp_path):
+    """Images that are no larger than twice the model's input are cached as they are."""
+    plain, cached = finetune("--workers 1", "plain"), finetune(f"--cache-images {where} --workers 1", "cached")
+    assert cached["val_accuracy"] == plain["val_accuracy"] and cached["images"] == plain["images"]
+    ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (cached, plain))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert count_files(place if where == "disk" else tmp_path / "shm") == 21  # of training alone
 
@@ -220,7 +220,7 @@ def test_fine_tuning_with_kept_images_is_what_it_is_without(finetune, where, pla
         ("--lora-rank 0", "disk"),
     ],
 )
-def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flags, where, place, tmp_path, capsys):
+def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, flags, where, place, tmp_path, capsys):
     """Bit for bit, while what is below sees each of the 21 + 15 images once, in batches of 8.
 
     In bf16 the last bits of a product depend on the number of its rows where the processor has a matrix unit.
@@ -228,20 +228,20 @@ def test_fine_tuning_over_kept_features_is_what_it_is_over_images(finetune, flag
     plain, calls, embed = finetune(flags, "plain"), [], VisionTransformer._process_input
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
-        kept = finetune(f"{flags} --cache-features {where}", "kept")
+        cached = finetune(f"{flags} --cache-features {where}", "cached")
     assert calls == [8, 8, 5, 8, 7]
-    assert capsys.readouterr().out.count("keeping features in") == 2
-    assert kept["knn_accuracy_before"] == plain["knn_accuracy_before"]
+    assert capsys.readouterr().out.count("caching features in") == 2
+    assert cached["knn_accuracy_before"] == plain["knn_accuracy_before"]
     if "bf16" in flags:
-        assert kept["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-2)
+        assert cached["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-2)
     else:
-        assert kept["val_loss"] == plain["val_loss"]
-        ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (kept, plain))
+        assert cached["val_loss"] == plain["val_loss"]
+        ours, theirs = (read_adapter_file(results["folder"] / "lora.pth")["tensors"] for results in (cached, plain))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert count_files(place if where == "disk" else tmp_path / "shm") == 0
 
 
-def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images, few_images):
+def test_a_resnet_begins_with_what_is_cached_of_its_stages(tmp_path, images, few_images):
     """Through the script, and resumed with the features elsewhere."""
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 3).state_dict(), tmp_path / "base.pth")
@@ -249,12 +249,12 @@ def test_a_resnet_begins_with_what_is_kept_of_its_stages(tmp_path, images, few_i
     argv += " --adapt-last 1 --lora-rank 2 --batch-size 8 --epochs 2 --output-dir "
     plain = finetune_lora.main(f"{argv} {tmp_path / 'plain'}".split())
     with pytest.raises(runs.Stopped):
-        finetune_lora.main(f"{argv} {tmp_path / 'kept'} --cache-features disk".split(), stop_after_an_epoch)
-    kept = finetune_lora.main(f"{argv} {tmp_path / 'kept'} --cache-features ram --resume".split())
-    assert kept["val_loss"] == plain["val_loss"] and kept["epochs"] == 2
+        finetune_lora.main(f"{argv} {tmp_path / 'cached'} --cache-features disk".split(), stop_after_an_epoch)
+    cached = finetune_lora.main(f"{argv} {tmp_path / 'cached'} --cache-features ram --resume".split())
+    assert cached["val_loss"] == plain["val_loss"] and cached["epochs"] == 2
 
 
-def test_a_run_over_kept_views_goes_on_as_if_it_had_not_stopped(finetune):
+def test_a_run_over_cached_views_goes_on_as_if_it_had_not_stopped(finetune):
     flags = "--adapt-last 1 --augmentation crop --cache-features disk --cached-views 2"
     whole = finetune(flags, "whole")
     with pytest.raises(runs.Stopped):
@@ -281,7 +281,7 @@ def stop_after_an_epoch(run) -> None:
     raise runs.Stopped(2)
 
 
-def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
+def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
     """First of each image as it is, then as two epochs would draw it; an epoch takes one of those two."""
     found = []
 
@@ -297,18 +297,18 @@ def test_kept_views_are_of_what_augmentation_makes_of_the_images(finetune):
         found.append((taken, expected))
 
     finetune("--adapt-last 1 --augmentation crop --cache-features ram --cached-views 2 --epochs 1", after_epoch=look)
-    (kept, images), (taken, (as_it_is, *views)) = found
-    torch.testing.assert_close(kept, images)
+    (cached, images), (taken, (as_it_is, *views)) = found
+    torch.testing.assert_close(cached, images)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations((as_it_is, *views), 2))
     distances = torch.stack([(taken[:, None] - view[None]).abs().amax((2, 3)).amin(1) for view in (as_it_is, *views)])
     assert (distances[1:].amin(0) < 1e-5).all() and (distances[1:].amax(1) > 1e-3).all()  # both, and nothing else
 
 
-def test_processes_that_load_share_what_is_kept(photos):
+def test_processes_that_load_share_what_is_cached(photos):
     """As they do for a GPU, which would wait for the copies otherwise."""
     features = torch.randn(3, 2, 5, 4)
-    kept = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
-    batches = [next(iter(data.build_loader(data.Transformed(kept, torch.clone), 3, workers=w))) for w in (0, 1)]
+    cached = cache.cache_features(photos, [[view] for view in features.unbind(1)], 3, "disk")
+    batches = [next(iter(data.build_loader(data.Transformed(cached, torch.clone), 3, workers=w))) for w in (0, 1)]
     assert all(torch.equal(batch, features) and labels.tolist() == [0, 1, 0] for batch, labels in batches)
 
 
@@ -320,7 +320,7 @@ def test_augmented_views_are_drawn_alike_and_the_plain_one_where_it_is_alone():
     assert cache.drawn_view(views[:1]).item() == cache.plain_view(views).item() == 0.0
 
 
-def test_the_trials_of_auto_share_what_is_kept(finetune, monkeypatch):
+def test_the_trials_of_auto_share_what_is_cached(finetune, monkeypatch):
     calls, embed = [], VisionTransformer._process_input
     monkeypatch.setattr(VisionTransformer, "_process_input", lambda vit, x: calls.append(len(x)) or embed(vit, x))
     finetune("--adapt-last 1 --cache-features disk --learning-rate auto")
@@ -341,7 +341,7 @@ def test_features_that_find_no_room_are_refused(photos, monkeypatch):
         cache.cache_features(photos, [[torch.zeros(3, 5)]], 3, "disk")
 
 
-def test_pretraining_with_kept_images_is_what_it_is_without(place, tmp_path):
+def test_pretraining_with_cached_images_is_what_it_is_without(place, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(8):

@@ -29,7 +29,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
 from toolkit import InputError
 from toolkit.backbones import build_backbone
-from toolkit.bands import Bands, pages_told
+from toolkit.bands import Bands, describe_pages
 from toolkit.checkpoints import find_images, load_backbone
 from toolkit.config import parse_args
 from toolkit.families import take_known_values
@@ -227,7 +227,7 @@ def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, 
     path = tmp_path_factory.getbasetemp() / f"mutated.{kind}"
     path.write_bytes(mutate(band_files[kind], edits, kept))
     bands = Bands(3)
-    pages_told(path.read_bytes(), bands)
+    describe_pages(path.read_bytes(), bands)
     assert centres([str(path)]) in ([], [centre(path)])
     with only_our_error():
         image, _ = ImageFiles(path.parent, [path.name], [0], bands)[0]

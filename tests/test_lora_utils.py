@@ -697,7 +697,7 @@ def test_unloading_keeps_the_merged_weights_if_asked(arch, four_bits, merged_bef
 def test_four_bits_have_no_float_weights_to_give_back():
     model = adapted(base(), use_qlora=True)
     before = snapshot(model)
-    with pytest.raises(InputError, match=r"in 4 bits.*keep the merged weights with merge=True"):
+    with pytest.raises(InputError, match=r"in 4 bits.*take the merged weights with merge=True"):
         LoRAManager(model).unload()
     assert_bitwise(before, model)
 

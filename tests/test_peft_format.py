@@ -232,7 +232,7 @@ def with_settings(**settings):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda folder: (folder / CONFIG).unlink(), "no adapter of PEFT's: it must be a folder with adapter_config.js"),
+        (lambda folder: (folder / CONFIG).unlink(), "no adapter of PEFT: it must be a folder with adapter_config.js"),
         (lambda folder: (folder / CONFIG).write_text("{"), "adapter_config.json is damaged"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b""), "no readable safetensors file"),
         (without_head, "no classifier head"),

@@ -1,6 +1,7 @@
 """Backbones by name: unmodified models of torchvision or timm, so that a merged `state_dict` loads into plain ones.
 
-timm's are called `timm:` and a name of `timm.list_models()`, with or without a tag: `timm:vit_small_patch14_dinov2`.
+A model of timm is named by `timm:` and its name in `timm.list_models()`, with or without a tag:
+`timm:vit_small_patch14_dinov2`.
 """
 
 import copy
@@ -32,10 +33,10 @@ _VITS = {
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# MoCo v3 keeps a ViT's patch embedding frozen (2104.02057, section 4); by these names torchvision and timm call it.
+# MoCo v3 freezes a ViT's patch embedding (2104.02057, section 4). These are its names in torchvision and timm.
 PATCH_EMBEDDINGS = ("conv_proj", "patch_embed")
 
-LARGEST_IMAGE = 4096  # pixels along each side; a file or a slip of the keyboard could otherwise ask for any memory
+LARGEST_IMAGE = 4096  # pixels along each side; without a limit a damaged file or a typing error could ask for terabytes
 
 TIMM = "timm:"
 ARCHS = (*_RESNETS, *_VITS)  # of torchvision
@@ -51,12 +52,12 @@ def default_image_size(arch: str) -> int:
 
 
 def default_heads(arch: str) -> int | None:
-    """Attention heads of a ViT as MoCo v3 has it; None for ResNets, and for timm's models, whose names say it."""
+    """The number of attention heads of a torchvision ViT; None for ResNets, and for timm, whose names imply it."""
     return _VITS[arch]["num_heads"] if arch in _VITS else None
 
 
 def check_heads(arch: str, heads: int | None) -> None:
-    """Raises InputError for a number of attention heads that `arch` cannot have. None, for its own, always fits."""
+    """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
     if heads is None:
         return
     if arch not in _VITS:
@@ -70,9 +71,9 @@ def check_heads(arch: str, heads: int | None) -> None:
 
 
 def other_heads(model: nn.Module) -> dict[str, str]:
-    """A ViT's number of attention heads, where it is another than the arch's own: no tensor tells it.
+    """A ViT's number of attention heads if it differs from the arch's own, else nothing.
 
-    It belongs to what identifies a base, as the digests of its tensors do.
+    No tensor shows this number, so it identifies a base together with the digests of the tensors.
     """
     return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
 
@@ -82,12 +83,12 @@ def build_backbone(
 ) -> nn.Module:
     """A randomly initialised model: images (N, channels, image_size, image_size) -> logits (N, num_classes).
 
-    `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` are
-    the attention heads of a ViT of torchvision's, None its own (`default_heads`).
-    Raises InputError for an unknown arch, a size, heads or channels that do not fit, a class count below 1, or timm
-    missing.
+    `image_size` None means the arch's own default; ResNets take any size, ViTs multiples of their patch. `heads` is
+    the number of attention heads of a torchvision ViT; None means its own (`default_heads`).
+    Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
+    if timm is needed and missing.
     """
-    own_size = default_image_size(arch)  # or it is an unknown one
+    own_size = default_image_size(arch)  # raises for an unknown arch
     size = own_size if image_size is None else image_size
     check_heads(arch, heads)
     if num_classes < 1:
@@ -99,7 +100,9 @@ def build_backbone(
         return _build_timm(arch, num_classes, size, channels)
     if arch in _RESNETS:
         return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
-    shape = _VITS[arch] | ({"num_heads": heads} if heads else {})
+    shape = dict(_VITS[arch])
+    if heads is not None:
+        shape["num_heads"] = heads
     patch = shape["patch_size"]
     if size % patch:
         fitting = max(patch, round(size / patch) * patch)
@@ -111,17 +114,17 @@ def build_backbone(
     return _for_channels(model, channels)
 
 
-MOST_CHANNELS = 1024  # of hyperspectral images; a file could otherwise ask for any memory
+MOST_CHANNELS = 1024  # enough for hyperspectral images; without a limit a damaged file could ask for terabytes
 
 
 def check_channels(channels: int) -> None:
-    """Raises InputError for a number of channels that no image has."""
+    """Raise InputError for a number of channels that no image has."""
     if type(channels) is not int or not 1 <= channels <= MOST_CHANNELS:
         raise InputError(f"{printable(channels)} channels; give a whole number from 1 to {MOST_CHANNELS}")
 
 
 def first_convolution(model: nn.Module) -> str | None:
-    """The name of the layer that sees the images; None where it is no convolution."""
+    """The name of the first convolution, which sees the images; None if the model has none."""
     return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
@@ -132,7 +135,7 @@ def input_channels(model: nn.Module) -> int:
 
 
 def _for_channels(model: nn.Module, channels: int) -> nn.Module:
-    """The model, if not for 3 channels with another first convolution, initialised as torchvision does."""
+    """The model with a first convolution for so many channels, initialised as torchvision does; as it is for 3."""
     if channels == 3:
         return model
     name = first_convolution(model)
@@ -149,9 +152,9 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Name of the classifier head: of the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'.
+    """The name of the classifier head: the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'.
 
-    timm says it itself, and may name a layer in a child: 'head.fc'.
+    timm's models state it themselves, and it may be a layer within a child: 'head.fc'.
     """
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
@@ -178,14 +181,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What the classifier head receives: images (N, C, H, W) -> (N, D). The model and its head stay untouched."""
+    """The features that the classifier head receives: images (N, C, H, W) -> (N, D). The model is not changed."""
     return headless(model)(images)
 
 
 def headless(model: nn.Module) -> nn.Module:
-    """A shallow copy with nothing in the classifier head's place, which shares every layer; or the model, without head.
+    """A shallow copy of the model without its classifier head, sharing every layer; the model itself if it has no head.
 
-    A head that was merely ignored would still run, and a projector's BatchNorm would take images into its statistics.
+    A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
     """
     name = head_name(model)
     if name is None:
@@ -196,29 +199,35 @@ def headless(model: nn.Module) -> nn.Module:
 def block_names(model: nn.Module) -> list[str]:
     """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks.
 
-    Of other models: the modules of the first `Sequential` or `ModuleList` of several that are of one type.
+    In other models: the modules of the first `Sequential` or `ModuleList` that has several, all of one type.
     """
     stages = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
     if stages:
         return stages
     for name, module in model.named_modules():
         children = list(module.children())
-        alike = any(all(isinstance(child, type(one)) for child in children) for one in children)  # fused ones too
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and alike:
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and _share_a_type(children):
             return [dotted(name, child) for child, _ in module.named_children()]
     return []
 
 
+def _share_a_type(modules: list[nn.Module]) -> bool:
+    """Are all modules instances of the type of one of them? Fused blocks are subclasses of the plain ones."""
+    types = {type(module) for module in modules}
+    return any(all(isinstance(module, kind) for module in modules) for kind in types)
+
+
 def _without(model: nn.Module, name: str) -> nn.Module:
-    """A shallow copy of the model with an identity in the place of a module in it."""
+    """A shallow copy of the model with an identity in place of the module of this name."""
     child, _, rest = name.partition(".")
+    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
     copied = copy.copy(model)
-    copied._modules = {**model._modules, child: _without(model._modules[child], rest) if rest else nn.Identity()}
+    copied._modules = {**model._modules, child: replacement}
     return copied
 
 
 def normalization(arch: str) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of the channels of the images that `arch` was trained with: ImageNet's, or what timm says."""
+    """The `mean` and `std` of each channel with which `arch` was pretrained: ImageNet's, or what timm states."""
     if not arch.startswith(TIMM):
         return {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     config = _timm_config(arch)
@@ -229,7 +238,7 @@ def normalization(arch: str) -> dict[str, tuple[float, ...]]:
 
 
 def _timm_config(arch: str):
-    """timm's `PretrainedCfg` of a model. Raises InputError for a name that it lacks, and images that are not square."""
+    """timm's `PretrainedCfg` of a model. Raises InputError if timm lacks the name or the images are not square."""
     name = arch.removeprefix(TIMM)
     try:
         import timm
@@ -237,7 +246,8 @@ def _timm_config(arch: str):
         raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
     if not timm.is_model(name):
         meant = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
-        raise InputError(f"timm has no model {name!r}{': ' if meant else ''}{meant}")
+        hint = f": {meant}" if meant else ""
+        raise InputError(f"timm has no model {name!r}{hint}")
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
@@ -251,13 +261,17 @@ def _timm_config(arch: str):
 def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Module:
     import timm
 
-    config, name = _timm_config(arch), arch.removeprefix(TIMM)
-    shape = {"num_classes": num_classes} | ({"in_chans": channels} if channels != config.input_size[0] else {})
+    config = _timm_config(arch)
+    name = arch.removeprefix(TIMM)
+    shape = {"num_classes": num_classes}
+    images = f"{size} pixels"
+    if channels != config.input_size[0]:
+        shape["in_chans"] = channels
+        images += f" and {channels} channels"
     try:
         own_size = size == config.input_size[-1]
         model = timm.create_model(name, **shape) if own_size else _timm_of_size(name, shape, size)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        images = f"{size} pixels" + (f" and {channels} channels" if "in_chans" in shape else "")
         raise InputError(f"timm cannot build {name} for {images}: {error}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     if size % patch[0]:
@@ -273,7 +287,7 @@ def _timm_of_size(name: str, shape: dict[str, int], size: int) -> nn.Module:
 
     try:
         return timm.create_model(name, img_size=size, **shape)
-    except TypeError:  # without such an argument it takes any size
+    except TypeError:  # a model without this argument takes any size
         return timm.create_model(name, **shape)
 
 

@@ -1,7 +1,7 @@
-"""Images that are no RGB photographs: what is read of their files, and what their numbers mean.
+"""Images other than RGB photographs: which bands are read from their files, and what their numbers mean.
 
-Such an image is an array (H, W, bands) of float32 that holds the very numbers of its file. The network sees
-``(numbers / scale - mean) / std``. All of these are measured, checked and recorded here.
+Such an image is an array (H, W, bands) of float32 with the unchanged numbers of its file. The network sees
+``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
 """
 
 import argparse
@@ -22,21 +22,22 @@ from toolkit import InputError, listed, printable
 from toolkit.backbones import check_channels, normalization
 
 ARRAY_SUFFIXES = (".npy", ".npz")
-ZEROS = "0"  # in --bands: a band that the files lack and the network was trained with
-MOST_COMPRESSED = 1100  # times the size of a file, which deflate does not reach: a damaged header would take minutes
-_NOT_A_NUMBER = 0.0  # in the place of NaN and infinity, with which files mark what was not seen
+ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
+# Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
+MOST_COMPRESSED = 1100
+_NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels without data
 
 
 @dataclass(frozen=True)
 class Bands:
-    """What is read of each image.
+    """Which bands are read from each image file, and how.
 
     Args:
         channels: how many bands the network takes.
-        chosen: which bands of a file they are, in order: numbers from 1, names of the arrays in an `.npz`, or ZEROS.
-            Empty: all, as they come.
-        scale: what the numbers are divided by.
-        shown: positions of three of the channels, from 0, that people are shown as red, green and blue; or of one.
+        chosen: the bands of a file that become the channels, in order: numbers from 1, names of the arrays in an
+            `.npz`, or ZEROS. Empty: all bands in the file's order.
+        scale: the number by which all values are divided.
+        shown: the positions, from 0, of the three channels that pictures show as red, green and blue; or of one.
     """
 
     channels: int
@@ -45,12 +46,12 @@ class Bands:
     shown: tuple[int, ...] = (0,)
 
     def read(self, content: bytes) -> np.ndarray:
-        """The bands of an image file: (H, W, channels). Raises ValueError, or what a library does, with the reason."""
+        """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
         array, names = decoded(content)
         return self._checked(self._picked(array, names))
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
-        """The same of a path, which may be that of one band with the files of the others beside it."""
+        """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
         files = self.files(path)
         if len(files) == 1 and self._place(os.path.basename(path)) is None:
             return self.read(Path(path).read_bytes())
@@ -60,18 +61,20 @@ class Bands:
         return np.stack([enlarged.get(name, np.zeros(size, np.float32)) for name in self.chosen], axis=-1)
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
-        """The files that an image at this path is read of, by band where each band has its own."""
+        """The files that the image at this path is read from, by band if each band has its own file."""
         folder, name = os.path.split(os.fspath(path))
         place = self._place(name)
         if place is None:
             return {"": os.fspath(path)}
         begin, end, _ = place
-        return {band: os.path.join(folder, f"{begin}{band}{end}") for band in self.chosen if band != ZEROS}
+        bands = [band for band in self.chosen if band != ZEROS]
+        return {band: os.path.join(folder, f"{begin}{band}{end}") for band in bands}
 
     def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
-        """Of the image files in one folder those that stand for an image, and how many are of bands not chosen.
+        """Select one file for each image of a folder, and count the files of bands that were not chosen.
 
-        Of band files the first band's that is there stands for all. In a folder without any, each file is an image.
+        If each band has its own file, the file of the first chosen band that exists represents the image. In a folder
+        without such files, each file is an image.
         """
         places = {name: place for name in names if (place := self._place(name)) is not None}
         if not places:
@@ -82,9 +85,10 @@ class Bands:
         return list(found.values()), len(names) - len(places)
 
     def _place(self, name: str) -> tuple[str, str, int] | None:
-        """Of a file of one band: what is before the band in its name, what behind it, and which of the chosen it is.
+        """Split the name of a one-band file: the text before the band, the text after it, the band's place in `chosen`.
 
-        `S2A_32UQD_B02.tif` is one where B02 is chosen. Numbers alone are bands of one file.
+        `S2A_32UQD_B02.tif` is such a file if B02 is chosen. None for other files, and if all chosen bands are numbers:
+        these count the bands within one file.
         """
         if all(band.isdigit() for band in self.chosen):
             return None
@@ -96,19 +100,20 @@ class Bands:
         return None
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
-        """An image as (H, W, channels): a file's bands, or an array of the network's own in their order.
+        """An image as (H, W, channels): the chosen bands of a file, or an array that has the network's channels.
 
-        Raises InputError for other bands than the network takes, or a file that is no image.
+        Raises InputError if the number of bands is not the network's, or the file is not an image.
         """
         try:
             if isinstance(image, str | os.PathLike):
                 return self.read_path(image)
-            return self._checked(_floats(_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)))
+            levels = _pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+            return self._checked(_floats(levels))
+        except InputError:
+            raise
         except (ValueError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
-            name = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "") or "an image"
-            raise InputError(f"{name}: {printable(error)}") from None
+            name = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+            raise InputError(f"{name or 'an image'}: {printable(error)}") from None
 
     def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
         if not self.chosen:
@@ -126,11 +131,11 @@ class Bands:
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:
-        """The numbers of an image divided by the scale."""
+        """The values of an image divided by the scale."""
         return image / self.scale
 
     def picture(self, image: torch.Tensor) -> np.ndarray:
-        """Three bands of an image (C, H, W) for people: (H, W, 3) from 0 to 1, without the extremes (2% each side)."""
+        """A picture of an image (C, H, W): the `shown` channels as (H, W, 3) from 0 to 1, 2% clipped at each end."""
         levels = image[list(self.shown)].numpy()
         low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
         levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
@@ -158,9 +163,9 @@ def _single(path: str) -> np.ndarray:
 
 
 def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """A band at the largest one's size (H, W), interpolated: Sentinel-2 has bands of 10, 20 and 60 m.
+    """A band interpolated to the size (H, W) of the largest one: Sentinel-2 has bands of 10, 20 and 60 m.
 
-    Raises ValueError where that is no whole multiple of its own: then it is another place's, or cut otherwise.
+    Raises ValueError if that size is not a whole multiple of the band's: then the band shows another place or crop.
     """
     if band.shape == size:
         return band
@@ -178,10 +183,10 @@ def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
 
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
-    """The content of an image file as (H, W, bands), float32, and the bands' names: numbers from 1 where it names none.
+    """The content of an image file as (H, W, bands), float32, and the names of its bands, or their numbers from 1.
 
-    What it is is told by its first bytes. Raises InputError where a package is missing, ValueError or what a library
-    does for a damaged file.
+    The first bytes tell the format. Raises InputError if a package is missing, ValueError or a library's own error if
+    the file is damaged.
     """
     if content.startswith(b"PK"):
         return _from_npz(content)
@@ -189,7 +194,7 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
         array = _bands_last(_load(content))
     elif content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         array = _from_tiff(content)
-    elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits; of RGB Pillow keeps 8
+    elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     else:
@@ -200,7 +205,7 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """A PIL image, upright, with the levels that it has: (H, W) or (H, W, bands)."""
+    """The unchanged levels of a PIL image, upright: (H, W) or (H, W, bands)."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGB", "RGBA", "CMYK", "L", "F") or image.mode.startswith("I"):
         return np.asarray(image)
@@ -217,24 +222,26 @@ def _from_tiff(content: bytes) -> np.ndarray:
         if series.nbytes > MOST_COMPRESSED * len(content):
             raise ValueError(f"its header says that it is {series.shape}, which is more than its bytes can hold")
         array, axes = series.asarray(), series.axes
-    if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third are samples, or pages
+    if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third axis is samples or pages
         [other] = [place for place, name in enumerate(axes) if name not in "YX"]
         return np.moveaxis(array, other, -1)
     return _bands_last(array)
 
 
-def pages_told(content: bytes, bands: Bands | None) -> str | None:
-    """How the pages of a TIFF are read, in words; None: it has one page, or is none that can be read."""
+def describe_pages(content: bytes, bands: Bands | None) -> str | None:
+    """A sentence part on how the pages of a TIFF are read; None if it has one page or cannot be read."""
     try:
         if bands is None:
             with Image.open(io.BytesIO(content)) as image:
-                pages, of_image = getattr(image, "n_frames", 1), 1
+                pages = getattr(image, "n_frames", 1)
+                of_image = 1
         else:
             import tifffile
 
             with tifffile.TiffFile(io.BytesIO(content)) as file:
-                pages, of_image = len(file.pages), len(file.series[0].pages)
-    except Exception:  # it is told when the images are read
+                pages = len(file.pages)
+                of_image = len(file.series[0].pages)
+    except Exception:  # reported when the images are read
         return None
     if pages == 1:
         return None
@@ -242,7 +249,7 @@ def pages_told(content: bytes, bands: Bands | None) -> str | None:
 
 
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
-    """The one array of an archive, or all of several, which are bands, by their names."""
+    """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
     with _load(content) as archive:
         names = list(archive.files)
         arrays = [archive[name] for name in names]
@@ -262,7 +269,7 @@ def _load(content: bytes) -> Any:
 
 
 def _bands_last(array: np.ndarray) -> np.ndarray:
-    """(H, W, bands) of an array that has the bands first or last: there are fewer of them than rows and columns."""
+    """An array with its bands first or last as (H, W, bands): there are fewer bands than rows or columns."""
     if array.ndim == 3 and array.shape[0] < array.shape[2]:
         return np.moveaxis(array, 0, -1)
     return array
@@ -271,7 +278,8 @@ def _bands_last(array: np.ndarray) -> np.ndarray:
 def _floats(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
-    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim == 2:
+        array = array[..., None]
     return np.nan_to_num(array.astype(np.float32), nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
 
 
@@ -280,12 +288,14 @@ def _floats(array: np.ndarray) -> np.ndarray:
 
 
 def split_names(entries: Iterable[str] | None) -> list[str] | None:
-    """Bands as they are typed, `4,3,2` or `4 3 2`, one by one."""
-    return [name for entry in entries for name in entry.split(",") if name] if entries else None
+    """The names of bands typed as `4,3,2` or `4 3 2`."""
+    if not entries:
+        return None
+    return [name for entry in entries for name in entry.split(",") if name]
 
 
 def option_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of the channels together, a line each."""
+    """The contradictions among the options of the channels, one line each."""
     problems = []
     if args.normalise == "data" and (args.mean or args.std):
         problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
@@ -306,14 +316,15 @@ def option_problems(args: argparse.Namespace) -> list[str]:
 
 
 def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
-    """What the options say is read of images for a network of so many channels; None: they are RGB photographs.
+    """The `Bands` that the options name, for a network of so many channels; None: the images are RGB photographs.
 
-    That is so for three channels where nothing is said of bands or a scale. Raises InputError for another number of
-    bands or numbers than channels.
+    Three channels without --bands and --scale are RGB photographs. Raises InputError if an option does not have one
+    value for each channel.
     """
     for name in ("mean", "std"):
-        if len(getattr(args, name) or [0]) not in (1, channels):
-            raise InputError(f"--{name}: {len(getattr(args, name))} numbers; give one, or one for each of {channels}")
+        numbers = getattr(args, name)
+        if numbers and len(numbers) not in (1, channels):
+            raise InputError(f"--{name}: {len(numbers)} numbers; give one, or one for each of {channels}")
     if channels == 3 and not args.bands and args.scale is None:
         return None
     if args.bands and len(args.bands) != channels:
@@ -326,7 +337,7 @@ def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
 
 
 def _likely_colours(channels: int) -> tuple[int, ...]:
-    """The positions of red, green and blue. Sentinel-2 and Landsat 8 have another band before blue."""
+    """The likely positions of red, green and blue. Sentinel-2 and Landsat 8 have another band before blue."""
     if channels < 3:
         return (0,)
     if channels == 3:
@@ -337,13 +348,14 @@ def _likely_colours(channels: int) -> tuple[int, ...]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Values
 
-MEASURED_IMAGES = 256  # images
-SMALLEST, LARGEST = 0.01, 30.0  # standard deviations after normalisation, beyond which the scale is wrong
+MEASURED_IMAGES = 256
+# Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
+SMALLEST_STD, LARGEST_STD = 0.01, 30.0
 
 
 @dataclass
 class Statistics:
-    """Of each channel, over all pixels: (channels,) each."""
+    """Statistics of each channel over all pixels, (channels,) each."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -353,37 +365,44 @@ class Statistics:
 
 def measured(images: Iterable[np.ndarray]) -> Statistics:
     """The statistics of images (H, W, channels)."""
-    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    count = 0
+    total = squares = 0.0
+    low, high = math.inf, -math.inf
     for image in images:
         pixels = image.reshape(-1, image.shape[2]).astype(np.float64)
         count += len(pixels)
         total = total + pixels.sum(0)
         squares = squares + (pixels**2).sum(0)
-        low, high = np.minimum(low, pixels.min(0)), np.maximum(high, pixels.max(0))
+        low = np.minimum(low, pixels.min(0))
+        high = np.maximum(high, pixels.max(0))
     mean = total / count
     return Statistics(mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high)
 
 
 def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> dict[str, Any]:
-    """How the images of a run are normalised: `mean` and `std` of each channel, and `bands`, or None for photographs.
+    """Decide how the images of a run are normalised: `mean` and `std` of each channel, and `bands` (None: photographs).
 
-    Measures some training images, says what it settles on, and raises InputError where their numbers cannot be meant.
+    Measures some training images and prints the result. Raises InputError if their values after normalisation are far
+    from any that networks are trained on.
 
     Args:
-        args: the options; `--mean`, `--std` and `--normalise` go before what the arch was trained with.
-        images: those of training, a `LabelledImages`.
+        args: the options; `--mean`, `--std` and `--normalise` take precedence over the values of the arch.
+        images: the training images, a `LabelledImages`.
     """
-    bands, mean, std = bands_of(args, channels), args.mean, args.std
+    bands = bands_of(args, channels)
+    mean, std = args.mean, args.std
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     _tell_pages(images, bands)
     if bands is None and not args.normalise:
         return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
-    scale, images = 255.0 if bands is None else bands.scale, images.at_most(MEASURED_IMAGES)
-    arrays = (images[i][0] for i in range(len(images)))
-    found = measured(_numbers(image) if bands is None else bands.array(image) for image in arrays)
+    scale = 255.0 if bands is None else bands.scale
+    as_array = _numbers if bands is None else bands.array
+    images = images.at_most(MEASURED_IMAGES)
+    found = measured(as_array(images[i][0]) for i in range(len(images)))
     if args.normalise:
         varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
-        mean, std = (found.mean / scale).tolist(), np.where(varies, found.std / scale, 1).tolist()
+        mean = (found.mean / scale).tolist()
+        std = np.where(varies, found.std / scale, 1).tolist()
     values = _each(mean or known["mean"], std or known["std"], channels)
     if bands is not None:
         print(_described(bands, values, len(images) if args.normalise else 0))
@@ -392,12 +411,12 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
 
 
 def _tell_pages(images: Any, bands: Bands | None) -> None:
-    """Say how the first TIFF among the images is read if it has several pages: a page is a band, or an image."""
+    """Print how the first TIFF among the images is read if it has several pages: a page is a band, or an image."""
     for i in range(len(images)):
         name = images.name(i)
         if name.lower().endswith((".tif", ".tiff")):
-            if told := pages_told(images.source.content(int(images.indices[i])), bands):
-                print(f"images: {printable(name)} has {told}")
+            if pages := describe_pages(images.source.content(int(images.indices[i])), bands):
+                print(f"images: {printable(name)} has {pages}")
             return
 
 
@@ -412,24 +431,27 @@ def _each(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[st
 
 def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) -> str:
     chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
-    told = {name: ", ".join(f"{x:.4g}" for x in dict.fromkeys(numbers)) for name, numbers in values.items()}
     source = f", measured on {images} training images" if images else ""
     return (
-        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; then mean {told['mean']}, "
-        f"std {told['std']}{source}"
+        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; "
+        f"then mean {_distinct(values['mean'])}, std {_distinct(values['std'])}{source}"
     )
 
 
-def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:
-    """Raises InputError where the network would see numbers of another size than any was trained on.
+def _distinct(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in dict.fromkeys(numbers))
 
-    That is where one channel varies too much, or most hardly do. A single channel that hardly varies may be right:
-    Sentinel-2's B10 has a standard deviation of 0.0005 where it is divided by 10000 as SSL4EO-S12 does. It is told.
+
+def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:
+    """Raise InputError if the network would see values far from any that networks are trained on.
+
+    One channel that varies too much is enough, or most channels varying too little. Only a warning is printed for few
+    channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
     """
     seen = found.std / (bands.scale * np.asarray(values["std"]))
     read = [i for i in range(bands.channels) if not bands.chosen or bands.chosen[i] != ZEROS]
-    weak = [i for i in read if seen[i] < SMALLEST]
-    strong = [i for i in read if seen[i] > LARGEST]
+    weak = [i for i in read if seen[i] < SMALLEST_STD]
+    strong = [i for i in read if seen[i] > LARGEST_STD]
     if strong or 2 * len(weak) > len(read):
         worst = strong[0] if strong else weak[0]
         raise InputError(
@@ -446,7 +468,7 @@ def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float
 
 
 def _likely_scale(found: Statistics) -> int:
-    """By which numbers of this size are divided: none, bytes, reflectances in ten thousandths, or all of 16 bits."""
+    """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
     highest = found.high.max()
     if highest <= 2:
         return 1
@@ -460,8 +482,9 @@ def _likely_scale(found: Statistics) -> int:
 
 
 def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """What an adapter file, or an exported one, says of the images: of RGB photographs mean and std alone."""
-    bands, fit = values["bands"], report.get("channel_fit")
+    """The metadata about images in an adapter file or an exported one: only mean and std for RGB photographs."""
+    bands = values["bands"]
+    fit = report.get("channel_fit")
     about = {"mean": list(values["mean"]), "std": list(values["std"])}
     if fit is not None:
         about |= {"channels": report["channels"], "channel_fit": fit}
@@ -472,9 +495,9 @@ def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What `recorded` wrote, as `settle` returns it. Files from before have the values of their arch.
+    """Read what `recorded` wrote, and return it as `settle` does. An older file has the values of its arch.
 
-    Raises InputError for a file that has something else there.
+    Raises InputError if the metadata are damaged.
     """
     channels = metadata.get("channels") or 3
     check_channels(channels)
@@ -488,13 +511,22 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
         raise InputError("the file is damaged: its std has numbers that are not above 0")
     if "scale" not in metadata:
         return {**values, "bands": None}
-    chosen, scale, shown = (metadata.get(name) for name in ("bands", "scale", "show_bands"))
-    named = type(chosen) is list and len(chosen) in (0, channels) and all(type(name) is str for name in chosen)
-    places = type(shown) is list and all(type(n) is int and 1 <= n <= channels for n in shown) and len(shown) in (1, 3)
-    if not named or not places or not _are_numbers([scale], 1) or not scale > 0:
+    chosen = metadata.get("bands")
+    shown = metadata.get("show_bands")
+    scale = metadata["scale"]
+    are_names = type(chosen) is list and len(chosen) in (0, channels) and all(type(name) is str for name in chosen)
+    is_scale = _are_numbers([scale], 1) and scale > 0
+    if not are_names or not _are_places(shown, channels) or not is_scale:
         raise InputError("the file is damaged: its bands, scale or show_bands are of no image")
     positions = tuple(number - 1 for number in shown)
     return {**values, "bands": Bands(channels, tuple(chosen), float(scale), positions)}
+
+
+def _are_places(shown: Any, channels: int) -> bool:
+    """Are these one or three numbers of channels, from 1?"""
+    if type(shown) is not list or len(shown) not in (1, 3):
+        return False
+    return all(type(number) is int and 1 <= number <= channels for number in shown)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

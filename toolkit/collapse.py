@@ -1,9 +1,9 @@
-"""When has training left the region in which the model knows something? A run then goes back and lowers its rate.
+"""Detects that training has collapsed, takes the run back to its last good state, and lowers the learning rate.
 
-On MoCo v3 published LoRA collapses at a common learning rate (SNELL, NeurIPS 2024, table 2). A loss that is not finite
-comes too late to tell: a collapsed classifier has a finite one, and answers as if it saw no image.
+Published LoRA collapses on MoCo v3 at a common learning rate (SNELL, NeurIPS 2024, table 2). Waiting for a loss that is
+not finite would be too late: a collapsed classifier has a finite loss, and answers as if it saw no image.
 
-Only training images are looked at. What a run does must not depend on the images by which it is judged in the end.
+Only training images are looked at. What a run does must not depend on the images that judge it in the end.
 """
 
 import math
@@ -17,15 +17,16 @@ from toolkit.files import read_checkpoint, save_atomically
 from toolkit.run_state import Part, copy_to_cpu
 from toolkit.tasks import Task
 
-RETREATS, RETREAT_FACTOR = 3, 8.0  # how often a collapsed run goes back, and what divides its learning rate then
+RETREATS = 3  # how often a collapsed run goes back
+RETREAT_FACTOR = 8.0  # divides the learning rate each time
 WATCHED_VIEWS = 128
-SHARE_DIVISORS = (2, 4, 8, math.inf)  # tried in this order where training has harmed what the probe knew
-LOSS_MEMORY = 0.8  # of the recent loss, what is kept in each step
-EXPLODED = 2.0  # times the loss of a constant answer
+SHARE_DIVISORS = (2, 4, 8, math.inf)  # of `wise_ft_alpha`, tried in this order if training has made answers worse
+LOSS_DECAY = 0.8  # per step, of the moving average of the loss
+EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
 
 
 class Collapsed(InputError):
-    """Training has collapsed too often. `results` are those of the last good adapter, whose files are all there."""
+    """Training has collapsed too often. `results` are those of the last good adapter, whose files are complete."""
 
     def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
         super().__init__(
@@ -37,11 +38,11 @@ class Collapsed(InputError):
 
 
 class EpochCollapsed(Exception):
-    """Training has collapsed within an epoch: the run goes back."""
+    """Training has collapsed in this epoch: the run goes back."""
 
 
 def watched_images(images: LabelledImages) -> LabelledImages:
-    """The training images that are evaluated after each epoch: a fixed choice, several times where there are few."""
+    """The training images that are evaluated after each epoch: always the same, repeated if there are few."""
     some = images.at_most(WATCHED_VIEWS)
     return some.subset([*range(len(some))] * (WATCHED_VIEWS // len(some)))
 
@@ -50,41 +51,42 @@ class CollapseGuard:
     """Judges a run by the losses of its steps, and after each epoch by its score on some views of training images.
 
     Args:
-        task: what the score is, how sure it is, and what a constant answer has.
+        task: defines the score, how certain it is, and the score and loss of a constant answer.
         train: all training images.
         watched: those that are evaluated after each epoch.
-        all_train: the whole backbone trains, or BatchNorm.
+        all_train: whether the whole backbone trains, or BatchNorm.
     """
 
     def __init__(self, task: Task, train: LabelledImages, watched: LabelledImages, all_train: bool = False):
-        self.variance, self.images = task.variance, len(watched)
+        self.variance = task.variance
+        self.images = len(watched)
         self.share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.constant_accuracy = task.constant_score(watched)
         self.constant_loss = task.constant_loss(train)
-        self.first_loss: float | None = None  # of the first step, and so of the start
-        self.recent_loss: float | None = None
-        self.accuracies: list[float] = []  # of the start, and after each epoch
+        self.first_loss: float | None = None  # of the first step: the loss before training
+        self.recent_loss: float | None = None  # a moving average
+        self.accuracies: list[float] = []  # before training, and after each epoch
         self.retreats: list[dict[str, float]] = []
-        self.lost_seconds = 0.0  # of the epochs that were undone
+        self.lost_seconds = 0.0  # spent on epochs that were undone
 
     def explodes(self, loss: float) -> bool:
-        """Has the training loss lately been twice that of a constant answer, or of the start if that is higher?
+        """Is the recent training loss above twice that of a constant answer, or of the start if that is higher?
 
         Args:
-            loss: the mean over the images of a step.
+            loss: the mean over the images of this step.
         """
         if not math.isfinite(loss):
             return True
         if self.first_loss is None:
             self.first_loss = self.recent_loss = loss
-        self.recent_loss = LOSS_MEMORY * self.recent_loss + (1 - LOSS_MEMORY) * loss
-        return self.recent_loss > EXPLODED * max(self.constant_loss, self.first_loss)
+        self.recent_loss = LOSS_DECAY * self.recent_loss + (1 - LOSS_DECAY) * loss
+        return self.recent_loss > EXPLODED_RATIO * max(self.constant_loss, self.first_loss)
 
     def has_collapsed(self, accuracy: float, loss: float) -> bool:
-        """Is a share lost of what the best state is better than a constant answer, by more than two standard errors?
+        """Has accuracy lost a quarter of its best lead over a constant answer, by more than two standard errors?
 
-        The share is a quarter, or a third where the whole backbone trains. On so few images that no share could be so
-        large, a loss above a constant answer's tells.
+        The share is a third if the whole backbone trains. On very few images no loss of accuracy exceeds two standard
+        errors: there an accuracy no better than a constant answer's, with a higher loss, counts as a collapse too.
         """
         if not math.isfinite(loss):
             return True
@@ -93,24 +95,24 @@ class CollapseGuard:
         return useless or self._lost(accuracy, self.share, errors=2)
 
     def is_recoverable(self) -> bool:
-        """Is the present state one to go back to? The start is, and one that has lost next to nothing."""
+        """Is the present state good enough to go back to? The start is, and any that has lost next to no accuracy."""
         return len(self.accuracies) <= 1 or not self._lost(self.accuracies[-1], share=1 / 8, errors=1)
 
     def is_below_start(self, accuracy: float) -> bool:
         return accuracy < self.accuracies[0]
 
     def _lost(self, accuracy: float, share: float, errors: float) -> bool:
-        """More than this share of the lead over a constant answer, and more than so many standard errors?"""
+        """Has accuracy lost this share of its best lead over a constant answer, and so many standard errors?"""
         best = max(self.accuracies, default=0.0)
         middle = (best + accuracy) / 2
         chance = errors * math.sqrt(2 * self.variance(middle, self.images))
         return accuracy < best - max((best - self.constant_accuracy) * share, chance)
 
     def retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
-        """Note that this epoch collapsed at this rate, and forget what came after the epochs that were good.
+        """Note that this epoch collapsed at this rate, and forget what came after the good epochs.
 
         Args:
-            seconds: that the undone epochs took.
+            seconds: how long the undone epochs took.
         """
         self.lost_seconds += seconds
         self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
@@ -126,21 +128,22 @@ class CollapseGuard:
 
 
 class Recovery:
-    """Keeps the last good state of a run, and takes the run back there once training has collapsed.
+    """Remembers the last good state of a run, and takes the run back there once training has collapsed.
 
     Args:
         guard: judges the run.
-        rate: its learning rate at the peak, before any collapse.
+        rate: the peak learning rate before any collapse.
     """
 
     def __init__(self, guard: CollapseGuard, rate: float):
-        self.guard, self.first_rate = guard, rate
-        self.last_good: dict[str, Any] | None = None  # None: the present state is good, or nothing has begun
+        self.guard = guard
+        self.first_rate = rate
+        self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
 
     @property
     def rate(self) -> float:
-        """The learning rate at its peak: collapses lower it."""
-        lowered = min(len(self.guard.retreats), RETREATS)  # the last one ends the run at the rate that it had
+        """The peak learning rate, which each collapse lowers."""
+        lowered = min(len(self.guard.retreats), RETREATS)  # the last collapse ends the run and lowers nothing
         return self.first_rate / RETREAT_FACTOR**lowered
 
     @property
@@ -149,16 +152,16 @@ class Recovery:
         return len(self.guard.retreats) > RETREATS
 
     def parts(self) -> dict[str, Part]:
-        """What a run has to remember of it, by key of `last.pth`."""
+        """The parts of a run's state that are its own, by key of `last.pth`."""
         return {"guard": Part.of(self.guard), "good": Part.attribute(self, "last_good")}
 
     def begin_epoch(self, epochs: int, trained: Callable[[], dict[str, Any]], best_file: Path | None) -> None:
-        """Keep the present state, if it is good.
+        """Remember the present state, if it is good.
 
         Args:
-            epochs: that it has had.
+            epochs: how many epochs are finished.
             trained: returns what training changes.
-            best_file: where --keep-best has the best adapter so far: an epoch that will be undone may replace it.
+            best_file: the best adapter so far, with --keep-best: an epoch that is undone later may replace it.
         """
         if not self.guard.is_recoverable():
             return
@@ -174,12 +177,12 @@ class Recovery:
             self.last_good = None
 
     def go_back(self, history: Sequence[dict[str, float]], seconds: float, best_file: Path) -> dict[str, Any]:
-        """Note that the epoch after these has collapsed; returns the last good state, and puts back its best adapter.
+        """Note that the epoch after these has collapsed, restore the best adapter file, return the last good state.
 
         Args:
             history: the rows of the finished epochs.
-            seconds: that the collapsed epoch took.
-            best_file: where --keep-best has the best adapter.
+            seconds: how long the collapsed epoch took.
+            best_file: the file of the best adapter, with --keep-best.
         """
         good, self.last_good = self.last_good, None
         if good["best"] is not None and distributed.is_main():

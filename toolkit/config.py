@@ -1,4 +1,4 @@
-"""The machine under the options: argparse is the schema, a YAML file and the command line give the values.
+"""Reads options: argparse is their schema; defaults, a YAML file and the command line give the values.
 
 An argument group titled `model`, `data`, `moco` or `finetune` is the YAML section of that name; its options' names
 (`dest`) are the keys. Precedence: defaults < YAML < command line. All problems are reported in one message.
@@ -22,8 +22,8 @@ from toolkit import InputError, did_you_mean, printable
 from toolkit.checkpoints import SHIPPED
 from toolkit.files import stored_path
 
-# One file configures both scripts. Each passes over the section that only the other has. These keys of the sections
-# that both read belong to fine-tuning alone: pretraining passes over them.
+# One file configures both scripts. Each ignores the section that only the other has. The keys listed here are in
+# sections that both scripts read, but belong to fine-tuning alone: pretraining ignores them.
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": (
@@ -34,14 +34,15 @@ SECTIONS = {
     "finetune": (),
 }
 
-# Options of earlier versions, which configurations may still have.
+# Options of earlier versions, which old configurations may still have.
 REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
 
 
-# What tensors, loaders and generators can take, and what stays finite when float32 multiplies a few of them.
+# The largest values accepted. Tensors, loaders and generators can take such an int; the product of a few such floats is
+# finite in float32.
 LARGEST = {int: 2**31 - 1, float: 1_000_000}
 
 
@@ -70,12 +71,12 @@ positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most
 
 
 def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """What `convert` makes of a text, or 'auto'."""
+    """A converter that accepts 'auto' as well, and leaves it as it is."""
     return lambda text: text if text == "auto" else convert(text)
 
 
 def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    """`LAYER=VALUE`, whose value `convert` takes, as it is; `read_pattern` takes it apart."""
+    """A converter that only checks `LAYER=VALUE`, with a value for `convert`; `read_pattern` splits the text."""
 
     def check(text: str) -> str:
         layer, equals, value = text.rpartition("=")
@@ -88,9 +89,13 @@ def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 def read_pattern(entries: list[str] | None) -> dict[str, float]:
-    """Values by layer, from entries LAYER=VALUE; whole numbers as such."""
-    pairs = [(layer, float(value)) for layer, _, value in (entry.rpartition("=") for entry in entries or [])]
-    return {layer: int(value) if value.is_integer() else value for layer, value in pairs}
+    """Values by layer, from entries LAYER=VALUE; whole numbers as ints."""
+    values = {}
+    for entry in entries or []:
+        layer, _, text = entry.rpartition("=")
+        value = float(text)
+        values[layer] = int(value) if value.is_integer() else value
+    return values
 
 
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
@@ -122,14 +127,14 @@ def parse_args(
         parser: has `--config`.
         argv: the command line, `sys.argv[1:]` when None.
         default_config: the YAML file used when the command line names none.
-        default_config_applies: is given what the command line says (unconverted, by `dest`) and answers whether
-            `default_config` suits it. None: always.
-        check: is given what is returned and may complete it; answers what is wrong with the options together. An option
-            whose own value is wrong has its default there.
+        default_config_applies: receives the command line's values (unconverted, by `dest`) and returns whether to use
+            `default_config`. None: always.
+        check: receives what this function returns, may complete it, and returns what is wrong with the options
+            together. An option whose own value is wrong has its default there.
 
     Returns:
-        The options (`config` is the path of the file used, or None) and, for every option, where its value came
-        from: 'default', 'config' or 'command line'.
+        The options (`config` is the path of the file used, or None), and the source of every option's value:
+        'default', 'config' or 'command line'.
 
     Raises:
         InputError: one message with every problem of both the command line and the file, one per line.
@@ -164,22 +169,24 @@ def parse_args(
 
 
 def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
-    """The options to which the command line gives another value than their default. To be asked before completion."""
+    """The options to which the command line gives another value than their default. Call it before completing them."""
     typed = (name for name, source in sources.items() if source == "command line")
     return {name for name in typed if getattr(args, name) != parser.get_default(name)}
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """What was typed, unconverted, and what is wrong with its names. argparse alone would stop at the first problem."""
+    """The typed values, unconverted, and problems with their names. argparse alone would stop at the first problem."""
     lenient = copy.deepcopy(parser)
     lenient.allow_abbrev = False
     lenient.print_help = parser.print_help
     lenient.error = _raise_input_error
     lenient._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for an option
     for action in lenient._actions:
-        action.default, action.type, action.choices = argparse.SUPPRESS, None, None
+        action.default = argparse.SUPPRESS
+        action.type = action.choices = None
         if action.nargs is None:
-            action.nargs, action.const = "?", ""  # `--epochs` without its value, which _convert_one refuses
+            action.nargs = "?"
+            action.const = ""  # for `--epochs` without a value, which _convert_one refuses
         elif action.nargs == "+":
             action.nargs = "*"
     words = list(sys.argv[1:] if argv is None else argv)
@@ -192,7 +199,8 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) 
 
 def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
     """What is wrong with the words that `parse_known_args` left over."""
-    problems, known = [], [flag for action in parser._actions for flag in action.option_strings]
+    problems = []
+    known = [flag for action in parser._actions for flag in action.option_strings]
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
@@ -208,11 +216,11 @@ def _raise_input_error(message: str) -> None:
     raise InputError(message)
 
 
-LONGEST_CONFIG = 100_000  # characters; PyYAML takes a second for them
+LONGEST_CONFIG = 100_000  # characters, for which PyYAML takes a second
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """YAML of plain values in which no key stands twice: the first would be lost without a word."""
+    """Loads YAML of plain values, and refuses a key that stands twice: the first value would be lost silently."""
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
@@ -224,7 +232,7 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _load_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises InputError, in one line, for a file that is none or is too long for one."""
+    """The content of a YAML file. Raises InputError, in one line, for a file that is no YAML or is too long."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST_CONFIG + 1)
@@ -244,7 +252,7 @@ def _load_yaml(path: Path) -> Any:
 
 
 def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of every key of the file that is this parser's; the others are added to problems."""
+    """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
     try:
         content = _load_yaml(path)
     except InputError as error:
@@ -253,8 +261,10 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
-    own = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups}
-    own = {section: own[section] for section in SECTIONS if section in own}
+    own = {}
+    for group in parser._action_groups:
+        if group.title in SECTIONS:
+            own[group.title] = [action.dest for action in group._group_actions]
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
             hint = _hint(section, SECTIONS) or _right_section(section, own)
@@ -265,16 +275,23 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if key in own[section]:
                     yield section, key, value
-                elif key in REMOVED:
-                    problems.append(f"{section}.{key} was removed; delete the line")
-                elif key not in SECTIONS[section]:
-                    hint = _right_section(key, own) or _hint(key, own[section])
-                    problems.append(f"{section}.{printable(key)}: no such key in {path}{hint}")
+                else:
+                    problems += _key_problems(section, key, own, path)
+
+
+def _key_problems(section: str, key: Any, own: dict[str, list[str]], path: Path) -> list[str]:
+    """What is wrong with a key that is no option of this parser; nothing if it is one of the other script's."""
+    if key in REMOVED:
+        return [f"{section}.{key} was removed; delete the line"]
+    if key in SECTIONS[section]:
+        return []
+    hint = _right_section(key, own) or _hint(key, own[section])
+    return [f"{section}.{printable(key)}: no such key in {path}{hint}"]
 
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
     section = next((section for section, keys in own.items() if key in keys), None)
-    return f" (it belongs into the section {section})" if section else ""
+    return f" (it belongs in the section {section})" if section else ""
 
 
 def _hint(name: Any, known: Collection[str]) -> str:
@@ -283,7 +300,7 @@ def _hint(name: Any, known: Collection[str]) -> str:
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
-    """A flag's words or a YAML value -> the option's value, checked alike."""
+    """Convert and check a flag's words or a YAML value, both alike."""
     if value is None and action.default is None:  # `key: null`
         return None
     if action.nargs == 0:  # a switch such as --freeze-backbone
@@ -322,9 +339,9 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 
 
 def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
-    """`--help`, which shows the options in `needed` (by `dest`), each with its default, and `--help-all`.
+    """Add `--help`, which shows the options in `needed` (by `dest`) with their defaults, and `--help-all`.
 
-    The parser is one made with `add_help=False`.
+    The parser must have been made with `add_help=False`.
     """
     show = {"action": _PrintText, "const": lambda: short_help(parser, needed)}
     parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
@@ -343,10 +360,12 @@ class _PrintText(argparse.Action):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """A help with the default of each option that has one."""
+    """Formats a help that shows the default of each option that has one."""
 
     def _get_help_string(self, action):
-        default = shown_default(action.default) if action.option_strings and action.default != argparse.SUPPRESS else ""
+        default = ""
+        if action.option_strings and action.default != argparse.SUPPRESS:
+            default = shown_default(action.default)
         meaning = action.help or ", ".join(map(str, action.choices or []))
         return f"{meaning} (default: {default})" if default else meaning
 
@@ -354,8 +373,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
     """The first paragraphs of the description, and the options in `needed` with their defaults."""
     actions = {action.dest: action for action in parser._actions}
-    flags = {dest: ", ".join(f for f in actions[dest].option_strings if not f.startswith("--no-")) for dest in needed}
-    column, width = max(map(len, flags.values())) + 4, shutil.get_terminal_size().columns - 2
+    flags = {}
+    for dest in needed:
+        positive = [flag for flag in actions[dest].option_strings if not flag.startswith("--no-")]
+        flags[dest] = ", ".join(positive)
+    column = max(map(len, flags.values())) + 4
+    width = shutil.get_terminal_size().columns - 2
     lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
     for dest, names in flags.items():
         indents = {"initial_indent": f"  {names}".ljust(column), "subsequent_indent": " " * column}
@@ -364,7 +387,7 @@ def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
 
 
 def shown_default(default: Any) -> str:
-    """A default as people read it; nothing for None."""
+    """A default as the help shows it; nothing for None."""
     if default is None:
         return ""
     if isinstance(default, bool):
@@ -375,24 +398,25 @@ def shown_default(default: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run used
+# The settings of a run
 
 
 def describe_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """What was typed, what the YAML file changes, and where all settings will be."""
+    """What was typed, what the YAML file changes, and where all settings will be written."""
 
     def changed(source: str) -> list[str]:
         names = [name for name, origin in sources.items() if origin == source]
         return [name for name in names if source != "config" or getattr(args, name) != parser.get_default(name)]
 
     typed = [_as_typed(name, getattr(args, name)) for name in changed("command line")]
-    told = {
+    configured = [f"{name} {_as_text(getattr(args, name))}" for name in changed("config")]
+    entries = {
         "command line": " ".join(typed),
-        f"{stored(args.config)} changes": ", ".join(f"{n} {_as_text(getattr(args, n))}" for n in changed("config")),
+        f"{stored(args.config)} changes": ", ".join(configured),
         "all settings": str(args.output_dir / "config.yaml"),
     }
     whole = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in told.items() if values)
+    return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in entries.items() if values)
 
 
 def _as_typed(name: str, value: Any) -> str:

@@ -1,9 +1,9 @@
-"""Several processes of one run, as `torchrun` starts them: each takes its share of every batch.
+"""One run in several processes, as `torchrun` starts them: each process takes its share of every batch.
 
     torchrun --nproc-per-node=2 finetune_lora.py --data-dir my_images        # a GPU each, or two processes on the CPU
 
-A share is every W-th image, beginning with the process's rank: of W processes, process k has the images k, k + W,
-k + 2 W, ... In a run of one process every function here leaves things as they are.
+With W processes, the share of the process of rank k is the images k, k + W, k + 2 W, ... In a run of one process every
+function here leaves things as they are.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from toolkit import InputError
 
-LONGEST_WAIT = datetime.timedelta(days=1)  # for the first process to download a data set
+LONGEST_WAIT = datetime.timedelta(days=1)  # while the first process downloads a data set
 
-_store: dist.Store | None = None  # where processes leave word for each other
-_blocks = itertools.count()  # in which the first process went first
+_store: dist.Store | None = None  # torchrun's, in which processes leave each other messages
+_blocks = itertools.count()  # numbers the blocks of `main_first`
 
 
 def launched() -> bool:
@@ -34,7 +34,7 @@ def launched() -> bool:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, if torchrun started any; from here on only that of rank 0 prints.
+    """Connect to the other processes, if torchrun started any; from here on only rank 0 prints.
 
     Raises InputError if they cannot be reached.
     """
@@ -48,37 +48,37 @@ def join(device: torch.device) -> None:
     except (RuntimeError, ValueError) as error:
         raise InputError(f"cannot reach the other processes of torchrun: {' '.join(str(error).split())}") from None
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
 
 
 def leave() -> None:
-    """The orderly end of what `join` began."""
+    """Disconnect from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def claim_report() -> bool:
-    """Is this the first process to fail, so that its error is the one to print?
+    """Is this the first process to fail, whose error is the one to print?
 
-    A process that fails takes the others with it, at their next exchange; their errors say nothing more.
+    A process that fails makes the others fail at their next exchange; their errors would add nothing.
     """
     if not launched():
         return True
-    if _store is None:  # before they have met, all find the same fault
+    if _store is None:  # before `join` all processes find the same fault
         return os.environ["LOCAL_RANK"] == "0"
     try:
         return _store.add("faults", 1) == 1
-    except RuntimeError:  # the store is gone, with the process that kept it
+    except RuntimeError:  # the store is gone, with the process that ran it
         return False
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Is this what an exchange with a process that has ended raises?"""
+    """Does this error mean that another process has ended?"""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def rank() -> int:
-    """This process's number, 0 to world_size() - 1. The one of rank 0 prints and writes the files."""
+    """This process's number, 0 to world_size() - 1. Rank 0 prints and writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -104,9 +104,9 @@ def all_sum(*values: float) -> list[float]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The first process is through this block before the others enter it, so that what it downloads is there.
+    """The first process runs this block before the others enter it, so that they find what it downloads.
 
-    They wait at the store, not in an exchange: those have a time limit (10 minutes with NCCL).
+    They wait at the store and not in an exchange, which has a time limit (10 minutes with NCCL).
     """
     through = f"first through block {next(_blocks)}"
     if not is_main():
@@ -119,7 +119,7 @@ def main_first() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """The plain values or CPU tensors of all processes, by rank."""
+    """The values of all processes, by rank: plain ones or CPU tensors."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -128,7 +128,7 @@ def gather(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def interleave(share: Tensor) -> Tensor:
-    """What all processes have of something, in its order: shares (n_k, ...) -> (sum of n_k, ...), no element twice."""
+    """Put the shares of all processes back in order: (n_k, ...) in process k -> (sum of n_k, ...) in each."""
     if world_size() == 1:
         return share
     total = int(all_sum(len(share))[0])
@@ -136,12 +136,12 @@ def interleave(share: Tensor) -> Tensor:
     padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])]).contiguous()
     shares = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(shares, padded)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]  # the padding, where there is any, comes last
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]  # without the padding, which comes last
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give every process the values that the tensors have in that of rank 0."""
+    """Copy the values that the tensors have in rank 0 to every process."""
     if world_size() > 1:
         for tensor in tensors:
             values = tensor.contiguous()
@@ -150,7 +150,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is to be called in training: the gradients of what trains are averaged over the processes."""
+    """The model to call in training: it averages the gradients over the processes."""
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
@@ -160,5 +160,5 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def not_yet_averaged(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Within this block a backward pass of what `parallel` returned only adds to the process's own gradients."""
+    """Within this block backward only adds to the process's own gradients. `model` is what `parallel` returned."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

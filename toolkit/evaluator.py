@@ -16,9 +16,9 @@ class Evaluator:
     """Evaluates a network with the weights that are saved, not those that train, and BatchNorm statistics for them.
 
     Args:
-        network: reads what the feed has: images, or features that are cached of them.
-        average: has the weights that are saved.
-        task: what the answers are.
+        network: takes what the feed yields: images, or cached features.
+        average: holds the weights that are saved.
+        task: defines what the answers are.
     """
 
     def __init__(
@@ -30,15 +30,19 @@ class Evaluator:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.network, self.feed, self.average, self.task = network, feed, average, task
-        self.device, self.dtype = device, dtype
+        self.network = network
+        self.feed = feed
+        self.average = average
+        self.task = task
+        self.device = device
+        self.dtype = dtype
 
     def evaluate(self, batches: Iterable) -> Answers:
-        """With the weights that the model has."""
+        """Evaluate batches with the weights that the model has now."""
         return self.task.evaluate(self.network, batches, self.device, self.dtype)
 
     def validate(self, watched: Callable[[Iterable], Iterable] = iter) -> Answers:
-        """Evaluate the evaluation images, whose batches `watched` yields."""
+        """Evaluate the evaluation images. `watched` wraps their batches, to check for stop requests between them."""
         with self.averaged():
             return self.evaluate(watched(self.feed.val_loader))
 
@@ -48,7 +52,7 @@ class Evaluator:
             return self.evaluate(self.feed.watched_views())
 
     def choose_thresholds(self) -> bool:
-        """Choose by training images above which probabilities labels are answers. False where a task has none."""
+        """Choose the thresholds above which labels are answers, by training images. False if the task has none."""
         if not isinstance(self.task, MultiLabel):
             return False
         self.task.thresholds = self.evaluate(self.feed.threshold_views()).best_thresholds()
@@ -58,7 +62,7 @@ class Evaluator:
         """The score on the guard's images after an epoch.
 
         Args:
-            may_shrink: keep less of what training has changed while the images are answered worse than at the start.
+            may_shrink: lower the WiSE-FT share if the images are answered worse than before training.
 
         Raises:
             EpochCollapsed: the training has collapsed.
@@ -72,6 +76,7 @@ class Evaluator:
         return watched.score
 
     def shrink_to_sound_share(self, guard: CollapseGuard, score: float) -> None:
+        """Lower the WiSE-FT share until the guard's images are answered as well as before training."""
         for divisor in SHARE_DIVISORS:
             if not guard.is_below_start(score):
                 return
@@ -80,22 +85,22 @@ class Evaluator:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this block the model has the weights that are evaluated and saved, and statistics for them."""
+        """Within this block the model has the weights that are saved, and BatchNorm statistics for them."""
         with self.average.in_place():
             self.estimate_statistics()
             yield
 
     def estimate_statistics(self) -> None:
-        """Give BatchNorm, where it trains, the statistics of the training images for the present weights.
+        """If BatchNorm trains, give it the statistics of the training images for the present weights.
 
-        Before the probe too: training normalises by its batches, so a head fitted to the base's statistics would not
-        fit what training sees.
+        The probe needs this too: training normalises by its batches, so a head fitted to the base's statistics would
+        not fit the features that training sees.
         """
         if self.feed.statistics_loader is not None:
             training.estimate_statistics(self.network, self.feed.statistics_loader, self.device, self.dtype)
 
     def worst_batch_loss(self) -> float | None:
-        """The highest loss of a batch of the guard's images; None where no BatchNorm makes it depend on the batch."""
+        """The highest loss of a batch of the guard's images; None if no BatchNorm makes losses depend on the batch."""
         if self.feed.statistics_loader is None:
             return None
         views, loss = self.feed.watched_views(), self.task.plain_loss

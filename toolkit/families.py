@@ -1,7 +1,8 @@
-"""What the numbers of images were divided by, and how they were normalised, where a checkpoint was pretrained.
+"""The scale, mean and std with which published checkpoints were pretrained.
 
-A file may say it itself: this toolkit's stage 1 and CEM500K do. Else the name of a published file tells its family, or
-`--normalise` names it. Wrong units are this field's commonest silent error, so whatever is taken is printed.
+A checkpoint may state them itself, as those of this toolkit's stage 1 and CEM500K do. Otherwise the name of a published
+file tells its family, or `--normalise` names the family. Wrong units are this field's commonest silent error, so
+whatever values are taken are printed.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from toolkit.bands import from_metadata
 
 @dataclass(frozen=True)
 class Family:
-    """Values of `--scale`, `--mean` and `--std`, for networks of so many channels.
+    """Values of `--scale`, `--mean` and `--std` for a family of checkpoints.
 
     Args:
-        file: a pattern in the names under which its files are published; empty: they do not tell.
-        source: where the values stand.
+        channels: the numbers of channels that its networks have.
+        file: a regular expression for the names of its published files; empty if the names do not tell.
+        source: where the values are published.
     """
 
     channels: tuple[int, ...]
@@ -49,18 +51,18 @@ _GIVEN = ("scale", "mean", "std", "normalise")
 
 
 def take_known_values(
-    args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path | None
+    args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path | None
 ) -> None:
-    """Give the options of the images the values of the checkpoint's pretraining, unless some were given; says so.
+    """Fill in the values of the checkpoint's pretraining where the options give none, and print them.
 
     Args:
-        args: `scale`, `mean`, `std` and `bands` are filled in. A family's name in `normalise` gives way to its values.
-        channels: of the network.
-        told: what a file says, as `toolkit.bands.recorded` writes it, and its `arch`; empty where it says nothing.
-        told_by: that file; its name may tell a family.
+        args: `scale`, `mean`, `std` and `bands` are filled in. They also replace a family's name in `normalise`.
+        channels: the network's.
+        metadata: the file's, as `toolkit.bands.recorded` writes them, and its `arch`; empty if it has none.
+        file: the checkpoint or adapter file, whose name may tell its family.
 
     Raises:
-        InputError: the family that `normalise` names is for other channels, or the file is damaged there.
+        InputError: the family that `normalise` names is for other channels, or the metadata are damaged.
     """
     if args.normalise in FAMILIES:
         family = FAMILIES[args.normalise]
@@ -73,33 +75,40 @@ def take_known_values(
         _take_family(args, args.normalise, "")
         args.normalise = None
         return
-    if told_by is None or any(getattr(args, name) is not None for name in _GIVEN):
+    if file is None or any(getattr(args, name) is not None for name in _GIVEN):
         return
-    if told:
-        _take_told(args, channels, told, told_by)
+    if metadata:
+        _take_recorded(args, channels, metadata, file)
         return
-    names = [name for name, family in FAMILIES.items() if family.file and channels in family.channels]
-    name = next((name for name in names if re.search(FAMILIES[name].file, Path(told_by).name)), None)
-    if name is not None:
-        _take_family(args, name, f", which the name of {printable(Path(told_by).name)} says: else give --scale")
+    file_name = Path(file).name
+    for name, family in FAMILIES.items():
+        if family.file and channels in family.channels and re.search(family.file, file_name):
+            _take_family(args, name, f", which the name of {printable(file_name)} says: else give --scale")
+            return
 
 
 def _take_family(args: argparse.Namespace, name: str, reason: str) -> None:
     family = FAMILIES[name]
-    args.scale, args.mean, args.std = family.scale, list(family.mean), list(family.std)
+    args.scale = family.scale
+    args.mean = list(family.mean)
+    args.std = list(family.std)
     print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
 
 
-def _take_told(args: argparse.Namespace, channels: int, told: Mapping[str, Any], told_by: str | Path) -> None:
+def _take_recorded(args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path) -> None:
     try:
-        values = from_metadata(dict(told))
+        values = from_metadata(dict(metadata))
     except InputError as error:
-        raise InputError(f"{told_by}: {error}") from None
-    bands, usual = values["bands"], normalization(told["arch"])
-    photographs = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
-    if photographs or channels != (3 if bands is None else bands.channels):
+        raise InputError(f"{file}: {error}") from None
+    bands = values["bands"]
+    usual = normalization(metadata["arch"])
+    are_usual = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
+    recorded_channels = 3 if bands is None else bands.channels
+    if are_usual or channels != recorded_channels:
         return
-    args.mean, args.std = list(values["mean"]), list(values["std"])
+    args.mean = list(values["mean"])
+    args.std = list(values["std"])
     if bands is not None:
-        args.scale, args.bands = bands.scale, args.bands or list(bands.chosen) or None
-    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(told_by).name)} says")
+        args.scale = bands.scale
+        args.bands = args.bands or list(bands.chosen) or None
+    print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")

@@ -1,7 +1,8 @@
-"""Files: written whole or not at all, read without running anything in them, and named relative to the toolkit.
+"""Reads and writes files: writes them whole or not at all, and runs no code that they contain.
 
 `read_checkpoint` relies on `torch.load(weights_only=True)`, which runs no code. It adds three things: one clear line
-for each kind of wrong file, checksums, which a mapped file is not compared with otherwise, and `_check_pickle`.
+for each kind of wrong file, a comparison with the checksums, which `torch.load` skips for a mapped file, and
+`_check_pickle`.
 """
 
 import argparse
@@ -30,16 +31,16 @@ TOOLKIT = Path(__file__).resolve().parents[1]
 
 
 def stored_path(path: str | os.PathLike) -> Path:
-    """The path to write into a file: one inside the toolkit relative to it, so that it holds on other machines too.
+    """The path to write into a file. A path inside the toolkit is made relative to it, and so fits other machines too.
 
     Relative paths, and those outside the toolkit, stay as they are.
     """
-    normal = Path(os.path.normpath(path))  # toolkit/../x is not inside
+    normal = Path(os.path.normpath(path))  # resolves toolkit/../x, which is not inside
     return normal.relative_to(TOOLKIT) if normal.is_relative_to(TOOLKIT) else Path(path)
 
 
 def found_path(path: str | os.PathLike) -> Path:
-    """Where a path read from a file leads: from the current folder, else from the toolkit.
+    """Where a path read from a file leads: relative to the current folder, or else to the toolkit.
 
     A path that exists in neither place stays as it is.
     """
@@ -49,7 +50,7 @@ def found_path(path: str | os.PathLike) -> Path:
 
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
-    """Are both there, and one?"""
+    """Do both paths lead to one existing file?"""
     paths = (first, second)
     return all(path is not None and os.path.exists(path) for path in paths) and os.path.samefile(*paths)
 
@@ -78,9 +79,9 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        kept = "; the previous file is intact" if path.is_file() else ""
+        former = "; the previous file is intact" if path.is_file() else ""
         reason = cause.strerror or cause
-        raise InputError(f"cannot write {path}: {reason}; check the folder and its free space{kept}") from error
+        raise InputError(f"cannot write {path}: {reason}; check the folder and its free space{former}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -119,8 +120,8 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     Args:
         path: a file in the zip format, or in the one that PyTorch wrote before 1.6.
         mapped: leave the tensors of a zip file on disk until they are used. On Windows the file cannot be replaced
-            for as long as one of them lives.
-        objects: if there are objects of other classes in a dictionary, read them as `ForeignObject`, which are empty.
+            while one of them lives.
+        objects: if the file is a dictionary with objects of other classes, read these as empty `ForeignObject`s.
 
     Raises:
         InputError: the file cannot be read, is damaged, or holds something else.
@@ -135,24 +136,27 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     except OSError as error:
         reason = error.strerror or printable(error)
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
-        if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
-            reason = (
-                f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
-                "run code; save a state_dict from where the file was made, if you trust it: "
-                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-            )
-        else:
-            told = (
-                str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-            )  # without torch's advice
-            reason = f"damaged or cut short ({type(error).__name__}: {printable(told)}); download or copy it again"
+        reason = _why_not_loaded(error)
     raise InputError(f"cannot read {path}: {reason}")
 
 
-class ForeignObject:
-    """Stands in for an object of a class that is not known here: it holds nothing, and none of its code has run."""
+def _why_not_loaded(error: Exception) -> str:
+    """A reason and a remedy for torch's error about a file."""
+    if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
+        return (
+            f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
+            "run code; save a state_dict from where the file was made, if you trust it: "
+            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        )
+    message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    first_line = message.partition("\n")[0]  # the others are torch's advice
+    return f"damaged or cut short ({type(error).__name__}: {printable(first_line)}); download or copy it again"
 
-    kind = ""  # its class, with the module
+
+class ForeignObject:
+    """Stands in for an object of an unknown class: it holds nothing, and none of that class's code has run."""
+
+    kind = ""  # the name of that class, with the module
 
     def __init__(self, *_: Any):
         pass
@@ -162,7 +166,7 @@ class ForeignObject:
 
 
 def _load(path: Path, mapped: bool, names: set[str]) -> Any:
-    """`torch.load` of tensors and plain data, and of classes by these names as empty objects if it needs them."""
+    """`torch.load` tensors and plain data; if the file needs classes by these names, load their objects empty."""
 
     def load(known: list) -> Any:
         with torch.serialization.safe_globals(known):
@@ -180,7 +184,7 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
         raise
 
 
-_MOST_CLASSES = 1_000  # torch goes through all of them for each object
+_MOST_CLASSES = 1_000  # torch searches all of them for each object
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
@@ -214,7 +218,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], 
 
 
 def describe_header(header: bytes) -> str:
-    """What a file that is no checkpoint most likely is, by its first bytes."""
+    """Guess from its first bytes what a file is that is no checkpoint."""
     if not header:
         return "it is empty"
     if header.startswith(b"version http"):
@@ -225,7 +229,7 @@ def describe_header(header: bytes) -> str:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Can it be copied into a parameter or buffer? A tensor of 8-bit floats cannot: it means nothing without scales."""
+    """Can the value be copied into a parameter or buffer? 8-bit floats cannot: without scales they mean nothing."""
     return (
         isinstance(value, torch.Tensor)
         and value.dtype in _PLAIN_DTYPES
@@ -239,11 +243,11 @@ _PLAIN_DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 class _Refused(Exception):
-    """A file that is understood and not accepted."""
+    """The file is understood, but not accepted."""
 
 
 def _check_exists(path: Path) -> None:
-    """Raises InputError for a path that leads to no file."""
+    """Raise InputError for a path that leads to no file."""
     try:
         problem = "" if stat.S_ISREG(path.stat().st_mode) else "not a file"
     except FileNotFoundError:
@@ -259,9 +263,9 @@ _LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
 def _check_format(path: Path) -> tuple[bool, set[str]]:
-    """Is it a zip file, and no legacy one? And the names of the classes and functions that it needs.
+    """Whether the file is a zip file (else a legacy one), and the names of the classes and functions that it needs.
 
-    Raises _Refused for what `torch.load` should not be given.
+    Raises _Refused for files that `torch.load` should not be given.
     """
     with open(path, "rb") as file:
         header = file.read(len(_LEGACY_MAGIC))
@@ -275,15 +279,16 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
 
 
 def _check_zip(file: IO[bytes]) -> set[str]:
-    """The names that its pickle needs. Raises _Refused for records that are compressed, which cannot be mapped, or
-    damaged.
+    """The names that the pickle in a zip file needs.
+
+    Raises _Refused for damaged records, and for compressed ones, which cannot be mapped.
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise _Refused("its zip records are compressed; give a file as torch.save writes it")
         for record in records:
-            record.CRC = record.CRC or None  # 0 if saved without checksums, and zipfile then compares nothing
+            record.CRC = record.CRC or None  # 0 if saved without checksums; for None zipfile compares nothing
         if damaged := archive.testzip():
             raise _Refused(f"{printable(damaged)} in it does not match its checksum; download or copy it again")
         content = f"{records[0].filename.split('/')[0]}/data.pkl" if records else ""
@@ -297,13 +302,13 @@ _LARGEST_TUPLE = 10_000_000
 
 
 def _check_pickle(file: IO[bytes]) -> set[str]:
-    """Goes through the next pickle in `file` without loading it; returns the classes and functions that it names.
+    """Walk through the next pickle in `file` without loading it; return the classes and functions that it names.
 
     Raises _Refused for a tuple whose hash, as a key of a dictionary, would overflow the stack and end the process, or
     take for ever.
 
-    A tuple's size doubles with every level of nesting, and all that it repeats counts again. `stack` holds the sizes of
-    what an unpickler would have on its own; None is a mark.
+    A tuple's size here doubles with every level of nesting, and counts repeated values again. `stack` holds the sizes
+    of the values that an unpickler would have on its stack; None is a mark.
     """
     stack: list[int | None] = []
     memo: dict[int, int | None] = {}
@@ -335,11 +340,11 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
     return names
 
 
-_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # since Python 2, whose names pickles have
+_RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # pickles still use the names of Python 2
 
 
 class _NumpyDtype:
-    """Stands in for numpy.dtype, which takes sizes and flags out of a file unchecked."""
+    """Stands in for numpy.dtype, which would take sizes and flags from a file unchecked."""
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code)
@@ -362,6 +367,11 @@ _SAFE_GLOBALS = [
 
 
 def _safe_names() -> set[str]:
-    return {
-        known[1] if isinstance(known, tuple) else f"{known.__module__}.{known.__qualname__}" for known in _SAFE_GLOBALS
-    }
+    """The names by which pickles call `_SAFE_GLOBALS`."""
+    names = set()
+    for known in _SAFE_GLOBALS:
+        if isinstance(known, tuple):
+            names.add(known[1])
+        else:
+            names.add(f"{known.__module__}.{known.__qualname__}")
+    return names

@@ -1,7 +1,7 @@
-"""Where on Earth an image is: the centre of a GeoTIFF, by the tags in its file.
+"""Reads where on Earth an image is: the centre of a GeoTIFF, from the tags in its file.
 
-The tags and their numbers are those of OGC's GeoTIFF 1.1 (19-008r4): a place of one pixel and the size of all, or a
-matrix, in degrees or in the units of a projection that an EPSG code names.
+The tags are those of OGC's GeoTIFF 1.1 (19-008r4): the position of one pixel and the size of all, or a matrix, in
+degrees or in the units of a projection that an EPSG code names.
 """
 
 import math
@@ -10,26 +10,30 @@ from collections.abc import Iterable
 from typing import Any
 
 COLUMNS = ("x", "y", "epsg")
-_SCALE, _TIEPOINT, _MATRIX = "ModelPixelScale", "ModelTiepoint", "ModelTransformation"
-_PROJECTED, _GEOGRAPHIC = "ProjectedCSTypeGeoKey", "GeographicTypeGeoKey"
-_POINT = 2  # of GTRasterTypeGeoKey: places are of pixels' centres, not of their upper left corners
+_SCALE = "ModelPixelScale"
+_TIEPOINT = "ModelTiepoint"
+_MATRIX = "ModelTransformation"
+_PROJECTED = "ProjectedCSTypeGeoKey"
+_GEOGRAPHIC = "GeographicTypeGeoKey"
+_POINT = 2  # value of GTRasterTypeGeoKey: positions are those of pixels' centres, not of their upper left corners
 _UNNAMED = 32767  # a reference system that has no code
 
 
 def centre(path: str | os.PathLike) -> dict[str, Any]:
-    """`x`, `y` and `epsg` of an image's centre; nothing where the file has no such tags.
+    """The `x`, `y` and `epsg` of an image's centre; an empty dictionary if the file has no such tags.
 
     x is the longitude and y the latitude in degrees, or both are in the units of the projection. `epsg` is the code of
-    the reference system, or empty where it has none.
+    the reference system, or empty if it has none.
     """
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
-            tags, height, width = page.geotiff_tags or {}, page.imagelength, page.imagewidth
+            tags = page.geotiff_tags or {}
+            width, height = page.imagewidth, page.imagelength
         half = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == _POINT else 0.0
-        x, y = _place(tags, width / 2 - half, height / 2 - half)
+        x, y = _position(tags, width / 2 - half, height / 2 - half)
         code = int(tags.get(_PROJECTED, tags.get(_GEOGRAPHIC, _UNNAMED)))
     except Exception:  # damaged tags, of which there are many kinds: the image itself can be read
         return {}
@@ -38,18 +42,18 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
     return {"x": x, "y": y, "epsg": "" if code == _UNNAMED else code}
 
 
-def _place(tags: dict[str, Any], column: float, row: float) -> tuple[float, float]:
-    """Where a place in the image is. Raises KeyError where the tags do not say."""
+def _position(tags: dict[str, Any], column: float, row: float) -> tuple[float, float]:
+    """The x and y of a pixel. Raises KeyError if the tags do not tell."""
     if _MATRIX in tags:
-        first, second = (list(map(float, line)) for line in tags[_MATRIX][:2])
-        return tuple(a * column + b * row + d for a, b, _, d in (first, second))
+        x, y = (float(a) * column + float(b) * row + float(d) for a, b, _, d in tags[_MATRIX][:2])
+        return x, y
     across, down = map(float, tags[_SCALE][:2])
     at_column, at_row, _, x, y = map(float, tags[_TIEPOINT][:5])
     return x + (column - at_column) * across, y - (row - at_row) * down
 
 
 def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
-    """`centre` of each file, or empty columns; an empty list where none has tags, or tifffile is missing."""
+    """The `centre` of each file, or empty columns; an empty list if no file has tags, or tifffile is missing."""
     paths = list(paths)
     tiffs = [path.lower().endswith((".tif", ".tiff")) for path in paths]
     if not any(tiffs):

@@ -43,13 +43,13 @@ from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 # ----------------------------------------------------------------------------------------------------------------------
 # The options that both scripts have, and those of fine-tuning
 
-# Of fine-tuning's, those that people need: `--help` and README show them, in this order.
+# The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = ("data_dir", "checkpoint", "output_dir", "epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size")
 NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "train_norms", "adapt_last", "resume")
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
-    """The group `run`, which is for the command line only."""
+    """Add the group `run`, which is for the command line only."""
     run = parser.add_argument_group("run")
     run.add_argument("--config", type=Path, help="YAML file with values for the options below")
     run.add_argument("--output-dir", type=Path, default=output_dir, help="folder for all results")
@@ -58,7 +58,7 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argpar
         type=Path,
         nargs="?",
         const=Path(),
-        help="go on where a run stopped; alone, or with the path of its last.pth",
+        help="go on with the stopped run in --output-dir, or with the one whose last.pth is given",
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--tensorboard", action="store_true", help="log each epoch for TensorBoard as well")
@@ -66,9 +66,11 @@ def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argpar
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The group and YAML section `data`."""
+    """Add the group and YAML section `data`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, help="default: imagefolder for your own images, else digits")
+    group.add_argument(
+        "--dataset", choices=DATASETS, help="default: imagefolder if you name images of your own, else digits"
+    )
     group.add_argument(
         "--data-dir", type=Path, help="folder with train/ and val/, or a folder per class; default: digits"
     )
@@ -97,27 +99,32 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--cache-images",
         choices=CACHES,
         default="none",
-        help="keep training images decoded, at most twice --image-size",
+        help="cache decoded training images, at most twice --image-size",
     )
     _add_band_options(group)
     return group
 
 
 def _add_band_options(group: argparse._ArgumentGroup) -> None:
-    """What the numbers of images mean that are no RGB photographs: `toolkit.bands`."""
+    """Add the options that say what the values of images mean that are not RGB photographs: see `toolkit.bands`."""
     several = {"nargs": "+", "action": "extend"}
-    group.add_argument("--bands", **several, help="which bands of a file, in order, as 4,3,2; 0: zeros (default: all)")
-    group.add_argument("--scale", type=positive_float, help="what the files' numbers are divided by, as 10000")
-    group.add_argument("--mean", type=any_float, **several, help="of each channel, or of all; default: the backbone's")
-    group.add_argument("--std", type=any_float, **several, help="the same; both are of what --scale leaves")
+    group.add_argument("--bands", **several, help="bands to read from a file, as 4,3,2; 0: zeros (default: all)")
+    group.add_argument("--scale", type=positive_float, help="divisor of the files' values, as 10000")
+    group.add_argument(
+        "--mean",
+        type=any_float,
+        **several,
+        help="mean of each channel, or one for all, after --scale; default: the backbone's",
+    )
+    group.add_argument("--std", type=any_float, **several, help="standard deviations, given like --mean")
     known = ("data", *FAMILIES)
     group.add_argument(
-        "--normalise", choices=known, help="data: as measured on the training images; or as a known family's"
+        "--normalise", choices=known, help="data: mean and std measured on training images; or a known family's"
     )
 
 
 def add_training_data_options(group: argparse._ArgumentGroup) -> None:
-    """What fine-tuning adds to the group `data`."""
+    """Add the options of the group `data` that only fine-tuning has."""
     group.add_argument(
         "--task",
         choices=tuple(TASKS),
@@ -136,12 +143,12 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         "--cache-features",
         choices=CACHES,
         default="none",
-        help="run the frozen blocks below --adapt-last only once per image and kept view",
+        help="run the frozen blocks below --adapt-last only once per image and cached view",
     )
     group.add_argument(
         "--cached-views",
         type=positive_int,
-        help="augmented views of each training image that are kept then (default: 4)",
+        help="augmented views of each training image to cache (default: 4)",
     )
     group.add_argument(
         "--show-bands", type=positive_int, nargs="+", help="three channels that pictures show as red, green and blue"
@@ -149,7 +156,7 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
-    """The group and YAML section `model`; `checkpoint` is the default one."""
+    """Add the group and YAML section `model`; `checkpoint` is the default of that option."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
@@ -158,7 +165,7 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
         help="file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
     )
     archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
-    group.add_argument("--arch", metavar=f"{{{archs}}}", help="default: what the checkpoint says; or timm:NAME")
+    group.add_argument("--arch", metavar=f"{{{archs}}}", help="architecture, or timm:NAME; default: the checkpoint's")
     add_shape_options(group)
     group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
     group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
@@ -166,32 +173,37 @@ def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argp
         "--from-scratch",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="the same architecture, random weights",
+        help="random weights in the checkpoint's architecture",
     )
     return group
 
 
 def add_shape_options(group: argparse._ArgumentGroup) -> None:
-    """What a backbone is like beside its arch."""
+    """Add the options that describe a backbone beside its arch."""
     group.add_argument("--heads", type=positive_int, help="attention heads of a ViT; default: as its layout implies")
-    group.add_argument("--channels", type=positive_int, help="of the images; default: the checkpoint's, else 3")
+    group.add_argument(
+        "--channels", type=positive_int, help="channels of the images; default: the checkpoint's, else 3"
+    )
     group.add_argument("--channel-fit", choices=CHANNEL_FITS, help="fit the first layer to other --channels")
 
 
 def backbone_shape(args: argparse.Namespace) -> tuple:
-    """Arguments of `load_backbone`, from `arch` on. Random weights have any number of channels."""
+    """The arguments of `load_backbone` from `arch` on. Random weights fit any number of channels."""
     fit = "timm" if getattr(args, "from_scratch", False) else args.channel_fit
     return args.arch, args.image_size, args.heads, args.channels, fit
 
 
 def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in the default data set, and where a configuration's paths lead.
+    """Fill in the default data set, and resolve the paths of a configuration.
 
-    Returns what is wrong with the options of the images together, a line each.
+    Returns what is wrong with the options of the images together, one line each.
     """
-    for name in (name for name in PATHS if sources.get(name) == "config" and getattr(args, name)):
-        value = getattr(args, name)
-        setattr(args, name, [found_path(path) for path in value] if isinstance(value, list) else found_path(value))
+    for name in PATHS:
+        value = getattr(args, name, None)
+        if not value or sources.get(name) != "config":
+            continue
+        found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
+        setattr(args, name, found)
     if args.dataset is None:
         args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
     args.bands = bands.split_names(args.bands)
@@ -210,18 +222,18 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
 
 
 def unlabelled_problems(args: argparse.Namespace) -> list[str]:
-    """Which options images without labels have no use for, a line each."""
+    """The options that images without labels have no use for, one line each."""
     needless = {"--val-dir": args.val_dir, "a second --data-list": args.data_list and len(args.data_list) > 1}
     return [
         f"{name} with images without labels: they are not evaluated on; drop it" for name in needless if needless[name]
     ]
 
 
-PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # that are read
+PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # of what a run reads
 
-# These may differ when a run is resumed: the images' digest tells another data set.
+# These may differ when a run is resumed: the digest of the images catches a changed data set.
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
-# So may these of fine-tuning, as `section.key`: they do not change what is computed.
+# These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
 FREE_TO_CHANGE = (
     *("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features"),
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
@@ -229,32 +241,34 @@ FREE_TO_CHANGE = (
 
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
-    """The keyword arguments of `toolkit.data.load_splits` that say where a user's own images are, and what is read."""
-    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown")  # pretraining has not all of them
+    """The keyword arguments of `toolkit.data.load_splits`: where a user's images are, and what is read of them."""
+    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown")  # pretraining lacks the last two
     return {name: value for name, value in vars(args).items() if name in names} | {"bands": read}
 
 
 def bands_read(args: argparse.Namespace) -> bands.Bands | None:
-    """What is read of a user's own images: as many bands as the first layer takes. None: they are RGB photographs.
+    """The bands that are read from a user's images: as many as the first layer takes. None: they are RGB photographs.
 
-    What the pretraining is known to have done to their numbers is filled into the options: `take_known_values`.
+    Fills in scale, mean and std of the pretraining if they are known: see `take_known_values`.
     """
-    channels, told, told_by = 3, {}, args.checkpoint
-    with contextlib.suppress(InputError):  # which is told when the backbone is built
+    channels = 3
+    metadata: dict[str, Any] = {}
+    file = args.checkpoint
+    with contextlib.suppress(InputError):  # reported when the backbone is built
         if args.checkpoint is not None:
-            channels, told = find_images(args.checkpoint, args.arch)
+            channels, metadata = find_images(args.checkpoint, args.arch)
         if (adapter := getattr(args, "stage1_adapter", None)) is not None:
             content = read_checkpoint(adapter)
             about = content.get("metadata") if isinstance(content, dict) else None
             if isinstance(about, dict) and "mean" in about:
-                told, told_by = about, adapter
+                metadata, file = about, adapter
     channels = args.channels or channels
-    take_known_values(args, channels, told, told_by)
+    take_known_values(args, channels, metadata, file)
     return bands.bands_of(args, channels)
 
 
 def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
-    """How layers are adapted; both scripts have these, each in its own group and with its own default rank."""
+    """Add the options of the adapters. Both scripts have them, each in its own group and with its own default rank."""
     switch = argparse.BooleanOptionalAction
     group.add_argument(
         "--lora-rank", "--rank", type=non_negative_int, default=rank, help="width of adapters, r; 0: none"
@@ -284,13 +298,13 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
 
 
 def complete_adapter_options(args: argparse.Namespace) -> None:
-    """Alpha follows the rank; without adapters it is that of the usual rank, 8."""
+    """Fill in alpha, by default twice the rank; without adapters, that of the usual rank, 8."""
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
 
 
 def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_lora_to_model`; the adapter file keeps them. Empty without adapters."""
+    """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
     if args.lora_rank == 0:
         return {}
     names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
@@ -299,7 +313,7 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of the adapters together, a line each. `typed` is what `typed_options` says."""
+    """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
     if args.lora_rank > 0:
         return []
     needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern", "alpha_pattern") if getattr(args, name)]
@@ -307,13 +321,13 @@ def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[st
     return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
 
 
-# A configuration may have these for runs with adapters, so that only who types them is told.
+# A configuration may have these for its runs with adapters, so they are refused only if they are typed.
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
 _OF_ADAPTERS += ("base_dtype",)
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The group and YAML section `finetune`."""
+    """Add the group and YAML section `finetune`."""
     switch = argparse.BooleanOptionalAction
     tune = parser.add_argument_group("finetune")
     add_adapter_options(tune, rank=8)
@@ -326,7 +340,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--lr",
         type=or_auto(positive_float),
         default=1e-4,
-        help="of AdamW at its peak, of adapters that start at the gradient 24 times it; auto: search",
+        help="AdamW's peak rate; adapters that start at the gradient use 24 times it; auto: search",
     )
     tune.add_argument(
         "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
@@ -343,7 +357,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
     tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
-    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW")
+    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="weight decay of AdamW")
     tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
     tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
     tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
@@ -354,7 +368,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--wise-ft",
         type=or_auto(positive_share),
         default="auto",
-        help="share of what training changes to keep; auto: more, the more images per class",
+        help="share of the trained change that is saved; auto: grows with the images per class",
     )
     best_by = dict.fromkeys(by for task in TASKS.values() for by in task.best_by)
     tune.add_argument("--keep-best", choices=best_by, help="lora.pth is the best epoch by this, not the last")
@@ -364,7 +378,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--base-dtype",
         choices=PRECISIONS,
         default="auto",
-        help="of frozen weights, adapted or below --adapt-last; auto: --precision",
+        help="dtype of frozen weights, adapted or below --adapt-last; auto: --precision",
     )
     tune.add_argument(
         "--gradient-checkpointing",
@@ -377,9 +391,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         type=int,
         choices=(32, 16),
         default=32,
-        help="bits of what is kept for backward; 16: half its bytes, gradients rounded",
+        help="bits of the activations saved for backward; 16: half the bytes, rounded gradients",
     )
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="of all random numbers")
+    tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
     return tune
 
 
@@ -389,11 +403,11 @@ SAVES_MEMORY = (
 )
 
 
-CACHED_VIEWS = 4  # with as many a run of ten epochs was as accurate as with new ones in each: benchmarks/RESULTS.md
+CACHED_VIEWS = 4  # made a run of ten epochs as accurate as new views in each epoch: see benchmarks/RESULTS.md
 
 
 def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in the options that follow from others; returns the problems with the data options, a line each."""
+    """Fill in the options that follow from others; return the problems with the data options, one line each."""
     problems = complete_data_options(args, sources)
     if sources["checkpoint"] == "default" and args.dataset != "digits" and not args.eval_only:
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
@@ -404,10 +418,10 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
     complete_adapter_options(args)
     if args.from_scratch or is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
-    if args.lora_init is None:  # what the gradient of a random head says is random
+    if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    differ = args.cache_features != "none" and args.augmentation != "none"
-    args.cached_views = (args.cached_views or CACHED_VIEWS) if differ else None
+    caches_views = args.cache_features != "none" and args.augmentation != "none"
+    args.cached_views = (args.cached_views or CACHED_VIEWS) if caches_views else None
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone
@@ -418,7 +432,7 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
 
 
 def _cache_problems(args: argparse.Namespace) -> list[str]:
-    """Why what is below the blocks that train is not the same in each epoch, a line each."""
+    """The options that make cached features invalid, one line each."""
     if args.cache_features == "none":
         return []
     reasons = {
@@ -429,14 +443,14 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
         "--cutmix 0": args.cutmix > 0,
     }
     return [
-        f"--cache-features needs {remedy}: what is kept must be the same in every epoch"
+        f"--cache-features needs {remedy}: cached features must be the same in every epoch"
         for remedy, applies in reasons.items()
         if applies
     ]
 
 
 def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """The options that were typed where they change nothing, a line each."""
+    """The typed options that change nothing, one line each."""
     problems = []
     if "crop_min" in typed and args.augmentation not in ("crop", "trivial"):
         problems.append(f"--crop-min with --augmentation {args.augmentation}, which crops nothing: drop one of the two")
@@ -450,8 +464,9 @@ def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str
 
 
 def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """What does not go together with --task, a line each."""
-    task, problems = TASKS[args.task], []
+    """The options that do not go together with --task, one line each."""
+    task = TASKS[args.task]
+    problems = []
     if args.keep_best is not None and args.keep_best not in task.best_by:
         problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
     if "unknown" in typed and args.task != "multilabel":
@@ -472,10 +487,12 @@ def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]
 
 
 def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, a line each. `typed` is what `typed_options` says."""
-    rounds = args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0
-    in_16_bits = f"--base-dtype {args.base_dtype}" if rounds else None
-    fewer_bits = "--use-qlora" if args.use_qlora else in_16_bits
+    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
+    fewer_bits = None
+    if args.use_qlora:
+        fewer_bits = "--use-qlora"
+    elif args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0:
+        fewer_bits = f"--base-dtype {args.base_dtype}"
     problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.heads, fewer_bits)
     if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
         problems.append(
@@ -488,7 +505,7 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
     if args.train_norms and args.adapt_last and args.use_qlora:
         problems.append(
             "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
-            "which backward would keep as floats; drop one of the three"
+            "which backward would hold as floats; drop one of the three"
         )
     if args.train_norms and not args.freeze_backbone:
         problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")

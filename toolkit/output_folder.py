@@ -1,8 +1,8 @@
-"""The folder of a run's results: apart from the images, of one script, and held by one run at a time.
+"""The folder of a run's results: it is outside the images, belongs to one script, and is used by one run at a time.
 
-A run moves what an earlier one left in its folder to a new folder beside it (`begin_folder`): nothing is written over.
-What would be in the way is refused before: a folder among images, a checkpoint that the run is to read, results of the
-other script, a run that is still going on.
+A run moves the files of an earlier run to a new folder beside its own (`begin_folder`): nothing is overwritten. A
+folder is refused beforehand if it is among the images, if the run would overwrite a checkpoint that it reads, if it has
+results of the other script, or if another run is still going on in it.
 """
 
 import argparse
@@ -25,13 +25,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCK = ".running"  # in the folder for as long as a run writes there
+LOCK = ".running"  # a file in the folder while a run writes there
 FINE_TUNING_FILES = (
     *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
     *("learning_rates.csv", "learning_rates.png", "training_curves.png", "mistakes.png", "results_answers.csv"),
     *("confusion_matrix.png", "precision_recall.png", "scatter.png"),
 )
-# Both scripts write files of these names: the keys and columns that one alone of the two has there.
+# Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
 MARKS = {
     "finetune_lora.py": {"class_names", "trials", "val_accuracy"},
@@ -40,11 +40,12 @@ MARKS = {
 
 
 def problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
-    """What is wrong with --output-dir, a line each; `written` names the files that the run writes there.
+    """What is wrong with --output-dir, one line each; `written` names the files that the run writes there.
 
     --eval-only writes nothing.
     """
-    folder, training = args.output_dir, vars(args).get("eval_only") is None
+    folder = args.output_dir
+    training = vars(args).get("eval_only") is None
     places = [folder / name for name in written] if training else []
     for option in ("checkpoint", "stage1_adapter"):
         path = vars(args).get(option)
@@ -62,7 +63,7 @@ def problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[
 
 
 def _places_of_images(args: argparse.Namespace) -> Iterator[Path]:
-    """The folders in which a new folder would be taken for a class, and its pictures for images of it."""
+    """The folders in which a new folder would be taken for a class, and its pictures for images of that class."""
     given = vars(args)
     own = args.dataset in ("imagefolder", UNLABELLED_SET) and given.get("data_list") is None
     for root in (args.data_dir if own else None, given.get("knn_dir")):
@@ -77,12 +78,12 @@ def _places_of_images(args: argparse.Namespace) -> Iterator[Path]:
 def held(
     folder: Path, script: str, files: Iterable[str] = (), resumed: Path | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Within this block the folder of --output-dir is there, and no other run writes to it.
+    """Within this block the folder of --output-dir exists, and no other run writes to it.
 
-    If the block writes nothing into a new folder, nothing remains of it. Of several processes the first holds it.
+    A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
 
     Args:
-        folder: is made if it is not there.
+        folder: is made if it does not exist.
         script: a key of MARKS.
         files, resumed: see `begin_folder`.
 
@@ -90,8 +91,8 @@ def held(
         `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
 
     Raises:
-        InputError: in every process: another run is going on in the folder, the other script's results are in it, or
-            it cannot be made.
+        InputError: another run is going on in the folder, it has the other script's results, or it cannot be made.
+            Every process raises it.
     """
     with contextlib.ExitStack() as stack:
         problem = None
@@ -119,18 +120,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been moved
-            os.unlink(folder / LOCK)  # while it is locked, so that it is ours
+            os.unlink(folder / LOCK)  # before the lock is released: the file is still this run's
         os.close(handle)
         for place in new:
-            with contextlib.suppress(OSError):  # it has files in it
+            with contextlib.suppress(OSError):  # it is not empty
                 place.rmdir()
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of a new file that is this process's alone until the process ends, however it ends.
+    """Create a file that this process alone holds until it ends, however it ends; return the descriptor.
 
-    Locks of `fcntl.lockf` are no other process's: those that load images, which are forked, do not hold them any longer
-    than the run. Raises InputError if another process has the file, and OSError if it cannot be made.
+    Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
+    Raises InputError if another process holds the file, and OSError if it cannot be made.
     """
     if fcntl is None:
         try:  # Windows removes a temporary file together with its process
@@ -145,13 +146,13 @@ def _lock(path: Path) -> int:
             owner = os.read(handle, 200).decode(errors="replace")
             os.close(handle)
             raise _busy(path, owner) from None
-        except OSError:  # a file system without locks, as some networks have: then nothing is held
+        except OSError:  # some network file systems have no locks: then the run goes on without one
             pass
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
             os.truncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return handle
-        os.close(handle)  # a run that ended in this moment has removed it
+        os.close(handle)  # a run that ended at this moment has removed the file
 
 
 def _busy(path: Path, owner: str) -> InputError:
@@ -167,7 +168,7 @@ def _unusable(folder: Path, error: OSError) -> InputError:
 
 
 def _check_owner(folder: Path, script: str) -> None:
-    """Raises InputError if the other script's files would be replaced."""
+    """Raise InputError if the other script's files would be replaced."""
     for name in SHARED_FILES:
         found = _keys(folder / name)
         other = next((other for other, marks in MARKS.items() if other != script and marks & found), None)
@@ -178,7 +179,7 @@ def _check_owner(folder: Path, script: str) -> None:
 
 
 def _keys(path: Path) -> set[str]:
-    """The keys or columns of a file; none if it is not there or cannot be read."""
+    """The keys or columns of a file; none if it does not exist or cannot be read."""
     try:
         if path.suffix == ".pth":
             content = read_checkpoint(path)
@@ -193,9 +194,10 @@ def _keys(path: Path) -> set[str]:
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
-    """Make the folder of --output-dir this run's own: the `files` that an earlier run left there are moved aside.
+    """Make the folder of --output-dir this run's own: move the `files` that an earlier run left there aside.
 
-    They stay if this run goes on from a file in it, `resumed`. Raises InputError if it cannot be made or they stay.
+    They stay if this run resumes from `resumed`, a file in this folder. Raises InputError if the folder cannot be made
+    or the files cannot be moved.
     """
     if not distributed.is_main():
         return
@@ -212,7 +214,7 @@ def _move_aside(folder: Path, names: list[str]) -> None:
     if not names:
         return
     named = folder.name not in ("", "..") and not folder.is_symlink()
-    place = folder if named else folder.resolve()  # on the same disk, whatever `folder` is called
+    place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
     for number in itertools.count(1):
         aside = place.with_name(f"{place.name}-{number}")
         with contextlib.suppress(FileExistsError):

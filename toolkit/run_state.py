@@ -1,4 +1,4 @@
-"""How far a run of either script has come: what it trains with, the state that it goes on from, and its files."""
+"""The state of a run of either script: what training changes, what a resumed run needs, and the run's files."""
 
 import argparse
 import contextlib
@@ -30,35 +30,37 @@ def _same(value: Any) -> Any:
 
 
 class Part(NamedTuple):
-    """A part of a run's state: `get` returns it as `torch.save` can write it, `put` takes that back."""
+    """A part of a run's state: `get` returns it in a form that `torch.save` can write, `put` restores it from that."""
 
     get: Callable[[], Any]
     put: Callable[[Any], None]
 
     @classmethod
     def of(cls, thing: Any) -> "Part":
-        """What has its state in `state_dict`, as an optimizer has."""
+        """The part of a thing with `state_dict` and `load_state_dict`, such as an optimizer."""
         return cls(thing.state_dict, thing.load_state_dict)
 
     @classmethod
     def attribute(
         cls, thing: Any, name: str, stored: Callable[[Any], Any] = _same, restored: Callable[[Any], Any] = _same
     ) -> "Part":
-        """An attribute; `stored` makes of it what is written, `restored` the opposite."""
+        """The part in an attribute; `stored` converts it to what is written, `restored` converts that back."""
         return cls(lambda: stored(getattr(thing, name)), lambda value: setattr(thing, name, restored(value)))
 
 
 class RunState:
-    """What a run has done so far, and what it needs to go on bit for bit. A script's run derives from it.
+    """What a run has done so far, and what it needs to resume bit for bit. The runs of both scripts derive from it.
 
     Attributes:
         trained_parts: what training changes, by key of `last.pth`.
-        other_parts: what else the run has to remember.
-        identity: `config`, `images` and `base`, by which a state is known to be this run's; see `check_same_run`.
+        other_parts: what else a resumed run needs.
+        identity: `config`, `images` and `base`, which show whether a state is this run's; see `check_same_run`.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
-        self.args, self.device, self.dtype = args, device, dtype
+        self.args = args
+        self.device = device
+        self.dtype = dtype
         self.history: list[dict[str, Any]] = []  # a row for each finished epoch
         self.progress: Progress | None = None  # of the epoch that has begun
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
@@ -81,10 +83,10 @@ class RunState:
         warmup_steps: int,
         rate_divisor: float = 1.0,
     ) -> None:
-        """Take what trains. Until here all processes draw the same random numbers; from here on each draws its own.
+        """Set up optimizer, schedule and scaler. From here on each process draws random numbers of its own.
 
         Args:
-            rate_divisor: what all learning rates are divided by.
+            rate_divisor: divides all learning rates.
         """
         self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
         total_steps = self.args.epochs * steps_per_epoch
@@ -102,11 +104,11 @@ class RunState:
         }
 
     def _restore_scaler(self, state: dict[str, Any]) -> None:
-        if state:  # empty if the run was not in float16, which an automatic precision may change
+        if state:  # empty if the former run was not in float16, as with an automatic precision on another device
             self.scaler.load_state_dict(state)
 
     def trained(self) -> dict[str, Any]:
-        """What training changes."""
+        """The state that training changes, by key of `last.pth`."""
         return {key: part.get() for key, part in self.trained_parts.items()}
 
     def restore(self, trained: dict[str, Any]) -> None:
@@ -115,12 +117,12 @@ class RunState:
             part.put(trained[key])
 
     def state(self) -> dict[str, Any]:
-        """Everything from which the run goes on bit for bit: what `last.pth` has."""
+        """Everything that a resumed run needs to go on bit for bit: the content of `last.pth`."""
         others = {key: part.get() for key, part in self.other_parts.items()}
         return {**self.trained(), **others, **self.identity}
 
     def save_state(self) -> None:
-        state = self.state()  # to which every process contributes
+        state = self.state()  # every process contributes
         if distributed.is_main():
             save_atomically(state, self.path("last.pth"))
 
@@ -130,7 +132,7 @@ class RunState:
             write_text(yaml.safe_dump(self.identity["config"], sort_keys=False), self.path("config.yaml"))
 
     def save_metrics(self, columns: Sequence[str]) -> None:
-        """Write the history. After a resume too it has every epoch once; what was not measured is an empty field."""
+        """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
         if distributed.is_main():
             write_csv(self.history, columns, self.path("metrics.csv"))
 
@@ -167,10 +169,10 @@ class RunState:
 
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Within this block a stop request is noted; once it is raised, the state is saved and told.
+        """Within this block stop requests are noted; when one is raised, save the state.
 
         Raises:
-            Stopped: with that message.
+            Stopped: with a message that says where the state is.
         """
         with self.stop:
             try:
@@ -195,7 +197,7 @@ def _restore_rng(states: list[dict[str, Any]]) -> None:
 
 
 def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what `torch.save` can write, that shares no memory with the original."""
+    """A copy of anything that `torch.save` can write, sharing no memory with the original."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -203,7 +205,7 @@ def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# May this run go on from that state?
+# Whether a run may go on from a state
 
 
 def of_other_version(path: Path) -> InputError:
@@ -223,8 +225,9 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
-    """The settings of two configurations that differ, except those in `free`: they change nothing computed."""
-    then, now = flat(then), flat(now)
+    """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
+    then = flat(then)
+    now = flat(now)
     return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
 
 
@@ -235,8 +238,7 @@ def check_same_run(
 
     Args:
         path: the file to go on from.
-        then, now: what is in it and what the run to be has: `config`, `images`, `base` and, if there are any,
-            `class_names`.
+        then, now: `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
         free: names of settings, as in `flat`, that may differ because they do not change what is computed.
 
     Raises:

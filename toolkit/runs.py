@@ -21,14 +21,14 @@ from toolkit.data import DOWNLOADED
 from toolkit.folders import UnreadableImage
 from toolkit.training import base_dtype, select_device, select_precision
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How a run begins
 
 
 def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
-    """What is wrong with the device, the precision and the folders that the options name, a line each.
+    """What is wrong with the device, the precision and the folders that the options name, one line each.
 
     Args:
         written: names of the files that the run writes to --output-dir.
@@ -48,9 +48,9 @@ def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) 
 
 
 def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:
-    """A bar that the first process draws; in a log, where each drawing stays, every ten seconds at most.
+    """A progress bar that the first process draws; in a log, where each drawing stays, at most every ten seconds.
 
-    TQDM_MININTERVAL in the environment, as tqdm defines it, sets another interval in seconds.
+    tqdm's variable TQDM_MININTERVAL in the environment sets another interval in seconds.
     """
     redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
     interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
@@ -59,7 +59,7 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
 
 
 def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
-    """The bar of an epoch over so many images, of which some are done."""
+    """The progress bar of an epoch over so many images, of which `done` are done."""
     counts = {"total": images, "initial": done, "unit": "img", "leave": False}
     return progress_bar(title=f"epoch {epoch}/{epochs}", **counts)
 
@@ -69,7 +69,7 @@ def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop, and did so in an orderly way. `signum` is the signal."""
+    """A run was asked to stop and did, in an orderly way. `signum` is the signal."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -77,7 +77,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequests:
-    """Within its `with` block the first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
+    """Within its `with` block a first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
 
     def __init__(self):
         self.signum = 0
@@ -85,7 +85,8 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():  # only there can signals be caught
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -98,15 +99,15 @@ class StopRequests:
         self.signum = signum
 
     def check(self) -> None:
-        """Raise Stopped if this process was asked to stop, or any other: all check together, so all stop together."""
+        """Raise Stopped if any process was asked to stop. All processes must call this together, and all raise."""
         if distributed.all_sum(self.signum)[0]:
             raise Stopped(self.signum or signal.SIGTERM)
 
     def watched(self, batches: Iterable) -> Iterable:
-        """Yields the batches, and checks for a stop request before each.
+        """Yield the batches, and check for a stop request before each.
 
-        Of several processes none checks: all would have to check at the same batch, and they may have different numbers
-        of batches.
+        With several processes this never checks: they may have different numbers of batches, and `check` needs all of
+        them.
         """
         for batch in batches:
             if distributed.world_size() == 1:
@@ -118,20 +119,20 @@ class StopRequests:
 # How a run fails
 
 
-# What CUDA, cuBLAS and cuDNN say, in errors of no type of their own.
+# What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
 NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 @contextlib.contextmanager
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
-    """Within this block running out of memory, a killed worker and a lost process are an InputError.
+    """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
 
     Args:
-        device: where the memory is.
-        saves_memory: what helps if it runs out.
+        device: where the run computes.
+        saves_memory: advice for when memory runs out.
 
     Yields:
-        An empty list for the loaders whose workers may be killed, with `toolkit.data.Transformed` data sets.
+        An empty list, to which the block adds its loaders of `toolkit.data.Transformed` data sets.
     """
     loaders: list[DataLoader] = []
     try:
@@ -153,10 +154,10 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             raise InputError(
                 f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
             ) from None
-        # A worker that ends while it hands over a batch breaks the connection.
-        if not any(thing in str(error) for thing in ("DataLoader worker", "Pin memory thread")) and not (
-            any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
-        ):
+        named = any(thing in str(error) for thing in ("DataLoader worker", "Pin memory thread"))
+        # A worker that is killed while it hands over a batch breaks the connection.
+        broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
+        if not named and not broken:
             raise
         names = [name for loader in loaders for name in loader.dataset.names_being_read()]
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
@@ -168,11 +169,11 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for its next tensors, where its memory is glibc's.
+    """Let this process keep freed memory for its next tensors, if its allocator is glibc's.
 
-    Otherwise blocks of more than 32 MB go back to the system at once, and new ones come page by page, each filled with
-    zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels). If the environment has
-    settings for this, they stand.
+    By default glibc returns blocks of more than 32 MB to the system at once, which then hands out new ones page by
+    page, each filled with zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels).
+    Settings in the environment take precedence.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
     if platform.system() != "Linux" or settings & os.environ.keys():
@@ -183,9 +184,9 @@ def keep_freed_memory() -> None:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run main and exit: 0, 2 for an InputError, 128 + signal if stopped. Of several failing processes only one prints.
+    """Run main and exit with 0, with 2 for an InputError, or with 128 + signal if stopped.
 
-    Output reaches a log in the order in which it is printed, and the error is its last line.
+    If several processes fail, only one prints. Output reaches a log in order, and the error is its last line.
     """
     if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -211,8 +212,8 @@ def run_script(main: Callable[[], Any]) -> None:
     except BrokenPipeError:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
-            raise  # the pipe was another
-        # Whoever read the output, such as `head`, has stopped. At its end Python flushes once more.
+            raise  # the broken pipe is not the output's
+        # Whoever read the output, such as `head`, has stopped. Python flushes once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # 128 + SIGPIPE, as other programs end then
     except Exception:

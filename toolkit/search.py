@@ -1,8 +1,8 @@
-"""Find a learning rate: a run at each of seven rates over three decades, on a part of the training images.
+"""Finds a learning rate: trains at each of seven rates over three decades, on a part of the training images.
 
-The trials are as long as the run itself. Shorter ones, as in successive halving, favour rates that are too low: a head
-that starts as a linear probe is good at once, and what a higher rate gains shows in the last epochs alone. The trials
-are saved as they are made, so that a search that was stopped goes on where it was.
+The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS. Shorter ones, as in successive halving, favour rates
+that are too low: a head that starts as a linear probe is good at once, and the gain of a higher rate shows only in the
+last epochs. Each trial is saved when it ends, so a stopped search can be resumed.
 """
 
 import math
@@ -17,12 +17,12 @@ from toolkit.tasks import Task
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
-MOST_TRIAL_EPOCHS = 20  # of a trial
-SEARCH_IMAGES = 2_000  # at most so many train, and as many validate
+MOST_TRIAL_EPOCHS = 20
+SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
 
 
 class Trainable(Protocol):
-    """A run of the search."""
+    """A run as the search needs it."""
 
     history: list[dict[str, float]]  # each row with the task's score, as `val_accuracy`, and `val_loss`
 
@@ -44,13 +44,13 @@ def find_learning_rate(
     known: Iterable[Trial] = (),
     tried: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> tuple[float, list[Trial]]:
-    """The rate that `choose` takes, and every trial that was made.
+    """Try all rates; return the rate that `choose` takes, and all trials.
 
     Args:
         trial: trains at a rate and returns validation score and loss.
-        variance: of a score, the square of its standard error.
+        variance: score -> the square of its standard error.
         known: trials of an interrupted search, which are not repeated.
-        tried: called after each trial with all so far.
+        tried: called after each trial with all trials so far.
     """
     trials = list(known)
     for rate in RATES[len(trials) :]:
@@ -62,7 +62,7 @@ def find_learning_rate(
 def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
     """Return the rate nearest to the default among those within one standard error of the best score.
 
-    A few hundred images tell rates apart that differ by some points, not the best from the second best. (The rule of
+    A few hundred images can show a difference of some points, but not which of the best rates is best. (The rule of
     one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
     """
     best = max(trial.val_score for trial in trials)
@@ -72,7 +72,7 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
 
 
 def parts_of(splits: data.Splits) -> data.Splits:
-    """What a search trains and validates on: two parts of the training images."""
+    """The images that a search trains and validates on: two parts of the training images."""
     rest, part = data.validation_part(splits.train)
     return data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
 
@@ -88,16 +88,16 @@ def choose_learning_rate(
     settings: dict[str, Any],
     free: Container[str] = (),
 ) -> tuple[float, Path | None]:
-    """The best rate, found by a search or recalled from the run to go on with, and the `last.pth` of that run, if any.
+    """Search for the best rate, or read it from the run to resume; returns that run's `last.pth` too, if there is one.
 
     Args:
         make_run: makes a run at a rate for a number of epochs.
-        task: what judges the runs.
-        epochs: of the run that the rate is for.
-        images: on how many the trials are judged.
-        begin: makes the folder ready; called when there is something to save.
-        folder: gets `last.pth`, `learning_rates.csv` and `learning_rates.png`.
-        resume: the `last.pth` to go on from.
+        task: judges the runs.
+        epochs: the epochs of the run that the rate is for.
+        images: the number of images on which trials are judged.
+        begin: prepares the folder; called when there is something to save.
+        folder: receives `last.pth`, `learning_rates.csv` and `learning_rates.png`.
+        resume: the `last.pth` to resume.
         settings: `config` and `images` of the run, which an interrupted search must share.
         free: names of settings, as `section.key`, that may differ because they do not change what is computed.
     """
@@ -136,12 +136,13 @@ def choose_learning_rate(
             rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
             write_csv(rows, columns, folder / "learning_rates.csv")
 
-    told = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {told}")
+    plan = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {plan}")
     rate, trials = find_learning_rate(trial, lambda score: task.variance(score, images), known, tried)
     begin()
     if distributed.is_main():
-        rates, scores, _ = zip(*trials, strict=True)
+        rates = [trial.learning_rate for trial in trials]
+        scores = [trial.val_score for trial in trials]
         reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
     return rate, None

@@ -1,9 +1,9 @@
 """Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
 
-A set of a million small files is slow to list and to open on network storage; as a few hundred archives it is not.
-The archives are not streamed as webdataset does it, but indexed: where each image lies is found when a run starts, and
-read from there. So every image is used once per epoch, an epoch can be resumed within, and several processes share it
-exactly, none of which a stream can promise. `toolkit.data.Batches` takes the archives one group after the other.
+A million small files are slow to list and to open on network storage; a few hundred archives are not. The archives are
+not streamed, as in webdataset, but indexed: a run first finds where each image lies, and then reads it from there. So
+an epoch uses every image once, can be resumed in the middle, and is shared exactly by several processes. A stream
+promises none of this. `toolkit.data.Batches` takes the archives one group after the other.
 """
 
 import io
@@ -38,20 +38,22 @@ def shard_names(folder: Path) -> list[str]:
 
 
 class ShardedImages(ImageFiles):
-    """`ImageFiles` that lie in archives. An image's path is the archive's, and then its name in there.
+    """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive.
 
     Args:
         folder: where the archives are.
-        shards: their names.
-        names, places, labels: of each image its archive's name / its own, (number of its archive, offset and size in
-            bytes), and its class.
+        shards: the archives' names.
+        names: for each image, its archive's name / its own.
+        places: for each image, (number of its archive, offset in bytes, size in bytes).
+        labels: for each image, its class.
     """
 
     def __init__(
         self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels, bands=None
     ):
         super().__init__(folder, names, labels, bands)
-        self.shards, self.places = list(shards), places
+        self.shards = list(shards)
+        self.places = places
 
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         if self.bands is not None:
@@ -79,15 +81,17 @@ class ShardedImages(ImageFiles):
 
 
 def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
-    """The images in a folder's archives, and their labels as text; no labels if no image has one.
+    """The images in a folder's archives, and their labels as text; an empty list if no image has one.
 
-    Only the archives' headers are read, and the labels.
+    Only the archives' headers and the labels are read.
 
     Raises:
         InputError: a file that is no tar archive, or a compressed one; images with and without a label; no images.
     """
     shards = shard_names(folder)
-    names, places, texts = [], [], []
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    texts: list[str | None] = []
     for number, shard in enumerate(shards):
         images, labels = _members(folder / shard, suffixes(bands))
         names += [f"{shard}/{name}" for name in images]
@@ -103,7 +107,7 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
 
 
 def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Of one archive: image -> (offset, size) in bytes, and key -> label."""
+    """The members of one archive: image -> (offset, size) in bytes, and key -> label."""
     images, labels = {}, {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -116,7 +120,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
                     text = archive.extractfile(member).read(1000).decode()
                     labels[_key(member.name)] = one_spelling(text.strip())
             archive.fileobj.seek(archive.offset)
-            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # at the end are zeros, or nothing
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
                 raise tarfile.ReadError("it is damaged after its first members")
     except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(
@@ -126,6 +130,6 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
 
 
 def _key(name: str) -> str:
-    """What an image and its label have in common: the path up to the first dot of the file's name."""
+    """The key that an image and its label share: the path up to the first dot of the file's name."""
     folder, file = posixpath.split(name)
     return posixpath.join(folder, file.partition(".")[0])

@@ -22,14 +22,15 @@ from toolkit.folders import unreadable
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image, upright and as RGB: rotated as its EXIF data say, over white, 16-bit and float levels scaled to 8.
+    """Convert any PIL image to RGB: upright by its EXIF data, over white, 16-bit and float levels scaled to 8 bits.
 
-    What `Image.open` returns is decoded first; an InputError names a file that cannot be.
+    What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded.
     """
     name = _name(image)
     with _named_if_unreadable(image):
         image.load()
-        image = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+        if _orientation(image) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
@@ -41,10 +42,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As the EXIF data say. 1: upright, also where they make no sense; 5 to 8: lying on a side."""
+    """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
     with _named_if_unreadable(image):
-        told = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return told if told in range(1, 9) else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in range(1, 9) else 1
 
 
 @contextlib.contextmanager
@@ -65,17 +66,20 @@ _warned_of_12_bits = False
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; where they are no numbers, black."""
+    """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; NaN and infinity become black."""
     levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    wide = image.mode.startswith("I;16") or levels.max() > 255
-    if wide and levels.max() < 2**12:
-        _warn_of_12_bits(name)
-    scale = 1 / 257 if wide else 255 if image.mode == "F" and levels.max() <= 1 else 1
+    scale = 1
+    if image.mode.startswith("I;16") or levels.max() > 255:
+        scale = 1 / 257
+        if levels.max() < 2**12:
+            _warn_of_12_bits(name)
+    elif image.mode == "F" and levels.max() <= 1:
+        scale = 255
     return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
 
 
 def _warn_of_12_bits(name: str) -> None:
-    """Once per run: of the loading processes the first one speaks."""
+    """Warn once per run: among the loading processes only the first one does."""
     global _warned_of_12_bits
     worker = get_worker_info()
     if not _warned_of_12_bits and (worker is None or worker.id == 0):
@@ -92,18 +96,18 @@ def _warn_of_12_bits(name: str) -> None:
 
 
 class View:
-    """Any PIL image -> (3, S, S): a rectangle of it, resized, and what follows; without steps a PIL image.
+    """Any PIL image -> (3, S, S): a rectangle of it, resized, then transformed; without steps a PIL image.
 
-    Of an array (H, W, C) it makes (C, S, S), of the values that the array has.
+    An array (H, W, C) becomes (C, S, S), with the array's own values.
 
-    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has the pixels
-    that it needs: a photograph of 12 megapixels in a third of the time.
+    A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has enough
+    pixels. This takes a third of the time for a photograph of 12 megapixels.
 
     Args:
-        place: (width, height) of the upright image -> the rectangle (left, top, right, bottom) and the size
-            (width, height) that it gets. Its `margin` is how many times that size to keep, at least, in decoding.
-        steps: transforms of the resized image, as torchvision's.
-        bands: what the bands of images are that are no RGB photographs.
+        place: (width, height) of the upright image -> the rectangle (left, top, right, bottom), and the size
+            (width, height) to resize it to. Decoding leaves the rectangle at least `place.margin` times that size.
+        steps: transforms of the resized image, such as torchvision's.
+        bands: the bands of images that are not RGB photographs.
     """
 
     def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable, bands: Bands | None = None):
@@ -126,26 +130,28 @@ class TwoCrops:
         return first, second
 
 
-_REDUCTIONS = (1, 2, 4, 8)  # in which libjpeg decodes
+_REDUCTIONS = (1, 2, 4, 8)  # by these factors libjpeg can shrink an image while it decodes
 
 
 def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
-    """The views of an image, which is decoded once."""
+    """Several views of an image, which is decoded once."""
     if views[0].bands is not None:
         image = views[0].bands.array(image)
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         return [view.steps(_resized_bands(image, *view.place(width, height))) for view in views]
-    is_jpeg = image.format in ("JPEG", "MPO")  # only these know their upright size, and can be reduced, undecoded
+    is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
     if not is_jpeg:
         image = to_rgb(image)
     orientation = _orientation(image) if is_jpeg else 1
-    width, height = image.size[::-1] if orientation >= 5 else image.size
+    lies_on_a_side = orientation >= 5
+    width, height = image.size[::-1] if lies_on_a_side else image.size
     places = [view.place(width, height) for view in views]
     reduction = 1
     if is_jpeg:
         reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
-        if orientation != 1:  # the last pixel then comes first, and is to stand for as many as the others
+        # The pixels at the end become the first ones, so the last block must be as large as the others.
+        if orientation != 1:
             reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
@@ -154,14 +160,14 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
 
 
 def _reduction(box: tuple[int, ...], size: tuple[int, int], margin: int) -> int:
-    """The strongest of libjpeg's reductions after which a box has `margin` times its size in pixels."""
+    """The strongest of libjpeg's reductions that leaves a box at least `margin` times its final size."""
     left, top, right, bottom = box
     room = min((right - left) / size[0], (bottom - top) / size[1]) / margin
     return max(factor for factor in _REDUCTIONS if factor <= max(1, room))
 
 
 def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], reduction: int) -> Image.Image:
-    """The box, whose corners are those of the full image, cut out of the reduced one and resized."""
+    """Cut a box out of a reduced image and resize it. The box's corners are those in the full image."""
     left, top, right, bottom = (corner / reduction for corner in box)
     whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     if whole != (0, 0, *image.size):
@@ -171,9 +177,12 @@ def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], re
 
 
 def _resized_bands(image: np.ndarray, box: tuple[int, ...], size: tuple[int, int]) -> torch.Tensor:
-    """The box of an array (H, W, C), resized as a photograph's is, but in floats: (C, height, width)."""
-    bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
-    return torch.stack([torch.from_numpy(np.array(_resized(band, box, size, 1))) for band in bands])
+    """Cut a box out of an array (H, W, C) and resize it as a photograph, but in floats: (C, height, width)."""
+    resized = []
+    for band in range(image.shape[2]):
+        levels = Image.fromarray(np.ascontiguousarray(image[..., band]))
+        resized.append(torch.from_numpy(np.array(_resized(levels, box, size, reduction=1))))
+    return torch.stack(resized)
 
 
 class RandomCrop:
@@ -190,17 +199,17 @@ class RandomCrop:
         return (left, top, left + w, top + h), (self.size, self.size)
 
 
-LONGEST = 8  # times its shorter side: evaluation's crop takes the middle of that
+LONGEST_RATIO = 8  # of the longer side to the shorter: evaluation cuts anything longer to its middle
 
 
 class ResizeWhole:
-    """A place for `View`: all of the image, `size` pixels wide and high, or along its `shorter` side.
+    """A place for `View`: the whole image, resized to `size` pixels wide and high, or along its `shorter` side.
 
-    With `shorter`, only the middle of an image that is longer than LONGEST times its shorter side: 3000 x 1 pixels
-    would become 768,000 x 256, of which a crop then takes 224 x 224.
+    With `shorter`, an image longer than LONGEST_RATIO times its shorter side is cut to its middle. Otherwise 3000 x 1
+    pixels would become 768,000 x 256, only for a crop to take 224 x 224 of them.
     """
 
-    margin = 2  # so that evaluation sees nearly the image decoded in full: less than a level of 256 away on average
+    margin = 2  # with it, reduced decoding changes evaluation's pixels by less than one level of 256 on average
 
     def __init__(self, size: int | None = None, shorter: int | None = None):
         self.size, self.shorter = size, shorter
@@ -209,14 +218,16 @@ class ResizeWhole:
         if self.shorter is None:
             return (0, 0, width, height), (self.size, self.size)
         side = min(width, height)
-        inner = min(width, LONGEST * side), min(height, LONGEST * side)
-        left, top = (width - inner[0]) / 2, (height - inner[1]) / 2
-        scaled = int(self.shorter * inner[0] / side), int(self.shorter * inner[1] / side)
-        return (left, top, left + inner[0], top + inner[1]), scaled
+        inner_width = min(width, LONGEST_RATIO * side)
+        inner_height = min(height, LONGEST_RATIO * side)
+        left = (width - inner_width) / 2
+        top = (height - inner_height) / 2
+        scaled = int(self.shorter * inner_width / side), int(self.shorter * inner_height / side)
+        return (left, top, left + inner_width, top + inner_height), scaled
 
 
 class ShrinkTo:
-    """A place for `View`: all of the image, with at most so many pixels along its shorter side."""
+    """A place for `View`: the whole image, shrunk to at most so many pixels along its shorter side."""
 
     margin = 1
 
@@ -229,7 +240,7 @@ class ShrinkTo:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB image as (3, H, W) from 0 to 1: torchvision's ToTensor, to the bit, with one copy less."""
+    """An RGB image as (3, H, W) from 0 to 1: the bits of torchvision's ToTensor, with one copy less."""
     levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
@@ -248,11 +259,11 @@ def eval_transform(
     std: Sequence[float] = IMAGENET_STD,
     bands: Bands | None = None,
 ) -> View:
-    """Any PIL image -> (3, image_size, image_size): its central 224/256, small sizes whole.
+    """Any PIL image -> (3, image_size, image_size): its central 224/256, or all of it for sizes up to 64.
 
-    It takes what `Image.open` returns, and then gives the same pixels as evaluation. Its channels are normalised by
-    `mean` and `std`; see `toolkit.backbones.normalization`. With `bands` it takes arrays, (H, W, channels), the paths
-    of files, and PIL images, and returns (channels, image_size, image_size).
+    Given what `Image.open` returns, it yields the same pixels as evaluation. The channels are normalised by `mean` and
+    `std`; see `toolkit.backbones.normalization`. With `bands` it takes arrays (H, W, channels), paths of files, and PIL
+    images, and returns (channels, image_size, image_size).
     """
     tensor = _tensor(mean, std, bands)
     if image_size <= 64:
@@ -260,8 +271,8 @@ def eval_transform(
     return View(ResizeWhole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
-# Measured, see benchmarks/RESULTS.md: with the 0.08 of training from scratch, a short fine-tuning on few labels loses
-# several points.
+# Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
+# several points of accuracy.
 CROP_MIN = 0.75
 AUGMENTATIONS = ("crop", "trivial", "affine", "none")
 
@@ -280,11 +291,12 @@ def train_transform(
         image_size: pixels along each side.
         augmentation: 'crop' (random resized crop and horizontal flip, for natural images), 'trivial' (the same and one
             more change of random strength: TrivialAugment, arXiv 2103.10158), 'affine' (a little rotation, shift and
-            scale, for digits and documents, which no flip leaves what they are) or 'none'.
-        mean, std, bands: as for `eval_transform`. With bands there is no 'trivial', whose changes are a photograph's.
+            scale, for digits and documents, which a flip would change into something else) or 'none'.
+        mean, std, bands: as for `eval_transform`. 'trivial' is for photographs and refuses bands.
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
-    crop, tensor = RandomCrop(image_size, (crop_min, 1.0)), _tensor(mean, std, bands)
+    crop = RandomCrop(image_size, (crop_min, 1.0))
+    tensor = _tensor(mean, std, bands)
     if augmentation == "crop":
         return View(crop, T.RandomHorizontalFlip(), *tensor, bands=bands)
     if augmentation == "trivial":
@@ -320,15 +332,17 @@ def two_crops(
             blur and solarisation differ between the two views), or 'digits' (a little rotation, shift and scale, and
             noise: no flip, no colour).
         crop_min: smallest share of the image's area in a crop, for the first three.
-        mean, std, bands: as for `eval_transform`. With bands, each band's brightness varies in the place of colour,
-            grey and solarisation.
+        mean, std, bands: as for `eval_transform`. With bands, each band's brightness varies instead of colour, grey
+            and solarisation.
     """
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
-        affine, noise = _affine(10, 0.1, (0.88, 1.12)), GaussianNoise(0.05)
+        affine = _affine(10, 0.1, (0.88, 1.12))
+        noise = GaussianNoise(0.05)
         view = View(ResizeWhole(image_size), affine, levels, noise, normalize, bands=bands)
         return TwoCrops(view, view)
-    crop, flip = RandomCrop(image_size, (crop_min, 1.0)), T.RandomHorizontalFlip()
+    crop = RandomCrop(image_size, (crop_min, 1.0))
+    flip = T.RandomHorizontalFlip()
     if bands is not None:
         return _two_crops_of_bands(augmentation, image_size, (crop, flip, levels, normalize), bands)
     grey = T.RandomGrayscale(p=0.2)
@@ -348,14 +362,16 @@ def two_crops(
 
 
 def _two_crops_of_bands(augmentation: str, image_size: int, parts: tuple[Callable, ...], bands: Bands) -> TwoCrops:
-    """The views of a version of MoCo's, with a band's brightness in the place of what only photographs have."""
+    """The views of a version of MoCo, with random brightness of each band instead of changes made for photographs."""
     crop, flip, levels, normalize = parts
-    jitter, blur = T.RandomApply([BandBrightness(0.4)], p=0.8), _blur(image_size)
-    shares = {"moco_v1": (0.0, 0.0), "moco_v2": (0.5, 0.5), "moco_v3": (1.0, 0.1)}[augmentation]  # that are blurred
-    views = (
-        View(crop, jitter, T.RandomApply([blur], p=share), flip, levels, normalize, bands=bands) for share in shares
-    )
-    return TwoCrops(*views)
+    jitter = T.RandomApply([BandBrightness(0.4)], p=0.8)
+    blur = _blur(image_size)
+    blurred_shares = {"moco_v1": (0.0, 0.0), "moco_v2": (0.5, 0.5), "moco_v3": (1.0, 0.1)}[augmentation]
+
+    def view(blurred_share: float) -> View:
+        return View(crop, jitter, T.RandomApply([blur], p=blurred_share), flip, levels, normalize, bands=bands)
+
+    return TwoCrops(*map(view, blurred_shares))
 
 
 class BandBrightness:
@@ -369,15 +385,15 @@ class BandBrightness:
 
 
 def _blur(image_size: int) -> "GaussianBlur":
-    """SimCLR's (2002.05709, appendix A): a kernel of a tenth of the image, here the next odd number of pixels."""
+    """The blur of SimCLR (2002.05709, appendix A): a kernel of a tenth of the image, made an odd number of pixels."""
     return GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
 
 
 class GaussianBlur(T.GaussianBlur):
-    """torchvision's to a level of 256, in a twentieth of the time.
+    """torchvision's GaussianBlur to within one level of 256, in a twentieth of the time.
 
-    One pass along each dimension, each weight at once with the one on the other side, none of those beyond four
-    standard deviations: they add up to 6e-5.
+    It makes one pass along each dimension, applies each weight to both sides at once, and leaves out the weights beyond
+    four standard deviations, which add up to 6e-5.
     """
 
     def forward(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
@@ -405,7 +421,7 @@ class GaussianBlur(T.GaussianBlur):
 
 
 class GaussianNoise:
-    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same to every channel: grey stays grey."""
+    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same in every channel: grey stays grey."""
 
     def __init__(self, std: float):
         self.std = std
