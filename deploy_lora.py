@@ -172,7 +172,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _task_of(about: dict[str, Any]) -> Task:
-    """What the outputs of a model mean, by what its file says."""
+    """The task of a model, from the metadata of its file."""
     return from_record(about.get("task"), about["class_names"], "the adapter")
 
 
