@@ -849,8 +849,7 @@ class FineTuning(RunState):
         self.head_temperature = HeadTemperature()
         self.average = training.WeightAverage.of(model, args, self.task.counts(splits.train))
         self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype)
-        all_train = norms_train or not args.freeze_backbone
-        self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, all_train)
+        self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, norms_train or not args.freeze_backbone)
         self.recovery = Recovery(self.guard, args.learning_rate / divisor)
 
         self.identity |= {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
@@ -865,9 +864,11 @@ class FineTuning(RunState):
 
     def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Feed.features`."""
-        self.evaluator.estimate_statistics()
         features = features or self.feed.features(self.network, self.dtype)
         self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args)
+        if self.evaluator.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
+            trained_on = self.feed.features(self.network, self.dtype)
+            _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args)
         self.task.soften_head(self.model, self.temperature())
         self.start_adapters()
         self.guard.first_loss = self.guard.recent_loss = self.evaluator.worst_batch_loss()
@@ -991,8 +992,8 @@ class FineTuning(RunState):
             self.task.soften_head(self.model, self.temperature() / temperature)
             self.start_adapters()
         self.save()
-        back = f"back to epoch {len(self.history)}, learning rate {self.recovery.rate:.1e}"
-        print(f"epoch {epoch}: training collapsed; {back}")
+        done, rate = len(self.history), self.recovery.rate
+        print(f"epoch {epoch}: training collapsed; back to epoch {done}, learning rate {rate:.1e}")
 
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""

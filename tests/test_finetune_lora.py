@@ -596,8 +596,11 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
     assert 0 <= finetune_lora.main(alone.split())["val_accuracy"] <= 1
 
 
-def test_a_probe_sees_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
-    """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training."""
+def test_a_head_starts_on_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
+    """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training.
+
+    What the backbone knows before training is told as the file has it.
+    """
     torch.manual_seed(0)
     resnet = build_backbone("resnet18", 5)
     torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
@@ -610,6 +613,11 @@ def test_a_probe_sees_the_statistics_that_training_will_see(images, monkeypatch,
     maps = resnet.conv1(pixels)
     torch.testing.assert_close(model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
     assert resnet.bn1.running_mean.abs().max() == 0  # what the file has
+    argv = f"{argv} --output-dir {tmp_path}/frozen --image-size 32 --epochs 1 --lora-rank 0 --batch-size 7"
+    with pytest.raises(runs.Stopped):
+        finetune_lora.main(argv.split())
+    baselines = [read_checkpoint(tmp_path / name / "last.pth")["before"] for name in ("out", "frozen")]
+    assert baselines[0] == baselines[1]
 
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse

@@ -90,14 +90,12 @@ class Evaluator:
             self.estimate_statistics()
             yield
 
-    def estimate_statistics(self) -> None:
-        """If BatchNorm trains, give it the statistics of the training images for the present weights.
-
-        The probe needs this too: training normalises by its batches, so a head fitted to the base's statistics would
-        not fit the features that training sees.
-        """
-        if self.feed.statistics_loader is not None:
-            training.estimate_statistics(self.network, self.feed.statistics_loader, self.device, self.dtype)
+    def estimate_statistics(self) -> bool:
+        """If BatchNorm trains, give it the statistics of the training images for the present weights. Does it train?"""
+        if self.feed.statistics_loader is None:
+            return False
+        training.estimate_statistics(self.network, self.feed.statistics_loader, self.device, self.dtype)
+        return True
 
     def worst_batch_loss(self) -> float | None:
         """The highest loss of a batch of the guard's images; None if no BatchNorm makes losses depend on the batch."""
