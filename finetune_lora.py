@@ -45,6 +45,7 @@ from lora.targets import (
     settings_by_layer,
     unwrap_for_editing,
 )
+from lora.trained_norms import normalize
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import (
     InputError,
@@ -282,15 +283,21 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias."""
+        """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias.
+
+        What comes of one that trains is not saved for backward but computed again; see `lora.trained_norms`.
+        """
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
-            y = y if batch_norm is None else batch_norm(y)
+            if batch_norm is not None:
+                return normalize(y, batch_norm, residual, relu)
             y = y if residual is None else y + residual
             return F.relu(y) if relu else y
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
-        row_scale, bias = (None, self.bias) if batch_norm is None else scale_and_shift(batch_norm, self.bias)
+        by_batch = batch_norm if batch_norm is not None and batch_norm.training else None
+        constant = batch_norm is not None and by_batch is None
+        row_scale, bias = scale_and_shift(batch_norm, self.bias) if constant else (None, self.bias)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
@@ -298,7 +305,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
         settings = self.scaling, functional.Geometry(self.stride, padding, self.dilation, self.groups), row_scale
         A, B = self.lora_A, self.lora_B
-        return functional.lora_conv2d(x, self.base(), A, B, bias, *settings, adapter_x, residual, relu)
+        return functional.lora_conv2d(x, self.base(), A, B, bias, *settings, adapter_x, residual, relu, by_batch)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):

@@ -23,6 +23,7 @@ too: it is built in float32 and rounded once, see `_kernel_merges`.
 Second derivatives are not defined, and backward refuses a graph of its own (`backends.first_derivative`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -35,9 +36,12 @@ from lora import backends, thin, together
 from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION
 from lora.nf4 import NF4Weight, dense_weight
+from lora.trained_norms import made_of, normalize
 
 # The gradient through a recomputed LayerNorm is computed in at most PARTS parts, of PART_NUMEL numbers or more.
 PARTS, PART_NUMEL = 8, 2**17
+# With this factor numbers of 8 bits lie anywhere between the numbers of 8 bits.
+OFF_THE_GRID = 0.7071
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -365,7 +369,7 @@ PLAIN = Geometry()
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, residual, settings):
-        weight, row_scale, scaling, geometry, relu, dtype, precise_A = settings
+        weight, row_scale, scaling, geometry, relu, dtype, precise_A, (ctx.made, parts) = settings
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
@@ -392,13 +396,18 @@ class _LoRAConv2d(torch.autograd.Function):
             y = y.relu_() if relu else y
         # On a CPU all of it is built once more in backward: kept, the kernels of all layers would be there at once.
         kept = (A, sB, row_scales, kernel) if backends.counts_kernels(x) else given
-        ctx.save_for_backward(adapter_x, y if relu else None, row_scale, *kept)
+        kept = y if relu else None, row_scale, *kept
+        ctx.save_for_backward(adapter_x if ctx.made is None else None, *kept, *parts)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
         adapter_x, y, row_scale, *kept = ctx.saved_tensors
+        count = 4 if backends.counts_kernels(gy) else 2
+        kept, parts = kept[:count], kept[count:]
+        if ctx.made is not None:
+            adapter_x = ctx.made.again(*parts).to(ctx.dtype)
         need_x, need_adapter_x, _, _, need_bias, need_residual, _ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
         gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
@@ -434,6 +443,12 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     """
     on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
+
+
+@functools.cache
+def _rows_off_the_grid(count: int, device: torch.device) -> Tensor:
+    """A row scale of a BatchNorm that normalises by the batch, which divides it out: the kernel may be merged then."""
+    return torch.full((count,), OFF_THE_GRID, device=device)
 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
@@ -547,6 +562,7 @@ def lora_conv2d(
     adapter_x: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
+    batch_norm: nn.BatchNorm2d | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
 
@@ -561,12 +577,21 @@ def lora_conv2d(
         adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
         residual: (N, out, H', W'), added to the output.
         relu: rectify the output, after the addition.
+        batch_norm: one that trains, to apply to the convolution's output; see `normalize`. Not with a row_scale.
     """
     dtype = compute_dtype(x)
+    if batch_norm is not None:
+        z_scale = 1.0
+        if adapter_x is None and not (_is_trainable(weight) or _kernel_merges(weight, None, dtype)):
+            z_scale, row_scale = OFF_THE_GRID, _rows_off_the_grid(len(weight), B.device)
+            bias = None if bias is None else bias * z_scale
+        z = lora_conv2d(x, weight, A, B, bias, scaling, geometry, row_scale, adapter_x)
+        return normalize(z, batch_norm, residual, relu, z_scale)
     if not _is_trainable(weight):
         backends.refuse_jit()
         # The kernel is built from A itself; what is rounded is for the products.
-        settings = weight, row_scale, scaling, geometry, relu, dtype, A.detach()
+        made = made_of(x if adapter_x is None else adapter_x)
+        settings = weight, row_scale, scaling, geometry, relu, dtype, A.detach(), made
         A = together.rounded_factor(A, dtype)
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, settings)
     if adapter_x is None and dtype not in LOW_PRECISION:

@@ -39,6 +39,7 @@ from lora.backends import is_traced
 from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
 from lora.functional import RecomputedNorm, compute_dtype, frozen_linear, max_pool2d_relu
 from lora.together import forget_plan, rounded_together
+from lora.trained_norms import forget
 from toolkit import InputError
 
 # --------------------------------------------------------------------------------------------- what goes together
@@ -62,13 +63,19 @@ def _trains(module: nn.Module) -> bool:
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
     """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
+    return _fits(conv, norm) and not norm.training and norm.running_mean is not None and not _trains(norm)
+
+
+def takes(conv: nn.Module, norm: nn.Module) -> bool:
+    """Does the convolution apply this BatchNorm? Yes if it `folds`, and if it trains by the batch: see `normalize`."""
+    return (_fits(conv, norm) and norm.training) or folds(conv, norm)
+
+
+def _fits(conv: nn.Module, norm: nn.Module) -> bool:
     return (
         type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
-        and not norm.training
-        and norm.running_mean is not None
         and isinstance(conv, nn.Conv2d)
         and is_adapted(conv)
-        and not _trains(norm)
         and not is_hooked(conv, norm)
     )
 
@@ -112,7 +119,7 @@ def _scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor,
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
-    return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
+    return conv(x, batch_norm=norm) if takes(conv, norm) else norm(conv(x))
 
 
 def conv_bn_relu(
@@ -125,7 +132,7 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     shortcut = (lambda t: t) if downsample is None else downsample
-    if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
+    if takes(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
     out = conv_bn(conv, norm, x)
     if input is not None:
@@ -221,7 +228,7 @@ def recomputable(forward: Callable) -> Callable:
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
         # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
-        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+        return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
 
     return run
 
@@ -269,7 +276,7 @@ class FusedSequential(nn.Sequential):
         x, modules = input, list(self)
         while modules:
             module = modules.pop(0)
-            x = module(x, batch_norm=modules.pop(0)) if modules and folds(module, modules[0]) else module(x)
+            x = module(x, batch_norm=modules.pop(0)) if modules and takes(module, modules[0]) else module(x)
         return x
 
 
