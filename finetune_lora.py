@@ -296,8 +296,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         by_batch = batch_norm if batch_norm is not None and batch_norm.training else None
-        constant = batch_norm is not None and by_batch is None
-        row_scale, bias = scale_and_shift(batch_norm, self.bias) if constant else (None, self.bias)
+        row_scale, bias = (None, self.bias) if batch_norm is by_batch else scale_and_shift(batch_norm, self.bias)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
