@@ -285,8 +285,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     ) -> Tensor:
         """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias.
 
-        What comes of one that trains is not saved for backward but computed again; see `lora.trained_norms`.
-        """
+        What comes of one that trains is not saved but computed again; see `lora.trained_norms`."""
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
             if batch_norm is not None:

@@ -25,7 +25,7 @@ def scale_shift_relu(z: Tensor, scale: Tensor, shift: Tensor, residual: Tensor |
     """``relu(scale z + shift + residual)`` of z and residual (N, C, H, W); scale and shift (C,) in float32 or more.
 
     As a convolution of each channel with one number: on a CPU oneDNN's takes half the time of any other way, as it
-    rectifies on the way. In 16 bits the scale is rounded as the layer's weights are, and the shift only where it must.
+    rectifies on the way. In 16 bits scale and shift are rounded as the weights of the layers are.
     """
     kernel = scale.to(z.dtype)[:, None, None, None]
     geometry = (1, 1), (0, 0), (1, 1), z.shape[1]
