@@ -67,8 +67,9 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def takes(conv: nn.Module, norm: nn.Module) -> bool:
-    """Does the convolution apply this BatchNorm? Yes if it `folds`, and if it trains by the batch: see `normalize`."""
-    return (_fits(conv, norm) and norm.training) or folds(conv, norm)
+    """Does the convolution apply this BatchNorm? Yes if it `folds`, or trains and is to be computed again."""
+    again = norm.training and getattr(norm, "recomputed", False)  # see `set_gradient_checkpointing`
+    return (again and _fits(conv, norm)) or folds(conv, norm)
 
 
 def _fits(conv: nn.Module, norm: nn.Module) -> bool:
@@ -480,6 +481,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
             are left, for attention's heads and one of the block's twelve matrix products once more.
             Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
+            (A ResNet with adapters whose BatchNorms train): what follows a convolution is recomputed, BatchNorm, ReLU
+            and addition; its output alone is saved (`lora.trained_norms`).
             'full': only the input of each block is saved. timm's models know no other mode.
 
     Raises:
@@ -490,6 +493,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     blocks = []
     if mode == "selective":
         blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
+        if any(isinstance(m, nn.Conv2d) and is_adapted(m) for m in model.modules()):
+            blocks += [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not getattr(m, "frozen", False)]
     elif mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:

@@ -1,5 +1,7 @@
 """BatchNorm in training at the memory of one width: what follows it is computed again in backward, not saved.
 
+`set_gradient_checkpointing(model, "selective")` chooses this for the BatchNorms that train. It costs some time.
+
 The convolution's output z is saved once, as BatchNorm's backward needs it. ``relu(bn(z) + residual)``, the next
 layer's input, is made of it again by one scale and one shift per channel: an adapted convolution, which needs its input
 for the adapter's gradients alone, saves what it is made of instead. The residual stream is a sum of such outputs, so it

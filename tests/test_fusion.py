@@ -930,7 +930,7 @@ def test_checkpointing_pytorch_s_encoder_layer():
 
 def test_checkpointing_where_there_is_nothing_to_recompute():
     with pytest.raises(InputError, match="selective finds nothing to recompute"):
-        set_gradient_checkpointing(add_lora_to_model(resnet()), "selective")
+        set_gradient_checkpointing(frozen(resnet()), "selective")
     with pytest.raises(InputError, match="full finds nothing to recompute"):
         set_gradient_checkpointing(nn.Linear(2, 2), "full")
     with pytest.raises(InputError, match="'some' is unknown"):

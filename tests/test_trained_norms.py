@@ -32,6 +32,7 @@ def with_norms(stock: nn.Module, **options) -> nn.Module:
     """The model with adapters, and BatchNorms that train."""
     model = randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, **options), std=0.1)
     freeze_backbone_params(model, train_norms=True)
+    set_gradient_checkpointing(model, "selective")
     return model.train()
 
 

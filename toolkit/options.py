@@ -384,7 +384,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--gradient-checkpointing",
         choices=("none", "selective", "full"),
         default="none",
-        help="none, selective (attention) or full (blocks)",
+        help="none; selective: attention, and BatchNorms that train; full: blocks",
     )
     tune.add_argument(
         "--activation-precision",
@@ -398,8 +398,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 
 SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT), "
-    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
+    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT, "
+    "or --train-norms), --use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
 
