@@ -516,9 +516,9 @@ def rate_divisor(rate: float, steps: int) -> float:
     """By what a run that begins as a linear probe divides its learning rate if it has few steps; else 1.
 
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
-    there are any.
+    there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
-    share = steps / STEPS_TO_TRAIN
+    share = (steps / STEPS_TO_TRAIN) ** 1.5
     return max(1 / share, rate * (1 - share) / (SAFE_RATE * share)) if share < 1 else 1.0
 
 
