@@ -120,7 +120,15 @@ def test_the_first_two_commands_are_those_of_the_gate():
         assert command.replace("pip install", "pip install --quiet") in gate or command in gate
 
 
-@pytest.mark.parametrize("command", commands_of("python finetune_lora.py"))
+def slow_if(command: str, *words: str):
+    """Many seconds of a large network, in ways that other commands go as well."""
+    return pytest.param(command, marks=pytest.mark.slow) if any(word in command for word in words) else command
+
+
+COMMANDS = [slow_if(command, "timm:", "--task regression") for command in commands_of("python finetune_lora.py")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
     argv = shlex.split(command)[2:]
