@@ -241,6 +241,7 @@ def test_fine_tuning_over_cached_features_is_what_it_is_over_images(finetune, fl
     assert count_files(place if where == "disk" else tmp_path / "shm") == 0
 
 
+@pytest.mark.slow
 def test_a_resnet_begins_with_what_is_cached_of_its_stages(tmp_path, images, few_images):
     """Through the script, and resumed with the features elsewhere."""
     torch.manual_seed(0)

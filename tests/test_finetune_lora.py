@@ -1102,6 +1102,7 @@ def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, mo
     assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch, tmp_path, images):
     """All trials are made, but the run has not begun."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
@@ -1429,7 +1430,9 @@ def fresh_clone(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize("command", GUIDE)
+@pytest.mark.parametrize(
+    "command", [*GUIDE[:3], *(pytest.param(command, marks=pytest.mark.slow) for command in GUIDE[3:])]
+)
 def test_every_command_of_the_guide_runs(command, fresh_clone):
     results = finetune_lora.main(command.split())
     used, words = results["config"]["finetune"], command.split()

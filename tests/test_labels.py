@@ -111,7 +111,7 @@ def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path)
         assert said["labels"].split(",") == [name for name in ("up", "left") if shares[name] > thresholds[name]] or [""]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["multilabel", pytest.param("regression", marks=pytest.mark.slow)])
 def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     _, folder = trained[kind]
