@@ -48,7 +48,8 @@ def test_accuracies_are_compared_by_the_exact_test(classes, capsys):
     assert (difference.first, difference.second) == pytest.approx(accuracies)
     assert difference.p == measures.mcnemar(~wrong[0], ~wrong[1]) < 0.01
     assert 0 < difference.low < accuracies[1] - accuracies[0] < difference.high
-    assert "accuracy" in (told := capsys.readouterr().out) and f"p = {difference.p:.2g}" in told
+    shown = f"{accuracies[0]:.2%}, {accuracies[1]:.2%}: {accuracies[1] - accuracies[0]:+.2%}"
+    assert shown in (told := capsys.readouterr().out) and f"p = {difference.p:.2g}" in told
     [same] = comparison.compare(paths[0], paths[0])
     assert (same.low, same.high, same.p) == (0, 0, 1)
 

@@ -15,6 +15,7 @@ from toolkit.files import write_csv
 from toolkit.tasks import LabelAnswers, NumberAnswers
 
 PROBABILITY, ANSWER = " probability", " answer"  # at the end of the titles of columns of answers
+IN_UNITS = ("R2", "mean absolute error")  # shown as numbers; all else is a share, shown in per cent
 
 
 def answers_path(results: Path) -> Path:
@@ -144,6 +145,8 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     """Rows of (name, value) for people."""
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        interval = f"{after - before:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
-        rows.append((measure, f"{before:.4f}, {after:.4f}: {interval}, p = {p:.2g}"))
+        form = ".4f" if measure in IN_UNITS else ".2%"
+        told = [f"{value:{form}}" for value in (before, after)]
+        change, lowest, highest = (f"{value:+{form}}" for value in (after - before, low, high))
+        rows.append((measure, f"{told[0]}, {told[1]}: {change} (95% interval {lowest} to {highest}), p = {p:.2g}"))
     return rows
