@@ -239,7 +239,7 @@ def _megabytes(path: Path) -> float:
 
 
 def _seconds(model: nn.Module, images: torch.Tensor) -> float:
-    """Of the fastest of three passes; on a GPU, `.cpu()` waits for the answer."""
+    """The time of the fastest of three passes; on a GPU, `.cpu()` waits for the answer."""
     durations = []
     for _ in range(3):
         started = time.perf_counter()

@@ -81,7 +81,7 @@ def _fits(conv: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-# Of each BatchNorm: what its scale and shift were computed from, and they themselves.
+# Each BatchNorm's scale and shift, and what they were computed from.
 _FOLDED: weakref.WeakKeyDictionary[nn.Module, tuple[list, list[Tensor], tuple[Tensor, Tensor]]]
 _FOLDED = weakref.WeakKeyDictionary()
 

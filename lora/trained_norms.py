@@ -78,7 +78,7 @@ def normalizes_by_batch(norm: nn.BatchNorm2d, z: Tensor) -> bool:
     precise = torch.promote_types(z.dtype, torch.float32)
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
     alike = all(t is None or t.dtype == precise for t in tensors)
-    # Of a rounded z a ReLU would open where it was closed.
+    # A ReLU would open on a rounded z where it was closed.
     as_it_is = not (backends.is_traced() or saves_in_16_bits())
     return norm.training and alike and as_it_is and z.dim() == 4 and z.numel() > z.shape[1]
 

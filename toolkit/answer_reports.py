@@ -79,7 +79,7 @@ class Report(Protocol):
 
 
 class ClassReport:
-    """Of an `Evaluation` of one class an image."""
+    """The report on an `Evaluation`: one class an image."""
 
     picture = "confusion_matrix.png"
 
@@ -98,7 +98,7 @@ class ClassReport:
         }
 
     def _intervals(self) -> list[list[float]]:
-        """Of the means over classes."""
+        """The intervals of the means over classes."""
         right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
         counted = (right, self.result.labels, self.result.predictions)
 

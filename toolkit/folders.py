@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from toolkit import InputError, listed, printable
 from toolkit.bands import ARRAY_SUFFIXES, Bands
 
-# Of an animated one the first frame is the image.
+# The first frame of an animated file is the image.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 # What network drives, archivers and systems put among images: thumbnails, deleted files.
 _OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
@@ -183,7 +183,7 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
 
 
 def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
-    """Of the files that are images. Arrays are among them only where bands are read: they may be stored features."""
+    """The suffixes of image files. Arrays count only where bands are read: elsewhere they may be stored features."""
     return IMAGE_SUFFIXES if bands is None else (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
 
 

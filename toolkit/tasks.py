@@ -278,7 +278,7 @@ class LabelAnswers:
         return measures.average_precision(self.probabilities[known], self.targets[known], counts)
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Of each label, where answers are probabilities above its threshold; NaN for one without positives."""
+        """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
         found = []
         for (scores, positive, counts), threshold in zip(self._known(weights), thresholds.tolist(), strict=True):
             figure = measures.f1(scores > threshold, positive, counts)
@@ -292,7 +292,7 @@ class LabelAnswers:
         return measures.f1((self.probabilities > thresholds)[known], self.targets[known], counts)
 
     def best_thresholds(self) -> Tensor:
-        """Of each label the threshold with the highest F1 here, (K,)."""
+        """The threshold of each label that has the highest F1 here, (K,)."""
         return torch.tensor([measures.best_threshold(scores, positive) for scores, positive, _ in self._known(None)])
 
     def positives(self) -> Tensor:
@@ -300,7 +300,7 @@ class LabelAnswers:
         return self.targets.nansum(0).long()
 
     def unknown(self) -> Tensor:
-        """Of how many images each label is not known, (K,)."""
+        """How many images do not say whether they have each label, (K,)."""
         return self.targets.isnan().sum(0)
 
     def _known(self, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
@@ -350,7 +350,7 @@ class MultiLabel(Task):
         return self
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of each image the mean over all K labels, in which those that are unknown are 0; summed over images."""
+        """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
         # A share of a mixed image weighs as much of a positive as it is one.
         weights = torch.lerp(self.weights[0], self.weights[1], targets.nan_to_num())
         return self._summed(outputs, targets, weights)
@@ -515,7 +515,7 @@ class Regression(Task):
         return outputs * self.std.to(outputs.device) + self.mean.to(outputs.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of each image the mean over all K numbers, in which those that are unknown are 0; summed over images."""
+        """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
         wanted = self.standardised(targets)
         errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
         return errors.sum() / outputs.shape[1]

@@ -410,7 +410,7 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
     return scaler.get_scale() >= scale
 
 
-# With so many images per class, half of what training changes is kept. Measured, see benchmarks/RESULTS.md.
+# At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.
 IMAGES_WORTH_THE_START = 5.0
 
 
@@ -733,7 +733,7 @@ class Evaluation(NamedTuple):
         return (2 * right / both)[both > 0].mean().item()
 
     def _counts(self) -> list[Tensor]:
-        """Of each class the right answers, the images and the answers."""
+        """How many right answers, images and answers each class has."""
         classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
         right = self.labels[self.labels == self.predictions]
         return [torch.bincount(t, minlength=classes).double() for t in (right, self.labels, self.predictions)]
