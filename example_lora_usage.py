@@ -66,7 +66,7 @@ def example_2_training(epochs: int = 5) -> nn.Module:
     model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(splits.class_names))
     size = report["image_size"]
     train = build_loader(Transformed(splits.train, train_transform(size, "affine")), 32, shuffle=True)  # photos: "crop"
-    held_out = build_loader(Transformed(splits.val, eval_transform(size)), 256)
+    evaluation = build_loader(Transformed(splits.val, eval_transform(size)), 256)
 
     add_lora_to_model(model, r=8, lora_alpha=16)
     freeze_backbone_params(model)  # adapters and classifier head train, nothing else
@@ -82,8 +82,8 @@ def example_2_training(epochs: int = 5) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-        result = evaluate(model, held_out, device)
-        print(f"  epoch {epoch + 1}: held-out accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
+        result = evaluate(model, evaluation, device)
+        print(f"  epoch {epoch + 1}: evaluation accuracy {result.accuracy:.2%}, loss {result.loss:.3f}")
     if result.accuracy < 0.9:
         raise RuntimeError(f"the adapters learned too little: {result.accuracy:.2%}")
     return model
@@ -148,7 +148,7 @@ def example_4_inference(model: nn.Module) -> None:
         manager.merge_lora_weights()
         merged = _seconds(model, images)
         manager.unmerge_lora_weights()
-    print(f"  200 held-out digits: {adapted:.1%} right, {bare:.1%} with the adapters off (the head learned with them)")
+    print(f"  200 evaluation digits: {adapted:.1%} right, {bare:.1%} without adapters (the head learned with them)")
     print(f"  {1e3 * unmerged:.0f} ms as adapters, {1e3 * merged:.0f} ms merged")
     if adapted <= bare:
         raise RuntimeError("the adapters make no difference")
