@@ -153,7 +153,8 @@ def fake_cuda():
         source, library = Path(__file__).with_name("fake_cuda.cpp"), Path(folder, "fake_cuda.so")
         command = ["g++", "-O0", "-std=c++20", "-shared", "-fPIC", str(source), "-o", str(library)]
         command += [f"-I{path}" for path in cpp_extension.include_paths()]
-        command += [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+        for path in cpp_extension.library_paths():
+            command += [f"-L{path}", f"-Wl,-rpath,{path}"]
         done = subprocess.run([*command, "-lc10", "-ltorch_cpu"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"g++ cannot build {source.name} against PyTorch {torch.__version__}: {done.stderr}")

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+import finetune_lora
 from toolkit import InputError
 from toolkit.backbones import build_backbone
 from toolkit.bands import option_problems
@@ -112,3 +113,12 @@ def test_photographs_normalised_as_ever_need_no_word_and_others_do(capsys):
 def test_a_file_that_is_damaged_there_is_one_line(damage):
     with pytest.raises(InputError, match=r"^stage1\.pth: "):
         take_known_values(options(), 2, TOLD | {"bands": []} | damage, "stage1.pth")
+
+
+def test_photographs_for_a_backbone_of_reflectances_are_refused_with_the_likely_scale(resnet, images, tmp_path):
+    checkpoint = tmp_path / "resnet18_sentinel2_rgb_moco-e3a335e3.pth"
+    torch.save(resnet, checkpoint)
+    argv = f"--checkpoint {checkpoint} --arch resnet18 --data-dir {images} --image-size 32 --device cpu"
+    with pytest.raises(InputError, match=r"divided by 10000; --scale 255 is likely"):
+        finetune_lora.main([*argv.split(), "--output-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

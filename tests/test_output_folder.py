@@ -183,7 +183,8 @@ def test_files_that_are_nobodys_are_no_obstacle(tmp_path, content):
     for name in output_folder.SHARED_FILES:
         (tmp_path / name).write_bytes(content)
     with output_folder.held(tmp_path, "moco.pretrain"):
-        pass
+        assert (tmp_path / output_folder.LOCK).exists()
+    assert {path.name for path in tmp_path.iterdir()} == set(output_folder.SHARED_FILES)
 
 
 # --------------------------------------------------------------------------- one run at a time; see test_faults.py too

@@ -181,7 +181,7 @@ def load_splits(
         data_list: `imagefolder`: lists of `path,label` lines instead of class folders, one to be split, or two of
             which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
         skip_unreadable: read all images once and leave out those that cannot be read.
-        for_training_only: the evaluation images are not asked for, and `val` may be empty.
+        for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: `imagefolder`: what is read of files that are no RGB photographs.
         task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
         unknown: what unknown labels mean, as `read_label_list` takes it.
@@ -189,24 +189,11 @@ def load_splits(
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
     """
+    needs_val = eval_split == "held-out" and not for_training_only
     if task != "classification":
         splits = _target_lists(data_list, data_dir, bands, task, unknown)
-    elif dataset == "digits":
-        splits = _digits(data_dir)
-    elif dataset == "imagefolder":
-        needs_val = eval_split == "held-out" and not for_training_only
-        if data_list:
-            splits = _image_lists(data_list, data_dir, bands)
-        else:
-            splits = _image_folder(data_dir, val_dir, needs_val, bands)
-    elif dataset == UNLABELLED_SET:
-        raise InputError(
-            f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
-        )
-    elif dataset in _TORCHVISION:
-        splits = _torchvision(dataset, Path(data_dir or "data"))
     else:
-        raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
+        splits = _splits_of(dataset, data_dir, val_dir, data_list, needs_val, bands)
     train, val, class_names = splits
     if skip_unreadable:
         labels = set(train.labels)
@@ -225,6 +212,30 @@ def load_splits(
     if labels_per_class is not None:
         train = train.subset(_some_of_each(train.labels, labels_per_class, class_names, seed))
     return Splits(train, val, class_names)
+
+
+def _splits_of(
+    dataset: str,
+    data_dir: str | Path | None,
+    val_dir: str | Path | None,
+    data_list: Sequence[str | Path] | None,
+    needs_val: bool,
+    bands: Bands | None,
+) -> Splits:
+    """All training and evaluation images of a data set with one class an image. The arguments are `load_splits`'s."""
+    if dataset == "digits":
+        return _digits(data_dir)
+    if dataset == "imagefolder":
+        if data_list:
+            return _image_lists(data_list, data_dir, bands)
+        return _image_folder(data_dir, val_dir, needs_val, bands)
+    if dataset in _TORCHVISION:
+        return _torchvision(dataset, Path(data_dir or "data"))
+    if dataset == UNLABELLED_SET:
+        raise InputError(
+            f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
+        )
+    raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
 
 
 UNLABELLED = -1  # the label of an image without one
