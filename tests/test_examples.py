@@ -21,6 +21,7 @@ def test_set_up_replaces_adapters_and_counts_them(capsys):
     assert [count - head for count in trained] == [trained[0] - head, 2 * (trained[0] - head), 4 * (trained[0] - head)]
 
 
+@pytest.mark.slow
 def test_checkpoints_and_inference_agree_with_what_was_trained(trained, capsys):
     examples.example_3_checkpoints(trained)
     examples.example_4_inference(trained)

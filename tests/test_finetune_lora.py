@@ -1067,6 +1067,7 @@ def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, mo
     assert results["learning_rate"] in (1e-4, 1e-3) and results["config"]["finetune"]["learning_rate"] != "auto"
 
 
+@pytest.mark.slow
 def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-5, 1e-4, 1e-3))
     whole = finetune("--learning-rate auto", output="whole")
@@ -1429,10 +1430,9 @@ def fresh_clone(tmp_path, monkeypatch):
     return yaml.safe_load(config)["finetune"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_images")
-@pytest.mark.parametrize(
-    "command", [*GUIDE[:3], *(pytest.param(command, marks=pytest.mark.slow) for command in GUIDE[3:])]
-)
+@pytest.mark.parametrize("command", GUIDE)
 def test_every_command_of_the_guide_runs(command, fresh_clone):
     results = finetune_lora.main(command.split())
     used, words = results["config"]["finetune"], command.split()

@@ -679,6 +679,7 @@ def test_fused_blocks_can_be_saved_whole(tmp_path):
     assert classes(again) == classes(model) and torch.equal(again(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block, shape",
     [(BasicBlock(4, 4), (2, 4, 8, 8)), (EncoderBlock(2, 16, 32, 0.0, 0.0), (2, 5, 16))],
@@ -694,6 +695,7 @@ def test_a_compiled_block_is_one_graph_and_computes_the_same(block, shape):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low, base_dtype", [(False, None), (True, torch.bfloat16)], ids=["fp32", "bf16"])
 def test_a_compiled_vit_is_one_graph_and_computes_the_same(low, base_dtype):
     """In low precision no further from the answers and gradients of float32 than the model itself."""

@@ -131,7 +131,7 @@ def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_
     np.testing.assert_allclose(session.run([name], {"images": image.numpy()})[0], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(trained, run, kind, tmp_path):
     _, whole = trained[kind]
 
@@ -148,6 +148,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained, run, kind, tmp_path):
     assert all(torch.equal(tensor, other["tensors"][name]) for name, tensor in one["tensors"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "by"), [("multilabel", "macro-ap"), ("regression", "r2")])
 def test_the_best_epoch_by_the_tasks_own_figure_is_kept(run, kind, by):
     results, folder = run(kind, f"--keep-best {by} --epochs 3 --mixup 0.2")
@@ -156,6 +157,7 @@ def test_the_best_epoch_by_the_tasks_own_figure_is_kept(run, kind, by):
     assert results["kept_epoch"] in (0, int(best["epoch"])) and results[f"best_{column}"] == float(best[column])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_search_judges_by_the_tasks_score(run, kind, monkeypatch):
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
@@ -164,6 +166,7 @@ def test_a_search_judges_by_the_tasks_score(run, kind, monkeypatch):
     assert list(trials[0]) == ["learning_rate", f"val_{SCORES[kind]}", "val_loss"]
 
 
+@pytest.mark.slow
 def test_unknown_labels_are_left_out_of_the_loss_or_taken_for_no(trained, run):
     ignored, _ = trained["multilabel"]
     negative, folder = run("multilabel", "--unknown negative --class-weights balanced", output="negative")

@@ -721,6 +721,7 @@ def test_adapters_are_enabled_again_after_an_error():
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 def test_a_compiled_model_is_one_graph_and_computes_the_same(four_bits):
     """Convolution with folded BatchNorm, a linear layer and attention."""

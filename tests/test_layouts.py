@@ -419,6 +419,7 @@ def test_heads_that_are_none_or_damaged_in_a_file(mini, tmp_path):
         assert load_finetuned(tmp_path / "lora.pth")[0].encoder.layers[0].num_heads == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_pretraining_keeps_the_heads_in_its_files(rank, mini, images):
     folder = mini.parent / "stage1"
@@ -433,6 +434,7 @@ def test_pretraining_keeps_the_heads_in_its_files(rank, mini, images):
     assert model.encoder.layers[0].num_heads == report["heads"] == 6
 
 
+@pytest.mark.slow
 @FEW
 def test_random_weights_have_the_heads_that_are_asked_for(mini, images):
     for path, options in ((mini, "--from-scratch"), ("none", "--arch vit_mini --image-size 16")):
@@ -464,6 +466,7 @@ def test_moco_cxrs_densenet_needs_no_arch(saved):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_with_a_densenet_and_its_files_load(saved, images):
     pytest.importorskip("timm")
     path = saved(moco_cxr(arch="densenet121")[0])

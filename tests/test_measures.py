@@ -163,6 +163,7 @@ COVERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COVERED)
 def test_intervals_by_bootstrap_cover_in_a_few_draws(name):
     assert covered(COVERED[name], draws=60) >= 0.86

@@ -73,6 +73,7 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ to PEFT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [

@@ -529,6 +529,7 @@ def trained_over_stage_1(adapt, finetune, tmp_path):
         return adapter, x, model(x)
 
 
+@pytest.mark.slow
 def test_predictions_and_exports_are_over_base_and_stage_1_adapter(trained_over_stage_1, tmp_path):
     adapter, x, logits = trained_over_stage_1
     argv = ["predict", str(adapter), str(tmp_path / "image.png"), "--output", str(tmp_path / "p.csv")]
@@ -539,6 +540,7 @@ def test_predictions_and_exports_are_over_base_and_stage_1_adapter(trained_over_
     torch.testing.assert_close(exported, logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(trained_over_stage_1, tmp_path, capsys):
     pytest.importorskip("peft")
     adapter, *_ = trained_over_stage_1

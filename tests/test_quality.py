@@ -23,6 +23,7 @@ def record(method, budget, rate, seed, split, accuracy, loss=0.5):
     return {"run": run, "flags": flags, "accuracy": accuracy, "loss": loss, **costs}
 
 
+@pytest.mark.slow
 def test_a_run_is_a_run_of_the_command_line():
     options = ["--epochs", "1", "--batch-size", "10"]
     result = quality.apart((("probe", 2, 0.01, 3, "validation"), options, 1))

@@ -128,6 +128,7 @@ def slow_if(command: str, *words: str):
 COMMANDS = [slow_if(command, "timm:", "--task regression") for command in commands_of("python finetune_lora.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatch, tmp_path, request):
     monkeypatch.chdir(newcomer)
@@ -197,6 +198,7 @@ def skip_without(block: str) -> None:
             pytest.importorskip(package)
 
 
+@pytest.mark.slow
 def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_path, monkeypatch):
     """docs/deploy.md from top to bottom; commands and blocks whose packages are missing are passed over."""
     monkeypatch.chdir(tmp_path)
@@ -228,6 +230,7 @@ def test_the_configuration_is_one(tmp_path):
     assert args.lora_rank == 16 and sources["augmentation"] == "config"
 
 
+@pytest.mark.slow
 def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, monkeypatch, capsys):
     """The section from top to bottom: a ResNet-50, the newcomer's images, and plain torchvision in the end."""
     monkeypatch.chdir(tmp_path)

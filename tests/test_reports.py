@@ -173,6 +173,7 @@ def test_tensorboard_shows_each_epoch_once_as_it_was_last(tmp_path):
     assert scalars(tmp_path) == {"loss": [(1, 0.5), (2, pytest.approx(0.3))]}
 
 
+@pytest.mark.slow
 def test_both_scripts_log_their_table_for_tensorboard(finetune, images, tmp_path):
     pytest.importorskip("tensorboard")
     folder = finetune("--tensorboard")["folder"]

@@ -154,6 +154,7 @@ def test_all_that_is_printed_of_a_gpu_says_predicted(tmp_path, no_recording, cap
     assert "| LoRA here | 10 | 1.0 | 1.0 (10000.00x) |" in output
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_the_gpu_or_for_the_host(tmp_path, no_recording, capsys):
     options = ["--model", "resnet18", "--variants", "full,lora", "--output-dir", str(tmp_path)]
     host.main([*options, "--steps", "2"])
