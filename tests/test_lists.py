@@ -25,6 +25,9 @@ def touch(folder: Path, *names: str) -> None:
         ('"b,c.png",dog', (["b,c.png"], ["dog"])),
         ("a.png\nb c.png", (["a.png", "b c.png"], [])),
         ("a.png 1\nb,c.png 12\n", (["a.png", "b,c.png"], ["1", "12"])),  # as VTAB's lists
+        ("b c.png 1\na.png  2\r\n\n", (["b c.png", "a.png"], ["1", "2"])),
+        ("b,c.png 1\nb c.png 2\n", (["b,c.png", "b c.png"], ["1", "2"])),
+        ("a.png,v1.0 5\nb c.png,cat 3\n", (["a.png", "b c.png"], ["v1.0 5", "cat 3"])),
         ("b c.png\na.png\n", (["b c.png", "a.png"], [])),
         ("a.png,cat\na.png,cat\n", (["a.png", "a.png"], ["cat", "cat"])),  # twice as often in training, if so wished
     ],
@@ -51,6 +54,9 @@ def test_lists(tmp_path, text, expected):
         ("a.png,cat\n../{folder}/a.png,dog\n", "two labels for a.png; leave one of the lines out"),
         ("a.png,cat\nb.png\n", "the line 'b.png' is not a path and a label"),
         ("a.png,cat,1\n", "the line 'a.png,cat,1' is not a path and a label"),
+        ("a.png 1\nb.png,2\n", "the line 'b.png,2' is not a path and a label"),
+        ("a.png 1\na.png b\n", "the line 'a.png b' is not a path and a label"),
+        ("a.png,b.png 5\n", "the line 'a.png,b.png 5' may be `path,label` or `path label`: put a tab"),
         ("a.png,\n", "the line 'a.png,' is not a path and a label"),
         ("a.png\nb.png,dog\n", "the line 'b.png,dog' is not a path alone, as the first line"),
         ("a.png,cat\ngone.png,dog\nhere/gone.png,dog\n", "2 of its files are not in .*: gone.png, here/gone.png"),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, printable
-from toolkit.folders import one_spelling
+from toolkit.bands import ARRAY_SUFFIXES
+from toolkit.folders import IMAGE_SUFFIXES, one_spelling
 
 UNKNOWN = ("ignore", "negative", "positive")  # what a label of which nothing is known means
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names them
@@ -35,8 +36,8 @@ def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
 
     Args:
-        path: a text or CSV file in UTF-8 with commas or tabs between the columns, or, where the second is a number as
-            in VTAB's and FGVC's lists, a space; its first line may name them.
+        path: a text or CSV file in UTF-8 with commas or tabs between the columns, or spaces where an image file is
+            followed by a number, as in VTAB's and FGVC's lists; its first line may name them.
         folder: what relative paths are relative to.
 
     Returns:
@@ -90,13 +91,19 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = file.readline()
-            delimiter = "\t" if "\t" in first else " " if _SPACED.fullmatch(first.strip()) else ","
+            is_spaced = _is_spaced(first, path)
+            delimiter = "\t" if "\t" in first else ","
             file.seek(0)
             for line in file:
                 number += 1
-                # Each line by itself: a quotation mark without its other would make one cell of all lines behind it.
-                [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
-                rows += [[cell.strip() for cell in cells]] if any(cells) else []
+                spaced = _SPACED.fullmatch(line.strip())
+                if is_spaced:
+                    cells = list(spaced.groups()) if spaced else [line]
+                else:
+                    # Each line by itself: a quotation mark without its other would make one cell of all behind it.
+                    [cells] = csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True)
+                cells = [cell.strip() for cell in cells]
+                rows += [cells] if any(cells) else []
     except OSError as error:
         raise InputError(f"--data-list {path}: cannot read it: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -112,7 +119,22 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-_SPACED = re.compile(r"[^\s,]+\.\w+ \d+")
+_IMAGE = f".+(?:{'|'.join(map(re.escape, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))})"
+_SPACED = re.compile(rf"({_IMAGE}) +(\d+)", re.IGNORECASE)  # a path may have spaces of its own
+_BEFORE_A_COMMA = re.compile(rf"{_IMAGE} *", re.IGNORECASE)
+
+
+def _is_spaced(first: str, path: Path) -> bool:
+    """Does a list's first line say that spaces stand between its columns? Raises InputError where commas may, too."""
+    if "\t" in first or not _SPACED.fullmatch(first.strip()):
+        return False
+    before, comma, _ = first.partition(",")
+    if comma and _BEFORE_A_COMMA.fullmatch(before.strip()):
+        raise InputError(
+            f"--data-list {path}: the line '{printable(first.strip())}' may be `path,label` or `path label`: put a tab "
+            "between path and label"
+        )
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
