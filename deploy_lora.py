@@ -274,7 +274,8 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load_splits` for the images of the run that wrote the file."""
     config = about.get("config")
     recorded = config.get("data") if isinstance(config, dict) else None
-    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list, "unknown": str}
+    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
+    kinds |= {"unknown": str, "group_by": str, "folds": str}
 
     def has_kind(key: str) -> bool:
         return type(recorded.get(key)) in (kinds[key], type(None))

@@ -27,7 +27,7 @@ from toolkit.files import stored_path
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": (
-        *("task", "unknown", "labels_per_class", "augmentation", "crop_min"),
+        *("task", "unknown", "group_by", "labels_per_class", "augmentation", "crop_min"),
         *("cache_features", "cached_views", "show_bands"),
     ),
     "moco": (),

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import datasets
 
-from toolkit import InputError, distributed, listed, printable
+from toolkit import InputError, distributed, listed, printable, splitting
 from toolkit.bands import Bands
 from toolkit.folders import (
     EVALUATION_NAMES,
@@ -37,7 +37,7 @@ from toolkit.folders import (
     tell_others,
     unreadable,
 )
-from toolkit.lists import in_order, like, list_has_labels, look_like_numbers, read_list, read_targets
+from toolkit.lists import in_order, like, list_has_labels, look_like_numbers, read_groups, read_list, read_targets
 from toolkit.shards import ShardedImages, read_shards, shard_names
 from toolkit.transforms import TwoCrops, View, to_rgb
 
@@ -61,7 +61,6 @@ DOWNLOADED = tuple(_TORCHVISION)
 DATASETS = ("digits", "imagefolder", UNLABELLED_SET, *DOWNLOADED)
 EVAL_SPLITS = ("held-out", "validation")
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
-SPLIT_SEED = 0  # fixed: every run, whatever its seed, holds out the same images
 
 
 class LabelledImages(Dataset):
@@ -88,6 +87,7 @@ class LabelledImages(Dataset):
         self.indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         self.labels = [int(labels[i]) for i in self.indices]
         self.targets = None if targets is None else targets[self.indices]
+        self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
 
     def __len__(self) -> int:
@@ -110,6 +110,7 @@ class LabelledImages(Dataset):
         images.indices = self.indices[positions]
         images.labels = [self.labels[i] for i in positions]
         images.targets = None if self.targets is None else self.targets[np.asarray(positions, dtype=int)]
+        images.groups = None if self.groups is None else self.groups[np.asarray(positions, dtype=int)]
         images.times_split = self.times_split
         return images
 
@@ -147,6 +148,10 @@ class Splits(NamedTuple):
     val: LabelledImages
     class_names: list[str]  # or those of the labels, or numbers, of which an image has several
 
+    def groups_told(self) -> str:
+        """How many groups each side has, as '40 + 10'."""
+        return " + ".join(f"{len(np.unique(part.groups)):,}" for part in (self.train, self.val))
+
     def digest(self) -> str:
         """Equal for splits of the same files with the same labels into the same parts."""
         return hashlib.sha256(f"{self.train.digest} {self.val.digest}".encode()).hexdigest()
@@ -166,6 +171,8 @@ def load_splits(
     bands: Bands | None = None,
     task: str = "classification",
     unknown: str = "ignore",
+    group_by: str | None = None,
+    folds: str | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -185,16 +192,25 @@ def load_splits(
         bands: `imagefolder`: what is read of files that are no RGB photographs.
         task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
         unknown: what unknown labels mean, as `read_label_list` takes it.
+        group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
+            patient, field or video: no such group is on two sides of a split.
+        folds: '2/5': evaluate on the second of five parts of the training images.
 
     Raises:
-        InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images.
+        InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
+            among the training and the evaluation images.
     """
-    needs_val = eval_split == "held-out" and not for_training_only
+    needs_val = eval_split == "held-out" and not for_training_only and folds is None
     if task != "classification":
-        splits = _target_lists(data_list, data_dir, bands, task, unknown)
+        train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by)
     else:
-        splits = _splits_of(dataset, data_dir, val_dir, data_list, needs_val, bands)
-    train, val, class_names = splits
+        train, val, class_names = _images_of(dataset, data_dir, val_dir, data_list, needs_val, bands, group_by)
+    if group_by is not None:
+        _group(train, val, data_list, group_by, needs_val)
+    if folds is not None:
+        train, val = fold_part(train, *splitting.read_folds(folds))
+    elif val is None:
+        train, val = validation_part(train)
     if skip_unreadable:
         labels = set(train.labels)
         train, val = readable(train), readable(val)
@@ -202,32 +218,40 @@ def load_splits(
         if gone:
             names = listed(class_names[label] for label in gone)
             raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
-    if eval_split == "validation":
+    if eval_split == "validation" or folds is not None:
         left_alone = val_dir or (data_list or [])[1:]
         if left_alone and not for_training_only:
             print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
+    if eval_split == "validation":
         train, val = validation_part(train)
+    if group_by is not None and task == "classification":
+        _tell_untrained(train, val, class_names)
     if not for_training_only:
         _tell_copies(train, val)
     if labels_per_class is not None:
-        train = train.subset(_some_of_each(train.labels, labels_per_class, class_names, seed))
+        train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
     return Splits(train, val, class_names)
 
 
-def _splits_of(
+# Training images, evaluation images (None: they are a part of the training images yet) and the names of the classes.
+Undivided = tuple[LabelledImages, LabelledImages | None, list[str]]
+
+
+def _images_of(
     dataset: str,
     data_dir: str | Path | None,
     val_dir: str | Path | None,
     data_list: Sequence[str | Path] | None,
     needs_val: bool,
     bands: Bands | None,
-) -> Splits:
-    """All training and evaluation images of a data set with one class an image. The arguments are `load_splits`'s."""
+    group_by: str | None,
+) -> Undivided:
+    """All images of a data set with one class an image. The arguments are `load_splits`'s."""
     if dataset == "digits":
         return _digits(data_dir)
     if dataset == "imagefolder":
         if data_list:
-            return _image_lists(data_list, data_dir, bands)
+            return _image_lists(data_list, data_dir, bands, group_by)
         return _image_folder(data_dir, val_dir, needs_val, bands)
     if dataset in _TORCHVISION:
         return _torchvision(dataset, Path(data_dir or "data"))
@@ -308,6 +332,13 @@ def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
         print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
 
 
+def _tell_untrained(train: LabelledImages, val: LabelledImages, class_names: Sequence[str]) -> None:
+    gone = sorted(set(val.labels) - set(train.labels))
+    if gone:
+        names = listed(class_names[label] for label in gone)
+        print(f"no training image of {names} is left: all are in groups that are evaluated on")
+
+
 def readable(images: LabelledImages) -> LabelledImages:
     """The images that can be read; says which others it leaves out. All are read, JPEGs at an eighth of their size."""
     broken = unreadable_among(images)
@@ -343,7 +374,7 @@ def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
 # Sources
 
 
-def _digits(data_dir: str | Path | None) -> Splits:
+def _digits(data_dir: str | Path | None) -> Undivided:
     """1,797 handwritten digits of 8x8 pixels and 17 grey levels (UCI optdigits test set) that scikit-learn contains."""
     if data_dir is not None:
         raise InputError(f"the digits need no --data-dir; for the images in {data_dir} use --dataset imagefolder")
@@ -352,16 +383,13 @@ def _digits(data_dir: str | Path | None) -> Splits:
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    train, held_out = validation_part(LabelledImages(images, digits.target))
-    return Splits(train, held_out, [str(name) for name in digits.target_names])
+    return LabelledImages(images, digits.target), None, [str(name) for name in digits.target_names]
 
 
 def _image_folder(
     data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
-) -> Splits:
-    """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set, which
-    is split here.
-    """
+) -> Undivided:
+    """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
     train = root / "train" if os.path.isdir(root / "train") else root
     if val_dir is not None:
@@ -375,15 +403,16 @@ def _image_folder(
         )
     if shard_names(train):
         folders = [train] if held_out is None else [train, held_out]
-        return _by_label(folders, [_labelled_shards(folder, bands) for folder in folders], split=train == root)
+        images, val, class_names = _by_label(folders, [_labelled_shards(folder, bands) for folder in folders])
+        return images, (images.subset([]) if val is None and train != root else val), class_names
     class_names = class_folders(train)
     if held_out is None and train == root:
-        return Splits(*validation_part(_folder_images(root, class_names, bands)), class_names)
+        return _folder_images(root, class_names, bands), None, class_names
     images = _folder_images(train, class_names, bands)
     if held_out is None:
-        return Splits(images, images.subset([]), class_names)
+        return images, images.subset([]), class_names
     _check_classes(held_out, class_folders(held_out, at_least=1), train, class_names)
-    return Splits(images, _folder_images(held_out, class_names, bands, every=False), class_names)
+    return images, _folder_images(held_out, class_names, bands, every=False), class_names
 
 
 def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
@@ -410,12 +439,14 @@ def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, ev
     return LabelledImages(files, files.labels)
 
 
-def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None, bands: Bands | None) -> Splits:
-    """The images of one list, which is split here, or of two."""
+def _image_lists(
+    lists: Sequence[str | Path], data_dir: str | Path | None, bands: Bands | None, group_by: str | None
+) -> Undivided:
+    """The images of one list or of two."""
     paths, contents = [], []
     for path, folder in _places_of_lists(lists, data_dir):
         paths.append(path)
-        names, labels = read_list(path, folder)
+        names, labels = read_list(path, folder, group_by)
         if not labels:
             raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
         if look_like_numbers(labels):
@@ -424,7 +455,7 @@ def _image_lists(lists: Sequence[str | Path], data_dir: str | Path | None, bands
                 "share; use --task regression"
             )
         contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
-    return _by_label(paths, contents, split=True)
+    return _by_label(paths, contents)
 
 
 def _places_of_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Iterator[tuple[Path, Path]]:
@@ -438,9 +469,14 @@ def _places_of_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -
 
 
 def _target_lists(
-    lists: Sequence[str | Path] | None, data_dir: str | Path | None, bands: Bands | None, task: str, unknown: str
-) -> Splits:
-    """The images of one list, which is split here, or of two, with several labels or with numbers."""
+    lists: Sequence[str | Path] | None,
+    data_dir: str | Path | None,
+    bands: Bands | None,
+    task: str,
+    unknown: str,
+    group_by: str | None,
+) -> Undivided:
+    """The images of one list or of two, with several labels or with numbers."""
     if not lists:
         raise InputError(
             f"--task {task} needs --data-list: a folder or an archive says one class for each image, a list says "
@@ -448,7 +484,7 @@ def _target_lists(
         )
     found = []
     for path, folder in _places_of_lists(lists, data_dir):
-        targets = read_targets(path, folder, task, unknown)
+        targets = read_targets(path, folder, task, unknown, group_by)
         if found:
             targets = like(targets, found[0][1].names, path, Path(lists[0]))
         found.append((folder, targets))
@@ -457,7 +493,7 @@ def _target_lists(
         labels = strata(targets.values).tolist() if task == "multilabel" else [0] * len(targets.paths)
         files = ImageFiles(folder, targets.paths, labels, bands)
         parts.append(LabelledImages(files, labels, targets=targets.values))
-    return Splits(*(validation_part(parts[0]) if len(parts) == 1 else parts), found[0][1].names)
+    return parts[0], (parts[1] if len(parts) > 1 else None), found[0][1].names
 
 
 def strata(values: torch.Tensor) -> torch.Tensor:
@@ -473,6 +509,28 @@ def strata(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([rarest_first, torch.tensor([labels])])[place]
 
 
+def _group(
+    train: LabelledImages,
+    val: LabelledImages | None,
+    lists: Sequence[str | Path] | None,
+    by: str,
+    val_is_used: bool,
+) -> None:
+    """Say of each image which group it belongs to: see `load_splits`."""
+    parts = [train] if val is None else [train, val]
+    for number, images in enumerate(parts):
+        if not isinstance(images.source, ImageFiles):
+            raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
+        if lists and not by.isdecimal():
+            images.groups = np.array(read_groups(Path(lists[number]), by))
+        else:
+            images.groups = splitting.folder_level(images.relative_names(), by)
+    if not lists and by == "1":
+        raise InputError("--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on")
+    if val is not None and val_is_used:
+        splitting.check_apart(train.groups, val.groups, by)
+
+
 def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
     if not shard_names(folder):
         raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
@@ -486,8 +544,8 @@ def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, 
     return images, labels
 
 
-def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]], split: bool) -> Splits:
-    """Images whose labels are text: of one place, of which `split` holds a part out, or of two."""
+def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]]) -> Undivided:
+    """Images whose labels are text, of one place or of two."""
     class_names = in_order(set(contents[0][1]))
     if len(class_names) < 2:
         raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
@@ -496,20 +554,18 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     for files, labels in contents:
         files.labels = [numbers[label] for label in labels]
         parts.append(LabelledImages(files, files.labels))
-    if len(parts) == 1:
-        parts = validation_part(parts[0]) if split else (parts[0], parts[0].subset([]))
-    return Splits(*parts, class_names)
+    return parts[0], (parts[1] if len(parts) > 1 else None), class_names
 
 
-def _torchvision(name: str, root: Path) -> Splits:
+def _torchvision(name: str, root: Path) -> Undivided:
     make, train_part, held_out_part = _TORCHVISION[name]
     source = _present_or_downloaded(name, make, root, train_part)
     class_names = [str(c) for c in getattr(source, "classes", range(1 + max(_labels_of(source))))]
     train = LabelledImages(source, _labels_of(source))
     if held_out_part is None:
-        return Splits(*validation_part(train), class_names)
+        return train, None, class_names
     held_out = _present_or_downloaded(name, make, root, held_out_part)
-    return Splits(train, LabelledImages(held_out, _labels_of(held_out)), class_names)
+    return train, LabelledImages(held_out, _labels_of(held_out)), class_names
 
 
 @distributed.main_first()
@@ -540,67 +596,38 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
     Of files, the paths within their folder decide, so that an added file changes the place of no other. (The exception
     is a class of a few images that all fall to one side: one of them goes to the other side until an added one does.)
 
+    Where images are in groups, no group is on both sides; an added file may then change others' places.
+
     Raises:
-        InputError: every class has only one image, which stays in `rest`.
+        InputError: every class has only one image, which stays in `rest`, or all images are in one group.
     """
-    if isinstance(images.source, ImageFiles):
-        rest, part = _split_by_hash(images.relative_names(), images.labels, share, images.times_split)
+    if images.groups is not None:
+        rest, part = splitting.by_groups(images.labels, images.groups, share, images.times_split)
+    elif isinstance(images.source, ImageFiles):
+        rest, part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
     else:
-        rest, part = _split_at_random(images.labels, share)
+        rest, part = splitting.at_random(images.labels, share)
     if not len(part):
         raise InputError("too few images to hold some out: every class has only one")
-    parts = images.subset(rest), images.subset(part)
-    for one in parts:
-        one.times_split += 1
+    return _apart(images, rest, part)
+
+
+def fold_part(images: LabelledImages, number: int, count: int) -> tuple[LabelledImages, LabelledImages]:
+    """(rest, part) for one of the `count` parts of a cross-validation, `number` from 1: see `splitting.folds`.
+
+    Raises:
+        InputError: there are fewer images, or groups, than parts.
+    """
+    keys = images.relative_names() if images.groups is None else images.groups
+    in_part = splitting.folds(images.labels, keys, count, images.times_split) == number - 1
+    return _apart(images, np.flatnonzero(~in_part), np.flatnonzero(in_part))
+
+
+def _apart(images: LabelledImages, *positions: Sequence[int]) -> tuple[LabelledImages, ...]:
+    parts = tuple(images.subset(chosen) for chosen in positions)
+    for part in parts:
+        part.times_split += 1
     return parts
-
-
-def _split_by_hash(
-    keys: Iterable[str], labels: Sequence[int], share: float, turn: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (rest, part). Each image draws a number in [0, 1) from its key and goes to `part` if it is below share.
-
-    What an earlier turn left has no small numbers any more, so each turn draws anew.
-    """
-    labels = np.asarray(labels)
-    drawn = np.array([_uniform(f"{turn} {key}") for key in keys])
-    in_part = drawn < share
-    order = np.lexsort((drawn, labels))  # by class, and in each by the number drawn
-    last = np.append(np.flatnonzero(np.diff(labels[order])), len(order) - 1)
-    first = np.append(0, last[:-1] + 1)
-    in_part[order[first]] = True  # at least one of each class,
-    in_part[order[last]] = False  # never all of it, and not the only one
-    return np.flatnonzero(~in_part), np.flatnonzero(in_part)
-
-
-def _uniform(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "big") / 2**64
-
-
-def _split_at_random(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
-    """Positions (rest, part) of a set that never changes: `part` has this share of each class to the nearest image.
-
-    It has at least one image of each class and never all of it; a class of a single image stays in `rest`.
-    """
-    rng, labels = np.random.RandomState(SPLIT_SEED), np.asarray(labels)
-    rest, part = [], []
-    for label in np.unique(labels):
-        positions = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(1, round(share * len(positions))), len(positions) - 1)
-        part += positions[:count].tolist()
-        rest += positions[count:].tolist()
-    return sorted(rest), sorted(part)
-
-
-def _some_of_each(labels: Sequence[int], count: int, class_names: list[str], seed: int) -> list[int]:
-    rng, labels = np.random.RandomState(seed), np.asarray(labels)
-    chosen = []
-    for label, name in enumerate(class_names):
-        positions = rng.permutation(np.flatnonzero(labels == label))
-        if len(positions) < count:
-            raise InputError(f"--labels-per-class {count}: class {name} has only {len(positions)} training images")
-        chosen += positions[:count].tolist()
-    return sorted(chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

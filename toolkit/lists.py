@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit import InputError, listed, printable
+from toolkit import InputError, did_you_mean, listed, printable
 from toolkit.bands import ARRAY_SUFFIXES
 from toolkit.folders import IMAGE_SUFFIXES, one_spelling
 
@@ -32,13 +32,14 @@ def list_has_labels(path: Path) -> bool:
     return len(_rows(path)[1][0]) > 1
 
 
-def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
+def read_list(path: Path, folder: Path, group_by: str | None = None) -> tuple[list[str], list[str]]:
     """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
 
     Args:
         path: a text or CSV file in UTF-8 with commas or tabs between the columns, or spaces where an image file is
             followed by a number, as in VTAB's and FGVC's lists; its first line may name them.
         folder: what relative paths are relative to.
+        group_by: a column that is no label, if it is one: see `read_groups`.
 
     Returns:
         The paths as listed, and the labels as text; no labels if the list has none.
@@ -46,7 +47,7 @@ def read_list(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         InputError: a file that is none of this, files that are not there, or two labels for one file.
     """
-    _, rows = _rows(path)
+    _, rows = _without(path, group_by)
     columns = min(2, len(rows[0]))
     for row in rows:
         if len(row) != columns or not all(row):
@@ -119,6 +120,54 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
+def read_groups(path: Path, column: str) -> list[str]:
+    """What stands in a column of a list, for each image: the name of the group that it belongs to, such as a patient.
+
+    Raises:
+        InputError: the list has no such column, or nothing stands there for some image.
+    """
+    titles, rows = _rows(path)
+    place = _place_of(column, titles, path)
+    bare = [row[0] for row in rows if len(row) > place and not row[place]]
+    if bare:
+        raise InputError(
+            f"--data-list {path}: nothing in the column {printable(column)} for {listed(bare)}; write a name, "
+            "one of its own where the group is not known"
+        )
+    return [one_spelling(row[place]) for row in rows]
+
+
+def _without(path: Path, column: str | None) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines of a list without a column, if that is one of the list's and no folder's level."""
+    titles, rows = _rows(path)
+    if column is None or column.isdecimal():
+        return titles, rows
+    place = _place_of(column, titles, path)
+    for row in rows:
+        if len(row) != len(titles):
+            line = printable(",".join(row))
+            raise InputError(f"--data-list {path}: the line '{line}' has {len(row)} columns and not {len(titles)}")
+    return titles[:place] + titles[place + 1 :], [row[:place] + row[place + 1 :] for row in rows]
+
+
+def _place_of(column: str, titles: Sequence[str], path: Path) -> int:
+    """Where a column stands behind the paths, by its title or else by that in other letters."""
+    if not titles:
+        raise InputError(
+            f"--group-by {printable(column)}: the first line of {path} names no columns; write it, as "
+            f"path,label,{printable(column)}, or give the number of a folder's level"
+        )
+    for same in (str, str.lower):
+        found = [place for place, title in enumerate(titles) if place and same(title) == same(column)]
+        if found:
+            return found[0]
+    hint = did_you_mean(column, titles[1:])
+    raise InputError(
+        f"--group-by {printable(column)}: no such column in {path}, which has {listed(titles[1:], 20)}"
+        + (f" ({hint})" if hint else "")
+    )
+
+
 _IMAGE = f".+(?:{'|'.join(map(re.escape, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))})"
 _SPACED = re.compile(rf"({_IMAGE}) +(\d+)", re.IGNORECASE)  # a path may have spaces of its own
 _BEFORE_A_COMMA = re.compile(rf"{_IMAGE} *", re.IGNORECASE)
@@ -141,20 +190,20 @@ def _is_spaced(first: str, path: Path) -> bool:
 # Several labels an image, or numbers
 
 
-def read_label_list(path: Path, folder: Path, unknown: str = "ignore") -> Targets:
+def read_label_list(path: Path, folder: Path, unknown: str = "ignore", group_by: str | None = None) -> Targets:
     """A list of images with several labels: `path,"a,b"`, or a column for each label that the first line names.
 
     In columns 1 is yes, 0 is no, and -1 or nothing is unknown (as in CheXpert's lists). In the other form what is not
     named is no.
 
     Args:
-        path, folder: as for `read_list`.
+        path, folder, group_by: as for `read_list`.
         unknown: one of UNKNOWN: what becomes of unknown labels.
 
     Raises:
         InputError: a file that is none of this, files that are not there, or two lines for one file.
     """
-    titles, rows = _rows(path)
+    titles, rows = _without(path, group_by)
     if _has_columns(titles, rows):
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
@@ -164,21 +213,23 @@ def read_label_list(path: Path, folder: Path, unknown: str = "ignore") -> Target
     return _checked(path, folder, targets)
 
 
-def read_targets(path: Path, folder: Path, task: str, unknown: str = "ignore") -> Targets:
+def read_targets(path: Path, folder: Path, task: str, unknown: str = "ignore", group_by: str | None = None) -> Targets:
     """`read_label_list` for 'multilabel', `read_number_list` for 'regression'."""
-    return read_label_list(path, folder, unknown) if task == "multilabel" else read_number_list(path, folder)
+    if task == "multilabel":
+        return read_label_list(path, folder, unknown, group_by)
+    return read_number_list(path, folder, group_by)
 
 
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
 
 
-def read_number_list(path: Path, folder: Path) -> Targets:
+def read_number_list(path: Path, folder: Path, group_by: str | None = None) -> Targets:
     """A list of images with one or several numbers each; a first line may name them. Nothing is unknown.
 
     Raises:
         InputError: a file that is none of this, files that are not there, or two lines for one file.
     """
-    titles, rows = _rows(path)
+    titles, rows = _without(path, group_by)
     count = len(rows[0]) - 1
     titles = titles or ["path", *(["number"] if count == 1 else [f"number {i}" for i in range(1, count + 1)])]
     return _checked(path, folder, _columns(path, titles, rows, _number, "a number, or nothing for unknown"))

@@ -134,6 +134,9 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--unknown", choices=UNKNOWN, default="ignore", help="what an unknown label counts as, with --task multilabel"
     )
+    group.add_argument(
+        "--group-by", help="a list's column, or a folder's level, that names the patient or field: none is on two sides"
+    )
     group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     group.add_argument(
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
@@ -242,7 +245,7 @@ FREE_TO_CHANGE = (
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `toolkit.data.load_splits`: where a user's images are, and what is read of them."""
-    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown")  # pretraining lacks the last two
+    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown", "group_by")  # pretraining lacks the last
     return {name: value for name, value in vars(args).items() if name in names} | {"bands": read}
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from toolkit import comparison, distributed
+from toolkit import comparison, distributed, printable
 from toolkit.answer_reports import REPORTS, Report, finite
 from toolkit.bands import recorded
 from toolkit.collapse import Recovery
@@ -50,7 +50,8 @@ def describe_data(args: argparse.Namespace, splits: Splits) -> str:
     """Which images train and which are evaluated on, in a line."""
     where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
-    return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}"
+    groups = "" if args.group_by is None else f", in {splits.groups_told()} groups ({printable(args.group_by)})"
+    return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}{groups}"
 
 
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:

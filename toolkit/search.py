@@ -74,7 +74,10 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
 def parts_of(splits: data.Splits) -> data.Splits:
     """The images that a search trains and validates on: two parts of the training images."""
     rest, part = data.validation_part(splits.train)
-    return data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+    parts = data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+    if splits.train.groups is not None:
+        print(f"the search trains and validates on {parts.groups_told()} groups of the training images")
+    return parts
 
 
 def choose_learning_rate(

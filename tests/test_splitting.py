@@ -1,0 +1,152 @@
+"""toolkit/splitting.py, and what `load_splits` makes of --group-by and --folds: who stands on which side."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deploy_lora
+from toolkit import InputError, search, splitting
+from toolkit.data import load_splits, validation_part
+
+PATIENTS = 20
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory) -> Path:
+    """scans/CLASS/PATIENT/NUMBER.png, and lists of them: patients have 1 to 6 images, half of them of both classes."""
+    folder, rng = tmp_path_factory.mktemp("hospital"), np.random.RandomState(0)
+    rows = []
+    for patient in range(PATIENTS):
+        for number in range(1 + patient % 6):
+            name = "sick" if (patient + number * (patient % 2)) % 3 == 0 else "well"
+            path = f"{name}/p{patient}/{number}.png"
+            (folder / "scans" / path).parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels // (2 if name == "well" else 1)).save(folder / "scans" / path)
+            rows.append((f"scans/{path}", name, f"p{patient}", float(patient)))
+    (folder / "all.csv").write_text("path,label,Patient\n" + "".join(f"{p},{n},{who}\n" for p, n, who, _ in rows))
+    (folder / "labels.csv").write_text(
+        "path,Patient,sick,well\n" + "".join(f"{p},{who},{int(n == 'sick')},1\n" for p, n, who, _ in rows)
+    )
+    (folder / "numbers.csv").write_text("path,age,Patient\n" + "".join(f"{p},{a},{who}\n" for p, _, who, a in rows))
+    return folder
+
+
+def patients(images) -> set[str]:
+    return {name.split("/")[-2] for name in images.relative_names()}
+
+
+@pytest.mark.parametrize(
+    ("list_name", "task", "by"),
+    [
+        ("all.csv", "classification", "Patient"),
+        ("all.csv", "classification", "patient"),
+        ("labels.csv", "multilabel", "Patient"),
+        ("numbers.csv", "regression", "Patient"),
+        (None, "classification", "2"),
+    ],
+)
+def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
+    where = {"data_dir": hospital / "scans"} if list_name is None else {"data_list": [hospital / list_name]}
+    splits = load_splits("imagefolder", **where, task=task, group_by=by)
+    parts = search.parts_of(splits)
+    chosen = load_splits("imagefolder", **where, eval_split="validation", task=task, group_by=by)
+    for train, val, _ in (splits, parts, chosen):
+        assert patients(train) and patients(val) and not patients(train) & patients(val)
+    assert len(patients(splits.train) | patients(splits.val)) == PATIENTS
+    assert not patients(chosen.train) & patients(splits.val)
+    again = load_splits("imagefolder", **where, seed=5, task=task, group_by=by)
+    assert again.digest() == splits.digest()
+    if task == "multilabel":
+        assert splits.class_names == ["sick", "well"]
+
+
+def test_without_groups_patients_are_on_both_sides(hospital):
+    train, val, _ = load_splits("imagefolder", data_list=None, data_dir=hospital / "scans")
+    assert patients(train) & patients(val)
+
+
+def test_groups_are_dealt_so_that_each_part_has_its_share_of_each_label():
+    rng = np.random.RandomState(0)
+    groups = rng.randint(0, 60, 600)
+    labels = np.where(groups < 6, 1, 0) + 5  # a rare class, in six of the groups; labels need not begin at 0
+    number = splitting.folds(labels, [f"p{group}" for group in groups], 3)
+    for group in range(60):
+        assert len(set(number[groups == group])) == 1
+    for label in (5, 6):
+        share = np.bincount(number[labels == label], minlength=3) / (labels == label).sum()
+        assert abs(share - 1 / 3).max() < 0.08
+    rest, part = splitting.by_groups(labels, np.array([f"p{group}" for group in groups]), 0.2, 0)
+    assert sorted([*rest, *part]) == list(range(600)) and not set(groups[rest]) & set(groups[part])
+    assert 0.15 < len(part) / 600 < 0.25 and set(labels[rest]) == set(labels[part]) == {5, 6}
+
+
+def test_a_class_of_one_group_is_rather_trained_on():
+    labels, groups = [0, 0, 0, 0, 1, 1], np.array(["a", "b", "c", "d", "e", "e"])
+    rest, _ = splitting.by_groups(labels, groups, 0.5, 0)
+    assert {labels[i] for i in rest} == {0, 1}
+
+
+def test_parts_of_single_images_are_disjoint_and_alike():
+    labels = [0] * 50 + [1] * 13 + [2] * 2
+    number = splitting.folds(labels, map(str, range(65)), 5)
+    assert set(np.bincount(number)) == {13}
+    for label in range(3):
+        counts = np.bincount(number[np.array(labels) == label], minlength=5)
+        assert counts.max() - counts.min() <= 1
+    more = splitting.folds(labels, map(str, range(65)), 5, turn=1)
+    assert (number != more).any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "keys", "count", "problem"),
+    [
+        ([0, 0], ["a", "b"], 3, "2 images or groups are too few for 3 parts: a, b"),
+        ([0, 0, 1], ["a", "b", "b"], 3, "2 images or groups are too few for 3 parts"),
+    ],
+)
+def test_fewer_groups_than_parts(labels, keys, count, problem):
+    with pytest.raises(InputError, match=problem):
+        splitting.folds(labels, keys, count)
+
+
+def test_folds_evaluate_each_image_once(hospital):
+    everything, seen = {"data_dir": hospital / "scans", "group_by": "2"}, []
+    for number in (1, 2, 3):
+        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **everything)
+        assert not patients(train) & patients(val)
+        seen += list(val.relative_names())
+    assert len(seen) == len(set(seen)) == len(train) + len(val)
+    assert len(load_splits("digits", folds="1/5").val) == 360  # of all 1,797, none is set aside before
+
+
+def test_given_sets_that_share_a_patient_are_refused(hospital, tmp_path):
+    """With --eval-split validation nothing is evaluated on the second list, so it may."""
+    title, *lines = (hospital / "all.csv").read_text().splitlines()
+    for name, part in (("train.csv", lines[:40]), ("val.csv", lines[38:])):
+        (tmp_path / name).write_text("\n".join([title, *part]))
+    lists = {"data_dir": hospital, "data_list": [tmp_path / "train.csv", tmp_path / "val.csv"], "group_by": "Patient"}
+    with pytest.raises(InputError) as raised:
+        load_splits("imagefolder", **lists)
+    assert str(raised.value).startswith("--group-by Patient: p11 on both sides, with 4 of 28")
+    train, val, _ = load_splits("imagefolder", eval_split="validation", **lists)
+    assert not patients(train) & patients(val)
+
+
+def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_the_same(
+    hospital, finetune, tmp_path, capsys
+):
+    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1")
+    assert "evaluation images, 2 classes, in 16 + 4 groups (2)" in capsys.readouterr().out
+    again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
+    assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
+    assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
+
+
+def test_an_ungrouped_validation_part_is_as_before():
+    images = load_splits("digits").train
+    rest, part = validation_part(images)
+    assert (len(images), len(rest), len(part)) == (1438, 1151, 287)
