@@ -6,9 +6,8 @@
     python finetune_lora.py --lora-rank 0 --no-freeze-backbone --lr 3e-4  # full
     torchrun --nproc-per-node=2 finetune_lora.py    # two processes, a GPU each
 
-The file reads from top to bottom: the adapted layers, how they get into a model, what trains and what does not, and
-the training loop with its command line. The tensor arithmetic under the layers is in `lora/functional.py`, adapter
-files are in `lora_utils.py`, and what comes after training in `deploy_lora.py`.
+From top to bottom: the adapted layers, how they get into a model, what trains and what does not, the training loop and
+its command line. The arithmetic under the layers is in `lora/functional.py`, adapter files are in `lora_utils.py`.
 """
 
 import argparse
@@ -72,6 +71,7 @@ from toolkit.data import Splits, Transformed, build_loader, load_splits
 from toolkit.evaluator import Evaluator
 from toolkit.feeding import Feed
 from toolkit.files import TOOLKIT, stored_path
+from toolkit.folds import cross_validate
 from toolkit.probe import HeadTemperature
 from toolkit.run_state import Part, RunState
 from toolkit.shared_norms import share_statistics
@@ -729,8 +729,7 @@ def main(
         after_epoch: called with the run after each of its epochs, in every process: to log, or to draw its `history`.
 
     Returns:
-        The content of `results.json`: `val_accuracy` (of the saved adapter, 0 to 1), `epochs`, `seconds`,
-        `trainable_parameters`, `total_parameters`, `peak_memory_bytes`, `adapter_bytes` and more.
+        The content of `results.json`, such as `val_accuracy` (0 to 1); with --folds that of `cross_validate`.
 
     Raises:
         InputError: anything wrong with the options, the data or the files.
@@ -743,6 +742,8 @@ def main(
         base = args.checkpoint if sources["checkpoint"] != "default" else None
         with runs.faults_explained(device, "lower --batch-size") as loaders:
             return evaluate_adapter(args, base, device, dtype, loaders)
+    if options.all_folds(args):
+        return cross_validate(main, argv, after_epoch, args, config.resolved_config(make_parser(), args))
     held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
         print(config.describe_options(make_parser(), args, sources))
@@ -884,8 +885,7 @@ class FineTuning(RunState):
         """Start the adapters at the gradient of the first images, and remember this start."""
 
         def backward() -> None:
-            # As in a step, lest float16 overflow.
-            factor = 1 / initialization.GRADIENT_IMAGES if self.scaler.is_enabled() else 1.0
+            factor = 1 / initialization.GRADIENT_IMAGES if self.scaler.is_enabled() else 1.0  # lest float16 overflow
             for micro_batches in self.feed.first_steps(initialization.GRADIENT_IMAGES):
                 self.backward(micro_batches, factor)
 

@@ -437,6 +437,12 @@ IMAGES = [
     case("the folder of the class", "finetune --group-by 1", "this is the folder of the class"),
     case("a level that is not there", "finetune --group-by 2", "bright/0.png is in no folder of this level"),
     case("groups of digits", "plain-finetune --group-by 1", "--group-by 1: these images are in no folder or list"),
+    case("one part", "plain-finetune --folds 1", "--folds: expected a number of parts, as 5, or one, as 2/5, got '1'"),
+    case("a part that is not there", "plain-finetune --folds 6/5", "or one, as 2/5, got '6/5'"),
+    case("more parts than images", "finetune --folds 30", "21 images or groups are too few for 30 parts"),
+    case("two evaluation parts", "finetune --folds 5 --eval-split validation", "--folds with --eval-split validation"),
+    case("all parts of a file", "finetune --folds 5 --eval-only lora.pth", "say which part, as --folds 1/5"),
+    case("parts from elsewhere", "finetune --folds 5 --resume last.pth", "give --resume alone, and"),
     case("labels that are numbers", "plain-finetune --data-list l.csv", "l.csv: the labels are numbers, as 3.5",
          "use --task regression", files=classes("cat", count=4) | {
              "l.csv": "mine/cat/0.png,3.5\nmine/cat/1.png,2\nmine/cat/2.png,7\nmine/cat/3.png,1\n"}),

@@ -151,6 +151,9 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
     if "auto" not in argv:  # it needs an image of each class to train on, and one to choose by
         request.getfixturevalue("few_images")
     results = finetune_lora.main([*argv, *SMALL, "--output-dir", str(tmp_path)])
+    if "--folds" in argv:
+        assert len(results["folds"]) == 5 and (tmp_path / "folds.csv").exists()
+        return
     assert results["epochs"] == 1 and (tmp_path / "lora.pth").exists()
 
 

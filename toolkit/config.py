@@ -27,7 +27,7 @@ from toolkit.files import stored_path
 SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": (
-        *("task", "unknown", "group_by", "labels_per_class", "augmentation", "crop_min"),
+        *("task", "unknown", "group_by", "folds", "labels_per_class", "augmentation", "crop_min"),
         *("cache_features", "cached_views", "show_bands"),
     ),
     "moco": (),
@@ -99,6 +99,14 @@ def read_pattern(entries: list[str] | None) -> dict[str, float]:
 
 
 worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
+
+
+def folds(text: str) -> str:
+    """'5', a number of parts, or '2/5', the second of them."""
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})/)?(\d{1,6})", text)
+    if not match or int(match[2]) < 2 or int(match[1] or 1) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"expected a number of parts, as 5, or one, as 2/5, got '{printable(text)}'")
+    return text
 
 
 def boolean(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError, bands
+from toolkit import InputError, bands, splitting
 from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
 from toolkit.checkpoints import (
@@ -22,6 +22,7 @@ from toolkit.config import (
     any_float,
     by_layer,
     flag,
+    folds,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -137,6 +138,9 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--group-by", help="a list's column, or a folder's level, that names the patient or field: none is on two sides"
     )
+    group.add_argument(
+        "--folds", type=folds, help="cross-validate over so many parts, a run for each; 2/5: that of the second of five"
+    )
     group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
     group.add_argument(
         "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
@@ -245,8 +249,21 @@ FREE_TO_CHANGE = (
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `toolkit.data.load_splits`: where a user's images are, and what is read of them."""
-    names = ("val_dir", "data_list", "skip_unreadable", "task", "unknown", "group_by")  # pretraining lacks the last
+    names = (
+        "val_dir",
+        "data_list",
+        "skip_unreadable",
+        "task",
+        "unknown",
+        "group_by",
+        "folds",
+    )  # pretraining lacks four
     return {name: value for name, value in vars(args).items() if name in names} | {"bands": read}
+
+
+def all_folds(args: argparse.Namespace) -> bool:
+    """Are all parts of a cross-validation asked for, and not one?"""
+    return args.folds is not None and splitting.read_folds(args.folds)[0] is None
 
 
 def bands_read(args: argparse.Namespace) -> bands.Bands | None:
@@ -518,6 +535,12 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.from_scratch and args.stage1_adapter:
         problems.append("--from-scratch with --stage1-adapter: there is no base for it to be merged into; drop one")
+    if args.folds is not None and args.eval_split == "validation":
+        problems.append("--folds with --eval-split validation: both say what to evaluate on; drop one of the two")
+    if all_folds(args) and args.eval_only:
+        problems.append(f"--folds {args.folds} with --eval-only: say which part, as --folds 1/{args.folds}")
+    if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
+        problems.append(f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir")
     if args.resume and args.eval_only:
         problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
     if args.warmup_epochs > args.epochs:

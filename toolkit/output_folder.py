@@ -29,7 +29,7 @@ LOCK = ".running"  # a file in the folder while a run writes there
 FINE_TUNING_FILES = (
     *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
     *("learning_rates.csv", "learning_rates.png", "training_curves.png", "mistakes.png", "results_answers.csv"),
-    *("confusion_matrix.png", "precision_recall.png", "scatter.png"),
+    *("confusion_matrix.png", "precision_recall.png", "scatter.png", "folds", "folds.csv"),
 )
 # Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
@@ -222,5 +222,9 @@ def _move_aside(folder: Path, names: list[str]) -> None:
             break
     for name in names:
         os.rename(folder / name, aside / name)
-    unfinished = "" if "results.json" in names else ", unfinished (--resume with this --output-dir goes on with it)"
+    unfinished = (
+        ""
+        if {"results.json", "folds.csv"} & set(names)
+        else ", unfinished (--resume with this --output-dir goes on with it)"
+    )
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

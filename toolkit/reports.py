@@ -49,6 +49,8 @@ def short_rate(rate: float) -> str:
 def describe_data(args: argparse.Namespace, splits: Splits) -> str:
     """Which images train and which are evaluated on, in a line."""
     where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
+    if args.folds is not None:
+        where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
     groups = "" if args.group_by is None else f", in {splits.groups_told()} groups ({printable(args.group_by)})"
     return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}{groups}"
