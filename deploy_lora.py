@@ -63,7 +63,7 @@ from toolkit.folders import (
     looked_for,
     tell_others,
 )
-from toolkit.lists import like, read_targets
+from toolkit.lists import has_column, like, read_list, read_targets
 from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
 from toolkit.tasks import Task, from_record
@@ -242,7 +242,7 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
     """Labelled images, and a description of where they were found.
 
     They are all images in the class folders of `folder`, or of the val/ in it; None: those on which the run was
-    evaluated. For an adapter with several labels or numbers, `folder` is a list.
+    evaluated. `folder` may be a list, and is one for an adapter with several labels or numbers.
     """
     known = about["class_names"]
     bands = about["transform"].bands
@@ -255,9 +255,19 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         images = splits.val
     elif _task_of(about).kind != "classification":
         where = f"in {folder}"
-        targets = like(read_targets(folder, folder.parent, _task_of(about).kind), known, folder, "the adapter")
+        found = read_targets(folder, folder.parent, _task_of(about).kind, group_by=_group_column(folder, about))
+        targets = like(found, known, folder, "the adapter")
         files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
         return LabelledImages(files, files.labels, targets=targets.values), where
+    elif os.path.isfile(folder):
+        where = f"in {folder}"
+        names, labels = read_list(folder, folder.parent, _group_column(folder, about))
+        if not labels:
+            raise InputError(f"{folder}: its images have no labels; write `path,label` lines")
+        unknown = sorted(set(labels) - set(known))
+        place = {name: number for number, name in enumerate(known)}
+        files = ImageFiles(folder.parent, names, [place.get(label, UNLABELLED) for label in labels], bands)
+        images = LabelledImages(files, files.labels)
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder
@@ -268,6 +278,14 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
     if unknown:
         raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
     return images, where
+
+
+def _group_column(path: Path, about: dict[str, Any]) -> str | None:
+    """The run's --group-by, if it is a column of this list, which then is no label."""
+    config = about.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    by = data.get("group_by") if isinstance(data, dict) else None
+    return by if isinstance(by, str) and has_column(path, by) else None
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
@@ -626,7 +644,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         "images",
         type=Path,
         nargs="?",
-        help="folder with a folder of images per class; a list of labels or numbers",
+        help="folder with a folder of images per class, or a list",
     )
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")

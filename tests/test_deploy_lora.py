@@ -234,6 +234,30 @@ def test_evaluation_of_a_run_needs_no_folder(finetune, capsys):
     assert re.search(r"^images +of .*images\S*, evaluated on in training$", told, re.MULTILINE)
 
 
+def test_a_list_is_evaluated_as_the_folder_is(finetune, images):
+    """Whatever stands between its columns, and with the column by which the run was grouped."""
+    adapter = finetune("--epochs 1 --lora-rank 0")["folder"] / "lora.pth"
+    expected = run("evaluate --device cpu", adapter, images / "val")
+    lists = {"train.csv": "train", "test.csv": "val"}
+    for name, part in lists.items():
+        paths = sorted((images / part).glob("*/*.png"))
+        rows = [f"{path},{path.parent.name},patient {path.stem}" for path in paths]
+        (adapter.parent / name).write_text("\n".join(["path,label,who", *rows]))
+    grouped = finetune(f"--data-list {adapter.parent / 'train.csv'} --group-by who --epochs 1 --lora-rank 0", "grouped")
+    found = run("evaluate --device cpu", grouped["folder"] / "lora.pth", adapter.parent / "test.csv")
+    assert (found["images"], expected["images"]) == (15, 15)
+    lines = (adapter.parent / "test.csv").read_text().splitlines()[1:]
+    (adapter.parent / "plain.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    again = run("evaluate --device cpu", adapter, adapter.parent / "plain.csv")
+    assert (again["accuracy"], again["images"]) == (expected["accuracy"], 15)
+    assert again["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    with pytest.raises(InputError, match=r"the line .* is not a path and a label"):
+        run("evaluate --device cpu", adapter, adapter.parent / "test.csv")
+    (adapter.parent / "plain.csv").write_text(f"{images / 'val/dark/0.png'},eel\n")
+    with pytest.raises(InputError, match="has classes that the adapter does not know: eel"):
+        run("evaluate --device cpu", adapter, adapter.parent / "plain.csv")
+
+
 def test_info_of_a_run_fits_a_terminal(finetune, capsys):
     folder = finetune("--epochs 1 --lora-rank 2")["folder"]
     capsys.readouterr()

@@ -1046,7 +1046,7 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
     options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
     results = finetune(options)
     assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
-    assert (f"chosen on these images: epoch {kept} of 3" in capsys.readouterr().out) == (by is not None)
+    assert (f"epoch {kept} of 3 chosen by the evaluation images" in capsys.readouterr().out) == (by is not None)
     adapter = results["folder"] / "lora.pth"
     assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
     model, info = load_finetuned(adapter)
@@ -1098,7 +1098,8 @@ def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, mo
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     made, start = [], FineTuning.start
     monkeypatch.setattr(FineTuning, "start", lambda run, *given: made.append(run) or start(run, *given))
-    finetune("--learning-rate auto --epochs 1 --keep-best f1")
+    results = finetune("--learning-rate auto --epochs 1 --keep-best f1")
+    assert list(results["chosen_by"]) == ["learning rate", "epoch"]
     assert [len(run.splits.train) for run in made] == [16, 16, 21]
     assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class
 

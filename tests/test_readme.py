@@ -125,7 +125,9 @@ def slow_if(command: str, *words: str):
     return pytest.param(command, marks=pytest.mark.slow) if any(word in command for word in words) else command
 
 
-COMMANDS = [slow_if(command, "timm:", "--task regression") for command in commands_of("python finetune_lora.py")]
+COMMANDS = [
+    slow_if(command, "timm:", "--task regression", "--folds") for command in commands_of("python finetune_lora.py")
+]
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_run_that_gains_nothing_on_its_probe_says_so(tmp_path, probe, rate, to
     results |= dict.fromkeys(("peak_memory_bytes", "adapter_bytes", "backbone_bytes"), 1000)
     results |= {"task": "classification", "device": "cpu", "learning_rate": rate}
     results |= {"val_accuracy_interval": wilson_interval(80, 100), "probe_accuracy_before": probe}
-    results |= {"knn_accuracy_before": 0.8, "config": {"finetune": {"keep_best": None}}}
+    results |= {"knn_accuracy_before": 0.8, "chosen_by": {}}
     summary = str(reports.summary(results, report, tmp_path))
     assert told in summary if told else "the linear probe" not in summary
 

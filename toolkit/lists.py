@@ -137,6 +137,11 @@ def read_groups(path: Path, column: str) -> list[str]:
     return [one_spelling(row[place]) for row in rows]
 
 
+def has_column(path: Path, column: str) -> bool:
+    """Does the first line of a list name this column, behind the path?"""
+    return column.lower() in map(str.lower, _rows(path)[0][1:])
+
+
 def _without(path: Path, column: str | None) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of a list without a column, if that is one of the list's and no folder's level."""
     titles, rows = _rows(path)

@@ -147,6 +147,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     results = {
         **_scores(run, result, report.figures(), kept_epoch),
         **_rates(run),
+        "chosen_by": _chosen_by(run),
         "kept_share": run.average.share,
         "retreats": run.recovery.guard.retreats,
         "epochs": len(run.history),
@@ -205,6 +206,16 @@ def _rates(run: FineTuned) -> dict[str, float | None]:
     of_head, of_adapters = own_rates(run.args, run.recovery.rate, run.adapter_lr_factor)
     asked = run.args.learning_rate
     return {"learning_rate": asked, "head_learning_rate": of_head, "adapter_learning_rate": of_adapters}
+
+
+def _chosen_by(run: FineTuned) -> dict[str, str]:
+    """Which images chose what was not typed; nothing else was chosen by images that do not train."""
+    chosen = {}
+    if run.path("learning_rates.csv").exists():
+        chosen["learning rate"] = "trials on a part of the training images"
+    if run.args.keep_best:
+        chosen["epoch"] = "the evaluation images"
+    return chosen
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -316,8 +327,10 @@ def summary(results: dict[str, Any], report: Report, folder: Path) -> list[tuple
     memory = results["peak_memory_bytes"]
     memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
     notes = [told] if told else []
-    if results["config"]["finetune"]["keep_best"]:
-        notes.append(f"chosen on these images: epoch {results['kept_epoch']} of {results['epochs']}")
+    for what, images in results["chosen_by"].items():
+        is_rate = what == "learning rate"
+        value = short_rate(results["learning_rate"]) if is_rate else f"{results['kept_epoch']} of {results['epochs']}"
+        notes.append(f"{what} {value} chosen by {images}")
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     return [
         (f"k-NN {task.score_title} before", task.told(math.nan if knn is None else knn)),
