@@ -230,7 +230,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
     (method, budget, rate, seed, split), options, threads = job
     torch.set_num_threads(threads)
     layers = _peft_layers() if method == "peft" else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory() as folder, _quiet(), layers:
+    with tempfile.TemporaryDirectory() as folder, quiet(), layers:
         flags = [*options, *METHODS[method][1], "--learning-rate", str(rate), "--seed", str(seed)]
         flags += ["--eval-split", split, "--output-dir", folder, "--workers", "0"]  # a daemon may start no process
         flags += [] if budget is None else ["--labels-per-class", str(budget)]
@@ -256,7 +256,7 @@ def train(job: tuple[Run, list[str], int]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

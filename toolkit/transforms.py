@@ -253,6 +253,9 @@ def _tensor(
     return [bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
+SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle; benchmarks/vtab.py cuts none
+
+
 def eval_transform(
     image_size: int,
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -266,7 +269,7 @@ def eval_transform(
     images, and returns (channels, image_size, image_size).
     """
     tensor = _tensor(mean, std, bands)
-    if image_size <= 64:
+    if image_size <= SEEN_WHOLE:
         return View(ResizeWhole(image_size), *tensor, bands=bands)
     return View(ResizeWhole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
 
