@@ -3,6 +3,7 @@
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
+    python deploy_lora.py protocols --checkpoint moco.pth --data-dir my_images  # before training: k-NN, probe
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
@@ -33,15 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune_lora import adapt_layers, load_base, load_finetuned
+from finetune_lora import adapt_layers, load_base, load_finetuned, prepare, read_options
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, comparison, geotags, listed, printable, reports, training
+from toolkit import InputError, comparison, geotags, listed, options, printable, reports, training
 from toolkit.answer_reports import REPORTS
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.bands import Bands, from_metadata, recorded
-from toolkit.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
+from toolkit.bands import Bands, from_metadata, recorded, settle
+from toolkit.checkpoints import checkpoint_path, describe_base, load_backbone, stored_checkpoint
 from toolkit.config import positive_int, unknown_words, worker_count
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import (
@@ -64,9 +65,11 @@ from toolkit.folders import (
     tell_others,
 )
 from toolkit.lists import has_column, like, read_list, read_targets
+from toolkit.protocols import Measured, measure
 from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
 from toolkit.tasks import Task, from_record
+from toolkit.transforms import eval_transform
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -149,6 +152,34 @@ def compare(args: argparse.Namespace) -> list[comparison.Difference]:
     differences = comparison.compare(args.first, args.second)
     print(reports.table(comparison.table(differences, args.first, args.second)))
     return differences
+
+
+def protocols(args: argparse.Namespace) -> list[Measured]:
+    """Print how good a backbone's features are by the protocols of `toolkit.protocols`; with --output as a table, too.
+
+    What is not this command's are options of `finetune_lora.py`: they say which backbone, and which images.
+    """
+    own, _ = read_options([*args.rest, "--lora-rank", "0"])
+    if own.task != "classification" or options.all_folds(own):
+        raise InputError("protocols are for images of one class each, and for one division: no --task, no --folds 5")
+    device = training.select_device(own.device)
+    dtype = training.select_precision(own.precision, device)
+    with faults_explained(device, "lower --batch-size") as loaders:
+        splits, model, report = prepare(own)
+        print(reports.describe_data(own, splits), describe_base(report, own.from_scratch), sep="\n")
+        values = settle(own, report["arch"], report["channels"], splits.train)
+        transform = eval_transform(report["image_size"], **values)
+        model, features = training.place(model, device), []
+        for images in (splits.train, splits.val):
+            loader = build_loader(Transformed(images, transform), own.batch_size, workers=own.workers, device=device)
+            loaders.append(loader)
+            found = training.extract_features(model, progress_bar(loader, "features"), device, dtype)
+            features.append(tuple(tensor.cpu() for tensor in found))
+    rows = measure(*features, splits.class_names, lambda row: print(reports.table([(row.protocol, row.told())])))
+    if args.output is not None:
+        write_csv([row._asdict() for row in rows], Measured._fields, args.output)
+        print(f"wrote {args.output}")
+    return rows
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -546,6 +577,7 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
 SUFFIXES = {  # allowed for --output
     "evaluate": (".json",),
+    "protocols": (".csv",),
     "predict": (".csv",),
     "embed": (".npy",),
     "export": (".onnx", ".pt2"),
@@ -554,7 +586,7 @@ SUFFIXES = {  # allowed for --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
-    if args.output is None and args.command == "evaluate":
+    if args.output is None and args.command in ("evaluate", "protocols"):
         return []
     if args.output is None:
         return ["--output: expected a value, the file to write"]
@@ -600,6 +632,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
     "compare": (compare, lambda args: [], "two results over the same images: is one better by more than chance?"),
+    "protocols": (protocols, check_output, "a backbone's k-NN and linear probes on labelled images, before training"),
     "predict": (predict, check_output, "the most probable classes of images, as a table"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
@@ -629,6 +662,11 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         if name == "compare":
             command.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
             command.add_argument("second", type=Path, help="another, over the same images")
+            continue
+        if name == "protocols":
+            command.description = "Takes the options of finetune_lora.py as well: --checkpoint, --data-dir, ..."
+            command.add_argument("--output", type=Path, help="the figures as .csv")
+            command.set_defaults(adapter=None, checkpoint=None)
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
@@ -666,7 +704,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
     run, check, _ = COMMANDS[args.command]
-    problems = unknown_words(parsers[args.command], rest) + check(args)
+    args.rest = rest if args.command == "protocols" else []
+    problems = check(args) + ([] if args.rest else unknown_words(parsers[args.command], rest))
     if problems:
         raise InputError("\n".join(problems))
     return run(args)

@@ -365,4 +365,4 @@ def test_help_says_what_each_command_does(command, capsys):
         assert command or f"{name} {text}" in printed
     if command:
         assert (" --output OUTPUT" in printed) == (command not in (["info"], ["compare"]))
-        assert ("[--output OUTPUT]" in printed) == (command == ["evaluate"])  # elsewhere it is needed
+        assert ("[--output OUTPUT]" in printed) == (command in (["evaluate"], ["protocols"]))  # elsewhere it is needed
