@@ -280,7 +280,8 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
     if folder is None:
         data = _data_of_run(about)
         place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
-        where = f"of {printable(place)}, evaluated on in training"
+        told = listed(place) if isinstance(place, list) else printable(place)
+        where = f"of {told}, evaluated on in training"
         splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
         unknown = sorted(set(splits.class_names) ^ set(known))
         images = splits.val

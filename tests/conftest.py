@@ -49,6 +49,27 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hospital(tmp_path_factory) -> Path:
+    """scans/CLASS/PATIENT/NUMBER.png, and lists of them: patients have 1 to 6 images, half of them of both classes."""
+    folder, rng = tmp_path_factory.mktemp("hospital"), np.random.RandomState(0)
+    rows = []
+    for patient in range(20):
+        for number in range(1 + patient % 6):
+            name = "sick" if (patient + number * (patient % 2)) % 3 == 0 else "well"
+            path = f"{name}/p{patient}/{number}.png"
+            (folder / "scans" / path).parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels // (2 if name == "well" else 1)).save(folder / "scans" / path)
+            rows.append((f"scans/{path}", name, f"p{patient}", float(patient)))
+    (folder / "all.csv").write_text("path,label,Patient\n" + "".join(f"{p},{n},{who}\n" for p, n, who, _ in rows))
+    (folder / "labels.csv").write_text(
+        "path,Patient,sick,well\n" + "".join(f"{p},{who},{int(n == 'sick')},1\n" for p, n, who, _ in rows)
+    )
+    (folder / "numbers.csv").write_text("path,age,Patient\n" + "".join(f"{p},{a},{who}\n" for p, _, who, a in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def resnet() -> dict[str, torch.Tensor]:
     """The state_dict of a ResNet-18 without its head, with statistics as after training."""
     with torch.random.fork_rng(devices=[]):

@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 import finetune_lora
-from tests.test_splitting import hospital, patients  # noqa: F401 - a fixture
+from tests.test_splitting import patients
 from toolkit import InputError
 from toolkit.data import load_splits
 
@@ -17,7 +17,7 @@ def read_table(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, capsys):  # noqa: F811
+def test_each_part_is_a_run_of_its_own_and_a_table_has_them_all(finetune, hospital, capsys):
     options = f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1"
     found = finetune(f"{options} --folds 3")
     printed, folder = capsys.readouterr().out, found["folder"]

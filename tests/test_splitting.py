@@ -1,38 +1,13 @@
 """toolkit/splitting.py, and what `load_splits` makes of --group-by and --folds: who stands on which side."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import deploy_lora
 from toolkit import InputError, search, splitting
 from toolkit.data import load_splits, validation_part
-
-PATIENTS = 20
-
-
-@pytest.fixture(scope="module")
-def hospital(tmp_path_factory) -> Path:
-    """scans/CLASS/PATIENT/NUMBER.png, and lists of them: patients have 1 to 6 images, half of them of both classes."""
-    folder, rng = tmp_path_factory.mktemp("hospital"), np.random.RandomState(0)
-    rows = []
-    for patient in range(PATIENTS):
-        for number in range(1 + patient % 6):
-            name = "sick" if (patient + number * (patient % 2)) % 3 == 0 else "well"
-            path = f"{name}/p{patient}/{number}.png"
-            (folder / "scans" / path).parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.randint(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels // (2 if name == "well" else 1)).save(folder / "scans" / path)
-            rows.append((f"scans/{path}", name, f"p{patient}", float(patient)))
-    (folder / "all.csv").write_text("path,label,Patient\n" + "".join(f"{p},{n},{who}\n" for p, n, who, _ in rows))
-    (folder / "labels.csv").write_text(
-        "path,Patient,sick,well\n" + "".join(f"{p},{who},{int(n == 'sick')},1\n" for p, n, who, _ in rows)
-    )
-    (folder / "numbers.csv").write_text("path,age,Patient\n" + "".join(f"{p},{a},{who}\n" for p, _, who, a in rows))
-    return folder
 
 
 def patients(images) -> set[str]:
@@ -56,7 +31,7 @@ def test_no_patient_is_on_two_sides(hospital, list_name, task, by):
     chosen = load_splits("imagefolder", **where, eval_split="validation", task=task, group_by=by)
     for train, val, _ in (splits, parts, chosen):
         assert patients(train) and patients(val) and not patients(train) & patients(val)
-    assert len(patients(splits.train) | patients(splits.val)) == PATIENTS
+    assert len(patients(splits.train) | patients(splits.val)) == 20
     assert not patients(chosen.train) & patients(splits.val)
     again = load_splits("imagefolder", **where, seed=5, task=task, group_by=by)
     assert again.digest() == splits.digest()
@@ -111,6 +86,14 @@ def test_parts_of_single_images_are_disjoint_and_alike():
 def test_fewer_groups_than_parts(labels, keys, count, problem):
     with pytest.raises(InputError, match=problem):
         splitting.folds(labels, keys, count)
+
+
+def test_numbers_are_spread_over_the_parts(hospital):
+    """Else one part could have the young and another the old."""
+    list_ = {"data_list": [hospital / "numbers.csv"], "task": "regression", "group_by": "Patient"}
+    for number in (1, 2, 3):
+        train, val, _ = load_splits("imagefolder", folds=f"{number}/3", **list_)
+        assert abs(train.targets.mean() - val.targets.mean()) < 2.5  # of ages from 0 to 19
 
 
 def test_folds_evaluate_each_image_once(hospital):

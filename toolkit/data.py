@@ -602,7 +602,7 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
         InputError: every class has only one image, which stays in `rest`, or all images are in one group.
     """
     if images.groups is not None:
-        rest, part = splitting.by_groups(images.labels, images.groups, share, images.times_split)
+        rest, part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)
     elif isinstance(images.source, ImageFiles):
         rest, part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
     else:
@@ -619,8 +619,19 @@ def fold_part(images: LabelledImages, number: int, count: int) -> tuple[Labelled
         InputError: there are fewer images, or groups, than parts.
     """
     keys = images.relative_names() if images.groups is None else images.groups
-    in_part = splitting.folds(images.labels, keys, count, images.times_split) == number - 1
+    in_part = splitting.folds(_alike(images), keys, count, images.times_split) == number - 1
     return _apart(images, np.flatnonzero(~in_part), np.flatnonzero(in_part))
+
+
+NUMBER_STRATA = 5
+
+
+def _alike(images: LabelledImages) -> Sequence[int]:
+    """Which images are alike: their labels, or, of numbers, which fifth of them the first number is among, by size."""
+    if images.targets is None or len(set(images.labels)) > 1:
+        return images.labels
+    rank = images.targets[:, 0].argsort(stable=True).argsort()
+    return (rank * NUMBER_STRATA // len(rank)).tolist()
 
 
 def _apart(images: LabelledImages, *positions: Sequence[int]) -> tuple[LabelledImages, ...]:
