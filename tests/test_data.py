@@ -178,7 +178,11 @@ def hash_of(text: str) -> int:
         (("train", "valid"), "valid", ""),
         (("train", "validation"), "validation", ""),
         (("train", "validation", "test"), "validation", "evaluating on {0}/validation; {0}/test is left alone\n"),
-        (("train", "test"), "test", "evaluating on {0}/test\n"),
+        (
+            ("train", "test"),
+            "test",
+            "evaluating on {0}/test\n  to leave that for the last number, add a val/, or --eval-split validation\n",
+        ),
     ],
 )
 def test_the_names_that_people_use(tmp_path, capsys, parts, taken, told):

@@ -396,6 +396,8 @@ def _image_folder(
         held_out = _existing("--val-dir", val_dir)
     else:
         held_out = evaluation_folder(root) if needs_val and train != root else None
+        if held_out is not None and held_out.name == "test":
+            print("  to leave that for the last number, add a val/, or --eval-split validation")
     if held_out is None and needs_val and train != root:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
