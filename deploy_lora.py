@@ -64,7 +64,7 @@ from toolkit.folders import (
     looked_for,
     tell_others,
 )
-from toolkit.lists import has_column, like, read_list, read_targets
+from toolkit.lists import has_column, like, read_groups, read_list, read_targets
 from toolkit.protocols import Measured, measure
 from toolkit.report_page import write_page
 from toolkit.runs import faults_explained, progress_bar, run_script
@@ -124,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images, task = readable(images), _task_of(about)
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
-    report = REPORTS[task.kind](task, result)
+    report = REPORTS[task.kind](task, result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     if args.output is not None:
         write_text(json.dumps(results, indent=2), args.output)
@@ -287,19 +287,25 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         images = splits.val
     elif _task_of(about).kind != "classification":
         where = f"in {folder}"
-        found = read_targets(folder, folder.parent, _task_of(about).kind, group_by=_group_column(folder, about))
-        targets = like(found, known, folder, "the adapter")
+        by = _group_column(folder, about)
+        targets = like(
+            read_targets(folder, folder.parent, _task_of(about).kind, group_by=by), known, folder, "the adapter"
+        )
         files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
-        return LabelledImages(files, files.labels, targets=targets.values), where
+        images = LabelledImages(files, files.labels, targets=targets.values)
+        images.groups = read_groups(folder, by) if by else None
+        return images, where
     elif os.path.isfile(folder):
         where = f"in {folder}"
-        names, labels = read_list(folder, folder.parent, _group_column(folder, about))
+        by = _group_column(folder, about)
+        names, labels = read_list(folder, folder.parent, by)
         if not labels:
             raise InputError(f"{folder}: its images have no labels; write `path,label` lines")
         unknown = sorted(set(labels) - set(known))
         place = {name: number for number, name in enumerate(known)}
         files = ImageFiles(folder.parent, names, [place.get(label, UNLABELLED) for label in labels], bands)
         images = LabelledImages(files, files.labels)
+        images.groups = read_groups(folder, by) if by else None
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder

@@ -242,3 +242,41 @@ def test_the_temperature_makes_logits_mean_what_they_say(temperature):
     confidences = {t: (temperature * logits / t).softmax(1).max(1) for t in (1.0, found)}
     errors = [measures.calibration_error(c.values, c.indices == labels) for c in confidences.values()]
     assert temperature == 1 or errors[1] < errors[0] / 2
+
+
+def clustered(draw: int, number: int = 30, size: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers for so many patients of so many images, right for 0.7 of them, and those of one patient alike."""
+    rng = np.random.RandomState(draw)
+    easy = rng.beta(0.7, 0.3, number)
+    right = rng.rand(number, size) < easy[:, None]
+    return torch.from_numpy(right.ravel()), torch.arange(number).repeat_interleave(size)
+
+
+def test_intervals_of_patients_cover_where_those_of_images_do_not():
+    draws = [clustered(draw) for draw in range(500)]
+    of_patients = [measures.share_interval(*drawn) for drawn in draws]
+    of_images = [measures.share_interval(right) for right, _ in draws]
+    covered = [np.mean([low <= 0.7 <= high for low, high in found]) for found in (of_patients, of_images)]
+    assert 0.93 <= covered[0] <= 0.97 and covered[1] < 0.85
+
+
+def test_intervals_of_clusters_of_one_image_are_those_of_images():
+    right = torch.arange(400) % 4 > 0
+    alone = measures.share_interval(right, torch.arange(400))
+    assert alone == pytest.approx(measures.share_interval(right), abs=2e-3)
+    assert measures.share_interval(right) == measures.wilson_interval(300, 400)
+    low, high = measures.share_interval(torch.ones(50, dtype=torch.bool), torch.arange(50) // 10)
+    assert low < measures.wilson_interval(5, 5)[0] + 0.01 and high == 1  # five patients, whatever the images
+    assert measures.share_interval(right, torch.zeros(400, dtype=torch.long)) == (0, 1)
+
+
+def test_a_bootstrap_draws_clusters_whole():
+    clusters = torch.tensor([0, 0, 1, 2, 2, 2])
+    weights = measures.bootstrap(lambda weights: weights, 6, draws=50, clusters=clusters)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3:] == weights[:, 3:4]).all()
+    assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
+    right, of = clustered(0)
+    mean = lambda weights: ((weights * right).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
+    [(low, high)], [(inner_low, inner_high)] = (measures.intervals(mean, len(right), clusters=c) for c in (of, None))
+    assert high - low > 1.5 * (inner_high - inner_low)
+    assert (low, high) == pytest.approx(measures.share_interval(right, of), abs=0.03)

@@ -8,6 +8,7 @@ import pytest
 import deploy_lora
 from toolkit import InputError, search, splitting
 from toolkit.data import load_splits, validation_part
+from toolkit.measures import wilson_interval
 
 
 def patients(images) -> set[str]:
@@ -126,6 +127,9 @@ def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_th
     assert "evaluation images, 2 classes, in 16 + 4 groups (2)" in capsys.readouterr().out
     again = deploy_lora.main(["evaluate", str(run["folder"] / "lora.pth"), "--device", "cpu"])
     assert again["images"] == run["val_images"] and again["loss"] == pytest.approx(run["val_loss"], abs=1e-5)
+    assert again["accuracy_interval"] == pytest.approx(run["val_accuracy_interval"])
+    of_images = wilson_interval(run["val_accuracy"] * run["val_images"], run["val_images"])
+    assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
     assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
 
 

@@ -41,9 +41,9 @@ def finite(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def right_of(accuracy: float, images: int) -> str:
-    """An accuracy as counted images, per cent, and how far chance reaches."""
-    low, high = measures.wilson_interval(accuracy * images, images)
+def right_of(accuracy: float, images: int, interval: tuple[float, float] | None = None) -> str:
+    """An accuracy as counted images, per cent, and how far chance reaches: if not said, over independent images."""
+    low, high = interval or measures.wilson_interval(accuracy * images, images)
     digits = 0 if images < 200 else 1  # more would be chance's own
     interval = f"95% interval {low:.{digits}%} to {high:.{digits}%}"
     return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({interval})"
@@ -83,14 +83,15 @@ class ClassReport:
 
     picture = "confusion_matrix.png"
 
-    def __init__(self, task: Classification, result: Evaluation):
-        self.task, self.result, self.names = task, result, task.names
+    def __init__(self, task: Classification, result: Evaluation, clusters: Tensor | None = None):
+        self.task, self.result, self.names, self.clusters = task, result, task.names, clusters
+        self.interval = measures.share_interval(result.labels == result.predictions, clusters)
 
     def figures(self) -> dict[str, Any]:
-        result, images = self.result, len(self.result.labels)
+        result = self.result
         return {
             "accuracy": result.accuracy,
-            "accuracy_interval": list(measures.wilson_interval(result.accuracy * images, images)),
+            "accuracy_interval": list(self.interval),
             "accuracy_per_class": accuracy_per_class(result, self.names),
             "balanced_accuracy": result.balanced_accuracy,
             "macro_f1": result.macro_f1,
@@ -108,7 +109,7 @@ class ClassReport:
             accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
             return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
 
-        return [list(pair) for pair in measures.intervals(means, len(right), len(self.names))]
+        return [list(pair) for pair in measures.intervals(means, len(right), len(self.names), self.clusters)]
 
     def title(self) -> str:
         return f"{self.result.accuracy:.2%} of {len(self.result.labels)} images right"
@@ -116,7 +117,7 @@ class ClassReport:
     def rows(self) -> list[tuple[str, str]]:
         result = self.result
         return [
-            ("accuracy", right_of(result.accuracy, len(result.labels))),
+            ("accuracy", right_of(result.accuracy, len(result.labels), self.interval)),
             ("balanced over classes", f"{result.balanced_accuracy:.2%}, macro F1 {result.macro_f1:.2%}"),
         ]
 
@@ -159,9 +160,9 @@ class LabelReport:
 
     picture = "precision_recall.png"
 
-    def __init__(self, task: MultiLabel, answers: LabelAnswers):
+    def __init__(self, task: MultiLabel, answers: LabelAnswers, clusters: Tensor | None = None):
         self.task, self.answers, self.names = task, answers, task.names
-        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names))
+        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
         self.f1s = answers.f1(task.thresholds).tolist()
@@ -281,9 +282,9 @@ class NumberReport:
         "spearman": "spearman",
     }
 
-    def __init__(self, task: Regression, answers: NumberAnswers):
+    def __init__(self, task: Regression, answers: NumberAnswers, clusters: Tensor | None = None):
         self.task, self.answers, self.names = task, answers, task.names
-        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names))
+        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.by = {name: answers.by_number(measure).tolist() for name, measure in self.HEADLINES.items()}
 

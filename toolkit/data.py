@@ -123,6 +123,10 @@ class LabelledImages(Dataset):
         others = np.setdiff1d(np.arange(len(self)), first)
         return self.subset(order[np.sort(np.concatenate([first, others])[:count])])
 
+    def clusters(self) -> torch.Tensor | None:
+        """The number of each image's group, (N,), counted from 0; None where images have none."""
+        return None if self.groups is None else torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
+
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
         position = self.indices[i]
@@ -524,7 +528,7 @@ def _group(
         if not isinstance(images.source, ImageFiles):
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
         if lists and not by.isdecimal():
-            images.groups = np.array(read_groups(Path(lists[number]), by))
+            images.groups = read_groups(Path(lists[number]), by)
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
     if not lists and by == "1":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,8 +121,8 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
-def read_groups(path: Path, column: str) -> list[str]:
-    """What stands in a column of a list, for each image: the name of the group that it belongs to, such as a patient.
+def read_groups(path: Path, column: str) -> np.ndarray:
+    """What stands in a column of a list: the name of the group, such as a patient, that each image belongs to, (N,).
 
     Raises:
         InputError: the list has no such column, or nothing stands there for some image.
@@ -134,7 +135,7 @@ def read_groups(path: Path, column: str) -> list[str]:
             f"--data-list {path}: nothing in the column {printable(column)} for {listed(bare)}; write a name, "
             "one of its own where the group is not known"
         )
-    return [one_spelling(row[place]) for row in rows]
+    return np.array([one_spelling(row[place]) for row in rows])
 
 
 def has_column(path: Path, column: str) -> bool:

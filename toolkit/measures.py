@@ -27,6 +27,30 @@ def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[floa
     return (low if hits > 0 else 0.0), (high if hits < images else 1.0)  # exactly, whatever is rounded above
 
 
+def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float, float]:
+    """`wilson_interval` of answers (N,) that are right or wrong, where images of one cluster may be alike.
+
+    It is that of as many independent images as would have the same variance, at most N, and wider where there are few
+    clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's).
+
+    Args:
+        clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
+    """
+    hits, images = right.double().sum().item(), len(right)
+    if clusters is None:
+        return wilson_interval(hits, images)
+    from scipy.stats import t
+
+    share, number = hits / images, int(clusters.max()) + 1
+    if number < 2:
+        return 0.0, 1.0
+    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
+    variance = number / (number - 1) * sums.square().sum().item() / images**2
+    effective = share * (1 - share) / variance if variance > 0 else number
+    effective = min(images, effective) * (NormalDist().inv_cdf(0.975) / t.ppf(0.975, number - 1)) ** 2
+    return wilson_interval(share * effective, effective)
+
+
 def alignment(first: Tensor, second: Tensor) -> float:
     """The mean squared distance on the unit sphere of two views' features (N, D), image by image: 0 to 4.
 
@@ -184,19 +208,27 @@ NUMBERS_AT_ONCE = 2_000_000  # of a bootstrap's weights
 
 
 def bootstrap(
-    measure: Callable[[Tensor], Tensor], images: int, draws: int = DRAWS, seed: int = 0, labels: int = 1
+    measure: Callable[[Tensor], Tensor],
+    images: int,
+    draws: int = DRAWS,
+    seed: int = 0,
+    labels: int = 1,
+    clusters: Tensor | None = None,
 ) -> Tensor:
     """A measure's values for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
 
     Args:
         measure: takes weights (n, images), how often each image was drawn, and returns (n, ...).
         labels: how many numbers the measure looks at for each image; it says how many draws are made at once.
+        clusters: as for `share_interval`: the images of one cluster are drawn together.
     """
     random, parts = np.random.RandomState(seed), []
+    things = images if clusters is None else int(clusters.max()) + 1
     at_once = max(1, NUMBERS_AT_ONCE // (images * labels))
     for start in range(0, draws, at_once):
-        drawn = random.multinomial(images, np.full(images, 1 / images), size=min(at_once, draws - start))
-        parts.append(measure(torch.from_numpy(drawn)))
+        drawn = random.multinomial(things, np.full(things, 1 / things), size=min(at_once, draws - start))
+        weights = torch.from_numpy(drawn)
+        parts.append(measure(weights if clusters is None else weights[:, clusters]))
     return torch.cat(parts)
 
 
@@ -217,7 +249,9 @@ def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, floa
 GROUPS = 50  # of the jackknife
 
 
-def intervals(measure: Callable[[Tensor], Tensor], images: int, labels: int = 1) -> list[tuple[float, float]]:
+def intervals(
+    measure: Callable[[Tensor], Tensor], images: int, labels: int = 1, clusters: Tensor | None = None
+) -> list[tuple[float, float]]:
     """95% intervals of a measure's columns: a bootstrap's, moved by what the jackknife says of the bias.
 
     A mean of average precisions over labels with few positives flatters: a positive counts among the right answers at
@@ -226,12 +260,14 @@ def intervals(measure: Callable[[Tensor], Tensor], images: int, labels: int = 1)
 
     Args:
         measure: takes weights (n, images) and returns (n, columns).
-        labels: as for `bootstrap`.
+        labels, clusters: as for `bootstrap`.
     """
-    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels)
+    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels, clusters=clusters)
     here = measure(torch.ones(1, images))[0]
-    groups = min(GROUPS, images)
-    group = torch.randperm(images, generator=torch.Generator().manual_seed(0)) % groups
+    things = images if clusters is None else int(clusters.max()) + 1
+    groups = min(GROUPS, things)
+    group = torch.randperm(things, generator=torch.Generator().manual_seed(0)) % groups
+    group = group if clusters is None else group[clusters]
     without = torch.cat([measure((group != number)[None].double()) for number in range(groups)])
     bias = (groups - 1) * (without.nanmean(0) - here)
     shift = (drawn.nanmean(0) - here + bias).nan_to_num()

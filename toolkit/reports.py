@@ -143,7 +143,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         counts: its parameters, as `count_parameters` gives them.
     """
     config, normalization = run.identity["config"], run.args.normalization
-    report = REPORTS[run.task.kind](run.task, result)
+    report = REPORTS[run.task.kind](run.task, result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept_epoch),
         **_rates(run),
