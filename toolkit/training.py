@@ -136,10 +136,15 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 def product_seconds(dtype: torch.dtype) -> float:
     """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
     tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    return shortest_seconds(lambda: F.linear(tokens, weight))
+
+
+def shortest_seconds(work: Callable[[], Any]) -> float:
+    """The shortest of three times that the CPU takes for some work."""
     seconds = []
     for _ in range(3):  # the first prepares its code too
         start = time.perf_counter()
-        F.linear(tokens, weight)
+        work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
