@@ -14,7 +14,7 @@ some at a time, as many as stay in the cache. What an adapter adds is not rounde
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -78,12 +78,13 @@ class Int8Weight:
         return _multiplied(gy.dtype, *quantize_rows(gy, self.scale), self.codes)
 
 
+@torch.no_grad()
 def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (N, in), multiplied by `columns` (in,) if they are given, as codes (N, in) in int8 and scales (N, 1).
 
     A row with NaN or infinity has a scale that is not finite, and so has what is computed of it.
     """
-    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), 1, dtype=torch.float32)
+    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
         rows = (rows if columns is None else rows * columns).to(torch.float32)
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
@@ -92,6 +93,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     return codes, scale
 
 
+@torch.no_grad()
 def _multiplied(
     dtype: torch.dtype,
     codes: Tensor,
@@ -101,7 +103,7 @@ def _multiplied(
     bias: Tensor | None = None,
 ) -> Tensor:
     """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
-    y = scale.new_empty(len(codes), matrix.shape[1], dtype=dtype)
+    y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
         sums = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         sums.copy_(backends.int8_product(its_codes, matrix))
@@ -110,9 +112,11 @@ def _multiplied(
     return y
 
 
-def _blocks(numbers: int, first: Tensor, *others: Tensor):
+def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The same rows of all, so many that those of the first have at most so many numbers; traced, all rows at once."""
-    size = len(first) if backends.is_traced() else max(numbers // max(first.shape[1], 1), 1)
+    if backends.is_traced():
+        return [(first, *others)]
+    size = max(numbers // max(first.shape[1], 1), 1)
     return zip(*(t.split(size) for t in (first, *others)), strict=True)
 
 

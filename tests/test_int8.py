@@ -167,7 +167,7 @@ def test_a_vit_is_near_the_dense_one(autocast):
 def test_switched_off_it_computes_with_the_same_base():
     stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64, requires_grad=True)
     model = in_8_bits(stock)
-    expected = Int8Weight.quantize(stock[0].weight).linear(x.detach(), stock[0].bias.detach())
+    expected = Int8Weight.quantize(stock[0].weight).linear(x.detach(), stock[0].bias)
     with LoRAManager(model).disable_lora():
         y = model(x)
         y.sum().backward()
@@ -258,6 +258,15 @@ def test_several_adapters_share_it(tmp_path):
     alone = in_8_bits(stock)
     with LoRAManager(alone).disable_lora():
         assert torch.equal(model(x), alone(x))
+
+
+def test_it_is_exported_for_batches_of_any_size():
+    """And compiled into one graph. Both compute what the model does."""
+    model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    for batch in (x, images(16, 5)):
+        assert_close(program(batch), model(batch), ROUNDING)
+    assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), ROUNDING)
 
 
 def test_on_other_devices_the_weight_is_made_dense(monkeypatch):
