@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lora_utils
-from lora import adapted, attention, functional, initialization, targets
+from lora import adapted, attention, functional, initialization, int8, targets
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
@@ -507,8 +507,9 @@ def add_lora_to_model(
         rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
             in `target_modules`, selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
-            has them as it would round them anyway, at half the memory. The classifier head, which trains, stays as it
-            is. None: all as they are.
+            has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
+            attention in 8 bits, and on a CPU multiply in 8 bits (`lora.int8`). The classifier head, which trains, stays
+            as it is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
@@ -558,7 +559,7 @@ def adapt_layers(
     targets.check_shared_weights(model, chosen)
     if use_qlora:
         targets.check_four_bits(model, chosen)
-    targets.check_stored_bits(model, chosen, use_qlora)
+    targets.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
@@ -784,7 +785,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.from_scratch:  # only the architecture comes from the file
         model = checkpoints.random_backbone(num_classes, report)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
+        add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     share_statistics(model)

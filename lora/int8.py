@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora import backends
-from toolkit.training import shortest_seconds
+from toolkit import distributed, training
 
 LARGEST = 127  # -128 has no counterpart
 # Numbers that a block of rows has: the first two fit a core's cache beside a copy, the others amortise reading W.
@@ -136,9 +136,26 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
 # ------------------------------------------------------------------------------------------------- whether it pays
 
 
+def base_dtype(args) -> torch.dtype | None:
+    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that is faster."""
+    dtype = training.base_dtype(args)
+    if dtype != torch.int8:
+        return dtype
+    precision = training.select_precision(args.precision, torch.device("cpu"))
+    return torch.int8 if is_faster(precision) else precision
+
+
 @functools.cache
-def speedup(dtype: torch.dtype) -> float:
-    """How many times as fast as in ``dtype`` this CPU multiplies in 8 bits, rounding included. Measured, once."""
+def is_faster(dtype: torch.dtype) -> bool:
+    """Does this CPU multiply faster in 8 bits, rounding included, than in ``dtype``? Measured once; a no is told.
+
+    Several processes give one answer.
+    """
     tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768)
     stored, plain = Int8Weight.quantize(weight), weight.to(dtype)
-    return shortest_seconds(lambda: F.linear(tokens, plain)) / shortest_seconds(lambda: stored.linear(tokens))
+    ways = (lambda: F.linear(tokens, plain)), (lambda: stored.linear(tokens))
+    in_floats, in_8_bits = distributed.all_sum(*map(training.shortest_seconds, ways))
+    ratio = in_8_bits / in_floats
+    if ratio * training.WORTH_TELLING > 1:
+        print(f"products in 8 bits take {ratio:.1f} times as long as in {dtype} on this processor: --arithmetic float")
+    return ratio * training.WORTH_TELLING <= 1

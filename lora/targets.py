@@ -165,8 +165,17 @@ def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
     return dtype in LOW_PRECISION
 
 
-def check_stored_bits(model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool) -> None:
-    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone."""
+def check_stored_bits(
+    model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone.
+
+    Or if 8 bits are asked for, and no layer can be stored in them.
+    """
+    if base_dtype == torch.int8 and not any(rounds(layer, base_dtype) for layer in chosen.values()):
+        raise InputError(
+            "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
+        )
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):

@@ -1,5 +1,6 @@
 """Weights in 8 bits: near the dense stock computation, and equal to the same arithmetic written out in float64."""
 
+import argparse
 import copy
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from dense import assert_close, compare_with_dense, dense_twin, images, randomize_adapters, relative_error, vit
 from torch import Tensor, nn
 
+import finetune_lora
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import functional, int8
 from lora.int8 import LARGEST, Int8Weight
-from lora_utils import LoRAManager, base_digests
-from toolkit import InputError
+from lora_utils import LoRAManager, base_digests, read_adapter_file
+from toolkit import InputError, training
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
@@ -91,8 +93,8 @@ LAYERS = [pytest.param(*case[1:], id=case[0]) for case in layers()]
 def test_a_layer_is_near_the_dense_one(layer, shape, autocast):
     """Forward and all gradients."""
     stock = nn.Sequential(layer)
-    for training in (True, False):
-        model = in_8_bits(stock).train(training)
+    for mode in (True, False):
+        model = in_8_bits(stock).train(mode)
         compare_with_dense(stock, model, [torch.randn(shape)], IN_8_BITS, autocast=autocast)
 
 
@@ -189,7 +191,10 @@ def test_layers_below_the_last_blocks_are_in_8_bits_too_but_no_convolution():
 
 
 def test_a_convolution_and_other_dtypes_stay_as_they_are():
-    assert add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3)), r=2, base_dtype=torch.int8)[0].base_bits == 32
+    both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
+    assert [layer.base_bits for layer in both] == [32, 8]
+    with pytest.raises(InputError, match="8 bits are for linear layers and attention"):
+        add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3)), r=2, base_dtype=torch.int8)
     for dtype in (torch.float64, torch.bfloat16):
         layer = add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.int8)[0]
         assert layer.weight.dtype == dtype and layer.base_bits == 32
@@ -277,3 +282,74 @@ def test_on_other_devices_the_weight_is_made_dense(monkeypatch):
     with torch.no_grad():
         stock[0].weight.copy_(model[0].base().dequantize(torch.float32))
     compare_with_dense(stock, model, [x], ROUNDING)
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """A processor that multiplies fast in 8 bits, whatever this one does."""
+    monkeypatch.setattr(int8, "is_faster", lambda dtype: True)
+
+
+def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast):
+    """Its adapter file is that of any run: it fits the float checkpoint, with which it is nearly as accurate."""
+    limits = "--labels-per-class", "5", "--epochs", "2", "--workers", "0"
+    options = "--arithmetic", "int8", "--device", "cpu", *limits, "--output-dir"
+
+    def stop(run) -> None:
+        raise KeyboardInterrupt
+
+    results = finetune_lora.main([*options, str(tmp_path / "whole")])
+    with pytest.raises(KeyboardInterrupt):
+        finetune_lora.main([*options, str(tmp_path / "halves")], stop)
+    finetune_lora.main([*options, str(tmp_path / "halves"), "--resume"])
+    whole, halves = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+    adapter = tmp_path / "whole/lora.pth"
+    model, _ = finetune_lora.load_finetuned(adapter)
+    assert {layer.base_bits for layer in model.modules() if hasattr(layer, "base_bits")} == {32}
+    in_floats = finetune_lora.main(["--eval-only", str(adapter), "--device", "cpu", "--workers", "0"])
+    assert abs(in_floats["val_accuracy"] - results["val_accuracy"]) < 0.02
+
+
+def arguments(**given) -> argparse.Namespace:
+    return argparse.Namespace(
+        freeze_backbone=True, lora_rank=8, checkpoint="base.pth", base_dtype="auto", arithmetic="int8", **given
+    )
+
+
+def test_where_8_bits_are_not_faster_floats_are_used_and_that_is_told(monkeypatch, capsys):
+    args = arguments(device="cpu", precision="bf16")
+    seconds = iter([1.0, 1.1, 1.0, 0.5])  # in floats and in 8 bits, twice
+    monkeypatch.setattr(training, "shortest_seconds", lambda work: next(seconds))
+    int8.is_faster.cache_clear()
+    assert int8.base_dtype(args) == torch.bfloat16 == int8.base_dtype(args)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "products in 8 bits take 1.1 times as long as in torch.bfloat16 on this processor: --arithmetic float"
+    ]
+    args.precision = "fp32"
+    assert int8.base_dtype(args) == torch.int8 and not capsys.readouterr().out
+    args.arithmetic = "float"
+    assert int8.base_dtype(args) == torch.float32
+    int8.is_faster.cache_clear()
+
+
+def test_measuring_draws_no_random_numbers():
+    torch.manual_seed(0)
+    int8.is_faster.__wrapped__(torch.float32)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_8_bits_are_for_the_cpu(monkeypatch):
+    args = argparse.Namespace(
+        freeze_backbone=True, lora_rank=8, checkpoint="base.pth", arithmetic="int8", device="cuda"
+    )
+    monkeypatch.setattr(training, "select_device", torch.device)
+    with pytest.raises(InputError, match="--arithmetic int8 is for the CPU so far: add --device cpu"):
+        training.base_dtype(args)

@@ -96,6 +96,7 @@ def select_device(name: str) -> torch.device:
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ARITHMETICS = ("float", "int8")
 
 
 def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
@@ -153,9 +154,14 @@ def base_dtype(args) -> torch.dtype | None:
     """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them.
 
     Random weights, which are in no checkpoint, stay as they are: an adapter file has to hold all of them.
+    Raises InputError for fp16 on a CPU, and for arithmetic in 8 bits elsewhere.
     """
     if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
         return None
+    if args.arithmetic == "int8":
+        if select_device(args.device).type != "cpu":
+            raise InputError("--arithmetic int8 is for the CPU so far: add --device cpu, or drop it")
+        return torch.int8
     option = "precision" if args.base_dtype == "auto" else "base_dtype"
     return select_precision(vars(args)[option], select_device(args.device), f"--{option.replace('_', '-')}")
 
