@@ -785,7 +785,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.from_scratch:  # only the architecture comes from the file
         model = checkpoints.random_backbone(num_classes, report)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args))
+        add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     share_statistics(model)

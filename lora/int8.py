@@ -18,14 +18,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora import backends
 from toolkit import distributed, training
 
 LARGEST = 127  # -128 has no counterpart
 # Numbers that a block of rows has: the first two fit a core's cache beside a copy, the others amortise reading W.
-ROUNDED_AT_ONCE, MULTIPLIED_AT_ONCE = 2**17, 2**19
+ROUNDED_AT_ONCE, MULTIPLIED_AT_ONCE = 2**17, 2**20
+WORTH_ROUNDING = 1.5  # times as fast: in a step, of which products are a part, a tenth is left of that
 NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, those of zeros too
 ALIGNMENT = 64
 
@@ -136,26 +137,31 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
 # ------------------------------------------------------------------------------------------------- whether it pays
 
 
-def base_dtype(args) -> torch.dtype | None:
-    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that is faster."""
+def base_dtype(args, model: nn.Module) -> torch.dtype | None:
+    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that pays.
+
+    It is measured on the model's widest linear layer, and told. Rounding passes over the activations: in narrow layers
+    that takes as long as the products.
+    """
     dtype = training.base_dtype(args)
-    if dtype != torch.int8:
+    widest = max((m.weight for m in model.modules() if isinstance(m, nn.Linear)), key=Tensor.numel, default=None)
+    if dtype != torch.int8 or widest is None:
         return dtype
     precision = training.select_precision(args.precision, torch.device("cpu"))
-    return torch.int8 if is_faster(precision) else precision
+    return torch.int8 if speedup(*widest.shape, precision) >= WORTH_ROUNDING else precision
 
 
 @functools.cache
-def is_faster(dtype: torch.dtype) -> bool:
-    """Does this CPU multiply faster in 8 bits, rounding included, than in ``dtype``? Measured once; a no is told.
+def speedup(out: int, width: int, dtype: torch.dtype) -> float:
+    """How many times as fast as in ``dtype`` this CPU multiplies by a weight (out, width) in 8 bits. Measured once.
 
-    Several processes give one answer.
+    Several processes get one answer.
     """
-    tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768)
+    tokens, weight = torch.ones(512, width, dtype=dtype), torch.ones(out, width)
     stored, plain = Int8Weight.quantize(weight), weight.to(dtype)
     ways = (lambda: F.linear(tokens, plain)), (lambda: stored.linear(tokens))
     in_floats, in_8_bits = distributed.all_sum(*map(training.shortest_seconds, ways))
-    ratio = in_8_bits / in_floats
-    if ratio * training.WORTH_TELLING > 1:
-        print(f"products in 8 bits take {ratio:.1f} times as long as in {dtype} on this processor: --arithmetic float")
-    return ratio * training.WORTH_TELLING <= 1
+    ratio = in_floats / in_8_bits
+    less = "" if ratio >= WORTH_ROUNDING else "; too little, so --arithmetic float"
+    print(f"products in 8 bits, {width} to {out}: {ratio:.1f} times as fast as in {dtype} on this processor{less}")
+    return ratio

@@ -288,12 +288,12 @@ def test_on_other_devices_the_weight_is_made_dense(monkeypatch):
 
 
 @pytest.fixture
-def fast(monkeypatch):
+def fast_processor(monkeypatch):
     """A processor that multiplies fast in 8 bits, whatever this one does."""
-    monkeypatch.setattr(int8, "is_faster", lambda dtype: True)
+    monkeypatch.setattr(int8, "speedup", lambda *layer: 2.0)
 
 
-def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast):
+def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast_processor):
     """Its adapter file is that of any run: it fits the float checkpoint, with which it is nearly as accurate."""
     limits = "--labels-per-class", "5", "--epochs", "2", "--workers", "0"
     options = "--arithmetic", "int8", "--device", "cpu", *limits, "--output-dir"
@@ -321,26 +321,27 @@ def arguments(**given) -> argparse.Namespace:
     )
 
 
-def test_where_8_bits_are_not_faster_floats_are_used_and_that_is_told(monkeypatch, capsys):
-    args = arguments(device="cpu", precision="bf16")
-    seconds = iter([1.0, 1.1, 1.0, 0.5])  # in floats and in 8 bits, twice
+def test_8_bits_are_used_only_where_they_are_faster_and_that_is_told(monkeypatch, capsys):
+    """By a measurement on the model's widest layer, once for each precision."""
+    seconds = iter([1.0, 1.0, 3.0, 1.0])  # in floats and in 8 bits, twice
     monkeypatch.setattr(training, "shortest_seconds", lambda work: next(seconds))
-    int8.is_faster.cache_clear()
-    assert int8.base_dtype(args) == torch.bfloat16 == int8.base_dtype(args)
-    told = capsys.readouterr().out.splitlines()
-    assert told == [
-        "products in 8 bits take 1.1 times as long as in torch.bfloat16 on this processor: --arithmetic float"
+    int8.speedup.cache_clear()
+    model, slow, fast = vit(), arguments(device="cpu", precision="bf16"), arguments(device="cpu", precision="fp32")
+    assert int8.base_dtype(slow, model) == torch.bfloat16 == int8.base_dtype(slow, model)
+    assert int8.base_dtype(fast, model) == torch.int8
+    assert capsys.readouterr().out.splitlines() == [
+        "products in 8 bits, 16 to 32: 1.0 times as fast as in torch.bfloat16 on this processor; too little, so "
+        "--arithmetic float",
+        "products in 8 bits, 16 to 32: 3.0 times as fast as in torch.float32 on this processor",
     ]
-    args.precision = "fp32"
-    assert int8.base_dtype(args) == torch.int8 and not capsys.readouterr().out
-    args.arithmetic = "float"
-    assert int8.base_dtype(args) == torch.float32
-    int8.is_faster.cache_clear()
+    fast.arithmetic = "float"
+    assert int8.base_dtype(fast, model) == torch.float32
+    int8.speedup.cache_clear()
 
 
 def test_measuring_draws_no_random_numbers():
     torch.manual_seed(0)
-    int8.is_faster.__wrapped__(torch.float32)
+    assert int8.speedup.__wrapped__(32, 16, torch.float32) > 0
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), drawn)
