@@ -283,6 +283,12 @@ VARIANTS = {
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
     "lora_int8": Variant("LoRA here, arithmetic in 8 bits", lora_int8, save_here, models="vit", device="cpu"),
+    "lora_int8_16bit": Variant(
+        *("LoRA here, arithmetic in 8 bits, 16-bit activations", lora_int8, save_here),
+        models="vit",
+        around=SavedIn16Bits,
+        device="cpu",
+    ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
     "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),

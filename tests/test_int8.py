@@ -265,6 +265,7 @@ def test_several_adapters_share_it(tmp_path):
         assert torch.equal(model(x), alone(x))
 
 
+@pytest.mark.slow
 def test_it_is_exported_for_batches_of_any_size():
     """And compiled into one graph. Both compute what the model does."""
     model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
@@ -293,6 +294,7 @@ def fast_processor(monkeypatch):
     monkeypatch.setattr(int8, "speedup", lambda *layer: 2.0)
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast_processor):
     """Its adapter file is that of any run: it fits the float checkpoint, with which it is nearly as accurate."""
     limits = "--labels-per-class", "5", "--epochs", "2", "--workers", "0"
