@@ -148,20 +148,22 @@ def base_dtype(args, model: nn.Module) -> torch.dtype | None:
     if dtype != torch.int8 or widest is None:
         return dtype
     precision = training.select_precision(args.precision, torch.device("cpu"))
-    return torch.int8 if speedup(*widest.shape, precision) >= WORTH_ROUNDING else precision
+    return torch.int8 if speedups(*widest.shape)[precision] >= WORTH_ROUNDING else precision
 
 
 @functools.cache
-def speedup(out: int, width: int, dtype: torch.dtype) -> float:
-    """How many times as fast as in ``dtype`` this CPU multiplies by a weight (out, width) in 8 bits. Measured once.
+def speedups(out: int, width: int) -> dict[torch.dtype, float]:
+    """How many times as fast as in float32 and in bf16 this CPU multiplies by a weight (out, width) in 8 bits.
 
-    Several processes get one answer.
+    Measured once, and told. Several processes get one answer.
     """
-    tokens, weight = torch.ones(512, width, dtype=dtype), torch.ones(out, width)
-    stored, plain = Int8Weight.quantize(weight), weight.to(dtype)
-    ways = (lambda: F.linear(tokens, plain)), (lambda: stored.linear(tokens))
-    in_floats, in_8_bits = distributed.all_sum(*map(training.shortest_seconds, ways))
-    ratio = in_floats / in_8_bits
-    less = "" if ratio >= WORTH_ROUNDING else "; too little, so --arithmetic float"
-    print(f"products in 8 bits, {width} to {out}: {ratio:.1f} times as fast as in {dtype} on this processor{less}")
-    return ratio
+    tokens, weight = torch.ones(512, width), torch.ones(out, width)
+    low, stored = (tokens.bfloat16(), weight.bfloat16()), Int8Weight.quantize(weight)
+    ways = (lambda: F.linear(tokens, weight)), (lambda: F.linear(*low)), (lambda: stored.linear(tokens))
+    *in_floats, in_8_bits = distributed.all_sum(*map(training.shortest_seconds, ways))
+    fp32, bf16 = (seconds / in_8_bits for seconds in in_floats)
+    print(
+        f"products in 8 bits ({width} to {out}): {fp32:.1f} times as fast as in fp32, {bf16:.1f} times as in bf16; "
+        f"used from {WORTH_ROUNDING} times on, else --arithmetic float"
+    )
+    return {torch.float32: fp32, torch.bfloat16: bf16}

@@ -141,12 +141,12 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def shortest_seconds(work: Callable[[], Any]) -> float:
-    """The shortest of three times that the CPU takes for some work."""
+    """The shortest of three times that some work takes: CPU time, which other programs' work does not lengthen."""
     seconds = []
     for _ in range(3):  # the first prepares its code too
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 
