@@ -23,27 +23,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lora_utils
-from lora import adapted, attention, functional, initialization
+from lora import adapted, attention, functional, initialization, int8, targets
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
-from lora.backends import LOW_PRECISION
 from lora.frozen_norms import NORMS, freeze_statistics
 from lora.fusion import fuse, is_hooked, scale_and_shift, set_gradient_checkpointing
+from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
-from lora.targets import (
-    adaptable_layers,
-    check_four_bits,
-    check_ranks,
-    check_shared_weights,
-    check_stored_bits,
-    choose_layers,
-    layers_below,
-    outermost_layers,
-    settings_by_layer,
-    unwrap_for_editing,
-)
 from lora.trained_norms import normalize
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import (
@@ -99,11 +87,12 @@ class LoRALayer:
     """
 
     weight_names: tuple[str, ...] = ("weight",)
-    # SHA-256 of each weight before it was rounded to 4 or 16 bits; adapter files identify their base by it.
+    # SHA-256 of each weight before it was rounded to fewer bits; adapter files identify their base by it.
     float_digests: Mapping[str, str] = {}
+    _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
-        *("lora_enabled", "_base_data", "weight_names", "stock_class"),
+        *("_int8_shapes", "lora_enabled", "_base_data", "weight_names", "stock_class"),
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -137,10 +126,15 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weights = {name: self._parameters[name] for name in self.weight_names}
-        if dtype in LOW_PRECISION and all(weight.dtype == torch.float32 for weight in weights.values()):
-            self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
-            for weight in weights.values():
-                weight.data = weight.data.to(dtype)
+        if not targets.rounds(self, dtype) or any(weight.dtype != torch.float32 for weight in weights.values()):
+            return
+        self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+        if dtype == torch.int8:
+            self._int8_shapes = {name: weight.shape for name, weight in weights.items()}
+        for weight in weights.values():
+            if dtype == torch.int8:
+                weight.requires_grad_(False)  # integers have no gradient
+            weight.data = Int8Weight.quantize(weight).packed() if dtype == torch.int8 else weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
         self._add_adapter("weight")
@@ -176,9 +170,10 @@ class LoRALayer:
         """The attributes, beside parameters, that the layer it adapts does not have."""
         return {name: vars(self)[name] for name in self._STATE if name in vars(self)}
 
-    def base(self, name: str = "weight") -> Tensor | NF4Weight:
+    def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight:
         """The weight without the adapter, merged or not."""
-        return self._base_data.get(name, self._parameters[name])
+        base = self._base_data.get(name, self._parameters[name])
+        return Int8Weight.unpacked(base, self._int8_shapes[name]) if name in self._int8_shapes else base
 
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
@@ -186,7 +181,7 @@ class LoRALayer:
 
     @property
     def base_bits(self) -> int:
-        """The bits that the base weight is stored in: 4, 16 or, for one that was not rounded, 32."""
+        """The bits that the base weight is stored in: 4, 8, 16 or, for one that was not rounded, 32."""
         return adapted.base_bits(vars(self))
 
     @property
@@ -214,9 +209,10 @@ class LoRALayer:
         return self.lora_enabled and not self.merged and self.r > 0
 
     def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
-        """The dense weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
+        """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
         weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
-        return dense_weight(weight, functional.compute_dtype(x)) if self.float_digests else weight
+        computes = not self.float_digests or isinstance(weight, Int8Weight)
+        return weight if computes else dense_weight(weight, functional.compute_dtype(x))
 
     @property
     def _drops(self) -> bool:
@@ -511,8 +507,9 @@ def add_lora_to_model(
         rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
             in `target_modules`, selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
-            has them as it would round them anyway, at half the memory. The classifier head, which trains, stays as it
-            is. None: all as they are.
+            has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
+            attention in 8 bits, and on a CPU multiply in 8 bits (`lora.int8`). The classifier head, which trains, stays
+            as it is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
@@ -520,12 +517,12 @@ def add_lora_to_model(
 
     Raises:
         InputError: a bad value, a rank above the full rank of the model's largest layer, a target that matches nothing,
-            a weight that two layers share, or layers in 4 or 16 bits that would become float. The model is as it was.
+            a weight that two layers share, or layers in fewer bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
-    chosen = choose_layers(model, target_modules, exclude_modules, adapt_last)
-    by_layer = settings_by_layer(chosen, settings, rank_pattern, alpha_pattern)
-    below = layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
+    chosen = targets.choose_layers(model, target_modules, exclude_modules, adapt_last)
+    by_layer = targets.settings_by_layer(chosen, settings, rank_pattern, alpha_pattern)
+    below = targets.layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
     return adapt_layers(model, dict.fromkeys(below) | by_layer, use_qlora, base_dtype)
 
 
@@ -546,10 +543,11 @@ def adapt_layers(
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, unwrap_for_editing(model)
-    if not use_qlora and base_dtype not in LOW_PRECISION:
-        settings = {name: own for name, own in settings.items() if own is not None}
-    candidates = adaptable_layers(model)
+    wrapped, model = model, targets.unwrap_for_editing(model)
+    candidates = targets.adaptable_layers(model)
+    if not use_qlora:
+        rounds = {name for name in settings if targets.rounds(candidates.get(name), base_dtype)}
+        settings = {name: own for name, own in settings.items() if own is not None or name in rounds}
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
     projections = {
         dotted(name, "out_proj"): name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)
@@ -557,15 +555,15 @@ def adapt_layers(
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    check_ranks(settings, full_rank(model))
-    check_shared_weights(model, chosen)
+    targets.check_ranks(settings, full_rank(model))
+    targets.check_shared_weights(model, chosen)
     if use_qlora:
-        check_four_bits(model, chosen)
-    check_stored_bits(model, chosen, use_qlora)
+        targets.check_four_bits(model, chosen)
+    targets.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
-    for _, layer in outermost_layers(model, is_adapted):
+    for _, layer in targets.outermost_layers(model, is_adapted):
         if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
@@ -593,7 +591,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
             base, or its norms, are to train, and several adapters share it.
     """
-    model = unwrap_for_editing(model)
+    model = targets.unwrap_for_editing(model)
     if (train_norms or not freeze) and LoRAManager(model).names:
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
@@ -788,7 +786,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.from_scratch:  # only the architecture comes from the file
         model = checkpoints.random_backbone(num_classes, report)
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args), base_dtype=training.base_dtype(args))
+        add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.train_norms)
     share_statistics(model)

@@ -55,13 +55,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import MEASURED
-from finetune_lora import add_lora_to_model, choose_layers, freeze_backbone_params
+from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import attention, backends, functional, fusion
 from lora.activations import SavedIn16Bits
 from lora.frozen_norms import FreezableBatchNorm2d
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
 from lora.split import split_model
+from lora.targets import choose_layers
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
@@ -95,10 +96,14 @@ def lora(model: nn.Module, args, checkpointing: str = "none", **options) -> nn.M
     return model
 
 
-def lora_float_base(model: nn.Module, args) -> nn.Module:
-    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank)
+def lora_float_base(model: nn.Module, args, base_dtype: torch.dtype | None = None) -> nn.Module:
+    add_lora_to_model(model, r=args.rank, lora_alpha=2 * args.rank, base_dtype=base_dtype)
     freeze_backbone_params(model)
     return model
+
+
+def lora_int8(model: nn.Module, args) -> nn.Module:
+    return lora_float_base(model, args, torch.int8)
 
 
 def lora_selective(model: nn.Module, args) -> nn.Module:
@@ -277,6 +282,13 @@ VARIANTS = {
     "peft_frozen_norms": Variant("PEFT, BatchNorm frozen", peft_frozen_norms, save_peft, "peft", "resnet"),
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
+    "lora_int8": Variant("LoRA here, arithmetic in 8 bits", lora_int8, save_here, models="vit", device="cpu"),
+    "lora_int8_16bit": Variant(
+        *("LoRA here, arithmetic in 8 bits, 16-bit activations", lora_int8, save_here),
+        models="vit",
+        around=SavedIn16Bits,
+        device="cpu",
+    ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),
     "lora_16bit": Variant("LoRA here, 16-bit activations", lora, save_here, around=SavedIn16Bits),

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import finetune_lora
 from benchmarks import MEASURED
-from finetune_lora import choose_layers
+from lora.targets import choose_layers
 from toolkit import InputError
 from toolkit.backbones import head_name
 from toolkit.collapse import Collapsed

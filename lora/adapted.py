@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
+from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight
 from toolkit import InputError
 
@@ -61,7 +62,7 @@ class LoRASettings:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-# Settings of a rank-0 layer: no adapter, but its weight is stored in 4 or 16 bits.
+# Settings of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
 NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": False, "scaling": 0.0}
 
 
@@ -76,7 +77,7 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
 
 
 class AdaptedLayer(Protocol):
-    """A layer with an adapter, or a rank-0 layer: no adapter, but its weight is stored in 4 or 16 bits.
+    """A layer with an adapter, or a rank-0 layer: no adapter, but its weight is stored in fewer bits.
 
     Its `forward` takes more arguments than the stock layer's:
 
@@ -100,7 +101,7 @@ class AdaptedLayer(Protocol):
     @property
     def base_bits(self) -> int: ...  # see the function
 
-    def base(self, name: str = "weight") -> Tensor | NF4Weight: ...
+    def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight: ...
 
     def merge(self) -> None: ...
 
@@ -134,11 +135,13 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def base_bits(state: Mapping[str, Any]) -> int:
     """The bits in which a layer with this `adapted_state` stores its base weight.
 
-    4 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is unchanged, in any dtype.
+    4, 8 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is unchanged, in any dtype.
     """
     if not state.get("float_digests"):
         return 32
-    return 4 if "_nf4_state" in state else 16
+    if "_nf4_state" in state:
+        return 4
+    return 8 if "_int8_shapes" in state else 16
 
 
 def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:

@@ -126,6 +126,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of two matrices in int8, summed in int32. On a CPU b may lie transposed."""
+    return torch._int_mm(a, b)
+
+
 # ------------------------------------------------------------------------------------------------------ convolutions
 
 

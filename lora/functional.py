@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import backends, thin, together
+from lora import backends, int8, thin, together
 from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION
+from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.trained_norms import made_of, normalize
 
@@ -56,22 +57,25 @@ def _is_trainable(weight: Tensor | NF4Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
-def _merge_pays(weight: Tensor, output_numel: int) -> bool:
-    """Merged or side path? In full precision whichever passes over fewer elements; in low precision never merged."""
+def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
+    """Merged or side path? In full precision whichever passes over fewer elements; in 16 and 8 bits never merged."""
     any_number = isinstance(output_numel, torch.SymInt)  # as torch.export has it where the batch may be of any size
-    return weight.dtype not in LOW_PRECISION and (any_number or weight.numel() <= output_numel)
+    floats = isinstance(weight, Tensor) and weight.dtype not in LOW_PRECISION
+    return floats and (any_number or weight.numel() <= output_numel)
 
 
 # ---------------------------------------------------------------------------------------------------------- linear
 
 
-def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed.
 
     Args:
         x: (..., in).
         W: (out, in).
     """
+    if isinstance(W, Int8Weight):  # an adapter of rank 0
+        return lora_linear(x, W, x.new_empty(0, x.shape[-1]), x.new_empty(W.shape[0], 0), bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
     if needs_gradient or compute_dtype(x) != x.dtype or x.dim() == 1:
         return F.linear(x, W, bias)
@@ -94,16 +98,24 @@ def effective_weight(
     return W.baddbmm_(B, A, alpha=scaling).flatten(0, 1)
 
 
-def merged_weight(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1) -> Tensor:
+def merged_weight(
+    weight: Tensor | NF4Weight | Int8Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1
+) -> Tensor:
     """The weight after merging: `effective_weight` in the adapter's precision, rounded once to the weight's.
 
-    A small update would vanish if it were added in bfloat16. A 4-bit weight becomes a float one.
+    A small update would vanish if it were added in bfloat16. A weight in 4 or 8 bits becomes a float one.
     """
     return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
 
 
 def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
     return merged.to(base.dtype) if isinstance(base, Tensor) else merged
+
+
+def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
+    """The weight as products take it: in 8 bits as it is on a CPU, else dense in ``dtype``."""
+    in_8_bits = isinstance(weight, Int8Weight) and not backends.counts_kernels(weight.codes)
+    return weight if in_8_bits else dense_weight(weight, dtype)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -125,7 +137,7 @@ class _LoRALinear(torch.autograd.Function):
         h = None
         if A.dtype != dtype or B.dtype != dtype:  # a call that changes nothing takes time as well
             A, B = A.to(dtype), B.to(dtype)
-        W = dense_weight(weight, dtype)
+        W = _operand(weight, dtype)
         bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
         if adapter_x is None and _merge_pays(W, rows.shape[0] * W.shape[0]):
             merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
@@ -175,9 +187,9 @@ def _rows_of_the_adapter(ctx, saved: Tensor) -> tuple[Tensor, Tensor, list[Tenso
 
 
 def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    W = dense_weight(ctx.weight, ctx.dtype)
+    W = _operand(ctx.weight, ctx.dtype)
     if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
-        return backends.linear(gy, W.T)
+        return int8.input_gradient(gy, W)
     if _merge_pays(W, gy.shape[0] * W.shape[1]):
         merged = effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight)
         return backends.linear(gy, merged.T)
@@ -248,7 +260,7 @@ def _pull_back_norm(norm: nn.LayerNorm, gradient: Tensor, x: Tensor, mean: Tenso
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | NF4Weight | Int8Weight,
     A: Tensor | Sequence[Tensor],
     B: Tensor | Sequence[Tensor],
     bias: Tensor | None = None,

@@ -89,8 +89,8 @@ def bitsandbytes_functional():
     return bitsandbytes.functional
 
 
-def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a dense tensor of ``dtype``: itself if it is one already, else a temporary."""
-    if isinstance(weight, NF4Weight):
+def dense_weight(weight, dtype: torch.dtype) -> Tensor:
+    """The weight, a tensor or in 4 or 8 bits, as a dense tensor of ``dtype``: itself if it is one, else a temporary."""
+    if not isinstance(weight, Tensor):
         return weight.dequantize(dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)

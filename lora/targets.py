@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from lora.adapted import ADAPTED, LoRASettings, is_adapted
+from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
 from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
@@ -157,8 +158,24 @@ def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> No
             raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
 
 
-def check_stored_bits(model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool) -> None:
-    """Raise InputError if a layer in 4 or 16 bits would have to change its bits: its float weight is gone."""
+def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
+    """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
+    if dtype == torch.int8:
+        return isinstance(layer, nn.Linear | nn.MultiheadAttention)
+    return dtype in LOW_PRECISION
+
+
+def check_stored_bits(
+    model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone.
+
+    Or if 8 bits are asked for, and no layer can be stored in them.
+    """
+    if base_dtype == torch.int8 and not any(rounds(layer, base_dtype) for layer in chosen.values()):
+        raise InputError(
+            "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
+        )
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):

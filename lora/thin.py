@@ -13,11 +13,12 @@ first and the wide one adds to it, so that the thin one reads no output, and not
 import torch
 from torch import Tensor
 
-from lora import backends
+from lora import backends, int8
+from lora.int8 import Int8Weight
 
 
 def add_side_path(
-    rows: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, B: Tensor, scaling: float, groups: int
+    rows: Tensor, W: Tensor | Int8Weight, bias: Tensor | None, h: Tensor, B: Tensor, scaling: float, groups: int
 ) -> Tensor:
     """``rows W^T + b + s h B^T``, (N, out).
 
@@ -34,8 +35,8 @@ def add_side_path(
         else:
             y = torch.addmm(bias, h, wide.T, alpha=scaling)
         return y.addmm_(rows, W.T)
-    y = backends.linear(rows, W, bias)
-    width = len(W) // groups
+    y = int8.linear(rows, W, bias)
+    width = W.shape[0] // groups
     for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
         # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
         y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
@@ -80,11 +81,11 @@ def _in_few_passes(gy, rows, h, A, B, scaling, groups, need_A, need_B):
     return gh.T, gA, gB
 
 
-def input_gradient(gy: Tensor, W: Tensor, gh: Tensor, A: Tensor) -> Tensor:
+def input_gradient(gy: Tensor, W: Tensor | Int8Weight, gh: Tensor, A: Tensor) -> Tensor:
     """``gy W + gh A``, (N, in)."""
     if backends.counts_kernels(gy):
         return (gh @ A).addmm_(gy, W)
-    return backends.linear(gy, W.T).addmm_(gh, A)
+    return int8.input_gradient(gy, W).addmm_(gh, A)
 
 
 def _apart(matrix: Tensor, groups: int) -> Tensor:

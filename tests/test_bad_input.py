@@ -247,12 +247,17 @@ FLAGS = [
     case(
         "settings of no adapters",
         "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --use-rslora --target-modules mlp --exclude-modules"
-        " heads --lora-init random --base-dtype bf16",
+        " heads --lora-init random --base-dtype bf16 --arithmetic int8",
         *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout", "use-rslora",
-          "target-modules", "exclude-modules", "lora-init", "base-dtype")),
+          "target-modules", "exclude-modules", "lora-init", "base-dtype", "arithmetic")),
     ),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("16 bits for weights that train", "finetune --no-freeze-backbone --base-dtype bf16", "nothing is frozen"),
+    case("8 bits for weights that train", "finetune --no-freeze-backbone --arithmetic int8", "nothing is frozen"),
+    case("8 bits and 4", "finetune --arithmetic int8 --use-qlora", "--arithmetic int8 with --use-qlora", "drop one of"),
+    case("8 bits and 16", "finetune --arithmetic int8 --base-dtype bf16", "int8 with --base-dtype", "drop one of"),
+    case("8 bits for convolutions", "finetune --arithmetic int8 --checkpoint theirs.pth", "use --arithmetic float",
+         files={"theirs.pth": resnet()}),
     case("views that are all the same", "finetune --cache-features ram --adapt-last 1 --cached-views 2 --augmentation"
          " none", "--cached-views with --augmentation none"),
     case("the smallest of no crops", "finetune --augmentation affine --crop-min 0.5", "--crop-min with --augmentation"),
@@ -268,6 +273,7 @@ FLAGS = [
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
     case("random weights in 4 bits", "finetune --checkpoint none --arch resnet18 --use-qlora", "drop one of the two"),
     case("random weights in 16 bits", "finetune --checkpoint none --arch resnet18 --base-dtype bf16", "drop one of"),
+    case("random weights in 8 bits", "finetune --checkpoint none --arch resnet18 --arithmetic int8", "drop one of"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
     case("a misspelt data set", "finetune --dataset cifar", "'cifar' is none of", "did you mean cifar10?"),

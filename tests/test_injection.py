@@ -35,12 +35,12 @@ from finetune_lora import (
     QLoRAMultiheadAttention,
     adapt_layers,
     add_lora_to_model,
-    choose_layers,
     count_parameters,
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
 from lora.nf4 import dense_weight
+from lora.targets import choose_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.backbones import block_names

@@ -116,7 +116,7 @@ def test_a_set_that_is_downloaded_needs_no_folder_yet(tmp_path, dataset, problem
 def test_a_precision_of_the_base_that_nothing_uses_is_no_problem(tmp_path, unused):
     run = {"dataset": "digits", "data_dir": None, "output_dir": tmp_path, "tensorboard": False, "device": "cpu"}
     used = {"eval_only": None, "freeze_backbone": True, "lora_rank": 8, "checkpoint": "base.pth"}
-    args = argparse.Namespace(**run, precision="fp32", base_dtype="fp16", **used)
+    args = argparse.Namespace(**run, precision="fp32", base_dtype="fp16", arithmetic="float", **used)
     assert list(runs.environment_problems(args)) == [
         "--base-dtype fp16 needs a GPU; on the CPU use --base-dtype bf16 or fp32"
     ]

@@ -96,6 +96,7 @@ def select_device(name: str) -> torch.device:
 
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ARITHMETICS = ("float", "int8")
 
 
 def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
@@ -136,11 +137,16 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 def product_seconds(dtype: torch.dtype) -> float:
     """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
     tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    return shortest_seconds(lambda: F.linear(tokens, weight))
+
+
+def shortest_seconds(work: Callable[[], Any]) -> float:
+    """The shortest of three times that some work takes: CPU time, which other programs' work does not lengthen."""
     seconds = []
     for _ in range(3):  # the first prepares its code too
-        start = time.perf_counter()
-        F.linear(tokens, weight)
-        seconds.append(time.perf_counter() - start)
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
     return min(seconds)
 
 
@@ -148,9 +154,14 @@ def base_dtype(args) -> torch.dtype | None:
     """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them.
 
     Random weights, which are in no checkpoint, stay as they are: an adapter file has to hold all of them.
+    Raises InputError for fp16 on a CPU, and for arithmetic in 8 bits elsewhere.
     """
     if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
         return None
+    if args.arithmetic == "int8":
+        if select_device(args.device).type != "cpu":
+            raise InputError("--arithmetic int8 is for the CPU so far: add --device cpu, or drop it")
+        return torch.int8
     option = "precision" if args.base_dtype == "auto" else "base_dtype"
     return select_precision(vars(args)[option], select_device(args.device), f"--{option.replace('_', '-')}")
 

@@ -1,0 +1,357 @@
+"""Weights in 8 bits: near the dense stock computation, and equal to the same arithmetic written out in float64."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+from dense import assert_close, compare_with_dense, dense_twin, images, randomize_adapters, relative_error, vit
+from torch import Tensor, nn
+
+import finetune_lora
+from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora import functional, int8
+from lora.int8 import LARGEST, Int8Weight
+from lora_utils import LoRAManager, base_digests, read_adapter_file
+from toolkit import InputError, training
+
+IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
+ROUNDING = 1e-5  # float32's
+
+
+def in_8_bits(model: nn.Module, r: int = 2, **options) -> nn.Module:
+    model = add_lora_to_model(copy.deepcopy(model), r=r, base_dtype=torch.int8, **options)
+    freeze_backbone_params(randomize_adapters(model, std=0.05))
+    return model
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of each row, as float32 computes them, in float64."""
+    largest = x.float().abs().amax(1, keepdim=True).clamp_min(1e-30)
+    return (x.float() * (LARGEST / largest)).round().double(), (largest / LARGEST).double()
+
+
+def test_a_product_is_that_of_the_rounded_rows():
+    """To the rounding of float32: the sums are integers, which float64 has too."""
+    x, W, bias, gy = torch.randn(301, 70), torch.randn(50, 70), torch.randn(50), torch.randn(301, 50)
+    weight = Int8Weight.quantize(W)
+    (codes, scale), (W_codes, d) = rounded_rows(x), rounded_rows(W)
+    assert_close(weight.linear(x, bias), codes @ W_codes.T * scale * d.T + bias, ROUNDING)
+    assert_close(weight.linear(x), codes @ W_codes.T * scale * d.T, ROUNDING)
+    codes, scale = rounded_rows(gy * d.T.float())
+    assert_close(weight.input_gradient(gy), codes @ W_codes * scale, ROUNDING)
+    assert_close(weight.dequantize(torch.float32), W_codes * d, ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows, width, out", [(600, 768, 64), (1, 7, 5), (3, 1, 1), (0, 8, 4)])
+def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
+    """In blocks of rows that do not divide their number, of one row, and of none."""
+    monkeypatch.setattr(int8, "ROUNDED_AT_ONCE", 1000), monkeypatch.setattr(int8, "MULTIPLIED_AT_ONCE", 1000)
+    x, W, bias = torch.randn(rows, width, dtype=dtype), torch.randn(out, width), torch.randn(out, dtype=dtype)
+    weight = Int8Weight.quantize(W)
+    y, gx = weight.linear(x, bias), weight.input_gradient(torch.ones(rows, out, dtype=dtype))
+    assert (y.dtype, y.shape, gx.dtype, gx.shape) == (dtype, (rows, out), dtype, (rows, width))
+    if rows > 1 or width > 1:
+        assert_close(y, x.double() @ W.double().T + bias, IN_8_BITS)
+        assert_close(gx, torch.ones(rows, out).double() @ W.double(), IN_8_BITS)
+
+
+def test_rows_of_zeros_and_rows_that_are_not_finite():
+    """Zeros give the bias exactly. What diverges must show, and only in its own row."""
+    x = torch.randn(4, 8)
+    x[0], x[1, 3], x[2, 3] = 0, torch.nan, torch.inf
+    weight, bias = Int8Weight.quantize(torch.randn(5, 8)), torch.randn(5)
+    y = weight.linear(x, bias)
+    assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.linear(x[3:], bias))
+    assert not y[1:3].isfinite().any()
+
+
+def test_the_bytes_of_a_weight_are_its_codes_and_scales():
+    for shape in ((3, 5), (64, 128)):
+        weight = Int8Weight.quantize(torch.randn(shape))
+        again = Int8Weight.unpacked(weight.packed(), shape)
+        assert torch.equal(again.codes, weight.codes) and torch.equal(again.scale, weight.scale)
+        assert torch.equal(again[1:3].dequantize(torch.float32), weight.dequantize(torch.float32)[1:3])
+
+
+# --------------------------------------------------------------------------------------------------------- layers
+
+
+def layers():
+    yield "linear", nn.Linear(65, 48), (100, 65)
+    yield "no bias", nn.Linear(48, 33, bias=False), (100, 48)
+    yield "one row", nn.Linear(64, 64), (1, 64)
+    yield "tokens", nn.Linear(64, 64), (4, 20, 64)
+
+
+LAYERS = [pytest.param(*case[1:], id=case[0]) for case in layers()]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("layer, shape", LAYERS)
+def test_a_layer_is_near_the_dense_one(layer, shape, autocast):
+    """Forward and all gradients."""
+    stock = nn.Sequential(layer)
+    for mode in (True, False):
+        model = in_8_bits(stock).train(mode)
+        compare_with_dense(stock, model, [torch.randn(shape)], IN_8_BITS, autocast=autocast)
+
+
+def attend(attention: nn.Module, *inputs: Tensor):
+    return attention(*inputs, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("widths", [{}, {"kdim": 24, "vdim": 40}], ids=["packed", "apart"])
+def test_attention_is_near_the_dense_one(count, widths):
+    """For self-attention, and with keys and values of their own."""
+    stock = nn.MultiheadAttention(64, 4, batch_first=True, **widths)
+    model = in_8_bits(stock)
+    wide = [64, widths.get("kdim", 64), widths.get("vdim", 64)]
+    own = [torch.randn(5, 9, width) for width in wide]
+    inputs = own if widths or count == 3 else [own[0], own[count - 1], own[count - 1]]
+    compare_with_dense(stock, model, inputs, 5e-2, attend)
+
+
+def test_the_adapter_sees_numbers_that_were_not_rounded():
+    """With a base of zeros what is left is exact: ``s B A x``, and the gradients of A and B."""
+    stock = nn.Sequential(nn.Linear(40, 30))
+    nn.init.zeros_(stock[0].weight)
+    compare_with_dense(stock, in_8_bits(stock), [torch.randn(50, 40)], ROUNDING)
+
+
+def test_the_gradients_of_an_adapter_are_exact_for_the_gradient_that_it_gets():
+    """A's and B's come from x and gy themselves, so in one layer they are those of the dense one."""
+    stock, x = nn.Linear(64, 48), torch.randn(100, 64)
+    model = in_8_bits(nn.Sequential(stock))
+    twin, gy = dense_twin(nn.Sequential(stock), model), torch.randn(100, 48)
+    model(x).backward(gy), twin(x.double()).backward(gy.double())
+    dW = twin[0].weight.grad
+    layer = model[0]
+    assert_close(layer.lora_A.grad, layer.scaling * layer.lora_B.double().T @ dW, ROUNDING)
+    assert_close(layer.lora_B.grad, layer.scaling * dW @ layer.lora_A.double().T, ROUNDING)
+
+
+def test_dropout_acts_on_the_adapter_alone():
+    stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(100, 64, requires_grad=True)
+    model = in_8_bits(stock, lora_dropout=0.5).train()
+    torch.manual_seed(0)
+    y = model(x)
+    y.sum().backward()
+    torch.manual_seed(0)
+    layer, dropped = model[0], nn.functional.dropout(torch.ones(100, 64), 0.5)
+    delta = layer.scaling * layer.lora_B @ layer.lora_A
+    assert_close(y, stock(x) + (x * dropped) @ delta.T, IN_8_BITS)
+    assert_close(x.grad, stock[0].weight.sum(0) + dropped * delta.sum(0), IN_8_BITS)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_a_vit_is_near_the_dense_one(autocast):
+    """With LayerNorm, GELU and attention computed again in backward, and the last block on the class token."""
+    stock = vit(hidden_dim=128, mlp_dim=256, image_size=32).eval()
+    model, x = in_8_bits(stock).train(), images(32, 8)
+    twin = dense_twin(stock, model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x)
+    expected, gy = twin(x.double()), torch.randn(8, 5)
+    y.float().backward(gy), expected.backward(gy.double())
+    assert relative_error(y, expected) < 4e-2
+    for name, layer in model.named_modules():
+        if "lora_A" in getattr(layer, "_parameters", {}):
+            dW = twin.get_submodule(name).weight.grad
+            assert relative_error(layer.lora_B.grad, layer.scaling * dW @ layer.lora_A.double().T) < 0.1, name
+
+
+# --------------------------------------------------------------------------------------------------- without adapters
+
+
+def test_switched_off_it_computes_with_the_same_base():
+    stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64, requires_grad=True)
+    model = in_8_bits(stock)
+    expected = Int8Weight.quantize(stock[0].weight).linear(x.detach(), stock[0].bias)
+    with LoRAManager(model).disable_lora():
+        y = model(x)
+        y.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(model(x), y)
+    assert_close(y, expected, ROUNDING)
+    assert_close(x.grad, stock[0].weight.sum(0).expand(30, -1), IN_8_BITS)
+
+
+def test_layers_below_the_last_blocks_are_in_8_bits_too_but_no_convolution():
+    model = in_8_bits(vit(num_layers=3), adapt_last=1)
+    stored = {name for name, layer in model.named_modules() if getattr(layer, "base_bits", 32) == 8}
+    assert {f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(3)} < stored
+    assert model.conv_proj.weight.dtype == model.heads.head.weight.dtype == torch.float32
+    assert LoRAManager(model).get_lora_info()["num_layers"] == 4  # attention with its projection, and the MLP
+    x = images(16)
+    model(x).sum().backward()
+    assert in_8_bits(vit(num_layers=3), adapt_last=1, r=1)(x).isfinite().all()
+
+
+def test_a_convolution_and_other_dtypes_stay_as_they_are():
+    both = add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), r=2, base_dtype=torch.int8)
+    assert [layer.base_bits for layer in both] == [32, 8]
+    with pytest.raises(InputError, match="8 bits are for linear layers and attention"):
+        add_lora_to_model(nn.Sequential(nn.Conv2d(4, 4, 3)), r=2, base_dtype=torch.int8)
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = add_lora_to_model(nn.Sequential(nn.Linear(4, 4)).to(dtype), r=2, base_dtype=torch.int8)[0]
+        assert layer.weight.dtype == dtype and layer.base_bits == 32
+
+
+# ------------------------------------------------------------------------------------------------------- the base
+
+
+def test_it_is_identified_saved_merged_and_kept(tmp_path):
+    """The adapter file is that over a float base, merging gives float weights, unmerging the 8 bits."""
+    stock, x = vit(hidden_dim=64, mlp_dim=128).eval(), images(16)
+    model = in_8_bits(stock).eval()
+    manager, layer = LoRAManager(model), model.encoder.layers[0].mlp[0]
+    assert base_digests(model) == base_digests(stock)
+    manager.save_lora_checkpoint(tmp_path / "lora.pth")
+    for base_dtype in (None, torch.int8):
+        again = add_lora_to_model(copy.deepcopy(stock), r=2, base_dtype=base_dtype).eval()
+        LoRAManager(again).load_lora_checkpoint(tmp_path / "lora.pth")
+        assert_close(again(x), model(x), 5e-2 if base_dtype is None else ROUNDING)
+
+    packed, base = layer.weight.clone(), layer.base().dequantize(torch.float32)
+    manager.merge_lora_weights()
+    assert torch.equal(layer.weight, base + layer.scaling * layer.lora_B @ layer.lora_A)
+    assert model.state_dict().keys() == stock.state_dict().keys()
+    assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+    manager.unmerge_lora_weights()
+    assert torch.equal(layer.weight, packed)
+
+    freeze_backbone_params(model, freeze=False)
+    assert not layer.weight.requires_grad and model.class_token.requires_grad
+    add_lora_to_model(model, r=3)  # stays as it is stored
+    assert torch.equal(layer.weight, packed) and layer.lora_A.shape[0] == 3
+    with pytest.raises(InputError, match="is in 8 bits, its float weight is gone"):
+        add_lora_to_model(model, use_qlora=True)
+    with pytest.raises(InputError, match=r"is in 8 bits.*merge=True"):
+        manager.unload()
+    manager.unload(merge=True)
+    assert type(layer) is nn.Linear and layer.weight.dtype == torch.float32
+
+
+def test_it_is_loaded_copied_and_cast_like_any_parameter():
+    stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64)
+    model, other = in_8_bits(stock), in_8_bits(nn.Sequential(nn.Linear(64, 48)))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x)) and torch.equal(copy.deepcopy(model)(x), model(x))
+    assert_close(copy.deepcopy(model).double()(x.double()), model(x), ROUNDING)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        model.load_state_dict(stock.state_dict(), strict=False)
+
+
+def test_several_adapters_share_it(tmp_path):
+    stock, x = vit(hidden_dim=64), images(16)
+    for r in (1, 3):
+        LoRAManager(in_8_bits(stock, r=r)).save_lora_checkpoint(tmp_path / f"{r}.pth")
+    model = in_8_bits(stock)
+    manager, packed = LoRAManager(model), model.encoder.layers[0].mlp[0].weight
+    for r in (1, 3):
+        manager.load_lora_checkpoint(tmp_path / f"{r}.pth", name=f"rank {r}")
+    for r in (1, 3):
+        manager.use(f"rank {r}")
+        alone = in_8_bits(stock, r=r)
+        LoRAManager(alone).load_lora_checkpoint(tmp_path / f"{r}.pth")
+        assert torch.equal(model(x), alone(x))
+        assert model.encoder.layers[0].mlp[0].weight is packed
+    manager.use(None)
+    alone = in_8_bits(stock)
+    with LoRAManager(alone).disable_lora():
+        assert torch.equal(model(x), alone(x))
+
+
+@pytest.mark.slow
+def test_it_is_exported_for_batches_of_any_size():
+    """And compiled into one graph. Both compute what the model does."""
+    model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    for batch in (x, images(16, 5)):
+        assert_close(program(batch), model(batch), ROUNDING)
+    assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x), ROUNDING)
+
+
+def test_on_other_devices_the_weight_is_made_dense(monkeypatch):
+    """There its products in 8 bits are not tested."""
+    stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64)
+    model = in_8_bits(stock)
+    monkeypatch.setattr(functional.backends, "counts_kernels", lambda x: True)
+    with torch.no_grad():
+        stock[0].weight.copy_(model[0].base().dequantize(torch.float32))
+    compare_with_dense(stock, model, [x], ROUNDING)
+
+
+# ---------------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def fast_processor(monkeypatch):
+    """A processor that multiplies fast in 8 bits, whatever this one does."""
+    monkeypatch.setattr(int8, "speedups", lambda *layer: {torch.float32: 2.0})
+
+
+@pytest.mark.slow
+def test_a_run_in_8_bits_is_resumed_and_evaluated(tmp_path, fast_processor):
+    """Its adapter file is that of any run: it fits the float checkpoint, with which it is nearly as accurate."""
+    limits = "--labels-per-class", "5", "--epochs", "2", "--workers", "0"
+    options = "--arithmetic", "int8", "--device", "cpu", *limits, "--output-dir"
+
+    def stop(run) -> None:
+        raise KeyboardInterrupt
+
+    results = finetune_lora.main([*options, str(tmp_path / "whole")])
+    with pytest.raises(KeyboardInterrupt):
+        finetune_lora.main([*options, str(tmp_path / "halves")], stop)
+    finetune_lora.main([*options, str(tmp_path / "halves"), "--resume"])
+    whole, halves = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+    adapter = tmp_path / "whole/lora.pth"
+    model, _ = finetune_lora.load_finetuned(adapter)
+    assert {layer.base_bits for layer in model.modules() if hasattr(layer, "base_bits")} == {32}
+    in_floats = finetune_lora.main(["--eval-only", str(adapter), "--device", "cpu", "--workers", "0"])
+    assert abs(in_floats["val_accuracy"] - results["val_accuracy"]) < 0.02
+
+
+def arguments(**given) -> argparse.Namespace:
+    return argparse.Namespace(
+        freeze_backbone=True, lora_rank=8, checkpoint="base.pth", base_dtype="auto", arithmetic="int8", **given
+    )
+
+
+def test_8_bits_are_used_only_where_they_are_faster_and_that_is_told(monkeypatch, capsys):
+    """By one measurement, on the model's widest layer."""
+    seconds = iter([3.0, 1.2, 1.0])  # in float32, bf16 and 8 bits
+    monkeypatch.setattr(training, "shortest_seconds", lambda work: next(seconds))
+    int8.speedups.cache_clear()
+    model, slow, fast = vit(), arguments(device="cpu", precision="bf16"), arguments(device="cpu", precision="fp32")
+    assert int8.base_dtype(slow, model) == torch.bfloat16
+    assert int8.base_dtype(fast, model) == torch.int8
+    assert capsys.readouterr().out.splitlines() == [
+        "products in 8 bits (16 to 32): 3.0 times as fast as in fp32, 1.2 times as in bf16; used from 1.5 times on, "
+        "else --arithmetic float"
+    ]
+    fast.arithmetic = "float"
+    assert int8.base_dtype(fast, model) == torch.float32
+    int8.speedups.cache_clear()
+
+
+def test_measuring_draws_no_random_numbers():
+    torch.manual_seed(0)
+    assert all(ratio > 0 for ratio in int8.speedups.__wrapped__(32, 16).values())
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_8_bits_are_for_the_cpu(monkeypatch):
+    args = argparse.Namespace(
+        freeze_backbone=True, lora_rank=8, checkpoint="base.pth", arithmetic="int8", device="cuda"
+    )
+    monkeypatch.setattr(training, "select_device", torch.device)
+    with pytest.raises(InputError, match="--arithmetic int8 is for the CPU so far: add --device cpu"):
+        training.base_dtype(args)
