@@ -27,8 +27,9 @@ from lora import adapted, attention, functional, initialization, int8, targets
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
+from lora.followed_norms import folded_norm, follow_statistics, write_statistics
 from lora.frozen_norms import NORMS, freeze_statistics
-from lora.fusion import fuse, is_hooked, scale_and_shift, set_gradient_checkpointing
+from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
@@ -279,9 +280,7 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """``relu(batch_norm(layer(x)) + residual)``. A constant BatchNorm is in the kernel and the bias.
-
-        What comes of one that trains is not saved but computed again; see `lora.trained_norms`."""
+        """``relu(batch_norm(layer(x)) + residual)``. A frozen BatchNorm is in kernel and bias: see `folded_norm`."""
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
             if batch_norm is not None:
@@ -291,15 +290,15 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
         by_batch = batch_norm if batch_norm is not None and batch_norm.training else None
-        row_scale, bias = (None, self.bias) if batch_norm is by_batch else scale_and_shift(batch_norm, self.bias)
+        row_scale, log_scale, bias = folded_norm(self, None if batch_norm is by_batch else batch_norm)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
-        settings = self.scaling, functional.Geometry(self.stride, padding, self.dilation, self.groups), row_scale
-        A, B = self.lora_A, self.lora_B
-        return functional.lora_conv2d(x, self.base(), A, B, bias, *settings, adapter_x, residual, relu, by_batch)
+        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
+        settings = self.scaling, geometry, row_scale, adapter_x, residual, relu, by_batch, log_scale
+        return functional.lora_conv2d(x, self.base(), self.lora_A, self.lora_B, bias, *settings)
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -842,6 +841,7 @@ class FineTuning(RunState):
                 self.feed.cache_features(lower, dtype)
         norms_train = training.batch_norm_trains(model)
         self.feed.add_loaders(norms_train)
+        follow_statistics(self.network, self.feed.followed_batches())
         self.task = tasks.task_of_run(args, splits, device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
@@ -852,7 +852,7 @@ class FineTuning(RunState):
 
         self.head_temperature = HeadTemperature()
         self.average = training.WeightAverage.of(model, args, self.task.counts(splits.train))
-        self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype)
+        self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype, write_statistics)
         self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, norms_train or not args.freeze_backbone)
         self.recovery = Recovery(self.guard, args.learning_rate / divisor)
 

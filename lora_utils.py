@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
 from lora.adapter_set import Adapter, AdapterSet, LayerState
+from lora.followed_norms import stop_following, write_statistics
 from lora.fusion import unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
@@ -192,6 +193,7 @@ class LoRAManager:
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
+        write_statistics(self.model)
         for layer in self._layers_to_merge().values():
             layer.merge()
 
@@ -242,6 +244,7 @@ class LoRAManager:
             self.unmerge_lora_weights()
             self.use(None)
         vars(self.model).pop("adapter_set", None)
+        stop_following(self.model, merge)
         for layer in self._layers_to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
@@ -386,6 +389,7 @@ class LoRAManager:
         Raises:
             InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
+        write_statistics(self.model)
         now = base_digests(self.model)
         start = getattr(self.model, "base_digests", {})
         if metadata is None and self.in_use is None:

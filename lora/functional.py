@@ -380,7 +380,7 @@ PLAIN = Geometry()
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, bias, residual, settings):
+    def forward(ctx, x, adapter_x, A, B, bias, residual, log_scale, settings):
         weight, row_scale, scaling, geometry, relu, dtype, precise_A, (ctx.made, parts) = settings
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
@@ -408,7 +408,9 @@ class _LoRAConv2d(torch.autograd.Function):
             y = y.relu_() if relu else y
         # On a CPU all of it is built once more in backward: kept, the kernels of all layers would be there at once.
         kept = (A, sB, row_scales, kernel) if backends.counts_kernels(x) else given
-        kept = y if relu else None, row_scale, *kept
+        ctx.relu, ctx.follows = relu, log_scale is not None
+        followed = (bias, residual) if ctx.follows else ()
+        kept = y if relu or ctx.follows else None, row_scale, *kept, *followed
         ctx.save_for_backward(adapter_x if ctx.made is None else None, *kept, *parts)
         return y
 
@@ -418,11 +420,18 @@ class _LoRAConv2d(torch.autograd.Function):
         adapter_x, y, row_scale, *kept = ctx.saved_tensors
         count = 4 if backends.counts_kernels(gy) else 2
         kept, parts = kept[:count], kept[count:]
+        if ctx.follows:
+            bias, residual, *parts = parts
         if ctx.made is not None:
             adapter_x = ctx.made.again(*parts).to(ctx.dtype)
-        need_x, need_adapter_x, _, _, need_bias, need_residual, _ = ctx.needs_input_grad
+        need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
-        gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
+        gy = backends.relu_gradient(gy, y) if ctx.relu else gy  # through the ReLU
+        g_bias, g_log_scale = None, None
+        if ctx.follows:
+            g_log_scale, g_bias = _scale_gradients(gy, y, bias, residual)
+        elif need_bias:
+            g_bias = gy.sum((0, 2, 3))
         if backends.counts_kernels(gy):
             A, sB, row_scales, kernel = kept
         else:
@@ -442,9 +451,14 @@ class _LoRAConv2d(torch.autograd.Function):
             if g_adapter_x is not None and not ctx.has_adapter_x:
                 gx, g_adapter_x = gx.add_(g_adapter_x), None
         gB = _scale_rows(gB, ctx.scaling, row_scales)
-        g_bias = gy.sum((0, 2, 3)) if need_bias else None
-        g_residual = gy if need_residual else None
-        return gx, g_adapter_x, gA, gB, g_bias, g_residual, None
+        return gx, g_adapter_x, gA, gB, g_bias, gy if need_residual else None, g_log_scale, None
+
+
+def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
+    of_scale, of_bias = backends.channel_sums(gy, y)
+    of_scale = of_scale - bias.to(of_bias.dtype) * of_bias
+    return of_scale if residual is None else of_scale - backends.channel_sums(gy, residual)[0], of_bias
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -575,6 +589,7 @@ def lora_conv2d(
     residual: Tensor | None = None,
     relu: bool = False,
     batch_norm: nn.BatchNorm2d | None = None,
+    log_scale: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
 
@@ -590,6 +605,7 @@ def lora_conv2d(
         residual: (N, out, H', W'), added to the output.
         relu: rectify the output, after the addition.
         batch_norm: one that trains, to apply to the convolution's output; see `normalize`. Not with a row_scale.
+        log_scale: (out,), log |g| but for a constant: takes the gradient of a row_scale that is no constant.
     """
     dtype = compute_dtype(x)
     if batch_norm is not None:
@@ -605,7 +621,9 @@ def lora_conv2d(
         made = made_of(x if adapter_x is None else adapter_x)
         settings = weight, row_scale, scaling, geometry, relu, dtype, A.detach(), made
         A = together.rounded_factor(A, dtype)
-        return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, settings)
+        return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, log_scale, settings)
+    if log_scale is not None:  # its gradient, for automatic differentiation
+        row_scale = row_scale * (log_scale - log_scale.detach()).exp()
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:

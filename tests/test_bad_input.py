@@ -548,6 +548,8 @@ CHECKPOINTS = [
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
     case("norms twice", "finetune --train-norms --no-freeze-backbone", "--train-norms with --no-freeze-backbone"),
+    case("norms follow and train", "finetune --follow-norms --train-norms", "--follow-norms", "not with --train-norms"),
+    case("no norms to follow", "finetune --follow-norms", "no adapted convolution has a frozen BatchNorm"),
     case("an average that forgets nothing", "finetune --ema 1", "--ema", "from 0 to below 1"),
     case("a negative mixup", "finetune --mixup -0.2", "--mixup", "0 or more"),
 ]  # fmt: skip

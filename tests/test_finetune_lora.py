@@ -1303,12 +1303,12 @@ def test_norms_may_train_beside_the_adapters(ways):
     assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
 
 
-@pytest.mark.parametrize("norms_train", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_resnet_goes_the_same_way(norms_train, images, tmp_path):
+@pytest.mark.parametrize("norms", [pytest.param("", marks=pytest.mark.slow), "--train-norms", "--follow-norms"])
+def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
-    argv += " --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8" + " --train-norms" * norms_train
+    argv += f" --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8 {norms}"
     results = finetune_lora.main(argv.split())
     deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
     plain = build_backbone("resnet18", 3).eval()
@@ -1318,13 +1318,27 @@ def test_a_resnet_goes_the_same_way(norms_train, images, tmp_path):
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
-    # A frozen BatchNorm keeps the statistics of the checkpoint.
+    # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
     start = torch.load(tmp_path / "resnet.pth", weights_only=True)
-    for name in ("running_var", "weight"):
-        assert torch.equal(getattr(plain.bn1, name), start[f"bn1.{name}"]) is not norms_train
+    assert torch.equal(plain.bn1.running_var, start["bn1.running_var"]) is (norms == "")
+    assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--train-norms")
     kept = results["val_accuracy"], results["val_loss"]
     again = finetune_lora.main([*argv.split(), "--resume"])
     assert (again["val_accuracy"], again["val_loss"]) == kept
+
+
+def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --follow-norms --epochs 2"
+    whole = finetune(options, output="whole")
+    with pytest.raises(runs.Stopped):  # at the first step of the second epoch
+        finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
+    again = finetune(f"{options} --resume", output="stopped")
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (again, whole))
+    assert ours.keys() == theirs.keys() and "layer1.0.bn1.running_var" in ours
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
 
 
 def test_targets_choose_the_layers(finetune):

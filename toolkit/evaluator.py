@@ -19,6 +19,7 @@ class Evaluator:
         network: takes what the feed yields: images, or cached features.
         average: holds the weights that are saved.
         task: defines what the answers are.
+        write_statistics: gives the BatchNorms of a network that follow its adapters their statistics.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Evaluator:
         task: Task,
         device: torch.device,
         dtype: torch.dtype,
+        write_statistics: Callable[[nn.Module], None],
     ):
         self.network = network
         self.feed = feed
@@ -36,6 +38,7 @@ class Evaluator:
         self.task = task
         self.device = device
         self.dtype = dtype
+        self.write_statistics = write_statistics
 
     def evaluate(self, batches: Iterable) -> Answers:
         """Evaluate batches with the weights that the model has now."""
@@ -91,7 +94,8 @@ class Evaluator:
             yield
 
     def estimate_statistics(self) -> bool:
-        """If BatchNorm trains, give it the statistics of the training images for the present weights. Does it train?"""
+        """Give BatchNorms that train or follow adapters the statistics for the present weights. Does any train?"""
+        self.write_statistics(self.network)
         if self.feed.statistics_loader is None:
             return False
         training.estimate_statistics(self.network, self.feed.statistics_loader, self.device, self.dtype)

@@ -17,6 +17,7 @@ from toolkit.data import LabelledImages, LoadingMeter, Splits, Transformed, buil
 from toolkit.transforms import eval_transform, train_transform
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
+FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 THRESHOLD_IMAGES = 5_000  # the most training images by which the thresholds of labels are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 
@@ -136,6 +137,17 @@ class Feed:
         """Augmented views of training images, by which the thresholds of labels are chosen."""
         some = self.images.train.at_most(THRESHOLD_IMAGES)
         return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
+
+    def followed_batches(self) -> list[Tensor]:
+        """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters.
+
+        None without --follow-norms.
+        """
+        if not self.args.follow_norms:
+            return []
+        some = Transformed(self.images.train.at_most(FOLLOWED_IMAGES), self.eval_transform)
+        loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())
+        return [training.to_device(images, self.device) for images, _ in loader]
 
     def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of the training images, the evaluation images and, for a probe, of views.

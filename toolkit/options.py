@@ -356,6 +356,12 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--train-norms", action=switch, default=False, help="train normalisation layers too: better on ResNets, slower"
     )
     tune.add_argument(
+        "--follow-norms",
+        action=switch,
+        default=False,
+        help="let the statistics of frozen BatchNorms follow the adapters: better on ResNets at little cost",
+    )
+    tune.add_argument(
         "--learning-rate",
         "--lr",
         type=or_auto(positive_float),
@@ -539,6 +545,11 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
         problems.append(
             "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
             "which backward would hold as floats; drop one of the three"
+        )
+    if args.follow_norms and (args.train_norms or not args.freeze_backbone or args.lora_rank == 0):
+        problems.append(
+            "--follow-norms lets frozen BatchNorms follow adapters: not with --train-norms, --no-freeze-backbone or "
+            "--lora-rank 0; drop one of the two"
         )
     if args.train_norms and not args.freeze_backbone:
         problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")

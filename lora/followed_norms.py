@@ -1,0 +1,202 @@
+"""BatchNorms whose statistics follow the adapters: training through them at almost no cost.
+
+LoRA over a frozen BatchNorm lacks what a BatchNorm in training has: a gradient through the statistics, which keeps the
+activations in range. Taken from the batch, these cost passes over the convolution's output, and the BatchNorm cannot be
+folded. But for given inputs they are a function of the kernel K alone:
+
+    mean = K m        var = diag(K C K^T)        (m and C: mean and covariance of the patches that K is applied to)
+
+With the inputs that the base network has on some training images, K = W + s B A changes the base's statistics to
+
+    mean' = mean + s B A m        var' = var v(W + s B A) / v(W),        v(K) = diag(K C K^T)
+
+C is held by its few principal components, so that this costs products of A with k rows. The gradient through it is that
+of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. Every step
+folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm. What is saved is an ordinary BatchNorm with
+the statistics of the trained adapters.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.adapted import is_adapted
+from lora.fusion import scale_and_shift
+from lora.nf4 import dense_weight
+from toolkit import InputError
+from toolkit.training import eval_mode
+
+PATCHES = 512  # from which C is estimated
+COMPONENTS = 64  # of C that are kept: those with the largest variance
+STEADY = 0.01  # as much of var is added to v: it is near 0 in a channel that is dead on the images
+
+
+class FollowedNorm:
+    """The statistics of a BatchNorm behind a convolution, as a function of the convolution's adapter.
+
+    Args:
+        conv: the convolution, whose adapter still does nothing.
+        norm: the BatchNorm, with the statistics of the base.
+        patches: (P, fan_in), what the kernel is applied to.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
+        self.norm = norm
+        self.mean, self.variance = norm.running_mean.clone(), norm.running_var.clone()
+        self.centre = patches.mean(0)
+        self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
+        self.outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
+        self.spread = self.outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
+
+    def statistics(self, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Mean and variance (out,) of the convolution's output with an adapter, differentiable.
+
+        Args:
+            A: (r, fan_in).
+            B: (out, r).
+        """
+        self._as(A)
+        with torch.autocast(A.device.type, enabled=False):
+            sB = scaling * B
+            h = self.inputs @ A.T  # (k, r)
+            change = sB * (2 * self.outputs.T @ h + sB @ (h.T @ h))  # of v, (out, r), to be summed
+            ratio = (1 + change.sum(1) / self.spread).clamp_min(1e-4)  # above 0 in spite of rounding
+            return self.mean + sB @ (A @ self.centre), self.variance * ratio
+
+    def scale_and_shift(
+        self, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, and ``beta + (bias - mean') g``.
+
+        All are (out,). g is a number here: its logarithm takes the gradient.
+        """
+        mean, variance = self.statistics(A, B, scaling)
+        log_scale = -0.5 * (variance + self.norm.eps).log()
+        scale = log_scale.exp()
+        scale = scale if self.norm.weight is None else scale * self.norm.weight
+        shift = (-mean if bias is None else bias - mean) * scale
+        return scale.detach(), log_scale, shift if self.norm.bias is None else shift + self.norm.bias
+
+    @torch.no_grad()
+    def write(self, conv: nn.Conv2d) -> None:
+        """Give the BatchNorm itself the statistics for what the adapter is now."""
+        mean, variance = self.statistics(conv.lora_A, conv.lora_B, conv.scaling)
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(variance)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the BatchNorm the statistics of the base again."""
+        self.norm.running_mean.copy_(self.mean)
+        self.norm.running_var.copy_(self.variance)
+
+    def _as(self, like: Tensor) -> None:
+        """Move to where a tensor is, and into its dtype: this is no module, which would be moved with its model."""
+        if self.centre.device != like.device or self.centre.dtype != like.dtype:
+            for name in ("mean", "variance", "centre", "inputs", "outputs", "spread"):
+                setattr(self, name, getattr(self, name).to(like))
+
+
+def principal_components(rows: Tensor, number: int) -> Tensor:
+    """The directions of largest variance of centred rows (P, D), each as long as its standard deviation: (k, D)."""
+    if rows.shape[1] <= len(rows):
+        variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))  # in ascending order
+        return (directions * variances.clamp_min(0).sqrt()).T[-number:].contiguous()
+    _, turned = torch.linalg.eigh(rows @ rows.T)
+    return turned.T[-number:] @ rows / math.sqrt(len(rows))
+
+
+def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
+    """Some patches of x (N, in, H, W) that the kernel is applied to: (number, in * kh * kw), always the same."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, (left, right, top, bottom), mode=mode)
+    extents = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    sizes = [(s - e) // t + 1 for s, e, t in zip(x.shape[2:], extents, conv.stride, strict=True)]
+    drawn = torch.randint(len(x) * sizes[0] * sizes[1], (number,), generator=torch.Generator().manual_seed(0))
+    drawn = drawn.to(x.device)
+    image, place = drawn // (sizes[0] * sizes[1]), drawn % (sizes[0] * sizes[1])
+    row, column = place // sizes[1] * conv.stride[0], place % sizes[1] * conv.stride[1]
+    taps = [
+        x[image, :, row + i * conv.dilation[0], column + j * conv.dilation[1]]
+        for i in range(conv.kernel_size[0])
+        for j in range(conv.kernel_size[1])
+    ]
+    return torch.stack(taps, -1).flatten(1)  # (number, in, kh * kw) in the kernel's order
+
+
+@torch.no_grad()
+def follow_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Let the BatchNorms behind adapted convolutions follow the adapters, which still do nothing.
+
+    Args:
+        batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
+            any, nothing follows.
+
+    Raises:
+        InputError: no adapted convolution has a BatchNorm whose weight and bias are frozen.
+    """
+    if not batches:
+        return
+    known = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d) and is_adapted(conv) and conv.groups == 1]
+    number = -(-PATCHES // len(batches))
+    found: dict[nn.Conv2d, tuple[nn.BatchNorm2d, list[Tensor]]] = {}
+    latest: list = [None, None, None]  # the last convolution, its input and its output
+
+    def after(conv, inputs, output):
+        latest[:] = conv, inputs[0], output
+
+    def before(norm, inputs):
+        conv, x, output = latest
+        if inputs[0] is output and (norm.weight is None or not norm.weight.requires_grad):
+            found.setdefault(conv, (norm, []))[1].append(patches_of(conv, x.to(conv.lora_A.dtype), number))
+
+    hooks = [conv.register_forward_hook(after) for conv in known]  # what has hooks is not fused
+    norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None)
+    hooks += [norm.register_forward_pre_hook(before) for norm in norms]
+    try:
+        with eval_mode(model):
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise InputError("--follow-norms: no adapted convolution has a frozen BatchNorm behind it; leave it out")
+    for conv, (norm, patches) in found.items():
+        conv.followed = FollowedNorm(conv, norm, torch.cat(patches))
+
+
+def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What makes a convolution compute its BatchNorm too: row scale, its logarithm if it has a gradient, and bias.
+
+    Without gradients a BatchNorm that follows is as it was last written.
+    """
+    if norm is None:
+        return None, None, conv.bias
+    followed = vars(conv).get("followed")
+    if followed is None or followed.norm is not norm or not torch.is_grad_enabled():
+        scale, shift = scale_and_shift(norm, conv.bias)
+        return scale, None, shift
+    return followed.scale_and_shift(conv.lora_A, conv.lora_B, conv.scaling, conv.bias)
+
+
+def followers(model: nn.Module) -> Iterator[nn.Conv2d]:
+    """The convolutions whose BatchNorms follow."""
+    return (conv for conv in model.modules() if vars(conv).get("followed") is not None)
+
+
+def write_statistics(model: nn.Module) -> None:
+    """Give the BatchNorms that follow the statistics for what the adapters are now, to be evaluated or saved."""
+    for conv in followers(model):
+        conv.followed.write(conv)
+
+
+def stop_following(model: nn.Module, merged: bool) -> None:
+    """Leave the BatchNorms with their statistics for the adapters, if these are to be merged, or with the base's."""
+    for conv in list(followers(model)):
+        conv.followed.write(conv) if merged else conv.followed.undo()
+        del conv.followed

@@ -1,0 +1,187 @@
+"""BatchNorms that follow the adapters, against PyTorch's own operations and automatic differentiation in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora.followed_norms import follow_statistics, patches_of, principal_components, write_statistics
+from lora.fusion import conv_bn, conv_bn_relu
+from lora_utils import LoRAManager
+from toolkit import InputError
+
+KINDS = {
+    "1x1": {"kernel_size": 1},
+    "3x3": {"kernel_size": 3, "padding": 1, "bias": False},
+    "stride": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "reflected": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "dilated": {"kernel_size": 3, "dilation": 2, "padding": 2},
+}
+
+
+def layers(kind: dict, dtype=torch.float64) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, **kind).to(dtype), nn.BatchNorm2d(6).to(dtype)
+    model = nn.Sequential(conv, norm)
+    nn.init.uniform_(norm.weight, -1, 1)  # a scale may be negative
+    nn.init.normal_(norm.bias)
+    norm.weight.data[0] = 0  # as the last BatchNorm of a block begins
+    for _ in range(50):
+        model(torch.randn(8, 4, 9, 7, dtype=dtype) + 0.5)
+    add_lora_to_model(model, r=2, lora_alpha=6, target_modules="0")
+    freeze_backbone_params(model)
+    return conv, norm
+
+
+def with_adapter(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.normal_(conv.lora_B, std=0.3)
+    return conv
+
+
+@pytest.fixture(params=KINDS)
+def pair(request):
+    conv, norm = layers(KINDS[request.param])
+    batches = [torch.randn(8, 4, 9, 7, dtype=torch.float64) + 0.5 for _ in range(2)]
+    follow_statistics(nn.Sequential(conv, norm), batches)
+    with_adapter(conv)
+    return conv, norm
+
+
+def dense(conv, norm, x, residual=None):
+    """The formulas of the module as they stand, of what `FollowedNorm` has sampled."""
+    followed = conv.followed
+    C = followed.inputs.T @ followed.inputs
+    W = conv.base().flatten(1)
+    K = W + conv.scaling * conv.lora_B @ conv.lora_A
+    v = torch.stack([(k @ C @ k.T).diagonal() for k in (W, K)]) + 0.01 * norm.running_var
+    mean = norm.running_mean + (K - W) @ followed.centre
+    variance = norm.running_var * v[1] / v[0]
+    shape = 1, -1, 1, 1
+    x, padding = (x, conv.padding) if conv.padding_mode == "zeros" else (F.pad(x, [1] * 4, "reflect"), 0)
+    z = F.conv2d(x, K.view_as(conv.weight), conv.bias, conv.stride, padding, conv.dilation)
+    y = (z - mean.view(shape)) / (variance + norm.eps).sqrt().view(shape)
+    y = y * norm.weight.view(shape) + norm.bias.view(shape)
+    return F.relu(y if residual is None else y + residual)
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+def test_outputs_and_gradients_are_those_of_automatic_differentiation(pair, has_residual):
+    conv, norm = pair
+    x = torch.randn(3, 4, 9, 7, dtype=torch.float64, requires_grad=True)
+    shape = conv_bn(conv, norm, x).shape
+    residual = torch.randn(shape, dtype=torch.float64, requires_grad=True) if has_residual else None
+    wanted_of = [t for t in (x, conv.lora_A, conv.lora_B, residual) if t is not None]
+    y = conv_bn_relu(conv, norm, nn.ReLU(), x, residual)
+    wanted = dense(conv, norm, x, residual)
+    torch.testing.assert_close(y, wanted)
+    gy = torch.randn_like(y)
+    for gradient, other in zip(
+        torch.autograd.grad(y, wanted_of, gy), torch.autograd.grad(wanted, wanted_of, gy), strict=True
+    ):
+        torch.testing.assert_close(gradient, other)
+    if not has_residual:  # without a ReLU too, as in a shortcut
+        torch.testing.assert_close(F.relu(conv_bn(conv, norm, x)), wanted)
+        [gradient] = torch.autograd.grad(conv_bn(conv, norm, x).square().sum(), conv.lora_A)
+        assert gradient.abs().max() > 0
+
+
+def test_a_sample_s_covariance_is_that_of_its_principal_components():
+    rows = torch.randn(30, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    rows -= rows.mean(0)
+    for sample in (rows, rows[:8] - rows[:8].mean(0)):  # more images than numbers, and fewer
+        components = principal_components(sample, 12)
+        torch.testing.assert_close(components.T @ components, sample.T @ sample / len(sample))
+    assert principal_components(rows, 3).shape == (3, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_patches_are_what_the_kernel_is_applied_to(kind):
+    """Products with them are numbers of the convolution's output."""
+    conv = nn.Conv2d(4, 6, **kind).double()
+    x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
+    outputs = conv(x).permute(0, 2, 3, 1).flatten(0, 2)
+    products = patches_of(conv, x, 20) @ conv.weight.flatten(1).T
+    products = products if conv.bias is None else products + conv.bias
+    distances = (products[:, None] - outputs[None]).abs().amax(-1).amin(1)
+    assert distances.max() < 1e-12
+
+
+def adapted_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = resnet18(num_classes=3)
+    for _ in range(3):
+        model(torch.randn(16, 3, 32, 32))
+    add_lora_to_model(model, r=2)
+    freeze_backbone_params(model)
+    return model
+
+
+def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statistics_later():
+    """Of the first convolution, whose inputs stay: nearly those that BatchNorm measures on the sampled images."""
+    model, x = (
+        adapted_resnet(),
+        F.interpolate(torch.randn(64, 3, 8, 8), 32, mode="bilinear"),
+    )  # as smooth as photographs
+    with torch.no_grad():
+        before = model.eval()(x)
+    follow_statistics(model, [x])
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    conv, norm = model.conv1, model.bn1
+    with torch.no_grad():
+        stock = [t.clone() for t in measured(conv, x)]
+        conv.lora_B.normal_(std=0.02)
+        changed = measured(conv, x)
+    write_statistics(model)
+    of_base = conv.followed
+    torch.testing.assert_close(norm.running_mean - of_base.mean, changed[0] - stock[0], rtol=0.2, atol=0.02)
+    wanted = changed[1] / stock[1]
+    errors = (norm.running_var / of_base.variance / wanted - 1).abs()
+    assert errors.mean() < 0.05 and (wanted - 1).abs().mean() > 0.25
+
+
+def measured(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each channel of the output."""
+    z = conv(x)
+    return z.mean((0, 2, 3)), z.var((0, 2, 3))
+
+
+def trained(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    follow_statistics(model, [x])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_merged_saved_and_unloaded_it_computes_the_same(tmp_path):
+    x = torch.randn(8, 3, 32, 32)
+    model = trained(adapted_resnet(), x)
+    wanted = model(x).detach()  # as in training: a gradient is wanted
+    manager = LoRAManager(model)
+    manager.save_lora_checkpoint(tmp_path / "a.pth", {"arch": "resnet18", "class_names": ["a", "b", "c"]})
+    loaded = adapted_resnet()
+    LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(x), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)  # without a gradient: as last written
+        stock = manager.unload(merge=True)
+        torch.testing.assert_close(stock.eval()(x), wanted, rtol=1e-4, atol=1e-4)
+    assert not any(vars(module).get("followed") for module in stock.modules())
+
+
+def test_unloaded_without_merging_it_is_the_base_again():
+    x = torch.randn(8, 3, 32, 32)
+    stock = LoRAManager(adapted_resnet()).unload().state_dict()
+    for name, tensor in LoRAManager(trained(adapted_resnet(), x)).unload().state_dict().items():
+        assert torch.equal(tensor, stock[name]) or name.startswith("fc"), name
+
+
+def test_a_network_without_such_batch_norms_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    add_lora_to_model(model, r=2, target_modules="0")
+    with pytest.raises(InputError, match="no adapted convolution has a frozen BatchNorm behind it"):
+        follow_statistics(model, [torch.randn(2, 3, 4, 4)])
