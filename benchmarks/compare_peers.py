@@ -58,6 +58,7 @@ from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import attention, backends, functional, fusion
 from lora.activations import SavedIn16Bits
+from lora.followed_norms import follow_statistics
 from lora.frozen_norms import FreezableBatchNorm2d
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
@@ -125,6 +126,13 @@ def half_of_the_blocks(model: nn.Module) -> int:
 def lora_and_norms(model: nn.Module, args) -> nn.Module:
     lora(model, args)
     freeze_backbone_params(model, train_norms=True)
+    return model
+
+
+def lora_following_norms(model: nn.Module, args) -> nn.Module:
+    """The statistics of BatchNorm follow the adapters; on random images, which cost what others do."""
+    lora(model, args)
+    follow_statistics(model, [torch.randn(16, 3, args.image_size, args.image_size)])
     return model
 
 
@@ -300,6 +308,7 @@ VARIANTS = {
         "LoRA here, last half, features below kept", lora_last_half, save_here, features_kept=True
     ),
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
+    "lora_follow": Variant("LoRA here, norms follow", lora_following_norms, save_here, models="resnet"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
