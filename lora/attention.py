@@ -116,6 +116,20 @@ def attend(
             computes no score once more and takes some 40% less time.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
+    attended, weights = attend_heads(q, k, v, mask, dropout, need_weights, keep_weights)
+    return attended.transpose(1, 2).flatten(-2), weights
+
+
+def attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    need_weights: bool = False,
+    keep_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attend`, of heads that are apart already: q (N, H, L, D), k and v (N, H, S, D) -> (N, H, L, D)."""
     weights = None
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
@@ -130,7 +144,7 @@ def attend(
         else:
             with _sound_kernels(q):
                 attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    return attended.transpose(1, 2).flatten(-2), weights
+    return attended, weights
 
 
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:

@@ -118,6 +118,50 @@ def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Ten
     return weight if in_8_bits else dense_weight(weight, dtype)
 
 
+def adapted_product(
+    rows: Tensor,
+    weight: Tensor | NF4Weight | Int8Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    groups: int = 1,
+    adapter_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``rows (W + s B A)^T + b``, (N, out), and h, (N, groups r), if it was needed. No gradient of its own.
+
+    Args:
+        rows: (N, in), in the dtype of A, B and b.
+        weight: (out, in), of any dtype.
+        adapter_rows: what the adapter sees in place of rows.
+    """
+    W = _operand(weight, rows.dtype)
+    if adapter_rows is None:
+        if _merge_pays(W, rows.shape[0] * W.shape[0]):
+            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
+            return backends.linear(rows, merged, bias), None
+        adapter_rows = rows
+    h = backends.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
+    return thin.add_side_path(rows, W, bias, h, B, scaling, groups), h
+
+
+def adapted_input_gradient(
+    gy: Tensor,
+    gh: Tensor,
+    weight: Tensor | NF4Weight | Int8Weight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    groups: int = 1,
+) -> Tensor:
+    """``gy (W + s B A)``, (N, in); gh (N, groups r) is s gy B."""
+    W = _operand(weight, gy.dtype)
+    if _merge_pays(W, gy.shape[0] * W.shape[1]):
+        merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
+        return backends.linear(gy, merged.T)
+    return thin.input_gradient(gy, W, gh, A)  # (N, out) -> (N, in)
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, settings):  # each argument of `apply` takes time: the constants are one
@@ -134,17 +178,11 @@ class _LoRALinear(torch.autograd.Function):
         ctx.prologue = prologue
         ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
 
-        h = None
         if A.dtype != dtype or B.dtype != dtype:  # a call that changes nothing takes time as well
             A, B = A.to(dtype), B.to(dtype)
-        W = _operand(weight, dtype)
         bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-        if adapter_x is None and _merge_pays(W, rows.shape[0] * W.shape[0]):
-            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
-            y = backends.linear(rows, merged, bias)
-        else:
-            h = backends.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
-            y = thin.add_side_path(rows, W, bias, h, B, scaling, groups)
+        seen = None if adapter_x is None else adapter_rows
+        y, h = adapted_product(rows, weight, A, B, bias, scaling, groups, seen)
         # As W is frozen, only the adapter's gradients need the input. h is thin, so it is saved where it is known.
         kept = x if prologue is not None else adapter_rows.view(x.shape)
         ctx.save_for_backward(kept if ctx.rebuild is None else None, A, B, h, *parts)
@@ -164,8 +202,11 @@ class _LoRALinear(torch.autograd.Function):
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = None
         if need_x:
-            gx = _linear_input_gradient(ctx, gy, gh, A, B)
-            gx = _pull_back(ctx.prologue, gx, saved, statistics).view(ctx.shape)
+            if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
+                gx = int8.input_gradient(gy, _operand(ctx.weight, ctx.dtype))
+            else:
+                gx = adapted_input_gradient(gy, gh, ctx.weight, A, B, ctx.scaling, ctx.groups)
+            gx = pull_back(ctx.prologue, gx, saved, statistics).view(ctx.shape)
         return (
             gx,
             (gh @ A).view(ctx.shape) if need_adapter_x else None,
@@ -177,23 +218,13 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _rows_of_the_adapter(ctx, saved: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """In backward: the saved input, the rows (N, in) that the adapter read, and what `_pull_back` needs beside them."""
+    """In backward: the saved input, the rows (N, in) that the adapter read, and what `pull_back` needs beside them."""
     if not isinstance(ctx.prologue, SelfAttention):  # which does not work row by row
         saved = saved.flatten(0, -2)
     if ctx.prologue is None:
         return saved, saved, []
     rows, statistics = _evaluate(ctx.prologue, saved, in_backward=True)
     return saved, rows.to(ctx.dtype).flatten(0, -2), statistics
-
-
-def _linear_input_gradient(ctx, gy: Tensor, gh: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    W = _operand(ctx.weight, ctx.dtype)
-    if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
-        return int8.input_gradient(gy, W)
-    if _merge_pays(W, gy.shape[0] * W.shape[1]):
-        merged = effective_weight(W, A, B, ctx.scaling, ctx.groups, in_place=W is not ctx.weight)
-        return backends.linear(gy, merged.T)
-    return thin.input_gradient(gy, W, gh, A)  # (N, out) -> (N, in)
 
 
 class RecomputedNorm(NamedTuple):
@@ -228,7 +259,7 @@ def _evaluate(
     return y, statistics
 
 
-def _pull_back(
+def pull_back(
     prologue: nn.LayerNorm | nn.GELU | SelfAttention | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
 ) -> Tensor:
     """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits.

@@ -34,12 +34,13 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
-from lora.attention import SelfAttention, attend
+from lora.attention import SelfAttention, attend, attend_heads
 from lora.backends import is_traced
 from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
 from lora.functional import RecomputedNorm, compute_dtype, frozen_linear, max_pool2d_relu
 from lora.together import forget_plan, rounded_together
 from lora.trained_norms import forget
+from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
 
 # --------------------------------------------------------------------------------------------- what goes together
@@ -152,6 +153,27 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
         and not _trains(operation)
         and not is_hooked(operation, layer)
     )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Is this an adapted layer that computes with its adapter and nothing else: frozen, nothing dropped, no hook?"""
+    drops = layer.training and layer.lora_dropout > 0
+    if not layer.lora_enabled or layer.merged or layer.r == 0 or drops or _has_hook(layer):
+        return False
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and parameter.requires_grad and not name.startswith("lora_"):
+            return False
+    return True
+
+
+def packs_heads(attention: nn.MultiheadAttention) -> bool:
+    """Are q, k and v of this adapted attention one product, with nothing appended?"""
+    packed = attention.batch_first and attention.weight_names == ("in_proj_weight",)
+    return packed and attention.bias_k is None and not attention.add_zero_attn
+
+
+def does_nothing(dropout: nn.Module) -> bool:
+    return type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training) and not _has_hook(dropout)
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
@@ -336,6 +358,12 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
         residual = input if tokens is None else input[:, :tokens]
+        # With selective checkpointing the heads' output is not saved, but for that of a few tokens.
+        if (tokens is not None or not getattr(attention, "recomputed", False)) and self.is_two_operations():
+            heads = queries_keys_values(input, self.ln_1, attention, tokens)
+            attended, _ = attend_heads(*heads, keep_weights=attention.keeps_weights)
+            first, gelu, _, second, _ = mlp._modules.values()
+            return rest_of_block(attended, residual, attention.out_proj, self.ln_2, first, gelu, second)
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
@@ -356,6 +384,24 @@ class FusedEncoderBlock(EncoderBlock):
         # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
         again = RecomputedNorm(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
         return x + mlp(x, prologue=again)
+
+    def is_two_operations(self) -> bool:
+        """May the block be that of `lora.vit_block`? Yes if each part is of a known kind, frozen and without hooks."""
+        attention, mlp = self.self_attention, self.mlp
+        known = type(mlp) is FusedMLPBlock and len(mlp) == 5 and is_adapted(attention)
+        if not known or is_traced() or is_hooked(mlp):
+            return False
+        first, gelu, dropout, second, last = mlp._modules.values()
+        drops = attention.dropout > 0 and attention.training
+        return (
+            recomputes(self.ln_1, attention)
+            and recomputes(self.ln_2, first)
+            and recomputes(gelu, second)
+            and packs_heads(attention)
+            and all(map(is_plain, (attention, attention.out_proj, first, second)))
+            and all(map(does_nothing, (self.dropout, dropout, last)))
+            and not drops
+        )
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
@@ -379,15 +425,21 @@ class FusedVisionTransformer(VisionTransformer):
         if not reads_class_token_alone(encoder):
             with rounded_together(self, x):
                 return self.heads(encoder(x)[:, 0])
-        return self.from_block(encoder.dropout(x + encoder.pos_embedding))
+        return self.from_block(encoder.dropout(x + encoder.pos_embedding), tokens=1)
 
-    def from_block(self, x: Tensor, first: int = 0) -> Tensor:
-        """The model's output from what its block of this number (0 is the first) receives, (N, 1 + patches, E)."""
+    def from_block(self, x: Tensor, first: int = 0, tokens: int | None = None) -> Tensor:
+        """The model's output from what its block of this number (0 is the first) receives, (N, 1 + patches, E).
+
+        Args:
+            tokens: how many the last block is to compute, if the caller knows; see `reads_class_token_alone`.
+        """
         *layers, last = list(self.encoder.layers)[first:]
+        if tokens is None and reads_class_token_alone(self.encoder):
+            tokens = 1
         with rounded_together(self, x):
             for layer in layers:
                 x = layer(x)
-            x = last(x, tokens=1) if reads_class_token_alone(self.encoder) else last(x)
+            x = last(x) if tokens is None else last(x, tokens=tokens)
             return self.heads(self.encoder.ln(x)[:, 0])
 
 

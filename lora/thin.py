@@ -29,7 +29,7 @@ def add_side_path(
         B: (out, r).
     """
     if backends.counts_kernels(rows):
-        wide = _block_diagonal(B, groups)  # (out, groups r)
+        wide = _side_by_side(B, groups)  # (out, groups r)
         if bias is None:
             y = h.new_empty(h.shape[0], W.shape[0]).addmm_(h, wide.T, beta=0, alpha=scaling)
         else:
@@ -52,16 +52,16 @@ def adapter_gradients(
 
 
 def _in_few_kernels(gy, rows, h, A, B, scaling, groups, need_A, need_B):
-    gh, gB = gy.new_empty(gy.shape[0], A.shape[0]), None
-    h = rows @ A.T if need_B and h is None else h
-    if groups == 1:
-        gh.addmm_(gy, B, beta=0, alpha=scaling)
-        gB = torch.empty_like(B).addmm_(gy.T, h, beta=0, alpha=scaling) if need_B else None
+    h = rows @ A.T if h is None else h
+    gB = None
+    if groups == 1:  # beta=0: of the first operand only the shape counts
+        gh = torch.addmm(h, gy, B, beta=0, alpha=scaling)
+        gB = torch.addmm(B, gy.T, h, beta=0, alpha=scaling) if need_B else None
     else:
-        gy, own_B = _apart(gy, groups), B.unflatten(0, (groups, -1))
+        gh, gy, own_B = torch.empty_like(h), _apart(gy, groups), B.view(groups, -1, B.shape[1])
         _apart(gh, groups).baddbmm_(gy, own_B, beta=0, alpha=scaling)
         if need_B:
-            gB = torch.empty_like(own_B).baddbmm_(gy.mT, _apart(h, groups), beta=0, alpha=scaling).flatten(0, 1)
+            gB = torch.baddbmm(own_B, gy.mT, _apart(h, groups), beta=0, alpha=scaling).view(B.shape)
     return gh, gh.T @ rows if need_A else None, gB
 
 
@@ -90,17 +90,24 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight, gh: Tensor, A: Tensor) ->
 
 def _apart(matrix: Tensor, groups: int) -> Tensor:
     """(N, groups n) as (groups, N, n), a view."""
-    return matrix.unflatten(1, (groups, -1)).transpose(0, 1)
+    rows, columns = matrix.shape
+    return matrix.view(rows, groups, columns // groups).transpose(0, 1)
 
 
-def _block_diagonal(B: Tensor, groups: int) -> Tensor:
-    """(out, r), whose rows are so many matrices one below the other -> (out, groups r), each in columns of its own."""
+def side_by_side(B: Tensor, groups: int) -> Tensor:
+    """(..., out, r), whose rows are so many matrices one below the other -> (..., out, groups r): each in columns of
+    its own, beside zeros."""
+    blocks = B.unflatten(-2, (groups, -1))  # (..., groups, out / groups, r)
+    wide = B.new_zeros(*blocks.shape[:-1], groups, B.shape[-1])
+    wide.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
+    return wide.view(*B.shape[:-1], -1)
+
+
+def _side_by_side(B: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return B
-    blocks = B.unflatten(0, (groups, -1))  # (groups, out / groups, r)
-    wide = B.new_zeros(*blocks.shape[:2], groups, blocks.shape[2])
-    wide.diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
-    return wide.view(len(B), -1)
+    known = vars(B).get("side_by_side")  # of all layers at once, by `lora.together`
+    return side_by_side(B, groups) if known is None else known
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -6,14 +6,17 @@ begins, and their gradients come back together. What is not there is rounded by 
 """
 
 import contextlib
+import itertools
+import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora import backends
+from lora import backends, thin
 from lora.adapted import is_adapted
 from lora.backends import LOW_PRECISION
 
@@ -25,16 +28,53 @@ class _Now(threading.local):
 _now = _Now()
 
 
+class Run(NamedTuple):
+    """Tensors of one shape, which lie one after another in a row of numbers."""
+
+    number: int
+    joined: int  # so many of them are joined row by row, as those of packed q, k and v are
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.number * self.joined * math.prod(self.shape)
+
+
 class Plan:
-    """What there is to round in a model: tensors that are joined row by row, as those of packed q, k and v are."""
+    """What there is to round in a model, in an order in which tensors of one shape are neighbours."""
 
     def __init__(self, model: nn.Module):
         layers = [module for module in model.modules() if is_adapted(module)]
-        self.joined = [factors for layer in layers for factors in _factors(layer)]
+        self.joined, self.runs = _in_runs(factors for layer in layers for factors in _factors(layer))
         self.factors = [factor for factors in self.joined for factor in factors]
-        shapes = [(sum(map(len, factors)), *factors[0].shape[1:]) for factors in self.joined]
-        self.joined_shapes = [torch.empty(shape, device="meta") for shape in shapes]
-        self.biases = [bias for layer in layers if (bias := _frozen_bias(layer)) is not None]
+        biases = (bias for layer in layers if (bias := _frozen_bias(layer)) is not None)
+        biases, self.bias_runs = _in_runs([bias] for bias in biases)
+        self.biases = [bias for (bias,) in biases]
+        # Which of the joined are B of packed q, k and v, a range for each shape: products want them side by side.
+        of_q = {id(layer._parameters.get("lora_B_q")) for layer in layers}
+        ends = itertools.accumulate(run.number for run in self.runs)
+        ranges = (slice(end - run.number, end) for run, end in zip(self.runs, ends, strict=True))
+        self.packed = [some for some in ranges if id(self.joined[some][0][0]) in of_q]
+
+
+def _in_runs(tensors: Iterable[list[Tensor]]) -> tuple[list[list[Tensor]], list[Run]]:
+    kinds: dict[tuple, list[list[Tensor]]] = {}
+    for joined in tensors:
+        kinds.setdefault((len(joined), joined[0].shape), []).append(joined)
+    return list(itertools.chain(*kinds.values())), [Run(len(own), *kind) for kind, own in kinds.items()]
+
+
+def _apart(flat: Tensor, runs: list[Run], joined: bool) -> list[Tensor]:
+    """Views of the numbers in a row, for each tensor or for each group of joined ones.
+
+    By runs, since a view of its own for each takes as long as a product.
+    """
+    parts = []
+    for run, own in zip(runs, flat.split([run.numel for run in runs]), strict=True):
+        rows, *rest = run.shape
+        shape = (run.number, run.joined * rows, *rest) if joined else (run.number * run.joined, rows, *rest)
+        parts += own.view(shape).unbind()
+    return parts
 
 
 def _factors(layer: nn.Module) -> Iterator[list[Tensor]]:
@@ -65,19 +105,21 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, dtype, *factors):
         ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
-        ctx.plan = plan
-        flat = backends.flatten_dense_tensors(factors).to(dtype)
-        return backends.unflatten_dense_tensors(flat, plan.joined_shapes)
+        ctx.plan, ctx.dtype = plan, dtype
+        return tuple(_apart(backends.flatten_dense_tensors(factors).to(dtype), plan.runs, joined=True))
 
     @staticmethod
     def backward(ctx, *gradients):
-        plan, known = ctx.plan, [i for i, gradient in enumerate(gradients) if gradient is not None]
-        flat = backends.flatten_dense_tensors([gradients[i] for i in known]).to(plan.factors[0].dtype)
-        parts = backends.unflatten_dense_tensors(flat, [f for i in known for f in plan.joined[i]])
-        found, result = iter(parts), []
-        for gradient, factors in zip(gradients, plan.joined, strict=True):
-            result += [None if gradient is None else next(found) for _ in factors]
-        return None, None, *result
+        plan = ctx.plan
+        dtype, absent = plan.factors[0].dtype, [i for i, gradient in enumerate(gradients) if gradient is None]
+        gradients = list(gradients)
+        for i in absent:
+            gradients[i] = torch.zeros_like(torch.cat(plan.joined[i]), dtype=ctx.dtype)
+        parts = _apart(backends.flatten_dense_tensors(gradients).to(dtype), plan.runs, joined=False)
+        if absent:
+            of_factor = [i for i, factors in enumerate(plan.joined) for _ in factors]
+            parts = [None if i in absent else part for i, part in zip(of_factor, parts, strict=True)]
+        return None, None, *parts
 
 
 @contextlib.contextmanager
@@ -94,14 +136,24 @@ def rounded_together(model: nn.Module, x: Tensor) -> Iterator[None]:
     try:
         if plan.factors and dtype in LOW_PRECISION:
             rounded = _Rounded.apply(plan, dtype, *plan.factors)
+            _put_side_by_side(plan, rounded)
             _now.rounded = {id(factors[0]): low for factors, low in zip(plan.joined, rounded, strict=True)}
         if plan.biases and dtype in LOW_PRECISION:
             flat = backends.flatten_dense_tensors(plan.biases).to(dtype)
-            biases = backends.unflatten_dense_tensors(flat, plan.biases)
+            biases = _apart(flat, plan.bias_runs, joined=True)
             _now.rounded |= {id(bias): low for bias, low in zip(plan.biases, biases, strict=True)}
         yield
     finally:
         _now.rounded = None
+
+
+@torch.no_grad()
+def _put_side_by_side(plan: Plan, rounded: Sequence[Tensor]) -> None:
+    """Let each packed B know what `thin.add_side_path` multiplies by: for all layers in three kernels, not for each."""
+    for some in plan.packed:
+        wide = thin.side_by_side(torch.stack(rounded[some]), groups=3)
+        for B, own in zip(rounded[some], wide.unbind(), strict=True):
+            B.side_by_side = own
 
 
 def rounded(

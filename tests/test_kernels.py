@@ -13,7 +13,7 @@ from torchvision.models.resnet import Bottleneck
 
 from benchmarks.operators import branches_of_a_gpu
 from finetune_lora import add_lora_to_model
-from lora import backends, fusion
+from lora import backends, fusion, vit_block
 from lora.fusion import scale_and_shift, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 from tests.dense import (
@@ -131,6 +131,32 @@ def test_a_layer_that_took_no_part_gets_no_gradient():
     low_precision_step(model, x)
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without == {f"encoder.layers.encoder_layer_1.mlp.0.lora_{factor}" for factor in "AB"}
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_block_in_two_operations_is_what_its_layers_compute_one_by_one(monkeypatch, on_gpu, four_bits):
+    monkeypatch.setattr(backends, "counts_kernels", lambda x: on_gpu)
+    model, x = frozen(vit(num_layers=3), use_qlora=four_bits).train(), images(16)
+    calls, apply = [], vit_block._RestOfBlock.apply
+    monkeypatch.setattr(vit_block._RestOfBlock, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    steps = []
+    for _ in range(2):
+        y = low_precision_step(model, x)
+        steps.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+        monkeypatch.setattr(fusion.FusedEncoderBlock, "is_two_operations", lambda block: False)
+    assert len(calls) == 3  # the last block, of the class token alone, as well
+    for one, other in zip(*steps, strict=True):
+        assert_close(one, other, 2 * BF16)
+
+
+def test_the_two_operations_of_a_block_let_their_graph_be_kept():
+    model, x = frozen(vit()).train(), images(16)
+    loss, trained = model(x).square().sum(), [p for p in model.parameters() if p.requires_grad]
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in trained]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(trained, once, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
