@@ -49,6 +49,14 @@ def counts_kernels(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 # -------------------------------------------------------------------------------------------- tracing, derivatives
 
 

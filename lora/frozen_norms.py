@@ -1,6 +1,7 @@
 """BatchNorms that stay in eval mode while they are frozen, whatever `train()` says."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
@@ -50,3 +51,11 @@ def freeze_statistics(norm: nn.Module, freeze: bool, training: bool) -> None:
     if isinstance(norm, Freezable):
         norm.frozen = freeze
         norm.train(training)
+
+
+def constant_scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``g = gamma / sqrt(var + eps)`` and ``beta + (bias - mean) g``, both (out,)."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    return scale, shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from lora import backends, int8, thin, together
 from lora.attention import SelfAttention
-from lora.backends import LOW_PRECISION
+from lora.backends import LOW_PRECISION, compute_dtype
+from lora.folding import Folded
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.trained_norms import made_of, normalize
@@ -43,14 +44,6 @@ from lora.trained_norms import made_of, normalize
 PARTS, PART_NUMEL = 8, 2**17
 # With this factor numbers of 8 bits lie anywhere between the numbers of 8 bits.
 OFF_THE_GRID = 0.7071
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _is_trainable(weight: Tensor | NF4Weight) -> bool:
@@ -663,6 +656,55 @@ def lora_conv2d(
         y = y + F.conv2d((x if adapter_x is None else adapter_x).to(dtype), delta, None, *geometry)
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
+
+
+class _FoldedConv2d(torch.autograd.Function):
+    """`_LoRAConv2d` where all that comes before its products was done for the model as a whole."""
+
+    @staticmethod
+    def forward(ctx, x, A, sB, residual, settings):
+        kernel, shift, ctx.geometry, ctx.by_pixel, relu, (ctx.made, parts) = settings
+        ctx.shape = x.shape
+        x = x if x.dtype == kernel.dtype else x.to(kernel.dtype)
+        rows = backends.pixels(x) if ctx.by_pixel else None
+        if rows is None:
+            y = backends.conv2d(x, kernel, shift, ctx.geometry, residual, relu)
+        else:
+            N, _, H, W = x.shape
+            y = torch.addmm(shift, rows, kernel.view(kernel.shape[:2]).T).view(N, H, W, -1).permute(0, 3, 1, 2)
+            y = y if residual is None else y.add_(residual)
+            y = y.relu_() if relu else y
+        ctx.save_for_backward(x if ctx.made is None else None, y if relu else None, A, sB, kernel, *parts)
+        return y
+
+    @staticmethod
+    @backends.first_derivative
+    def backward(ctx, gy):
+        x, y, A, sB, kernel, *parts = ctx.saved_tensors
+        need_x, _, _, need_residual, _ = ctx.needs_input_grad
+        if ctx.made is not None:
+            x = ctx.made.again(*parts).to(kernel.dtype)
+        gy = gy if gy.dtype == kernel.dtype else gy.to(kernel.dtype)
+        gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
+        rows = (backends.pixels(gy), backends.pixels(x)) if ctx.by_pixel else (None, None)
+        gx = None
+        if rows[0] is not None and rows[1] is not None:
+            _, gA, gB = thin.adapter_gradients(*rows, None, A, sB, 1.0, 1, True, True)
+            if need_x:
+                N, C, H, W = ctx.shape
+                gx = (rows[0] @ kernel.view(-1, C)).view(N, H, W, C).permute(0, 3, 1, 2)
+        else:
+            adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
+            gA, gB, _ = adapter_gradients(gy, x, A, sB, kernel.shape, ctx.geometry, need_input=False)
+            gx = backends.conv2d_gradient(gy, x, kernel, ctx.geometry, of_weight=False) if need_x else None
+        return gx, gA, gB, gy if need_residual else None, None
+
+
+def folded_conv2d(x: Tensor, folded: Folded, geometry: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
+    """As `lora_conv2d`, of a layer whose BatchNorm and adapter are in its kernel already; see `lora.together`."""
+    by_pixel = folded.kernel.shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2] and geometry.groups == 1
+    settings = folded.kernel, folded.shift, geometry, by_pixel, relu, made_of(x)
+    return _FoldedConv2d.apply(x, folded.A, folded.sB, residual, settings)
 
 
 # --------------------------------------------------------------------------------------------------------- pooling

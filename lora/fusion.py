@@ -20,6 +20,7 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `l
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -36,9 +37,16 @@ from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
 from lora.attention import SelfAttention, attend, attend_heads
 from lora.backends import is_traced
-from lora.frozen_norms import Freezable, FreezableBatchNorm2d, stock_norm
-from lora.functional import RecomputedNorm, compute_dtype, frozen_linear, max_pool2d_relu
-from lora.together import forget_plan, rounded_together
+from lora.frozen_norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
+from lora.functional import (
+    Geometry,
+    RecomputedNorm,
+    compute_dtype,
+    folded_conv2d,
+    frozen_linear,
+    max_pool2d_relu,
+)
+from lora.together import folded, forget_plan, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -95,32 +103,32 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
     """
     trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if trains or is_traced() or torch.is_inference_mode_enabled():
-        return _scale_and_shift(norm, bias)
+        return constant_scale_and_shift(norm, bias)
     # PyTorch counts the batch where it changes the statistics, but not their versions.
     sources = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked, bias
     tensors = [t for t in sources if t is not None]
     if any(map(torch.is_inference, tensors)):  # they have no versions
-        return _scale_and_shift(norm, bias)
+        return constant_scale_and_shift(norm, bias)
     dtype = compute_dtype(norm.running_mean)
     state = [norm.eps, dtype, *((t.data_ptr(), t._version) for t in tensors)]
     known = _FOLDED.get(norm)
     if known is None or known[0] != state:
         with torch.no_grad():
-            scale, shift = _scale_and_shift(norm, bias)
+            scale, shift = constant_scale_and_shift(norm, bias)
             # The aliases keep the memory from being used again for other numbers.
             known = _FOLDED[norm] = state, [t.detach() for t in tensors], (scale, shift.to(dtype))
     return known[2]
 
 
-def _scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean if bias is None else bias - norm.running_mean
-    return scale, shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """Of one without padding in a mode of its own, which is zeros in numbers."""
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
+    if (known := folded(conv, norm)) is not None:
+        return folded_conv2d(x, known, geometry_of(conv), None, relu=False)
     return conv(x, batch_norm=norm) if takes(conv, norm) else norm(conv(x))
 
 
@@ -134,6 +142,9 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     shortcut = (lambda t: t) if downsample is None else downsample
+    if type(relu) is nn.ReLU and (known := folded(conv, norm)) is not None and not is_hooked(relu):
+        residual = None if input is None else shortcut(input)
+        return folded_conv2d(x, known, geometry_of(conv), residual, relu=True)
     if takes(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
     out = conv_bn(conv, norm, x)
@@ -299,7 +310,7 @@ class FusedSequential(nn.Sequential):
         x, modules = input, list(self)
         while modules:
             module = modules.pop(0)
-            x = module(x, batch_norm=modules.pop(0)) if modules and takes(module, modules[0]) else module(x)
+            x = conv_bn(module, modules.pop(0), x) if modules and takes(module, modules[0]) else module(x)
         return x
 
 
@@ -311,8 +322,23 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        with rounded_together(self, x):
+        with rounded_together(self, x, self.folding):
             return self.from_block(self.stem(x))
+
+    def folding(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
+        pairs = [(self.conv1, self.bn1)]
+        for block in itertools.chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            inside = block._modules
+            numbers = (n for n in "123" if f"conv{n}" in inside and f"bn{n}" in inside)
+            pairs += [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
+            if type(inside.get("downsample")) is FusedSequential:
+                pairs += itertools.pairwise(inside["downsample"])
+        return [
+            (conv, norm)
+            for conv, norm in pairs
+            if folds(conv, norm) and is_plain(conv) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
+        ]
 
     def stem(self, x: Tensor) -> Tensor:
         """What the first stage receives."""
@@ -324,7 +350,7 @@ class FusedResNet(ResNet):
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
         """The model's output from what its stage of this number (0 is the first) receives."""
-        with rounded_together(self, x):
+        with rounded_together(self, x, self.folding):
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
                 x = stage(x)
             return self.fc(torch.flatten(self.avgpool(x), 1))

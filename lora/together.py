@@ -10,7 +10,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from lora import backends, thin
 from lora.adapted import is_adapted
 from lora.backends import LOW_PRECISION
+from lora.folding import Constants, Folded, fold_together, lies_last
 
 
 class _Now(threading.local):
     rounded: dict[int, Tensor] | None = None  # within a forward pass, by the id of the first of what was joined
+    folded: dict[int, Folded] | None = None  # by the id of the convolution
 
 
 _now = _Now()
+Pairs = list[tuple[nn.Conv2d, nn.BatchNorm2d]]  # an adapted convolution, and what is folded into it
 
 
 class Run(NamedTuple):
@@ -40,28 +43,63 @@ class Run(NamedTuple):
         return self.number * self.joined * math.prod(self.shape)
 
 
+class Factors(NamedTuple):
+    """Factors that a product takes as one, and what those beside them in memory have in common."""
+
+    tensors: list[Tensor]
+    kind: tuple
+    pair: int | None = None  # the number of the convolution whose B this is
+
+
 class Plan:
-    """What there is to round in a model, in an order in which tensors of one shape are neighbours."""
+    """What there is to round in a model, in an order in which tensors of one kind are neighbours."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, pairs: Pairs):
         layers = [module for module in model.modules() if is_adapted(module)]
-        self.joined, self.runs = _in_runs(factors for layer in layers for factors in _factors(layer))
+        numbers = {id(conv): number for number, (conv, _) in enumerate(pairs)}
+        found = [factors for layer in layers for factors in _factors(layer, numbers.get(id(layer)))]
+        self.pairs, self.constants, self.scales = pairs, Constants(pairs), None
+        self.found, self.runs = _in_runs(found)
+        self.joined = [factors.tensors for factors in self.found]
         self.factors = [factor for factors in self.joined for factor in factors]
-        biases = (bias for layer in layers if (bias := _frozen_bias(layer)) is not None)
-        biases, self.bias_runs = _in_runs([bias] for bias in biases)
-        self.biases = [bias for (bias,) in biases]
-        # Which of the joined are B of packed q, k and v, a range for each shape: products want them side by side.
-        of_q = {id(layer._parameters.get("lora_B_q")) for layer in layers}
+        biases = [Factors([bias], ()) for layer in layers if (bias := _frozen_bias(layer)) is not None]
+        biases, self.bias_runs = _in_runs(biases)
+        self.biases = [bias for ((bias,), *_) in biases]
         ends = itertools.accumulate(run.number for run in self.runs)
-        ranges = (slice(end - run.number, end) for run, end in zip(self.runs, ends, strict=True))
-        self.packed = [some for some in ranges if id(self.joined[some][0][0]) in of_q]
+        self.ranges = [slice(end - run.number, end) for run, end in zip(self.runs, ends, strict=True)]
+        self.kernels = [_kernel_run(self, some) for some in self.ranges if self.found[some][0].pair is not None]
+        # Which are the B of packed q, k and v, a range for each shape: products want them side by side.
+        of_q = {id(layer._parameters.get("lora_B_q")) for layer in layers}
+        self.packed = [some for some in self.ranges if id(self.joined[some][0][0]) in of_q]
 
 
-def _in_runs(tensors: Iterable[list[Tensor]]) -> tuple[list[list[Tensor]], list[Run]]:
-    kinds: dict[tuple, list[list[Tensor]]] = {}
-    for joined in tensors:
-        kinds.setdefault((len(joined), joined[0].shape), []).append(joined)
-    return list(itertools.chain(*kinds.values())), [Run(len(own), *kind) for kind, own in kinds.items()]
+class KernelRun(NamedTuple):
+    """Convolutions of one kind, and where their factors are."""
+
+    pairs: Pairs
+    numbers: list[int]
+    of_A: int  # the number of the run
+    of_B: int
+    A: slice  # among the joined
+    B: slice
+
+
+def _kernel_run(plan: Plan, some: slice) -> KernelRun:
+    """The run of convolutions whose B are these: their A, in the same order, are a run as well."""
+    numbers = [factors.pair for factors in plan.found[some]]
+    first = plan.pairs[numbers[0]][0]._parameters["lora_A"]
+    (of_A,) = [i for i, own in enumerate(plan.ranges) if plan.joined[own][0][0] is first]
+    pairs = [plan.pairs[number] for number in numbers]
+    return KernelRun(pairs, numbers, of_A, plan.ranges.index(some), plan.ranges[of_A], some)
+
+
+def _in_runs(found: list[Factors]) -> tuple[list[Factors], list[Run]]:
+    kinds: dict[tuple, list[Factors]] = {}
+    for factors in found:
+        key = len(factors.tensors), factors.tensors[0].shape, factors.kind
+        kinds.setdefault(key, []).append(factors)
+    runs = [Run(len(own), number, shape) for (number, shape, _), own in kinds.items()]
+    return list(itertools.chain(*kinds.values())), runs
 
 
 def _apart(flat: Tensor, runs: list[Run], joined: bool) -> list[Tensor]:
@@ -70,20 +108,27 @@ def _apart(flat: Tensor, runs: list[Run], joined: bool) -> list[Tensor]:
     By runs, since a view of its own for each takes as long as a product.
     """
     parts = []
-    for run, own in zip(runs, flat.split([run.numel for run in runs]), strict=True):
-        rows, *rest = run.shape
-        shape = (run.number, run.joined * rows, *rest) if joined else (run.number * run.joined, rows, *rest)
-        parts += own.view(shape).unbind()
+    for run, own in zip(runs, _apart_by_run(flat, runs), strict=True):
+        split = joined or run.joined == 1
+        parts += own.unbind() if split else own.view(-1, *run.shape).unbind()
     return parts
 
 
-def _factors(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Those that products take as they are; a convolution's B is scaled by its BatchNorm first."""
-    for prefix in ("lora_A",) if isinstance(layer, nn.Conv2d) else ("lora_A", "lora_B"):
+def _apart_by_run(flat: Tensor, runs: list[Run]) -> list[Tensor]:
+    """A view of each run: (number, rows of all joined, ...)."""
+    shapes = [(run.number, run.joined * run.shape[0], *run.shape[1:]) for run in runs]
+    return [own.view(shape) for own, shape in zip(flat.split([run.numel for run in runs]), shapes, strict=True)]
+
+
+def _factors(layer: nn.Module, pair: int | None) -> Iterator[Factors]:
+    """Those that products take as they are, and B of a convolution if it is folded: its BatchNorm scales it."""
+    by_kernel = isinstance(layer, nn.Conv2d)
+    for prefix in ("lora_A",) if by_kernel and pair is None else ("lora_A", "lora_B"):
         factors = [p for name, p in layer._parameters.items() if name.startswith(prefix) and p is not None]
+        kind = (prefix, *layer.base().shape, lies_last(layer.base())) if pair is not None else (prefix,)
         alike = len({factor.shape[1:] for factor in factors}) == 1
         if alike and all(factor.dtype == torch.float32 and factor.numel() for factor in factors):
-            yield factors
+            yield Factors(factors, kind, pair if prefix == "lora_B" else None)
 
 
 def _frozen_bias(layer: nn.Module) -> Tensor | None:
@@ -103,10 +148,10 @@ def forget_plan(model: nn.Module) -> None:
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, dtype, *factors):
+    def forward(ctx, plan, low, *factors):
         ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
-        ctx.plan, ctx.dtype = plan, dtype
-        return tuple(_apart(backends.flatten_dense_tensors(factors).to(dtype), plan.runs, joined=True))
+        ctx.plan, ctx.dtype, ctx.scales = plan, low.dtype, plan.scales
+        return tuple(_apart(low, plan.runs, joined=True))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -115,7 +160,9 @@ class _Rounded(torch.autograd.Function):
         gradients = list(gradients)
         for i in absent:
             gradients[i] = torch.zeros_like(torch.cat(plan.joined[i]), dtype=ctx.dtype)
-        parts = _apart(backends.flatten_dense_tensors(gradients).to(dtype), plan.runs, joined=False)
+        flat = backends.flatten_dense_tensors(gradients).to(dtype)
+        flat = flat if ctx.scales is None else flat * ctx.scales
+        parts = _apart(flat, plan.runs, joined=False)
         if absent:
             of_factor = [i for i, factors in enumerate(plan.joined) for _ in factors]
             parts = [None if i in absent else part for i, part in zip(of_factor, parts, strict=True)]
@@ -123,28 +170,74 @@ class _Rounded(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def rounded_together(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Within this block, in which the model's forward pass of x runs, `rounded` finds all."""
+def rounded_together(model: nn.Module, x: Tensor, folding: Callable[[], Pairs] = list) -> Iterator[None]:
+    """Within this block, in which the model's forward pass of x runs, `rounded` and `folded` find all.
+
+    Args:
+        folding: which convolutions have a BatchNorm folded into them, now.
+    """
     device = x.device.type
     known = _now.rounded is not None  # by a block around this one
     if known or not backends.counts_kernels(x) or backends.is_traced() or not torch.is_autocast_enabled(device):
         yield
         return
-    dtype = torch.get_autocast_dtype(device)
-    plan = _PLANS.get(model) or _PLANS.setdefault(model, Plan(model))
+    dtype, pairs = torch.get_autocast_dtype(device), folding()
+    plan = _PLANS.get(model)
+    if plan is None or plan.pairs != pairs:
+        plan = _PLANS[model] = Plan(model, pairs)
     _now.rounded = {}
     try:
         if plan.factors and dtype in LOW_PRECISION:
-            rounded = _Rounded.apply(plan, dtype, *plan.factors)
+            with torch.no_grad():
+                constants = _constants(plan, dtype)
+                flat = backends.flatten_dense_tensors(plan.factors)
+                flat = flat if plan.scales is None else flat * plan.scales
+            rounded = _Rounded.apply(plan, flat.to(dtype), *plan.factors)
             _put_side_by_side(plan, rounded)
             _now.rounded = {id(factors[0]): low for factors, low in zip(plan.joined, rounded, strict=True)}
+            _now.folded = _fold(plan, constants, flat, rounded)
         if plan.biases and dtype in LOW_PRECISION:
             flat = backends.flatten_dense_tensors(plan.biases).to(dtype)
             biases = _apart(flat, plan.bias_runs, joined=True)
             _now.rounded |= {id(bias): low for bias, low in zip(plan.biases, biases, strict=True)}
         yield
     finally:
-        _now.rounded = None
+        _now.rounded = _now.folded = None
+
+
+def _constants(plan: Plan, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Those of each convolution; the plan's scales are made again if they have changed."""
+    constants, changed = plan.constants.of(dtype)
+    if changed and constants:
+        scales = []
+        for tensors, _, pair in plan.found:
+            scale = torch.ones_like(tensors[0])
+            if pair is not None:
+                scale *= constants[pair][0][:, :, 0, 0] * plan.pairs[pair][0].scaling
+            scales += [scale] * len(tensors)
+        plan.scales = backends.flatten_dense_tensors(scales)
+    return constants
+
+
+@torch.no_grad()
+def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) -> dict[int, Folded]:
+    """Every convolution's part in this forward pass. `flat`: the numbers of which `rounded` was made."""
+    result = {}
+    precise = _apart_by_run(flat, plan.runs) if plan.kernels else []
+    for run in plan.kernels:
+        weights = [conv.base() for conv, _ in run.pairs]
+        scales, shifts = zip(*[constants[number] for number in run.numbers], strict=True)
+        kernels = fold_together(weights, scales, precise[run.of_A], precise[run.of_B], rounded[0].dtype)
+        factors = rounded[run.A], rounded[run.B]
+        for (conv, norm), *found in zip(run.pairs, *factors, kernels, shifts, strict=True):
+            result[id(conv)] = Folded(norm, *found)
+    return result
+
+
+def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:
+    """The convolution with this BatchNorm folded into it, if that was done for this forward pass."""
+    known = None if _now.folded is None else _now.folded.get(id(conv))
+    return known if known is not None and known.norm is norm else None
 
 
 @torch.no_grad()

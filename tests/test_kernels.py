@@ -13,7 +13,8 @@ from torchvision.models.resnet import Bottleneck
 
 from benchmarks.operators import branches_of_a_gpu
 from finetune_lora import add_lora_to_model
-from lora import backends, fusion, vit_block
+from lora import backends, functional, fusion, vit_block
+from lora.adapted import is_adapted
 from lora.fusion import scale_and_shift, set_gradient_checkpointing
 from lora.nf4 import NF4Weight, bitsandbytes_functional
 from tests.dense import (
@@ -123,6 +124,57 @@ def test_factors_rounded_together_are_those_that_each_layer_would_round(monkeypa
             monkeypatch.setattr(fusion, "rounded_together", lambda *_: contextlib.nullcontext())
         monkeypatch.undo()
         assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+
+
+def count_folded(monkeypatch) -> list:
+    """A list that gets longer with every convolution that computes with a kernel folded beforehand."""
+    calls, apply = [], functional._FoldedConv2d.apply
+    monkeypatch.setattr(functional._FoldedConv2d, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    return calls
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("name", ["bottlenecks", "basic blocks"])
+def test_kernels_folded_together_are_those_that_each_layer_would_fold(monkeypatch, name, four_bits):
+    stock, x = MODELS[name]()
+    model, calls, steps = frozen(stock, use_qlora=four_bits).train(), count_folded(monkeypatch), []
+    for _ in range(2):
+        y = low_precision_step(model, x)
+        steps.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+        monkeypatch.setattr(fusion, "folded", lambda conv, norm: None)
+    assert len(calls) == sum(is_adapted(m) for m in model.modules() if isinstance(m, nn.Conv2d))
+    for one, other in zip(*steps, strict=True):
+        assert_close(one, other, BF16)
+
+
+UNFOLDED = {
+    "a hook": lambda conv, norm: conv.register_forward_hook(lambda *_: None),
+    "a BatchNorm that trains": lambda conv, norm: norm.weight.requires_grad_(),
+    "an adapter that is off": lambda conv, norm: setattr(conv, "lora_enabled", False),
+    "another BatchNorm": lambda conv, norm: setattr(norm, "frozen", False) or norm.train(),
+}
+
+
+@pytest.mark.parametrize("change", UNFOLDED)
+def test_a_convolution_is_folded_only_while_it_is_what_it_was(monkeypatch, change):
+    model, x = frozen(resnet()).train(), images()
+    low_precision_step(model, x)
+    calls = count_folded(monkeypatch)
+    low_precision_step(model, x)
+    everywhere = len(calls)
+    UNFOLDED[change](model.layer2[0].conv1, model.layer2[0].bn1)
+    low_precision_step(model, x)
+    assert len(calls) == 2 * everywhere - 1
+
+
+def test_folded_kernels_follow_their_batch_norms(monkeypatch):
+    model, x = frozen(resnet()).train(), images()
+    low_precision_step(model, x)
+    with torch.no_grad():
+        model.layer1[0].bn2.weight.mul_(2)
+    changed = low_precision_step(model, x)
+    monkeypatch.setattr(fusion, "folded", lambda conv, norm: None)
+    assert_close(changed, low_precision_step(model, x), BF16)
 
 
 def test_a_layer_that_took_no_part_gets_no_gradient():
