@@ -61,7 +61,8 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
             B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
     try:
-        backward()
+        with torch.compiler.set_stance("force_eager"):  # some steps in eval mode are not worth compiling
+            backward()
         sketches = [A.grad for A, _ in pairs]
     finally:
         for parameter, gradient in former_gradients:

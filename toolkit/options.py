@@ -425,6 +425,12 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=32,
         help="bits of the activations saved for backward; 16: half the bytes, rounded gradients",
     )
+    tune.add_argument(
+        "--compile",
+        action=switch,
+        default=False,
+        help="torch.compile the training step's forward and backward: on CUDA into CUDA graphs; not yet run on a GPU",
+    )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
     return tune
 
@@ -555,6 +561,9 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
         problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":
         problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
+    for given, set_to in (("activation_precision", 32), ("gradient_checkpointing", "none")):
+        if args.compile and vars(args)[given] != set_to:
+            problems.append(f"--compile with {flag(given)}: the compiler decides what is saved for backward; drop one")
     if args.from_scratch and args.freeze_backbone:
         problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
     if args.from_scratch and args.stage1_adapter:

@@ -17,6 +17,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_csv, write_tex
 from toolkit.runs import Stopped, StopRequests
 from toolkit.training import (
     Progress,
+    compiled,
     lower_rates,
     lr_schedule,
     restore_rng_state,
@@ -93,6 +94,8 @@ class RunState:
         self.schedule = lr_schedule(optimizer, total_steps, warmup_steps, self.args.schedule)
         lower_rates(self.schedule, rate_divisor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if vars(self.args).get("compile"):
+            network = compiled(network, self.device, self.args.accumulation_steps)
         self.parallel = distributed.parallel(network, self.device)
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())

@@ -2,10 +2,12 @@
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +173,36 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+COMPILER = "inductor"
+
+
+def compiled(network: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
+    """The network as one graph, forward and backward: `--compile`. It shares all tensors with the network.
+
+    On CUDA the graph becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since
+    the next batch would overwrite them there. A batch of another size is compiled again.
+
+    Raises:
+        InputError: what the compiler needs is not here.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--compile knows CPUs and CUDA, not {device.type}: leave it out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile on a GPU needs Triton (pip install triton), which is not here: leave it out")
+    if device.type == "cpu" and COMPILER == "inductor" and not cpp_compiler():
+        raise InputError(
+            "--compile on a CPU needs a C++ compiler (apt install g++), which is not here; or leave it out"
+        )
+    mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
+    return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would call, if there is one."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:

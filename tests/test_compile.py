@@ -1,0 +1,121 @@
+"""--compile: what is compiled is one graph, and a run with it is the run without it, to rounding."""
+
+import pytest
+import torch
+from torchvision.models.resnet import Bottleneck
+
+import finetune_lora
+from lora_utils import read_adapter_file
+from tests.dense import BF16, FP32, assert_close, frozen, images, resnet, vit
+from toolkit import InputError, training
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(training.cpp_compiler() is None, reason="Inductor needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("vit in 4 bits", "resnet")]
+MODELS = {
+    "vit": lambda: (frozen(vit()), images(16)),
+    "vit in 4 bits": lambda: (frozen(vit(), use_qlora=True), images(16)),
+    "resnet": lambda: (frozen(resnet(Bottleneck)), images()),
+    "resnet in 4 bits": lambda: (frozen(resnet(), use_qlora=True), images()),
+}
+
+
+def step(network, model, x, low: bool) -> list[torch.Tensor]:
+    """The output, and the gradients of what trains."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        y = network(x)
+    y.float().square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def compare_with_eager(name: str, low: bool, tolerance: float) -> None:
+    model, x = MODELS[name]()
+    expected = step(model.train(), model, x, low)
+    for own, wanted in zip(step(training.compiled(model, CPU), model, x, low), expected, strict=True):
+        assert_close(own, wanted, tolerance)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet in 4 bits", *SLOW])
+def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name):
+    monkeypatch.setattr(training, "COMPILER", "eager")  # the graph, which may have no break, as it was traced
+    compare_with_eager(name, low=False, tolerance=10 * FP32)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["vit", "vit in 4 bits"])  # a ReLU or two of a ResNet change their mind in 16 bits
+def test_inductor_computes_the_same(name, low):
+    compare_with_eager(name, low, 5 * BF16 if low else 10 * FP32)
+
+
+def finetune(base, images, folder, *options, after_epoch=None) -> dict[str, torch.Tensor]:
+    """What a run has trained."""
+    argv = ["--checkpoint", base, "--data-dir", images, "--output-dir", folder, "--device", "cpu", "--epochs", "2"]
+    argv += ["--workers", "0", "--augmentation", "none", *options]
+    finetune_lora.main([str(argument) for argument in argv], after_epoch)
+    return read_adapter_file(folder / "lora.pth")["tensors"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, images, tmp_path):
+    """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
+    monkeypatch.setattr(training, "COMPILER", "eager")
+    networks, compiled = [], training.compiled
+    monkeypatch.setattr("toolkit.run_state.compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
+    eager = finetune(base, images, tmp_path / "eager")
+    assert not networks
+    whole = finetune(base, images, tmp_path / "whole", "--compile")
+    assert len(networks) == 1 and isinstance(networks[0], torch._dynamo.OptimizedModule)
+    for name, tensor in whole.items():
+        assert_close(tensor, eager[name], 0.01, name)
+
+    def kill(run):
+        raise Killed
+
+    with pytest.raises(Killed):
+        finetune(base, images, tmp_path / "parts", "--compile", after_epoch=kill)
+    resumed = finetune(base, images, tmp_path / "parts", "--compile", "--resume")
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "options, named", [("--activation-precision 16", "activation"), ("--gradient-checkpointing full", "gradient")]
+)
+def test_what_the_compiler_decides_itself_is_refused(base, images, tmp_path, options, named):
+    with pytest.raises(InputError, match=f"--compile with --{named}.*the compiler decides.*drop one"):
+        finetune(base, images, tmp_path, "--compile", *options.split())
+
+
+def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, base, images, tmp_path):
+    monkeypatch.setattr(training, "cpp_compiler", lambda: None)
+    with pytest.raises(InputError, match=r"--compile on a CPU needs a C\+\+ compiler"):
+        finetune(base, images, tmp_path / "run", "--compile")
+    assert not list((tmp_path / "run").glob("*.pth"))
+    with pytest.raises(InputError, match="not mps"):
+        training.compiled(torch.nn.Linear(2, 2), torch.device("mps"))
+
+
+@pytest.mark.parametrize("accumulation, mode", [(1, "reduce-overhead"), (2, "default")])
+def test_cuda_graphs_are_captured_where_no_gradient_is_overwritten(monkeypatch, accumulation, mode):
+    asked = {}
+    monkeypatch.setattr(torch, "compile", lambda network, **options: asked.update(options) or network)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: name)
+    training.compiled(torch.nn.Linear(2, 2), torch.device("cuda"), accumulation)
+    assert asked["mode"] == mode and asked["fullgraph"]
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs Triton"):
+        training.compiled(torch.nn.Linear(2, 2), torch.device("cuda"))
