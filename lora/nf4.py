@@ -57,8 +57,11 @@ class NF4Weight:
         """A fresh dense tensor of the weight's shape."""
         written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
         blocks = backends.dequantize_nf4(self.packed, self._scales(), self.BLOCK, self.state.shape, written)
-        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)
-        return (dense if self._rows is ALL_ROWS else dense[self._rows]).to(dtype)
+        if blocks.numel() > math.prod(self._full_shape):  # the last block is not full
+            blocks = blocks.flatten()[: math.prod(self._full_shape)]
+        dense = blocks.view(self._full_shape)
+        dense = dense if self._rows is ALL_ROWS else dense[self._rows]
+        return dense if dtype == written else dense.to(dtype)
 
     def _scales(self) -> Tensor:
         """The scale of each block in float32: of the nested constants once, and kept beside them in half a bit a value.
