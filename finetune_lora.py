@@ -43,6 +43,7 @@ from toolkit import (
     config,
     distributed,
     dotted,
+    late,
     listed,
     options,
     output_folder,
@@ -929,16 +930,16 @@ class FineTuning(RunState):
         self.model.train()
         with now.timed():
             with runs.epoch_bar(epoch, self.args.epochs, len(self.splits.train), now.images) as bar:
-                for micro_batches in self.feed.steps(epoch, now.steps):
-                    loss_sum, correct = self.step(micro_batches)
-                    now.add(micro_batches.images, correct, loss_sum)
+                batches = self.feed.steps(epoch, now.steps)
+                for micro_batches, (loss, plain, correct) in late.one_step_late(batches, self.step, self.stop):
+                    now.add(micro_batches.images, int(correct), plain)
                     bar.set_postfix(now.shown() | self.meter.shown(), refresh=False)
                     bar.update(micro_batches.images)
                     if epoch == now.steps == 1:
                         LoRAManager(self.model).tell_unused()
-                    if self.guard.explodes(loss_sum / micro_batches.images):
+                    if not math.isfinite(loss) or self.guard.explodes(plain / micro_batches.images):
                         raise EpochCollapsed
-                    self.stop.check()
+                self.stop.check()
             accuracy = self.evaluator.judge(self.guard, may_shrink=self.args.wise_ft == "auto")
             result = self.evaluator.validate(self.stop.watched)
         self.recovery.end_epoch(accuracy)  # not before: a stop may interrupt the evaluation
@@ -946,23 +947,21 @@ class FineTuning(RunState):
         self.history.append(now.row(epoch, result, rates))
         self.progress = None
 
-    def step(self, micro_batches: training.MicroBatches) -> tuple[float, int]:
-        """One optimizer step, as if its batches, and those of all processes, were one: sums of losses and of hits."""
+    def step(self, micro_batches: training.MicroBatches) -> late.Figures:
+        """One optimizer step, as if its batches, and those of all processes, were one. Returns what `backward` does."""
         self.optimizer.zero_grad(set_to_none=True)
         # The gradients are averaged over the processes; it is their sum that belongs to the whole.
-        loss, plain, correct = self.backward(micro_batches, distributed.world_size() / micro_batches.images)
-        if not math.isfinite(loss):
-            return loss, 0
+        figures = self.backward(micro_batches, distributed.world_size() / micro_batches.images)
         if self.args.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
         if training.stepped(self.scaler, self.optimizer):
             self.schedule.step()
             self.average.update()
-        return plain, int(correct)
+        return figures
 
-    def backward(self, micro_batches: training.MicroBatches, factor: float) -> list[float]:
-        """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits."""
+    def backward(self, micro_batches: training.MicroBatches, factor: float) -> late.Figures:
+        """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits, unread."""
         measured = []
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
             images, labels = self.task.mix(training.to_device(images, self.device), labels)
@@ -974,8 +973,7 @@ class FineTuning(RunState):
                 loss = self.loss(logits.float(), labels)
                 self.scaler.scale(loss * factor).backward()
             measured.append(torch.stack([loss.detach(), *self.task.progress(logits.detach().float(), labels)]))
-        sums = torch.stack(measured).tolist()  # read together: one wait for the GPU
-        return distributed.all_sum(*map(sum, zip(*sums, strict=True)))
+        return late.Figures(measured, self.stop.signum > 0)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.tasks`."""

@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from toolkit import (
     config,
     data,
     distributed,
+    late,
     measures,
     options,
     output_folder,
@@ -240,34 +241,37 @@ class Pretraining(RunState):
         title = f"epoch {epoch}/{self.args.epochs}"
         counts = {"initial": now.steps, "total": self.steps_per_epoch}
         with now.timed(), runs.progress_bar(self.meter.watched(self.loader), title, **counts) as bar:
-            for (x1, x2), _ in bar:
-                loss = self.step(training.to_device(x1, self.device), training.to_device(x2, self.device))
+            numbered = enumerate((views for views, _ in bar), self.global_steps)
+            batches = ((number, self.schedule.get_last_lr()[0], views) for number, views in numbered)
+            for (number, rate, _), (loss,) in late.one_step_late(batches, self.step, self.stop):
+                loss /= distributed.world_size()
+                if not math.isfinite(loss):  # what was saved before is sound
+                    raise InputError(
+                        f"the loss is {loss} at epoch {epoch}, step {number}, learning rate {rate:.2e}: "
+                        "lower --learning-rate, warm up longer or use --precision fp32"
+                    )
                 now.add(self.args.batch_size, 0, loss)
                 speed = self.meter.results()["images_per_second"]
                 shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
                 bar.set_postfix(shown | self.meter.shown(), refresh=False)
-                self.stop.check()
+            self.stop.check()
         row = {"epoch": epoch, "loss": now.loss_sum / now.steps, "learning_rate": now.learning_rate}
         row["seconds"] = now.seconds
         self.history.append({name: row.get(name) for name in METRICS})
         self.progress = None
 
-    def step(self, x1: torch.Tensor, x2: torch.Tensor) -> float:
-        """Take one optimizer step on two views (N, 3, S, S); return the mean loss of all processes."""
-        m = self.model.momentum(self.global_steps / (self.args.epochs * len(self.loader)))
+    def step(self, batch: tuple[int, float, Sequence[torch.Tensor]]) -> late.Figures:
+        """Take the optimizer step of this number on two views (N, 3, S, S); return the loss, unread."""
+        number, _, views = batch
+        x1, x2 = (training.to_device(view, self.device) for view in views)
+        m = self.model.momentum(number / (self.args.epochs * len(self.loader)))
         with training.autocast(self.device, self.dtype):
             loss = self.parallel(x1, x2, m)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        loss = distributed.all_sum(loss.item())[0] / distributed.world_size()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
-                f"{self.schedule.get_last_lr()[0]:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
-            )
         if training.stepped(self.scaler, self.optimizer):
             self.schedule.step()
-        return loss
+        return late.Figures([loss.detach()[None]], self.stop.signum > 0)
 
     def finish_epoch(self) -> None:
         """Save the files that are due, measure the features if that is due, and print a line."""

@@ -71,6 +71,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, images, tmp_path):
     """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
     monkeypatch.setattr(training, "COMPILER", "eager")

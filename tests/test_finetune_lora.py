@@ -441,7 +441,7 @@ def test_a_step_on_mixed_images_is_on_their_shares_of_the_classes(start, monkeyp
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     seen, real = [], run.loss
     monkeypatch.setattr(run, "loss", lambda logits, targets: seen.append((logits, targets)) or real(logits, targets))
-    loss, right = run.step(MicroBatches(iter([(images, labels)]), 1, 6))
+    _, loss, right = run.step(MicroBatches(iter([(images, labels)]), 1, 6)).read()
     [(logits, shares)] = seen
     share = shares.max(1).values  # of the image itself or of the one before it in the batch
     assert torch.allclose(shares.sum(1), torch.ones(6)) and 0.5 < share[0] < 1 and torch.allclose(share, share[0])
@@ -459,7 +459,7 @@ def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dic
         samples = [run.feed.train_loader.dataset[i * 5 % 21] for i in range(position, position + size)]
         batches.append((torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])))
         position += size
-    result = run.step(MicroBatches(iter(batches), len(batches), sum(sizes)))
+    _, *result = run.step(MicroBatches(iter(batches), len(batches), sum(sizes))).read()
     return result, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 
@@ -518,7 +518,7 @@ def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
     expected.backward()
     optimizer.step()
-    loss, _ = run.step(MicroBatches(iter([(images, labels)]), 1, 6))
+    _, loss, _ = run.step(MicroBatches(iter([(images, labels)]), 1, 6)).read()
     assert loss == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-5)
     for ours, theirs in zip((head.weight, head.bias), (weight, bias), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -1025,8 +1025,8 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     monkeypatch.setattr(FineTuning, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
-    # Nothing is computed with what such a step would have left; before each start, three batches give the gradient.
-    assert len(calls) == (3 + 2) + (3 + 3)
+    # The step that was under way is undone with it; before each start, three batches give the gradient.
+    assert len(calls) == (3 + 3) + (3 + 3)
 
 
 @pytest.mark.parametrize(("by", "kept"), [("accuracy", 1), ("balanced", 2), (None, 3)])

@@ -81,6 +81,7 @@ class StopRequests:
 
     def __init__(self):
         self.signum = 0
+        self.others_asked = False  # was any process asked, as all of them know by now?
 
     def __enter__(self) -> "StopRequests":
         self._previous = {}
@@ -98,9 +99,14 @@ class StopRequests:
             raise KeyboardInterrupt
         self.signum = signum
 
+    @property
+    def is_due(self) -> bool:
+        """Was this process asked to stop? Of several, any, as soon as all know: they must all stop at the same step."""
+        return self.others_asked if distributed.world_size() > 1 else self.signum > 0
+
     def check(self) -> None:
-        """Raise Stopped if any process was asked to stop. All processes must call this together, and all raise."""
-        if distributed.all_sum(self.signum)[0]:
+        """Raise Stopped if it `is_due`."""
+        if self.is_due:
             raise Stopped(self.signum or signal.SIGTERM)
 
     def watched(self, batches: Iterable) -> Iterable:
