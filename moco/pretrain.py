@@ -558,19 +558,28 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad if p.ndim == 1 else self.scaled(p, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            matrices, plain = ([p for p in parameters if (p.ndim == 1) == flat] for flat in (False, True))
+            updates = (self.scaled(matrices, group) if matrices else []) + [p.grad for p in plain]
+            for p in parameters:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
-                velocity = self.state[p]["velocity"]
-                velocity.mul_(group["momentum"]).add_(update)
-                p.sub_(velocity, alpha=group["lr"])
+            parameters = matrices + plain
+            velocities = [self.state[p]["velocity"] for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
 
     @staticmethod
-    def scaled(p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-        update = p.grad + group["weight_decay"] * p
-        ratio = group["trust"] * p.norm() / update.norm()
-        return update * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+    def scaled(parameters: list[torch.Tensor], group: dict[str, Any]) -> list[torch.Tensor]:
+        """The update of each parameter, in the trust ratio to it."""
+        updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
+        of_weights, of_updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
+        ratios = group["trust"] * of_weights / of_updates
+        ratios = torch.where(torch.isfinite(ratios) & (ratios > 0), ratios, torch.ones_like(ratios))
+        return list(torch._foreach_mul(updates, ratios.unbind()))
 
 
 if __name__ == "__main__":
