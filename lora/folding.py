@@ -17,7 +17,6 @@ from lora.nf4 import NF4Weight, dense_weight
 class Folded(NamedTuple):
     """A convolution whose BatchNorm is in its kernel: ``kernel x + shift``, with ``kernel = g W + sB A``."""
 
-    norm: nn.BatchNorm2d
     A: Tensor  # (r, in / groups * kh * kw)
     sB: Tensor  # s g B, (out, r)
     kernel: Tensor  # (out, in / groups, kh, kw), rounded once

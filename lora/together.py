@@ -6,6 +6,7 @@ begins, and their gradients come back together. What is not there is rounded by 
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -25,6 +26,8 @@ from lora.folding import Constants, Folded, fold_together, lies_last
 class _Now(threading.local):
     rounded: dict[int, Tensor] | None = None  # within a forward pass, by the id of the first of what was joined
     folded: dict[int, Folded] | None = None  # by the id of the convolution
+    fold: Callable[[], dict[int, Folded]] | None = None  # makes them
+    pairs: dict[int, nn.BatchNorm2d] | None = None  # what is folded into which of these convolutions
 
 
 _now = _Now()
@@ -195,14 +198,16 @@ def rounded_together(model: nn.Module, x: Tensor, folding: Callable[[], Pairs] =
             rounded = _Rounded.apply(plan, flat.to(dtype), *plan.factors)
             _put_side_by_side(plan, rounded)
             _now.rounded = {id(factors[0]): low for factors, low in zip(plan.joined, rounded, strict=True)}
-            _now.folded = _fold(plan, constants, flat, rounded)
+            if pairs:
+                _now.fold = functools.partial(_fold, plan, constants, flat, rounded)
+                _now.pairs = {id(conv): norm for conv, norm in pairs}
         if plan.biases and dtype in LOW_PRECISION:
             flat = backends.flatten_dense_tensors(plan.biases).to(dtype)
             biases = _apart(flat, plan.bias_runs, joined=True)
             _now.rounded |= {id(bias): low for bias, low in zip(plan.biases, biases, strict=True)}
         yield
     finally:
-        _now.rounded = _now.folded = None
+        _now.rounded = _now.folded = _now.fold = _now.pairs = None
 
 
 def _constants(plan: Plan, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -229,15 +234,18 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
         scales, shifts = zip(*[constants[number] for number in run.numbers], strict=True)
         kernels = fold_together(weights, scales, precise[run.of_A], precise[run.of_B], rounded[0].dtype)
         factors = rounded[run.A], rounded[run.B]
-        for (conv, norm), *found in zip(run.pairs, *factors, kernels, shifts, strict=True):
-            result[id(conv)] = Folded(norm, *found)
+        for (conv, _), *found in zip(run.pairs, *factors, kernels, shifts, strict=True):
+            result[id(conv)] = Folded(*found)
     return result
 
 
 def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:
     """The convolution with this BatchNorm folded into it, if that was done for this forward pass."""
-    known = None if _now.folded is None else _now.folded.get(id(conv))
-    return known if known is not None and known.norm is norm else None
+    if _now.pairs is None or _now.pairs.get(id(conv)) is not norm:
+        return None
+    if _now.folded is None:  # not before: upper kernels are not to be there while lower layers compute
+        _now.folded, _now.fold = _now.fold(), None
+    return _now.folded[id(conv)]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ BUDGETS = {
         "full": (686, 1.0),
         "lora": (617, 0.792),
         "qlora": (665, 0.798),
-        "lora_last_half": (423, 0.551),
+        "lora_last_half": (423, 0.529),
     },
 }
 
