@@ -334,10 +334,11 @@ class FusedResNet(ResNet):
             pairs += [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
             if type(inside.get("downsample")) is FusedSequential:
                 pairs += itertools.pairwise(inside["downsample"])
+        pairs = [pair for pair in pairs if folds(*pair) and "followed" not in vars(pair[0])]
         return [
             (conv, norm)
             for conv, norm in pairs
-            if folds(conv, norm) and is_plain(conv) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
+            if is_plain(conv) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
         ]
 
     def stem(self, x: Tensor) -> Tensor:

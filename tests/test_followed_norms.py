@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
+from lora import backends
 from lora.followed_norms import follow_statistics, patches_of, principal_components, write_statistics
 from lora.fusion import conv_bn, conv_bn_relu
 from lora_utils import LoRAManager
@@ -185,3 +186,31 @@ def test_a_network_without_such_batch_norms_is_refused():
     add_lora_to_model(model, r=2, target_modules="0")
     with pytest.raises(InputError, match="no adapted convolution has a frozen BatchNorm behind it"):
         follow_statistics(model, [torch.randn(2, 3, 4, 4)])
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms(monkeypatch, on_gpu):
+    """A GPU's path folds the kernels of all layers at once, but not those whose BatchNorms follow."""
+    x = F.interpolate(torch.randn(32, 3, 8, 8), 64, mode="bilinear")
+    errors = []
+    for batches in ([], [x]):
+        model = adapted_resnet()
+        follow_statistics(model, batches)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.01)
+        wanted = step(model, x, torch.float32)
+        monkeypatch.setattr(backends, "counts_kernels", lambda x: on_gpu)
+        pairs = zip(step(model, x, torch.bfloat16), wanted, strict=True)
+        monkeypatch.undo()
+        errors.append(sum((a - b).norm() / b.norm() for a, b in pairs) / len(wanted))
+    assert errors[1] < 1.5 * errors[0] < 0.3
+
+
+def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the adapters."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = model.train()(x)
+    y.float().square().sum().backward()
+    return [y.detach().float(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
