@@ -17,7 +17,7 @@ from lora.backends import CPU, ONEDNN_DTYPES
 # query and key, and slower above.
 PREFERS_BATCHED_ATTENTION = torch.bfloat16 in ONEDNN_DTYPES and "avx512_bf16" in CPU and "amx_" not in CPU
 MOST_SCORES = 2**19
-# `_Attention` computes about this many scores at a time: those of some images, or of some heads of one.
+# `_Attention` computes about this many scores at a time, for some images or for some heads of one image.
 SCORES_AT_A_TIME = 2**19
 # Attention's weights may be kept for backward if keys <= MOST_KEYS_KEPT * head width. They then take at most that many
 # times the memory of q: 3.1 times in a ViT-B/16 at 224 pixels; at 384 it would be 9 times.
@@ -25,7 +25,7 @@ MOST_KEYS_KEPT = 4
 
 
 def once_each(function: Callable, *tensors: Tensor) -> list:
-    """Call the function once for each distinct tensor. Returns a result for each; what was one tensor stays one."""
+    """Call the function once for each distinct tensor, and return one result for each tensor."""
     distinct = {id(tensor): tensor for tensor in tensors}
     results = {key: function(tensor) for key, tensor in distinct.items()}
     return [results[id(tensor)] for tensor in tensors]
@@ -41,7 +41,7 @@ def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor],
 def attention_mask(
     q: Tensor, k: Tensor, num_heads: int, attn_mask: Tensor | None = None, key_padding_mask: Tensor | None = None
 ) -> Tensor | None:
-    """Make one mask of both of `nn.MultiheadAttention`: to add to the scores, broadcastable to (N, H, L, S), or None.
+    """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S).
 
     Args:
         q: (N, L, E).
@@ -50,7 +50,7 @@ def attention_mask(
         key_padding_mask: (N, S), of the same two kinds.
 
     Raises:
-        RuntimeError: a mask of another shape. It might broadcast, and mask something else.
+        RuntimeError: a mask has another shape. It might broadcast and mask something else.
     """
     N, L, _ = q.shape
     S = k.shape[1]
@@ -79,7 +79,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def append_keys(
     k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Append to the S keys what `nn.MultiheadAttention` does, biases and a position of zeros. Returns k, v, the mask.
+    """Append biases and a position of zeros to keys and values, as `nn.MultiheadAttention` does. Returns k, v, mask.
 
     Args:
         k, v: (N, S, E).
@@ -113,7 +113,7 @@ def attend(
         mask: as `attention_mask` returns it.
         dropout: probability of dropping a weight.
         keep_weights: where the weights are computed here and take little memory, save them for backward, which then
-            computes no score once more and takes some 40% less time.
+            need not compute the scores again and takes some 40% less time.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     attended, weights = attend_heads(q, k, v, mask, dropout, need_weights, keep_weights)
@@ -129,7 +129,7 @@ def attend_heads(
     need_weights: bool = False,
     keep_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `attend`, of heads that are apart already: q (N, H, L, D), k and v (N, H, S, D) -> (N, H, L, D)."""
+    """`attend` for heads that are already apart: q (N, H, L, D), k and v (N, H, S, D) -> (N, H, L, D)."""
     weights = None
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
@@ -148,7 +148,7 @@ def attend_heads(
 
 
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
-    """Leave out cuDNN's kernel for a single query, as of a class token alone: on CUDA its gradient may be NaN then
+    """Exclude cuDNN's kernel for a single query, such as a class token: its gradient may be NaN
     (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
     if q.device.type != "cuda" or q.shape[-2] > 1 or backends.is_traced():
         return contextlib.nullcontext()
@@ -165,7 +165,7 @@ class _Attention(torch.autograd.Function):
     """``softmax(q k^T / sqrt(D)) v`` of bfloat16 tensors (N, H, ., D) by products over all heads at once.
 
     As in PyTorch's kernel the scores and their softmax are in float32, the weights are rounded for the product with v,
-    and nothing of the scores' size is kept: backward computes the weights once more. With `keep_weights` they are kept.
+    and nothing of the scores' size is saved: backward computes the weights again, unless `keep_weights` saves them.
     """
 
     @staticmethod
@@ -189,7 +189,7 @@ class _Attention(torch.autograd.Function):
             q_p, k_p, v_p, gy_p = (t[part].flatten(0, 1) for t in (q, k, v, gy.to(q.dtype)))
             weights = _attention_weights(q_p, k_p) if kept is None else kept[part].flatten(0, 1)
             gv[part] = (weights.mT @ gy_p).view_as(gv[part])
-            # What all values have in common changes no score's gradient, and would only be rounded.
+            # A constant added to all values changes no score's gradient, so the mean goes: it would only be rounded.
             g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
             g_scores = backends.softmax_gradient(g_weights, weights)
             gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
@@ -224,8 +224,8 @@ def _empty_heads(like: Tensor, width: int) -> Tensor:
 class SelfAttention:
     """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
-    In backward it is computed once more: by the layer's own backward pass, or shortly before that by `replay`, if the
-    layer's output is needed again.
+    Backward computes it again: in the layer's own backward pass or, if the layer's output is needed before that, in
+    `replay`.
     """
 
     def __init__(self, num_heads: int):
@@ -236,12 +236,12 @@ class SelfAttention:
         return attend(*qkv.chunk(3, -1), self.num_heads, keep_weights=True)[0]  # of a graph of its own, gone at once
 
     def replay(self, qkv: Tensor) -> Tensor:
-        """The output once more. It is kept, with its graph, for the layer's backward pass, which comes next."""
+        """Compute the output again, and keep it with its graph for the layer's backward pass, which comes next."""
         self._replayed = self._with_graph(qkv)
         return self._replayed[1].detach()
 
     def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output of a graph of their own; what `replay` kept is handed over."""
+        """The input and the output of a separate graph: the one that `replay` kept, or a new one."""
         replayed, self._replayed = self._replayed, None
         return replayed or self._with_graph(qkv)
 

@@ -1,6 +1,6 @@
-"""What depends on the release of PyTorch and on the processor: private operators, and which kernel is fastest where.
+"""Everything that depends on PyTorch's release or on the processor: private operators, and the choice of kernels.
 
-Nothing else in the toolkit names `torch.ops`. If a new PyTorch breaks something, it is here.
+No other file names `torch.ops`, so that a new PyTorch can break this file alone.
 """
 
 import functools
@@ -16,7 +16,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def _describe_cpu() -> str:
-    """On Linux with the instructions that it knows."""
+    """The processor's name and, on Linux, its instruction sets."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             return file.read(4096)  # the first core
@@ -24,8 +24,8 @@ def _describe_cpu() -> str:
 
 
 CPU = _describe_cpu()
-# What `torch.compile` calls on CPUs. PyTorch's eager mode reaches oneDNN's float32 product in no other way, and MKL,
-# which it uses, keeps its fastest code for Intel's processors.
+# The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
+# MKL. MKL keeps its fastest code for Intel's processors.
 PREFERS_ONEDNN_LINEAR = (
     "AVX512" in torch.backends.cpu.get_cpu_capability()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -45,7 +45,7 @@ LEAK = 1e-20
 
 
 def counts_kernels(x: Tensor) -> bool:
-    """Is it the number of kernels that costs on x's device, as on a GPU, and not that of the passes over memory?"""
+    """Is time on x's device spent on launching kernels, as on a GPU, rather than on passes over memory?"""
     return x.device.type != "cpu"
 
 
@@ -61,12 +61,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_traced() -> bool:
-    """Are the operations recorded, as by `torch.compile` and `torch.export`, where PyTorch's own alone may run?"""
+    """Are operations being recorded, as by `torch.compile`? Then only PyTorch's own operators may run."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def refuse_jit() -> None:
-    if torch.jit.is_tracing():  # which sees no operation of an autograd.Function
+    if torch.jit.is_tracing():  # it does not see the operations of an autograd.Function
         raise RuntimeError(
             "torch.jit.trace cannot follow adapters: use torch.export, or trace what "
             "LoRAManager(model).unload(merge=True) returns"
@@ -89,11 +89,10 @@ def first_derivative(backward):
                 "second derivatives through adapted layers are not defined: leave out create_graph=True, or take the "
                 "adapters out with LoRAManager(model).unload(merge=True)"
             )
-        if not torch.is_autocast_enabled(
-            gradients[0].device.type
-        ):  # it rarely is, and entering the context takes longer
+        device = gradients[0].device.type
+        if not torch.is_autocast_enabled(device):  # it rarely is, and entering the context takes longer
             return backward(ctx, *gradients)
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return backward(ctx, *gradients)
 
     return run
@@ -136,7 +135,7 @@ def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` by the product that `linear` chooses: where that is oneDNN's, thin ones are up to three times as fast.
 
-    Not where b is some columns of a wider matrix, which oneDNN reads number by number.
+    Columns of a wider matrix are left to PyTorch: oneDNN would read them number by number.
     """
     if counts_kernels(a):
         return a @ b
@@ -152,7 +151,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pixels(x: Tensor) -> Tensor | None:
-    """(N, C, H, W) as (N H W, C), a view; None if the channels do not lie last."""
+    """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
 
 
@@ -264,7 +263,7 @@ def relu_gradient(gy: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def softmax_gradient(gy: Tensor, y: Tensor) -> Tensor:
-    """The same for a softmax over the last dimension."""
+    """`relu_gradient` for a softmax over the last dimension."""
     return torch.ops.aten._softmax_backward_data(gy, y, -1, y.dtype)
 
 
@@ -284,23 +283,23 @@ def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def flatten_dense_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """All their numbers in one row."""
+    """The numbers of all tensors in one row."""
     return torch._C._nn.flatten_dense_tensors(tensors)
 
 
 def unflatten_dense_tensors(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Views of such a row, in the shapes of these."""
+    """Views of such a row, in the shapes of the given tensors."""
     return torch._C._nn.unflatten_dense_tensors(flat, like)
 
 
 def is_dense(x: Tensor) -> bool:
-    """Do x's numbers fill a range of memory, each once, in whatever order?"""
+    """Do the numbers of x fill a range of memory, each once, in any order?"""
     return torch.ops.aten.is_non_overlapping_and_dense(x)
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The numbers behind two NF4 codes a byte, one float32 scale a block. An operator of bitsandbytes: import it first.
+    """Decode NF4, two codes a byte and one float32 scale a block. bitsandbytes has to be imported first.
 
-    `bitsandbytes.functional` would look at its `QuantState` each time, which takes longer than the operator.
+    Its own function looks at its `QuantState` each time, which takes longer than the operator.
     """
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, block, "nf4", shape, dtype)

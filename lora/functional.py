@@ -84,7 +84,7 @@ def effective_weight(
         weight: (out, in). With ``groups`` > 1 its rows are that many layers on one input: attention's packed q, k, v.
         A: (groups * r, in).
         B: (out, r).
-        in_place: add to ``weight``, a temporary that nobody else needs.
+        in_place: add to ``weight``, which then has to be a temporary.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
     W = W if in_place else W.clone()  # autocast would round the operands of a product that is not in place
@@ -176,10 +176,10 @@ class _LoRALinear(torch.autograd.Function):
         bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
         seen = None if adapter_x is None else adapter_rows
         y, h = adapted_product(rows, weight, A, B, bias, scaling, groups, seen)
-        # As W is frozen, only the adapter's gradients need the input. h is thin, so it is saved where it is known.
+        # W is frozen, so that only the adapter's gradients need the input. h is thin and is saved if it was computed.
         kept = x if prologue is not None else adapter_rows.view(x.shape)
         ctx.save_for_backward(kept if ctx.rebuild is None else None, A, B, h, *parts)
-        # As F.linear does: a view could not be modified in place, as nn.ReLU(inplace=True) does.
+        # Like F.linear's output this is no view, which nn.ReLU(inplace=True) could not modify.
         return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
@@ -430,7 +430,7 @@ class _LoRAConv2d(torch.autograd.Function):
                 _add_pointwise_(y, h, sB)
             y = y if residual is None else y.add_(residual)
             y = y.relu_() if relu else y
-        # On a CPU all of it is built once more in backward: kept, the kernels of all layers would be there at once.
+        # A CPU's backward pass builds them again: saved, the kernels of all layers would be in memory at once.
         kept = (A, sB, row_scales, kernel) if backends.counts_kernels(x) else given
         ctx.relu, ctx.follows = relu, log_scale is not None
         followed = (bias, residual) if ctx.follows else ()
@@ -523,14 +523,14 @@ def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input)
 
 
 def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
-    """The same for groups > 1. There h has groups * r channels: the dense gradient is smaller."""
+    """`_adapter_gradients` for groups > 1, where h would have groups * r channels: the dense gradient is smaller."""
     delta = (sB @ A).view(kernel_shape)
     dense = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
     g_adapter_x = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=False) if need_input else None
     return sB.T @ dense, dense @ A.T, g_adapter_x
 
 
-# Pixel by pixel a thin 1x1 convolution is a matrix product, if the channels lie last: up to twice as fast on a CPU.
+# If the channels lie last, a thin 1x1 convolution is a matrix product over the pixels: up to twice as fast on a CPU.
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
@@ -550,7 +550,7 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
 
 
 def _times(row_scale: Tensor | None, scaling: float) -> Tensor | None:
-    """``s g``, kept beside g, which `fusion.scale_and_shift` keeps too."""
+    """``s g``. It is kept as an attribute of g, which `fusion.scale_and_shift` keeps as well."""
     if row_scale is None or scaling == 1:
         return row_scale
     if backends.is_traced():
@@ -558,7 +558,7 @@ def _times(row_scale: Tensor | None, scaling: float) -> Tensor | None:
     known = vars(row_scale).get("times")
     if known is None or known[0] != scaling:
         known = scaling, row_scale * scaling
-        if not torch.is_inference_mode_enabled():  # what is made there cannot be saved for a backward pass
+        if not torch.is_inference_mode_enabled():  # a tensor made there cannot be saved for a backward pass
             row_scale.times = known
     return known[1]
 
@@ -641,7 +641,7 @@ def lora_conv2d(
         return normalize(z, batch_norm, residual, relu, z_scale)
     if not _is_trainable(weight):
         backends.refuse_jit()
-        # The kernel is built from A itself; what is rounded is for the products.
+        # The kernel is built from A itself; the rounded A is for the products.
         made = made_of(x if adapter_x is None else adapter_x)
         settings = weight, row_scale, scaling, geometry, relu, dtype, A.detach(), made
         A = together.rounded_factor(A, dtype)
@@ -716,7 +716,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
         ctx.options = kernel_size, stride, padding, dilation, ceil_mode
         y, indices = backends.max_pool2d(x, ctx.options)
         y.relu_()
-        # Positions in one channel of one image: 32 bits hold them, PyTorch gives 64.
+        # 32 bits hold the positions in a channel of an image, for which PyTorch uses 64.
         ctx.save_for_backward(y, indices.to(torch.int32))
         ctx.shape = x.shape
         return y
@@ -727,7 +727,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
         y, indices = ctx.saved_tensors
         gy = backends.relu_gradient(gy, y)
         channels_last = y.is_contiguous(memory_format=torch.channels_last)
-        x = torch.empty(  # of x, only the shape and the memory format are looked at
+        x = torch.empty(  # only its shape and its memory format are looked at
             ctx.shape,
             dtype=y.dtype,
             device=y.device,
@@ -742,7 +742,7 @@ def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_
 
     ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
     its backward needs only the output and the positions of the maxima. A compiler plans memory itself, and
-    with this order Inductor gave the stem of a ResNet in bfloat16 no gradient (PyTorch 2.13, on a CPU).
+    Inductor gave the stem of a ResNet in bfloat16 no gradient with this order (PyTorch 2.13, on a CPU).
     """
     if backends.is_traced():
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)

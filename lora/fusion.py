@@ -121,7 +121,7 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """Of one without padding in a mode of its own, which is zeros in numbers."""
+    """The geometry of a convolution that pads with zeros, given in numbers."""
     return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -247,9 +247,9 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make the forward of a `recomputed` block save only its input and run once more in backward.
+    """Make the forward of a `recomputed` block save only its input and run again in backward.
 
-    Within `SavedIn16Bits` it raises InputError: the second run, from a rounded input, would be another one.
+    Within `SavedIn16Bits` it raises InputError: the second run would start from a rounded input and differ.
     """
 
     @functools.wraps(forward)
@@ -342,7 +342,7 @@ class FusedResNet(ResNet):
         ]
 
     def stem(self, x: Tensor) -> Tensor:
-        """What the first stage receives."""
+        """The input of the first stage."""
         relu, pool = self.relu, self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
@@ -350,7 +350,7 @@ class FusedResNet(ResNet):
         return pool(relu(x))
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
-        """The model's output from what its stage of this number (0 is the first) receives."""
+        """The model's output from the input of one of its stages; 0 is the first."""
         with rounded_together(self, x, self.folding):
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
                 x = stage(x)
@@ -361,7 +361,7 @@ class FusedMLPBlock(MLPBlock):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
     def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
-        """``mlp(prologue(input))``, the prologue recomputed by the first layer; the caller has asked `recomputes`."""
+        """``mlp(prologue(input))``. The first layer recomputes the prologue, if `recomputes` allows that."""
         linear, *rest = self
         x = apply_layer(linear, input) if prologue is None else linear(input, prologue=prologue)
         if len(rest) > 2:
@@ -381,7 +381,7 @@ class FusedEncoderBlock(EncoderBlock):
 
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
-        """The block's output (N, L, E), or only its first ``tokens`` tokens; the caller has asked `by_rows`."""
+        """The block's output (N, L, E), or only its first ``tokens`` tokens, if `by_rows` allows that."""
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
         residual = input if tokens is None else input[:, :tokens]
@@ -433,7 +433,7 @@ class FusedEncoderBlock(EncoderBlock):
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
 
-        That costs the output projection once more, one of the block's twelve products, beside attention's heads.
+        That computes attention's heads and the output projection, one of the block's twelve products, a second time.
         """
         attention = self.self_attention
         drops = self.dropout.training and self.dropout.p > 0
@@ -443,7 +443,7 @@ class FusedEncoderBlock(EncoderBlock):
 
 
 class FusedVisionTransformer(VisionTransformer):
-    """torchvision's ViT. Its last block computes the class token alone: no more is read."""
+    """torchvision's ViT. Its last block computes the class token alone, since nothing else of its output is read."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._process_input(x)
@@ -455,7 +455,7 @@ class FusedVisionTransformer(VisionTransformer):
         return self.from_block(encoder.dropout(x + encoder.pos_embedding), tokens=1)
 
     def from_block(self, x: Tensor, first: int = 0, tokens: int | None = None) -> Tensor:
-        """The model's output from what its block of this number (0 is the first) receives, (N, 1 + patches, E).
+        """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first.
 
         Args:
             tokens: how many the last block is to compute, if the caller knows; see `reads_class_token_alone`.
@@ -558,7 +558,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             recompute in every mode: six of the sixteen activations of the block's width per token, in the time that it
             would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
-            are left, for attention's heads and one of the block's twelve matrix products once more.
+            are left. It computes attention's heads and one of the block's twelve matrix products a second time.
             Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
             (A ResNet with adapters whose BatchNorms train): what follows a convolution is recomputed, BatchNorm, ReLU
             and addition; its output alone is saved (`lora.trained_norms`).

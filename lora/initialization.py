@@ -22,7 +22,7 @@ from toolkit import distributed
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
 # then suit them: benchmarks/RESULTS.md has the measurements. (LoRA Without Regret, 2025, finds a factor of ten.)
 ADAPTER_LR_FACTOR = 24.0
-GRADIENT_IMAGES = 256  # so many images give a good enough gradient
+GRADIENT_IMAGES = 256  # enough for a good gradient
 
 
 def lr_factor(lora_init: str, rank: int) -> float:

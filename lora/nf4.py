@@ -64,9 +64,10 @@ class NF4Weight:
         return dense if dtype == written else dense.to(dtype)
 
     def _scales(self) -> Tensor:
-        """The scale of each block in float32: of the nested constants once, and kept beside them in half a bit a value.
+        """The scale of each block in float32, (blocks,).
 
-        Three operators a product would be spent on them otherwise.
+        bitsandbytes stores these scales in 8 bits. They are dequantised once and kept, at half a bit a value: otherwise
+        every product would spend three operators on them.
         """
         state = self.state
         scales = vars(state).get("flat_scales")
@@ -77,12 +78,12 @@ class NF4Weight:
 
 
 def bitsandbytes_functional():
-    """`bitsandbytes.functional`, imported at the first call: whoever uses no 4-bit weights need not have it.
+    """`bitsandbytes.functional`, imported at the first call, so that only 4-bit weights need the package.
 
     Raises:
         ImportError: it is missing. The message says how to install it.
     """
-    # On a machine without CUDA its start-up warns that some optimizers are missing; none of them is used here.
+    # Without CUDA, importing it warns of missing optimizers, which are not used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -24,7 +24,7 @@ def add_side_path(
 
     Args:
         rows: (N, in).
-        W: (out, in), the weights of so many layers one below the other.
+        W: (out, in), the weights of ``groups`` layers stacked by rows.
         h: (N, groups r).
         B: (out, r).
     """
@@ -46,7 +46,7 @@ def add_side_path(
 def adapter_gradients(
     gy: Tensor, rows: Tensor, h: Tensor | None, A: Tensor, B: Tensor, scaling: float, groups: int, *needed: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """gh (N, groups r), and as far as needed gA (groups r, in) and gB (out, r). h is computed unless it is given."""
+    """Compute gh (N, groups r) and, where needed, gA (groups r, in) and gB (out, r). h is computed if it is None."""
     gradients = _in_few_kernels if backends.counts_kernels(gy) else _in_few_passes
     return gradients(gy, rows, h, A, B, scaling, groups, *needed)
 
@@ -95,8 +95,7 @@ def _apart(matrix: Tensor, groups: int) -> Tensor:
 
 
 def side_by_side(B: Tensor, groups: int) -> Tensor:
-    """(..., out, r), whose rows are so many matrices one below the other -> (..., out, groups r): each in columns of
-    its own, beside zeros."""
+    """``groups`` matrices stacked by rows, (..., out, r), as a block-diagonal one, (..., out, groups r)."""
     blocks = B.unflatten(-2, (groups, -1))  # (..., groups, out / groups, r)
     wide = B.new_zeros(*blocks.shape[:-1], groups, B.shape[-1])
     wide.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
@@ -111,5 +110,5 @@ def _side_by_side(B: Tensor, groups: int) -> Tensor:
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """As `torch.cat`, which would copy a single tensor too."""
+    """`torch.cat` that does not copy a single tensor."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

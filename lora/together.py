@@ -38,7 +38,7 @@ class Run(NamedTuple):
     """Tensors of one shape, which lie one after another in a row of numbers."""
 
     number: int
-    joined: int  # so many of them are joined row by row, as those of packed q, k and v are
+    joined: int  # how many are joined row by row, as the factors of packed q, k and v are
     shape: tuple[int, ...]
 
     @property
@@ -124,7 +124,7 @@ def _apart_by_run(flat: Tensor, runs: list[Run]) -> list[Tensor]:
 
 
 def _factors(layer: nn.Module, pair: int | None) -> Iterator[Factors]:
-    """Those that products take as they are, and B of a convolution if it is folded: its BatchNorm scales it."""
+    """The factors that products take as they are: B of a convolution only if it is folded, as BatchNorm scales B."""
     by_kernel = isinstance(layer, nn.Conv2d)
     for prefix in ("lora_A",) if by_kernel and pair is None else ("lora_A", "lora_B"):
         factors = [p for name, p in layer._parameters.items() if name.startswith(prefix) and p is not None]
@@ -211,7 +211,7 @@ def rounded_together(model: nn.Module, x: Tensor, folding: Callable[[], Pairs] =
 
 
 def _constants(plan: Plan, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Those of each convolution; the plan's scales are made again if they have changed."""
+    """The constants of each convolution. If they have changed, the plan's scales are computed anew."""
     constants, changed = plan.constants.of(dtype)
     if changed and constants:
         scales = []
@@ -240,7 +240,7 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
 
 
 def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:
-    """The convolution with this BatchNorm folded into it, if that was done for this forward pass."""
+    """The convolution with this BatchNorm folded into it, if the current forward pass has it."""
     if _now.pairs is None or _now.pairs.get(id(conv)) is not norm:
         return None
     if _now.folded is None:  # not before: upper kernels are not to be there while lower layers compute

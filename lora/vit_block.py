@@ -20,7 +20,7 @@ from lora.nf4 import NF4Weight
 
 
 class Frozen(NamedTuple):
-    """What does not train of an adapted layer, or of several on one input, whose weights lie one below the other."""
+    """The frozen part of an adapted layer, or of several layers on one input with their weights stacked by rows."""
 
     weight: Tensor | NF4Weight  # (out, in)
     bias: Tensor | None  # (out,)
@@ -54,7 +54,7 @@ def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
 
 
 class _QueriesKeysValues(torch.autograd.Function):
-    """Of all tokens: the heads of q, k and v, from one product. Of some tokens: q of these, and k and v as one."""
+    """The heads of q, k and v from one product; or q of the first tokens alone, and k and v of all from another."""
 
     @staticmethod
     def forward(ctx, x, A, B, settings):
@@ -96,19 +96,19 @@ class _QueriesKeysValues(torch.autograd.Function):
 
 
 def _split(layers: Sequence[Frozen], *factors: Tensor) -> list[Sequence[Tensor]]:
-    """Each factor's rows of each of the layers."""
+    """The rows of each factor that belong to each layer."""
     if len(layers) == 1:
         return [(factor,) for factor in factors]
     return [factor.split([len(factor) // 3 * layer.groups for layer in layers]) for factor in factors]
 
 
 def _inputs(rows: Tensor, x: Tensor, tokens: int | None) -> tuple[Tensor, ...]:
-    """The rows, (N L, E); before them, if there are ``tokens``, those of the first tokens."""
+    """The inputs of the layers, (N L, E); with ``tokens`` the first layer reads the first tokens alone."""
     return (rows,) if tokens is None else (rows.view(x.shape)[:, :tokens].flatten(0, 1), rows)
 
 
 def _plus_first_tokens(rows: Tensor, of_tokens: Tensor, x: Tensor) -> Tensor:
-    """In place: to the rows, (N L, E), those of the first tokens, (N tokens, E), are added."""
+    """Add the gradients of the first tokens, (N tokens, E), to those of all tokens, (N L, E), in place."""
     first = of_tokens.view(len(x), -1, of_tokens.shape[1])
     rows.view(x.shape)[:, : first.shape[1]].add_(first)
     return rows
@@ -124,7 +124,7 @@ def queries_keys_values(
     """Queries, keys and values of an adapted attention, (N, H, L, D) each, of ``norm(x)``. x: (N, L, E).
 
     Args:
-        tokens: the queries of so many tokens alone, (N, H, tokens, D).
+        tokens: compute the queries of this many first tokens alone, (N, H, tokens, D).
     """
     dtype = compute_dtype(x)
     parameters = attention._parameters

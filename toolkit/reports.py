@@ -1,4 +1,4 @@
-"""What a run leaves for people to open: pictures of its curves and confusions, and the table printed at its end."""
+"""What a run tells while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def short_rate(rate: float) -> str:
 
 
 def describe_data(args: argparse.Namespace, splits: Splits) -> str:
-    """Which images train and which are evaluated on, in a line."""
+    """One line: how many images train, how many are evaluated on, and where these come from."""
     where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
     if args.folds is not None:
         where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
@@ -57,7 +57,7 @@ def describe_data(args: argparse.Namespace, splits: Splits) -> str:
 
 
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
-    """What the backbone knows before training, in a line; and another if these evaluation images can show no gain."""
+    """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
     names = dict(zip(baseline_keys(task), ("k-NN", "linear probe"), strict=True))
     known = [f"{name} {task.told(baseline[key])}" for key, name in names.items() if baseline[key] is not None]
     told = f"before training: {', '.join(known)}{'' if task.kind == 'classification' else f' ({task.score_title})'}"
@@ -67,7 +67,7 @@ def describe_baseline(task: Task, baseline: dict[str, float | None], images: int
 
 
 def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> str:
-    """What learns at which rate, in a line.
+    """One line: the learning rates of head, adapters and whatever else trains.
 
     Args:
         rate: --learning-rate, or less in a short run.
@@ -86,7 +86,7 @@ def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: flo
 
 
 def describe_epoch(task: Task, history: Sequence[dict[str, float]], epochs: int) -> str:
-    """The last finished epoch, and what is left of the whole run, in a line."""
+    """One line: losses and score of the last finished epoch, and the time that is left."""
     row = history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
     score = f"{task.score_title} {task.told(row[f'val_{task.score}'])}"
@@ -116,7 +116,7 @@ def tell_epoch(
 
 
 class FineTuned(Protocol):
-    """What is reported of a run: see `finetune_lora.FineTuning`."""
+    """The part of a run that reports read: see `finetune_lora.FineTuning`."""
 
     args: argparse.Namespace
     device: torch.device
@@ -136,10 +136,10 @@ class FineTuned(Protocol):
 
 
 def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
-    """Write and print the results of a fine-tuning; returns what `results.json` has.
+    """Write and print the results of a fine-tuning, and return the content of `results.json`.
 
     Args:
-        result: of the model as it was saved after `kept_epoch`, on the evaluation images.
+        result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
         counts: its parameters, as `count_parameters` gives them.
     """
     config, normalization = run.identity["config"], run.args.normalization
@@ -179,7 +179,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
 
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
-    """How good the saved adapter is, and what was known before training."""
+    """The scores of the saved adapter, and those before training."""
     score, (of_knn, of_probe) = f"val_{run.task.score}", baseline_keys(run.task)
     best = {"epoch": 0, score: run.baseline[of_probe]}  # where no epoch did well
     if run.history:
@@ -193,7 +193,7 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"val_{interval}": figures[interval],
         "eval_split": run.args.eval_split,
         "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
-        # Chosen on the very images that it was measured on: no number to publish.
+        # It was chosen on the images that it is measured on, so it is no number to publish.
         "best_epoch": best["epoch"],
         f"best_{score}": finite(best[score]),
         f"{of_knn}_before": finite(run.baseline[of_knn]),
@@ -219,7 +219,7 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Rows of (name, value) as they are printed."""
+    """Rows of (name, value) as printed lines."""
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
@@ -284,7 +284,7 @@ def plot_learning_rates(rates: Sequence[float], scores: Sequence[float], task: T
 
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
-    """By epoch, a panel each: the contrastive loss, and what was measured of the features."""
+    """A panel each, by epoch: the contrastive loss, and the measures of the features."""
     from matplotlib.figure import Figure
 
     panels = {"loss": "contrastive loss", **TITLES}
@@ -302,7 +302,7 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def against_the_probe(results: dict[str, Any]) -> str:
-    """What to try where a run hardly moved from the linear probe that it began with; else nothing."""
+    """Advice for a run that ends near its linear probe, or below it; else an empty string."""
     score = TASKS[results["task"]].score
     probe, interval = results[f"probe_{score}_before"], results[f"val_{score}_interval"]
     if probe is None or interval is None:
