@@ -46,7 +46,7 @@ from lora.functional import (
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.together import folded, forget_plan, rounded_together
+from lora.together import folded, folded_apart, forget_plan, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -261,8 +261,9 @@ def recomputable(forward: Callable) -> Callable:
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
-        return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
+        with contextlib.nullcontext() if is_traced() else folded_apart():
+            # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
+            return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
 
     return run
 

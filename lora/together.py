@@ -239,6 +239,16 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
     return result
 
 
+@contextlib.contextmanager
+def folded_apart() -> Iterator[None]:
+    """Within this block `folded` finds nothing: what runs once more in backward must save what it saved before."""
+    pairs, _now.pairs = _now.pairs, None
+    try:
+        yield
+    finally:
+        _now.pairs = pairs
+
+
 def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:
     """The convolution with this BatchNorm folded into it, if the current forward pass has it."""
     if _now.pairs is None or _now.pairs.get(id(conv)) is not norm:
