@@ -9,7 +9,7 @@ from dense import assert_close, compare_with_dense, dense_twin, images, randomiz
 from torch import Tensor, nn
 
 import finetune_lora
-from finetune_lora import add_lora_to_model, freeze_backbone_params
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import functional, int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
@@ -161,6 +161,20 @@ def test_a_vit_is_near_the_dense_one(autocast):
         if "lora_A" in getattr(layer, "_parameters", {}):
             dW = twin.get_submodule(name).weight.grad
             assert relative_error(layer.lora_B.grad, layer.scaling * dW @ layer.lora_A.double().T) < 0.1, name
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_recomputes_the_same(mode):
+    """To the rounding of float32: what is rounded to 8 bits is computed again from the same numbers."""
+    stock, x, gradients = vit(hidden_dim=64), images(16), {}
+    for each in ("none", mode):
+        torch.manual_seed(0)
+        model = in_8_bits(stock)
+        set_gradient_checkpointing(model, each)
+        model(x).square().sum().backward()
+        gradients[each] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients["none"].items():
+        assert_close(gradients[mode][name], gradient, ROUNDING, name)
 
 
 # --------------------------------------------------------------------------------------------------- without adapters
