@@ -57,6 +57,14 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
         assert_close(gx, torch.ones(rows, out).double() @ W.double(), IN_8_BITS)
 
 
+def test_memory_in_any_order():
+    x, W = torch.randn(70, 301).T, torch.randn(50, 70)
+    weight = Int8Weight.quantize(W.T.contiguous().T)
+    assert torch.equal(weight.linear(x), Int8Weight.quantize(W).linear(x.contiguous()))
+    gy = torch.randn(50, 1).expand(50, 301).T
+    assert torch.equal(weight.input_gradient(gy), weight.input_gradient(gy.contiguous()))
+
+
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     """Zeros give the bias exactly. What diverges must show, and only in its own row."""
     x = torch.randn(4, 8)
@@ -70,7 +78,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
 def test_the_bytes_of_a_weight_are_its_codes_and_scales():
     for shape in ((3, 5), (64, 128)):
         weight = Int8Weight.quantize(torch.randn(shape))
-        again = Int8Weight.unpacked(weight.packed(), shape)
+        again = Int8Weight.unpacked(weight.packed(), weight.shape)
         assert torch.equal(again.codes, weight.codes) and torch.equal(again.scale, weight.scale)
         assert torch.equal(again[1:3].dequantize(torch.float32), weight.dequantize(torch.float32)[1:3])
 
