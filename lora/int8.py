@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora import backends
 from toolkit import distributed, training
+from toolkit.backbones import in_head
 
 LARGEST = 127  # -128 has no counterpart
 # Numbers in a block of rows: when rounding it stays in a core's cache, in a product it is worth reading W for.
@@ -142,9 +143,10 @@ def base_dtype(args, model: nn.Module) -> torch.dtype | None:
     that takes as long as the products.
     """
     dtype = training.base_dtype(args)
-    widest = max((m.weight for m in model.modules() if isinstance(m, nn.Linear)), key=Tensor.numel, default=None)
-    if dtype != torch.int8 or widest is None:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)}
+    if dtype != torch.int8 or not layers:  # `add_lora_to_model` refuses 8 bits without such layers
         return dtype
+    widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
     precision = training.select_precision(args.precision, torch.device("cpu"))
     return torch.int8 if speedups(*widest.shape)[precision] >= WORTH_ROUNDING else precision
 
