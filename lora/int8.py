@@ -1,20 +1,20 @@
 """Frozen weights in 8 bits that are multiplied in 8 bits.
 
-A frozen weight allows what a trained one does not: its products, forward and to the input, need no precision of their
-own, because the product that does, the dense weight gradient, is not formed (SwitchBack, arXiv 2304.13013). With a
-scale for each row of W, x and gy, all in float32, and sums in int32:
+Training in 8 bits has to compute the dense weight gradient in more (SwitchBack, arXiv 2304.13013). A frozen weight has
+none: its two products, forward and to the input, are sums of integers here. With a float32 scale for each row of W, x
+and gy, and sums in int32, which 130,000 columns cannot overflow:
 
     W = d Wq,   x = sx xq,   gy d = s (gy d)q
 
     y  = x W^T  = (xq Wq^T) sx d            (N, out)
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
-The scales d go into gy before that is rounded, so both products read the same codes: W is stored once. Rows are rounded
-some at a time, as many as stay in the cache. What an adapter adds is not rounded, see `lora.thin`.
+gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. Rows are
+rounded some at a time, as many as stay in the cache. What an adapter adds is not rounded, see `lora.thin`.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from lora import backends
 from toolkit import distributed, training
+from toolkit.backbones import in_head
 
 LARGEST = 127  # -128 has no counterpart
-# Numbers that a block of rows has: the first two fit a core's cache beside a copy, the others amortise reading W.
+# Numbers in a block of rows: when rounding it stays in a core's cache, in a product it is worth reading W for.
 ROUNDED_AT_ONCE, MULTIPLIED_AT_ONCE = 2**17, 2**20
-WORTH_ROUNDING = 1.5  # times as fast: in a step, of which products are a part, a tenth is left of that
+WORTH_ROUNDING = 1.5  # times as fast: less is lost in the rest of a step
 NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, those of zeros too
-ALIGNMENT = 64
+ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
 
 class Int8Weight:
@@ -37,25 +38,22 @@ class Int8Weight:
     Args:
         codes: int8, the rows of the weight.
         scale: what each row is multiplied by.
-        shape: the weight's own: (out, in), or that of a 1x1 kernel.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, shape: Sequence[int] | None = None):
-        self.codes, self.scale = codes, scale
-        self.shape = torch.Size(codes.shape if shape is None else shape)
+    def __init__(self, codes: Tensor, scale: Tensor):
+        self.codes, self.scale, self.shape = codes, scale, codes.shape
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "Int8Weight":
         """Round a float weight, each number to the nearest code of its row."""
-        codes, scale = quantize_rows(weight.detach().flatten(1))
-        return cls(codes, scale[:, 0], weight.shape)
+        codes, scale = quantize_rows(weight)
+        return cls(codes, scale[:, 0])
 
     @classmethod
-    def unpacked(cls, packed: Tensor, shape: Sequence[int]) -> "Int8Weight":
+    def unpacked(cls, packed: Tensor, shape: torch.Size) -> "Int8Weight":
         """The weight of this shape behind the bytes of `packed`, which are not copied."""
-        out, size = shape[0], torch.Size(shape).numel()
-        scales = packed[size + -size % ALIGNMENT :].view(torch.float32)
-        return cls(packed[:size].view(out, -1), scales, shape)
+        size = shape.numel()
+        return cls(packed[:size].view(shape), packed[size + -size % ALIGNMENT :].view(torch.float32))
 
     def packed(self) -> Tensor:
         """Codes and scales as one int8 vector: a layer then has one tensor to move, copy and save."""
@@ -68,7 +66,7 @@ class Int8Weight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """A fresh dense tensor of the weight's shape."""
-        return (self.codes * self.scale[:, None]).to(dtype).view(self.shape)
+        return (self.codes * self.scale[:, None]).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
@@ -85,7 +83,8 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
     A row with NaN or infinity has a scale that is not finite, and so has what is computed of it.
     """
-    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
         rows = (rows if columns is None else rows * columns).to(torch.float32)
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
@@ -144,9 +143,10 @@ def base_dtype(args, model: nn.Module) -> torch.dtype | None:
     that takes as long as the products.
     """
     dtype = training.base_dtype(args)
-    widest = max((m.weight for m in model.modules() if isinstance(m, nn.Linear)), key=Tensor.numel, default=None)
-    if dtype != torch.int8 or widest is None:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)}
+    if dtype != torch.int8 or not layers:  # `add_lora_to_model` refuses 8 bits without such layers
         return dtype
+    widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
     precision = training.select_precision(args.precision, torch.device("cpu"))
     return torch.int8 if speedups(*widest.shape)[precision] >= WORTH_ROUNDING else precision
 

@@ -9,7 +9,7 @@ from dense import assert_close, compare_with_dense, dense_twin, images, randomiz
 from torch import Tensor, nn
 
 import finetune_lora
-from finetune_lora import add_lora_to_model, freeze_backbone_params
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import functional, int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
@@ -57,6 +57,14 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
         assert_close(gx, torch.ones(rows, out).double() @ W.double(), IN_8_BITS)
 
 
+def test_memory_in_any_order():
+    x, W = torch.randn(70, 301).T, torch.randn(50, 70)
+    weight = Int8Weight.quantize(W.T.contiguous().T)
+    assert torch.equal(weight.linear(x), Int8Weight.quantize(W).linear(x.contiguous()))
+    gy = torch.randn(50, 1).expand(50, 301).T
+    assert torch.equal(weight.input_gradient(gy), weight.input_gradient(gy.contiguous()))
+
+
 def test_rows_of_zeros_and_rows_that_are_not_finite():
     """Zeros give the bias exactly. What diverges must show, and only in its own row."""
     x = torch.randn(4, 8)
@@ -70,7 +78,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
 def test_the_bytes_of_a_weight_are_its_codes_and_scales():
     for shape in ((3, 5), (64, 128)):
         weight = Int8Weight.quantize(torch.randn(shape))
-        again = Int8Weight.unpacked(weight.packed(), shape)
+        again = Int8Weight.unpacked(weight.packed(), weight.shape)
         assert torch.equal(again.codes, weight.codes) and torch.equal(again.scale, weight.scale)
         assert torch.equal(again[1:3].dequantize(torch.float32), weight.dequantize(torch.float32)[1:3])
 
@@ -161,6 +169,20 @@ def test_a_vit_is_near_the_dense_one(autocast):
         if "lora_A" in getattr(layer, "_parameters", {}):
             dW = twin.get_submodule(name).weight.grad
             assert relative_error(layer.lora_B.grad, layer.scaling * dW @ layer.lora_A.double().T) < 0.1, name
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_recomputes_the_same(mode):
+    """To the rounding of float32: what is rounded to 8 bits is computed again from the same numbers."""
+    stock, x, gradients = vit(hidden_dim=64), images(16), {}
+    for each in ("none", mode):
+        torch.manual_seed(0)
+        model = in_8_bits(stock)
+        set_gradient_checkpointing(model, each)
+        model(x).square().sum().backward()
+        gradients[each] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients["none"].items():
+        assert_close(gradients[mode][name], gradient, ROUNDING, name)
 
 
 # --------------------------------------------------------------------------------------------------- without adapters
