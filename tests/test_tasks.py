@@ -207,6 +207,26 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     assert task.head_score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
+def test_a_class_that_is_too_improbable_is_unsure():
+    """The column after the rest keeps the likeliest class, so that nothing is lost."""
+    task, outputs = tasks.Classification(NAMES), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
+    columns, rows = task.table(outputs, abstain=0.6)
+    assert columns == ["class", "probability", "class_2", "probability_2", "class_3", "probability_3", "likeliest"]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("cat", "0.7000", "cat"), ("unsure", "0.5000", "dog")]
+    assert [row[0] for row in task.table(outputs)[1]] == ["cat", "dog"]
+    with pytest.raises(InputError, match="a class called unsure"):
+        tasks.Classification(["unsure", "cat"]).check_abstain()
+
+
+def test_a_label_is_unsure_if_its_yes_or_its_no_is_too_improbable():
+    task = tasks.MultiLabel(NAMES, thresholds=torch.tensor([0.5, 0.3, 0.5]))
+    outputs = torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit()
+    columns, rows = task.table(outputs, abstain=0.6)
+    assert columns == ["labels", "unsure", *(f"{name} probability" for name in NAMES)]
+    assert [row[:2] for row in rows] == [("cat", "dog,eel"), ("dog", "")]
+    assert [row[0] for row in task.table(outputs)[1]] == ["cat,dog", "dog"]
+
+
 @pytest.mark.parametrize("kind", tasks.TASKS)
 def test_a_record_is_read_as_it_was_written(kind):
     *_, task = features_for(kind)

@@ -6,6 +6,7 @@ and put it into TASKS.
 """
 
 import argparse
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ class Answers(Protocol):
 
 TOP = 5  # classes of each image in a table of predictions
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
+UNSURE = "unsure"  # in a table of predictions, for what is too uncertain to be an answer
 
 
 class Task:
@@ -124,9 +126,17 @@ class Task:
         """A score as people read it."""
         return f"{score:.2%}"
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
-        """The columns of a table of predictions, and for each image what stands in them."""
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
+        """The columns of a table of predictions, and for each image what stands in them.
+
+        Args:
+            abstain: an answer whose probability is below this is none, but unsure, if the task passes
+                `check_abstain`; None: all are answers.
+        """
         raise NotImplementedError
+
+    def check_abstain(self) -> None:
+        """Raises InputError if the task's answers have no probability, or its names no room for `UNSURE`."""
 
     output_name = "logits"  # of what `output_layer` makes of the outputs
 
@@ -207,8 +217,8 @@ class Classification(Task):
 
         return probe.choose_temperature(model, features, loss, features_train)
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
-        """The most probable classes and their probabilities."""
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = ["class", "probability"]
         for place in range(2, probabilities.shape[1] + 1):
@@ -217,9 +227,17 @@ class Classification(Task):
         def rows() -> Iterator[list[str]]:
             for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
                 pairs = zip(shares, numbers, strict=True)
-                yield [cell for share, n in pairs for cell in (self.names[n], f"{share:.4f}")]
+                cells = [cell for share, n in pairs for cell in (self.names[n], f"{share:.4f}")]
+                if abstain is not None:
+                    cells.append(cells[0])
+                    cells[0] = UNSURE if shares[0] < abstain else cells[0]
+                yield cells
 
-        return columns, rows()
+        return columns if abstain is None else [*columns, "likeliest"], rows()
+
+    def check_abstain(self) -> None:
+        if UNSURE in self.names:
+            raise InputError(f"--abstain: the adapter has a class called {UNSURE}, which would mean two things")
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
@@ -391,16 +409,22 @@ class MultiLabel(Task):
     def soften_head(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature, self.constant_logits)
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
-        """The labels whose probability is above their threshold, and the probability of each label."""
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The labels whose probability is above their threshold, and the probability of each label.
+
+        With `abstain` a label is unsure, and in a column of its own, if the answer on it, yes or no, is less probable.
+        """
         probabilities = outputs.sigmoid()
+        said = probabilities > self.thresholds
+        unsure = torch.where(said, probabilities, 1 - probabilities) < (abstain or 0.0)
 
-        def rows() -> Iterator[list[str]]:
-            for shares, said in zip(probabilities.tolist(), (probabilities > self.thresholds).tolist(), strict=True):
-                labels = [name for name, is_said in zip(self.names, said, strict=True) if is_said]
-                yield [",".join(labels), *(f"{share:.4f}" for share in shares)]
+        def named(chosen: Tensor) -> list[str]:
+            return [",".join(itertools.compress(self.names, row)) for row in chosen.tolist()]
 
-        return ["labels", *(f"{name} probability" for name in self.names)], rows()
+        columns = {"labels": named(said & ~unsure)} | ({} if abstain is None else {UNSURE: named(unsure)})
+        for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
+            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
+        return list(columns), zip(*columns.values(), strict=True)
 
     output_name = "probabilities"
 
@@ -543,7 +567,10 @@ class Regression(Task):
     def head_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         return probe.HeadTemperature()  # a softer head would answer other numbers
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
+    def check_abstain(self) -> None:
+        raise InputError("--abstain: numbers have no probability that could be too low")
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
         """The numbers."""
         rows = ([f"{number:.6g}" for number in numbers] for numbers in self.in_units(outputs).tolist())
         return list(self.names), rows
