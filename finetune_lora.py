@@ -863,7 +863,7 @@ class FineTuning(RunState):
         self.trained_parts |= {"model": weights, "average": Part.of(self.average)}
         self.other_parts |= {
             **self.recovery.parts(),
-            "head_temperature": Part.attribute(self, "head_temperature", tuple, HeadTemperature._make),
+            "head_temperature": Part.attribute(self, "head_temperature", tuple, lambda of: HeadTemperature(*of)),
             "faster": Part.attribute(self, "adapter_lr_factor"),
         }
 

@@ -261,6 +261,14 @@ def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_
         assert again[name] == pytest.approx(results[name], rel=1e-3, abs=1e-6), name
 
 
+def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune):
+    folder = finetune("--epochs 1")["folder"]
+    state = read_checkpoint(folder / "last.pth")
+    torch.save(state | {"head_temperature": state["head_temperature"][:2]}, folder / "old.pth")
+    results = finetune(f"--epochs 1 --resume {folder / 'old.pth'}")
+    assert "temperature" not in results and "temperature" not in read_adapter_file(folder / "lora.pth")["metadata"]
+
+
 def test_results_say_what_came_out(finished):
     results, folder, _ = finished
     assert json.loads((folder / "results.json").read_text()) == results
