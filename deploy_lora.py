@@ -43,7 +43,7 @@ from toolkit.answer_reports import REPORTS
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.bands import Bands, from_metadata, recorded, settle
 from toolkit.checkpoints import checkpoint_path, describe_base, load_backbone, stored_checkpoint
-from toolkit.config import positive_int, unknown_words, worker_count
+from toolkit.config import positive_int, positive_share, unknown_words, worker_count
 from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import (
     found_path,
@@ -186,12 +186,16 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the answers for images as a table, one row for each image, and return the rows.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. If files have geotags, the rows also have `x` and `y` of the image's centre, and the `epsg` code of these.
+    numbers. With --abstain what is less probable than that is unsure. If files have geotags, the rows also have `x` and
+    `y` of the image's centre, and the `epsg` code of these.
     """
     with _model_on_device(args) as (model, about, make_loader):
+        task = _task_of(about)
+        if args.abstain is not None:
+            task.check_abstain()
         images = readable(_images(args.images, about["transform"].bands))
         outputs = _outputs(args, model, make_loader(images), "predict")
-    columns, answers = _task_of(about).table(outputs)
+    columns, answers = task.table(outputs, args.abstain)
     columns = ["path", *columns]
     rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
     if places := geotags.centres(images.name(i) for i in range(len(images))):
@@ -693,6 +697,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     )
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
+    parsers["predict"].add_argument(
+        "--abstain", type=positive_share, help="write unsure where the answer is less probable than this, as 0.6"
+    )
     parsers["export"].add_argument(
         "--normalise", action="store_true", help="the graph takes images from 0 to 1, or files' numbers"
     )

@@ -863,7 +863,7 @@ class FineTuning(RunState):
         self.trained_parts |= {"model": weights, "average": Part.of(self.average)}
         self.other_parts |= {
             **self.recovery.parts(),
-            "head_temperature": Part.attribute(self, "head_temperature", tuple, HeadTemperature._make),
+            "head_temperature": Part.attribute(self, "head_temperature", tuple, lambda of: HeadTemperature(*of)),
             "faster": Part.attribute(self, "adapter_lr_factor"),
         }
 
@@ -1009,16 +1009,16 @@ class FineTuning(RunState):
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
-        kept_epoch = len(self.history)
+        kept, optimism = {"epoch": len(self.history)}, self.head_temperature.optimism
         with self.average.in_place():
             if self.args.keep_best:
-                kept_epoch = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))["epoch"]
-            if self.evaluator.choose_thresholds() and distributed.is_main():
-                about = {**read_adapter_file(self.path("lora.pth"))["metadata"], "task": self.task.record()}
+                kept = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
+            if self.evaluator.calibrate(self.model, optimism, kept.get("temperature", 1.0)) and distributed.is_main():
+                about = read_adapter_file(self.path("lora.pth"))["metadata"] | self.task.chosen()
                 LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), about)
             result = self.evaluator.evaluate(self.feed.val_loader)
         counts = count_parameters(self.model)
-        return reports.write_finetuning(self, result, kept_epoch, counts) if distributed.is_main() else {}
+        return reports.write_finetuning(self, result, kept["epoch"], counts) if distributed.is_main() else {}
 
 
 def evaluate_adapter(

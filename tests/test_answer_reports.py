@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,26 @@ def numbers() -> answer_reports.NumberReport:
     return answer_reports.NumberReport(task, tasks.NumberAnswers(0.1, answers, truth))
 
 
+def test_the_page_shows_how_far_probabilities_can_be_believed(labels):
+    """Answers that are right as often as they say; before, they said half as much."""
+    shares = torch.linspace(0.05, 0.95, 400)
+    right = torch.rand(400, generator=torch.Generator().manual_seed(0)) < shares
+    result = Evaluation(0.5, 0.5, right.long(), torch.ones(400).long(), shares, before=shares / 2)
+    task = tasks.Classification(["a", "b"])
+    task.temperature = 0.5
+    report = answer_reports.ClassReport(task, result)
+    figures = report.figures()
+    assert figures["calibration_error"] < 0.07 < 0.2 < figures["calibration_error_before"]
+    assert figures["temperature"] == 0.5
+    report.result = result._replace(confidences=shares / 2, before=shares)
+    was = f"before calibration {figures['calibration_error']:.1%}"
+    assert was in dict(report.rows())["probabilities off by"]
+    assert "temperature" not in labels.figures() and "before" not in dict(labels.rows())["probabilities off by"]
+    for sections in (report.sections(Path("unused")), answer_reports.reliability_section(labels.answers)):
+        page = "".join(sections)
+        assert "Can the probabilities be believed?" in page and "data:image/png;base64,iVBOR" in page
+
+
 def images(count: int) -> LabelledImages:
     return LabelledImages([(Image.new("RGB", (8, 8), (i, 0, 0)), 0) for i in range(count)], [0] * count)
 
@@ -49,7 +70,8 @@ def test_each_headline_has_an_interval_around_it(labels, numbers):
             low, high = figures[f"{name}_interval"]
             assert low <= figures[name] <= high and low < high
         assert json.loads(json.dumps(figures, allow_nan=False)) == figures
-        assert len(report.rows()) >= 4 and all("95% interval" in text for title, text in report.rows() if title)
+        rows = [text for title, text in report.rows() if title and title != "probabilities off by"]
+        assert len(rows) >= 4 and all("95% interval" in text for text in rows)
 
 
 def test_means_over_classes_have_intervals_around_them():

@@ -664,6 +664,11 @@ ADAPTERS = [
     case("a batch of no images", "deploy_lora predict lora.pth images --output p.csv --batch-size 0", "--batch-size"),
     case("a device that predicts nothing", "deploy_lora predict lora.pth images --output p.csv --device gpu",
          "'gpu' is not available"),
+    case("a certainty above 1", "deploy_lora predict lora.pth images --output p.csv --abstain 60",
+         "--abstain", "expected a number above 0, at most 1, got '60'"),
+    case("unsure numbers", "deploy_lora predict theirs.pth images --output p.csv --abstain 0.6",
+         "--abstain: numbers have no probability", files={"theirs.pth": described(task={
+             "kind": "regression", "mean": [0.0] * 3, "std": [1.0] * 3})}),
     case("features that are no array", "deploy_lora embed lora.pth images --output f.pt", "must end in .npy"),
     case("features of a folder that is gone", "deploy_lora embed lora.pth gone --output f.npy", "gone: no such file"),
     case("evaluation on a folder that is gone", "deploy_lora evaluate lora.pth gone", "gone"),

@@ -4,6 +4,7 @@ What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test
 """
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -180,6 +181,18 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     assert "1 of 2 images cannot be read and are left out:" in printed and "broken.jpg: not a readable image" in printed
     assert [row["path"] for row in table(tmp_path / "p.csv")] == [f"{folder}/grey, with a comma.png"]
     assert len(rows) == 1
+
+
+def test_predictions_below_a_probability_are_unsure(trained, images, tmp_path):
+    path = tmp_path / "p.csv"
+    sure = run("predict --device cpu", trained, images / "val", "--output", path)
+    probabilities = sorted(float(row["probability"]) for row in sure)
+    border = sum(max(itertools.pairwise(probabilities), key=lambda pair: pair[1] - pair[0])) / 2
+    run("predict --device cpu --abstain", border, trained, images / "val", "--output", path)
+    for row, before in zip(table(path), sure, strict=True):
+        unsure = float(before["probability"]) < border
+        assert row["class"] == ("unsure" if unsure else before["class"]) and row["likeliest"] == before["class"]
+    assert any(row["class"] == "unsure" for row in table(path))
 
 
 def test_features_are_what_the_head_receives(trained, images, tmp_path):

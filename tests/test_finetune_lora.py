@@ -245,12 +245,36 @@ def test_metrics_has_a_row_per_epoch(finished):
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
 
 
+def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
+    """And once only: a finished run that is resumed leaves the same file again."""
+    results = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3")
+    temperature, folder = results["temperature"], results["folder"]
+    assert results["calibration_error"] < results["calibration_error_before"] and temperature < 1  # it was softened
+    content = read_adapter_file(folder / "lora.pth")
+    assert content["metadata"]["temperature"] == temperature
+    start = read_checkpoint(folder / "last.pth")["average"]["start"]["heads.head.weight"]
+    if results["kept_epoch"] == 0:
+        torch.testing.assert_close(content["tensors"]["heads.head.weight"] * temperature, start)
+    assert start.norm() < content["tensors"]["heads.head.weight"].norm()
+    again = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3 --resume")
+    for name in ("temperature", "calibration_error", "calibration_error_before", "val_loss"):
+        assert again[name] == pytest.approx(results[name], rel=1e-3, abs=1e-6), name
+
+
+def test_a_run_that_was_begun_before_there_was_calibration_goes_on_without(finetune):
+    folder = finetune("--epochs 1")["folder"]
+    state = read_checkpoint(folder / "last.pth")
+    torch.save(state | {"head_temperature": state["head_temperature"][:2]}, folder / "old.pth")
+    results = finetune(f"--epochs 1 --resume {folder / 'old.pth'}")
+    assert "temperature" not in results and "temperature" not in read_adapter_file(folder / "lora.pth")["metadata"]
+
+
 def test_results_say_what_came_out(finished):
     results, folder, _ = finished
     assert json.loads((folder / "results.json").read_text()) == results
     best = max(metrics(folder), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert results["best_epoch"] == best["epoch"] and results["best_val_accuracy"] == best["val_accuracy"]
-    assert results["val_loss"] == pytest.approx(metrics(folder)[-1]["val_loss"])
+    assert results["val_accuracy"] == metrics(folder)[-1]["val_accuracy"]
     assert (results["val_images"], results["eval_split"]) == (15, "held-out")
     assert results["val_accuracy_interval"] == pytest.approx(wilson_interval(15 * results["val_accuracy"], 15))
     assert results["epochs"] == 6 and 0 <= results["knn_accuracy_before"] <= 1
@@ -326,7 +350,8 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
     assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
     assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
     kept = tensors(results["folder"] / "lora.pth")
-    assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3])
+    assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3] if "lora_" in name)
+    assert all(torch.equal(kept[name], adapters[4][name]) for name in adapters[4])  # with its head calibrated
     assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
 
 
@@ -428,6 +453,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, ima
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     assert len(averages) > 2 and len(steps) == 6
     for name, average in averages.items():
+        average = average / results["temperature"] if ".head." in name else average
         torch.testing.assert_close(saved[name], average, rtol=1e-4, atol=1e-6, msg=name)
         assert not torch.allclose(weights[name], average, rtol=1e-4, atol=1e-6), name  # training goes on from these
     model, info = load_finetuned(results["folder"] / "lora.pth")
@@ -480,7 +506,9 @@ def test_part_of_the_change_is_evaluated_and_saved(finetune, images, monkeypatch
     saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
     for name, start in starts[0].items():
         share = 1.0 if "lora_A" in name else 0.25  # of the update BA, in which B starts at zero
-        torch.testing.assert_close(saved[name], torch.lerp(start, weights[name], share), rtol=1e-4, atol=1e-6, msg=name)
+        mixture = torch.lerp(start, weights[name], share)
+        mixture = mixture / results["temperature"] if ".head." in name else mixture
+        torch.testing.assert_close(saved[name], mixture, rtol=1e-4, atol=1e-6, msg=name)
     assert any(not torch.equal(start, weights[name]) for name, start in starts[0].items())
     model, info = load_finetuned(results["folder"] / "lora.pth")
     loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)

@@ -12,10 +12,12 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
-from lora_utils import read_adapter_file
+from lora_utils import LoRAManager, read_adapter_file
 from toolkit import comparison, training
+from toolkit.checkpoints import load_backbone
 from toolkit.files import read_checkpoint
 from toolkit.tasks import from_record
+from toolkit.transforms import eval_transform
 
 KINDS = ("multilabel", "regression")
 SCORES = {"multilabel": "macro_ap", "regression": "r2"}
@@ -82,6 +84,7 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
     assert {picture, "mistakes.png", "report.html", "training_curves.png"} <= {path.name for path in folder.iterdir()}
     content = read_adapter_file(folder / "lora.pth")
     assert content["format_version"] == 2 and content["metadata"]["task"]["kind"] == kind
+    assert ("temperature" in content["metadata"]) == ("calibration_error" in results) == (kind == "multilabel")
 
     evaluated = deploy_lora.main(["evaluate", str(folder / "lora.pth"), "--output", str(tmp_path / "again.json")])
     assert evaluated[score] == pytest.approx(results[f"val_{score}"], abs=1e-4)
@@ -109,6 +112,27 @@ def test_predictions_are_what_the_evaluation_had(trained, lists, kind, tmp_path)
         assert float(said["up probability"]) == pytest.approx(shares["up"], abs=1e-3)
         thresholds = {name: label["threshold"] for name, label in results["labels"].items()}
         assert said["labels"].split(",") == [name for name in ("up", "left") if shares[name] > thresholds[name]] or [""]
+
+
+def test_adapters_of_every_task_share_a_base(trained, base, images, lists, tmp_path):
+    """Each answers as it does alone, in whatever order they are used, and knows what its answers mean."""
+    options = f"--checkpoint {base} --data-dir {images} --device cpu --workers 0 --epochs 1 --lora-rank 2"
+    finetune_lora.main([*options.split(), "--output-dir", str(tmp_path)])
+    folders = {kind: folder for kind, (_, folder) in trained.items()} | {"classification": tmp_path}
+    model, report = load_backbone(base, 1)
+    manager = LoRAManager(model.eval())
+    for kind, folder in folders.items():
+        manager.load_lora_checkpoint(folder / "lora.pth", name=kind)
+    image = eval_transform(report["image_size"])(Image.open(lists / "val0.png"))[None]
+    for kind in (*folders, "multilabel"):
+        info = manager.use(kind)
+        task = from_record(info.get("task"), info["class_names"], kind)
+        alone, _ = load_finetuned(folders[kind] / "lora.pth")
+        with torch.no_grad():
+            ours, theirs = model(image), alone(image)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert task.kind == kind
+        assert [list(row) for row in task.table(ours)[1]] == [list(row) for row in task.table(theirs)[1]]
 
 
 @pytest.mark.parametrize("kind", ["multilabel", pytest.param("regression", marks=pytest.mark.slow)])

@@ -225,13 +225,14 @@ def test_the_difference_of_two_runs_is_tested_on_the_same_images():
 def test_calibration_error_is_the_gap_between_confidence_and_share_right():
     confidences = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
     right = torch.tensor([True, True, True, False, True, False])
-    assert measures.calibration_error(confidences, right) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6, abs=1e-6)
     bins = measures.calibration(confidences, right)
+    assert measures.calibration_error(bins) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6, abs=1e-6)
     assert bins.shape == (15, 3) and bins[:, 2].sum() == 6 and bins[14].tolist() == pytest.approx([0.95, 0.75, 4])
-    assert measures.calibration_error(torch.tensor([0.0, 1.0]), torch.tensor([False, True])) == 0
+    bins = measures.calibration(torch.tensor([0.0, 1.0]), torch.tensor([False, True]))
+    assert measures.calibration_error(bins) == 0
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.001, 0.5, 1.0, 4.0])
 def test_the_temperature_makes_logits_mean_what_they_say(temperature):
     """Labels are drawn from the probabilities of logits, which are then shown at another temperature."""
     generator = torch.Generator().manual_seed(0)
@@ -239,8 +240,11 @@ def test_the_temperature_makes_logits_mean_what_they_say(temperature):
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     found = measures.fit_temperature(temperature * logits, lambda shown: F.cross_entropy(shown, labels))
     assert found == pytest.approx(temperature, rel=0.06)
+    assert measures.fit_temperature(torch.zeros(5, 3), lambda shown: F.cross_entropy(shown, labels[:5])) == 1
     confidences = {t: (temperature * logits / t).softmax(1).max(1) for t in (1.0, found)}
-    errors = [measures.calibration_error(c.values, c.indices == labels) for c in confidences.values()]
+    errors = [
+        measures.calibration_error(measures.calibration(c.values, c.indices == labels)) for c in confidences.values()
+    ]
     assert temperature == 1 or errors[1] < errors[0] / 2
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from toolkit import probe
 from toolkit.probe import (
     DRIFT_STEPS,
     LOGIT_DRIFT,
@@ -49,7 +51,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_probe_is_scikit_learns_regression_on_standardised_features(classes):
     features, labels = clusters(classes)
-    weight, bias, strength = fit_linear_probe(features, labels, classes)
+    weight, bias, strength, _ = fit_linear_probe(features, labels, classes)
     X = StandardScaler().fit_transform(features.numpy())
     reference = LogisticRegression(C=strength, max_iter=200).fit(X, labels.numpy())
     logits = features.double() @ weight.double().T + bias.double()
@@ -59,6 +61,17 @@ def test_the_probe_is_scikit_learns_regression_on_standardised_features(classes)
 def test_the_strength_with_the_smallest_loss_in_cross_validation_is_taken():
     easy, hard = (fit_linear_probe(*clusters(3, spread=spread), 3)[2] for spread in (0.1, 4.0))
     assert hard < easy and {easy, hard} <= set(STRENGTHS.tolist())
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_what_is_held_out_is_answered_by_a_probe_of_the_rest(classes):
+    features, labels = clusters(classes, spread=4.0)
+    *_, strength, held_out = fit_linear_probe(features, labels, classes)
+    for rest, part in StratifiedKFold(3, shuffle=True, random_state=0).split(features, labels):
+        scaler = StandardScaler().fit(features[rest].numpy())
+        reference = LogisticRegression(C=strength, max_iter=200).fit(scaler.transform(features[rest]), labels[rest])
+        expected = reference.predict_proba(scaler.transform(features[part]))
+        np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
 
 
 def test_the_views_of_an_image_are_held_out_together():
@@ -71,13 +84,13 @@ def test_the_views_of_an_image_are_held_out_together():
 
 def test_a_class_with_one_image_leaves_nothing_to_validate_on():
     features, labels = clusters(3, images=1)
-    weight, bias, strength = fit_linear_probe(features, labels, 3)
+    weight, bias, strength, _ = fit_linear_probe(features, labels, 3)
     assert strength == 1 and torch.equal((features @ weight.T + bias).argmax(1), labels)
 
 
 def test_a_class_without_images_gets_zeros():
     features, labels = clusters(3)
-    weight, bias, _ = fit_linear_probe(features, 2 * labels, 6)
+    weight, bias, *_ = fit_linear_probe(features, 2 * labels, 6)
     assert not weight[1::2].any() and not bias[1::2].any() and weight[::2].any(1).all()
 
 
@@ -143,7 +156,7 @@ def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_kno
     if weights:
         positives, known = targets.nansum(0), (~targets.isnan()).sum(0)
         counts = torch.stack([known / (2 * (known - positives)), known / (2 * positives)])
-    weight, bias, strength = fit_one_vs_rest(features, targets, weights=counts)
+    weight, bias, strength, _ = fit_one_vs_rest(features, targets, weights=counts)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(3):
         known = ~targets[:, k].isnan().numpy()
@@ -153,11 +166,22 @@ def test_each_label_is_scikit_learns_regression_on_the_images_of_which_it_is_kno
         np.testing.assert_allclose(shares.numpy(), reference.predict_proba(X)[:, 1], atol=5e-3)
 
 
+def test_several_labels_that_are_held_out_are_answered_by_a_probe_of_the_rest(monkeypatch):
+    """Other answers of the images held out do not change what is said of them."""
+    monkeypatch.setattr(probe, "STRENGTHS", [1.0])
+    features, targets = several_labels(spread=4.0)
+    part = torch.randperm(120, generator=torch.Generator().manual_seed(0)) % 3 == 0
+    flipped = targets.where(~part[:, None], 1 - targets)
+    held_out, again = (fit_one_vs_rest(features, of).held_out for of in (targets, flipped))
+    torch.testing.assert_close(again[part], held_out[part])
+    assert (again[~part] - held_out[~part]).abs().max() > 0.1
+
+
 def test_labels_of_one_kind_are_fitted_as_far_as_they_go():
     """A label that no image has, one that all have and one that is known of none: no error, and nothing infinite."""
     features, targets = several_labels()
     targets[:, 0], targets[:, 1], targets[:, 2] = 0.0, 1.0, torch.nan
-    weight, bias, _ = fit_one_vs_rest(features, targets)
+    weight, bias, *_ = fit_one_vs_rest(features, targets)
     shares = (features.double() @ weight.double().T + bias).sigmoid()
     assert shares[:, 0].max() < 0.05 and shares[:, 1].min() > 0.95 and shares[:, 2].eq(0.5).all()
     assert fit_one_vs_rest(features[:1], targets[:1])[2] == 1
@@ -178,7 +202,7 @@ def test_the_ridge_is_scikit_learns_on_standardised_features(images):
         torch.randn(images, 2, generator=torch.Generator().manual_seed(1)) + features[:, 3:4] / features[:, 3].std()
     )
     numbers[::4, 1] = torch.nan
-    weight, bias, penalty = fit_ridge(features, numbers)
+    weight, bias, penalty, _ = fit_ridge(features, numbers)
     X = StandardScaler().fit_transform(features.numpy())
     for k in range(2):
         known = ~numbers[:, k].isnan().numpy()
@@ -197,7 +221,7 @@ def test_the_penalty_is_stronger_where_the_numbers_are_noise():
 def test_a_head_is_softened_towards_a_constant_answer():
     features, targets = several_labels()
     model, constant = Net(8, 3), torch.tensor([0.0, -1.0, -2.5])
-    set_head(model, *fit_one_vs_rest(features, targets)[:2])
+    set_head(model, fit_one_vs_rest(features, targets))
     before = model.fc(features)
     soften_head(model, 2.0, constant)
     soften_head(model, 1.5, constant)  # as after a retreat: one after the other is both at once

@@ -88,6 +88,30 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monkeypatch):
+    """Some labels are unknown, and the last batch of 21 images is of one: weights, thresholds and figures are one's."""
+    for part in ("train", "val"):
+        rows = [
+            f"{path},{i % 2},{'' if i % 5 == 0 else i % 3 % 2}" for i, path in enumerate(images.glob(f"{part}/*/*"))
+        ]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,odd,middle", *sorted(rows)]))
+    argv = f"--task multilabel --data-list {tmp_path}/train.csv {tmp_path}/val.csv --checkpoint {base} {TUNING}"
+    argv += f" --device cpu --class-weights balanced --output-dir {tmp_path}"
+    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    with_sgd()
+    alone = finetune_lora.main(f"{argv}/alone".split())
+    files = [read_adapter_file(tmp_path / name / "lora.pth") for name in ("out", "alone")]
+    assert_close(*(file["tensors"] for file in files))
+    ours, theirs = (file["metadata"] for file in files)
+    assert ours["task"]["thresholds"] == pytest.approx(theirs["task"]["thresholds"], abs=1e-3)
+    assert ours["temperature"] == pytest.approx(theirs["temperature"], rel=1e-2)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("val_macro_ap", "val_loss", "macro_f1", "calibration_error"):
+        assert results[name] == pytest.approx(alone[name], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "what",
     [

@@ -10,7 +10,7 @@ from sklearn import metrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from toolkit import InputError, probe, tasks, training
+from toolkit import InputError, measures, probe, tasks, training
 from toolkit.data import LabelledImages
 
 CPU = torch.device("cpu")
@@ -205,6 +205,70 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     temperature = task.head_temperature(model, features, targets, features_train=True)
     task.soften_head(model, temperature.at(1e-3))
     assert task.head_score(model, features, targets) == pytest.approx(score, abs=0.02)
+
+
+def test_a_class_that_is_too_improbable_is_unsure():
+    """The column after the rest keeps the likeliest class, so that nothing is lost."""
+    task, outputs = tasks.Classification(NAMES), torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4]]).log()
+    columns, rows = task.table(outputs, abstain=0.6)
+    assert columns == ["class", "probability", "class_2", "probability_2", "class_3", "probability_3", "likeliest"]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("cat", "0.7000", "cat"), ("unsure", "0.5000", "dog")]
+    assert [row[0] for row in task.table(outputs)[1]] == ["cat", "dog"]
+    with pytest.raises(InputError, match="a class called unsure"):
+        tasks.Classification(["unsure", "cat"]).check_abstain()
+
+
+def test_a_label_is_unsure_if_its_yes_or_its_no_is_too_improbable():
+    task = tasks.MultiLabel(NAMES, thresholds=torch.tensor([0.5, 0.3, 0.5]))
+    outputs = torch.tensor([[0.9, 0.35, 0.45], [0.1, 0.9, 0.3]]).logit()
+    columns, rows = task.table(outputs, abstain=0.6)
+    assert columns == ["labels", "unsure", *(f"{name} probability" for name in NAMES)]
+    assert [row[:2] for row in rows] == [("cat", "dog,eel"), ("dog", "")]
+    assert [row[0] for row in task.table(outputs)[1]] == ["cat,dog", "dog"]
+
+
+def images_like(kind: str, images: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, 6) that tell something of the targets, and targets: draws of the same world for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = (torch.rand(images, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.1])).float()
+    if kind == "classification":
+        labels = torch.randint(3, (images,), generator=generator)
+        targets = F.one_hot(labels, 3).float()
+    noise = torch.randn(images, 6, generator=generator)
+    return F.pad(2 * targets, (0, 3)) + noise, labels if kind == "classification" else targets
+
+
+@pytest.mark.parametrize("kind", ["classification", "multilabel"])
+@pytest.mark.parametrize("softened", [1.0, 16.0])
+def test_a_head_is_calibrated_by_training_images_for_those_that_it_has_not_seen(kind, softened):
+    """A softened head gets back the confidence that it should have, and one that is right is left as it is."""
+    (features, targets), (unseen, truth) = (images_like(kind, count, seed) for count, seed in ((600, 0), (4000, 1)))
+    task = tasks.Classification(NAMES) if kind == "classification" else tasks.MultiLabel(NAMES, targets)
+    torch.manual_seed(0)
+    model = Net()
+    noise = 0.1 * torch.randn(600, 6)  # of a view
+    started = task.start_head(model, *(torch.cat(pair) for pair in ((features, features + noise), (targets,) * 2)), 2)
+    optimism = tasks.optimism(task, model, started.held_out, features + noise, targets)
+    loader = DataLoader(TensorDataset(unseen, truth), batch_size=500)
+    answers = task.evaluate(model, loader, CPU)
+    task.soften_head(model, softened)
+    task.calibrate(model(features - noise).detach(), targets, optimism)
+    assert task.temperature == pytest.approx(1 / softened, rel=0.3)
+    task.soften_head(model, task.temperature)
+    calibrated = task.evaluate(model, loader, CPU)
+    errors = [measures.calibration_error(calibrated.reliability(before)) for before in (True, False)]
+    assert errors[1] < 0.04 and (softened == 1 or errors[0] > 0.1)
+    assert calibrated.score == pytest.approx(answers.score, abs=1e-6) and calibrated.loss < answers.loss + 0.03
+
+
+def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
+    outputs, targets = drawn()
+    task = tasks.Regression(NAMES, targets)
+    task.calibrate(outputs, targets, optimism=2.0)
+    assert task.temperature == 1
+    task = tasks.MultiLabel(NAMES, targets)
+    task.calibrate(outputs.detach(), targets, optimism=None)
+    assert task.temperature == 1 and task.thresholds.ne(0.5).any()
 
 
 @pytest.mark.parametrize("kind", tasks.TASKS)

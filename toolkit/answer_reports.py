@@ -1,5 +1,6 @@
 """What is told of the answers of a task: figures, tables and pictures."""
 
+import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from toolkit.tasks import Classification, LabelAnswers, MultiLabel, NumberAnswer
 from toolkit.training import Evaluation
 from toolkit.transforms import ShrinkTo, View
 
+WORTH_TELLING = 0.05  # of calibration errors
 SHOWN = 15  # labels, in the table that is printed
 COLUMNS, PICTURES = 6, 18  # of mistakes.png
 
@@ -95,6 +97,7 @@ class ClassReport:
             "accuracy_per_class": accuracy_per_class(result, self.names),
             "balanced_accuracy": result.balanced_accuracy,
             "macro_f1": result.macro_f1,
+            **calibration_figures(self.task, result),
             **dict(zip(("balanced_accuracy_interval", "macro_f1_interval"), self._intervals(), strict=True)),
         }
 
@@ -119,6 +122,7 @@ class ClassReport:
         return [
             ("accuracy", right_of(result.accuracy, len(result.labels), self.interval)),
             ("balanced over classes", f"{result.balanced_accuracy:.2%}, macro F1 {result.macro_f1:.2%}"),
+            *calibration_rows(self.task, result),
         ]
 
     def printed(self) -> list[tuple[str, str]]:
@@ -128,7 +132,7 @@ class ClassReport:
         return [("by class", "the worst first:"), *rows, *more]
 
     def sections(self, picture: Path) -> list[str]:
-        return class_sections(self.result, self.names)
+        return [*class_sections(self.result, self.names), *reliability_section(self.result)]
 
     def draw(self, path: Path) -> None:
         plot_confusion_matrix(self.result, self.names, path)
@@ -149,6 +153,68 @@ def _by_class(weights: Tensor, classes: Tensor, number: int) -> Tensor:
     """The sum of weights (n, N) over the images of each class, (n, number); -1 is none."""
     sums = torch.zeros(len(weights), number + 1, dtype=torch.float64)
     return sums.index_add_(1, classes % (number + 1), weights.double())[:, :number]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How far probabilities can be believed: of `Evaluation` and `LabelAnswers` alike
+
+
+def calibration_figures(task: Task, answers: Evaluation | LabelAnswers) -> dict[str, float]:
+    """The expected calibration error (0 to 1) and, where a run has just been calibrated, what that changed."""
+    figures = {"calibration_error": measures.calibration_error(answers.reliability())}
+    if answers.before is not None:
+        figures["calibration_error_before"] = measures.calibration_error(answers.reliability(before=True))
+        figures["temperature"] = task.temperature
+    return figures
+
+
+def calibration_rows(task: Task, answers: Evaluation | LabelAnswers) -> list[tuple[str, str]]:
+    """The same for people, where it is worth a line."""
+    figures = calibration_figures(task, answers)
+    if figures["calibration_error"] <= WORTH_TELLING:
+        return []
+    before = figures.get("calibration_error_before")
+    was = "" if before is None else f" (before calibration {before:.1%})"
+    return [("probabilities off by", f"{figures['calibration_error']:.1%} on average{was}")]
+
+
+def reliability_section(answers: Evaluation | LabelAnswers) -> list[str]:
+    """A picture for the page: how often answers of each probability are right."""
+    told = (
+        "<p>On the line probabilities mean what they say. Below it they are too high, above it too low. "
+        "The larger a point, the more answers it stands for.</p>"
+    )
+    picture = html_picture(draw_reliability(answers), "the share that is right by probability")
+    return ["<h2>Can the probabilities be believed?</h2>", told, picture]
+
+
+def draw_reliability(answers: Evaluation | LabelAnswers) -> bytes:
+    """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
+    series = [("saved", BLUE, "o", answers.reliability())]
+    if answers.before is not None:
+        series.insert(0, ("before calibration", ORANGE, "s", answers.reliability(before=True)))
+    for name, color, marker, bins in series:
+        probability, share, count = bins[bins[:, 2] > 0].T
+        label = f"{name}: off by {measures.calibration_error(bins):.1%}"
+        axes.plot(probability, share, ":", color=color, alpha=0.5)
+        axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)
+    axes.set(xlabel="probability", ylabel="share that is right", xlim=(-0.02, 1.04), ylim=(-0.04, 1.04))
+    axes.grid(alpha=0.3)
+    legend = figure.legend(loc="outside upper center", ncols=len(series))
+    for handle in legend.legend_handles:
+        handle.set_sizes([40])
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
+    return file.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several labels
 
 
 class LabelReport:
@@ -181,6 +247,7 @@ class LabelReport:
         for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
             found[name] = finite(value)
             found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
+        found |= calibration_figures(self.task, self.answers)
         return found | {"labels": {name: self._label(i) for i, name in enumerate(self.names)}}
 
     def _label(self, i: int) -> dict[str, Any]:
@@ -207,6 +274,7 @@ class LabelReport:
             ("micro AP", texts["micro_ap"]),
             ("macro AUROC", texts["macro_auroc"]),
             ("macro F1", f"{texts['macro_f1']}, at thresholds chosen on training images"),
+            *calibration_rows(self.task, self.answers),
         ]
 
     def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
@@ -227,8 +295,9 @@ class LabelReport:
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("label", "images", "unknown", "AP", "AUROC", "F1", "threshold")
-        shown = html_picture(picture, "precision by recall of the labels with the lowest AP")
-        return ["<h2>By label</h2>", html_table(self.by_label(), titles), shown]
+        shown = html_picture(picture.read_bytes(), "precision by recall of the labels with the lowest AP")
+        table = html_table(self.by_label(), titles)
+        return ["<h2>By label</h2>", table, shown, *reliability_section(self.answers)]
 
     def draw(self, path: Path) -> None:
         plot_precision_recall(self, path)
@@ -332,7 +401,7 @@ class NumberReport:
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
-        shown = html_picture(picture, "the answer for each image by what is true")
+        shown = html_picture(picture.read_bytes(), "the answer for each image by what is true")
         return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
 
     def draw(self, path: Path) -> None:

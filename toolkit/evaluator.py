@@ -9,7 +9,7 @@ from torch import nn
 from toolkit import training
 from toolkit.collapse import SHARE_DIVISORS, CollapseGuard, EpochCollapsed
 from toolkit.feeding import Feed
-from toolkit.tasks import Answers, MultiLabel, Task
+from toolkit.tasks import Answers, Task
 
 
 class Evaluator:
@@ -54,11 +54,23 @@ class Evaluator:
         with self.averaged():
             return self.evaluate(self.feed.watched_views())
 
-    def choose_thresholds(self) -> bool:
-        """Choose the thresholds above which labels are answers, by training images. False if the task has none."""
-        if not isinstance(self.task, MultiLabel):
+    def calibrate(self, model: nn.Module, optimism: float | None, divided_by: float = 1.0) -> bool:
+        """Make the probabilities of `model` believable, by training images: divide its head's outputs by a temperature.
+
+        For several labels it also chooses the thresholds above which they are answers. False where there is nothing
+        to do: for numbers, and for classes if the head did not start as a probe.
+
+        Args:
+            optimism: see `toolkit.tasks.optimism`; None: not known, and the temperature is 1.
+            divided_by: the temperature of an earlier calibration, which is undone first.
+        """
+        if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
             return False
-        self.task.thresholds = self.evaluate(self.feed.threshold_views()).best_thresholds()
+        self.task.soften_head(model, 1 / divided_by)
+        views = self.feed.calibration_views()
+        outputs, targets = training.all_outputs(self.network, views, self.device, self.dtype)
+        self.task.calibrate(outputs, targets, optimism)
+        self.task.soften_head(model, self.task.temperature)
         return True
 
     def judge(self, guard: CollapseGuard, may_shrink: bool) -> float:

@@ -18,7 +18,7 @@ from toolkit.transforms import eval_transform, train_transform
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
-THRESHOLD_IMAGES = 5_000  # the most training images by which the thresholds of labels are chosen
+CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 
 
@@ -133,9 +133,9 @@ class Feed:
         self.watched_loader.batch_sampler.epoch = 0
         return self.watched_loader
 
-    def threshold_views(self) -> DataLoader:
-        """Augmented views of training images, by which the thresholds of labels are chosen."""
-        some = self.images.train.at_most(THRESHOLD_IMAGES)
+    def calibration_views(self) -> DataLoader:
+        """Augmented views of training images, by which the probabilities are calibrated."""
+        some = self.images.train.at_most(CALIBRATION_IMAGES)
         return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
 
     def followed_batches(self) -> list[Tensor]:

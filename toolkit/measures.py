@@ -328,14 +328,16 @@ def calibration(confidences: Tensor, right: Tensor, bins: int = BINS) -> Tensor:
     return sums
 
 
-def calibration_error(confidences: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error: the mean distance of confidence and share right, over the images; 0 to 1."""
-    confidence, share, images = calibration(confidences, right, bins).T
+def calibration_error(bins: Tensor) -> float:
+    """The expected calibration error of what `calibration` gives: the mean distance of confidence and share right."""
+    confidence, share, images = bins.T
     return ((confidence - share).abs() * images / images.sum()).sum().item()
 
 
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """What logits are to be divided by for the smallest loss, from 1/20 to 20 (arXiv 1706.04599, section 4.2).
+    """What logits are to be divided by for the smallest loss (arXiv 1706.04599, section 4.2).
+
+    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same.
 
     Args:
         logits: of images that did not train what gives them.
@@ -343,6 +345,10 @@ def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    bounds = (math.log(1 / 20), math.log(20))
+    logits = logits.double()  # rounding of the loss would blur its smallest value
+    spread = logits.std().item()
+    if not spread > 0:
+        return 1.0
+    bounds = (math.log(spread / 100), math.log(spread * 100))
     found = minimize_scalar(lambda log: loss(logits / math.exp(log)).item(), bounds=bounds, method="bounded")
     return math.exp(found.x)

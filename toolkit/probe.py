@@ -25,11 +25,23 @@ TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
 LOGIT_DRIFT, DRIFT_STEPS = 0.3, 500
 
 
+class Probe(NamedTuple):
+    """A head that was fitted to features: for classes, for several labels, or for numbers."""
+
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+    strength: float  # of the regularisation, chosen by cross-validation
+    held_out: Tensor | None = None  # (views * N, K): what probes fitted to the other parts answer for each part
+
+
 class HeadTemperature(NamedTuple):
     """What to divide a head's logits by before training, so that it keeps what the probe knows."""
 
     least: float = 1.0
     per_rate: float = 0.0
+    # By what factor the temperature that fits images which the probe has not seen is above the one that fits its
+    # training images; None: not known.
+    optimism: float | None = None
 
     def at(self, rate: float) -> float:
         """The temperature for adapters that train at a learning rate."""
@@ -38,22 +50,23 @@ class HeadTemperature(NamedTuple):
 
 def init_head_from_probe(
     model: nn.Module, features: Tensor, labels: Tensor, views: int = 1, class_weights: str = "none"
-) -> None:
+) -> Probe:
     """Set the head of `model`, a linear layer from D features to K classes, to the linear probe of its features.
 
     The arguments are those of `fit_linear_probe`.
     """
     classes = _linear_head(model).out_features
-    set_head(model, *fit_linear_probe(features, labels, classes, views, class_weights)[:2])
+    return set_head(model, fit_linear_probe(features, labels, classes, views, class_weights))
 
 
 @torch.no_grad()
-def set_head(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """Set the head of `model`, a linear layer, to a probe's weight (K, D) and bias (K,)."""
+def set_head(model: nn.Module, probe: Probe) -> Probe:
+    """Set the head of `model`, a linear layer, to a probe, which is returned."""
     head = _linear_head(model)
-    head.weight.copy_(weight)
-    head.bias.copy_(bias)
+    head.weight.copy_(probe.weight)
+    head.bias.copy_(probe.bias)
     distributed.broadcast([head.weight, head.bias])  # on other machines the last bits may differ
+    return probe
 
 
 @torch.no_grad()
@@ -114,8 +127,8 @@ def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:
 
 def fit_linear_probe(
     features: Tensor, labels: Tensor, num_classes: int, views: int = 1, class_weights: str = "none"
-) -> tuple[Tensor, Tensor, float]:
-    """A multinomial logistic regression on standardised features, as weight (K, D), bias (K,) and its C.
+) -> Probe:
+    """A multinomial logistic regression on standardised features; its strength is scikit-learn's C.
 
     Args:
         features: (views * N, D), as `toolkit.training.extract_features` returns them: the same N images once for each
@@ -130,13 +143,13 @@ def fit_linear_probe(
     The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100
     classes.
     """
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.model_selection import StratifiedKFold, cross_validate
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     weights = None if class_weights == "none" else class_weights
     X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
     count = len(y) // views
-    folds, best = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min()), 1.0
+    folds, best, held_out = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min()), 1.0, None
     # One thread for the products: with few classes those of several wait for each other, up to 16 times as long.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is a fair start all the same
@@ -144,21 +157,33 @@ def fit_linear_probe(
             parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(X[:count], y[:count])
             offsets = count * np.arange(views)[:, None]
             splits = [tuple((part + offsets).ravel() for part in pair) for pair in parts]
-            smallest = np.inf
+            smallest, found = np.inf, ()
             for strength in STRENGTHS:
-                loss = -cross_val_score(_regression(strength, weights), X, y, cv=splits, scoring="neg_log_loss").mean()
+                how = {"cv": splits, "scoring": "neg_log_loss", "return_estimator": True}
+                tried = cross_validate(_regression(strength, weights), X, y, **how)
+                loss = -tried["test_score"].mean()
                 if loss >= smallest:
                     break
-                smallest, best = loss, float(strength)
-        scaler, regression = (step for _, step in _regression(best, weights).fit(X, y).steps)
+                smallest, best, found = loss, float(strength), tried["estimator"]
+            held_out = torch.zeros(len(y), num_classes)
+            for (_, part), fitted in zip(splits, found, strict=True):
+                weight, bias = _as_linear(fitted, num_classes)
+                held_out[part] = torch.from_numpy(X[part]) @ weight.T + bias
+        weight, bias = _as_linear(_regression(best, weights).fit(X, y), num_classes)
+    return Probe(weight, bias, best, held_out)
+
+
+def _as_linear(fitted, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) on features that are not standardised."""
+    scaler, regression = (step for _, step in fitted.steps)
     # w (x - mean) / std + b  =  (w / std) x + (b - (w / std) mean)
     rows = regression.coef_ / scaler.scale_
     shifts = regression.intercept_ - rows @ scaler.mean_
     if len(rows) == 1:  # of two classes scikit-learn gives the difference
         rows, shifts = np.concatenate([-rows, rows]) / 2, np.concatenate([-shifts, shifts]) / 2
-    weight, bias = torch.zeros(num_classes, X.shape[1]), torch.zeros(num_classes)
+    weight, bias = torch.zeros(num_classes, rows.shape[1]), torch.zeros(num_classes)
     weight[regression.classes_], bias[regression.classes_] = torch.tensor(rows).float(), torch.tensor(shifts).float()
-    return weight, bias, best
+    return weight, bias
 
 
 def _regression(strength: float, class_weight: str | None):
@@ -173,10 +198,8 @@ def _regression(strength: float, class_weight: str | None):
 # Several labels an image, and numbers: targets are (views * N, K), NaN where nothing is known
 
 
-def fit_one_vs_rest(
-    features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor, float]:
-    """A logistic regression for each of K labels on standardised features: weight (K, D), bias (K,) and their C.
+def fit_one_vs_rest(features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None) -> Probe:
+    """A logistic regression for each of K labels on standardised features; their strength is scikit-learn's C.
 
     All are fitted together, in the time that one softmax takes, and share the C with the smallest loss in
     cross-validation, as `fit_linear_probe` chooses its own. An unknown label leaves its image out of that label's fit.
@@ -192,24 +215,25 @@ def fit_one_vs_rest(
     counts = torch.where(Y > 0.5, weight_of[1], weight_of[0]).double().masked_fill(Y.isnan(), 0)
     Y = Y.nan_to_num()
     parts = list(_parts(len(Y) // views, views))
-    starts, smallest, best = [None] * len(parts), np.inf, 1.0
+    starts, smallest, best, held_out = [None] * len(parts), np.inf, 1.0, None
     for strength in STRENGTHS if parts else ():
-        loss = 0.0
+        loss, answers = 0.0, torch.zeros(Y.shape)
         for i, (rest, part) in enumerate(parts):
             starts[i] = _logistic(X[rest], Y[rest], counts[rest], strength, starts[i])
             loss += _logistic_loss(X[part], Y[part], counts[part], starts[i]).item()
+            answers[part] = _logits(X[part], starts[i]).float()
         if loss >= smallest:
             break
-        smallest, best = loss, float(strength)
+        smallest, best, held_out = loss, float(strength), answers
     fitted = _logistic(X, Y, counts, best)
-    return *_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), best
+    return Probe(*_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), best, held_out)
 
 
 RIDGES = 10.0 ** np.arange(-2, 7)
 
 
-def fit_ridge(features: Tensor, targets: Tensor, views: int = 1) -> tuple[Tensor, Tensor, float]:
-    """A ridge regression of K numbers on standardised features: weight (K, D), bias (K,) and its penalty.
+def fit_ridge(features: Tensor, targets: Tensor, views: int = 1) -> Probe:
+    """A ridge regression of K numbers on standardised features; its strength is the penalty.
 
     The penalty has the smallest squared error in cross-validation, of all numbers together, which should be of about
     the same spread. An unknown number leaves its image out of that number's fit.
@@ -222,7 +246,7 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1) -> tuple[Tensor
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
     [(weight, bias)] = _ridges(X, Y, [best])
-    return *_unstandardised(weight, bias, mean, scale), best
+    return Probe(*_unstandardised(weight, bias, mean, scale), best)
 
 
 def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +279,7 @@ def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tens
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(flat).view(shape)
-        logits = (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+        logits = _logits(X, weights)
         errors = counts * (logits.sigmoid() - Y) / len(X)
         gradient = torch.cat([(errors.float().T @ X).double() + penalty * weights[:, :-1], errors.sum(0)[:, None]], 1)
         value = (counts * (F.softplus(logits) - Y * logits)).sum() / len(X)
@@ -267,8 +291,12 @@ def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tens
     return torch.from_numpy(found.x).view(shape)
 
 
+def _logits(X: Tensor, weights: Tensor) -> Tensor:
+    return (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+
+
 def _logistic_loss(X: Tensor, Y: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-    logits = (X @ weights[:, :-1].float().T).double() + weights[:, -1]
+    logits = _logits(X, weights)
     return (counts * (F.softplus(logits) - Y * logits)).sum()
 
 

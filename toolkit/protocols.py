@@ -86,6 +86,6 @@ def measure(
 
 
 def _probe_accuracy(train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], classes: int) -> float:
-    weight, bias, _ = fit_linear_probe(*train, classes)
+    weight, bias, *_ = fit_linear_probe(*train, classes)
     features, labels = held_out
     return ((features @ weight.T + bias).argmax(1) == labels).float().mean().item()

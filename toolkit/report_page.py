@@ -56,10 +56,10 @@ def write_page(
     parts = [
         f"<h1>{title}</h1>",
         html_table(rows),
-        *(["<h2>By epoch</h2>", html_picture(curves, "losses and accuracy by epoch")] if curves else []),
+        *(["<h2>By epoch</h2>", html_picture(curves.read_bytes(), "losses and accuracy by epoch")] if curves else []),
         *sections,
         "<h2>Mistakes</h2>",
-        html_picture(mistakes, "the most confident wrong answers, and the least certain right ones"),
+        html_picture(mistakes.read_bytes(), "the most confident wrong answers, and the least certain right ones"),
         "<h2>To go on</h2>",
         f"<pre>{html.escape(chr(10).join(commands))}</pre>",
         f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details>" if config else "",
@@ -166,6 +166,6 @@ def drawn(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def html_picture(path: Path, described: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
+def html_picture(png: bytes, described: str) -> str:
+    data = base64.b64encode(png).decode()
     return f'<img alt="{described}" src="data:image/png;base64,{data}">'

@@ -6,6 +6,7 @@ and put it into TASKS.
 """
 
 import argparse
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ class Answers(Protocol):
 
 TOP = 5  # classes of each image in a table of predictions
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
+VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
+SURE_IMAGES = 500  # from so many on a temperature fitted in cross-validation says more than that it should be 1
+UNSURE = "unsure"  # in a table of predictions, for what is too uncertain to be an answer
 
 
 class Task:
@@ -50,6 +54,7 @@ class Task:
     measured: tuple[str, ...]  # what `Evaluation.measured` has: columns of metrics.csv, behind val_
     best_by: Mapping[str, str]  # what --keep-best may be, and the column that it means
     loss_title: str
+    temperature = 1.0  # what the head's outputs were divided by at the end of the run
 
     def __init__(self, names: Sequence[str]):
         self.names = list(names)
@@ -84,8 +89,8 @@ class Task:
         """The score of what the most similar training images say, by features (N, D)."""
         raise NotImplementedError
 
-    def start_head(self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1) -> None:
-        """Set the head to the linear probe of features (views * N, D)."""
+    def start_head(self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1) -> probe.Probe:
+        """Set the head to the linear probe of features (views * N, D), and return it."""
         raise NotImplementedError
 
     def head_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
@@ -100,6 +105,28 @@ class Task:
 
     def soften_head(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature)
+
+    def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
+        """What outputs are to be divided by for the smallest plain loss; None if the task has no probabilities.
+
+        Args:
+            smoothing: what share of each target is spread over all answers. It bounds the confidence in images that
+                are all answered right.
+        """
+
+    def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
+        """Choose the temperature, and all that depends on it, by outputs for views of training images.
+
+        Args:
+            optimism: `HeadTemperature.optimism`; None: the temperature stays 1.
+        """
+        views = None if optimism is None else self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
+        self.temperature = 1.0 if views is None else optimism * views
+
+    def chosen(self) -> dict[str, Any]:
+        """What `calibrate` chose, for the metadata of an adapter file."""
+        record = self.record()
+        return {"temperature": self.temperature} | ({} if record is None else {"task": record})
 
     def counts(self, images: LabelledImages) -> Mapping[Any, int]:
         """How many training images say something about each output: for `toolkit.training.kept_share`."""
@@ -124,9 +151,17 @@ class Task:
         """A score as people read it."""
         return f"{score:.2%}"
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterable[Sequence[str]]]:
-        """The columns of a table of predictions, and for each image what stands in them."""
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
+        """The columns of a table of predictions, and for each image what stands in them.
+
+        Args:
+            abstain: an answer whose probability is below this is none, but unsure, if the task passes
+                `check_abstain`; None: all are answers.
+        """
         raise NotImplementedError
+
+    def check_abstain(self) -> None:
+        """Raises InputError if the task's answers have no probability, or its names no room for `UNSURE`."""
 
     output_name = "logits"  # of what `output_layer` makes of the outputs
 
@@ -189,14 +224,14 @@ class Classification(Task):
         return (images, targets) if self.mixing is None else self.mixing(images, targets)
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> training.Evaluation:
-        return training.evaluate(model, loader, device, dtype)
+        return training.evaluate(model, loader, device, dtype, self.temperature)
 
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return training.knn_accuracy(bank, bank_targets, features, targets)
 
-    def start_head(self, model, features, targets, views=1) -> None:
+    def start_head(self, model, features, targets, views=1) -> probe.Probe:
         weights = "none" if self.class_weights is None else "balanced"
-        probe.init_head_from_probe(model, features, targets, views, weights)
+        return probe.init_head_from_probe(model, features, targets, views, weights)
 
     def head_score(self, model, features, targets) -> float:
         return probe.head_accuracy(model, features, targets)
@@ -207,8 +242,14 @@ class Classification(Task):
 
         return probe.choose_temperature(model, features, loss, features_train)
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
-        """The most probable classes and their probabilities."""
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+        return measures.fit_temperature(outputs, loss)
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
         columns = ["class", "probability"]
         for place in range(2, probabilities.shape[1] + 1):
@@ -217,9 +258,17 @@ class Classification(Task):
         def rows() -> Iterator[list[str]]:
             for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
                 pairs = zip(shares, numbers, strict=True)
-                yield [cell for share, n in pairs for cell in (self.names[n], f"{share:.4f}")]
+                cells = [cell for share, n in pairs for cell in (self.names[n], f"{share:.4f}")]
+                if abstain is not None:
+                    cells.append(cells[0])
+                    cells[0] = UNSURE if shares[0] < abstain else cells[0]
+                yield cells
 
-        return columns, rows()
+        return columns if abstain is None else [*columns, "likeliest"], rows()
+
+    def check_abstain(self) -> None:
+        if UNSURE in self.names:
+            raise InputError(f"--abstain: the adapter has a class called {UNSURE}, which would mean two things")
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
@@ -253,6 +302,7 @@ class LabelAnswers:
     loss: float  # binary cross-entropy, the mean over images and labels; unknown labels have none
     probabilities: Tensor  # (N, K)
     targets: Tensor  # (N, K): 1, 0, or NaN where unknown
+    before: Tensor | None = None  # (N, K), the probabilities before calibration, if there was one
 
     @property
     def score(self) -> float:
@@ -261,6 +311,12 @@ class LabelAnswers:
     def measured(self) -> dict[str, float]:
         micro = self.micro_average_precision().item()
         return {"macro_ap": self.score, "micro_ap": micro, "macro_auroc": self.macro("auroc").item()}
+
+    def reliability(self, before: bool = False) -> Tensor:
+        """`toolkit.measures.calibration` over all labels of all images, after calibration or before."""
+        known = ~self.targets.isnan()
+        probabilities = self.before if before else self.probabilities
+        return measures.calibration(probabilities[known], self.targets[known])
 
     def by_label(self, measure: str, weights: Tensor | None = None) -> Tensor:
         """`average_precision` or `auroc` of each label, (K,), or (draws, K) for a bootstrap's weights."""
@@ -369,14 +425,15 @@ class MultiLabel(Task):
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
         outputs, targets = training.all_outputs(model, loader, device, dtype)
-        return LabelAnswers(self.plain_loss(outputs, targets).item() / len(targets), outputs.sigmoid(), targets)
+        before = None if self.temperature == 1 else self._tempered(outputs, 1 / self.temperature).sigmoid()
+        return LabelAnswers(self.plain_loss(outputs, targets).item() / len(targets), outputs.sigmoid(), targets, before)
 
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return LabelAnswers(0.0, neighbours_say(bank, bank_targets, features).cpu(), targets.cpu()).score
 
-    def start_head(self, model, features, targets, views=1) -> None:
+    def start_head(self, model, features, targets, views=1) -> probe.Probe:
         weights = self.weights if self.balanced else None
-        probe.set_head(model, *probe.fit_one_vs_rest(features, targets, views, weights)[:2])
+        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights))
 
     @torch.no_grad()
     def head_score(self, model, features, targets) -> float:
@@ -391,16 +448,41 @@ class MultiLabel(Task):
     def soften_head(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature, self.constant_logits)
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
-        """The labels whose probability is above their threshold, and the probability of each label."""
+    def _tempered(self, outputs: Tensor, temperature: float) -> Tensor:
+        """What a head that is softened so gives in the place of outputs."""
+        return torch.lerp(self.constant_logits.to(outputs.device), outputs, 1 / temperature)
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        constant = self.constant_logits.to(outputs.device)
+        smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
+
+        def loss(distances: Tensor) -> Tensor:
+            return self.plain_loss(distances + constant, smoothed) / len(targets)
+
+        return measures.fit_temperature(outputs - constant, loss)
+
+    def calibrate(self, outputs, targets, optimism) -> None:
+        """The thresholds are those with the highest F1 on these views."""
+        super().calibrate(outputs, targets, optimism)
+        probabilities = self._tempered(outputs, self.temperature).sigmoid()
+        self.thresholds = LabelAnswers(0.0, probabilities, targets).best_thresholds()
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The labels whose probability is above their threshold, and the probability of each label.
+
+        With `abstain` a label is unsure, and in a column of its own, if the answer on it, yes or no, is less probable.
+        """
         probabilities = outputs.sigmoid()
+        said = probabilities > self.thresholds
+        unsure = torch.where(said, probabilities, 1 - probabilities) < (abstain or 0.0)
 
-        def rows() -> Iterator[list[str]]:
-            for shares, said in zip(probabilities.tolist(), (probabilities > self.thresholds).tolist(), strict=True):
-                labels = [name for name, is_said in zip(self.names, said, strict=True) if is_said]
-                yield [",".join(labels), *(f"{share:.4f}" for share in shares)]
+        def named(chosen: Tensor) -> list[str]:
+            return [",".join(itertools.compress(self.names, row)) for row in chosen.tolist()]
 
-        return ["labels", *(f"{name} probability" for name in self.names)], rows()
+        columns = {"labels": named(said & ~unsure)} | ({} if abstain is None else {UNSURE: named(unsure)})
+        for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
+            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
+        return list(columns), zip(*columns.values(), strict=True)
 
     output_name = "probabilities"
 
@@ -532,8 +614,8 @@ class Regression(Task):
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return NumberAnswers(0.0, neighbours_say(bank, bank_targets, features).cpu(), targets.cpu()).score
 
-    def start_head(self, model, features, targets, views=1) -> None:
-        probe.set_head(model, *probe.fit_ridge(features, self.standardised(targets), views)[:2])
+    def start_head(self, model, features, targets, views=1) -> probe.Probe:
+        return probe.set_head(model, probe.fit_ridge(features, self.standardised(targets), views))
 
     @torch.no_grad()
     def head_score(self, model, features, targets) -> float:
@@ -543,7 +625,10 @@ class Regression(Task):
     def head_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         return probe.HeadTemperature()  # a softer head would answer other numbers
 
-    def table(self, outputs: Tensor) -> tuple[list[str], Iterator[list[str]]]:
+    def check_abstain(self) -> None:
+        raise InputError("--abstain: numbers have no probability that could be too low")
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
         """The numbers."""
         rows = ([f"{number:.6g}" for number in numbers] for numbers in self.in_units(outputs).tolist())
         return list(self.names), rows
@@ -641,11 +726,34 @@ def start_head(
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature()
     both = [torch.cat(views) for views in zip(bank, *augmented, strict=True)]
-    task.start_head(model, *both, views=2)
+    started = task.start_head(model, *both, views=2)
     baseline[of_probe] = task.head_score(model, *queries)
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.train_norms or not args.freeze_backbone
-    return baseline, task.head_temperature(model, *augmented[0], features_train)
+    temperature = task.head_temperature(model, *augmented[0], features_train)
+    if started.held_out is not None:
+        temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))
+    return baseline, temperature
+
+
+def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, targets: Tensor) -> float:
+    """How much softer the head of `model`, a probe, has to be for unseen images than for its training images: a factor.
+
+    What training does to the confidence shows in training images alone, and in those it is too high, by a factor
+    that was measured here. The temperature of a trained head is that factor times the one that fits its training views.
+
+    The probe's strength was chosen by the loss of these held-out answers, so that their temperature is about 1: few
+    images say less than that.
+
+    Args:
+        held_out: `Probe.held_out` for the images and for their views, (2 N, K).
+        features: (N, D), of the views.
+        targets: of the images.
+    """
+    targets, views = targets.cpu(), probe.head_outputs(model, features).cpu()
+    unseen = task.fitted_temperature(held_out, torch.cat([targets, targets]))
+    unseen **= len(targets) / (len(targets) + SURE_IMAGES)
+    return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
 
 
 def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import ResNet
 from torchvision.transforms import v2
 
-from toolkit import InputError, distributed
+from toolkit import InputError, distributed, measures
 from toolkit.backbones import forward_features, in_head
 from toolkit.checkpoints import is_none
 from toolkit.data import LoadingMeter
@@ -749,6 +749,12 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
+    before: Tensor | None = None  # (N,), the same before calibration, if there was one
+
+    def reliability(self, before: bool = False) -> Tensor:
+        """`toolkit.measures.calibration` of the answers, after calibration or before."""
+        confidences = self.before if before else self.confidences
+        return measures.calibration(confidences, self.predictions == self.labels)
 
     @property
     def score(self) -> float:
@@ -783,12 +789,17 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32) -> Evaluation:
+def evaluate(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32, temperature: float = 1.0
+) -> Evaluation:
     """Loss, accuracy and predictions of a classifier over a loader, in eval mode. The mode is as before afterwards.
 
     With several processes, each evaluates its share and all of them return the result over the full set.
+
+    Args:
+        temperature: what the logits were divided by; if not 1, the confidences before that are measured too.
     """
-    losses, labels, confidences, predictions = [], [], [], []
+    losses, labels, confidences, predictions, before = [], [], [], [], []
     with eval_mode(model):
         for images, targets in loader:
             images, targets = to_device(images, device), to_device(targets, device)
@@ -799,8 +810,11 @@ def evaluate(model: nn.Module, loader: Iterable, device: torch.device, dtype=tor
             most_probable = logits.float().softmax(1).max(1)
             confidences.append(most_probable.values)
             predictions.append(most_probable.indices)
+            if temperature != 1:
+                before.append((temperature * logits.float()).softmax(1).amax(1))
     loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
     shares = (torch.cat(share) for share in (predictions, labels, confidences))
     predictions, labels, confidences = (distributed.interleave(share).cpu() for share in shares)
     accuracy = (predictions == labels).float().mean().item()
-    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels, confidences)
+    raw = distributed.interleave(torch.cat(before)).cpu() if before else None
+    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels, confidences, raw)
