@@ -46,7 +46,7 @@ from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = ("data_dir", "checkpoint", "output_dir", "epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size")
-NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "train_norms", "adapt_last", "resume")
+NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "follow_norms", "adapt_last", "resume")
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
@@ -353,7 +353,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_adapter_options(tune, rank=8)
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
-        "--train-norms", action=switch, default=False, help="train normalisation layers too: better on ResNets, slower"
+        "--train-norms", action=switch, default=False, help="train normalisation layers too: slow on ResNets"
     )
     tune.add_argument(
         "--follow-norms",
