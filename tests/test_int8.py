@@ -87,6 +87,7 @@ def test_the_bytes_of_a_weight_are_its_codes_and_scales():
 
 
 def layers():
+    torch.manual_seed(0)
     yield "linear", nn.Linear(65, 48), (100, 65)
     yield "no bias", nn.Linear(48, 33, bias=False), (100, 48)
     yield "one row", nn.Linear(64, 64), (1, 64)
@@ -100,6 +101,7 @@ LAYERS = [pytest.param(*case[1:], id=case[0]) for case in layers()]
 @pytest.mark.parametrize("layer, shape", LAYERS)
 def test_a_layer_is_near_the_dense_one(layer, shape, autocast):
     """Forward and all gradients."""
+    torch.manual_seed(0)
     stock = nn.Sequential(layer)
     for mode in (True, False):
         model = in_8_bits(stock).train(mode)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from toolkit import InputError, runs
+from toolkit.run_state import changed_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +37,7 @@ def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
     code = """
 import sys
 from toolkit import InputError, runs
+from toolkit.run_state import changed_settings
 def main():
     print("epoch 1")
     print("a warning", file=sys.stderr)
@@ -121,3 +123,15 @@ def test_a_precision_of_the_base_that_nothing_uses_is_no_problem(tmp_path, unuse
         "--base-dtype fp16 needs a GPU; on the CPU use --base-dtype bf16 or fp32"
     ]
     assert list(runs.environment_problems(argparse.Namespace(**vars(args) | unused))) == []
+
+
+def test_a_run_goes_on_under_a_version_with_more_options_unless_they_are_used():
+    then = {"finetune": {"epochs": 3, "seed": 0}}
+    now = {"finetune": {"epochs": 3, "seed": 0, "compile": False, "arithmetic": "float", "group_by": None}}
+    assert changed_settings(then, now, free=()) == []
+    now["finetune"] |= {"compile": True, "epochs": 4}
+    assert changed_settings(then, now, free=()) == [
+        "finetune.epochs was 3, is 4",
+        "finetune.compile was None, is True",
+    ]
+    assert changed_settings(then, now, free=("finetune.compile", "finetune.epochs")) == []

@@ -227,10 +227,13 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+OFF = (None, False, "none", "float")  # how a setting is switched off that an earlier version did not have
+
+
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
     """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
     then = flat(then)
-    now = flat(now)
+    now = {name: value for name, value in flat(now).items() if name in then or value not in OFF}
     return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
 
 
