@@ -1,4 +1,4 @@
-"""What is measured of features without a label, of scores for labels, of numbers; and how far chance reaches."""
+"""Measures of features without labels, of scores for labels and of numbers; and their confidence intervals."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ TITLES |= {"effective_rank": "effective rank"}
 
 
 def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[float, float]:
-    """Between which shares (0 to 1) the true accuracy lies, where `hits` of `images` answers are right.
+    """The 95% interval of the true accuracy (0 to 1), if `hits` of `images` answers are right.
 
     Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
     """
@@ -102,7 +102,7 @@ def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None =
 
 
 def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """How often a positive scores higher than a negative, ties counting half: the area under the ROC curve.
+    """The area under the ROC curve: how often a positive scores higher than a negative, ties counting half.
 
     NaN where all images are alike.
     """
@@ -115,7 +115,7 @@ def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Te
 
 
 def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The harmonic mean of precision and recall of answers (N,), 0 or 1. 0 where nothing is found or was to be."""
+    """The harmonic mean of precision and recall of answers (N,), 0 or 1. It is 0 without any true positive."""
     counts = _counts(weights, positive)
     answers = answers.double()
     both = counts @ (answers + positive)
@@ -123,7 +123,7 @@ def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tens
 
 
 def best_threshold(scores: Tensor, positive: Tensor) -> float:
-    """Above which score (N,), from 0 to 1, the answer is yes for the highest F1: halfway to the next lower score.
+    """The threshold with the highest F1 of scores (N,), 0 to 1, halfway between two neighbouring scores.
 
     0.5 without a positive. Of equally good ones the highest.
     """
@@ -186,7 +186,7 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> T
 
 
 def _mean_ranks(values: Tensor, counts: Tensor) -> Tensor:
-    """Each image's rank, where those of equal values share the mean of theirs: as `counts`."""
+    """Each image's rank, weighted by `counts`; equal values share their mean rank."""
     order, ends = _ranked(values)
     until = counts[..., order].cumsum(-1)[..., ends]
     of_run = until.diff(dim=-1, prepend=torch.zeros_like(until[..., :1]))
@@ -204,7 +204,7 @@ def _weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
 # How far chance reaches
 
 DRAWS = 1_000
-NUMBERS_AT_ONCE = 2_000_000  # of a bootstrap's weights
+NUMBERS_AT_ONCE = 2_000_000  # weights of a bootstrap that are in memory at a time
 
 
 def bootstrap(
@@ -233,12 +233,12 @@ def bootstrap(
 
 
 def draws_for(numbers: int) -> int:
-    """How many draws of a bootstrap take no more than seconds to a minute, 200 to DRAWS, where each has so many."""
+    """The number of draws of a bootstrap, 200 to DRAWS, that takes seconds to a minute with this many images each."""
     return min(DRAWS, max(200, 100_000_000 // max(1, numbers)))
 
 
 def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """Between which values a bootstrap's middle draws (draws,) lie; NaN for none that are numbers."""
+    """The range of the middle 95% of a bootstrap's draws (draws,); NaN if none is a number."""
     drawn = drawn[drawn.isfinite()].double()
     if not len(drawn):
         return math.nan, math.nan
@@ -299,7 +299,7 @@ def paired_difference(
 
 
 def mcnemar(first: Tensor, second: Tensor) -> float:
-    """How likely two equally good runs differ as much as these, whose answers (N,) are right or wrong: p, two-sided.
+    """The two-sided p of two runs whose answers (N,) are right or wrong: how likely equally good ones differ as much.
 
     Only images that one of the two gets right tell: each is as likely for either (Psychometrika 12, 1947; exact).
     """
@@ -317,7 +317,7 @@ BINS = 15
 
 
 def calibration(confidences: Tensor, right: Tensor, bins: int = BINS) -> Tensor:
-    """By bins of equal width of confidences (N,), 0 to 1: mean confidence, share that is right, images; (bins, 3).
+    """Mean confidence, share of right answers and images in each of some bins of confidences (N,), 0 to 1: (bins, 3).
 
     Empty bins have zeros. (Guo et al., arXiv 1706.04599, section 2.)
     """
@@ -335,7 +335,7 @@ def calibration_error(bins: Tensor) -> float:
 
 
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """What logits are to be divided by for the smallest loss (arXiv 1706.04599, section 4.2).
+    """The temperature by which logits are divided for the smallest loss (arXiv 1706.04599, section 4.2).
 
     It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same.
 

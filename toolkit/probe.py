@@ -35,7 +35,7 @@ class Probe(NamedTuple):
 
 
 class HeadTemperature(NamedTuple):
-    """What to divide a head's logits by before training, so that it keeps what the probe knows."""
+    """The temperature by which a head's logits are divided before training, so that it keeps what the probe knows."""
 
     least: float = 1.0
     per_rate: float = 0.0
@@ -116,7 +116,7 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 
 @torch.no_grad()
 def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
-    """What the head of `model` makes of features (N, D): (N, K)."""
+    """The outputs (N, K) of the head of `model` for features (N, D)."""
     return model.get_submodule(head_name(model))(features)
 
 
@@ -150,9 +150,9 @@ def fit_linear_probe(
     X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
     count = len(y) // views
     folds, best, held_out = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min()), 1.0, None
-    # One thread for the products: with few classes those of several wait for each other, up to 16 times as long.
+    # With few classes several threads wait for each other, up to 16 times as long: one computes the products.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-        warnings.simplefilter("ignore")  # a fit that has not converged is a fair start all the same
+        warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
         if folds > 1:
             parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(X[:count], y[:count])
             offsets = count * np.arange(views)[:, None]
@@ -179,7 +179,7 @@ def _as_linear(fitted, num_classes: int) -> tuple[Tensor, Tensor]:
     # w (x - mean) / std + b  =  (w / std) x + (b - (w / std) mean)
     rows = regression.coef_ / scaler.scale_
     shifts = regression.intercept_ - rows @ scaler.mean_
-    if len(rows) == 1:  # of two classes scikit-learn gives the difference
+    if len(rows) == 1:  # for two classes scikit-learn gives the difference
         rows, shifts = np.concatenate([-rows, rows]) / 2, np.concatenate([-shifts, shifts]) / 2
     weight, bias = torch.zeros(num_classes, rows.shape[1]), torch.zeros(num_classes)
     weight[regression.classes_], bias[regression.classes_] = torch.tensor(rows).float(), torch.tensor(shifts).float()
@@ -252,7 +252,7 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1) -> Probe:
 def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     X = features.detach().cpu().float()
     mean, scale = X.mean(0), X.std(0, correction=0)
-    scale[scale <= 1e-6 * mean.abs()] = 1.0  # all the same, but for rounding
+    scale[scale <= 1e-6 * mean.abs()] = 1.0  # constant but for rounding
     scale[scale == 0] = 1.0
     return (X - mean) / scale, mean, scale
 
@@ -263,7 +263,7 @@ def _unstandardised(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -
 
 
 def _parts(count: int, views: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (rest, part) for each part of a cross-validation, which has all views of its images; none for one image."""
+    """The rows (rest, part) of each part of a cross-validation. All views of an image are in one part."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     fold = (order % min(FOLDS, count)).repeat(views)
     for number in range(FOLDS if count >= FOLDS else count if count > 1 else 0):
@@ -301,7 +301,7 @@ def _logistic_loss(X: Tensor, Y: Tensor, counts: Tensor, weights: Tensor) -> Ten
 
 
 def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
-    """Weight (K, D) and bias (K,) for each penalty. Numbers that are known of the same images are fitted together."""
+    """Weight (K, D) and bias (K,) for each penalty. Columns known for the same images are fitted together."""
     found = [(X.new_zeros(Y.shape[1], X.shape[1]), X.new_zeros(Y.shape[1])) for _ in penalties]
     patterns, which = (~Y.isnan()).T.unique(dim=0, return_inverse=True)
     for number, known in enumerate(patterns):

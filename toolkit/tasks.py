@@ -1,7 +1,7 @@
-"""What the outputs of a head mean: one class an image, several labels, or numbers.
+"""What the outputs of a head mean: one class for each image, several labels, or numbers.
 
-A `Task` is all that a run asks about that: what is minimised, how the head starts, the one number by which a run is
-judged, what is measured of the answers, and what they look like in a table. To add a task, derive a class from `Task`
+A `Task` answers all that a run asks about it: the loss, how the head starts, the one score by which a run is judged,
+the measures of its answers, and how they look in a table. To add a task, derive a class from `Task`
 and put it into TASKS.
 """
 
@@ -22,9 +22,9 @@ from toolkit.data import LabelledImages, Splits
 
 
 class Answers(Protocol):
-    """What a task's `evaluate` returns."""
+    """The result of a task's `evaluate`."""
 
-    loss: float  # the plain one, the mean over images
+    loss: float  # the mean plain loss of an image
     targets: Tensor
 
     @property
@@ -42,17 +42,17 @@ UNSURE = "unsure"  # in a table of predictions, for what is too uncertain to be 
 
 
 class Task:
-    """What every task has. Outputs are (N, K) and float32, targets what a loader gives beside the images.
+    """The interface of a task. Outputs are float32 (N, K); targets come from the loader beside the images.
 
     Args:
         names: of the K outputs.
     """
 
     kind: str
-    score: str  # the name of what judges a run, higher is better: of its columns, behind val_ or probe_
+    score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
     score_title: str  # for people
-    measured: tuple[str, ...]  # what `Evaluation.measured` has: columns of metrics.csv, behind val_
-    best_by: Mapping[str, str]  # what --keep-best may be, and the column that it means
+    measured: tuple[str, ...]  # the names in `Evaluation.measured`; columns of metrics.csv, with val_ before them
+    best_by: Mapping[str, str]  # the values of --keep-best, and the column that each means
     loss_title: str
     temperature = 1.0  # what the head's outputs were divided by at the end of the run
 
@@ -60,19 +60,19 @@ class Task:
         self.names = list(names)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What is minimised, summed over images."""
+        """The loss that is minimised, summed over images."""
         raise NotImplementedError
 
     def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The same without weights and smoothing: what is told, and what the guard looks at."""
+        """The loss without weights and smoothing, which is reported and which the guard watches."""
         raise NotImplementedError
 
     def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """How many images are answered right, where that can be said: for a progress bar. Else 0."""
+        """The number of right answers, for a progress bar; 0 if answers are not right or wrong."""
         return outputs.new_zeros(())
 
     def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What is told of a batch that trains: `plain_loss` and `hits`."""
+        """The figures of a training batch: `plain_loss` and `hits`."""
         return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class Task:
         raise NotImplementedError
 
     def knn_score(self, bank: Tensor, bank_targets: Tensor, features: Tensor, targets: Tensor) -> float:
-        """The score of what the most similar training images say, by features (N, D)."""
+        """The score of answers taken from the most similar training images, by features (N, D)."""
         raise NotImplementedError
 
     def start_head(self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1) -> probe.Probe:
@@ -100,7 +100,7 @@ class Task:
     def head_temperature(
         self, model: nn.Module, features: Tensor, targets: Tensor, features_train: bool
     ) -> probe.HeadTemperature:
-        """What to divide a head's logits by before training: `toolkit.probe.choose_temperature`."""
+        """The temperature of the head before training: `toolkit.probe.choose_temperature`."""
         raise NotImplementedError
 
     def soften_head(self, model: nn.Module, temperature: float) -> None:

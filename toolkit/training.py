@@ -1,4 +1,4 @@
-"""What both training loops compute with: seeds, device, precision, optimizer, features, k-NN accuracy, evaluation."""
+"""The parts that both training loops share: seeds, device, precision, optimizer, weight average, evaluation."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every generator, in tensors, tuples and numbers alone, as `torch.load(weights_only=True)` wants."""
+    """The state of every generator, as tensors, tuples and numbers: `torch.load(weights_only=True)` reads these."""
     _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -67,9 +67,9 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that is there; of several processes each gets its own GPU, or the CPU.
+    """'auto' is the first of cuda, mps and cpu that exists. Each of several processes gets its own GPU, or the CPU.
 
-    Raises InputError for a device that is not there.
+    Raises InputError for a device that does not exist here.
     """
     several = distributed.launched()
     if name == "auto":
@@ -120,7 +120,7 @@ WORTH_TELLING = 1.2  # beside other programs' work two equal times may differ by
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """Device and precision for the log; and a line more if bf16 would be slower than float32 on this CPU.
+    """Device and precision for the log, and a second line if bf16 is slower than float32 on this CPU.
 
     That is measured: a processor's name does not tell how fast its products in 16 bits are.
     """
@@ -143,7 +143,7 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def shortest_seconds(work: Callable[[], Any]) -> float:
-    """The shortest of three times that some work takes: CPU time, which other programs' work does not lengthen."""
+    """The shortest of three runs of some work, in CPU time, which other programs do not lengthen."""
     seconds = []
     for _ in range(3):  # the first prepares its code too
         start = time.process_time()
@@ -153,9 +153,9 @@ def shortest_seconds(work: Callable[[], Any]) -> float:
 
 
 def base_dtype(args) -> torch.dtype | None:
-    """In which dtype a run stores its frozen weights, from its options; None: as the checkpoint has them.
+    """The dtype in which a run stores its frozen weights; None: that of the checkpoint.
 
-    Random weights, which are in no checkpoint, stay as they are: an adapter file has to hold all of them.
+    Random weights stay as they are, since an adapter file has to hold all of them.
     Raises InputError for fp16 on a CPU, and for arithmetic in 8 bits elsewhere.
     """
     if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
@@ -169,7 +169,7 @@ def base_dtype(args) -> torch.dtype | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision in `dtype`; float32 means none."""
+    """Mixed precision in `dtype`, or none if that is float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
@@ -212,7 +212,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the device; images (N, 3, H, W) in the memory format in which a ResNet is up to twice as fast.
+    """Move a batch to the device. Images (N, 3, H, W) get channels_last, in which a ResNet is up to twice as fast.
 
     On MPS asynchronous copies of pageable memory may be corrupt, and channels_last crashes BatchNorm's backward.
     """
@@ -253,7 +253,7 @@ def norm_trains(norm: _BatchNorm) -> bool:
 
 
 def check_processes(*images: int) -> None:
-    """Raises InputError if there are more processes than images in any of the sets, of which these are the sizes."""
+    """Raises InputError if one of the image sets, given by their sizes, has fewer images than there are processes."""
     if distributed.world_size() > min(images):
         raise InputError(
             f"{distributed.world_size()} processes are more than there are images to train or evaluate on; start fewer"
@@ -261,7 +261,7 @@ def check_processes(*images: int) -> None:
 
 
 def check_batches(model: nn.Module, train_images: int, val_images: int, batch_size: int) -> None:
-    """Raises InputError where the processes or BatchNorm cannot work with what they get of a batch in training."""
+    """Raises InputError if a batch leaves too few images for each process or for BatchNorm."""
     check_processes(train_images, val_images)
     needed = max(2, distributed.world_size())
     if batch_norm_trains(model) and min(batch_size, train_images) < needed:
@@ -272,7 +272,7 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
 
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
-    """A weight for each class, (num_classes,), that makes all count alike; over the images the weights average 1.
+    """A weight for each class, (num_classes,), with which all classes count alike. Their mean over the images is 1.
 
     Args:
         images: how many each class has, by its index.
@@ -281,11 +281,11 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     return 1 / torch.tensor(shares)
 
 
-NO_LABEL = -100  # of an image that only stands in for a missing one: cross_entropy passes over it
+NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
 
 
 def no_labels(like: Tensor) -> Tensor:
-    """Labels, or targets, of images that only stand in for missing ones: no loss counts them."""
+    """Labels or targets that no loss counts, for images that stand in for missing ones."""
     return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
 
 
@@ -309,7 +309,7 @@ class BatchMixing:
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many answers of logits (N, classes) are right; for a mixed image, the class that it has most of."""
+    """The number of right answers of logits (N, classes). A mixed image has the label of its largest share."""
     likeliest = labels if labels.dim() == 1 else labels.argmax(1)
     return (logits.argmax(1) == likeliest).sum()
 
@@ -350,11 +350,11 @@ BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1"
 class Progress:
     """How far an epoch is: optimizer steps, images seen, right answers, the sum of their losses, and seconds taken."""
 
-    learning_rate: float  # of its first step
+    learning_rate: float  # at its first step
     steps: int = 0
     images: int = 0
     correct: int = 0
-    loss_sum: float = 0.0  # of plain cross-entropies, without label smoothing, as the evaluation's
+    loss_sum: float = 0.0  # of cross-entropies without label smoothing, as in the evaluation
     seconds: float = 0.0
 
     @contextlib.contextmanager
@@ -396,7 +396,7 @@ def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
 
 
 def best_epoch(history: Sequence[dict[str, float]], column: str) -> dict[str, float]:
-    """The row with the highest value in a column; of equal ones that with the lowest loss."""
+    """The row with the highest value in a column and, among equal ones, the lowest loss."""
     return max(history, key=lambda row: (row[column], -row["val_loss"]))
 
 
@@ -432,7 +432,7 @@ def build_optimizer(
 
 
 def own_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> tuple[float, float | None]:
-    """The learning rates of the head and of adapters where all else learns at `rate`, --learning-rate or less.
+    """The learning rates of the head and of the adapters, if everything else learns at `rate`.
 
     That of adapters is None where there are none.
     """
@@ -441,12 +441,12 @@ def own_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -
 
 
 def fused(model: nn.Module) -> bool | None:
-    """What `torch.optim.AdamW` is told: one launch for many tensors, not a dozen, on a GPU; elsewhere it chooses."""
+    """Options of `torch.optim.AdamW`: on a GPU one launch for many tensors; elsewhere PyTorch's choice."""
     return True if next(model.parameters()).device.type == "cuda" else None
 
 
 def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """A step with the gradients of a scaled loss; False if float16 could not hold them, and nothing has changed."""
+    """Take a step with the gradients of a scaled loss. False if float16 could not hold them: nothing has changed."""
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -458,7 +458,7 @@ IMAGES_WORTH_THE_START = 5.0
 
 
 def wise_ft_alpha(args: argparse.Namespace, images: Mapping[int, int]) -> float:
-    """What share of training's change is evaluated and saved, above 0 and at most 1: `--wise-ft`.
+    """The share of the trained change that is evaluated and saved, above 0 and at most 1: `--wise-ft`.
 
     With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
     where the head did not start as a linear probe, and where the whole backbone trains, of which it would keep a copy.
@@ -474,7 +474,7 @@ def wise_ft_alpha(args: argparse.Namespace, images: Mapping[int, int]) -> float:
 
 
 class WeightAverage:
-    """The weights that are evaluated and saved: an average of the trained ones over time, and of that with their start.
+    """The weights that are evaluated and saved: an average of the trained ones, interpolated with their start.
 
     The average over time is an exponential moving one: in step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself,
     so that it soon forgets where a short run began. (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's
@@ -489,14 +489,14 @@ class WeightAverage:
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float, wise_ft_alpha: float = 1.0):
         self.tensors, self.decay, self.steps = tensors, decay, 0
-        self.wise_ft_alpha = self.share = wise_ft_alpha  # the share may be lower for a time
+        self.wise_ft_alpha = self.share = wise_ft_alpha  # the share may be lowered for an epoch
         self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
         self.start: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, model: nn.Module, args: argparse.Namespace, images: Mapping[int, int]) -> "WeightAverage":
-        """The average of what trains that the options ask for; `images` are the numbers of each class."""
-        # Not of BatchNorm's statistics, which are estimated for whatever weights are evaluated.
+        """The average that the options ask for, over everything that trains; `images`: the number of each class."""
+        # BatchNorm's statistics are left out: they are estimated anew for the weights that are evaluated.
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         return cls(trained, args.ema, wise_ft_alpha(args, images))
 
@@ -508,7 +508,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Add the weights after an optimizer step to the average."""
         if not self.decay:
             return
         self.steps += 1
@@ -549,14 +549,14 @@ class WeightAverage:
 
 
 SCHEDULES = ("cosine", "step", "constant")
-# A run of so many steps trains at the learning rate that it is given, a shorter one at less and hardly above this rate.
+# A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
 LEAST_WARMUP_STEPS = 20
 
 
 def rate_divisor(rate: float, steps: int) -> float:
-    """By what a run that begins as a linear probe divides its learning rate if it has few steps; else 1.
+    """The divisor of the learning rate of a run that begins as a linear probe: above 1 if it has few steps.
 
     Adam's first steps move every weight by the whole rate and harm what the probe knows. Later steps correct that, if
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
@@ -566,14 +566,14 @@ def rate_divisor(rate: float, steps: int) -> float:
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
-    """How many steps a warm-up of some epochs is, and not so few that it is none; 0 for none."""
+    """The number of steps of a warm-up of some epochs, at least a few unless there is none."""
     if epochs == 0:
         return 0
     return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
 
 
 def plan_rates(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, float]:
-    """How many steps the warm-up of a run is, and what its learning rates are divided by."""
+    """The number of warm-up steps of a run, and the divisor of its learning rates."""
     steps = steps_per_epoch * args.epochs
     divisor = rate_divisor(args.learning_rate, steps) if args.head_init == "probe" else 1.0
     return warmup_steps(args.warmup_epochs, steps_per_epoch, steps), divisor
@@ -614,7 +614,7 @@ def lower_rates(schedule: torch.optim.lr_scheduler.LambdaLR, divisor: float) -> 
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within this block the model is in eval mode; each of its modules is then in the mode in which it was."""
+    """Within this block the model is in eval mode. Afterwards each module is in its mode of before."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -675,7 +675,7 @@ def worst_batch_loss(
 def map_batches(
     function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """What a function of images (N, 3, H, W) makes of each batch, on a device and in a precision."""
+    """Apply a function of images (N, 3, H, W) to each batch, on a device and in a precision."""
     for batch in batches:
         with autocast(device, dtype):
             result = function(to_device(batch, device))
@@ -686,7 +686,7 @@ def map_batches(
 def extract_features(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """What the head of `model` receives, over a loader, in eval mode. The model's mode is as before afterwards.
+    """The features that the head of `model` receives, over a loader, in eval mode. The model's mode is then restored.
 
     With several processes, each computes its share and all of them return the features of the full set.
 
@@ -728,7 +728,7 @@ def knn_accuracy(
 def all_outputs(
     model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """What a model answers over a loader, in eval mode, float32 (N, K), and the targets, both on the CPU.
+    """The outputs of a model over a loader in eval mode, float32 (N, K), and the targets, both on the CPU.
 
     With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
     """
@@ -749,7 +749,7 @@ class Evaluation(NamedTuple):
     predictions: Tensor  # (N,), class indices
     labels: Tensor  # (N,)
     confidences: Tensor  # (N,), probability of the predicted class
-    before: Tensor | None = None  # (N,), the same before calibration, if there was one
+    before: Tensor | None = None  # (N,), the confidences before calibration, if there was one
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.measures.calibration` of the answers, after calibration or before."""
@@ -770,7 +770,7 @@ class Evaluation(NamedTuple):
 
     @property
     def balanced_accuracy(self) -> float:
-        """The mean of the classes' accuracies, of those that have images."""
+        """The mean accuracy of the classes that have images."""
         right, images, _ = self._counts()
         return (right / images)[images > 0].mean().item()
 
@@ -782,7 +782,7 @@ class Evaluation(NamedTuple):
         return (2 * right / both)[both > 0].mean().item()
 
     def _counts(self) -> list[Tensor]:
-        """How many right answers, images and answers each class has."""
+        """The numbers of right answers, of images and of answers of each class."""
         classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
         right = self.labels[self.labels == self.predictions]
         return [torch.bincount(t, minlength=classes).double() for t in (right, self.labels, self.predictions)]
