@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from lora.adapted import is_adapted
 from lora.fusion import scale_and_shift
@@ -141,7 +142,10 @@ def follow_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
     """
     if not batches:
         return
-    known = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d) and is_adapted(conv) and conv.groups == 1]
+    # A ResNet's first convolution has the largest output, which is pooled before its ReLU and would have to be saved.
+    stems = [module.conv1 for module in model.modules() if isinstance(module, ResNet)]
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d) and is_adapted(module))
+    known = [conv for conv in convs if conv.groups == 1 and not any(conv is stem for stem in stems)]
     number = -(-PATCHES // len(batches))
     found: dict[nn.Conv2d, tuple[nn.BatchNorm2d, list[Tensor]]] = {}
     latest: list = [None, None, None]  # the last convolution, its input and its output

@@ -1348,7 +1348,7 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
         torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
     # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
     start = torch.load(tmp_path / "resnet.pth", weights_only=True)
-    assert torch.equal(plain.bn1.running_var, start["bn1.running_var"]) is (norms == "")
+    assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (norms == "")
     assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--train-norms")
     kept = results["val_accuracy"], results["val_loss"]
     again = finetune_lora.main([*argv.split(), "--resume"])
