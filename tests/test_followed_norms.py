@@ -140,7 +140,7 @@ def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statist
     ratios = norm.running_var / base.variance, changed[1] / stock[1]
     assert (ratios[1] - 1).abs().mean() > 0.25  # there is something to follow
     assert (ratios[0] / ratios[1] - 1).abs().mean() < 0.1
-    assert (shifts[0] - shifts[1]).abs().mean() < 0.1 * shifts[1].abs().mean()
+    assert (shifts[0] - shifts[1]).abs().mean() < 0.2 * shifts[1].abs().mean()
 
 
 def measured(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
