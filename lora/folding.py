@@ -28,7 +28,9 @@ class Constants:
 
     def __init__(self, pairs: Sequence[tuple[nn.Conv2d, nn.BatchNorm2d]]):
         self.pairs = pairs
-        self.state, self.sources, self.values = None, [], []
+        self.state = None
+        self.sources = []
+        self.values = []
 
     def of(self, dtype: torch.dtype) -> tuple[list[tuple[Tensor, Tensor]], bool]:
         """For each pair g (out, 1, 1, 1) in float32 and the shift (out,) in ``dtype``; and are they new?"""

@@ -41,7 +41,9 @@ class Int8Weight:
     """
 
     def __init__(self, codes: Tensor, scale: Tensor):
-        self.codes, self.scale, self.shape = codes, scale, codes.shape
+        self.codes = codes
+        self.scale = scale
+        self.shape = codes.shape
 
     @classmethod
     def quantize(cls, weight: Tensor) -> "Int8Weight":

@@ -58,7 +58,9 @@ def _in_few_kernels(gy, rows, h, A, B, scaling, groups, need_A, need_B):
         gh = torch.addmm(h, gy, B, beta=0, alpha=scaling)
         gB = torch.addmm(B, gy.T, h, beta=0, alpha=scaling) if need_B else None
     else:
-        gh, gy, own_B = torch.empty_like(h), _apart(gy, groups), B.view(groups, -1, B.shape[1])
+        gh = torch.empty_like(h)
+        gy = _apart(gy, groups)
+        own_B = B.view(groups, -1, B.shape[1])
         _apart(gh, groups).baddbmm_(gy, own_B, beta=0, alpha=scaling)
         if need_B:
             gB = torch.baddbmm(own_B, gy.mT, _apart(h, groups), beta=0, alpha=scaling).view(B.shape)

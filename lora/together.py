@@ -61,7 +61,9 @@ class Plan:
         layers = [module for module in model.modules() if is_adapted(module)]
         numbers = {id(conv): number for number, (conv, _) in enumerate(pairs)}
         found = [factors for layer in layers for factors in _factors(layer, numbers.get(id(layer)))]
-        self.pairs, self.constants, self.scales = pairs, Constants(pairs), None
+        self.pairs = pairs
+        self.constants = Constants(pairs)
+        self.scales = None
         self.found, self.runs = _in_runs(found)
         self.joined = [factors.tensors for factors in self.found]
         self.factors = [factor for factors in self.joined for factor in factors]
@@ -153,7 +155,9 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, low, *factors):
         ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
-        ctx.plan, ctx.dtype, ctx.scales = plan, low.dtype, plan.scales
+        ctx.plan = plan
+        ctx.dtype = low.dtype
+        ctx.scales = plan.scales
         return tuple(_apart(low, plan.runs, joined=True))
 
     @staticmethod

@@ -41,7 +41,9 @@ class Made:
     """
 
     def __init__(self, relu: bool, has_residual: bool, residual: "Made | None"):
-        self.relu, self.has_residual, self.residual = relu, has_residual, residual
+        self.relu = relu
+        self.has_residual = has_residual
+        self.residual = residual
         self.depth = 0 if residual is None else residual.depth + 1
         self.output: Tensor | None = None  # in backward, from its first use to its own ReLU
 

@@ -80,7 +80,10 @@ class _QueriesKeysValues(torch.autograd.Function):
         if tokens is None:  # (N, H, L, D) three times -> (N, L, 3 H, D)
             gradients = [torch.cat([g.transpose(1, 2) for g in gradients], 2).flatten(2)]
         rows, statistics = _normalized_rows(x, norm, dtype)
-        own, gx, gAs, gBs = zip(layers, *_split(layers, A, B), strict=True), None, [], []
+        own = zip(layers, *_split(layers, A, B), strict=True)
+        gx = None
+        gAs = []
+        gBs = []
         for (layer, *factors), gy, h, own_rows in zip(own, gradients, hs, _inputs(rows, x, tokens), strict=True):
             gy = _in(dtype, gy).flatten(0, 1)
             gh, gA, gB = _adapter_gradients(gy, own_rows, h, layer, *factors, needed)

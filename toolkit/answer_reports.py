@@ -86,7 +86,10 @@ class ClassReport:
     picture = "confusion_matrix.png"
 
     def __init__(self, task: Classification, result: Evaluation, clusters: Tensor | None = None):
-        self.task, self.result, self.names, self.clusters = task, result, task.names, clusters
+        self.task = task
+        self.result = result
+        self.names = task.names
+        self.clusters = clusters
         self.interval = measures.share_interval(result.labels == result.predictions, clusters)
 
     def figures(self) -> dict[str, Any]:
@@ -227,7 +230,9 @@ class LabelReport:
     picture = "precision_recall.png"
 
     def __init__(self, task: MultiLabel, answers: LabelAnswers, clusters: Tensor | None = None):
-        self.task, self.answers, self.names = task, answers, task.names
+        self.task = task
+        self.answers = answers
+        self.names = task.names
         self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
@@ -352,7 +357,9 @@ class NumberReport:
     }
 
     def __init__(self, task: Regression, answers: NumberAnswers, clusters: Tensor | None = None):
-        self.task, self.answers, self.names = task, answers, task.names
+        self.task = task
+        self.answers = answers
+        self.names = task.names
         self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.by = {name: answers.by_number(measure).tolist() for name, measure in self.HEADLINES.items()}
@@ -532,7 +539,9 @@ def plot_mistakes(
     """
     from matplotlib.figure import Figure
 
-    columns, wrong, shrink = 6, result.predictions != result.labels, View(ShrinkTo(256))
+    columns = 6
+    wrong = result.predictions != result.labels
+    shrink = View(ShrinkTo(256))
     ranked = result.confidences.argsort(descending=True, stable=True)
     shown = {
         "Wrong, most confident first": ranked[wrong[ranked]][: 2 * columns],

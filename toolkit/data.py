@@ -720,7 +720,10 @@ class Batches(Sampler):
         drop_last: bool = False,
         archives: np.ndarray | None = None,
     ):
-        self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
+        self.count = count
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
         self.archives = archives  # the number of each image's archive, if the images are in archives
         self.epoch = self.start = 0
         self.number = count // batch_size if drop_last else -(-count // batch_size)

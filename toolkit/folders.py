@@ -170,7 +170,9 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
 
     Raises InputError if there are no images or, with `every`, none of some class.
     """
-    folders, others, found = _folders_by_class(folder), Counter(), []
+    folders = _folders_by_class(folder)
+    others = Counter()
+    found = []
     for name in class_names:
         inside = (image_names(folder, inner, others, bands) for inner in folders.get(name, ()))
         found.append(list(itertools.chain(*inside)))

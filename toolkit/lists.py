@@ -89,7 +89,9 @@ def _shortest(name: str) -> str:
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
-    rows, number, line = [], 0, ""
+    rows = []
+    number = 0
+    line = ""
     try:
         with open(path, encoding="utf-8-sig") as file:
             first = file.readline()

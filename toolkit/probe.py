@@ -149,7 +149,9 @@ def fit_linear_probe(
     weights = None if class_weights == "none" else class_weights
     X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
     count = len(y) // views
-    folds, best, held_out = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min()), 1.0, None
+    folds = min(FOLDS, np.bincount(y[:count])[np.unique(y)].min())
+    best = 1.0
+    held_out = None
     # With few classes several threads wait for each other, up to 16 times as long: one computes the products.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
@@ -164,7 +166,9 @@ def fit_linear_probe(
                 loss = -tried["test_score"].mean()
                 if loss >= smallest:
                     break
-                smallest, best, found = loss, float(strength), tried["estimator"]
+                smallest = loss
+                best = float(strength)
+                found = tried["estimator"]
             held_out = torch.zeros(len(y), num_classes)
             for (_, part), fitted in zip(splits, found, strict=True):
                 weight, bias = _as_linear(fitted, num_classes)
@@ -215,7 +219,10 @@ def fit_one_vs_rest(features: Tensor, targets: Tensor, views: int = 1, weights: 
     counts = torch.where(Y > 0.5, weight_of[1], weight_of[0]).double().masked_fill(Y.isnan(), 0)
     Y = Y.nan_to_num()
     parts = list(_parts(len(Y) // views, views))
-    starts, smallest, best, held_out = [None] * len(parts), np.inf, 1.0, None
+    starts = [None] * len(parts)
+    smallest = np.inf
+    best = 1.0
+    held_out = None
     for strength in STRENGTHS if parts else ():
         loss, answers = 0.0, torch.zeros(Y.shape)
         for i, (rest, part) in enumerate(parts):
@@ -224,7 +231,9 @@ def fit_one_vs_rest(features: Tensor, targets: Tensor, views: int = 1, weights: 
             answers[part] = _logits(X[part], starts[i]).float()
         if loss >= smallest:
             break
-        smallest, best, held_out = loss, float(strength), answers
+        smallest = loss
+        best = float(strength)
+        held_out = answers
     fitted = _logistic(X, Y, counts, best)
     return Probe(*_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), best, held_out)
 
@@ -266,7 +275,7 @@ def _parts(count: int, views: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows (rest, part) of each part of a cross-validation. All views of an image are in one part."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     fold = (order % min(FOLDS, count)).repeat(views)
-    for number in range(FOLDS if count >= FOLDS else count if count > 1 else 0):
+    for number in range(min(FOLDS, count) if count > 1 else 0):
         yield (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
 
 

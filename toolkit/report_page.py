@@ -96,7 +96,8 @@ def confusion_svg(counts: Tensor, class_names: Sequence[str]) -> str:
     Only fields with images are drawn, so its size grows with the images and not with the square of the classes.
     """
     classes = len(class_names)
-    side = 34 if classes <= 12 else 22 if classes <= 40 else 12  # pixels of a field
+    side = 22 if classes <= 40 else 12  # pixels of a field
+    side = 34 if classes <= 12 else side
     letters = min(13, side - 2)  # pixels
     names = [html.escape(name if len(name) <= 24 else f"{name[:23]}…") for name in class_names]
     margin = round(0.62 * letters * min(24, max(map(len, class_names)))) + 8  # pixels, for the names

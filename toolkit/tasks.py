@@ -190,7 +190,10 @@ class Classification(Task):
         mixing: mixup, CutMix, or both; None: nothing is mixed.
     """
 
-    kind, score, score_title, loss_title = "classification", "accuracy", "accuracy", "cross-entropy"
+    kind = "classification"
+    score = "accuracy"
+    score_title = "accuracy"
+    loss_title = "cross-entropy"
     outputs_are = "classes"
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
     best_by = training.BEST_BY
@@ -203,7 +206,9 @@ class Classification(Task):
         mixing: training.BatchMixing | None = None,
     ):
         super().__init__(names)
-        self.class_weights, self.label_smoothing, self.mixing = class_weights, label_smoothing, mixing
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+        self.mixing = mixing
 
     def to(self, device: torch.device) -> "Classification":
         self.class_weights = None if self.class_weights is None else self.class_weights.to(device)
@@ -376,7 +381,10 @@ class MultiLabel(Task):
         thresholds: (K,), above which probabilities labels are answers.
     """
 
-    kind, score, score_title, loss_title = "multilabel", "macro_ap", "macro AP", "binary cross-entropy"
+    kind = "multilabel"
+    score = "macro_ap"
+    score_title = "macro AP"
+    loss_title = "binary cross-entropy"
     outputs_are = "labels"
     measured = ("macro_ap", "micro_ap", "macro_auroc")
     best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
@@ -559,7 +567,10 @@ class Regression(Task):
         InputError: a number is the same for all training images, or known of fewer than two.
     """
 
-    kind, score, score_title, loss_title = "regression", "r2", "R2", "squared error (standardised)"
+    kind = "regression"
+    score = "r2"
+    score_title = "R2"
+    loss_title = "squared error (standardised)"
     axis, outputs_are = (1.0, ""), "numbers"
     measured = ("r2", "mae", "rmse", "spearman")
     best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
@@ -766,7 +777,9 @@ TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, 
 
 def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) -> Task:
     """What the options ask for, with what the training images say of it."""
-    names, train, balanced = splits.class_names, splits.train, args.class_weights == "balanced"
+    names = splits.class_names
+    train = splits.train
+    balanced = args.class_weights == "balanced"
     if args.task == "multilabel":
         return MultiLabel(names, train.targets, balanced, args.mixup).to(device)
     if args.task == "regression":

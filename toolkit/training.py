@@ -74,7 +74,8 @@ def select_device(name: str) -> torch.device:
     several = distributed.launched()
     if name == "auto":
         mps = torch.backends.mps.is_available() and not several
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if several and name.startswith("cuda:"):
         raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
@@ -488,7 +489,9 @@ class WeightAverage:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float, wise_ft_alpha: float = 1.0):
-        self.tensors, self.decay, self.steps = tensors, decay, 0
+        self.tensors = tensors
+        self.decay = decay
+        self.steps = 0
         self.wise_ft_alpha = self.share = wise_ft_alpha  # the share may be lowered for an epoch
         self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
         self.start: dict[str, Tensor] = {}
@@ -715,7 +718,9 @@ def knn_accuracy(
     Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
     """
     bank = F.normalize(train_features.float(), dim=1)
-    classes, k, correct = int(train_labels.max()) + 1, min(k, len(bank)), 0
+    classes = int(train_labels.max()) + 1
+    k = min(k, len(bank))
+    correct = 0
     for queries, targets in zip(features.float().split(1024), labels.split(1024), strict=True):
         similarity, neighbour = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)  # (B, N) -> (B, k)
         votes = torch.zeros(len(queries), classes, device=bank.device)
@@ -799,7 +804,11 @@ def evaluate(
     Args:
         temperature: what the logits were divided by; if not 1, the confidences before that are measured too.
     """
-    losses, labels, confidences, predictions, before = [], [], [], [], []
+    losses = []
+    labels = []
+    confidences = []
+    predictions = []
+    before = []
     with eval_mode(model):
         for images, targets in loader:
             images, targets = to_device(images, device), to_device(targets, device)
