@@ -1010,7 +1010,7 @@ class FineTuning(RunState):
     def finish(self) -> dict[str, Any]:
         """Evaluate the adapter once more, and write and print the results."""
         kept, optimism = {"epoch": len(self.history)}, self.head_temperature.optimism
-        with self.average.in_place():
+        with self.evaluator.averaged():
             if self.args.keep_best:
                 kept = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
             if self.evaluator.calibrate(self.model, optimism, kept.get("temperature", 1.0)) and distributed.is_main():
