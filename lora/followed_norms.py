@@ -30,9 +30,9 @@ from lora.nf4 import dense_weight
 from toolkit import InputError
 from toolkit.training import eval_mode
 
-PATCHES = 512  # from which C is estimated
-COMPONENTS = 64  # of C that are kept: those with the largest variance
-STEADY = 0.01  # as much of var is added to v: it is near 0 in a channel that is dead on the images
+PATCHES = 512  # how many patches C is estimated from
+COMPONENTS = 64  # how many principal components of C are kept
+STEADY = 0.01  # this share of var is added to v, which is near 0 in a channel that is dead on the images
 
 
 class FollowedNorm:

@@ -216,12 +216,7 @@ def load_splits(
     elif val is None:
         train, val = validation_part(train)
     if skip_unreadable:
-        labels = set(train.labels)
-        train, val = readable(train), readable(val)
-        gone = [] if task != "classification" else sorted(labels - set(train.labels))
-        if gone:
-            names = listed(class_names[label] for label in gone)
-            raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
+        train, val = _readable_splits(train, val, class_names if task == "classification" else [])
     if eval_split == "validation" or folds is not None:
         left_alone = val_dir or (data_list or [])[1:]
         if left_alone and not for_training_only:
@@ -235,6 +230,19 @@ def load_splits(
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
     return Splits(train, val, class_names)
+
+
+def _readable_splits(
+    train: LabelledImages, val: LabelledImages, class_names: Sequence[str]
+) -> tuple[LabelledImages, LabelledImages]:
+    """Both without images that cannot be read. Raises InputError if one of the classes has no training image left."""
+    labels = set(train.labels)
+    train, val = readable(train), readable(val)
+    gone = sorted(labels - set(train.labels)) if class_names else []
+    if gone:
+        names = listed(class_names[label] for label in gone)
+        raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
+    return train, val
 
 
 # Training images, evaluation images (None: they are a part of the training images yet) and the names of the classes.

@@ -141,7 +141,7 @@ class Feed:
     def followed_batches(self) -> list[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters.
 
-        None without --follow-norms.
+        The list is empty without --follow-norms.
         """
         if not self.args.follow_norms:
             return []
