@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 import finetune_lora
 from tests.checkpoint_files import without_head
-from toolkit import answer_reports, reports, training
+from toolkit import answer_reports, collapse, reports, training
 from toolkit.backbones import build_backbone
 from toolkit.data import LabelledImages, load_splits
 
@@ -127,11 +128,23 @@ def plotting(functions):
 def no_pictures():
     """Runs draw nothing, which takes a third of a short one: a test that looks at pictures asks for `pictures`."""
 
-    def blank(*given) -> None:
-        [path] = [value for value in given if isinstance(value, Path)]
-        Image.new("L", (1, 1)).save(path)
+    def blank(*given) -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (1, 1)).save(file, "png")
+        for path in given:
+            if isinstance(path, Path):
+                path.write_bytes(file.getvalue())
+        return file.getvalue()
 
     with plotting(dict.fromkeys(PICTURES, blank)):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_views():
+    """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collapse, "WATCHED_VIEWS", 21)
         yield
 
 

@@ -26,7 +26,7 @@ from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, 
 from lora.followed_norms import followers
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import InputError, bands, checkpoints, feeding, runs, training
+from toolkit import InputError, bands, checkpoints, collapse, feeding, runs, training
 from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.collapse import Collapsed, CollapseGuard
@@ -831,7 +831,8 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
-def test_few_training_images_are_watched_in_several_views(start):
+def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
+    monkeypatch.setattr(collapse, "WATCHED_VIEWS", 128)
     run = start()
     assert len(run.splits.train) == 21 and run.guard.images == len(run.feed.watched_loader.dataset) == 126
     first, second = run.evaluator.watch(), run.evaluator.watch()

@@ -187,11 +187,11 @@ def reliability_section(answers: Evaluation | LabelAnswers) -> list[str]:
         "<p>On the line probabilities mean what they say. Below it they are too high, above it too low. "
         "The larger a point, the more answers it stands for.</p>"
     )
-    picture = html_picture(draw_reliability(answers), "the share that is right by probability")
+    picture = html_picture(plot_reliability(answers), "the share that is right by probability")
     return ["<h2>Can the probabilities be believed?</h2>", told, picture]
 
 
-def draw_reliability(answers: Evaluation | LabelAnswers) -> bytes:
+def plot_reliability(answers: Evaluation | LabelAnswers) -> bytes:
     """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
     from matplotlib.figure import Figure
 
