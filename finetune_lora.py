@@ -788,7 +788,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     if args.freeze_backbone:
-        freeze_backbone_params(model, train_norms=args.train_norms)
+        freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
     set_gradient_checkpointing(model, args.gradient_checkpointing)
     return model, report
@@ -842,7 +842,7 @@ class FineTuning(RunState):
                 self.feed.cache_features(lower, dtype)
         norms_train = training.batch_norm_trains(model)
         self.feed.add_loaders(norms_train)
-        follow_statistics(self.network, self.feed.followed_batches())
+        follow_statistics(self.network, self.feed.followed_batches(), required=args.norms == "follow")
         self.task = tasks.task_of_run(args, splits, device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)

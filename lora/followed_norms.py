@@ -17,15 +17,13 @@ the statistics of the trained adapters.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
-from lora.adapted import is_adapted
-from lora.fusion import scale_and_shift
+from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
 from toolkit import InputError
 from toolkit.training import eval_mode
@@ -130,37 +128,34 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 
 
 @torch.no_grad()
-def follow_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Let the BatchNorms behind adapted convolutions follow the adapters, which still do nothing.
+def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
+    """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
+
+    A ResNet's first BatchNorm stays as it is: the largest output would have to be saved. So do those of models whose
+    blocks are not torchvision's.
 
     Args:
         batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
             any, nothing follows.
+        required: must there be a BatchNorm to follow?
 
     Raises:
-        InputError: no adapted convolution has a BatchNorm whose weight and bias are frozen.
+        InputError: there is none, and it is required.
     """
+    pairs = [pair for module in model.modules() for pair in convs_and_norms(module)]
+    norm_of = {conv: norm for conv, norm in pairs if folds(conv, norm) and conv.groups == 1}
+    if not norm_of and required:
+        raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
+    batches = list(batches) if norm_of else []
     if not batches:
         return
-    # A ResNet's first convolution has the largest output, which is pooled before its ReLU and would have to be saved.
-    stems = [module.conv1 for module in model.modules() if isinstance(module, ResNet)]
-    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d) and is_adapted(module))
-    known = [conv for conv in convs if conv.groups == 1 and not any(conv is stem for stem in stems)]
     number = -(-PATCHES // len(batches))
-    found: dict[nn.Conv2d, tuple[nn.BatchNorm2d, list[Tensor]]] = {}
-    latest: list = [None, None, None]  # the last convolution, its input and its output
+    patches = {conv: [] for conv in norm_of}
 
-    def after(conv, inputs, output):
-        latest[:] = conv, inputs[0], output
+    def keep_some(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        patches[conv].append(patches_of(conv, inputs[0].to(conv.lora_A.dtype), number))
 
-    def before(norm, inputs):
-        conv, x, output = latest
-        if inputs[0] is output and (norm.weight is None or not norm.weight.requires_grad):
-            found.setdefault(conv, (norm, []))[1].append(patches_of(conv, x.to(conv.lora_A.dtype), number))
-
-    hooks = [conv.register_forward_hook(after) for conv in known]  # what has hooks is not fused
-    norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None)
-    hooks += [norm.register_forward_pre_hook(before) for norm in norms]
+    hooks = [conv.register_forward_pre_hook(keep_some) for conv in norm_of]
     try:
         with eval_mode(model):
             for batch in batches:
@@ -168,10 +163,9 @@ def follow_statistics(model: nn.Module, batches: Sequence[Tensor]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    if not found:
-        raise InputError("--follow-norms: no adapted convolution has a frozen BatchNorm behind it; leave it out")
-    for conv, (norm, patches) in found.items():
-        conv.followed = FollowedNorm(conv, norm, torch.cat(patches))
+    for conv, norm in norm_of.items():
+        if patches[conv]:
+            conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

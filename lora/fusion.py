@@ -315,6 +315,15 @@ class FusedSequential(nn.Sequential):
         return x
 
 
+def convs_and_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers of a fused ResNet block, or of a fused sequence, that `conv_bn` is given: a norm folds if it can."""
+    inside = module._modules
+    if type(module) in (FusedBasicBlock, FusedBottleneck):
+        numbers = (n for n in "123" if f"conv{n}" in inside and f"bn{n}" in inside)
+        return [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
+    return list(itertools.pairwise(inside.values())) if type(module) is FusedSequential else []
+
+
 class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
     """Convolution, BatchNorm and activation: in MoCo v3's convolutional stem, and in many torchvision models."""
 
@@ -330,11 +339,9 @@ class FusedResNet(ResNet):
         """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
         pairs = [(self.conv1, self.bn1)]
         for block in itertools.chain(self.layer1, self.layer2, self.layer3, self.layer4):
-            inside = block._modules
-            numbers = (n for n in "123" if f"conv{n}" in inside and f"bn{n}" in inside)
-            pairs += [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
-            if type(inside.get("downsample")) is FusedSequential:
-                pairs += itertools.pairwise(inside["downsample"])
+            pairs += convs_and_norms(block)
+            if "downsample" in block._modules:
+                pairs += convs_and_norms(block.downsample)
         pairs = [pair for pair in pairs if folds(*pair) and "followed" not in vars(pair[0])]
         return [
             (conv, norm)

@@ -194,6 +194,7 @@ FLAGS = [
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
     case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
     case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
+    case("an earlier name", "finetune --train-norms", "--train-norms: write --norms train"),
     case("one dash", "finetune -epochs 3", "-epochs: no such option"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
@@ -240,8 +241,8 @@ FLAGS = [
     case("views of nothing cached", "finetune --cached-views 2", "--cached-views needs --cache-features ram or disk"),
     case(
         "norms below 4 bits",
-        "finetune --adapt-last 2 --use-qlora --train-norms",
-        "--train-norms with --adapt-last and --use-qlora",
+        "finetune --adapt-last 2 --use-qlora --norms train",
+        "--norms train with --adapt-last and --use-qlora",
     ),
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case(
@@ -310,6 +311,7 @@ FLAGS = [
 
 CONFIGS = [
     config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
+    config("an earlier key", "finetune: {follow_norms: true}", "was replaced: write norms: follow, or norms: frozen"),
     config("a key of an earlier version", "finetune: {patch_dropout: 0.0}", "patch_dropout was removed; delete"),
     config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
            "moco.noise was removed; delete the line", script="pretrain"),
@@ -547,9 +549,10 @@ CHECKPOINTS = [
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
-    case("norms twice", "finetune --train-norms --no-freeze-backbone", "--train-norms with --no-freeze-backbone"),
-    case("norms follow and train", "finetune --follow-norms --train-norms", "--follow-norms", "not with --train-norms"),
-    case("no norms to follow", "finetune --follow-norms", "no adapted convolution has a frozen BatchNorm"),
+    case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
+    case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow", "not with --lora-rank 0"),
+    case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
+    case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),
     case("an average that forgets nothing", "finetune --ema 1", "--ema", "from 0 to below 1"),
     case("a negative mixup", "finetune --mixup -0.2", "--mixup", "0 or more"),
 ]  # fmt: skip

@@ -111,10 +111,10 @@ def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path)
 
 def test_the_run_says_what_was_typed_what_the_file_changes_and_where_the_rest_is(finetune, tmp_path, capsys):
     (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n  seed: 0\n")
-    folder = finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2 --no-train-norms")["folder"]
+    folder = finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2 --norms frozen")["folder"]
     header = " ".join(capsys.readouterr().out.split("\ndata: ")[0].split())
     typed, rest = header.split(f" {tmp_path / 'my.yaml'} changes: ")
-    assert typed.startswith("command line: --config ") and "--lora-rank 2 --no-train-norms" in typed
+    assert typed.startswith("command line: --config ") and "--lora-rank 2 --norms frozen" in typed
     assert "--learning-rate 0.001" in typed and "--epochs 1 " in typed
     assert rest == f"weight_decay 0.03 all settings: {folder}/config.yaml"  # the seed is the default
 
@@ -490,7 +490,7 @@ def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dic
     return result, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("way", ["", "--use-qlora", "--train-norms", "--no-freeze-backbone --lora-rank 0"])
+@pytest.mark.parametrize("way", ["", "--use-qlora", "--norms train", "--no-freeze-backbone --lora-rank 0"])
 def test_part_of_the_change_is_evaluated_and_saved(finetune, images, monkeypatch, way):
     """Of the adapters, the head and what else trains; training itself goes on from all of it."""
     starts, steps, real_step = [], [], FineTuning.step
@@ -636,7 +636,7 @@ def test_a_head_starts_on_the_statistics_that_training_will_see(images, monkeypa
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
     monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
     with pytest.raises(runs.Stopped):  # at the first step: the file is the probe's
-        finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 0 --train-norms --batch-size 7".split())
+        finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 0 --norms train --batch-size 7".split())
     model, info = load_finetuned(tmp_path / "out/lora.pth")
     pixels = torch.stack([info["transform"](image) for image, _ in load_splits("imagefolder", images).train])
     maps = resnet.conv1(pixels)
@@ -698,7 +698,7 @@ def test_a_random_head_and_a_rate_of_its_own(finetune, start):
     assert start("--lora-init random").optimizer.param_groups[0]["lr"] == 0.01
 
 
-@pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --train-norms"])
+@pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])
 def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
     """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
     run, reference = start(options), start(options)
@@ -1236,7 +1236,7 @@ WAYS = {
     "lora": "--lora-rank 2",
     "qlora": "--lora-rank 2 --use-qlora",
     "rslora": "--lora-rank 4 --use-rslora --lora-dropout 0.1",
-    "norms": "--lora-rank 2 --train-norms",
+    "norms": "--lora-rank 2 --norms train",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
@@ -1333,7 +1333,7 @@ def test_norms_may_train_beside_the_adapters(ways):
     assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
 
 
-@pytest.mark.parametrize("norms", [pytest.param("", marks=pytest.mark.slow), "--train-norms", "--follow-norms"])
+@pytest.mark.parametrize("norms", [pytest.param("", marks=pytest.mark.slow), "--norms train", "--norms follow"])
 def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
@@ -1351,7 +1351,7 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
     # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
     start = torch.load(tmp_path / "resnet.pth", weights_only=True)
     assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (norms == "")
-    assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--train-norms")
+    assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--norms train")
     kept = results["val_accuracy"], results["val_loss"]
     again = finetune_lora.main([*argv.split(), "--resume"])
     assert (again["val_accuracy"], again["val_loss"]) == kept
@@ -1360,7 +1360,7 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
 def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --follow-norms --epochs 2"
+    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --norms follow --epochs 2"
     whole = finetune(options, output="whole")
     with pytest.raises(runs.Stopped):  # at the first step of the second epoch
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
@@ -1375,7 +1375,7 @@ def test_the_last_evaluation_gives_norms_that_follow_their_statistics_itself(fin
     """A process that goes on with a finished run has evaluated nothing before."""
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --follow-norms --epochs 1"
+    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --norms follow --epochs 1"
     options += " --learning-rate 1e-2 --wise-ft 1"
 
     def forget(run):

@@ -8,8 +8,8 @@ from torchvision.models import resnet18
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import backends
-from lora.followed_norms import follow_statistics, patches_of, principal_components, write_statistics
-from lora.fusion import conv_bn, conv_bn_relu
+from lora.followed_norms import follow_statistics, followers, patches_of, principal_components, write_statistics
+from lora.fusion import conv_bn, conv_bn_relu, fuse
 from lora_utils import LoRAManager
 from toolkit import InputError
 
@@ -45,7 +45,9 @@ def with_adapter(conv: nn.Conv2d) -> nn.Conv2d:
 def pair(request):
     conv, norm = layers(KINDS[request.param])
     batches = [torch.randn(8, 4, 9, 7, dtype=torch.float64) + 0.5 for _ in range(2)]
-    follow_statistics(nn.Sequential(conv, norm), batches)
+    model = nn.Sequential(conv, norm)
+    fuse(model)
+    follow_statistics(model, batches)
     with_adapter(conv)
     return conv, norm
 
@@ -185,8 +187,27 @@ def test_unloaded_without_merging_it_is_the_base_again():
 def test_a_network_without_such_batch_norms_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     add_lora_to_model(model, r=2, target_modules="0")
-    with pytest.raises(InputError, match="no adapted convolution has a frozen BatchNorm behind it"):
-        follow_statistics(model, [torch.randn(2, 3, 4, 4)])
+    follow_statistics(model, iter(()))
+    with pytest.raises(InputError, match="no adapted convolution of a ResNet has a frozen BatchNorm behind it"):
+        follow_statistics(model, [torch.randn(2, 3, 4, 4)], required=True)
+
+
+def test_norms_that_no_fused_block_applies_do_not_follow():
+    """Their statistics would be written, but have no gradient: a block of a user's own calls each layer by itself."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    model = Block()
+    add_lora_to_model(model, r=2, target_modules="conv")
+    freeze_backbone_params(model)
+    follow_statistics(model, [torch.randn(2, 3, 4, 4)])
+    assert not list(followers(model))
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

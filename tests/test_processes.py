@@ -115,8 +115,8 @@ def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monke
 @pytest.mark.parametrize(
     "what",
     [
-        "--train-norms",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("--lora-rank 0 --no-freeze-backbone", "--follow-norms")),
+        "--norms train",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("--lora-rank 0 --no-freeze-backbone", "--norms follow")),
     ],
 )
 def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkeypatch, what):
@@ -131,7 +131,7 @@ def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkey
     with_sgd()
     finetune_lora.main(f"{argv}/alone".split())
     ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
-    assert "layer1.0.bn1.running_mean" in ours and ("bn1.weight" in ours) is (what != "--follow-norms")
+    assert "layer1.0.bn1.running_mean" in ours and ("bn1.weight" in ours) is (what != "--norms follow")
     assert_close(ours, theirs)
 
 

@@ -148,12 +148,12 @@ def test_the_line_of_an_epoch_says_what_is_left_of_the_run():
         ({"head_learning_rate": 3e-3}, 1.0, "head 3e-3, adapters 1e-4"),
         ({"learning_rate": 1.25e-5, "lora_rank": 0}, 1.0, "head 1.25e-5"),
         ({"lora_rank": 0, "freeze_backbone": False}, 1.0, "head 1e-4, backbone 1e-4"),
-        ({"train_norms": True}, 1.0, "head 1e-4, adapters 1e-4, norms 1e-4"),
+        ({"norms": "train"}, 1.0, "head 1e-4, adapters 1e-4, norms 1e-4"),
     ],
 )
 def test_each_learning_rate_is_told(given, faster, told):
     usual = {"learning_rate": 1e-4, "head_learning_rate": None, "lora_rank": 8}
-    args = argparse.Namespace(**usual | {"train_norms": False, "freeze_backbone": True} | given)
+    args = argparse.Namespace(**usual | {"norms": "auto", "freeze_backbone": True} | given)
     assert reports.describe_rates(args, args.learning_rate, faster) == f"learning rate: {told}"
     lowered = reports.describe_rates(args, args.learning_rate / 20, faster)
     assert lowered.endswith("; 1/20 of what was asked for, since few steps cannot correct what a high rate does")

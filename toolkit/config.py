@@ -36,6 +36,7 @@ SECTIONS = {
 
 # Options of earlier versions, which old configurations may still have.
 REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
+REPLACED = {"train_norms": "norms: train", "follow_norms": "norms: follow"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -211,8 +212,11 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     known = [flag for action in parser._actions for flag in action.option_strings]
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
-        if word.split("=")[0].removeprefix("--").replace("-", "_") in REMOVED:
+        name = word.split("=")[0].removeprefix("--").replace("-", "_")
+        if name in REMOVED:
             problems.append(f"{printable(word)}: the option was removed; leave it out")
+        elif name in REPLACED:
+            problems.append(f"{printable(word)}: write --{REPLACED[name].replace(':', '')}")
         elif word.startswith("-"):
             problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
@@ -291,6 +295,8 @@ def _key_problems(section: str, key: Any, own: dict[str, list[str]], path: Path)
     """What is wrong with a key that is no option of this parser; nothing if it is one of the other script's."""
     if key in REMOVED:
         return [f"{section}.{key} was removed; delete the line"]
+    if key in REPLACED:
+        return [f"{section}.{key} was replaced: write {REPLACED[key]}, or norms: frozen"]
     if key in SECTIONS[section]:
         return []
     hint = _right_section(key, own) or _hint(key, own[section])

@@ -138,16 +138,16 @@ class Feed:
         some = self.images.train.at_most(CALIBRATION_IMAGES)
         return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
 
-    def followed_batches(self) -> list[Tensor]:
+    def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters.
 
-        The list is empty without --follow-norms.
+        There are none if the BatchNorms are to stay frozen, or train.
         """
-        if not self.args.follow_norms:
-            return []
+        if self.args.norms not in ("auto", "follow") or not self.args.freeze_backbone:
+            return iter(())
         some = Transformed(self.images.train.at_most(FOLLOWED_IMAGES), self.eval_transform)
         loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())
-        return [training.to_device(images, self.device) for images, _ in loader]
+        return (training.to_device(images, self.device) for images, _ in loader)
 
     def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Features (N, D) and labels (N,) of the training images, the evaluation images and, for a probe, of views.

@@ -46,7 +46,7 @@ from toolkit.transforms import AUGMENTATIONS, CROP_MIN
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
 NEEDED = ("data_dir", "checkpoint", "output_dir", "epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size")
-NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "follow_norms", "adapt_last", "resume")
+NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "norms", "adapt_last", "resume")
 
 
 def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
@@ -346,6 +346,9 @@ _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "e
 _OF_ADAPTERS += ("base_dtype", "arithmetic")
 
 
+NORMS = ("auto", "frozen", "follow", "train")
+
+
 def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the group and YAML section `finetune`."""
     switch = argparse.BooleanOptionalAction
@@ -353,13 +356,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     add_adapter_options(tune, rank=8)
     tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
     tune.add_argument(
-        "--train-norms", action=switch, default=False, help="train normalisation layers too: slow on ResNets"
-    )
-    tune.add_argument(
-        "--follow-norms",
-        action=switch,
-        default=False,
-        help="let the statistics of frozen BatchNorms follow the adapters: better on ResNets at little cost",
+        "--norms",
+        choices=NORMS,
+        default="auto",
+        help="follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow where they can",
     )
     tune.add_argument(
         "--learning-rate",
@@ -437,7 +437,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
 
 SAVES_MEMORY = (
     "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT, "
-    "or --train-norms), --use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
+    "or --norms train), --use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
 )
 
 
@@ -476,7 +476,7 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
     reasons = {
         "--adapt-last, or --lora-rank 0": args.lora_rank > 0 and args.adapt_last is None,
         "--freeze-backbone": not args.freeze_backbone,
-        "--no-train-norms": args.train_norms,
+        "--norms frozen": args.norms == "train",
         "--mixup 0": args.mixup > 0,
         "--cutmix 0": args.cutmix > 0,
     }
@@ -547,18 +547,20 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
         problems.append(f"--arithmetic int8 with {other}: the weights are stored in 8 bits; drop one of the two")
     problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)
     problems += [] if args.eval_only else _task_problems(args, typed)
-    if args.train_norms and args.adapt_last and args.use_qlora:
+    if args.norms == "train" and args.adapt_last and args.use_qlora:
         problems.append(
-            "--train-norms with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
+            "--norms train with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
             "which backward would hold as floats; drop one of the three"
         )
-    if args.follow_norms and (args.train_norms or not args.freeze_backbone or args.lora_rank == 0):
+    if args.norms == "follow" and (args.lora_rank == 0 or not args.freeze_backbone):
         problems.append(
-            "--follow-norms lets frozen BatchNorms follow adapters: not with --train-norms, --no-freeze-backbone or "
-            "--lora-rank 0; drop one of the two"
+            "--norms follow lets frozen BatchNorms follow adapters: not with --lora-rank 0 or --no-freeze-backbone; "
+            "drop one of the two"
         )
-    if args.train_norms and not args.freeze_backbone:
-        problems.append("--train-norms with --no-freeze-backbone: everything trains anyway; drop one of the two")
+    if args.norms == "train" and not args.freeze_backbone:
+        problems.append("--norms train with --no-freeze-backbone: everything trains anyway; drop one of the two")
+    if args.norms == "frozen" and not args.freeze_backbone:
+        problems.append("--norms frozen with --no-freeze-backbone: everything trains; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":
         problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
     for given, set_to in (("activation_precision", 32), ("gradient_checkpointing", "none")):

@@ -78,7 +78,7 @@ def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: flo
     if adapters is not None:
         why = f" ({adapter_lr_factor:g}x: they start at the gradient)" if adapter_lr_factor > 1 else ""
         told.append(f"adapters {short_rate(adapters)}{why}")
-    if args.train_norms or not args.freeze_backbone:
+    if args.norms == "train" or not args.freeze_backbone:
         told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
     lowered = f"; 1/{args.learning_rate / rate:.0f} of what was asked for" if rate < args.learning_rate else ""
     why = ", since few steps cannot correct what a high rate does" if lowered else ""

@@ -227,7 +227,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-OFF = (None, False, "none", "float")  # how a setting is switched off that an earlier version did not have
+OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have
 
 
 def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:

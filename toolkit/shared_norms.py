@@ -28,7 +28,7 @@ def share_statistics(model: nn.Module) -> None:
             if type(module).forward is not _BatchNorm.forward:
                 raise InputError(
                     f"{type(module).__name__} has a forward of its own, which cannot take statistics over several "
-                    "processes: train in one, or freeze the norms (--freeze-backbone, no --train-norms)"
+                    "processes: train in one, or freeze the norms (--freeze-backbone, no --norms train)"
                 )
             module.__class__ = type(f"Shared{type(module).__name__}", (SharedStatistics, type(module)), {})
 

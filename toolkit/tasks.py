@@ -740,7 +740,7 @@ def start_head(
     started = task.start_head(model, *both, views=2)
     baseline[of_probe] = task.head_score(model, *queries)
     # A head that trains alone cannot harm the features.
-    features_train = args.lora_rank > 0 or args.train_norms or not args.freeze_backbone
+    features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
     temperature = task.head_temperature(model, *augmented[0], features_train)
     if started.held_out is not None:
         temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))

@@ -268,7 +268,7 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
     if batch_norm_trains(model) and min(batch_size, train_images) < needed:
         raise InputError(
             f"BatchNorm that trains needs {needed} images or more, and one in each process: raise --batch-size, or use "
-            "--freeze-backbone without --train-norms"
+            "--freeze-backbone without --norms train"
         )
 
 
