@@ -27,7 +27,7 @@ from lora import adapted, attention, functional, initialization, int8, targets
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
-from lora.followed_norms import folded_norm, follow_statistics, write_statistics
+from lora.followed_norms import folded_norm, follow_statistics, followers, write_statistics
 from lora.frozen_norms import NORMS, freeze_statistics
 from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
 from lora.int8 import Int8Weight
@@ -754,6 +754,8 @@ def main(
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
         run = FineTuning(args, training.place(model, device), report, splits, device, dtype, loaders)
         print(reports.describe_rates(args, run.recovery.rate, run.adapter_lr_factor))
+        if following := len(list(followers(model))):
+            print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
         if args.resume:
             run.resume(args.resume, options.FREE_TO_CHANGE)
         else:

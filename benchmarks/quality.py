@@ -62,7 +62,7 @@ METHODS = {
     **{f"qlora_{r}": (f"QLoRA r={r}", ["--use-qlora", *adapters(r)], 1e-4) for r in (4, 8, 16)},
     "lora_8_random": ("LoRA r=8, random start", [*adapters(8), "--lora-init", "random"], 3e-3),
     "lora_8_norms": ("LoRA r=8, norms", [*adapters(8), "--norms", "train"], 1e-4),
-    "lora_8_follow": ("LoRA r=8, norms follow", [*adapters(8), "--norms", "follow"], 1e-4),
+    "lora_8_frozen": ("LoRA r=8, norms frozen", [*adapters(8), "--norms", "frozen"], 1e-4),
     "full": ("full fine-tuning", FULL, 3e-4),
     "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
     "peft": ("PEFT r=8", [*adapters(8), "--head-init", "random"], 3e-3),  # see `_peft_layers`

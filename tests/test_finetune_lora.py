@@ -1333,13 +1333,14 @@ def test_norms_may_train_beside_the_adapters(ways):
     assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
 
 
-@pytest.mark.parametrize("norms", [pytest.param("", marks=pytest.mark.slow), "--norms train", "--norms follow"])
-def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
+@pytest.mark.parametrize("norms", ["", "--norms train", pytest.param("--norms frozen", marks=pytest.mark.slow)])
+def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
     argv += f" --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8 {norms}"
     results = finetune_lora.main(argv.split())
+    assert ("norms: 19 BatchNorms follow the adapters (--norms auto)" in capsys.readouterr().out) is (norms == "")
     deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
     plain = build_backbone("resnet18", 3).eval()
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
@@ -1350,7 +1351,9 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path):
         torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
     # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
     start = torch.load(tmp_path / "resnet.pth", weights_only=True)
-    assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (norms == "")
+    assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (
+        norms == "--norms frozen"
+    )
     assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--norms train")
     kept = results["val_accuracy"], results["val_loss"]
     again = finetune_lora.main([*argv.split(), "--resume"])
