@@ -134,8 +134,7 @@ def test_a_compiled_step_has_the_products_of_the_eager_one_and_no_kernel_is_forg
     assert {"fused", "mm", "addmm", "_fused_adamw_", "nll_loss_forward"} <= set(names)
     assert {operator.kernels for operator in planned.operators if operator.name == "mm"} == {1}
     assert all(operator.bytes > 0 for operator in planned.operators)
-    (summed,) = {o.kernels for o in planned.operators if o.name == "addmm" and o.operands.startswith("bfloat16[34, ")}
-    assert summed == 2  # a matrix that is added to is copied first
+    assert any(operator.name == "addmm" and operator.kernels == 2 for operator in planned.operators)  # see `_is_full`
 
 
 def test_what_stands_in_for_cuda_graphs_computes_at_first_and_then_repeats_itself(monkeypatch):
