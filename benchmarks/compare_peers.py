@@ -70,7 +70,7 @@ from toolkit.backbones import block_names, build_backbone, default_image_size, h
 from toolkit.config import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
-from toolkit.training import autocast, fused, peak_memory_bytes, select_device, select_precision
+from toolkit.training import autocast, compiled, fused, peak_memory_bytes, select_device, select_precision
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100
@@ -384,7 +384,7 @@ class Training:
         if VARIANTS[name].features_kept:
             self.lower, self.network = split_model(self.model, half_of_the_blocks(self.model))
         if VARIANTS[name].compiled:
-            self.model.compile()
+            self.network = compiled(self.network, args.device)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=1e-4, fused=self.pretends_a_gpu or fused(self.model)

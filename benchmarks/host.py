@@ -10,6 +10,8 @@ The host's time depends on how many operators there are, and not on their sizes.
 same depth, whose widths are so small that the CPU's arithmetic does not count, by the branches that a GPU takes, on one
 thread, in CPU seconds. Variants take turns, and what counts is the median of the ratios within a round.
 A CPU's kernels stand in for the launches; the operators of bitsandbytes for CPUs cost more than those for GPUs.
+Compiled variants are given what CUDA graphs leave to the host (`benchmarks.compiled.replayed`), or with
+`--compiler inductor` every kernel by a call of its own, as where gradients accumulate.
 The GPU's work is **predicted** by `benchmarks.roofline`, whose files in --output-dir are read, and so is the step: no
 GPU has been asked.
 """
@@ -20,6 +22,7 @@ import shlex
 import statistics
 import sys
 import time
+from unittest import mock
 
 import torch
 
@@ -35,7 +38,9 @@ from benchmarks.compare_peers import (
     random_batch,
     time_in_turn,
 )
+from benchmarks.compiled import replayed
 from benchmarks.operators import AsOnGPU, branches_of_a_gpu, narrow
+from toolkit import training
 from toolkit.config import positive_int
 from toolkit.output_folder import begin_folder
 from toolkit.runs import run_script
@@ -60,7 +65,8 @@ def measure(names: list[str], args) -> dict[str, dict]:
     tiny = argparse.Namespace(**{**vars(args), "batch_size": BATCH, "image_size": SIZE, "rank": RANK})
     generator, trainings = torch.Generator().manual_seed(args.seed), {}
     torch.manual_seed(args.seed)
-    with branches_of_a_gpu():
+    compiler = replayed if args.compiler == "replayed" else args.compiler
+    with branches_of_a_gpu(), mock.patch.object(training, "COMPILER", compiler):
         for name in names:
             trainings[name] = OnHost(name, tiny, VARIANTS[name].build(narrow(args.model, SIZE, WIDTH), tiny).train())
             for _ in range(WARMUP_STEPS):
@@ -130,6 +136,7 @@ def step_table(steps: dict[str, dict], batch: int) -> str:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_options(parser)
+    parser.add_argument("--compiler", choices=["replayed", "inductor"], default="replayed", help="of compiled variants")
     parser.add_argument("--steps", type=positive_int, default=30, help="rounds that are timed")
     parser.set_defaults(precision="bf16", device=torch.device("cpu"))
     return parser.parse_args(argv)
@@ -148,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
         "what": "the host's time is measured; a step is predicted: max(GPU, predicted; host, measured)",
         "command": shlex.join(["python", "-m", "benchmarks.host", *command]),
         "commit": current_commit(),
-        **{key: getattr(args, key) for key in ("model", "steps", "precision")},
+        **{key: getattr(args, key) for key in ("model", "steps", "precision", "compiler")},
         "machine": describe_machine(args),
         "versions": describe_versions(),
         "variants": measure(names, args),

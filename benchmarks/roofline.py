@@ -4,11 +4,14 @@
     python -m benchmarks.roofline --model vit_b_16 --batch-size 64
     python -m benchmarks.roofline --model vit_b_16 --batch-size 64 --variants full,peft,lora,lora_selective,qlora
     python -m benchmarks.roofline --model resnet50 --batch-size 8
+    python -m benchmarks.roofline --model resnet50 --batch-size 8 --variants full,full_compiled,lora,lora_compiled
 
 A step of each variant of `benchmarks.compare_peers` runs on fake CUDA tensors, which have shapes and no numbers,
 through the code that runs on CUDA. Each operator is charged max(operations / peak, bytes / bandwidth,
 kernels * LAUNCH), and the sum is the GPU's work. Peak memory is that of the tensors that live at once, in blocks as
 PyTorch allocates them.
+
+Compiled variants have the kernels that Inductor plans for a CPU (`benchmarks.compiled`).
 
 Left out are caches, which make small tensors cheaper, the workspaces of cuDNN and cuBLAS, and the time that Python
 needs to issue the kernels, for which see `benchmarks.host`. Which share of a datasheet's figures a kernel reaches is
@@ -44,6 +47,7 @@ from benchmarks.compare_peers import (
     current_commit,
     describe_versions,
 )
+from benchmarks.compiled import record_compiled
 from benchmarks.operators import Operator, Recording, record
 from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
@@ -119,7 +123,7 @@ def costliest(operators: list[Operator], card: Card) -> list[dict]:
 
 
 def predict_apart(names: list[str], args) -> dict[str, dict]:
-    """`predict` for each variant, in processes that believe in a GPU."""
+    """`predict` for each variant, in processes that believe in a GPU; compiled ones as planned for a CPU."""
     command = [sys.executable, "-m", "benchmarks.roofline", "--model", args.model, "--precision", args.precision]
     for option in ("batch_size", "image_size", "rank", "seed"):
         command += [f"--{option.replace('_', '-')}", str(vars(args)[option])]
@@ -127,6 +131,9 @@ def predict_apart(names: list[str], args) -> dict[str, dict]:
     with fake_cuda() as settings:
         for name in names:
             print(f"recording {name}, batch {args.batch_size}", file=sys.stderr)
+            if VARIANTS[name].compiled:
+                predicted[name] = predict(record_compiled(name, args))
+                continue
             done = subprocess.run(
                 [*command, "--record", name], capture_output=True, text=True, env={**os.environ, **settings}
             )
@@ -197,7 +204,8 @@ def markdown_table(result: dict) -> str:
             own = v["milliseconds"][card]
             cells.append(f"{own:.1f}" + (f" ({full['milliseconds'][card] / own:.2f}x)" if full else ""))
         share = f" ({v['peak_bytes'] / full['peak_bytes']:.2f})" if full else ""
-        lines.append(f"| {' | '.join(cells)} | {v['peak_bytes'] / 1e6:,.0f}{share} |")
+        memory = f"{v['peak_bytes'] / 1e6:,.0f}{share}" if v["peak_bytes"] else "not predicted"
+        lines.append(f"| {' | '.join(cells)} | {memory} |")
     return "\n".join(lines)
 
 
@@ -219,11 +227,7 @@ def choose(args) -> list[str]:
     """The variants to predict."""
     if args.variants is None:
         args.variants = ",".join(name for name in DEFAULT if args.model.startswith(VARIANTS[name].models))
-    names = choose_variants(args)
-    for name in names:
-        if VARIANTS[name].compiled:
-            raise InputError(f"{name} is compiled, and only eager steps can be predicted")
-    return names
+    return choose_variants(args)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

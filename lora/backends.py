@@ -227,11 +227,15 @@ def batch_norm_gradient(
 
 def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of ``gy y`` and of ``gy`` over all but the channels: (N, C, H, W) -> (C,), in float32 or more."""
-    precise = torch.promote_types(y.dtype, torch.float32)
-    ones = torch.ones(y.shape[1], dtype=precise, device=y.device)
-    statistics = None, None, torch.zeros_like(ones), ones, True, 0.0  # of a BatchNorm that changes nothing
+    zeros, ones = _zeros_and_ones(y.shape[1], torch.promote_types(y.dtype, torch.float32), y.device)
+    statistics = None, None, zeros, ones, True, 0.0  # of a BatchNorm that changes nothing
     _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(gy, y, ones, *statistics, [False, True, True])
     return of_weight, of_bias
+
+
+@functools.cache
+def _zeros_and_ones(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(count, dtype=dtype, device=device), torch.ones(count, dtype=dtype, device=device)
 
 
 # ------------------------------------------------------------------------------------ what else PyTorch keeps private

@@ -17,12 +17,14 @@ the statistics of the trained adapters.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
+from lora import together
 from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
 from toolkit import InputError
@@ -47,8 +49,9 @@ class FollowedNorm:
         self.mean, self.variance = norm.running_mean.clone(), norm.running_var.clone()
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
-        self.outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
-        self.spread = self.outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
+        outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
+        self.doubled = 2 * outputs
+        self.spread = outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
 
     def statistics(self, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Mean and variance (out,) of the convolution's output with an adapter, differentiable.
@@ -57,13 +60,10 @@ class FollowedNorm:
             A: (r, fan_in).
             B: (out, r).
         """
-        self._as(A)
+        self.like(A)
         with torch.autocast(A.device.type, enabled=False):
-            sB = scaling * B
-            h = self.inputs @ A.T  # (k, r)
-            change = sB * (2 * self.outputs.T @ h + sB @ (h.T @ h))  # of v, (out, r), to be summed
-            ratio = (1 + change.sum(1) / self.spread).clamp_min(1e-4)  # above 0 in spite of rounding
-            return self.mean + sB @ (A @ self.centre), self.variance * ratio
+            change, shift = _changes(self.inputs, self.doubled, self.centre, A, scaling * B)
+            return self.mean + shift, self.variance * _ratio(change, self.spread)
 
     def scale_and_shift(
         self, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
@@ -72,12 +72,8 @@ class FollowedNorm:
 
         All are (out,). g is a number here: its logarithm takes the gradient.
         """
-        mean, variance = self.statistics(A, B, scaling)
-        log_scale = -0.5 * (variance + self.norm.eps).log()
-        scale = log_scale.exp()
-        scale = scale if self.norm.weight is None else scale * self.norm.weight
-        shift = (-mean if bias is None else bias - mean) * scale
-        return scale.detach(), log_scale, shift if self.norm.bias is None else shift + self.norm.bias
+        statistics = self.statistics(A, B, scaling)
+        return _scale_and_shift(*statistics, self.norm.eps, self.norm.weight, self.norm.bias, bias)
 
     @torch.no_grad()
     def write(self, conv: nn.Conv2d) -> None:
@@ -92,20 +88,114 @@ class FollowedNorm:
         self.norm.running_mean.copy_(self.mean)
         self.norm.running_var.copy_(self.variance)
 
-    def _as(self, like: Tensor) -> None:
+    def like(self, like: Tensor) -> None:
         """Move to where a tensor is, and into its dtype: this is no module, which would be moved with its model."""
         if self.centre.device != like.device or self.centre.dtype != like.dtype:
-            for name in ("mean", "variance", "centre", "inputs", "outputs", "spread"):
+            for name in ("mean", "variance", "centre", "inputs", "doubled", "spread"):
                 setattr(self, name, getattr(self, name).to(like))
+
+
+def _changes(inputs: Tensor, doubled: Tensor, centre: Tensor, A: Tensor, sB: Tensor) -> tuple[Tensor, Tensor]:
+    """How far adapters change v and the mean, (..., out) both.
+
+    Args:
+        inputs: (..., k, fan_in).
+        doubled: (..., k, out), twice what W makes of the inputs.
+        centre: (..., fan_in).
+        A: (..., r, fan_in).
+        sB: (..., out, r).
+    """
+    h = inputs @ A.mT  # (..., k, r)
+    change = sB * (doubled.mT @ h + sB @ (h.mT @ h))
+    return change.sum(-1), (sB @ (A @ centre[..., None])).squeeze(-1)
+
+
+def _ratio(change: Tensor, spread: Tensor) -> Tensor:
+    return (1 + change / spread).clamp_min(1e-4)  # above 0 in spite of rounding
+
+
+def _scale_and_shift(
+    mean: Tensor,
+    variance: Tensor,
+    eps: float | Tensor,
+    weight: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_scale = -0.5 * (variance + eps).log()
+    scale = log_scale.exp()
+    scale = scale if weight is None else scale * weight
+    shift = (-mean if bias is None else bias - mean) * scale
+    return scale.detach(), log_scale, shift if beta is None else shift + beta
+
+
+class FollowedTogether:
+    """`FollowedNorm.scale_and_shift` of many convolutions at once, those of one shape in one product: for a GPU.
+
+    Args:
+        convs: each with its `followed`.
+    """
+
+    def __init__(self, convs: Sequence[nn.Conv2d]):
+        kinds: dict[tuple, list[nn.Conv2d]] = {}
+        for conv in convs:
+            norm = conv.followed.norm
+            if conv.bias is None and norm.affine and not norm.bias.requires_grad:
+                kind = conv.followed.inputs.shape, conv.lora_B.shape, conv.scaling
+                kinds.setdefault(kind, []).append(conv)
+        self.kinds = list(kinds.values())
+        self.convs = [conv for own in self.kinds for conv in own]
+        self.constants: tuple | None = None
+
+    def __call__(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """By the id of the convolution."""
+        if not self.convs:
+            return {}
+        A = self.convs[0].lora_A
+        if self.constants is None or (self.constants[1][0].device, self.constants[1][0].dtype) != (A.device, A.dtype):
+            self.constants = self._constants()
+        of_kinds, (mean, variance, spread, eps) = self.constants
+        parts = []
+        with torch.autocast(mean.device.type, enabled=False):
+            for own, constants in zip(self.kinds, of_kinds, strict=True):
+                A, B = (torch.stack([conv._parameters[name] for conv in own]) for name in ("lora_A", "lora_B"))
+                parts.append(torch.stack(_changes(*constants, A, own[0].scaling * B)).flatten(1))
+            change, shift = torch.cat(parts, 1)
+            weight, beta = (
+                torch.cat([conv.followed.norm._parameters[n] for conv in self.convs]) for n in ("weight", "bias")
+            )
+            found = _scale_and_shift(mean + shift, variance * _ratio(change, spread), eps, weight, beta, None)
+        sizes = [len(conv.lora_B) for conv in self.convs]
+        apart = zip(*(t.split(sizes) for t in found), strict=True)
+        return {id(conv): own for conv, own in zip(self.convs, apart, strict=True)}
+
+    def _constants(self) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """Of each kind inputs, outputs and centres, and of all one after another mean, variance, v(W) and eps."""
+        for conv in self.convs:
+            conv.followed.like(conv.lora_A)
+        followed = [conv.followed for conv in self.convs]
+        of_kinds = [tuple(_joined(own, name) for name in ("inputs", "doubled", "centre")) for own in self.kinds]
+        eps = torch.cat([torch.full_like(own.mean, own.norm.eps) for own in followed])
+        flat = (torch.cat([getattr(own, name) for own in followed]) for name in ("mean", "variance", "spread"))
+        return of_kinds, (*flat, eps)
+
+
+def _joined(convs: Sequence[nn.Conv2d], name: str) -> Tensor:
+    """The tensors of this name, (n, ...), which from now on are views of the whole: the memory is needed once."""
+    joined = torch.stack([getattr(conv.followed, name) for conv in convs])
+    for conv, own in zip(convs, joined.unbind(), strict=True):
+        setattr(conv.followed, name, own)
+    return joined
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
     """The directions of largest variance of centred rows (P, D), each as long as its standard deviation: (k, D)."""
+    # In float32 it may not converge where most directions have no variance: a kernel over one pixel and its padding.
     if rows.shape[1] <= len(rows):
-        variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))  # in ascending order
-        return (directions * variances.clamp_min(0).sqrt()).T[-number:].contiguous()
-    _, turned = torch.linalg.eigh(rows @ rows.T)
-    return turned.T[-number:] @ rows / math.sqrt(len(rows))
+        variances, directions = torch.linalg.eigh((rows.T @ rows / len(rows)).double())  # in ascending order
+        return (directions * variances.clamp_min(0).sqrt()).T[-number:].to(rows.dtype).contiguous()
+    _, turned = torch.linalg.eigh((rows @ rows.T).double())
+    return turned.T[-number:].to(rows.dtype) @ rows / math.sqrt(len(rows))
 
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
@@ -166,6 +256,9 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     for conv, norm in norm_of.items():
         if patches[conv]:
             conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
+    for module in model.modules():
+        if isinstance(module, ResNet):
+            module.followed = FollowedTogether(list(followers(module)))
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -179,12 +272,14 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
     if followed is None or followed.norm is not norm or not torch.is_grad_enabled():
         scale, shift = scale_and_shift(norm, conv.bias)
         return scale, None, shift
+    if (known := together.followed(conv)) is not None:
+        return known
     return followed.scale_and_shift(conv.lora_A, conv.lora_B, conv.scaling, conv.bias)
 
 
 def followers(model: nn.Module) -> Iterator[nn.Conv2d]:
     """The convolutions whose BatchNorms follow."""
-    return (conv for conv in model.modules() if vars(conv).get("followed") is not None)
+    return (conv for conv in model.modules() if isinstance(vars(conv).get("followed"), FollowedNorm))
 
 
 def write_statistics(model: nn.Module) -> None:
@@ -198,3 +293,5 @@ def stop_following(model: nn.Module, merged: bool) -> None:
     for conv in list(followers(model)):
         conv.followed.write(conv) if merged else conv.followed.undo()
         del conv.followed
+    for module in model.modules():
+        vars(module).pop("followed", None)

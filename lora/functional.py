@@ -481,7 +481,7 @@ class _LoRAConv2d(torch.autograd.Function):
 def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
     of_scale, of_bias = backends.channel_sums(gy, y)
-    of_scale = of_scale - bias.to(of_bias.dtype) * of_bias
+    of_scale = of_scale.addcmul_(bias.to(of_bias.dtype), of_bias, value=-1)
     return of_scale if residual is None else of_scale - backends.channel_sums(gy, residual)[0], of_bias
 
 

@@ -46,7 +46,7 @@ from lora.functional import (
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.together import folded, folded_apart, forget_plan, rounded_together
+from lora.together import each_apart, folded, followed_together, forget_plan, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -261,7 +261,7 @@ def recomputable(forward: Callable) -> Callable:
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        with contextlib.nullcontext() if is_traced() else folded_apart():
+        with contextlib.nullcontext() if is_traced() else each_apart():
             # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
             return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
 
@@ -332,8 +332,14 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        with rounded_together(self, x, self.folding):
+        with self.together(x):
             return self.from_block(self.stem(x))
+
+    @contextlib.contextmanager
+    def together(self, x: Tensor) -> Iterator[None]:
+        """What a GPU prepares for all layers at once."""
+        with rounded_together(self, x, self.folding), followed_together(vars(self).get("followed"), x):
+            yield
 
     def folding(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
@@ -359,7 +365,7 @@ class FusedResNet(ResNet):
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
         """The model's output from the input of one of its stages; 0 is the first."""
-        with rounded_together(self, x, self.folding):
+        with self.together(x):
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
                 x = stage(x)
             return self.fc(torch.flatten(self.avgpool(x), 1))

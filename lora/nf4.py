@@ -73,7 +73,8 @@ class NF4Weight:
         scales = vars(state).get("flat_scales")
         if scales is None or scales.device != self.packed.device:
             scales = bitsandbytes_functional().dequantize_blockwise(state.absmax, state.state2) + state.offset
-            state.flat_scales = scales
+            if not backends.is_traced():  # a compiler lets no tensor leave its graph so
+                state.flat_scales = scales
         return scales
 
 

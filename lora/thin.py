@@ -58,10 +58,13 @@ def _in_few_kernels(gy, rows, h, A, B, scaling, groups, need_A, need_B):
         gh = torch.addmm(h, gy, B, beta=0, alpha=scaling)
         gB = torch.addmm(B, gy.T, h, beta=0, alpha=scaling) if need_B else None
     else:
-        gh = torch.empty_like(h)
         gy = _apart(gy, groups)
         own_B = B.view(groups, -1, B.shape[1])
-        _apart(gh, groups).baddbmm_(gy, own_B, beta=0, alpha=scaling)
+        if backends.is_traced():  # a compiler cannot change such a view
+            gh = torch.baddbmm(_apart(h, groups), gy, own_B, beta=0, alpha=scaling).transpose(0, 1).flatten(1)
+        else:
+            gh = torch.empty_like(h)
+            _apart(gh, groups).baddbmm_(gy, own_B, beta=0, alpha=scaling)
         if need_B:
             gB = torch.baddbmm(own_B, gy.mT, _apart(h, groups), beta=0, alpha=scaling).view(B.shape)
     return gh, gh.T @ rows if need_A else None, gB
@@ -107,7 +110,8 @@ def side_by_side(B: Tensor, groups: int) -> Tensor:
 def _side_by_side(B: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return B
-    known = vars(B).get("side_by_side")  # of all layers at once, by `lora.together`
+    # Of all layers at once, by `lora.together`, which leaves it to a compiler to fuse them.
+    known = None if backends.is_traced() else vars(B).get("side_by_side")
     return side_by_side(B, groups) if known is None else known
 
 

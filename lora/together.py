@@ -28,6 +28,7 @@ class _Now(threading.local):
     folded: dict[int, Folded] | None = None  # by the id of the convolution
     fold: Callable[[], dict[int, Folded]] | None = None  # makes them
     pairs: dict[int, nn.BatchNorm2d] | None = None  # what is folded into which of these convolutions
+    followed: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # by the id of the convolution
 
 
 _now = _Now()
@@ -244,13 +245,37 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
 
 
 @contextlib.contextmanager
-def folded_apart() -> Iterator[None]:
-    """Within this block `folded` finds nothing: what runs once more in backward must save what it saved before."""
-    pairs, _now.pairs = _now.pairs, None
+def followed_together(compute: Callable[[], dict] | None, x: Tensor) -> Iterator[None]:
+    """Within this block, in which a model's forward pass of x runs, `followed` finds what ``compute()`` returns.
+
+    Args:
+        compute: scale, logarithm and shift of all BatchNorms that follow, if there are any; see `lora.followed_norms`.
+    """
+    needless = compute is None or _now.followed is not None or not torch.is_grad_enabled()
+    if needless or not backends.counts_kernels(x) or backends.is_traced():
+        yield
+        return
+    _now.followed = compute()
     try:
         yield
     finally:
-        _now.pairs = pairs
+        _now.followed = None
+
+
+def followed(conv: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `followed_together` knows of a convolution."""
+    return None if _now.followed is None else _now.followed.get(id(conv))
+
+
+@contextlib.contextmanager
+def each_apart() -> Iterator[None]:
+    """Within this block `folded` and `followed` find nothing: what runs again in backward must save the same again."""
+    before = _now.pairs, _now.followed
+    _now.pairs = _now.followed = None
+    try:
+        yield
+    finally:
+        _now.pairs, _now.followed = before
 
 
 def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from toolkit import InputError, data, transforms
+from toolkit import InputError, data, training, transforms
+from toolkit.bands import Bands
 
 ROOT = Path(__file__).parents[1]
 
@@ -546,6 +547,27 @@ def transforms_of_all_kinds():
     yield transforms.eval_transform(32)
     yield from (transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS)
     yield from (transforms.two_crops(32, name) for name in transforms.TWO_CROPS)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photographs_normalised_on_their_device_are_the_same_to_the_last_bit(monkeypatch, digits, workers):
+    """As they travel to a GPU, here to a CPU. The last two transforms do something between the last two steps, or take
+    what is no photograph: they are left alone."""
+    images, cpu = digits[0].val.subset(range(5)), torch.device("cpu")
+
+    def loaded(transform, to_gpu: bool) -> list:
+        monkeypatch.setattr(data, "sends_levels", lambda device: to_gpu)
+        loader = data.build_loader(data.Transformed(images, transform), 2, shuffle=True, workers=workers, device=cpu)
+        batches = [views if isinstance(views, list) else [views] for views, _ in loader]
+        return [view for batch in batches for view in batch]
+
+    *photographs, noisy = transforms_of_all_kinds()
+    for transform in (*photographs, noisy, transforms.eval_transform(32, [0.5], [0.2], bands=Bands(1))):
+        travelling = loaded(transform, to_gpu=True)
+        for own, plain in zip(travelling, loaded(transform, to_gpu=False), strict=True):
+            arrived, expected = training.to_device(own, cpu), training.to_device(plain, cpu)
+            assert torch.equal(arrived, expected) and arrived.stride() == expected.stride()
+            assert isinstance(own, transforms.Levels) == (transform in photographs)
 
 
 class Clock:

@@ -8,8 +8,15 @@ from torchvision.models import resnet18
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import backends
-from lora.followed_norms import follow_statistics, followers, patches_of, principal_components, write_statistics
-from lora.fusion import conv_bn, conv_bn_relu, fuse
+from lora.followed_norms import (
+    FollowedTogether,
+    follow_statistics,
+    followers,
+    patches_of,
+    principal_components,
+    write_statistics,
+)
+from lora.fusion import conv_bn, conv_bn_relu, fuse, set_gradient_checkpointing
 from lora_utils import LoRAManager
 from toolkit import InputError
 
@@ -111,12 +118,23 @@ def test_patches_are_what_the_kernel_is_applied_to(kind):
     assert distances.max() < 1e-12
 
 
-def adapted_resnet() -> nn.Module:
+def test_directions_without_variance_do_no_harm():
+    """Such as those of channels that are dead, and of a kernel's places that see padding alone."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rows = torch.zeros(512, 288)
+        rows[:, torch.randperm(288)[:70]] = torch.randn(512, 70).relu()
+        rows -= rows.mean(0)
+        components = principal_components(rows, 100)
+        torch.testing.assert_close(components.T @ components, rows.T @ rows / len(rows), atol=1e-5, rtol=1e-4)
+
+
+def adapted_resnet(**options) -> nn.Module:
     torch.manual_seed(0)
     model = resnet18(num_classes=3)
     for _ in range(3):
         model(torch.randn(16, 3, 32, 32))
-    add_lora_to_model(model, r=2)
+    add_lora_to_model(model, r=2, **options)
     freeze_backbone_params(model)
     return model
 
@@ -227,6 +245,28 @@ def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms(m
         monkeypatch.undo()
         errors.append(sum((a - b).norm() / b.norm() for a, b in pairs) / len(wanted))
     assert errors[1] < 1.5 * errors[0] < 0.3
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_gpu_computes_the_statistics_of_all_layers_together(monkeypatch, checkpointing):
+    """To the same numbers, of ranks and scalings that differ. What runs again in backward does it layer by layer."""
+    x, model = torch.randn(8, 3, 32, 32), adapted_resnet(rank_pattern={"layer2": 3}, alpha_pattern={"layer3": 5})
+    follow_statistics(model, [x])
+    set_gradient_checkpointing(model, checkpointing)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    apart = step(model, x, torch.float32)
+    computed, compute = [], FollowedTogether.__call__
+    monkeypatch.setattr(backends, "counts_kernels", lambda x: True)
+    monkeypatch.setattr(FollowedTogether, "__call__", lambda self: computed.append(compute(self)) or computed[-1])
+    for own, wanted in zip(step(model, x, torch.float32), apart, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+    assert [len(found) for found in computed] == [len(list(followers(model)))] == [19]
+    with torch.no_grad():
+        model(x)
+    assert len(computed) == 1  # without gradients the statistics are as they were last written
+    assert not any(vars(module).get("followed") for module in LoRAManager(model).unload().modules())
 
 
 def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

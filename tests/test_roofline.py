@@ -2,6 +2,7 @@
 benchmarks/host.py make of recorded operators."""
 
 import argparse
+import copy
 import json
 import shutil
 
@@ -11,9 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import host, roofline
-from benchmarks.operators import Operator, Recorder, Recording, record_narrow
+from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, random_batch
+from benchmarks.compiled import record_compiled, replayed
+from benchmarks.operators import AsOnGPU, Operator, Recorder, Recording, branches_of_a_gpu, record_narrow
 from benchmarks.roofline import CARDS, LAUNCH, SHARES
-from toolkit import InputError
+from tests.dense import assert_close, vit
+from toolkit import InputError, training
 
 CPU = torch.device("cpu")
 
@@ -111,6 +115,46 @@ def test_memory_is_that_of_what_lives_at_once():
         assert recorder.live_bytes == 0
 
 
+def small_vit() -> nn.Module:
+    return vit(num_layers=1, num_classes=NUM_CLASSES)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_has_the_products_of_the_eager_one_and_no_kernel_is_forgotten():
+    """But for what is computed again in backward, which the compiler decides."""
+    args = settings("vit_b_16", batch_size=2, image_size=16)
+    planned = record_compiled("lora_compiled", args, VARIANTS["lora_compiled"].build(small_vit(), args).train())
+    torch._dynamo.reset()
+    with branches_of_a_gpu(), Recorder(CPU) as recorder:
+        eager = AsOnGPU("lora", args, VARIANTS["lora"].build(small_vit(), args).train())
+        recorder.begin()
+        eager.work(*random_batch(args, torch.Generator()))
+    assert sum(o.flops for o in planned.operators) == pytest.approx(sum(o.flops for o in recorder.operators), rel=0.05)
+    names = [operator.name for operator in planned.operators]
+    assert {"fused", "mm", "addmm", "_fused_adamw_", "nll_loss_forward"} <= set(names)
+    assert {operator.kernels for operator in planned.operators if operator.name == "mm"} == {1}
+    assert all(operator.bytes > 0 for operator in planned.operators)
+    assert any(operator.name == "addmm" and operator.kernels == 2 for operator in planned.operators)  # see `_is_full`
+
+
+def test_what_stands_in_for_cuda_graphs_computes_at_first_and_then_repeats_itself(monkeypatch):
+    args = settings("vit_b_16", batch_size=2, image_size=16, precision="fp32")
+    monkeypatch.setattr(training, "COMPILER", replayed)
+    own = AsOnGPU("lora_compiled", args, VARIANTS["lora_compiled"].build(small_vit(), args).train())
+    eager = AsOnGPU("lora", args, copy.deepcopy(own.model))
+    for step in range(5):
+        batch = random_batch(args, torch.Generator().manual_seed(step))
+        own.work(*batch)
+        eager.work(*batch)
+        if step == 2:
+            for name, parameter in eager.trained.items():
+                assert_close(own.trained[name].grad, parameter.grad, 1e-3, name)
+            settled = {name: parameter.grad.clone() for name, parameter in own.trained.items()}
+    assert all(torch.equal(own.trained[name].grad, gradient) for name, gradient in settled.items())
+    own.check()
+    torch._dynamo.reset()
+
+
 # -------------------------------------------------------------------------------------------------- what is predicted
 
 
@@ -177,7 +221,6 @@ def test_a_step_waits_for_the_gpu_or_for_the_host(tmp_path, no_recording, capsys
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--variants lora_compiled", "lora_compiled is compiled"),
         ("--variants typo", "no variant 'typo'"),
         ("--batch-size 0", "expected a whole number above 0"),
     ],

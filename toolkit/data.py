@@ -39,7 +39,7 @@ from toolkit.folders import (
 )
 from toolkit.lists import in_order, like, list_has_labels, look_like_numbers, read_groups, read_list, read_targets
 from toolkit.shards import ShardedImages, read_shards, shard_names
-from toolkit.transforms import TwoCrops, View, to_rgb
+from toolkit.transforms import TwoCrops, View, before_normalization, to_rgb
 
 # torchvision's sets: class, the arguments of its training part, those of its held-out part (None: it has none, so the
 # images are split here).
@@ -827,6 +827,11 @@ def fixed_order_batch(batch_size: int) -> int:
     return -(-batch_size // distributed.world_size()) * distributed.world_size()
 
 
+def sends_levels(device: torch.device | None) -> bool:
+    """Are photographs normalised on the device? On a CPU it would take the time of training."""
+    return device is not None and device.type == "cuda"
+
+
 def build_loader(
     dataset: Transformed,
     batch_size: int,
@@ -845,7 +850,8 @@ def build_loader(
             number, so that shares of batches are shares of the whole (`distributed.interleave` puts them in order).
         shuffle: a new order each epoch, and augmentations that can be repeated.
         workers: processes that load images; 'auto' for as many as are likely to help.
-        device: what the batches are for.
+        device: what the batches are for. For a GPU those of photographs are `toolkit.transforms.Levels`, which
+            `toolkit.training.to_device` makes images of.
         keep_workers: they wait for the next pass, instead of ending with each. They take seconds to start where
             processes do not fork (macOS, Windows).
     """
@@ -853,6 +859,8 @@ def build_loader(
         batch_size = fixed_order_batch(batch_size)
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
+    if sends_levels(device):
+        dataset = Transformed(dataset.dataset, before_normalization(dataset.transform))
     if workers > 0:
         dataset.being_read = torch.full((workers,), -1).share_memory_()
     images = dataset.dataset

@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -117,6 +118,29 @@ class View:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return render(image, [self])[0]
+
+
+class Levels(NamedTuple):
+    """Photographs before `to_tensor` and `Normalize`: a quarter of the bytes to load and to move to a GPU."""
+
+    pixels: torch.Tensor  # (H, W, 3), uint8; of a batch (N, H, W, 3)
+    mean: torch.Tensor  # (3,); of a batch (N, 3)
+    std: torch.Tensor
+
+    def normalized(self) -> torch.Tensor:
+        """A batch as (N, 3, H, W), channels last: the bits of the two transforms on a CPU, on a GPU to rounding."""
+        mean, std = (t[..., None, None] for t in self[1:])
+        return self.pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+class ToLevels:
+    """PIL image -> `Levels`."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.constants = torch.tensor(mean), torch.tensor(std)
+
+    def __call__(self, image: Image.Image) -> Levels:
+        return Levels(torch.from_numpy(np.array(image)), *self.constants)
 
 
 class TwoCrops:
@@ -251,6 +275,16 @@ def _tensor(
     if bands is None:
         return [to_tensor, T.Normalize(mean, std, inplace=True)]
     return [bands.scaled, T.Normalize(mean, std, inplace=True)]
+
+
+def before_normalization(transform: Callable) -> Callable:
+    """The same transform to `Levels`, if it is one of photographs that only makes a tensor of these in the end."""
+    if isinstance(transform, TwoCrops):
+        return TwoCrops(*map(before_normalization, transform.views))
+    steps = transform.steps.transforms if isinstance(transform, View) else ()
+    if len(steps) < 2 or steps[-2] is not to_tensor or type(steps[-1]) is not T.Normalize:
+        return transform
+    return View(transform.place, *steps[:-2], ToLevels(steps[-1].mean, steps[-1].std))
 
 
 SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle; benchmarks/vtab.py cuts none
