@@ -5,7 +5,16 @@ import copy
 
 import pytest
 import torch
-from dense import assert_close, compare_with_dense, dense_twin, images, randomize_adapters, relative_error, vit
+from dense import (
+    Operations,
+    assert_close,
+    compare_with_dense,
+    dense_twin,
+    images,
+    randomize_adapters,
+    relative_error,
+    vit,
+)
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -417,6 +426,14 @@ def test_one_in_4_bits_answers_in_8_bits(fast_processor):
         expected = model(x)
         assert 1e-4 < relative_error(multiply_in_8_bits(model, torch.float32)(x), expected) < 4e-2
     assert all(layer.base_bits == 8 for layer in model.modules() if hasattr(layer, "base_bits"))
+
+
+def test_a_layer_without_adapter_adds_no_product_of_width_0(fast_processor):
+    """Which would read and write all of the output."""
+    layer = multiply_in_8_bits(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 2)), torch.float32)[0]
+    with Operations() as seen, torch.no_grad():
+        layer(torch.randn(30, 64))
+    assert seen.count("_int_mm") == 1 and seen.count("addmm_") == 0
 
 
 def test_where_8_bits_are_slower_a_model_answers_in_floats(monkeypatch):
