@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune_lora import adapt_layers, load_base, load_finetuned, prepare, read_options
+from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits, prepare, read_options
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
@@ -230,9 +230,12 @@ def embed(args: argparse.Namespace) -> Tensor:
 @contextlib.contextmanager
 def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
     """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
-    device, _ = _device_and_precision(args)
+    device, precision = _device_and_precision(args)
+    training.check_arithmetic(args.arithmetic, device)
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
+        if args.arithmetic == "int8":
+            multiply_in_8_bits(model, precision)
 
         def make_loader(images: LabelledImages):
             transformed = Transformed(images, about["transform"])
@@ -689,6 +692,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
+            helped = "int8: multiply in 8 bits; for a large ViT on a CPU"
+            command.add_argument("--arithmetic", choices=training.ARITHMETICS, default="float", help=helped)
     parsers["evaluate"].add_argument(
         "images",
         type=Path,

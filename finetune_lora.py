@@ -60,7 +60,7 @@ from toolkit.collapse import CollapseGuard, EpochCollapsed, Recovery
 from toolkit.data import Splits, Transformed, build_loader, load_splits
 from toolkit.evaluator import Evaluator
 from toolkit.feeding import Feed
-from toolkit.files import TOOLKIT, stored_path
+from toolkit.files import TOOLKIT
 from toolkit.folds import cross_validate
 from toolkit.probe import HeadTemperature
 from toolkit.run_state import Part, RunState
@@ -577,6 +577,16 @@ def adapt_layers(
     return wrapped
 
 
+def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if this CPU is faster in them.
+
+    It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
+    Raises InputError for a model whose head is its only linear layer, such as a ResNet.
+    """
+    layers = dict.fromkeys(targets.choose_layers(LoRAManager(model).unload(merge=True)))
+    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision) else model
+
+
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
@@ -638,25 +648,6 @@ def load_finetuned(
     transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
-
-
-def adapter_metadata(run: "FineTuning") -> dict[str, Any]:
-    """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
-    args, stage1 = run.args, run.args.stage1_adapter
-    score, task = f"val_{run.task.score}", run.task.record()
-    last = run.history[-1][score] if run.history else run.baseline[tasks.baseline_keys(run.task)[1]]
-    return {
-        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
-        "class_names": run.identity["class_names"],
-        **bands.recorded(args.normalization, run.report),
-        "checkpoint": checkpoints.stored_checkpoint(args.checkpoint),
-        "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
-        "lora": options.lora_options(args),
-        "epoch": len(run.history),
-        score: last,
-        "config": run.identity["config"],
-        **({} if task is None else {"task": task}),
-    }
 
 
 def load_base(
@@ -789,6 +780,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
         model = checkpoints.random_backbone(num_classes, report)
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
+    elif args.arithmetic == "int8" and args.freeze_backbone:
+        multiply_in_8_bits(model, training.select_precision(args.precision, torch.device("cpu")))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
@@ -1004,7 +997,7 @@ class FineTuning(RunState):
         is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
         if is_best and distributed.is_main():
             with self.average.in_place():
-                LoRAManager(self.model).save_lora_checkpoint(path, adapter_metadata(self))
+                LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         self.save_metrics(training.metrics_columns(self.task.measured))
@@ -1037,6 +1030,8 @@ def evaluate_adapter(
             f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
         )
     training.check_processes(len(splits.val))
+    if args.arithmetic == "int8":
+        multiply_in_8_bits(model, dtype)
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = task.evaluate(training.place(model, device), loaders[-1], device, dtype)

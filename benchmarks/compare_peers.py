@@ -31,6 +31,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import random
@@ -180,6 +181,23 @@ def peft_frozen_norms(model: nn.Module, args) -> nn.Module:
     return model
 
 
+def peft_8_bits(model: nn.Module, args) -> nn.Module:
+    """PEFT over bitsandbytes' layers in 8 bits, which transformers' `load_in_8bit` puts in: a ViT's MLPs.
+
+    Attention's packed weight is no linear layer, and stays float. Backward makes a dense weight of the 8 bits.
+    """
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that float32 becomes float16 is told at each product
+    for name, layer in choose_layers(model).items():
+        if isinstance(layer, nn.Linear):
+            new = Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
+            new.weight, new.bias = Int8Params(layer.weight.data, requires_grad=False), layer.bias
+            model.set_submodule(name, new)
+    model.is_loaded_in_8bit = True
+    return peft_lora(model.to(args.device), args)
+
+
 def loralib_lora(model: nn.Module, args) -> nn.Module:
     """loralib's layers put in by hand, as its README has it.
 
@@ -199,8 +217,7 @@ def loralib_lora(model: nn.Module, args) -> nn.Module:
             new.load_state_dict(layer.state_dict(), strict=False)
         else:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
     loralib.mark_only_lora_as_trainable(model)
     getattr(model, head_name(model)).requires_grad_(True)
     return model
@@ -288,6 +305,7 @@ VARIANTS = {
     "peft": Variant("PEFT", peft_lora, save_peft, "peft"),
     "peft_onednn": Variant("PEFT, oneDNN", peft_lora, save_peft, "peft", "vit", onednn_products, "cpu"),
     "peft_frozen_norms": Variant("PEFT, BatchNorm frozen", peft_frozen_norms, save_peft, "peft", "resnet"),
+    "peft_8bit": Variant("PEFT, 8 bits", peft_8_bits, save_peft, "peft", "vit", device="cpu", by_default=False),
     "loralib": Variant("loralib", loralib_lora, save_trained, "loralib"),
     "lora": Variant("LoRA here", lora, save_here),
     "lora_int8": Variant("LoRA here, arithmetic in 8 bits", lora_int8, save_here, models="vit", device="cpu"),

@@ -139,18 +139,24 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
 
 
 def base_dtype(args, model: nn.Module) -> torch.dtype | None:
-    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that pays.
-
-    It is measured on the model's widest linear layer, and told. Rounding passes over the activations: in narrow layers
-    that takes as long as the products.
-    """
+    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that pays."""
     dtype = training.base_dtype(args)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)}
-    if dtype != torch.int8 or not layers:  # `add_lora_to_model` refuses 8 bits without such layers
+    if dtype != torch.int8:
         return dtype
-    widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
     precision = training.select_precision(args.precision, torch.device("cpu"))
-    return torch.int8 if speedups(*widest.shape)[precision] >= WORTH_ROUNDING else precision
+    return dtype if pays(model, precision) else precision
+
+
+def pays(model: nn.Module, precision: torch.dtype) -> bool:
+    """Are the model's products faster in 8 bits on this CPU? Measured on its widest linear layer, and told.
+
+    Rounding passes over the activations: in narrow layers that takes as long as the products.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)}
+    if not layers:
+        return True  # `adapt_layers` refuses 8 bits without such layers
+    widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
+    return speedups(*widest.shape)[precision] >= WORTH_ROUNDING
 
 
 @functools.cache

@@ -36,6 +36,8 @@ def add_side_path(
             y = torch.addmm(bias, h, wide.T, alpha=scaling)
         return y.addmm_(rows, W.T)
     y = int8.linear(rows, W, bias)
+    if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
+        return y
     width = W.shape[0] // groups
     for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
         # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.

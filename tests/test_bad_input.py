@@ -248,13 +248,15 @@ FLAGS = [
     case(
         "settings of no adapters",
         "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --use-rslora --target-modules mlp --exclude-modules"
-        " heads --lora-init random --base-dtype bf16 --arithmetic int8",
+        " heads --lora-init random --base-dtype bf16",
         *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout", "use-rslora",
-          "target-modules", "exclude-modules", "lora-init", "base-dtype", "arithmetic")),
+          "target-modules", "exclude-modules", "lora-init", "base-dtype")),
     ),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
     case("16 bits for weights that train", "finetune --no-freeze-backbone --base-dtype bf16", "nothing is frozen"),
     case("8 bits for weights that train", "finetune --no-freeze-backbone --arithmetic int8", "nothing is frozen"),
+    case("8 bits for all of full fine-tuning", "finetune --lora-rank 0 --no-freeze-backbone --arithmetic int8",
+         "nothing is frozen"),
     case("8 bits and 4", "finetune --arithmetic int8 --use-qlora", "--arithmetic int8 with --use-qlora", "drop one of"),
     case("8 bits and 16", "finetune --arithmetic int8 --base-dtype bf16", "int8 with --base-dtype", "drop one of"),
     case("8 bits for convolutions", "finetune --arithmetic int8 --checkpoint theirs.pth", "use --arithmetic float",

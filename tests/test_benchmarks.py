@@ -163,7 +163,9 @@ def test_products_by_onednn_are_the_same_products():
     assert "OneDNNLinear" in type(results[1][0].grad_fn).__name__
 
 
-@pytest.mark.parametrize("name", ["full_onednn", "lora_selective_16bit", "qlora_selective_16bit", "lora_last_half"])
+@pytest.mark.parametrize(
+    "name", ["full_onednn", "lora_selective_16bit", "qlora_selective_16bit", "lora_last_half", "peft_8bit"]
+)
 def test_variants_of_a_vit_train(name):
     args = parse_arguments(["--model", "vit_b_16", "--image-size", "32", "--batch-size", "2", "--rank", "2"])
     args.model = "vit_mini"

@@ -16,12 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import CLASSES
-from dense import FP32, assert_close, randomize_adapters
+from dense import FP32, assert_close, randomize_adapters, relative_error
 from PIL import Image
 from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
+from lora import int8
 from lora_utils import LoRAManager
 from toolkit import InputError, transforms
 from toolkit.backbones import build_backbone, forward_features
@@ -205,6 +206,23 @@ def test_features_are_what_the_head_receives(trained, images, tmp_path):
     assert written.dtype == np.float32 and written.shape == (15, 192)
     assert_close(torch.from_numpy(written), expected, FP32)
     assert torch.equal(torch.from_numpy(written), returned)
+
+
+def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
+    """Near those in floats where 8 bits are faster, and else the same."""
+    output, found = tmp_path / "f.npy", {}
+    for times in (2.0, 1.0):
+        monkeypatch.setattr(int8, "speedups", lambda *layer, times=times: {torch.float32: times})
+        for arithmetic in ("float", "int8"):
+            options = f"--device cpu --arithmetic {arithmetic}"
+            features = run(f"embed {options}", trained, images / "val", "--output", output)
+            rows = run(f"predict {options}", trained, images / "val", "--output", tmp_path / "p.csv")
+            loss = run(f"evaluate {options}", trained, images / "val")["loss"]
+            found[times, arithmetic] = features, torch.tensor([float(row["probability"]) for row in rows]), loss
+    for floats, in_8_bits in zip(found[2.0, "float"], found[2.0, "int8"], strict=True):
+        assert 1e-4 < relative_error(torch.as_tensor(in_8_bits), torch.as_tensor(floats)) < 5e-2
+    for floats, as_floats in zip(found[1.0, "float"], found[1.0, "int8"], strict=True):
+        assert_close(torch.as_tensor(as_floats), torch.as_tensor(floats), FP32)
 
 
 def test_evaluation_counts_all_images_of_a_folder(trained, images, tmp_path, capsys):

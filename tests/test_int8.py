@@ -5,15 +5,27 @@ import copy
 
 import pytest
 import torch
-from dense import assert_close, compare_with_dense, dense_twin, images, randomize_adapters, relative_error, vit
+from dense import (
+    Operations,
+    assert_close,
+    compare_with_dense,
+    dense_twin,
+    images,
+    randomize_adapters,
+    relative_error,
+    vit,
+)
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
+import deploy_lora
 import finetune_lora
-from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
+from finetune_lora import add_lora_to_model, freeze_backbone_params, multiply_in_8_bits, set_gradient_checkpointing
 from lora import functional, int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
-from toolkit import InputError, training
+from toolkit import InputError, runs, training
+from toolkit.training import ARITHMETICS
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
@@ -372,10 +384,76 @@ def test_measuring_draws_no_random_numbers():
     assert torch.equal(torch.rand(1), drawn)
 
 
-def test_8_bits_are_for_the_cpu(monkeypatch):
-    args = argparse.Namespace(
-        freeze_backbone=True, lora_rank=8, checkpoint="base.pth", arithmetic="int8", device="cuda"
-    )
-    monkeypatch.setattr(training, "select_device", torch.device)
+@pytest.mark.parametrize("run", [finetune_lora, deploy_lora], ids=["finetune", "deploy"])
+def test_8_bits_are_for_the_cpu(run, monkeypatch):
+    for module in (training, runs):
+        monkeypatch.setattr(module, "select_device", torch.device)
+    command = [] if run is finetune_lora else ["predict", "lora.pth", "images", "--output", "p.csv"]
     with pytest.raises(InputError, match="--arithmetic int8 is for the CPU so far: add --device cpu"):
-        training.base_dtype(args)
+        run.main([*command, "--arithmetic", "int8", "--device", "meta"])
+
+
+# ------------------------------------------------------------------------------------------------ forward alone
+
+
+def models():
+    """Trained in each way, on the same stock model."""
+    stock = vit(hidden_dim=128, mlp_dim=256, image_size=32)
+    yield "float", randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2), std=0.05)
+    yield "8 bits", in_8_bits(stock)
+    yield "upper blocks", randomize_adapters(add_lora_to_model(copy.deepcopy(stock), r=2, adapt_last=1), std=0.05)
+    yield "everything", stock
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("model", [pytest.param(model, id=kind) for kind, model in models()])
+def test_a_trained_model_answers_in_8_bits(model, autocast, fast_processor):
+    """All layers but the head and the patch embedding, near the dense model in float64."""
+    model, x = copy.deepcopy(model).eval(), images(32, 8)
+    dense = LoRAManager(copy.deepcopy(model)).unload(merge=True).double()
+    multiply_in_8_bits(model, torch.float32)
+    kept = {name for name, p in model.named_parameters() if p.dim() > 1 and p.dtype == torch.float32 and p.numel()}
+    assert kept == {"class_token", "encoder.pos_embedding", "conv_proj.weight", "heads.head.weight"}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert 1e-4 < relative_error(model(x), dense(x.double())) < 4e-2
+
+
+def test_one_in_4_bits_answers_in_8_bits(fast_processor):
+    pytest.importorskip("bitsandbytes")
+    model, x = add_lora_to_model(vit(hidden_dim=128), r=2, use_qlora=True, adapt_last=1), images(16, 8)
+    randomize_adapters(model, std=0.05).eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert 1e-4 < relative_error(multiply_in_8_bits(model, torch.float32)(x), expected) < 4e-2
+    assert all(layer.base_bits == 8 for layer in model.modules() if hasattr(layer, "base_bits"))
+
+
+def test_a_layer_without_adapter_adds_no_product_of_width_0(fast_processor):
+    """Which would read and write all of the output."""
+    layer = multiply_in_8_bits(nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 2)), torch.float32)[0]
+    with Operations() as seen, torch.no_grad():
+        layer(torch.randn(30, 64))
+    assert seen.count("_int_mm") == 1 and seen.count("addmm_") == 0
+
+
+def test_where_8_bits_are_slower_a_model_answers_in_floats(monkeypatch):
+    monkeypatch.setattr(int8, "speedups", lambda *layer: {torch.float32: 1.4})
+    model, x = in_8_bits(vit(hidden_dim=64)).eval(), images(16)
+    expected = model(x)
+    assert_close(multiply_in_8_bits(model, torch.float32)(x), expected, 5e-2)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_network_of_convolutions_is_refused():
+    with pytest.raises(InputError, match=r"8 bits are for linear layers and attention.*use --arithmetic float"):
+        multiply_in_8_bits(resnet18(), torch.float32)
+
+
+def test_a_probe_reads_features_in_8_bits(base, images, tmp_path, fast_processor):
+    """`--lora-rank 0`: so does what evaluates its file, which is that of a float base."""
+    options = f"--data-dir {images} --checkpoint {base} --device cpu --workers 0 --epochs 1 --output-dir {tmp_path}"
+    results = finetune_lora.main([*options.split(), "--lora-rank", "0", "--arithmetic", "int8"])
+    adapter = f"--data-dir {images} --device cpu --workers 0 --eval-only {tmp_path}/lora.pth"
+    again = {kind: finetune_lora.main([*adapter.split(), "--arithmetic", kind])["val_loss"] for kind in ARITHMETICS}
+    assert again["int8"] == results["val_loss"] != again["float"]
+    assert again["float"] == pytest.approx(results["val_loss"], rel=0.05)

@@ -343,7 +343,7 @@ def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[st
 
 # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
 _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
-_OF_ADAPTERS += ("base_dtype", "arithmetic")
+_OF_ADAPTERS += ("base_dtype",)
 
 
 NORMS = ("auto", "frozen", "follow", "train")
@@ -498,7 +498,7 @@ def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str
         problems.append("--cached-views with --augmentation none: all views are the same; drop one of the two")
     if "base_dtype" in typed and args.lora_rank > 0 and not args.freeze_backbone:
         problems.append("--base-dtype with --no-freeze-backbone: nothing is frozen; drop one of the two")
-    if "arithmetic" in typed and args.arithmetic == "int8" and args.lora_rank > 0 and not args.freeze_backbone:
+    if "arithmetic" in typed and args.arithmetic == "int8" and not (args.freeze_backbone or args.eval_only):
         problems.append("--arithmetic int8 with --no-freeze-backbone: nothing is frozen; drop one of the two")
     return problems
 
@@ -531,7 +531,7 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
     fewer_bits = None
     if args.use_qlora:
         fewer_bits = "--use-qlora"
-    elif args.arithmetic == "int8" and args.freeze_backbone and args.lora_rank > 0:
+    elif args.arithmetic == "int8" and args.freeze_backbone:
         fewer_bits = "--arithmetic int8"
     elif args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0:
         fewer_bits = f"--base-dtype {args.base_dtype}"
@@ -542,7 +542,7 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
         )
     if args.use_qlora and not args.freeze_backbone:
         problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    if args.arithmetic == "int8" and (args.use_qlora or args.base_dtype != "auto"):
+    if args.arithmetic == "int8" and not args.eval_only and (args.use_qlora or args.base_dtype != "auto"):
         other = "--use-qlora" if args.use_qlora else "--base-dtype"
         problems.append(f"--arithmetic int8 with {other}: the weights are stored in 8 bits; drop one of the two")
     problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)

@@ -13,10 +13,12 @@ import torch
 from toolkit import comparison, distributed, printable
 from toolkit.answer_reports import REPORTS, Report, finite
 from toolkit.bands import recorded
+from toolkit.checkpoints import stored_checkpoint
 from toolkit.collapse import Recovery
 from toolkit.data import LoadingMeter, Splits
-from toolkit.files import open_atomically, write_text
+from toolkit.files import open_atomically, stored_path, write_text
 from toolkit.measures import TITLES
+from toolkit.options import lora_options
 from toolkit.report_page import BLUE, ORANGE, write_page
 from toolkit.tasks import TASKS, Answers, Classification, Task, baseline_keys
 from toolkit.training import WeightAverage, best_epoch, own_rates, peak_memory_bytes
@@ -133,6 +135,25 @@ class FineTuned(Protocol):
     task: Task
 
     def path(self, name: str) -> Path: ...
+
+
+def adapter_metadata(run: FineTuned) -> dict[str, Any]:
+    """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
+    args, stage1 = run.args, run.args.stage1_adapter
+    score, task = f"val_{run.task.score}", run.task.record()
+    last = run.history[-1][score] if run.history else run.baseline[baseline_keys(run.task)[1]]
+    return {
+        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
+        "class_names": run.identity["class_names"],
+        **recorded(args.normalization, run.report),
+        "checkpoint": stored_checkpoint(args.checkpoint),
+        "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
+        "lora": lora_options(args),
+        "epoch": len(run.history),
+        score: last,
+        "config": run.identity["config"],
+        **({} if task is None else {"task": task}),
+    }
 
 
 def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from toolkit import InputError, cache, distributed, output_folder, printable
 from toolkit.data import DOWNLOADED
 from toolkit.folders import UnreadableImage
-from toolkit.training import base_dtype, select_device, select_precision
+from toolkit.training import base_dtype, check_arithmetic, select_device, select_precision
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
@@ -36,8 +36,10 @@ def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) 
     try:
         device = select_device(args.device)
         select_precision(args.precision, device)
-        if "base_dtype" in args and not args.eval_only:  # an option of fine-tuning alone
-            base_dtype(args)
+        if "arithmetic" in args:  # an option of fine-tuning alone
+            check_arithmetic(args.arithmetic, device)
+            if not args.eval_only:
+                base_dtype(args)
     except InputError as error:
         yield str(error)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:

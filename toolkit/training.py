@@ -154,17 +154,21 @@ def shortest_seconds(work: Callable[[], Any]) -> float:
     return min(seconds)
 
 
+def check_arithmetic(name: str, device: torch.device) -> None:
+    """Raise InputError for 8 bits on another device than a CPU."""
+    if name == "int8" and device.type != "cpu":
+        raise InputError("--arithmetic int8 is for the CPU so far: add --device cpu, or drop it")
+
+
 def base_dtype(args) -> torch.dtype | None:
     """The dtype in which a run stores its frozen weights; None: that of the checkpoint.
 
     Random weights stay as they are, since an adapter file has to hold all of them.
-    Raises InputError for fp16 on a CPU, and for arithmetic in 8 bits elsewhere.
+    Raises InputError for fp16 on a CPU.
     """
     if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
         return None
     if args.arithmetic == "int8":
-        if select_device(args.device).type != "cpu":
-            raise InputError("--arithmetic int8 is for the CPU so far: add --device cpu, or drop it")
         return torch.int8
     option = "precision" if args.base_dtype == "auto" else "base_dtype"
     return select_precision(vars(args)[option], select_device(args.device), f"--{option.replace('_', '-')}")
