@@ -175,7 +175,12 @@ def protocols(args: argparse.Namespace) -> list[Measured]:
             loaders.append(loader)
             found = training.extract_features(model, progress_bar(loader, "features"), device, dtype)
             features.append(tuple(tensor.cpu() for tensor in found))
-    rows = measure(*features, splits.class_names, lambda row: print(reports.table([(row.protocol, row.told())])))
+    clusters = splits.train.clusters(), splits.val.clusters()
+
+    def tell(row: Measured) -> None:
+        print(reports.table([(row.protocol, row.told())]))
+
+    rows = measure(*features, splits.class_names, tell, clusters)
     if args.output is not None:
         write_csv([row._asdict() for row in rows], Measured._fields, args.output)
         print(f"wrote {args.output}")

@@ -865,10 +865,11 @@ class FineTuning(RunState):
     def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Feed.features`."""
         features = features or self.feed.features(self.network, self.dtype)
-        self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args)
+        clusters = self.feed.bank().clusters()
+        self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args, clusters)
         if self.evaluator.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
             trained_on = self.feed.features(self.network, self.dtype)
-            _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args)
+            _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         self.task.soften_head(self.model, self.temperature())
         self.start_adapters()
         self.guard.first_loss = self.guard.recent_loss = self.evaluator.worst_batch_loss()

@@ -1,6 +1,7 @@
 """The linear probe as a start of the head, against scikit-learn on standardised features."""
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from toolkit import probe
+from toolkit import probe, splitting, tasks
 from toolkit.probe import (
     DRIFT_STEPS,
     LOGIT_DRIFT,
@@ -228,3 +229,77 @@ def test_a_head_is_softened_towards_a_constant_answer():
     torch.testing.assert_close(model.fc(features), (before - constant) / 3 + constant, rtol=1e-3, atol=1e-3)
     soften_head(model, 1e6, constant)
     torch.testing.assert_close(model.fc(features), constant.expand(120, 3), rtol=1e-3, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clusters: patients whose images are copies
+
+
+PROBES = {
+    "classes": (lambda: clusters(3, spread=4.0), lambda *data, **how: fit_linear_probe(*data, 3, **how)),
+    "labels": (lambda: several_labels(spread=4.0), fit_one_vs_rest),
+    "numbers": (lambda: several_labels(spread=4.0), fit_ridge),
+}
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_the_images_of_a_patient_are_held_out_together(kind):
+    """What images of one patient have in common is no help with other patients: regularisation must be stronger."""
+    drawn, fit = PROBES[kind]
+    twice = [of.repeat(2, *[1] * (of.dim() - 1)) for of in drawn()]
+    patients = torch.arange(len(twice[0]) // 2).repeat(2)
+    by_patient, by_image = (fit(*twice, clusters=of).strength for of in (patients, None))
+    ratio = by_patient / by_image if kind == "numbers" else by_image / by_patient
+    assert ratio >= 10
+
+
+def test_a_patient_is_answered_by_a_probe_of_the_others():
+    features, labels = clusters(3, spread=4.0)
+    patients = torch.arange(90) // 6
+    *_, strength, held_out = fit_linear_probe(features, labels, 3, clusters=patients)
+    fold = splitting.folds(labels.tolist(), patients.tolist(), 3)
+    for number in range(3):
+        rest, part = fold != number, fold == number
+        assert not np.intersect1d(patients[rest], patients[part]).size
+        scaler = StandardScaler().fit(features[rest].numpy())
+        reference = LogisticRegression(C=strength, max_iter=200).fit(scaler.transform(features[rest]), labels[rest])
+        expected = reference.predict_proba(scaler.transform(features[part]))
+        np.testing.assert_allclose(held_out[part].softmax(1).numpy(), expected, atol=1e-3)
+
+
+def test_a_patient_with_several_labels_is_answered_by_a_probe_of_the_others(monkeypatch):
+    """Other answers of the patients held out do not change what is said of them."""
+    monkeypatch.setattr(probe, "STRENGTHS", [1.0])
+    monkeypatch.setattr(probe, "strata", lambda targets: torch.zeros(len(targets)))
+    features, targets = several_labels(spread=4.0)
+    patients = torch.arange(120) // 6
+    part = torch.from_numpy(splitting.folds([0] * 120, patients.tolist(), 3) == 1)
+    flipped = targets.where(~part[:, None], 1 - targets)
+    held_out, again = (fit_one_vs_rest(features, of, clusters=patients).held_out for of in (targets, flipped))
+    torch.testing.assert_close(again[part], held_out[part])
+    assert (again[~part] - held_out[~part]).abs().max() > 0.1
+
+
+def test_a_class_of_one_patient_is_left_out_of_the_validation():
+    """When that patient is held out nothing is known of it: its images have no answer, and all others have."""
+    features, labels = clusters(3, spread=2.0)
+    patients = torch.where(labels == 2, 30, torch.arange(90) // 3)
+    *_, strength, held_out = fit_linear_probe(features, labels, 3, clusters=patients)
+    unknown = held_out.isnan().any(1)
+    assert torch.equal(unknown, labels == 2) and strength in STRENGTHS
+    of_others = held_out[~unknown]
+    assert (of_others.argmax(1) == labels[~unknown]).float().mean() > 0.6
+    task, model = tasks.Classification(["a", "b", "c"]), Net(8, 3)
+    init_head_from_probe(model, features, labels, clusters=patients)
+    twice = torch.cat([held_out, held_out])
+    assert 0 < tasks.optimism(task, model, twice, features, labels) < math.inf
+
+
+def test_one_patient_leaves_nothing_to_validate_on():
+    for drawn, fit in PROBES.values():
+        data = drawn()
+        found = fit(*data, clusters=torch.zeros(len(data[0]), dtype=torch.long))
+        assert found.strength == 1 and found.held_out is None
+    features, labels = clusters(2)
+    of_each_class = fit_linear_probe(features, labels, 2, clusters=labels)
+    assert of_each_class.strength == 1 and of_each_class.held_out is None

@@ -71,6 +71,20 @@ def test_the_command_measures_a_backbone_on_images(base, images, tmp_path, capsy
     assert chosen[1].training_images < 21
 
 
+def test_the_images_of_a_patient_are_one_piece_of_evidence():
+    """Copies of the same images change no accuracy; the intervals are of patients and the probe as strong as of one."""
+    train, held_out = blobs(40, 0), blobs(30, 1)
+    patients = [torch.arange(len(labels)).repeat(4) for _, labels in (train, held_out)]
+    copies = [(features.repeat(4, 1), labels.repeat(4)) for features, labels in (train, held_out)]
+    by_patient = {row.protocol: row for row in measure(*copies, ["a", "b", "c"], clusters=patients)}
+    by_image = {row.protocol: row for row in measure(*copies, ["a", "b", "c"])}
+    once = {row.protocol: row for row in measure(train, held_out, ["a", "b", "c"])}
+    for name in ("k-NN, k = 5", "linear probe"):
+        row, narrow = by_patient[name], by_image[name]
+        assert row.high - row.low > 1.8 * (narrow.high - narrow.low)
+    assert by_patient["linear probe"][2:5] == pytest.approx(once["linear probe"][2:5], abs=0.03)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

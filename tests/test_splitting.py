@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import deploy_lora
-from toolkit import InputError, search, splitting
+from toolkit import InputError, probe, search, splitting
 from toolkit.data import load_splits, validation_part
 from toolkit.measures import wilson_interval
 
@@ -131,6 +132,21 @@ def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_th
     of_images = wilson_interval(run["val_accuracy"] * run["val_images"], run["val_images"])
     assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
     assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
+
+
+@pytest.mark.parametrize("cache", ["", "--cache-images ram", "--adapt-last 1 --cache-features ram"])
+def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, finetune, monkeypatch, cache):
+    given = []
+
+    def fit(features, labels, classes, views, weights, clusters):
+        given.append(clusters)
+        return probe.Probe(torch.zeros(classes, features.shape[1]), torch.zeros(classes), 1.0)
+
+    monkeypatch.setattr(probe, "fit_linear_probe", fit)
+    finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1 {cache}")
+    train = load_splits("imagefolder", data_dir=hospital / "scans", group_by="2").train
+    names = [name.split("/")[-2] for name in train.relative_names()]
+    assert [sorted(set(names))[number] for number in given[-1].tolist()] == names
 
 
 def test_an_ungrouped_validation_part_is_as_before():

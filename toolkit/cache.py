@@ -142,6 +142,7 @@ def cache_images(images: LabelledImages, where: str, image_size: int) -> Labelle
     cached.indices = images.indices
     cached.labels = images.labels
     cached.targets = images.targets
+    cached.groups = images.groups
     cached.times_split = images.times_split
     needed, missing = _bytes_needed(cached)
     print(
@@ -223,7 +224,9 @@ def cache_features(
                 cached = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
             cached[start + first :: step, view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # wait until all have written their share
-    return CachedFeatures(TensorDataset(cached), images.labels, targets=images.targets)
+    found = CachedFeatures(TensorDataset(cached), images.labels, targets=images.targets)
+    found.groups = images.groups
+    return found
 
 
 def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Tensor:

@@ -149,12 +149,16 @@ class Feed:
         loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())
         return (training.to_device(images, self.device) for images, _ in loader)
 
-    def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of the training images, the evaluation images and, for a probe, of views.
+    def bank(self) -> LabelledImages:
+        """The training images for k-NN and the linear probe."""
+        return self.images.train.at_most(KNN_IMAGES)
 
-        The views are augmented ones of the training images.
+    def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Features (N, D) and labels (N,) of `bank`, of the evaluation images and, for a probe, of views.
+
+        The views are augmented ones of the `bank`.
         """
-        train = self.images.train.at_most(KNN_IMAGES)
+        train = self.bank()
         loaders = [self.add_loader(train, self.eval_transform, keep_workers=False), self.val_loader]
         if self.args.head_init == "probe":
             loaders.append(self.add_loader(train, self.augmentation, keep_workers=False))

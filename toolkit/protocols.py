@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toolkit.measures import wilson_interval
+from toolkit.measures import share_interval
 from toolkit.probe import fit_linear_probe
 from toolkit.splitting import some_of_each
-from toolkit.training import knn_accuracy
+from toolkit.training import knn_answers
 
 NEIGHBOURS = (
     5,
@@ -43,10 +43,11 @@ def measure(
     held_out: tuple[Tensor, Tensor],
     class_names: Sequence[str],
     done: Callable[[Measured], None] = lambda measured: None,
+    clusters: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> list[Measured]:
     """Measure features by each protocol that has enough training images.
 
-    - k-NN votes by cosine similarity, weighted as `toolkit.training.knn_accuracy` does.
+    - k-NN votes by cosine similarity, weighted as `toolkit.training.knn_answers` does.
     - The linear probe is `toolkit.probe.fit_linear_probe`, a logistic regression by L-BFGS on standardised features,
       with the C that cross-validation over the training images takes.
     - With few labels it is fitted to so many random images of each class, the same ones in every run.
@@ -55,22 +56,23 @@ def measure(
         train, held_out: features (N, D) and labels (N,).
         class_names: of the labels from 0 on.
         done: called with each figure when it is there.
+        clusters: of the training and of the held-out images, as for `fit_linear_probe`. Intervals are then over these.
     """
     features, labels = train
+    of_train, of_held_out = clusters
     found: list[Measured] = []
 
     def add(measured: Measured) -> None:
         found.append(measured)
         done(measured)
 
-    def of_one_fit(protocol: str, accuracy: float) -> Measured:
-        images = len(held_out[1])
-        return Measured(protocol, len(labels), accuracy, *wilson_interval(accuracy * images, images))
+    def of_one_fit(protocol: str, right: Tensor) -> Measured:
+        return Measured(protocol, len(labels), _share(right), *share_interval(right, of_held_out))
 
     for k in NEIGHBOURS:
         if k <= len(labels):
-            add(of_one_fit(f"k-NN, k = {k}", knn_accuracy(features, labels, *held_out, k=k)))
-    add(of_one_fit("linear probe", _probe_accuracy(train, held_out, len(class_names))))
+            add(of_one_fit(f"k-NN, k = {k}", knn_answers(features, labels, held_out[0], k) == held_out[1]))
+    add(of_one_fit("linear probe", _right_by_probe(train, held_out, len(class_names), of_train)))
     fewest = int(torch.bincount(labels, minlength=len(class_names)).min())
     for count in SHOTS:
         if count > fewest:
@@ -78,14 +80,23 @@ def measure(
         accuracies = []
         for seed in range(DRAWS):
             chosen = some_of_each(labels.tolist(), count, class_names, seed)
-            accuracies.append(_probe_accuracy((features[chosen], labels[chosen]), held_out, len(class_names)))
+            own = None if of_train is None else of_train[chosen]
+            right = _right_by_probe((features[chosen], labels[chosen]), held_out, len(class_names), own)
+            accuracies.append(_share(right))
         title = f"{count} label{'s' * (count > 1)} per class"
         mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
         add(Measured(title, count * len(class_names), mean, draws=DRAWS, spread=spread))
     return found
 
 
-def _probe_accuracy(train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], classes: int) -> float:
-    weight, bias, *_ = fit_linear_probe(*train, classes)
+def _right_by_probe(
+    train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], classes: int, clusters: Tensor | None
+) -> Tensor:
+    """Which of the held-out images a probe answers right, (N,)."""
+    weight, bias, *_ = fit_linear_probe(*train, classes, clusters=clusters)
     features, labels = held_out
-    return ((features @ weight.T + bias).argmax(1) == labels).float().mean().item()
+    return (features @ weight.T + bias).argmax(1) == labels
+
+
+def _share(right: Tensor) -> float:
+    return right.double().mean().item()

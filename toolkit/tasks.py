@@ -89,8 +89,14 @@ class Task:
         """The score of answers taken from the most similar training images, by features (N, D)."""
         raise NotImplementedError
 
-    def start_head(self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1) -> probe.Probe:
-        """Set the head to the linear probe of features (views * N, D), and return it."""
+    def start_head(
+        self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None
+    ) -> probe.Probe:
+        """Set the head to the linear probe of features (views * N, D), and return it.
+
+        Args:
+            clusters: as for `toolkit.probe.fit_linear_probe`.
+        """
         raise NotImplementedError
 
     def head_score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
@@ -234,9 +240,9 @@ class Classification(Task):
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return training.knn_accuracy(bank, bank_targets, features, targets)
 
-    def start_head(self, model, features, targets, views=1) -> probe.Probe:
+    def start_head(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         weights = "none" if self.class_weights is None else "balanced"
-        return probe.init_head_from_probe(model, features, targets, views, weights)
+        return probe.init_head_from_probe(model, features, targets, views, weights, clusters)
 
     def head_score(self, model, features, targets) -> float:
         return probe.head_accuracy(model, features, targets)
@@ -439,9 +445,9 @@ class MultiLabel(Task):
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return LabelAnswers(0.0, neighbours_say(bank, bank_targets, features).cpu(), targets.cpu()).score
 
-    def start_head(self, model, features, targets, views=1) -> probe.Probe:
+    def start_head(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         weights = self.weights if self.balanced else None
-        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights))
+        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
 
     @torch.no_grad()
     def head_score(self, model, features, targets) -> float:
@@ -625,8 +631,8 @@ class Regression(Task):
     def knn_score(self, bank, bank_targets, features, targets) -> float:
         return NumberAnswers(0.0, neighbours_say(bank, bank_targets, features).cpu(), targets.cpu()).score
 
-    def start_head(self, model, features, targets, views=1) -> probe.Probe:
-        return probe.set_head(model, probe.fit_ridge(features, self.standardised(targets), views))
+    def start_head(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        return probe.set_head(model, probe.fit_ridge(features, self.standardised(targets), views, clusters))
 
     @torch.no_grad()
     def head_score(self, model, features, targets) -> float:
@@ -719,13 +725,18 @@ def neighbours_say(bank: Tensor, targets: Tensor, features: Tensor) -> Tensor:
 
 
 def start_head(
-    task: Task, model: nn.Module, features: list[tuple[Tensor, Tensor]], args: argparse.Namespace
+    task: Task,
+    model: nn.Module,
+    features: list[tuple[Tensor, Tensor]],
+    args: argparse.Namespace,
+    clusters: Tensor | None = None,
 ) -> tuple[dict[str, float | None], probe.HeadTemperature]:
     """Measure what the backbone knows before training, and make the head of `model` its linear probe (--head-init).
 
     Args:
         features: of training images, of evaluation images and, for a probe, of augmented training images, (N, D) each,
             with their targets.
+        clusters: of the training images, as for `toolkit.probe.fit_linear_probe`.
 
     Returns:
         The scores of k-NN and of the probe (None without one), by `baseline_keys`, and what to divide the head's
@@ -737,7 +748,7 @@ def start_head(
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature()
     both = [torch.cat(views) for views in zip(bank, *augmented, strict=True)]
-    started = task.start_head(model, *both, views=2)
+    started = task.start_head(model, *both, views=2, clusters=clusters)
     baseline[of_probe] = task.head_score(model, *queries)
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
@@ -757,12 +768,13 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
     images say less than that.
 
     Args:
-        held_out: `Probe.held_out` for the images and for their views, (2 N, K).
+        held_out: `Probe.held_out` for the images and for their views, (2 N, K), of which at least one is known.
         features: (N, D), of the views.
         targets: of the images.
     """
     targets, views = targets.cpu(), probe.head_outputs(model, features).cpu()
-    unseen = task.fitted_temperature(held_out, torch.cat([targets, targets]))
+    known = held_out.isfinite().all(1)
+    unseen = task.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
     unseen **= len(targets) / (len(targets) + SURE_IMAGES)
     return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
 

@@ -723,20 +723,28 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
+    """Accuracy (0 to 1) of `knn_answers` for features (N, D) whose labels are (N,)."""
+    answers = knn_answers(train_features, train_labels, features, k, temperature)
+    return int((answers == labels).sum()) / len(labels)
+
+
+def knn_answers(
+    train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The classes (N,) by the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
     Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
     """
     bank = F.normalize(train_features.float(), dim=1)
     classes = int(train_labels.max()) + 1
     k = min(k, len(bank))
-    correct = 0
-    for queries, targets in zip(features.float().split(1024), labels.split(1024), strict=True):
+    answers = []
+    for queries in features.float().split(1024):
         similarity, neighbour = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)  # (B, N) -> (B, k)
         votes = torch.zeros(len(queries), classes, device=bank.device)
         votes.scatter_add_(1, train_labels[neighbour], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == targets).sum())
-    return correct / len(labels)
+        answers.append(votes.argmax(1))
+    return torch.cat(answers)
 
 
 @torch.no_grad()
