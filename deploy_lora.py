@@ -38,7 +38,7 @@ from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, comparison, geotags, listed, options, printable, reports, training
+from toolkit import InputError, comparison, geotags, listed, options, printable, reports, splitting, training
 from toolkit.answer_reports import REPORTS
 from toolkit.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.bands import Bands, from_metadata, recorded, settle
@@ -305,7 +305,7 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         )
         files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
         images = LabelledImages(files, files.labels, targets=targets.values)
-        images.groups = read_groups(folder, by) if by else None
+        images.groups = _groups(images, folder, about)
         return images, where
     elif os.path.isfile(folder):
         where = f"in {folder}"
@@ -317,7 +317,7 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         place = {name: number for number, name in enumerate(known)}
         files = ImageFiles(folder.parent, names, [place.get(label, UNLABELLED) for label in labels], bands)
         images = LabelledImages(files, files.labels)
-        images.groups = read_groups(folder, by) if by else None
+        images.groups = _groups(images, folder, about)
     else:
         if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
             folder = evaluation_folder(folder) or folder
@@ -325,17 +325,34 @@ def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[Labell
         unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
         files = labelled_files(folder, known, every=False, bands=bands)
         images = LabelledImages(files, files.labels)
+        images.groups = _groups(images, folder, about)
     if unknown:
         raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
     return images, where
 
 
-def _group_column(path: Path, about: dict[str, Any]) -> str | None:
-    """The run's --group-by, if it is a column of this list, which then is no label."""
+def _group_by(about: dict[str, Any]) -> str:
+    """The run's --group-by, or an empty string."""
     config = about.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     by = data.get("group_by") if isinstance(data, dict) else None
-    return by if isinstance(by, str) and has_column(path, by) else None
+    return by if isinstance(by, str) else ""
+
+
+def _group_column(path: Path, about: dict[str, Any]) -> str | None:
+    """The run's --group-by, if it is a column of this list, which then is no label."""
+    by = _group_by(about)
+    return by if by and has_column(path, by) else None
+
+
+def _groups(images: LabelledImages, place: Path, about: dict[str, Any]) -> np.ndarray | None:
+    """The groups of the images of a folder or list by the run's --group-by, if these have any."""
+    if os.path.isfile(place) and (column := _group_column(place, about)):
+        return read_groups(place, column)
+    try:
+        return splitting.folder_level(images.relative_names(), _group_by(about))
+    except InputError:  # a column that other lists have, or fewer folders than the run's images lie in
+        return None
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:

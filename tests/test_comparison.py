@@ -13,12 +13,14 @@ from toolkit.data import LabelledImages
 from toolkit.training import Evaluation
 
 
-def images(count: int) -> LabelledImages:
-    return LabelledImages([(Image.new("RGB", (2, 2)), 0)] * count, [0] * count)
+def images(count: int, groups=None) -> LabelledImages:
+    found = LabelledImages([(Image.new("RGB", (2, 2)), 0)] * count, [0] * count)
+    found.groups = None if groups is None else np.array([f"p{group}" for group in groups])
+    return found
 
 
-def write(report: answer_reports.Report, path, count: int):
-    comparison.write_answers(report.answer_columns(), images(count), path)
+def write(report: answer_reports.Report, path, count: int, groups=None):
+    comparison.write_answers(report.answer_columns(), images(count, groups), path)
     return path
 
 
@@ -86,6 +88,66 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind):
     measure, figure = ("macro AP", "macro_ap") if kind == "multilabel" else ("R2", "r2")
     assert found[measure].second == pytest.approx(best[figure], abs=1e-4)
     assert found[measure].low > 0 and found[measure].p < 0.01
+
+
+def class_report(right: torch.Tensor) -> answer_reports.ClassReport:
+    labels = torch.zeros(len(right), dtype=torch.long)
+    result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
+    return answer_reports.ClassReport(tasks.Classification(["cat", "dog"]), result)
+
+
+def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
+    """Ten patients, of whom the second run gets four more right: copies of their images leave p where it was."""
+    first, second = torch.arange(10) >= 5, torch.arange(10) >= 1
+    reports = [class_report(right) for right in (first, second)]
+    once = comparison.compare(*(write(of, tmp_path / n / "one.json", 10) for n, of in zip("ab", reports, strict=True)))
+    reports = [class_report(right.repeat(30)) for right in (first, second)]
+    patients = list(range(10)) * 30
+    grouped = [write(of, tmp_path / n / "g.json", 300, patients) for n, of in zip("ab", reports, strict=True)]
+    alone = [write(of, tmp_path / n / "i.json", 300) for n, of in zip("ab", reports, strict=True)]
+    assert comparison.answers_path(grouped[0]).read_text().startswith("image,group,class,")
+    [of_patients], [of_images] = comparison.compare(*grouped), comparison.compare(*alone)
+    assert of_patients.p == once[0].p == 0.125 and of_images.p < 1e-30
+    assert of_patients.high - of_patients.low > 4 * (of_images.high - of_images.low)
+    [either] = comparison.compare(grouped[0], alone[1])  # one file that knows the groups is enough
+    assert either == of_patients
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], ["group", "image"]])
+def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, names):
+    generator = torch.Generator().manual_seed(0)
+    patients = torch.arange(40).repeat(6)
+    truth = (torch.rand(40, 2, generator=generator) < 0.4).float().repeat(6, 1)
+    paths = {None: [], "patients": []}
+    for name, strength in zip("ab", (1.2, 1.0), strict=True):
+        answers = (truth[:40] + strength * torch.randn(40, 2, generator=generator)).sigmoid().repeat(6, 1)
+        report = answer_reports.LabelReport(tasks.MultiLabel(names, truth), tasks.LabelAnswers(0.1, answers, truth))
+        for of in paths:
+            groups = None if of is None else patients.tolist()
+            paths[of].append(write(report, tmp_path / name / f"{of}.json", 240, groups))
+    [of_images, *_], [of_patients, *_] = (comparison.compare(*of) for of in paths.values())
+    assert of_patients[:3] == of_images[:3]
+    assert of_patients.high - of_patients.low > 1.8 * (of_images.high - of_images.low)
+    assert of_patients.p > of_images.p
+
+
+def test_results_in_different_groups_are_not_compared(tmp_path):
+    right = torch.arange(6) < 3
+    paths = [
+        write(class_report(right), tmp_path / name / "results.json", 6, groups)
+        for name, groups in (("a", [0, 0, 1, 1, 2, 2]), ("b", [0, 0, 0, 1, 1, 1]))
+    ]
+    with pytest.raises(InputError, match="have the images in other groups: evaluate both with one --group-by"):
+        comparison.compare(*paths)
+
+
+def test_one_group_says_nothing(tmp_path, capsys):
+    right = torch.arange(6) < 3
+    path = write(class_report(right), tmp_path / "a" / "results.json", 6, [0] * 6)
+    other = write(class_report(~right | right), tmp_path / "b" / "results.json", 6, [0] * 6)
+    [difference] = deploy_lora.main(["compare", str(path), str(other)])
+    assert difference.p == 1 and math.isnan(difference.low)
+    assert "+50.00% (no interval), p = 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

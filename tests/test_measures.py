@@ -1,6 +1,7 @@
 """toolkit/measures.py: against the formulas written out, and at the ends of each range."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -272,6 +273,49 @@ def test_intervals_of_clusters_of_one_image_are_those_of_images():
     low, high = measures.share_interval(torch.ones(50, dtype=torch.bool), torch.arange(50) // 10)
     assert low < measures.wilson_interval(5, 5)[0] + 0.01 and high == 1  # five patients, whatever the images
     assert measures.share_interval(right, torch.zeros(400, dtype=torch.long)) == (0, 1)
+
+
+def test_two_runs_are_compared_by_patients_where_images_say_too_much():
+    """The second run gains 0.2 on average, more on some patients than on others, of whom each has four copies."""
+    random, patients = np.random.RandomState(0), 12
+    clusters, covered, significant = torch.arange(patients).repeat_interleave(4), [], []
+
+    def mean_of(values: np.ndarray):
+        values = torch.from_numpy(values).repeat_interleave(4)
+        return lambda weights: (weights * values).sum(-1) / weights.sum(-1)
+
+    for _ in range(150):
+        gains, hard = random.randn(patients), random.randn(patients)
+        for of, gain in ((covered, 0.2), (significant, 0.0)):
+            pair = mean_of(hard), mean_of(hard + gains + gain)
+            found = [measures.paired_difference(*pair, 4 * patients, clusters=c) for c in (clusters, None)]
+            of.append([low <= gain <= high if gain else p < 0.05 for _, low, high, p in found])
+    by_patient, by_image = np.mean(covered, axis=0)
+    assert 0.91 <= by_patient <= 0.98 and by_image < 0.8
+    by_patient, by_image = np.mean(significant, axis=0)
+    assert by_patient <= 0.08 and by_image > 0.2
+
+
+def test_the_exact_test_of_two_runs_by_patients():
+    """With one image each it is McNemar's; else what one of the runs gains in a patient may as well be the other's."""
+    random = np.random.RandomState(0)
+    first, second = (torch.from_numpy(random.rand(60) < share) for share in (0.5, 0.75))
+    alone = measures.mcnemar(first, second, torch.arange(60))
+    assert alone == pytest.approx(measures.mcnemar(first, second), rel=1e-9)
+    patients = torch.arange(60) // 5
+    gains = (second.int() - first.int()).view(12, 5).sum(1)
+    signs = torch.tensor(list(itertools.product([-1, 1], repeat=12)))
+    as_far = (signs * gains).sum(1).abs() >= abs(gains.sum())
+    assert measures.mcnemar(first, second, patients) == pytest.approx(as_far.double().mean().item())
+    assert measures.mcnemar(first, first, patients) == 1
+
+
+def test_one_cluster_has_no_interval():
+    clusters = torch.zeros(20, dtype=torch.long)
+    mean = lambda weights: ((weights * torch.arange(20)).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
+    assert all(map(math.isnan, measures.intervals(mean, 20, clusters=clusters)[0]))
+    *ends, p = measures.paired_difference(lambda w: mean(w)[:, 0], lambda w: mean(w)[:, 0] + 1, 20, clusters=clusters)
+    assert p == 1 and all(map(math.isnan, ends[1:]))
 
 
 def test_a_bootstrap_draws_clusters_whole():

@@ -132,6 +132,29 @@ def test_a_grouped_run_says_how_many_groups_each_side_has_and_is_evaluated_on_th
     of_images = wilson_interval(run["val_accuracy"] * run["val_images"], run["val_images"])
     assert run["val_accuracy_interval"] != pytest.approx(of_images)  # it is of patients
     assert json.loads((run["folder"] / "results.json").read_text())["config"]["data"]["group_by"] == "2"
+    answers = (run["folder"] / "results_answers.csv").read_text().splitlines()
+    assert all(line.split(",")[0].split("/")[1] == line.split(",")[1] for line in answers[1:])
+
+
+def test_the_groups_of_other_images_are_found_where_the_runs_were(hospital, finetune, tmp_path):
+    """In folders of the same depth, or in a list with its column; images without groups are for themselves."""
+    run = finetune(f"--data-dir {hospital / 'scans'} --group-by 2 --epochs 1")
+    evaluate, rest = (
+        ["evaluate", str(run["folder"] / "lora.pth")],
+        ["--device", "cpu", "--output", f"{tmp_path}/o.json"],
+    )
+    found = deploy_lora.main([*evaluate, str(hospital / "scans"), *rest])
+    by_image = wilson_interval(found["accuracy"] * found["images"], found["images"])
+    assert found["accuracy_interval"] != pytest.approx(by_image)
+    assert (tmp_path / "o_answers.csv").read_text().startswith("image,group,class,")
+    flat = tmp_path / "flat"
+    for path in (hospital / "scans").glob("*/*/*.png"):
+        target = flat / path.parts[-3] / f"{path.parts[-2]}_{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    found = deploy_lora.main([*evaluate, str(flat), *rest])
+    assert found["accuracy_interval"] == pytest.approx(by_image)
+    assert (tmp_path / "o_answers.csv").read_text().startswith("image,class,")
 
 
 @pytest.mark.parametrize("cache", ["", "--cache-images ram", "--adapt-last 1 --cache-features ram"])

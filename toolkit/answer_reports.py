@@ -33,9 +33,9 @@ SHOWN = 15  # labels, in the table that is printed
 COLUMNS, PICTURES = 6, 18  # of mistakes.png
 
 
-def interval_text(low: float, high: float, digits: int = 1) -> str:
-    """How far chance reaches, for a share."""
-    return f"95% interval {low:.{digits}%} to {high:.{digits}%}"
+def interval_text(low: float, high: float, form: str = ".1%") -> str:
+    """How far chance reaches."""
+    return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
 
 
 def finite(value: float | None) -> float | None:
@@ -43,12 +43,17 @@ def finite(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
+def finite_interval(interval: tuple[float, float]) -> list[float] | None:
+    """The same of an interval."""
+    return None if math.isnan(interval[0]) else list(interval)
+
+
 def right_of(accuracy: float, images: int, interval: tuple[float, float] | None = None) -> str:
     """An accuracy as counted images, per cent, and how far chance reaches: if not said, over independent images."""
     low, high = interval or measures.wilson_interval(accuracy * images, images)
     digits = 0 if images < 200 else 1  # more would be chance's own
-    interval = f"95% interval {low:.{digits}%} to {high:.{digits}%}"
-    return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({interval})"
+    told = interval_text(low, high, f".{digits}%")
+    return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({told})"
 
 
 class Report(Protocol):
@@ -104,7 +109,7 @@ class ClassReport:
             **dict(zip(("balanced_accuracy_interval", "macro_f1_interval"), self._intervals(), strict=True)),
         }
 
-    def _intervals(self) -> list[list[float]]:
+    def _intervals(self) -> list[list[float] | None]:
         """The intervals of the means over classes."""
         right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
         counted = (right, self.result.labels, self.result.predictions)
@@ -115,7 +120,8 @@ class ClassReport:
             accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
             return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
 
-        return [list(pair) for pair in measures.intervals(means, len(right), len(self.names), self.clusters)]
+        found = measures.intervals(means, len(right), len(self.names), self.clusters)
+        return [finite_interval(interval) for interval in found]
 
     def title(self) -> str:
         return f"{self.result.accuracy:.2%} of {len(self.result.labels)} images right"
@@ -251,7 +257,7 @@ class LabelReport:
         found: dict[str, Any] = {}
         for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
             found[name] = finite(value)
-            found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
+            found[f"{name}_interval"] = finite_interval(interval)
         found |= calibration_figures(self.task, self.answers)
         return found | {"labels": {name: self._label(i) for i, name in enumerate(self.names)}}
 
@@ -371,7 +377,7 @@ class NumberReport:
         found: dict[str, Any] = {}
         for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
             found[name] = finite(value)
-            found[f"{name}_interval"] = None if math.isnan(value) else list(interval)
+            found[f"{name}_interval"] = finite_interval(interval)
         numbers = {
             name: {"images": int(known), **{measure: finite(values[i]) for measure, values in self.by.items()}}
             for i, (name, known) in enumerate(zip(self.names, self._known(), strict=True))
@@ -386,8 +392,8 @@ class NumberReport:
 
     def rows(self) -> list[tuple[str, str]]:
         texts = [
-            f"{value:.4g} (95% interval {low:.4g} to {high:.4g})"
-            for value, (low, high) in zip(self.headlines, self.intervals, strict=True)
+            f"{value:.4g} ({interval_text(*interval, '.4g')})"
+            for value, interval in zip(self.headlines, self.intervals, strict=True)
         ]
         titles = ("R2", "mean absolute error", "RMS error", "rank correlation")
         mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""

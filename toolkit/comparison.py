@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from toolkit import InputError, listed, measures, printable
+from toolkit.answer_reports import interval_text
 from toolkit.data import LabelledImages
-from toolkit.files import write_csv
+from toolkit.files import write_cells
 from toolkit.tasks import LabelAnswers, NumberAnswers
 
 PROBABILITY, ANSWER = " probability", " answer"  # at the end of the titles of columns of answers
+IMAGE, GROUP = "image", "group"  # the first columns; a label may be called the same, and then stands behind them
 IN_UNITS = ("R2", "mean absolute error")  # shown as numbers; all else is a share, shown in per cent
 
 
@@ -24,10 +26,27 @@ def answers_path(results: Path) -> Path:
 
 
 def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, results: Path) -> None:
-    """Write what is true of each image and what was answered, a row each, beside the results."""
-    table = {"image": list(images.relative_names()), **columns}
-    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
-    write_csv(rows, tuple(table), answers_path(results))
+    """Write what is true of each image and what was answered, a row each, beside the results.
+
+    If the images have groups, these are in the second column.
+    """
+    first = {IMAGE: images.relative_names()} | ({} if images.groups is None else {GROUP: images.groups})
+    rows = zip(*first.values(), *columns.values(), strict=True)
+    write_cells(rows, [*first, *columns], answers_path(results))
+
+
+class Answered(NamedTuple):
+    """A file of answers: what `write_answers` wrote."""
+
+    images: list[str]
+    groups: list[str] | None
+    columns: dict[str, list[str]]  # by title
+
+    def in_order(self, order: Sequence[int]) -> "Answered":
+        """The images at these positions."""
+        groups = None if self.groups is None else [self.groups[i] for i in order]
+        columns = {title: [cells[i] for i in order] for title, cells in self.columns.items()}
+        return Answered([self.images[i] for i in order], groups, columns)
 
 
 class Difference(NamedTuple):
@@ -44,32 +63,42 @@ class Difference(NamedTuple):
 def compare(first: Path, second: Path) -> list[Difference]:
     """Compare the answers beside two `results.json`, image by image.
 
+    If one of them says which group each image is of, groups are what chance draws.
+
     Raises:
-        InputError: answers are missing, or are for other images or by another truth.
+        InputError: answers are missing, or are for other images, by another truth or in other groups.
     """
-    tables = [_read(answers_path(path)) for path in (first, second)]
-    for path, table in zip((first, second), tables, strict=True):
-        if table.keys() != tables[0].keys():
-            raise InputError(f"{path} is of other classes, labels or numbers than {first}: nothing to compare")
-    images = tables[0].pop("image")
-    place = {name: i for i, name in enumerate(tables[1].pop("image"))}
-    missing = [name for name in images if name not in place]
-    if missing or len(place) != len(images):
+    one, other = (_read(answers_path(path)) for path in (first, second))
+    if one.columns.keys() != other.columns.keys():
+        raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
+    place = {name: i for i, name in enumerate(other.images)}
+    missing = [name for name in one.images if name not in place]
+    if missing or len(place) != len(one.images):
         what = f", such as {printable(missing[0])}" if missing else ""
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
-    order = [place[name] for name in images]
-    tables[1] = {title: [cells[i] for i in order] for title, cells in tables[1].items()}
+    other = other.in_order([place[name] for name in one.images])
+    tables = [one.columns, other.columns]
     is_truth = [title for title in tables[0] if not title.endswith((PROBABILITY, ANSWER))]
     if "class" in tables[0] and "answer" in tables[0]:
         is_truth = ["class"]
-    other = [title for title in is_truth if tables[0][title] != tables[1][title]]
-    if other:
-        raise InputError(f"{first} and {second} do not agree on what is true: look at the column {listed(other, 4)}")
-    return _differences(tables, is_truth)
+    differing = [title for title in is_truth if tables[0][title] != tables[1][title]]
+    if differing:
+        columns = listed(differing, 4)
+        raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
+    groups = {tuple(table.groups) for table in (one, other) if table.groups is not None}
+    if len(groups) > 1:
+        raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
+    return _differences(tables, is_truth, _numbered(groups.pop()) if groups else None)
 
 
-def _read(path: Path) -> dict[str, list[str]]:
-    """The columns of a file of answers, by title."""
+def _numbered(groups: Sequence[str]) -> Tensor:
+    """The number of each image's group, counted from 0."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in groups])
+
+
+def _read(path: Path) -> Answered:
+    """The content of a file of answers."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.reader(file))
@@ -80,15 +109,22 @@ def _read(path: Path) -> dict[str, list[str]]:
     except csv.Error as error:
         raise InputError(f"{path} is damaged: {printable(error)}") from None
     titles = rows[0] if rows else []
-    if titles[:1] != ["image"] or len(rows) < 2 or any(len(row) != len(titles) for row in rows):
+    if titles[:1] != [IMAGE] or len(rows) < 2 or any(len(row) != len(titles) for row in rows):
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
-    return {title: [row[i] for row in rows[1:]] for i, title in enumerate(titles)}
+    columns = [list(cells) for cells in zip(*rows[1:], strict=True)]
+    is_label = titles[2:3] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
+    grouped = titles[1:2] == [GROUP] and not is_label
+    start = 2 if grouped else 1
+    by_title = dict(zip(titles[start:], columns[start:], strict=True))
+    return Answered(columns[0], columns[1] if grouped else None, by_title)
 
 
-def _differences(tables: Sequence[dict[str, list[str]]], truth: Sequence[str]) -> list[Difference]:
+def _differences(
+    tables: Sequence[dict[str, list[str]]], truth: Sequence[str], clusters: Tensor | None
+) -> list[Difference]:
     count = len(next(iter(tables[0].values())))
     if truth == ["class"]:
-        return _of_classes(tables)
+        return _of_classes(tables, clusters)
     kind = PROBABILITY if f"{truth[0]}{PROBABILITY}" in tables[0] else ANSWER
     targets = torch.tensor([_numbers(tables[0][title]) for title in truth]).T
     answers = [torch.tensor([_numbers(table[f"{title}{kind}"]) for title in truth]).T for table in tables]
@@ -107,19 +143,24 @@ def _differences(tables: Sequence[dict[str, list[str]]], truth: Sequence[str]) -
             "R2": lambda of, weights: of.mean("r2", weights),
             "mean absolute error": lambda of, weights: of.mean("mean_absolute_error", weights),
         }
-    return [_difference(name, measure, both, count, len(truth)) for name, measure in measured.items()]
+    return [_difference(name, measure, both, count, len(truth), clusters) for name, measure in measured.items()]
 
 
 def _difference(
-    name: str, measure: Callable[[Any, Tensor], Tensor], both: Sequence[Any], images: int, labels: int
+    name: str,
+    measure: Callable[[Any, Tensor], Tensor],
+    both: Sequence[Any],
+    images: int,
+    labels: int,
+    clusters: Tensor | None,
 ) -> Difference:
     first, second = ((lambda weights, of=of: measure(of, weights)) for of in both)
     ones = torch.ones(1, images)
-    _, low, high, p = measures.paired_difference(first, second, images, labels)
+    _, low, high, p = measures.paired_difference(first, second, images, labels, clusters=clusters)
     return Difference(name, first(ones).item(), second(ones).item(), low, high, p)
 
 
-def _of_classes(tables: Sequence[dict[str, list[str]]]) -> list[Difference]:
+def _of_classes(tables: Sequence[dict[str, list[str]]], clusters: Tensor | None) -> list[Difference]:
     right = [
         torch.tensor([true == said for true, said in zip(table["class"], table["answer"], strict=True)])
         for table in tables
@@ -130,8 +171,9 @@ def _of_classes(tables: Sequence[dict[str, list[str]]]) -> list[Difference]:
 
     first, second = map(accuracy, right)
     ones = torch.ones(1, len(right[0]))
-    _, low, high, _ = measures.paired_difference(first, second, len(right[0]))
-    return [Difference("accuracy", first(ones).item(), second(ones).item(), low, high, measures.mcnemar(*right))]
+    _, low, high, _ = measures.paired_difference(first, second, len(right[0]), clusters=clusters)
+    p = measures.mcnemar(*right, clusters)
+    return [Difference("accuracy", first(ones).item(), second(ones).item(), low, high, p)]
 
 
 def _numbers(cells: Sequence[str]) -> list[float]:
@@ -147,6 +189,6 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     for measure, before, after, low, high, p in differences:
         form = ".4f" if measure in IN_UNITS else ".2%"
         told = [f"{value:{form}}" for value in (before, after)]
-        change, lowest, highest = (f"{value:+{form}}" for value in (after - before, low, high))
-        rows.append((measure, f"{told[0]}, {told[1]}: {change} (95% interval {lowest} to {highest}), p = {p:.2g}"))
+        interval = interval_text(low, high, f"+{form}")
+        rows.append((measure, f"{told[0]}, {told[1]}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows

@@ -15,7 +15,7 @@ import pickletools
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -101,9 +101,14 @@ def write_text(text: str, path: str | os.PathLike) -> None:
 
 def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os.PathLike) -> None:
     """A table with a header, whole or not at all; raises InputError as `open_atomically`."""
+    write_cells([[row.get(name, "") for name in columns] for row in rows], columns, path)
+
+
+def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str | os.PathLike) -> None:
+    """`write_csv` of rows of cells, for titles of which two may be the same."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
+    writer = csv.writer(text)
+    writer.writerow(titles)
     writer.writerows(rows)
     with open_atomically(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))  # names of files need not be UTF-8

@@ -41,7 +41,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float
         return wilson_interval(hits, images)
     from scipy.stats import t
 
-    share, number = hits / images, int(clusters.max()) + 1
+    share, number = hits / images, _number(clusters)
     if number < 2:
         return 0.0, 1.0
     sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
@@ -223,7 +223,7 @@ def bootstrap(
         clusters: as for `share_interval`: the images of one cluster are drawn together.
     """
     random, parts = np.random.RandomState(seed), []
-    things = images if clusters is None else int(clusters.max()) + 1
+    things = images if clusters is None else _number(clusters)
     at_once = max(1, NUMBERS_AT_ONCE // (images * labels))
     for start in range(0, draws, at_once):
         drawn = random.multinomial(things, np.full(things, 1 / things), size=min(at_once, draws - start))
@@ -246,6 +246,33 @@ def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, floa
     return low, high
 
 
+def draws_level(clusters: Tensor | None) -> float:
+    """The level of a percentile interval that covers 95%: more for draws of few clusters, whose spread is too small.
+
+    (The expanded percentile interval of Hesterberg, The American Statistician 69, 2015.)
+    """
+    if clusters is None:
+        return 0.95
+    from scipy.stats import t
+
+    number = _number(clusters)
+    return 1 - 2 * NormalDist().cdf(t.ppf(0.025, number - 1) * (number / (number - 1)) ** 0.5)
+
+
+def draws_chance(share: float, clusters: Tensor | None) -> float:
+    """How likely chance alone is beyond a value, 0 to 0.5, beyond which so many draws are: more, if of few clusters."""
+    if clusters is None:
+        return share
+    from scipy.stats import t
+
+    number = _number(clusters)
+    return float(t.cdf(NormalDist().inv_cdf(share) * ((number - 1) / number) ** 0.5, number - 1))
+
+
+def _number(clusters: Tensor) -> int:
+    return int(clusters.max()) + 1
+
+
 GROUPS = 50  # of the jackknife
 
 
@@ -260,54 +287,82 @@ def intervals(
 
     Args:
         measure: takes weights (n, images) and returns (n, columns).
-        labels, clusters: as for `bootstrap`.
+        labels, clusters: as for `bootstrap`. One cluster alone says nothing: its intervals are NaN.
     """
-    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels, clusters=clusters)
     here = measure(torch.ones(1, images))[0]
-    things = images if clusters is None else int(clusters.max()) + 1
+    things = images if clusters is None else _number(clusters)
+    if clusters is not None and things < 2:
+        return [(math.nan, math.nan)] * len(here)
+    drawn = bootstrap(measure, images, draws_for(images * labels), labels=labels, clusters=clusters)
     groups = min(GROUPS, things)
     group = torch.randperm(things, generator=torch.Generator().manual_seed(0)) % groups
     group = group if clusters is None else group[clusters]
     without = torch.cat([measure((group != number)[None].double()) for number in range(groups)])
     bias = (groups - 1) * (without.nanmean(0) - here)
     shift = (drawn.nanmean(0) - here + bias).nan_to_num()
-    return [percentile_interval(column) for column in (drawn - shift).T]
+    level = draws_level(clusters)
+    return [percentile_interval(column, level) for column in (drawn - shift).T]
 
 
 def paired_difference(
-    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], images: int, labels: int = 1, seed: int = 0
+    first: Callable[[Tensor], Tensor],
+    second: Callable[[Tensor], Tensor],
+    images: int,
+    labels: int = 1,
+    seed: int = 0,
+    clusters: Tensor | None = None,
 ) -> tuple[float, float, float, float]:
     """How much better the second of two runs is over the same images: (difference, low, high, p).
 
     Both are measured on the same draws of a bootstrap, so what makes a draw easy for both does not blur the difference.
-    The interval is of 95%; p is twice the share of draws in which the order is not that of the difference, at most 1,
-    and never less than one draw can tell.
+    The interval is of 95%, or NaN if all images are in one cluster; p is twice the share of draws in which the order is
+    not that of the difference, at most 1, and never less than one draw can tell.
 
     Args:
         first, second: measures as `bootstrap` takes them, that return (n,).
+        clusters: as for `bootstrap`.
     """
 
     def difference(weights: Tensor) -> Tensor:
         return second(weights) - first(weights)
 
     measured = difference(torch.ones(1, images)).item()
-    drawn = bootstrap(difference, images, labels=labels, seed=seed)
+    if clusters is not None and _number(clusters) < 2:
+        return measured, math.nan, math.nan, 1.0
+    drawn = bootstrap(difference, images, labels=labels, seed=seed, clusters=clusters)
     drawn = drawn[drawn.isfinite()]
     sides = min((drawn <= 0).sum().item(), (drawn >= 0).sum().item())
-    p = min(1.0, 2 * (sides + 1) / (len(drawn) + 1))
-    return measured, *percentile_interval(drawn), p
+    p = 2 * draws_chance(min(0.5, (sides + 1) / (len(drawn) + 1)), clusters)
+    return measured, *percentile_interval(drawn, draws_level(clusters)), p
 
 
-def mcnemar(first: Tensor, second: Tensor) -> float:
+def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
     """The two-sided p of two runs whose answers (N,) are right or wrong: how likely equally good ones differ as much.
 
     Only images that one of the two gets right tell: each is as likely for either (Psychometrika 12, 1947; exact).
+    With clusters, as for `share_interval`, what one of the two gains in a cluster is as likely for either (Fisher's
+    permutation test of paired differences, The Design of Experiments, 1935; exact).
     """
+    if clusters is not None:
+        gains = second.double() - first.double()
+        return _sign_flips(torch.zeros(_number(clusters), dtype=torch.float64).index_add_(0, clusters, gains))
     wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
     number, fewer = wins + losses, min(wins, losses)
     of_all = math.lgamma(number + 1) - number * math.log(2)
     chances = (of_all - math.lgamma(k + 1) - math.lgamma(number - k + 1) for k in range(fewer + 1))
     return min(1.0, 2 * sum(map(math.exp, chances)))
+
+
+def _sign_flips(gains: Tensor) -> float:
+    """How often the sum of whole numbers is as far from 0 as this if each had its sign by chance."""
+    sizes = gains.abs().long()
+    chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive
+    chances[0] = 1.0
+    for size in sizes[sizes > 0].tolist():
+        chances[size:] = (chances[size:] + chances[:-size]) / 2
+        chances[:size] /= 2
+    sums = 2 * np.arange(len(chances)) - len(chances) + 1
+    return min(1.0, float(chances[np.abs(sums) >= abs(gains.sum().item())].sum()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
