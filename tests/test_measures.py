@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, norm, spearmanr
+from scipy.stats import t as student
 from sklearn import metrics
 
-from toolkit import measures
+from toolkit import answer_reports, measures, tasks
 
 
 @pytest.fixture
@@ -140,40 +141,101 @@ def test_a_bootstrap_of_the_mean_has_its_standard_error():
     assert all(map(math.isnan, measures.percentile_interval(torch.full((9,), math.nan))))
 
 
-def covered(measure, draws: int, images: int = 400) -> float:
-    """The share of bootstrap intervals, of so many drawn sets, that have the value of a set without end."""
-    random = np.random.RandomState(0)
+def test_the_interval_of_a_mean_is_students():
+    """With as many parts as images the jackknife of a mean is exact, far from all bounds."""
+    values = torch.from_numpy(1e3 + np.random.RandomState(0).randn(40))
 
-    def drawn_set(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positive = (random.rand(count) < 0.3).astype(float)
-        return torch.from_numpy(random.randn(count) + 1.5 * positive), torch.from_numpy(positive)
+    def mean(weights: torch.Tensor) -> torch.Tensor:
+        return ((weights * values).sum(-1) / weights.sum(-1))[:, None]
 
-    true, hits = measure(*drawn_set(500_000), None), 0
+    [found] = measures.intervals(mean, 40, bounds=[measures.POSITIVE])
+    half = student.ppf(0.975, 39) * values.std().item() / 40**0.5
+    assert found == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "middle", "half", "expected"),
+    [
+        (measures.SHARE, 0.9, 0.1, (0.7477, 0.9647)),  # logit(0.9) -+ 0.1 / (0.9 x 0.1)
+        (measures.POSITIVE, 2.0, 0.1, (1.9025, 2.1025)),  # log(2) -+ 0.1 / 2
+        (measures.BELOW_1, 0.5, 0.1, (0.3893, 0.5906)),  # log(1 - 0.5) -+ 0.1 / 0.5
+        (measures.CORRELATION, 0.0, 0.1, (-0.0997, 0.0997)),  # artanh(0) -+ 0.1
+    ],
+)
+def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
+    low, high = measures._between(middle, middle, half, bounds)
+    assert (low, high) == pytest.approx(expected, abs=1e-4)
+    low, high = measures._between(middle, 2.0 * middle + 1.0, 10.0, bounds)  # a correction out of all bounds
+    assert bounds[0] <= low < high <= bounds[1]
+
+
+def test_answers_that_are_all_right_have_no_interval():
+    """Nothing changes when some are left out, so they do not say how far chance reaches."""
+    scores, positive = torch.linspace(0, 1, 30), (torch.arange(30) > 20).double()
+    for measure in (measures.average_precision, measures.auroc):
+        of = functools.partial(measure, scores, positive)
+        assert all(map(math.isnan, measures.intervals(lambda weights: of(weights)[:, None], 30)[0]))  # noqa: B023
+    only = functools.partial(measures.average_precision, scores, (torch.arange(30) == 7).double())
+    assert all(map(math.isnan, measures.intervals(lambda weights: only(weights)[:, None], 30)[0]))  # of one positive
+
+
+def several_labels(random: np.random.RandomState, images: int, share: float, labels: int = 5):
+    """Answers for images that have each label with this probability, and higher scores then."""
+    positive = (random.rand(images, labels) < share).astype(float)
+    scores = torch.from_numpy(random.randn(images, labels) + 1.5 * positive)
+    return tasks.LabelAnswers(0.0, scores.sigmoid(), torch.from_numpy(positive))
+
+
+def true_figures(share: float, threshold: float) -> tuple[float, float, float]:
+    """AP, AUROC and F1 at a threshold of images without end."""
+    scores = np.linspace(-9, 11, 100_001)
+    found, wrong = norm.sf(scores - 1.5), norm.sf(scores)
+    precision = share * found / (share * found + (1 - share) * wrong)
+    found_there, wrong_there = norm.sf(threshold - 1.5), norm.sf(threshold)
+    of_both = share + share * found_there + (1 - share) * wrong_there
+    return -np.trapezoid(precision, found), norm.cdf(1.5 / 2**0.5), 2 * share * found_there / of_both
+
+
+def covered(images: int, share: float, draws: int) -> dict[str, float]:
+    """How many of the intervals of the headlines, of so many drawn sets, have what is true of images without end."""
+    random, threshold = np.random.RandomState(0), 1.0
+    task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), threshold).sigmoid())
+    ap, roc, f1 = true_figures(share, threshold)
+    truth = dict(zip(answer_reports.LabelReport.HEADLINES, (ap, ap, roc, f1, f1), strict=True))
+    hits = dict.fromkeys(truth, 0)
     for _ in range(draws):
-        scores, positive = drawn_set(images)
-        of_label = functools.partial(measure, scores, positive)
-        [(low, high)] = measures.intervals(lambda weights: of_label(weights)[:, None], images)  # noqa: B023
-        hits += low <= true <= high
-    return hits / draws
+        report = answer_reports.LabelReport(task, several_labels(random, images, share))
+        for (name, true), (low, high) in zip(truth.items(), report.intervals, strict=True):
+            hits[name] += low <= true <= high
+    return {name: count / draws for name, count in hits.items()}
 
 
-COVERED = {
-    "average precision": measures.average_precision,
-    "auroc": measures.auroc,
-    "f1": lambda scores, positive, weights: measures.f1(scores > 0.8, positive, weights),
-}
+def test_intervals_of_labels_cover_in_a_few_draws():
+    """Each label has five positives. The percentiles of a bootstrap, moved by the bias, had the macro AP 51 times."""
+    assert min(covered(100, 0.05, draws=60).values()) >= 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COVERED)
-def test_intervals_by_bootstrap_cover_in_a_few_draws(name):
-    assert covered(COVERED[name], draws=60) >= 0.86
+@pytest.mark.parametrize(("images", "share"), [(100, 0.1), (100, 0.2), (400, 0.05), (400, 0.2), (1000, 0.02)])
+def test_intervals_of_labels_cover_as_often_as_they_say(images, share):
+    assert covered(images, share, draws=500) == pytest.approx(dict.fromkeys(covered(images, share, 1), 0.95), abs=0.025)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COVERED)
-def test_intervals_by_bootstrap_cover_as_often_as_they_say(name):
-    assert covered(COVERED[name], draws=500) == pytest.approx(0.95, abs=0.02)
+@pytest.mark.parametrize("images", [60, 400])
+def test_intervals_of_numbers_cover_as_often_as_they_say(images):
+    """Answers with R2 0.64, and so a correlation of 0.8."""
+    random, task = np.random.RandomState(0), tasks.Regression(["age"], torch.tensor([[0.0], [1.0]]))
+    rank = 6 / math.pi * math.asin(0.8 / 2)  # of a normal pair
+    truth = {"r2": 0.64, "mae": 0.6 * (2 / math.pi) ** 0.5, "rmse": 0.6, "spearman": rank}
+    hits = dict.fromkeys(truth, 0)
+    for _ in range(500):
+        answers = torch.from_numpy(0.8 * random.randn(images, 1))
+        found = tasks.NumberAnswers(0.0, answers, answers + torch.from_numpy(0.6 * random.randn(images, 1)))
+        report = answer_reports.NumberReport(task, found)
+        for (name, true), (low, high) in zip(truth.items(), report.intervals, strict=True):
+            hits[name] += low <= true <= high
+    assert {name: count / 500 for name, count in hits.items()} == pytest.approx(dict.fromkeys(truth, 0.95), abs=0.03)
 
 
 def test_the_interval_of_a_flattering_mean_is_moved():
@@ -184,14 +246,15 @@ def test_the_interval_of_a_flattering_mean_is_moved():
         positive = (random.rand(count, 10) < 0.2).astype(float)
         return torch.from_numpy(random.randn(count, 10) + 0.4 * positive), torch.from_numpy(positive)
 
-    def mean_ap(scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def mean_ap(scores, positive, weights=None, own=1.0) -> torch.Tensor:
         pairs = zip(scores.T, positive.T, strict=True)
-        return torch.stack([measures.average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
+        return torch.stack([measures.average_precision(*pair, weights, own) for pair in pairs], -1).mean(-1)
 
     true, hits, by_draws = mean_ap(*drawn_set(200_000)).item(), 0, 0
     for _ in range(20):
         of_set = functools.partial(mean_ap, *drawn_set(300))
-        [(low, high)] = measures.intervals(lambda weights: of_set(weights)[:, None], 300, labels=10)  # noqa: B023
+        calm = functools.partial(of_set, own=measures.OWN_SHARE)
+        [(low, high)] = measures.intervals(lambda weights: calm(weights)[:, None], 300)  # noqa: B023
         hits += low <= true <= high
         low, high = measures.percentile_interval(measures.bootstrap(of_set, 300, draws=200, labels=10))
         by_draws += low <= true <= high

@@ -1,5 +1,6 @@
 """What is told of the answers of a task: figures, tables and pictures."""
 
+import functools
 import io
 import math
 import textwrap
@@ -120,7 +121,7 @@ class ClassReport:
             accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
             return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
 
-        found = measures.intervals(means, len(right), len(self.names), self.clusters)
+        found = measures.intervals(means, len(right), self.clusters)
         return [finite_interval(interval) for interval in found]
 
     def title(self) -> str:
@@ -239,16 +240,17 @@ class LabelReport:
         self.task = task
         self.answers = answers
         self.names = task.names
-        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
+        less_flattering = functools.partial(self._headlines, own=measures.OWN_SHARE)
+        self.intervals = measures.intervals(less_flattering, len(answers.targets), clusters)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
         self.f1s = answers.f1(task.thresholds).tolist()
 
     HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
 
-    def _headlines(self, weights: Tensor) -> Tensor:
+    def _headlines(self, weights: Tensor, own: float = 1.0) -> Tensor:
         answers, thresholds = self.answers, self.task.thresholds
-        found = [answers.macro("average_precision", weights), answers.micro_average_precision(weights)]
+        found = [answers.macro("average_precision", weights, own=own), answers.micro_average_precision(weights, own)]
         found.append(answers.macro("auroc", weights))
         found += [answers.f1(thresholds, weights).nanmean(-1), answers.micro_f1(thresholds, weights)]
         return torch.stack(found, -1)
@@ -361,12 +363,13 @@ class NumberReport:
         "rmse": "root_mean_squared_error",
         "spearman": "spearman",
     }
+    BOUNDS = (measures.BELOW_1, measures.POSITIVE, measures.POSITIVE, measures.CORRELATION)
 
     def __init__(self, task: Regression, answers: NumberAnswers, clusters: Tensor | None = None):
         self.task = task
         self.answers = answers
         self.names = task.names
-        self.intervals = measures.intervals(self._headlines, len(answers.targets), len(self.names), clusters)
+        self.intervals = measures.intervals(self._headlines, len(answers.targets), clusters, self.BOUNDS)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.by = {name: answers.by_number(measure).tolist() for name, measure in self.HEADLINES.items()}
 

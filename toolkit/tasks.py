@@ -329,20 +329,20 @@ class LabelAnswers:
         probabilities = self.before if before else self.probabilities
         return measures.calibration(probabilities[known], self.targets[known])
 
-    def by_label(self, measure: str, weights: Tensor | None = None) -> Tensor:
+    def by_label(self, measure: str, weights: Tensor | None = None, **how: Any) -> Tensor:
         """`average_precision` or `auroc` of each label, (K,), or (draws, K) for a bootstrap's weights."""
         function = vars(measures)[measure]
-        return torch.stack([function(*pair, counts) for *pair, counts in self._known(weights)], -1)
+        return torch.stack([function(*pair, counts, **how) for *pair, counts in self._known(weights)], -1)
 
-    def macro(self, measure: str, weights: Tensor | None = None) -> Tensor:
+    def macro(self, measure: str, weights: Tensor | None = None, **how: Any) -> Tensor:
         """The mean over the labels that have a figure."""
-        return self.by_label(measure, weights).nanmean(-1)
+        return self.by_label(measure, weights, **how).nanmean(-1)
 
-    def micro_average_precision(self, weights: Tensor | None = None) -> Tensor:
+    def micro_average_precision(self, weights: Tensor | None = None, own: float = 1.0) -> Tensor:
         """All labels of all images in one ranking."""
         known = ~self.targets.isnan()
         counts = None if weights is None else weights[..., known.nonzero()[:, 0]]
-        return measures.average_precision(self.probabilities[known], self.targets[known], counts)
+        return measures.average_precision(self.probabilities[known], self.targets[known], counts, own)
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
