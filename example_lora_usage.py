@@ -1,6 +1,6 @@
-"""Six examples of LoRA and QLoRA with this toolkit, on real data, in two minutes on a CPU.
+"""Seven examples of LoRA and QLoRA with this toolkit, in two minutes on a CPU.
 
-    python example_lora_usage.py              # all six
+    python example_lora_usage.py              # all seven
     python example_lora_usage.py --only 2     # one of them
 
     1  set-up: a MoCo backbone, adapters, what trains
@@ -9,17 +9,21 @@
     4  inference: single images, with and without the adapters
     5  sizes: what lies on disk for a ResNet-50 and a ViT-B/16
     6  serving: one base, many tasks
+    7  several labels: some of them unknown, AP and AUROC of each, thresholds
 
 Each example is a function to copy from; it prints what it found and raises where something is not as it should be.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +39,8 @@ from toolkit.backbones import build_backbone
 from toolkit.checkpoints import load_backbone
 from toolkit.data import Transformed, build_loader, load_splits
 from toolkit.runs import run_script
-from toolkit.training import evaluate, select_device
+from toolkit.tasks import MultiLabel
+from toolkit.training import all_outputs, evaluate, extract_features, select_device
 from toolkit.transforms import eval_transform, train_transform
 
 
@@ -199,6 +204,65 @@ def example_6_serving(model: nn.Module) -> None:
         raise RuntimeError("an adapter answers for another's task")
 
 
+def example_7_several_labels(epochs: int = 3) -> None:
+    """Images that have several labels, some of them unknown: a loop of your own, AP and AUROC, and answers."""
+    torch.manual_seed(0)
+    device = select_device("auto")
+    with tempfile.TemporaryDirectory() as folder:
+        splits = load_splits("imagefolder", data_list=[_list_of_shapes(Path(folder))], task="multilabel")
+        model, report = load_backbone(DEFAULT_CHECKPOINT, num_classes=len(splits.class_names))
+        train, evaluation = (Transformed(images, eval_transform(report["image_size"])) for images in splits[:2])
+        plain, evaluation = build_loader(train, 128), build_loader(evaluation, 128)
+
+        add_lora_to_model(model, r=8, lora_alpha=16)
+        freeze_backbone_params(model)
+        task = MultiLabel(splits.class_names, splits.train.targets)
+        task.start_head(
+            model, *extract_features(model.to(device), plain, device)
+        )  # a logistic regression of each label
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        batches = build_loader(train, 32, shuffle=True)
+        for _ in range(epochs):
+            for images, targets in batches:  # 1, 0, or NaN where unknown, of which the loss has nothing
+                loss = task.loss(model.train()(images.to(device)), targets.to(device)) / len(images)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+        task.calibrate(*all_outputs(model, plain, device), optimism=None)  # thresholds: the best F1 on training images
+        answers = task.evaluate(model, evaluation, device)
+        outputs, truth = all_outputs(model, evaluation, device)
+    figures = [answers.by_label("average_precision"), answers.by_label("auroc"), task.thresholds]
+    for name, ap, roc, threshold in zip(task.names, *figures, strict=True):
+        print(f"  {name:<8} AP {ap:.1%}, AUROC {roc:.1%}; an answer above probability {threshold:.2f}")
+    columns, rows = task.table(outputs[:3])
+    for cells, known in zip(rows, truth[:3].tolist(), strict=True):
+        said = {1.0: "yes", 0.0: "no"}
+        told = ", ".join(f"{name} {said.get(value, 'unknown')}" for name, value in zip(task.names, known, strict=True))
+        print(f"  answered {dict(zip(columns, cells, strict=True))['labels'] or 'none'}; true: {told}")
+    if answers.score < 0.9:
+        raise RuntimeError(f"the labels are not found: macro AP {answers.score:.2%}")
+
+
+def _list_of_shapes(folder: Path, count: int = 300) -> Path:
+    """Noise with a disc, a frame, stripes or several of these, and the list of what is where; a fifth is unknown."""
+    random, (y, x) = np.random.RandomState(0), np.mgrid[:32, :32]
+    rows = ["path,disc,frame,stripes"]
+    for i in range(count):
+        has, told = random.rand(3) < 0.5, random.rand(3) < 0.8
+        row, column = random.randint(8, 24, 2)
+        shapes = [(y - row) ** 2 + (x - column) ** 2 < 30, (y % 29 < 2) | (x % 29 < 2), (x + y) % 8 < 2]
+        pixels = random.randint(0, 190, (32, 32))
+        for shape in itertools.compress(shapes, has):
+            pixels[shape] += 65
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        answers = (str(int(yes)) if known else "" for yes, known in zip(has, told, strict=True))
+        rows.append(",".join([f"{i}.png", *answers]))
+    path = folder / "labels.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
 def _parity_model() -> nn.Module:
     """Is a digit even or odd? A second task on the same backbone: attention alone, rank 4, two classes."""
     torch.manual_seed(0)
@@ -258,11 +322,12 @@ def _check_equal(what: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
 def main(argv: list[str] | None = None) -> None:
     """Run the examples; the third, fourth and sixth train first if the second has not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, choices=range(1, 7), help="run one example")
+    parser.add_argument("--only", type=int, choices=range(1, 8), help="run one example")
     only = parser.parse_args(argv).only
     titles = ("set-up", "a training loop of your own", "checkpoints", "inference", "sizes on disk", "serving")
+    titles += ("several labels",)
     trained = None
-    for number in range(1, 7) if only is None else (only,):
+    for number in range(1, 8) if only is None else (only,):
         started = time.perf_counter()
         print(f"\nExample {number}: {titles[number - 1]}")
         if number in (3, 4, 6) and trained is None:
@@ -278,8 +343,10 @@ def main(argv: list[str] | None = None) -> None:
             example_4_inference(trained)
         elif number == 5:
             example_5_sizes()
-        else:
+        elif number == 6:
             example_6_serving(trained)
+        else:
+            example_7_several_labels()
         print(f"  done in {time.perf_counter() - started:.1f} s")
 
 

@@ -55,7 +55,26 @@ def test_the_sizes_are_those_of_files(capsys):
             assert merged == pytest.approx(full, rel=0.01) and four_bit < in_memory / 4
 
 
+def test_several_labels_are_found_and_answered(capsys):
+    examples.main(["--only", "7"])
+    printed = capsys.readouterr().out
+    figures = re.findall(
+        r"(disc|frame|stripes) +AP ([\d.]+)%, AUROC ([\d.]+)%; an answer above probability 0\.\d+", printed
+    )
+    assert [name for name, *_ in figures] == ["disc", "frame", "stripes"]
+    assert all(float(ap) > 80 and float(roc) > 90 for _, ap, roc in figures)
+    answers = re.findall(r"answered ([a-z,]+); true: disc (\w+), frame (\w+), stripes (\w+)", printed)
+    assert len(answers) == 3 and "unknown" in str(answers)
+    known = [
+        (true == "yes") == (name in said.split(","))
+        for said, *truth in answers
+        for name, true in zip(("disc", "frame", "stripes"), truth, strict=True)
+        if true != "unknown"
+    ]
+    assert sum(known) >= len(known) - 1
+
+
 def test_an_unknown_number_is_refused():
     with pytest.raises(SystemExit) as stopped:
-        examples.main(["--only", "7"])
+        examples.main(["--only", "8"])
     assert stopped.value.code == 2
