@@ -215,6 +215,19 @@ def test_intervals_of_labels_cover_in_a_few_draws():
     assert min(covered(100, 0.05, draws=60).values()) >= 0.9
 
 
+def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images():
+    random, patients = np.random.RandomState(0), torch.arange(50).repeat_interleave(4)
+    task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), 1.0).sigmoid())
+    truth, hits = true_figures(0.2, 1.0), {"patients": 0, "images": 0}
+    for _ in range(60):
+        once = several_labels(random, 50, 0.2)
+        copies = tasks.LabelAnswers(0.0, once.probabilities[patients], once.targets[patients])
+        for of, clusters in zip(hits, (patients, None), strict=True):
+            low, high = answer_reports.LabelReport(task, copies, clusters).intervals[2]  # AUROC
+            hits[of] += low <= truth[1] <= high
+    assert hits["patients"] >= 0.9 * 60 and hits["images"] < 0.75 * 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("images", "share"), [(100, 0.1), (100, 0.2), (400, 0.05), (400, 0.2), (1000, 0.02)])
 def test_intervals_of_labels_cover_as_often_as_they_say(images, share):
