@@ -215,6 +215,20 @@ def test_intervals_of_labels_cover_in_a_few_draws():
     assert min(covered(100, 0.05, draws=60).values()) >= 0.9
 
 
+def test_a_label_of_one_positive_moves_no_interval():
+    """It leaves the mean when its positive is left out, which is no bias; how far chance reaches it does change."""
+    random = np.random.RandomState(0)
+    answers = several_labels(random, 200, 0.3, labels=2)
+    answers.targets[:, 0] = 0
+    answers.targets[answers.probabilities[:, 0].argmax(), 0] = 1  # found: its AP is 1
+    report = answer_reports.LabelReport(tasks.MultiLabel(["rare", "frequent"]), answers)
+    measure = functools.partial(report._headlines, own=measures.OWN_SHARE)
+    ends = torch.tensor([report.intervals[0], measures.intervals(measure, 200)[0]])
+    middle, unsteady = ends.logit().mean(1).sigmoid().tolist()
+    assert middle == pytest.approx(report.headlines[0], abs=0.02) and unsteady > middle + 0.04
+    assert ends[0, 1] - ends[0, 0] > 0.1
+
+
 def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images():
     random, patients = np.random.RandomState(0), torch.arange(50).repeat_interleave(4)
     task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), 1.0).sigmoid())

@@ -115,13 +115,18 @@ class ClassReport:
         right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
         counted = (right, self.result.labels, self.result.predictions)
 
-        def means(weights: Tensor) -> Tensor:
+        def by_class(weights: Tensor) -> Tensor:
             right, images, answers = (_by_class(weights, classes, len(self.names)) for classes in counted)
-            both = images + answers
-            accuracy = (right / images).nanmean(-1)  # of the classes that were drawn
-            return torch.stack([accuracy, (2 * right / both).nanmean(-1)], -1)
+            return torch.stack([right / images, 2 * right / (images + answers)], 1)  # (n, 2, K)
 
-        found = measures.intervals(means, len(right), self.clusters)
+        def means(weights: Tensor) -> Tensor:
+            return by_class(weights).nanmean(-1)  # of the classes that are there
+
+        def steady(weights: Tensor) -> Tensor:
+            figures = by_class(weights)
+            return figures.where(figures.isfinite(), by_class(torch.ones(1, len(right)))).nanmean(-1)
+
+        found = measures.intervals(means, len(right), self.clusters, steady=steady)
         return [finite_interval(interval) for interval in found]
 
     def title(self) -> str:
@@ -241,17 +246,18 @@ class LabelReport:
         self.answers = answers
         self.names = task.names
         less_flattering = functools.partial(self._headlines, own=measures.OWN_SHARE)
-        self.intervals = measures.intervals(less_flattering, len(answers.targets), clusters)
+        steady = functools.partial(less_flattering, steady=True)
+        self.intervals = measures.intervals(less_flattering, len(answers.targets), clusters, steady=steady)
         self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
         self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
         self.f1s = answers.f1(task.thresholds).tolist()
 
     HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
 
-    def _headlines(self, weights: Tensor, own: float = 1.0) -> Tensor:
+    def _headlines(self, weights: Tensor, own: float = 1.0, steady: bool = False) -> Tensor:
         answers, thresholds = self.answers, self.task.thresholds
-        found = [answers.macro("average_precision", weights, own=own), answers.micro_average_precision(weights, own)]
-        found.append(answers.macro("auroc", weights))
+        macro_ap = answers.macro("average_precision", weights, steady, own=own)
+        found = [macro_ap, answers.micro_average_precision(weights, own), answers.macro("auroc", weights, steady)]
         found += [answers.f1(thresholds, weights).nanmean(-1), answers.micro_f1(thresholds, weights)]
         return torch.stack(found, -1)
 

@@ -285,6 +285,7 @@ def intervals(
     images: int,
     clusters: Tensor | None = None,
     bounds: Sequence[tuple[float, float]] | None = None,
+    steady: Callable[[Tensor], Tensor] | None = None,
 ) -> list[tuple[float, float]]:
     """95% intervals of a measure's columns by what changes when parts of the images are left out.
 
@@ -296,6 +297,8 @@ def intervals(
         measure: takes weights (n, images), each 0 or 1, and returns (n, columns).
         clusters: as for `share_interval`: the images of one cluster are left out together.
         bounds: the lowest and the highest value of each column, never reached; None: 0 and 1.
+        steady: the same measure, but what leaves a mean, as a label whose only positive is left out, stays in it here.
+            By this the middle is moved: which labels are in a mean is chance, no bias. None: nothing leaves.
 
     Returns:
         (low, high) of each column. NaN where nothing changes, as where all answers are right, or where a part has all
@@ -310,10 +313,10 @@ def intervals(
         return [(math.nan, math.nan)] * len(here)
     part = torch.randperm(things, generator=torch.Generator().manual_seed(0)) % parts
     part = part if clusters is None else part[clusters]
-    weights = part != torch.arange(parts)[:, None]
-    at_once = max(1, NUMBERS_AT_ONCE // (10 * images))
-    without = torch.cat([measure(some.double()) for some in weights.split(at_once)]).double()
-    middle = parts * here - (parts - 1) * without.mean(0)
+    weights = (part != torch.arange(parts)[:, None]).split(max(1, NUMBERS_AT_ONCE // (10 * images)))
+    without = torch.cat([measure(some.double()) for some in weights]).double()
+    moved = without if steady is None else torch.cat([steady(some.double()) for some in weights]).double()
+    middle = parts * here - (parts - 1) * moved.mean(0)
     error = without.std(0, correction=0) * (parts - 1) ** 0.5
     half = error * t.ppf(0.975, parts - 1)
     columns = zip(here.tolist(), middle.tolist(), half.tolist(), bounds or [SHARE] * len(here), strict=True)

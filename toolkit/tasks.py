@@ -334,9 +334,12 @@ class LabelAnswers:
         function = vars(measures)[measure]
         return torch.stack([function(*pair, counts, **how) for *pair, counts in self._known(weights)], -1)
 
-    def macro(self, measure: str, weights: Tensor | None = None, **how: Any) -> Tensor:
-        """The mean over the labels that have a figure."""
-        return self.by_label(measure, weights, **how).nanmean(-1)
+    def macro(self, measure: str, weights: Tensor | None = None, steady: bool = False, **how: Any) -> Tensor:
+        """The mean over the labels that have a figure; `steady`: where weights leave a label none, that over all."""
+        figures = self.by_label(measure, weights, **how)
+        if steady:
+            figures = figures.where(figures.isfinite(), self.by_label(measure, **how))
+        return figures.nanmean(-1)
 
     def micro_average_precision(self, weights: Tensor | None = None, own: float = 1.0) -> Tensor:
         """All labels of all images in one ranking."""
