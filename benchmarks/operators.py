@@ -154,6 +154,8 @@ def _cost(name: str, args, read: list[Tensor], written: list[Tensor]) -> tuple[i
         return products + of_bias, products * _nbytes(*args[:3]) + of_bias * _nbytes(args[0])
     if name in ("native_batch_norm", "native_batch_norm_backward"):
         operands, trains = (args[:2], args[7]) if name.endswith("backward") else (args[:1], args[5])
+        if name.endswith("backward") and not args[9][0]:  # the sums alone
+            return 1, moved
         return (2, moved + _nbytes(*operands)) if trains else (1, moved)  # sums first, then what is made of them
     if name == "native_layer_norm_backward" and any(args[-1][1:]):
         return 3, moved + _nbytes(*args[:2])  # one pass to the input; one to the weights, in two stages

@@ -80,7 +80,7 @@ CARDS = {
 # Which share of it kernels reach: assumed, until a GPU can be asked.
 SHARES = {"product": 0.7, "convolution": 0.5, "attention": 0.45, "other": 1.0, "bandwidth": 0.85}
 LAUNCH = 2.2e-6  # seconds: no kernel and the gap behind it take less
-DEFAULT = ("full", "peft", "lora", "lora_selective", "qlora", "lora_last_half")
+DEFAULT = ("full", "peft", "lora", "lora_selective", "lora_follow", "qlora", "lora_last_half")
 COSTLIEST = 10
 FILE = "predicted_{model}_b{batch_size}_{precision}.json"
 

@@ -21,6 +21,8 @@ class Folded(NamedTuple):
     sB: Tensor  # s g B, (out, r)
     kernel: Tensor  # (out, in / groups, kh, kw), rounded once
     shift: Tensor  # (out,)
+    # If the BatchNorm follows the adapters: log |g| but for a constant, and the shift; these take their gradients.
+    followed: tuple[Tensor, Tensor] | None = None
 
 
 class Constants:

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from lora import together
+from lora.backends import compute_dtype
 from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
+from lora.together import Followed
 from toolkit import InputError
 from toolkit.training import eval_mode
 
@@ -147,15 +149,15 @@ class FollowedTogether:
         self.convs = [conv for own in self.kinds for conv in own]
         self.constants: tuple | None = None
 
-    def __call__(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def __call__(self) -> dict[int, Followed]:
         """By the id of the convolution."""
         if not self.convs:
             return {}
         A = self.convs[0].lora_A
         if self.constants is None or (self.constants[1][0].device, self.constants[1][0].dtype) != (A.device, A.dtype):
             self.constants = self._constants()
-        of_kinds, (mean, variance, spread, eps) = self.constants
-        parts = []
+        of_kinds, (mean, variance, spread, eps, scaling) = self.constants
+        parts, dtype = [], compute_dtype(A)
         with torch.autocast(mean.device.type, enabled=False):
             for own, constants in zip(self.kinds, of_kinds, strict=True):
                 A, B = (torch.stack([conv._parameters[name] for conv in own]) for name in ("lora_A", "lora_B"))
@@ -165,19 +167,21 @@ class FollowedTogether:
                 torch.cat([conv.followed.norm._parameters[n] for conv in self.convs]) for n in ("weight", "bias")
             )
             found = _scale_and_shift(mean + shift, variance * _ratio(change, spread), eps, weight, beta, None)
+            found += found[0] * scaling, found[2].detach().to(dtype)
         sizes = [len(conv.lora_B) for conv in self.convs]
         apart = zip(*(t.split(sizes) for t in found), strict=True)
-        return {id(conv): own for conv, own in zip(self.convs, apart, strict=True)}
+        return {id(conv): Followed(*own) for conv, own in zip(self.convs, apart, strict=True)}
 
     def _constants(self) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Of each kind inputs, outputs and centres, and of all one after another mean, variance, v(W) and eps."""
+        """Of each kind inputs, outputs and centres, and of all one after another mean, variance, v(W), eps and s."""
         for conv in self.convs:
             conv.followed.like(conv.lora_A)
         followed = [conv.followed for conv in self.convs]
         of_kinds = [tuple(_joined(own, name) for name in ("inputs", "doubled", "centre")) for own in self.kinds]
         eps = torch.cat([torch.full_like(own.mean, own.norm.eps) for own in followed])
+        scaling = torch.cat([torch.full_like(conv.followed.mean, conv.scaling) for conv in self.convs])
         flat = (torch.cat([getattr(own, name) for own in followed]) for name in ("mean", "variance", "spread"))
-        return of_kinds, (*flat, eps)
+        return of_kinds, (*flat, eps, scaling)
 
 
 def _joined(convs: Sequence[nn.Conv2d], name: str) -> Tensor:
@@ -273,7 +277,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
         scale, shift = scale_and_shift(norm, conv.bias)
         return scale, None, shift
     if (known := together.followed(conv)) is not None:
-        return known
+        return known[:3]
     return followed.scale_and_shift(conv.lora_A, conv.lora_B, conv.scaling, conv.bias)
 
 

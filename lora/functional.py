@@ -481,7 +481,7 @@ class _LoRAConv2d(torch.autograd.Function):
 def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
     of_scale, of_bias = backends.channel_sums(gy, y)
-    of_scale = of_scale.addcmul_(bias.to(of_bias.dtype), of_bias, value=-1)
+    of_scale = of_scale.addcmul_(bias, of_bias, value=-1)
     return of_scale if residual is None else of_scale - backends.channel_sums(gy, residual)[0], of_bias
 
 
@@ -662,8 +662,9 @@ class _FoldedConv2d(torch.autograd.Function):
     """`_LoRAConv2d` where all that comes before its products was done for the model as a whole."""
 
     @staticmethod
-    def forward(ctx, x, A, sB, residual, settings):
-        kernel, shift, ctx.geometry, ctx.by_pixel, relu, (ctx.made, parts) = settings
+    def forward(ctx, x, A, sB, residual, log_scale, followed_shift, settings):
+        kernel, shift, ctx.geometry, ctx.by_pixel, ctx.relu, (ctx.made, parts) = settings
+        relu, ctx.follows = ctx.relu, log_scale is not None
         ctx.shape = x.shape
         x = x if x.dtype == kernel.dtype else x.to(kernel.dtype)
         rows = backends.pixels(x) if ctx.by_pixel else None
@@ -674,18 +675,23 @@ class _FoldedConv2d(torch.autograd.Function):
             y = torch.addmm(shift, rows, kernel.view(kernel.shape[:2]).T).view(N, H, W, -1).permute(0, 3, 1, 2)
             y = y if residual is None else y.add_(residual)
             y = y.relu_() if relu else y
-        ctx.save_for_backward(x if ctx.made is None else None, y if relu else None, A, sB, kernel, *parts)
+        followed = (shift, residual) if ctx.follows else ()
+        kept = y if relu or ctx.follows else None
+        ctx.save_for_backward(x if ctx.made is None else None, kept, A, sB, kernel, *followed, *parts)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
         x, y, A, sB, kernel, *parts = ctx.saved_tensors
-        need_x, _, _, need_residual, _ = ctx.needs_input_grad
+        need_x, _, _, need_residual, *_ = ctx.needs_input_grad
+        if ctx.follows:
+            shift, residual, *parts = parts
         if ctx.made is not None:
             x = ctx.made.again(*parts).to(kernel.dtype)
         gy = gy if gy.dtype == kernel.dtype else gy.to(kernel.dtype)
-        gy = gy if y is None else backends.relu_gradient(gy, y)  # through the ReLU
+        gy = backends.relu_gradient(gy, y) if ctx.relu else gy  # through the ReLU
+        followed = _scale_gradients(gy, y, shift, residual) if ctx.follows else (None, None)
         rows = (backends.pixels(gy), backends.pixels(x)) if ctx.by_pixel else (None, None)
         gx = None
         if rows[0] is not None and rows[1] is not None:
@@ -697,14 +703,14 @@ class _FoldedConv2d(torch.autograd.Function):
             adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
             gA, gB, _ = adapter_gradients(gy, x, A, sB, kernel.shape, ctx.geometry, need_input=False)
             gx = backends.conv2d_gradient(gy, x, kernel, ctx.geometry, of_weight=False) if need_x else None
-        return gx, gA, gB, gy if need_residual else None, None
+        return gx, gA, gB, gy if need_residual else None, *followed, None
 
 
 def folded_conv2d(x: Tensor, folded: Folded, geometry: Geometry, residual: Tensor | None, relu: bool) -> Tensor:
     """As `lora_conv2d`, of a layer whose BatchNorm and adapter are in its kernel already; see `lora.together`."""
     by_pixel = folded.kernel.shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2] and geometry.groups == 1
     settings = folded.kernel, folded.shift, geometry, by_pixel, relu, made_of(x)
-    return _FoldedConv2d.apply(x, folded.A, folded.sB, residual, settings)
+    return _FoldedConv2d.apply(x, folded.A, folded.sB, residual, *(folded.followed or (None, None)), settings)
 
 
 # --------------------------------------------------------------------------------------------------------- pooling

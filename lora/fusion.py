@@ -46,7 +46,7 @@ from lora.functional import (
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.together import each_apart, folded, followed_together, forget_plan, rounded_together
+from lora.together import each_apart, folded, followed_together, forget_plan, knows_statistics, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -338,7 +338,7 @@ class FusedResNet(ResNet):
     @contextlib.contextmanager
     def together(self, x: Tensor) -> Iterator[None]:
         """What a GPU prepares for all layers at once."""
-        with rounded_together(self, x, self.folding), followed_together(vars(self).get("followed"), x):
+        with followed_together(vars(self).get("followed"), x), rounded_together(self, x, self.folding):
             yield
 
     def folding(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -348,7 +348,7 @@ class FusedResNet(ResNet):
             pairs += convs_and_norms(block)
             if "downsample" in block._modules:
                 pairs += convs_and_norms(block.downsample)
-        pairs = [pair for pair in pairs if folds(*pair) and "followed" not in vars(pair[0])]
+        pairs = [pair for pair in pairs if folds(*pair) and knows_statistics(pair[0])]
         return [
             (conv, norm)
             for conv, norm in pairs

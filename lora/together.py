@@ -23,12 +23,22 @@ from lora.backends import LOW_PRECISION
 from lora.folding import Constants, Folded, fold_together, lies_last
 
 
+class Followed(NamedTuple):
+    """A BatchNorm that follows its convolution's adapter, in one forward pass; all are (out,)."""
+
+    scale: Tensor  # g, without a gradient
+    log_scale: Tensor  # log |g| but for a constant
+    shift: Tensor
+    row_scale: Tensor  # s g
+    low_shift: Tensor  # the shift in the dtype of the products, without a gradient
+
+
 class _Now(threading.local):
     rounded: dict[int, Tensor] | None = None  # within a forward pass, by the id of the first of what was joined
     folded: dict[int, Folded] | None = None  # by the id of the convolution
     fold: Callable[[], dict[int, Folded]] | None = None  # makes them
     pairs: dict[int, nn.BatchNorm2d] | None = None  # what is folded into which of these convolutions
-    followed: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # by the id of the convolution
+    followed: dict[int, Followed] | None = None  # by the id of the convolution
 
 
 _now = _Now()
@@ -154,11 +164,11 @@ def forget_plan(model: nn.Module) -> None:
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, low, *factors):
+    def forward(ctx, plan, scales, low, *factors):
         ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
         ctx.plan = plan
         ctx.dtype = low.dtype
-        ctx.scales = plan.scales
+        ctx.scales = scales
         return tuple(_apart(low, plan.runs, joined=True))
 
     @staticmethod
@@ -174,7 +184,7 @@ class _Rounded(torch.autograd.Function):
         if absent:
             of_factor = [i for i, factors in enumerate(plan.joined) for _ in factors]
             parts = [None if i in absent else part for i, part in zip(of_factor, parts, strict=True)]
-        return None, None, *parts
+        return None, None, None, *parts
 
 
 @contextlib.contextmanager
@@ -197,10 +207,12 @@ def rounded_together(model: nn.Module, x: Tensor, folding: Callable[[], Pairs] =
     try:
         if plan.factors and dtype in LOW_PRECISION:
             with torch.no_grad():
-                constants = _constants(plan, dtype)
+                constants, scales = _constants(plan, dtype), plan.scales
+                if _now.followed:
+                    constants, scales = _constants_now(plan, constants)
                 flat = backends.flatten_dense_tensors(plan.factors)
-                flat = flat if plan.scales is None else flat * plan.scales
-            rounded = _Rounded.apply(plan, flat.to(dtype), *plan.factors)
+                flat = flat if scales is None else flat * scales
+            rounded = _Rounded.apply(plan, scales, flat.to(dtype), *plan.factors)
             _put_side_by_side(plan, rounded)
             _now.rounded = {id(factors[0]): low for factors, low in zip(plan.joined, rounded, strict=True)}
             if pairs:
@@ -229,6 +241,25 @@ def _constants(plan: Plan, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return constants
 
 
+def _constants_now(plan: Plan, constants: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """The constants and the plan's scales with those of the BatchNorms that follow in their places."""
+    found = [followed(conv) for conv, _ in plan.pairs]
+    constants = [
+        constant if own is None else (own.scale[:, None, None, None], own.low_shift)
+        for own, constant in zip(found, constants, strict=True)
+    ]
+    scales = plan.scales.clone()
+    by_run = _apart_by_run(scales, plan.runs)
+    for run in plan.kernels:
+        rows = [(place, found[number]) for place, number in enumerate(run.numbers) if found[number] is not None]
+        if len(rows) == len(run.numbers):
+            by_run[run.of_B].copy_(torch.stack([own.row_scale for _, own in rows])[..., None])
+        else:
+            for place, own in rows:
+                by_run[run.of_B][place].copy_(own.row_scale[:, None])
+    return constants, scales
+
+
 @torch.no_grad()
 def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) -> dict[int, Folded]:
     """Every convolution's part in this forward pass. `flat`: the numbers of which `rounded` was made."""
@@ -240,16 +271,17 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
         kernels = fold_together(weights, scales, precise[run.of_A], precise[run.of_B], rounded[0].dtype)
         factors = rounded[run.A], rounded[run.B]
         for (conv, _), *found in zip(run.pairs, *factors, kernels, shifts, strict=True):
-            result[id(conv)] = Folded(*found)
+            own = followed(conv)
+            result[id(conv)] = Folded(*found, None if own is None else (own.log_scale, own.shift))
     return result
 
 
 @contextlib.contextmanager
-def followed_together(compute: Callable[[], dict] | None, x: Tensor) -> Iterator[None]:
+def followed_together(compute: Callable[[], dict[int, Followed]] | None, x: Tensor) -> Iterator[None]:
     """Within this block, in which a model's forward pass of x runs, `followed` finds what ``compute()`` returns.
 
     Args:
-        compute: scale, logarithm and shift of all BatchNorms that follow, if there are any; see `lora.followed_norms`.
+        compute: the BatchNorms that follow, by the ids of the convolutions, if there are any.
     """
     needless = compute is None or _now.followed is not None or not torch.is_grad_enabled()
     if needless or not backends.counts_kernels(x) or backends.is_traced():
@@ -262,9 +294,14 @@ def followed_together(compute: Callable[[], dict] | None, x: Tensor) -> Iterator
         _now.followed = None
 
 
-def followed(conv: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+def followed(conv: nn.Module) -> Followed | None:
     """What `followed_together` knows of a convolution."""
     return None if _now.followed is None else _now.followed.get(id(conv))
+
+
+def knows_statistics(conv: nn.Module) -> bool:
+    """Can this convolution be folded with others: are its BatchNorm's statistics constant, or known of all?"""
+    return "followed" not in vars(conv) or not torch.is_grad_enabled() or followed(conv) is not None
 
 
 @contextlib.contextmanager

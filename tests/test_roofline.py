@@ -44,6 +44,7 @@ BUDGETS = {
         "lora": (617, 0.792),
         "qlora": (665, 0.798),
         "lora_last_half": (423, 0.529),
+        "lora_follow": (1500, 0.971),
     },
 }
 

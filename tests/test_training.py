@@ -313,6 +313,12 @@ def test_images_travel_as_each_device_wants_them(monkeypatch):
     assert calls == [("cuda", {"non_blocking": True, "memory_format": torch.channels_last}), ("mps", plain)]
 
 
+def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert training.peak_memory_bytes(torch.device("cuda")) == 7 + training.CUDA_CONTEXT_BYTES
+    assert 3e8 <= training.CUDA_CONTEXT_BYTES <= 5e8
+
+
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: its import fails

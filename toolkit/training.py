@@ -232,13 +232,18 @@ def to_device(batch: Tensor | Levels, device: torch.device) -> Tensor:
     return batch.to(device, non_blocking=asynchronous, memory_format=layout)
 
 
+# What CUDA itself takes on a GPU beside the tensors: its context and the code of the kernels. Assumed, not measured:
+# others report 300 to 500 MB, by card and driver.
+CUDA_CONTEXT_BYTES = 450_000_000
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """The peak so far in bytes: of the tensors on a CUDA device, else of the process's resident memory.
+    """The peak so far in bytes: of a CUDA device's tensors and CUDA_CONTEXT_BYTES, or of the process's resident memory.
 
     None where the system does not tell (Windows).
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT_BYTES
     status = Path("/proc/self/status")
     if status.exists():  # Linux; ru_maxrss would start at the peak of the process that started this one
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
