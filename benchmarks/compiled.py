@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
@@ -149,4 +150,4 @@ def _computed_at_first(graph: fx.GraphModule, inputs: list[torch.Tensor]):
             steps, results = steps + 1, graph(*arguments)
         return [result.detach() if isinstance(result, torch.Tensor) else result for result in results]
 
-    return run
+    return make_boxed_func(run)

@@ -154,7 +154,12 @@ def conv_bn_relu(
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """May ``layer(operation(x))`` be ``layer(x, prologue=operation)``, which saves x and not the operation's output?
+    """Is ``layer(operation(x))`` to be ``layer(x, prologue=operation)``, which does not save the operation's output?"""
+    return joins(operation, layer) and not getattr(operation, "kept", False)  # see `set_gradient_checkpointing`
+
+
+def joins(operation: nn.Module, layer: nn.Module) -> bool:
+    """May the layer compute the operation before it too?
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
@@ -401,10 +406,11 @@ class FusedEncoderBlock(EncoderBlock):
         residual = input if tokens is None else input[:, :tokens]
         # With selective checkpointing the heads' output is not saved, but for that of a few tokens.
         if (tokens is not None or not getattr(attention, "recomputed", False)) and self.is_two_operations():
-            heads = queries_keys_values(input, self.ln_1, attention, tokens)
+            keep = getattr(self.ln_1, "kept", False)
+            heads = queries_keys_values(input, self.ln_1, attention, tokens, keep)
             attended, _ = attend_heads(*heads, keep_weights=attention.keeps_weights)
             first, gelu, _, second, _ = mlp._modules.values()
-            return rest_of_block(attended, residual, attention.out_proj, self.ln_2, first, gelu, second)
+            return rest_of_block(attended, residual, attention.out_proj, self.ln_2, first, gelu, second, keep)
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
@@ -435,9 +441,9 @@ class FusedEncoderBlock(EncoderBlock):
         first, gelu, dropout, second, last = mlp._modules.values()
         drops = attention.dropout > 0 and attention.training
         return (
-            recomputes(self.ln_1, attention)
-            and recomputes(self.ln_2, first)
-            and recomputes(gelu, second)
+            joins(self.ln_1, attention)
+            and joins(self.ln_2, first)
+            and joins(gelu, second)
             and packs_heads(attention)
             and all(map(is_plain, (attention, attention.out_proj, first, second)))
             and all(map(does_nothing, (self.dropout, dropout, last)))
@@ -530,6 +536,7 @@ def unfuse(model: nn.Module) -> None:
     """
     for module in model.modules():
         vars(module).pop("recomputed", None)
+        vars(module).pop("kept", None)
         if isinstance(module, Freezable):
             module.__class__ = stock_norm(module)
             vars(module).pop("frozen", None)
@@ -560,7 +567,7 @@ def _set_fast_paths(model: nn.Module) -> None:
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
 
-MODES = ("none", "selective", "full")
+MODES = ("never", "none", "selective", "full")
 WHOLE_BLOCKS = (EncoderBlock, BasicBlock, Bottleneck, nn.TransformerEncoderLayer)
 
 
@@ -568,7 +575,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     """Trade time for memory: which activations are computed again in backward instead of saved.
 
     Args:
-        mode: 'none': all that backward needs is saved, but for the outputs of LayerNorm and GELU, which adapted layers
+        mode: 'never' (a ViT): all that backward needs is saved.
+            'none': all that backward needs is saved, but for the outputs of LayerNorm and GELU, which adapted layers
             recompute in every mode: six of the sixteen activations of the block's width per token, in the time that it
             would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
@@ -582,20 +590,25 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         InputError: a mode that does not exist, or a model without anything to recompute.
     """
     if mode not in MODES:
-        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose none, selective or full")
+        raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
     blocks = []
-    if mode == "selective":
+    if mode == "never":
+        adapted = [b for b in model.modules() if isinstance(b, EncoderBlock) and any(map(is_adapted, b.modules()))]
+        blocks = [m for block in adapted for m in block.modules() if type(m) in (nn.LayerNorm, nn.GELU)]
+    elif mode == "selective":
         blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
         if any(isinstance(m, nn.Conv2d) and is_adapted(m) for m in model.modules()):
             blocks += [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not getattr(m, "frozen", False)]
     elif mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
-        raise InputError(f"gradient checkpointing {mode} finds nothing to recompute in this model")
+        what = "save" if mode == "never" else "recompute"
+        raise InputError(f"gradient checkpointing {mode} finds nothing to {what} in this model")
     for module in model.modules():
         vars(module).pop("recomputed", None)
+        vars(module).pop("kept", None)
     for block in blocks:
-        block.recomputed = True
+        setattr(block, "kept" if mode == "never" else "recomputed", True)
     fuse(model)
 
 

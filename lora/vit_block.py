@@ -5,7 +5,8 @@
     x = x + second(gelu(first(ln_2(x))))                 `rest_of_block`
 
 The numbers, what is saved and what is computed again in backward are those of `lora.functional.lora_linear` layer by
-layer. But there are four nodes of autograd in a block in place of some twenty, and nothing is asked twice.
+layer. But there are four nodes of autograd in a block in place of some twenty, and nothing is asked twice. With `keep`
+the outputs of LayerNorm and GELU are saved, not computed again.
 """
 
 from collections.abc import Sequence
@@ -58,15 +59,15 @@ class _QueriesKeysValues(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, settings):
-        ctx.settings = norm, layers, tokens, num_heads, dtype = settings
+        ctx.settings = norm, layers, tokens, num_heads, dtype, keep = settings
         A, B = _in(dtype, A), _in(dtype, B)
-        rows, _ = _normalized_rows(x, norm, dtype)
+        rows, statistics = _normalized_rows(x, norm, dtype)
         ys, hs = [], []
         for layer, own_A, own_B, own_rows in zip(layers, *_split(layers, A, B), _inputs(rows, x, tokens), strict=True):
             y, h = _product(own_rows, layer, own_A, own_B)
             ys.append(y.view(len(x), -1, y.shape[1]))
             hs.append(h)
-        ctx.save_for_backward(x, A, B, *hs)
+        ctx.save_for_backward(x, A, B, *((rows, *statistics) if keep else ()), *hs)
         if tokens is not None:
             return tuple(ys)
         return ys[0].view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -75,11 +76,15 @@ class _QueriesKeysValues(torch.autograd.Function):
     @backends.first_derivative
     def backward(ctx, *gradients):
         x, A, B, *hs = ctx.saved_tensors
-        norm, layers, tokens, _, dtype = ctx.settings
+        norm, layers, tokens, _, dtype, keep = ctx.settings
         need_x, *needed, _ = ctx.needs_input_grad
         if tokens is None:  # (N, H, L, D) three times -> (N, L, 3 H, D)
             gradients = [torch.cat([g.transpose(1, 2) for g in gradients], 2).flatten(2)]
-        rows, statistics = _normalized_rows(x, norm, dtype)
+        if keep:
+            rows, *statistics = hs[:3]
+            del hs[:3]
+        else:
+            rows, statistics = _normalized_rows(x, norm, dtype)
         own = zip(layers, *_split(layers, A, B), strict=True)
         gx = None
         gAs = []
@@ -122,12 +127,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def queries_keys_values(
-    x: Tensor, norm: nn.LayerNorm, attention: nn.MultiheadAttention, tokens: int | None = None
+    x: Tensor, norm: nn.LayerNorm, attention: nn.MultiheadAttention, tokens: int | None = None, keep: bool = False
 ) -> Sequence[Tensor]:
     """Queries, keys and values of an adapted attention, (N, H, L, D) each, of ``norm(x)``. x: (N, L, E).
 
     Args:
         tokens: compute the queries of this many first tokens alone, (N, H, tokens, D).
+        keep: save LayerNorm's output for backward.
     """
     dtype = compute_dtype(x)
     parameters = attention._parameters
@@ -136,9 +142,9 @@ def queries_keys_values(
     layer = Frozen(attention.base("in_proj_weight"), bias if bias is None else _in(dtype, bias), attention.scaling, 3)
     E, heads = x.shape[2], (attention.num_heads, -1)
     if tokens is None:
-        return _QueriesKeysValues.apply(x, A, B, (norm, (layer,), None, heads[0], dtype))
+        return _QueriesKeysValues.apply(x, A, B, (norm, (layer,), None, heads[0], dtype, keep))
     layers = _rows(layer, slice(0, E), 1), _rows(layer, slice(E, None), 2)
-    q, kv = _QueriesKeysValues.apply(x, A, B, (norm, layers, tokens, heads[0], dtype))
+    q, kv = _QueriesKeysValues.apply(x, A, B, (norm, layers, tokens, heads[0], dtype, keep))
     # Apart outside, since within a backward pass its inputs stay: in a ViT's last block memory is at its peak.
     return [t.unflatten(-1, heads).transpose(1, 2) for t in (q, *kv.chunk(2, -1))]
 
@@ -151,38 +157,48 @@ def _rows(layer: Frozen, rows: slice, groups: int) -> Frozen:
 class _RestOfBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, attended, residual, A, B, A_1, B_1, A_2, B_2, settings):
-        ctx.settings = out_proj, norm, first, gelu, second, dtype = settings
+        ctx.settings = out_proj, norm, first, gelu, second, dtype, keep = settings
         A, B, A_1, B_1, A_2, B_2 = factors = [_in(dtype, factor) for factor in (A, B, A_1, B_1, A_2, B_2)]
         ctx.num_heads = attended.shape[1]
         attended = _in(dtype, attended.transpose(1, 2).flatten(2))  # (N, H, L, D) -> (N, L, E)
         y, h = _product(attended.flatten(0, 1), out_proj, A, B)
         y = y.view(residual.shape)
         x = y + residual
-        u, h_1 = _product(_normalized_rows(x, norm, dtype)[0], first, A_1, B_1)
-        z, h_2 = _product(_gelu(u, gelu), second, A_2, B_2)
+        rows, statistics = _normalized_rows(x, norm, dtype)
+        u, h_1 = _product(rows, first, A_1, B_1)
+        again = (rows, *statistics) if keep else (None, None, None)
+        del rows  # of the input's size
+        activated = _gelu(u, gelu)
+        z, h_2 = _product(activated, second, A_2, B_2)
+        again += (activated if keep else None,)
         # In low precision x is in float32, but attention's share is half as wide, and the rest is saved anyway.
         kept = (y, residual) if y.dtype != x.dtype else (x, None)
-        ctx.save_for_backward(attended, *kept, u.view(*x.shape[:2], -1), h, h_1, h_2, *factors)
+        ctx.save_for_backward(attended, *kept, u.view(*x.shape[:2], -1), *again, h, h_1, h_2, *factors)
         return x + z.view(x.shape)
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gradient):
-        attended, x, residual, u, h, h_1, h_2, A, B, A_1, B_1, A_2, B_2 = ctx.saved_tensors
+        attended, x, residual, u, rows, mean, deviation, activated, h, h_1, h_2, *factors = ctx.saved_tensors
+        A, B, A_1, B_1, A_2, B_2 = factors
         backends.clear_saved_tensors(ctx)  # each goes when it has been used
-        out_proj, norm, first, gelu, second, dtype = ctx.settings
+        out_proj, norm, first, gelu, second, dtype, _ = ctx.settings
         need_attended, need_residual, *needed, _ = ctx.needs_input_grad
         need_x = need_attended or need_residual or any(needed[:2])
         shape, u = x.shape, u.flatten(0, -2)
 
         gz = _in(dtype, gradient).flatten(0, -2)
-        gh, gA_2, gB_2 = _adapter_gradients(gz, _gelu(u, gelu), h_2, second, A_2, B_2, needed[4:6])
+        activated = _gelu(u, gelu) if activated is None else activated
+        gh, gA_2, gB_2 = _adapter_gradients(gz, activated, h_2, second, A_2, B_2, needed[4:6])
+        del activated
         gu = _input_gradient(gz, gh, second, A_2, B_2)
         gu = pull_back(gelu, gu, u, [])
         del u, gz
 
         x = (x if residual is None else x + residual).flatten(0, -2)
-        rows, statistics = _normalized_rows(x, norm, dtype)
+        statistics = [mean, deviation]
+        if rows is None:
+            rows, statistics = _normalized_rows(x, norm, dtype)
         gh, gA_1, gB_1 = _adapter_gradients(gu, rows, h_1, first, A_1, B_1, needed[2:4])
         del rows
         gx = g_attended = gA = gB = None
@@ -210,12 +226,14 @@ def rest_of_block(
     first: nn.Linear,
     gelu: nn.GELU,
     second: nn.Linear,
+    keep: bool = False,
 ) -> Tensor:
     """``x + second(gelu(first(norm(x))))`` with ``x = residual + out_proj(attended)``, (N, L, E), of adapted layers.
 
     Args:
         attended: what attention's heads return, (N, H, L, D).
         residual: (N, L, E).
+        keep: save the outputs of LayerNorm and GELU for backward.
     """
     dtype = compute_dtype(residual)
     factors, frozen = [], []
@@ -224,5 +242,5 @@ def rest_of_block(
         A, B, bias = together.rounded(parameters["lora_A"], parameters["lora_B"], parameters["bias"], dtype)
         factors += [A, B]
         frozen.append(Frozen(layer.base(), bias if bias is None else _in(dtype, bias), layer.scaling))
-    settings = frozen[0], norm, frozen[1], gelu, frozen[2], dtype
+    settings = frozen[0], norm, frozen[1], gelu, frozen[2], dtype, keep
     return _RestOfBlock.apply(attended, residual, *factors, settings)

@@ -229,5 +229,6 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     growth.main([*command, "--precision", "bf16"])  # what was measured in float32 is of no use
     growth.main([*command, "--image-size", "192"])
     assert len(measured) == 3 * 6
+    monkeypatch.setattr(compare_peers, "select_device", torch.device)
     on_gpu = growth.main([*command, "--device", "cuda", "--output-dir", str(tmp_path / "gpu")])
     assert on_gpu["fits"] == {"full": 65, "lora": 65}  # beside what CUDA itself takes

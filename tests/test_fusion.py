@@ -39,7 +39,7 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
-from lora import attention, fusion
+from lora import attention, backends, fusion, vit_block
 from lora.activations import SavedIn16Bits
 from lora.frozen_norms import NORMS
 from lora.split import split_model
@@ -313,7 +313,7 @@ def test_a_layer_norm_that_trains_gets_its_gradients():
         compare_with_dense(stock, model, [x], EXACT)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("mode", ["never", "none", "selective"])
 def test_weights_that_train_behind_a_layer_norm_that_does_not(mode):
     stock, x = vit().double(), images(16, dtype=torch.float64)
     model = frozen(copy.deepcopy(stock))
@@ -361,7 +361,7 @@ def test_the_last_block_keeps_the_class_token_alone():
 
 
 @pytest.mark.parametrize("targets", [None, "self_attention", "mlp.3", "encoder_layer_1"], ids=str)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["never", "none", "selective", "full"])
 @pytest.mark.parametrize("dtype, autocast, tolerance", [(torch.float64, False, EXACT), (torch.float32, True, 5e-2)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_class_token_s_block_equals_the_stock_model(targets, mode, dtype, autocast, tolerance, device):
@@ -381,7 +381,7 @@ def test_what_is_in_the_place_of_the_first_dropout_acts_on_all_tokens():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("mode", ["never", "none", "selective"])
 @pytest.mark.parametrize("batched", [False, True], ids=["PyTorch's attention", "attention by products"])
 def test_a_vit_in_low_precision(monkeypatch, device, mode, batched):
     """Of the shapes that the kernels of GPUs are made for: 64 channels a head, 64 patches beside the class token."""
@@ -762,7 +762,7 @@ def test_the_fast_path_is_closed_around_adapters_only(activation):
 # ------------------------------------------------------------------------------------------ gradient checkpointing
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["never", "selective", "full"])
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
 @pytest.mark.parametrize(
     "dropout, elsewhere", [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0)], ids=["", "dropout", "dropout of tokens alone"]
@@ -782,11 +782,35 @@ def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dr
     assert gradients.keys() == expected[1].keys()
     for name, gradient in gradients.items():
         assert_close(gradient, expected[1][name], 1e-6, name)
-    if not dropout:  # which keeps the LayerNorm's and GELU's output; without, they are kept in no mode
+    if mode == "never" and not dropout:  # which keeps the LayerNorm's and GELU's output in every mode
+        assert saved_bytes(model, x) > before
+    elif not dropout:
         assert saved_bytes(model, x) < {"selective": 0.9, "full": 0.6}[mode] * before
     set_gradient_checkpointing(model, "none")
     assert saved_bytes(model, x) == before
     assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
+
+
+def test_without_recomputation_neither_layer_norm_nor_gelu_is_computed_again(monkeypatch):
+    """In 16 bits 2 LayerNorms of the width and a GELU twice as wide are kept in a block, of which none is computed."""
+    model, x = frozen(vit()).train(), images(16, 8)
+    calls = []
+    for module, name in ((backends, "layer_norm"), (vit_block, "_gelu")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    saved = {}
+    for mode, layer_norms, gelus in (("none", 8, 4), ("never", 4, 2)):
+        set_gradient_checkpointing(model, mode)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            saved[mode] = saved_bytes(model, x)
+            calls.clear()
+            model(x).float().square().sum().backward()
+        assert (calls.count("layer_norm"), calls.count("_gelu")) == (layer_norms, gelus)
+    tokens, width = 8 * 5, 16
+    assert (
+        saved["never"] - saved["none"] >= tokens * (3 * width + 2 * width) * 2
+    )  # of the last block, the class token's MLP
 
 
 def test_selective_checkpointing_equals_the_dense_stock_model():
@@ -933,6 +957,8 @@ def test_checkpointing_pytorch_s_encoder_layer():
 def test_checkpointing_where_there_is_nothing_to_recompute():
     with pytest.raises(InputError, match="selective finds nothing to recompute"):
         set_gradient_checkpointing(frozen(resnet()), "selective")
+    with pytest.raises(InputError, match="never finds nothing to save"):
+        set_gradient_checkpointing(frozen(resnet()), "never")
     with pytest.raises(InputError, match="full finds nothing to recompute"):
         set_gradient_checkpointing(nn.Linear(2, 2), "full")
     with pytest.raises(InputError, match="'some' is unknown"):

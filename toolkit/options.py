@@ -414,9 +414,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     tune.add_argument(
         "--gradient-checkpointing",
-        choices=("none", "selective", "full"),
+        choices=("never", "none", "selective", "full"),
         default="none",
-        help="none; selective: attention, and BatchNorms that train; full: blocks",
+        help="what backward computes again. never (a ViT): nothing; none: LayerNorm, GELU; selective: attention, and "
+        "BatchNorms that train; full: blocks",
     )
     tune.add_argument(
         "--activation-precision",
