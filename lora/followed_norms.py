@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from lora import together
+from lora import backends, together
 from lora.backends import compute_dtype
 from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
@@ -112,6 +112,30 @@ def _changes(inputs: Tensor, doubled: Tensor, centre: Tensor, A: Tensor, sB: Ten
     return change.sum(-1), (sB @ (A @ centre[..., None])).squeeze(-1)
 
 
+class _ChangesTogether(torch.autograd.Function):
+    """`_changes` of n convolutions, A (n, r, fan_in) and sB (n, out, r), in half of the kernels of its own gradient."""
+
+    @staticmethod
+    def forward(ctx, inputs, doubled, centre, A, sB):
+        h = inputs @ A.mT  # (n, k, r)
+        gram = h.mT @ h
+        half = torch.baddbmm(doubled.mT @ h, sB, gram)  # (n, out, r)
+        of_centre = A @ centre[..., None]  # (n, r, 1)
+        ctx.save_for_backward(inputs, doubled, centre, sB, h, gram, half, of_centre)
+        return (sB * half).sum(-1), (sB @ of_centre).squeeze(-1)
+
+    @staticmethod
+    @backends.first_derivative
+    def backward(ctx, g_change, g_mean):
+        inputs, doubled, centre, sB, h, gram, half, of_centre = ctx.saved_tensors
+        g_change, g_mean = g_change[..., None], g_mean[..., None]
+        scaled = sB * g_change
+        gB = torch.baddbmm(half, sB, gram).mul_(g_change).baddbmm_(g_mean, of_centre.mT)
+        gh = (doubled @ scaled).baddbmm_(h, sB.mT @ scaled, alpha=2)
+        gA = (gh.mT @ inputs).baddbmm_(sB.mT @ g_mean, centre[:, None])
+        return None, None, None, gA, gB
+
+
 def _ratio(change: Tensor, spread: Tensor) -> Tensor:
     return (1 + change / spread).clamp_min(1e-4)  # above 0 in spite of rounding
 
@@ -161,7 +185,7 @@ class FollowedTogether:
         with torch.autocast(mean.device.type, enabled=False):
             for own, constants in zip(self.kinds, of_kinds, strict=True):
                 A, B = (torch.stack([conv._parameters[name] for conv in own]) for name in ("lora_A", "lora_B"))
-                parts.append(torch.stack(_changes(*constants, A, own[0].scaling * B)).flatten(1))
+                parts.append(torch.stack(_ChangesTogether.apply(*constants, A, own[0].scaling * B)).flatten(1))
             change, shift = torch.cat(parts, 1)
             weight, beta = (
                 torch.cat([conv.followed.norm._parameters[n] for conv in self.convs]) for n in ("weight", "bias")

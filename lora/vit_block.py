@@ -171,6 +171,7 @@ class _RestOfBlock(torch.autograd.Function):
         activated = _gelu(u, gelu)
         z, h_2 = _product(activated, second, A_2, B_2)
         again += (activated if keep else None,)
+        del activated
         # In low precision x is in float32, but attention's share is half as wide, and the rest is saved anyway.
         kept = (y, residual) if y.dtype != x.dtype else (x, None)
         ctx.save_for_backward(attended, *kept, u.view(*x.shape[:2], -1), *again, h, h_1, h_2, *factors)

@@ -35,6 +35,7 @@ BUDGETS = {
     "vit_b_16": {
         "full": (921, 1.0),
         "lora": (739, 0.617),
+        "lora_never": (679, 0.851),
         "lora_selective": (816, 0.540),
         "qlora": (836, 0.640),
         "lora_last_half": (490, 0.359),
@@ -44,7 +45,7 @@ BUDGETS = {
         "lora": (617, 0.792),
         "qlora": (665, 0.798),
         "lora_last_half": (423, 0.529),
-        "lora_follow": (1500, 0.971),
+        "lora_follow": (1367, 0.971),
     },
 }
 
