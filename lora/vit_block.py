@@ -167,7 +167,7 @@ class _RestOfBlock(torch.autograd.Function):
         rows, statistics = _normalized_rows(x, norm, dtype)
         u, h_1 = _product(rows, first, A_1, B_1)
         again = (rows, *statistics) if keep else (None, None, None)
-        del rows  # of the input's size
+        del rows, statistics
         activated = _gelu(u, gelu)
         z, h_2 = _product(activated, second, A_2, B_2)
         again += (activated if keep else None,)
