@@ -1360,6 +1360,17 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
     assert (again["val_accuracy"], again["val_loss"]) == kept
 
 
+def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(start):
+    feed = start().feed
+    assert feed.args.norms == "auto" and list(feed.followed_batches())
+    feed.device = torch.device("meta")  # as little a CPU as a GPU is
+    assert not list(feed.followed_batches())
+    feed.args.norms = "follow"
+    assert list(feed.followed_batches())
+    feed.args.norms = "frozen"
+    assert not list(feed.followed_batches())
+
+
 def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")

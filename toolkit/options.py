@@ -359,7 +359,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         "--norms",
         choices=NORMS,
         default="auto",
-        help="follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow where they can",
+        help="follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
     )
     tune.add_argument(
         "--learning-rate",
