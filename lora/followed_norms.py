@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from lora import backends, together
 from lora.backends import compute_dtype
@@ -218,12 +218,18 @@ def _joined(convs: Sequence[nn.Conv2d], name: str) -> Tensor:
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
     """The directions of largest variance of centred rows (P, D), each as long as its standard deviation: (k, D)."""
-    # In float32 it may not converge where most directions have no variance: a kernel over one pixel and its padding.
-    if rows.shape[1] <= len(rows):
-        variances, directions = torch.linalg.eigh((rows.T @ rows / len(rows)).double())  # in ascending order
-        return (directions * variances.clamp_min(0).sqrt()).T[-number:].to(rows.dtype).contiguous()
-    _, turned = torch.linalg.eigh((rows @ rows.T).double())
-    return turned.T[-number:].to(rows.dtype) @ rows / math.sqrt(len(rows))
+    # LAPACK may not converge on zeros: of inputs that never vary, such as padding, and of patches that are the mean.
+    varies = rows.abs().amax(0) > 0
+    own = rows[rows.abs().amax(1) > 0][:, varies].double()
+    if own.shape[1] <= len(own):
+        variances, directions = torch.linalg.eigh(own.T @ own / len(rows))  # in ascending order
+        found = (directions * variances.clamp_min(0).sqrt()).T[-number:]
+    else:
+        _, turned = torch.linalg.eigh(own @ own.T)
+        found = turned.T[-number:] @ own / math.sqrt(len(rows))
+    components = rows.new_zeros(min(number, *rows.shape), rows.shape[1])
+    components[: len(found), varies] = found.to(rows.dtype)
+    return components
 
 
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
@@ -249,8 +255,8 @@ def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
 
-    A ResNet's first BatchNorm stays as it is: the largest output would have to be saved. So do those of models whose
-    blocks are not torchvision's.
+    These are the ones in the blocks of torchvision's ResNets. The first of a ResNet stays as it is: the largest output
+    would have to be saved. So do all in blocks of other libraries, which may change an output in place.
 
     Args:
         batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
@@ -260,7 +266,8 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     Raises:
         InputError: there is none, and it is required.
     """
-    pairs = [pair for module in model.modules() for pair in convs_and_norms(module)]
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
+    pairs = [pair for block in blocks for part in (block, block.downsample) for pair in convs_and_norms(part)]
     norm_of = {conv: norm for conv, norm in pairs if folds(conv, norm) and conv.groups == 1}
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")

@@ -320,9 +320,9 @@ class FusedSequential(nn.Sequential):
         return x
 
 
-def convs_and_norms(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """The layers of a fused ResNet block, or of a fused sequence, that `conv_bn` is given: a norm folds if it can."""
-    inside = module._modules
+def convs_and_norms(module: nn.Module | None) -> list[tuple[nn.Module, nn.Module]]:
+    """The layers of a fused ResNet block, or of its shortcut, that `conv_bn` is given: a norm folds if it can."""
+    inside = {} if module is None else module._modules
     if type(module) in (FusedBasicBlock, FusedBottleneck):
         numbers = (n for n in "123" if f"conv{n}" in inside and f"bn{n}" in inside)
         return [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
@@ -350,9 +350,7 @@ class FusedResNet(ResNet):
         """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
         pairs = [(self.conv1, self.bn1)]
         for block in itertools.chain(self.layer1, self.layer2, self.layer3, self.layer4):
-            pairs += convs_and_norms(block)
-            if "downsample" in block._modules:
-                pairs += convs_and_norms(block.downsample)
+            pairs += convs_and_norms(block) + convs_and_norms(block._modules.get("downsample"))
         pairs = [pair for pair in pairs if folds(*pair) and knows_statistics(pair[0])]
         return [
             (conv, norm)

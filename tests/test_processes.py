@@ -17,7 +17,7 @@ from torch import nn
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import distributed, output_folder, training
+from toolkit import collapse, distributed, output_folder, training
 from toolkit.backbones import build_backbone
 from toolkit.files import read_checkpoint
 
@@ -63,6 +63,7 @@ def with_sgd() -> None:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
     training.build_optimizer = build_optimizer
+    collapse.WATCHED_VIEWS = 21  # as in this process
 
 
 @pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
