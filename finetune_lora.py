@@ -726,6 +726,7 @@ def main(
     args, sources = read_options(argv)
     device = training.select_device(args.device)
     dtype = training.select_precision(args.precision, device)
+    options.settle_norms(args, device)
     distributed.join(device)
     if args.eval_only:
         base = args.checkpoint if sources["checkpoint"] != "default" else None

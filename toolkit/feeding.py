@@ -141,11 +141,9 @@ class Feed:
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters.
 
-        There are none if the BatchNorms are to stay frozen, or train. On a GPU `auto` leaves them frozen: none has run
-        this yet, and their small operations are predicted to take longer there than the rest of a step.
+        There are none if the BatchNorms are to stay frozen, or train.
         """
-        follow = self.args.norms == "follow" or (self.args.norms == "auto" and self.device.type == "cpu")
-        if not follow or not self.args.freeze_backbone:
+        if self.args.norms not in ("auto", "follow") or not self.args.freeze_backbone:
             return iter(())
         some = Transformed(self.images.train.at_most(FOLLOWED_IMAGES), self.eval_transform)
         loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())

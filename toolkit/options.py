@@ -7,6 +7,8 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolkit import InputError, bands, splitting
 from toolkit.backbones import ARCHS, TIMM
 from toolkit.cache import CACHES
@@ -434,6 +436,15 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
     return tune
+
+
+def settle_norms(args: argparse.Namespace, device: torch.device) -> None:
+    """Let `auto` mean frozen on a GPU: none has run norms that follow, and they are predicted to be slow there.
+
+    The settings of the run say so, so that it does not go on otherwise on another device.
+    """
+    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
+        args.norms = "frozen"
 
 
 SAVES_MEMORY = (
