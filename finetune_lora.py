@@ -873,8 +873,7 @@ class FineTuning(RunState):
             _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         self.task.soften_head(self.model, self.temperature())
         self.start_adapters()
-        self.guard.first_loss = self.guard.recent_loss = self.evaluator.worst_batch_loss()
-        self.guard.accuracies = [self.evaluator.watch().score]
+        self.guard.begin(self.evaluator.watch(), self.evaluator.worst_batch_loss())
         return features
 
     def start_adapters(self) -> None:
@@ -907,8 +906,8 @@ class FineTuning(RunState):
             while len(self.history) < self.args.epochs:
                 try:
                     self.train_epoch()
-                except EpochCollapsed:
-                    self.retreat()
+                except EpochCollapsed as why:
+                    self.retreat(str(why) or "training collapsed")
                     continue
                 reports.tell_epoch(self.task, self.history, self.args, self.average)
                 self.save()
@@ -976,7 +975,7 @@ class FineTuning(RunState):
         """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.tasks`."""
         return self.task.loss(logits, labels)
 
-    def retreat(self) -> None:
+    def retreat(self, why: str) -> None:
         """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
         epoch, rate, temperature = len(self.history) + 1, self.recovery.rate, self.temperature()
         good = self.recovery.go_back(self.history, self.progress.seconds, self.path("lora.pth"))
@@ -991,7 +990,7 @@ class FineTuning(RunState):
             self.start_adapters()
         self.save()
         done, rate = len(self.history), self.recovery.rate
-        print(f"epoch {epoch}: training collapsed; back to epoch {done}, learning rate {rate:.1e}")
+        print(f"epoch {epoch}: {why}; back to epoch {done}, learning rate {rate:.1e}")
 
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""

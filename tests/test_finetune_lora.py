@@ -854,6 +854,32 @@ def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypat
     assert run.average.share == 0
 
 
+def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(finetune, monkeypatch, capsys):
+    """As adapters that die: no share of their change is kept, and the loss rises. It is no reason to stop the run."""
+
+    def a_little_worse(_) -> Evaluation:
+        calls.append(0)
+        start = len(calls) == 1
+        return Evaluation(1.0 if start else 1.01, 0.8 if start else 0.79, *[None] * 3)
+
+    calls = []
+    monkeypatch.setattr(Evaluator, "watch", a_little_worse)
+    results = finetune("--epochs 3 --wise-ft auto")
+    assert [went["epoch"] for went in results["retreats"]] == [2, 2, 2] and results["epochs"] == 3
+    assert "epoch 2: training gains nothing; back to epoch 0, learning rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("share", "loss"), [pytest.param(0.1, 1.1, id="a little is kept"), pytest.param(0.0, 0.9, id="the loss falls")]
+)
+def test_what_gains_anything_is_left_alone(share, loss):
+    judge = guard(100, [])
+    judge.begin(Evaluation(1.0, 0.8, *[None] * 3), None)
+    assert not judge.learns_nothing(0.0, 1.1)
+    assert not judge.learns_nothing(share, loss)
+    assert not judge.learns_nothing(0.0, 1.1) and judge.learns_nothing(0.0, 1.1)
+
+
 @pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
 def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
     """Also if the training images are answered a little worse than at the start."""

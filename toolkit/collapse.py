@@ -15,7 +15,7 @@ from toolkit import InputError, distributed
 from toolkit.data import LabelledImages
 from toolkit.files import read_checkpoint, save_atomically
 from toolkit.run_state import Part, copy_to_cpu
-from toolkit.tasks import Task
+from toolkit.tasks import Answers, Task
 
 RETREATS = 3  # how often a collapsed run goes back
 RETREAT_FACTOR = 8.0  # divides the learning rate each time
@@ -23,6 +23,7 @@ WATCHED_VIEWS = 128
 SHARE_DIVISORS = (2, 4, 8, math.inf)  # of `wise_ft_alpha`, tried in this order if training has made answers worse
 LOSS_DECAY = 0.8  # per step, of the moving average of the loss
 EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
+BARREN_EPOCHS = 2  # in a row, after which a lower rate is tried
 
 
 class Collapsed(InputError):
@@ -38,7 +39,7 @@ class Collapsed(InputError):
 
 
 class EpochCollapsed(Exception):
-    """Training has collapsed in this epoch: the run goes back."""
+    """The run goes back, for training has collapsed in this epoch, or as the message says."""
 
 
 def watched_images(images: LabelledImages) -> LabelledImages:
@@ -66,8 +67,19 @@ class CollapseGuard:
         self.first_loss: float | None = None  # of the first step: the loss before training
         self.recent_loss: float | None = None  # a moving average
         self.accuracies: list[float] = []  # before training, and after each epoch
+        self.start_loss = math.inf  # of the watched images
+        self.barren_epochs = 0  # in a row, lately
         self.retreats: list[dict[str, float]] = []
         self.lost_seconds = 0.0  # spent on epochs that were undone
+
+    def begin(self, watched: Answers, worst_batch_loss: float | None) -> None:
+        """Note the answers before training.
+
+        Args:
+            worst_batch_loss: the highest loss of a batch of the watched images, if the batch matters; else None.
+        """
+        self.first_loss = self.recent_loss = worst_batch_loss
+        self.accuracies, self.start_loss = [watched.score], watched.loss
 
     def explodes(self, loss: float) -> bool:
         """Is the recent training loss above twice that of a constant answer, or of the start if that is higher?
@@ -94,9 +106,24 @@ class CollapseGuard:
         useless = best > self.constant_accuracy >= accuracy and loss > max(self.constant_loss, self.first_loss or 0)
         return useless or self._lost(accuracy, self.share, errors=2)
 
+    def learns_nothing(self, share: float, loss: float) -> bool:
+        """Was this one of two epochs in a row that left nothing to keep, and no lower loss than at the start?
+
+        Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
+        A run that may not go back any more is left alone.
+
+        Args:
+            share: of the change that is kept.
+            loss: of the watched images, with all of the change.
+        """
+        self.barren_epochs = 0 if share > 0 or loss < self.start_loss else self.barren_epochs + 1
+        return self.barren_epochs >= BARREN_EPOCHS and len(self.retreats) < RETREATS
+
     def is_recoverable(self) -> bool:
         """Is the present state good enough to go back to? The start is, and any that has lost next to no accuracy."""
-        return len(self.accuracies) <= 1 or not self._lost(self.accuracies[-1], share=1 / 8, errors=1)
+        if len(self.accuracies) <= 1:
+            return True
+        return self.barren_epochs == 0 and not self._lost(self.accuracies[-1], share=1 / 8, errors=1)
 
     def is_below_start(self, accuracy: float) -> bool:
         return accuracy < self.accuracies[0]
@@ -118,9 +145,10 @@ class CollapseGuard:
         self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
         self.accuracies = self.accuracies[: good_epochs + 1]
         self.recent_loss = self.first_loss
+        self.barren_epochs = 0
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("first_loss", "recent_loss", "accuracies", "retreats", "lost_seconds")
+        names = ("first_loss", "recent_loss", "accuracies", "start_loss", "barren_epochs", "retreats", "lost_seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

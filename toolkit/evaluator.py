@@ -80,7 +80,7 @@ class Evaluator:
             may_shrink: lower the WiSE-FT share if the images are answered worse than before training.
 
         Raises:
-            EpochCollapsed: the training has collapsed.
+            EpochCollapsed: the training has collapsed, or learns nothing.
         """
         self.average.share = self.average.wise_ft_alpha
         watched = self.watch()
@@ -88,6 +88,8 @@ class Evaluator:
             raise EpochCollapsed
         if may_shrink and self.average.start:
             self.shrink_to_sound_share(guard, watched.score)
+            if guard.learns_nothing(self.average.share, watched.loss):
+                raise EpochCollapsed("training gains nothing")
         return watched.score
 
     def shrink_to_sound_share(self, guard: CollapseGuard, score: float) -> None:
