@@ -125,6 +125,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, base13, tif
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_the_merged_file_and_the_graph_answer_as_the_model_does(trained, tiffs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

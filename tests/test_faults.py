@@ -83,9 +83,8 @@ def assert_same(ours, theirs, where: str = "") -> None:
 # ------------------------------------------------------------------------------------------------- killed and resumed
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=pytest.mark.slow if w in ("qlora", "full") else ()) for w in WAYS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
     whole, killed, when = start(way, output="whole"), start(way), random.Random(way)
     kills = 0
@@ -155,6 +154,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["lora", "pretrain"])
 def test_a_folder_in_which_a_run_is_going_on_is_left_alone(start, way):
     """Until that run is killed, though its loading processes live a little longer: then it goes on at once."""
@@ -200,6 +200,7 @@ def assert_one_line(child: Child, *parts: str) -> None:
     assert "Traceback" not in child.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "size"), [("lora", "8m"), ("pretrain", "160m")])
 def test_a_full_disk(start, tmp_path, way, size):
     with file_system(tmp_path / "out", size):

@@ -221,6 +221,7 @@ def test_it_says_what_was_recognised(finished):
     assert told in printed
 
 
+@pytest.mark.slow
 def test_a_function_of_the_caller_s_sees_every_epoch(base, images, tmp_path):
     argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 2 --lora-rank 2"
     seen = []
@@ -611,6 +612,7 @@ def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
     assert events[:8] == ["read", "read", "read", "forward"] * 2
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(images, tmp_path):
     """Of 21 images in batches of 4 one is left over; a ResNet at 32 pixels ends in maps of 1x1."""
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
@@ -931,6 +933,7 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
 
 
+@pytest.mark.slow
 def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkeypatch):
     """Each evaluation of the guard takes ten seconds here, and nothing else any time."""
     watched([1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
@@ -961,6 +964,7 @@ def test_what_a_collapse_did_is_undone(finetune, watched):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched, monkeypatch):
     """Also if it then collapses once more: the state to go back to is in last.pth."""
     whole_run = [1.0, 1.0, 0.4, 0.4, 1.0]
@@ -985,6 +989,7 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.slow
 def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
     """The epoch has been judged by then, and is judged again when the run goes on."""
     whole = finetune("--epochs 2", output="whole")
@@ -1022,6 +1027,7 @@ def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watc
     assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("last", "kept"),
     [
@@ -1085,6 +1091,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     assert len(calls) == (3 + 3) + (3 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "kept"), [("accuracy", 1), ("balanced", 2), (None, 3)])
 def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept):
     """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
@@ -1149,6 +1156,7 @@ def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch
     assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
 
 
+@pytest.mark.slow
 def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, monkeypatch):
     """They train on fewer images, of which `--wise-ft auto` would keep less."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
@@ -1456,6 +1464,7 @@ def save_odd_images(folder: Path) -> None:
             image.save(folder / name / (f"{i}.jpg" if mode in ("CMYK", "RGB") else f"{i}.png"))
 
 
+@pytest.mark.slow
 def test_your_own_images_of_any_kind(base, tmp_path):
     save_odd_images(tmp_path / "pets")
     argv = f"--checkpoint {base} --data-dir {tmp_path / 'pets'} --output-dir {tmp_path / 'out'} --epochs 2"
@@ -1475,6 +1484,7 @@ def test_a_class_without_validation_images_has_no_accuracy_of_its_own(base, imag
     assert json.loads((tmp_path / "out/results.json").read_text(), parse_constant=pytest.fail) == results
 
 
+@pytest.mark.slow
 def test_few_labels(finetune, capsys):
     results = finetune("--labels-per-class 2 --epochs 1 --batch-size 4")
     assert results["config"]["data"]["labels_per_class"] == 2

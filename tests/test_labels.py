@@ -72,6 +72,7 @@ def rows_of(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, kind, tmp_path, capsys):
     results, folder = trained[kind]
@@ -135,7 +136,8 @@ def test_adapters_of_every_task_share_a_base(trained, base, images, lists, tmp_p
         assert [list(row) for row in task.table(ours)[1]] == [list(row) for row in task.table(theirs)[1]]
 
 
-@pytest.mark.parametrize("kind", ["multilabel", pytest.param("regression", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["multilabel", "regression"])
 def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     _, folder = trained[kind]
@@ -155,7 +157,8 @@ def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_
     np.testing.assert_allclose(session.run([name], {"images": image.numpy()})[0], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_bit_for_bit(trained, run, kind, tmp_path):
     _, whole = trained[kind]
 

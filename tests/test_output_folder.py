@@ -97,6 +97,7 @@ def test_the_folder_may_be_the_one_that_the_run_was_started_in_or_a_link(tmp_pat
         assert (tmp_path / f"real-{number}/lora.pth").exists() and not (tmp_path / "real/lora.pth").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_the_first_whole_and_a_stopped_one_goes_on_where_it_was_moved(finetune, tmp_path):
     first = finetune("--epochs 1 --lora-rank 2")
     before = contents(first["folder"])

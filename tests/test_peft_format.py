@@ -194,6 +194,7 @@ def test_attention_that_has_not_trained_keeps_its_rank(peft, base, tmp_path):
     assert_same_answers(model, load_finetuned(tmp_path / "lora.pth")[0], 16)
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same_file(peft, base, tmp_path):
     """Attention's blocks and ranks come back as they were, and so do the settings."""
     adapter = saved(base, 16, tmp_path, r=2, lora_alpha=6, lora_dropout=0.1, rank_pattern={"encoder_layer_0": 4})

@@ -477,6 +477,7 @@ def test_a_run_does_not_write_over_the_checkpoint_that_it_starts_from(run):
         run(f"--checkpoint {whole.with_name('last.pth')} --lora-rank 2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [2, 3])
 def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):
     """Projector and predictor are in the file as well, and tell the version."""
@@ -570,7 +571,8 @@ def test_a_conversion_to_peft_tells_that_its_base_has_the_stage_1_adapter(traine
     assert "load_base(checkpoint, stage1_adapter, num_classes)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), "--use-qlora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", "--use-qlora"])
 def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, finetune, tmp_path, options):
     stage1 = adapt(options)["checkpoint"]
     results = finetune(f"--stage1-adapter {stage1} --epochs 1 {options}", "tuned")
@@ -601,6 +603,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
         load_finetuned(adapter)
 
 
+@pytest.mark.slow
 def test_a_resumed_fine_tuning_needs_the_same_stage_1_adapter(adapt, finetune, tmp_path):
     first, other = (adapt(f"--seed {seed} --epochs 1", str(seed))["checkpoint"] for seed in (0, 1))
     finetune(f"--stage1-adapter {first} --epochs 1")

@@ -180,6 +180,7 @@ def note_images() -> None:
     distributed.parallel = parallel
 
 
+@pytest.mark.slow
 def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp_path):
     environment = {"NOTES": str(tmp_path / "notes")}
     argv = options("lora") + " --augmentation none --epochs 1 --accumulation-steps 1"
@@ -207,6 +208,7 @@ def test_pretraining_in_two_processes_is_that_in_one(options, tmp_path):
         assert row == pytest.approx(other, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_moco_v3_in_two_processes_is_that_in_one_batch_norm_included(options, tmp_path):
     """The BatchNorms of its projector and predictor take their statistics over both."""
     version = " --moco-version 3 --epochs 1 --learning-rate 1e-3"

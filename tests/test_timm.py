@@ -249,6 +249,7 @@ def test_random_weights_travel_in_the_adapter_file(tmp_path):
 # ---------------------------------------------------------------------------------------- from the command line on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, finetune, tmp_path, capsys):
     path, _ = checkpoint(name)
