@@ -10,8 +10,8 @@ and gy, and sums in int32, which 130,000 columns cannot overflow:
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
 gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. On a CPU
-rows are rounded some at a time, as many as stay in the cache; on a GPU, where each kernel passes over memory, all at
-once in as few kernels as there are. What an adapter adds is not rounded, see `lora.thin`.
+rows are rounded some at a time, as many as stay in the cache, on a GPU all at once in few kernels. What an adapter adds
+is not rounded, see `lora.thin`.
 """
 
 import functools
@@ -102,20 +102,21 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def _quantize_in_few_kernels(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` in five kernels, or six: rounding and converting would each read and write all numbers again."""
+    """`quantize_rows` in four kernels, or five: rounding and converting would each read and write all numbers again."""
     x = x if columns is None else x * columns
     x = x.to(torch.float32) if x.dtype == torch.float64 else x
-    scale = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True, dtype=torch.float32)
-    scale.clamp_min_(NO_ROW).mul_(1 / LARGEST)
+    no_row, to_integer = _constants(x.device)
+    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True, dtype=torch.float32)
+    scale = torch.add(no_row, largest, alpha=1 / LARGEST)
     whole = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.addcdiv(_to_integer(x.device), x, scale, out=whole)
+    torch.addcdiv(to_integer, x, scale, out=whole)
     lowest_bytes = whole.view(torch.int8).view(*x.shape, 4).select(2, 0)
     return lowest_bytes.clone(memory_format=torch.contiguous_format), scale
 
 
 @functools.cache
-def _to_integer(device: torch.device) -> Tensor:
-    return torch.tensor(TO_INTEGER, device=device)
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(NO_ROW, device=device), torch.tensor(TO_INTEGER, device=device)
 
 
 @torch.no_grad()

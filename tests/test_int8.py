@@ -440,12 +440,12 @@ def test_on_a_gpu_it_is_measured_there_in_the_precision_of_the_run(monkeypatch, 
         return next(seconds)
 
     monkeypatch.setattr(training, "shortest_seconds", shortest_seconds)
-    int8.speedups.cache_clear(), int8._to_integer.cache_clear()
+    int8.speedups.cache_clear(), int8._constants.cache_clear()
     with FakeTensorMode():  # which needs no GPU
         assert int8.pays(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 2)), precision, cuda)
     assert seen == [(cuda, "cuda", precision)] * 2
     assert "8 bits have been tested on CPUs alone" in capsys.readouterr().out
-    int8.speedups.cache_clear(), int8._to_integer.cache_clear()
+    int8.speedups.cache_clear(), int8._constants.cache_clear()
 
 
 def test_a_gpu_is_waited_for_when_it_is_timed(monkeypatch):
