@@ -508,8 +508,8 @@ def add_lora_to_model(
             in `target_modules`, selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
-            attention in 8 bits, and on a CPU multiply in 8 bits (`lora.int8`). The classifier head, which trains, stays
-            as it is. None: all as they are.
+            attention in 8 bits, and on CPUs and CUDA multiply in 8 bits (`lora.int8`). The classifier head, which
+            trains, stays as it is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
     Returns:
@@ -577,14 +577,14 @@ def adapt_layers(
     return wrapped
 
 
-def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
-    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if this CPU is faster in them.
+def multiply_in_8_bits(model: nn.Module, precision: torch.dtype, device: torch.device = training.CPU) -> nn.Module:
+    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if the device is faster in them.
 
     It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
     Raises InputError for a model whose head is its only linear layer, such as a ResNet.
     """
     layers = dict.fromkeys(targets.choose_layers(LoRAManager(model).unload(merge=True)))
-    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision) else model
+    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision, device) else model
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -782,7 +782,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     elif args.arithmetic == "int8" and args.freeze_backbone:
-        multiply_in_8_bits(model, training.select_precision(args.precision, torch.device("cpu")))
+        device = training.select_device(args.device)
+        multiply_in_8_bits(model, training.select_precision(args.precision, device), device)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
@@ -1032,7 +1033,7 @@ def evaluate_adapter(
         )
     training.check_processes(len(splits.val))
     if args.arithmetic == "int8":
-        multiply_in_8_bits(model, dtype)
+        multiply_in_8_bits(model, dtype, device)
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = task.evaluate(training.place(model, device), loaders[-1], device, dtype)

@@ -319,6 +319,13 @@ VARIANTS = {
         around=SavedIn16Bits,
         device="cpu",
     ),
+    "lora_int8_compiled": Variant(
+        *("LoRA here, arithmetic in 8 bits, compiled", lora_int8, save_here),
+        models="vit",
+        device="cuda",
+        compiled=True,
+        by_default=False,
+    ),
     "lora_compiled": Variant("LoRA here, compiled", lora, save_here, device="cuda", compiled=True),
     "lora_never": Variant("LoRA here, nothing computed again", lora_never, save_here, models="vit", by_default=False),
     "lora_selective": Variant("LoRA here, selective checkpointing", lora_selective, save_here, models="vit"),

@@ -29,8 +29,7 @@ from torch._inductor.utils import ValueWithLineMap
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.compare_peers import NUM_CLASSES, random_batch
-from benchmarks.operators import KERNELS, KINDS, AsOnGPU, Operator, Recorder, Recording, branches_of_a_gpu
-from lora.backends import LOW_PRECISION
+from benchmarks.operators import KERNELS, KINDS, AsOnGPU, Operator, Recorder, Recording, bits, branches_of_a_gpu
 
 aten = torch.ops.aten
 # In place of code: what stops the step where its first graph would run.
@@ -105,16 +104,18 @@ def _operator(node: BaseSchedulerNode) -> Operator | None:
         return None
     moved = node.get_read_write_buffers_sizes()
     if not isinstance(node, ExternKernelSchedulerNode):
-        return Operator("fused", node.get_name(), "other", 1, 0.0, moved, False)
+        return Operator("fused", node.get_name(), "other", 1, 0.0, moved, 32)
     call, operands = node.node, [t for t in node.node.inputs if isinstance(t, ir.IRNode)]
     name = str(call.op_overload or call.python_kernel_name).split(".")[1].replace("_for_cpu", "")
+    if name == "view":  # of other numbers than the graph's, such as the scales behind codes of 8 bits
+        return None
     kernels = KERNELS.get(name, 1)
     if name in ("addmm", "baddbmm") and call.kwargs.get("beta", 1) and _is_full(operands[0]):
         kernels, moved = 2, moved + 2 * _nbytes(operands[0])  # copied into the output first, which is then added to
     described = ", ".join(f"{str(t.get_dtype())[6:]}{[int(n) for n in t.get_size()]}" for t in operands[:4])
     kind = next((kind for part, kind in KINDS.items() if part in name), "other")
-    in_16_bits = operands[-1].get_dtype() in LOW_PRECISION
-    return Operator(name, described, kind, kernels, float(node.estimate_flops() or 0), moved, in_16_bits)
+    flops = float(node.estimate_flops() or 0)
+    return Operator(name, described, kind, kernels, flops, moved, bits(name, operands[-1].get_dtype()))
 
 
 def _is_full(summand: ir.IRNode) -> bool:

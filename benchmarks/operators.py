@@ -39,6 +39,8 @@ KERNELS = {
 WITHOUT_KERNEL = ("empty", "new_empty", "_local_scalar_dense", "record_stream", "resize_", "set_")
 KINDS = {"attention": "attention", "convolution": "convolution", "mm": "product"}  # by a part of the name
 OVERWRITES = ("copy_", "fill_", "zero_")  # what they change they do not read
+SECTOR = 32  # bytes: what a GPU reads at once
+flop_registry[torch.ops.aten._int_mm] = flop_registry[torch.ops.aten.mm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Operator:
     kernels: int
     flops: float
     bytes: float  # read and written
-    in_16_bits: bool
+    bits: int  # of the numbers that it multiplies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +122,15 @@ class Recorder(TorchDispatchMode):
         kernels, moved = _cost(name, args, read, written)
         operands = ", ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in (read or written)[:4])
         kind = next((kind for part, kind in KINDS.items() if part in name), "other")
-        in_16_bits = written[0].dtype in (torch.bfloat16, torch.float16)
         flops = _flops(function, args, kwargs, result)
-        self.operators.append(Operator(name, operands, kind, kernels, flops, moved, in_16_bits))
+        self.operators.append(Operator(name, operands, kind, kernels, flops, moved, bits(name, written[0].dtype)))
+
+
+def bits(name: str, dtype: torch.dtype) -> int:
+    """Of the numbers that an operator with a result of this dtype multiplies."""
+    if name == "_int_mm":  # whose result are their sums
+        return 8
+    return 16 if dtype in backends.LOW_PRECISION else 32
 
 
 def _bound(function, args, kwargs):
@@ -181,8 +189,14 @@ def _flops(function, args, kwargs, result) -> float:
 
 
 def _nbytes(*tensors: Tensor) -> int:
-    """What is there to read: of an expanded tensor, its numbers once."""
-    return sum(t.element_size() * math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in tensors)
+    """What is there to read: of an expanded tensor, its numbers once; with numbers apart, what lies between them."""
+    return sum(_step(t) * math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) for t in tensors)
+
+
+def _step(tensor: Tensor) -> int:
+    """How many bytes are read for each number."""
+    gap = min((s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1 and s), default=1)
+    return max(tensor.element_size(), min(gap * tensor.element_size(), SECTOR))
 
 
 class AsOnGPU(Training):

@@ -59,8 +59,9 @@ from toolkit.runs import run_script
 
 
 class Card(NamedTuple):
-    """A GPU as its datasheet has it: dense operations a second in 16 bits and in float32, bytes a second."""
+    """A GPU as its datasheet has it: dense operations a second in int8, 16 bits and float32, bytes a second."""
 
+    in_8_bits: float
     in_16_bits: float
     in_32_bits: float
     bandwidth: float
@@ -68,13 +69,18 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "H100": Card(989e12, 67e12, 3.35e12, "NVIDIA H100 SXM5 80 GB datasheet: BF16 tensor cores, dense; FP32; HBM3"),
+    "H100": Card(
+        *(1979e12, 989e12, 67e12, 3.35e12),
+        "NVIDIA H100 SXM5 80 GB datasheet: INT8 and BF16 tensor cores, dense; FP32; HBM3",
+    ),
     "RTX 4090": Card(
-        *(165.2e12, 82.6e12, 1.008e12),
-        "NVIDIA Ada GPU architecture whitepaper, RTX 4090: BF16 tensor cores accumulating in FP32, dense; FP32; GDDR6X",
+        *(660.6e12, 165.2e12, 82.6e12, 1.008e12),
+        "NVIDIA Ada GPU architecture whitepaper, RTX 4090: INT8 tensor cores; BF16 tensor cores accumulating in "
+        "FP32, dense; FP32; GDDR6X",
     ),
     "T4": Card(
-        65e12, 8.1e12, 0.32e12, "NVIDIA T4 datasheet: FP16 tensor cores, which it has in place of BF16; FP32; GDDR6"
+        *(130e12, 65e12, 8.1e12, 0.32e12),
+        "NVIDIA T4 datasheet: INT8 tensor cores; FP16 tensor cores, which it has in place of BF16; FP32; GDDR6",
     ),
 }
 # Which share of it kernels reach: assumed, until a GPU can be asked.
@@ -87,7 +93,7 @@ FILE = "predicted_{model}_b{batch_size}_{precision}.json"
 
 def seconds(operator: Operator, card: Card) -> float:
     """Predicted."""
-    peak = card.in_16_bits if operator.in_16_bits else card.in_32_bits
+    peak = {8: card.in_8_bits, 16: card.in_16_bits, 32: card.in_32_bits}[operator.bits]
     computing = operator.flops / (peak * SHARES[operator.kind])
     moving = operator.bytes / (card.bandwidth * SHARES["bandwidth"])
     return max(computing, moving, operator.kernels * LAUNCH)

@@ -28,16 +28,16 @@ def add_side_path(
         h: (N, groups r).
         B: (out, r).
     """
+    if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
+        return int8.linear(rows, W, bias)
     if backends.counts_kernels(rows):
         wide = _side_by_side(B, groups)  # (out, groups r)
         if bias is None:
             y = h.new_empty(h.shape[0], W.shape[0]).addmm_(h, wide.T, beta=0, alpha=scaling)
         else:
             y = torch.addmm(bias, h, wide.T, alpha=scaling)
-        return y.addmm_(rows, W.T)
+        return W.linear(rows, y) if isinstance(W, Int8Weight) else y.addmm_(rows, W.T)
     y = int8.linear(rows, W, bias)
-    if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
-        return y
     width = W.shape[0] // groups
     for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
         # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
@@ -91,7 +91,8 @@ def _in_few_passes(gy, rows, h, A, B, scaling, groups, need_A, need_B):
 def input_gradient(gy: Tensor, W: Tensor | Int8Weight, gh: Tensor, A: Tensor) -> Tensor:
     """``gy W + gh A``, (N, in)."""
     if backends.counts_kernels(gy):
-        return (gh @ A).addmm_(gy, W)
+        gx = gh @ A
+        return W.input_gradient(gy, gx) if isinstance(W, Int8Weight) else gx.addmm_(gy, W)
     return int8.input_gradient(gy, W).addmm_(gh, A)
 
 

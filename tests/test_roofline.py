@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks import host, roofline
 from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, random_batch
 from benchmarks.compiled import record_compiled, replayed
-from benchmarks.operators import AsOnGPU, Operator, Recorder, Recording, branches_of_a_gpu, record_narrow
+from benchmarks.operators import SECTOR, AsOnGPU, Operator, Recorder, Recording, branches_of_a_gpu, record_narrow
 from benchmarks.roofline import CARDS, LAUNCH, SHARES
 from tests.dense import assert_close, vit
 from toolkit import InputError, training
@@ -37,6 +37,7 @@ BUDGETS = {
         "lora": (739, 0.617),
         "lora_never": (679, 0.851),
         "lora_selective": (816, 0.540),
+        "lora_int8": (1369, 0.661),
         "qlora": (836, 0.640),
         "lora_last_half": (490, 0.359),
     },
@@ -73,9 +74,23 @@ def test_a_product_counts_its_operations_and_every_operand_once():
     x, W, y = torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, 16)
     (product,) = recorded(F.linear, x, W)
     assert (product.kind, product.kernels, product.flops) == ("product", 1, 2 * 4 * 8 * 16)
-    assert product.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16) and not product.in_16_bits
+    assert product.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16) and product.bits == 32
     (in_place,) = recorded(lambda: y.addmm_(x, W.T))
     assert in_place.flops == product.flops and in_place.bytes == product.bytes + 4 * y.numel()  # y is read as well
+
+
+def test_a_product_of_integers_is_one_in_8_bits():
+    a, b = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8)
+    (product,) = recorded(torch._int_mm, a, b)
+    assert (product.kind, product.bits, product.flops) == ("product", 8, 2 * 32 * 16 * 8)
+    assert product.bytes == 32 * 16 + 16 * 8 + 4 * 32 * 8
+
+
+def test_what_lies_between_numbers_is_read_with_them():
+    (lowest_bytes,) = recorded(torch.clone, torch.zeros(4, 8).view(torch.int8)[:, ::4])
+    assert lowest_bytes.bytes == 4 * 32 + 32
+    (column,) = recorded(torch.clone, torch.zeros(8, 100)[:, 0])
+    assert column.bytes == 8 * SECTOR + 4 * 8
 
 
 def test_views_and_empty_tensors_cost_nothing_and_copies_do_not_read_their_target():
@@ -121,22 +136,36 @@ def small_vit() -> nn.Module:
     return vit(num_layers=1, num_classes=NUM_CLASSES)
 
 
+def planned_and_eager(name: str) -> tuple[list[Operator], list[Operator]]:
+    """The operators of a small step, compiled and not."""
+    args = settings("vit_b_16", batch_size=2, image_size=16)
+    planned = record_compiled(f"{name}_compiled", args, VARIANTS[f"{name}_compiled"].build(small_vit(), args).train())
+    torch._dynamo.reset()
+    with branches_of_a_gpu(), Recorder(CPU) as recorder:
+        eager = AsOnGPU(name, args, VARIANTS[name].build(small_vit(), args).train())
+        recorder.begin()
+        eager.work(*random_batch(args, torch.Generator()))
+    return planned.operators, recorder.operators
+
+
+@pytest.mark.slow
+def test_a_compiled_step_in_8_bits_multiplies_in_them_as_often_as_the_eager_one():
+    planned, eager = planned_and_eager("lora_int8")
+    ours, theirs = ([o.flops for o in operators if o.bits == 8] for operators in (planned, eager))
+    assert len(ours) == len(theirs) > 0 and sum(ours) == sum(theirs)
+    assert not any(operator.name == "view" for operator in planned)
+
+
 @pytest.mark.slow
 def test_a_compiled_step_has_the_products_of_the_eager_one_and_no_kernel_is_forgotten():
     """But for what is computed again in backward, which the compiler decides."""
-    args = settings("vit_b_16", batch_size=2, image_size=16)
-    planned = record_compiled("lora_compiled", args, VARIANTS["lora_compiled"].build(small_vit(), args).train())
-    torch._dynamo.reset()
-    with branches_of_a_gpu(), Recorder(CPU) as recorder:
-        eager = AsOnGPU("lora", args, VARIANTS["lora"].build(small_vit(), args).train())
-        recorder.begin()
-        eager.work(*random_batch(args, torch.Generator()))
-    assert sum(o.flops for o in planned.operators) == pytest.approx(sum(o.flops for o in recorder.operators), rel=0.05)
-    names = [operator.name for operator in planned.operators]
+    planned, eager = planned_and_eager("lora")
+    assert sum(o.flops for o in planned) == pytest.approx(sum(o.flops for o in eager), rel=0.05)
+    names = [operator.name for operator in planned]
     assert {"fused", "mm", "addmm", "_fused_adamw_", "nll_loss_forward"} <= set(names)
-    assert {operator.kernels for operator in planned.operators if operator.name == "mm"} == {1}
-    assert all(operator.bytes > 0 for operator in planned.operators)
-    assert any(operator.name == "addmm" and operator.kernels == 2 for operator in planned.operators)  # see `_is_full`
+    assert {operator.kernels for operator in planned if operator.name == "mm"} == {1}
+    assert all(operator.bytes > 0 for operator in planned)
+    assert any(operator.name == "addmm" and operator.kernels == 2 for operator in planned)  # see `_is_full`
 
 
 def test_what_stands_in_for_cuda_graphs_computes_at_first_and_then_repeats_itself(monkeypatch):
@@ -162,9 +191,11 @@ def test_what_stands_in_for_cuda_graphs_computes_at_first_and_then_repeats_itsel
 
 def test_an_operator_takes_what_takes_it_longest():
     card = CARDS["H100"]
-    product = {"name": "mm", "operands": "", "kind": "product", "in_16_bits": True, "kernels": 1}
+    product = {"name": "mm", "operands": "", "kind": "product", "bits": 16, "kernels": 1}
     computing = Operator(**product, flops=1e12, bytes=1.0)
     assert roofline.seconds(computing, card) == pytest.approx(1e12 / (card.in_16_bits * SHARES["product"]))
+    in_8_bits = Operator(**product | {"bits": 8}, flops=1e12, bytes=1.0)
+    assert roofline.seconds(in_8_bits, card) == pytest.approx(1e12 / (card.in_8_bits * SHARES["product"]))
     moving = Operator(**product, flops=1.0, bytes=1e9)
     assert roofline.seconds(moving, card) == pytest.approx(1e9 / (card.bandwidth * SHARES["bandwidth"]))
     assert roofline.seconds(Operator(**product | {"kernels": 3}, flops=1.0, bytes=1.0), card) == 3 * LAUNCH
@@ -245,7 +276,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch):
 def test_the_code_that_runs_on_cuda_needs_the_kernels_that_the_budgets_count():
     """At full size, on fake CUDA tensors, in processes that believe in a GPU."""
     args = settings("vit_small", batch_size=8, image_size=224, rank=8, device=torch.device("cuda"))
-    on_cuda = roofline.predict_apart(["full", "lora", "qlora"], args)
+    on_cuda = roofline.predict_apart(["full", "lora", "lora_int8", "qlora"], args)
     for name, about in on_cuda.items():
         assert about["kernels"] == pytest.approx(BUDGETS["vit_b_16"][name][0], rel=0.1)  # a CPU casts more
     assert on_cuda["lora"]["peak_bytes"] < 0.5 * on_cuda["full"]["peak_bytes"]

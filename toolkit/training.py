@@ -99,8 +99,11 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("auto", *DTYPES)
 ARITHMETICS = ("float", "int8")
+INT8_CAPABILITY = (7, 5)  # Turing's, the first with tensor cores for integers
 
 
 def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
@@ -115,7 +118,7 @@ def select_precision(name: str, device: torch.device, option: str = "--precision
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if name == "fp16" and device.type == "cpu":
         raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return DTYPES[name]
 
 
 WORTH_TELLING = 1.2  # beside other programs' work two equal times may differ by less than this
@@ -144,20 +147,32 @@ def product_seconds(dtype: torch.dtype) -> float:
     return shortest_seconds(lambda: F.linear(tokens, weight))
 
 
-def shortest_seconds(work: Callable[[], Any]) -> float:
-    """The shortest of three runs of some work, in CPU time, which other programs do not lengthen."""
+def shortest_seconds(work: Callable[[], Any], device: torch.device = CPU) -> float:
+    """The shortest of some runs of work on the device; on a CPU in CPU time, which other programs do not lengthen."""
+    clock, runs = (time.process_time, 3) if device.type == "cpu" else (time.perf_counter, 20)
     seconds = []
-    for _ in range(3):  # the first prepares its code too
-        start = time.process_time()
+    for _ in range(runs):  # the first prepares its code too
+        _wait_for(device)
+        start = clock()
         work()
-        seconds.append(time.process_time() - start)
+        _wait_for(device)
+        seconds.append(clock() - start)
     return min(seconds)
 
 
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def check_arithmetic(name: str, device: torch.device) -> None:
-    """Raise InputError for 8 bits on another device than a CPU."""
-    if name == "int8" and device.type != "cpu":
-        raise InputError("--arithmetic int8 is for the CPU so far: add --device cpu, or drop it")
+    """Raise InputError for 8 bits on a device that does not multiply in them."""
+    if name != "int8" or device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise InputError(f"--arithmetic int8 is for CPUs and CUDA, not {device.type}: add --device cpu, or drop it")
+    if torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
+        raise InputError("--arithmetic int8 needs a GPU with tensor cores for integers (Turing or newer): drop it")
 
 
 def base_dtype(args) -> torch.dtype | None:
