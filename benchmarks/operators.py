@@ -253,16 +253,22 @@ def record(name: str, args) -> Recording:
     Args:
         args: model, batch_size, image_size, rank, precision, seed, and the device that the tensors pretend to be on.
     """
+    recorder = Recorder(args.device)
+    with fake_step(name, args, recorder) as step:
+        return _record(recorder, *step)
+
+
+@contextlib.contextmanager
+def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tuple[AsOnGPU, Tensor, Tensor]]:
+    """A variant, and images and labels for a step of it, on fake tensors within this block; `args` as in `record`."""
 
     def without_numbers(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=args.device)
 
     real = argparse.Namespace(**{**vars(args), "device": torch.device("cpu")})
     model, batch = build_variant(name, real), random_batch(real, torch.Generator())
-    fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder(args.device)
-    with branches_of_a_gpu(), fake, recorder:
-        training = AsOnGPU(name, args, model._apply(without_numbers))
-        return _record(recorder, training, *map(without_numbers, batch))
+    with branches_of_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), recorder or contextlib.nullcontext():
+        yield AsOnGPU(name, args, model._apply(without_numbers)), *map(without_numbers, batch)
 
 
 def _record(recorder: Recorder, training: Training, images: Tensor, labels: Tensor) -> Recording:

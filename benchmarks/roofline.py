@@ -11,7 +11,7 @@ through the code that runs on CUDA. Each operator is charged max(operations / pe
 kernels * LAUNCH), and the sum is the GPU's work. Peak memory is that of the tensors that live at once, in blocks as
 PyTorch allocates them.
 
-Compiled variants have the kernels that Inductor plans for a CPU (`benchmarks.compiled`).
+Compiled variants have the kernels that Inductor plans (`benchmarks.compiled`).
 
 Left out are caches, which make small tensors cheaper, the workspaces of cuDNN and cuBLAS, and the time that Python
 needs to issue the kernels, for which see `benchmarks.host`. Which share of a datasheet's figures a kernel reaches is
@@ -129,7 +129,7 @@ def costliest(operators: list[Operator], card: Card) -> list[dict]:
 
 
 def predict_apart(names: list[str], args) -> dict[str, dict]:
-    """`predict` for each variant, in processes that believe in a GPU; compiled ones as planned for a CPU."""
+    """`predict` for each variant, in processes that believe in a GPU."""
     command = [sys.executable, "-m", "benchmarks.roofline", "--model", args.model, "--precision", args.precision]
     for option in ("batch_size", "image_size", "rank", "seed"):
         command += [f"--{option.replace('_', '-')}", str(vars(args)[option])]
@@ -137,9 +137,6 @@ def predict_apart(names: list[str], args) -> dict[str, dict]:
     with fake_cuda() as settings:
         for name in names:
             print(f"recording {name}, batch {args.batch_size}", file=sys.stderr)
-            if VARIANTS[name].compiled:
-                predicted[name] = predict(record_compiled(name, args))
-                continue
             done = subprocess.run(
                 [*command, "--record", name], capture_output=True, text=True, env={**os.environ, **settings}
             )
@@ -183,7 +180,8 @@ def record_here(name: str, args) -> None:
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", fused_attention),
     ):
-        print(json.dumps(predict(record(name, args))), flush=True)
+        recording = record_compiled(name, args) if VARIANTS[name].compiled else record(name, args)
+        print(json.dumps(predict(recording)), flush=True)
     os._exit(0)
 
 

@@ -2,7 +2,9 @@
 
 On a CPU a pass over memory is what costs: thin matrices lie transposed, with the long dimension contiguous, and the
 groups of a packed weight take turns. On a GPU every kernel costs: the groups are one product, the thin product comes
-first and the wide one adds to it, so that the thin one reads no output, and nothing is transposed or copied.
+first and the wide one adds to it, so that the thin one reads no output, and nothing is transposed or copied. A compiler
+for a GPU is given the sum by itself, in float32: it adds where it computes what comes next, and would copy a matrix
+before it lets a product add to it.
 
     h  = x A^T              (N, groups r)
     gh = s gy B             (N, groups r)
@@ -31,6 +33,10 @@ def add_side_path(
     if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
         return int8.linear(rows, W, bias)
     if backends.counts_kernels(rows):
+        if backends.is_traced() and not isinstance(W, Int8Weight):
+            own = torch.bmm(_apart(h, groups), B.unflatten(0, (groups, -1)).mT)  # (groups, N, out / groups)
+            y = _sum(rows @ W.T, own.transpose(0, 1).flatten(1), scaling)
+            return (y if bias is None else y + bias).to(rows.dtype)
         wide = _side_by_side(B, groups)  # (out, groups r)
         if bias is None:
             y = h.new_empty(h.shape[0], W.shape[0]).addmm_(h, wide.T, beta=0, alpha=scaling)
@@ -92,7 +98,9 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight, gh: Tensor, A: Tensor) ->
     """``gy W + gh A``, (N, in)."""
     if backends.counts_kernels(gy):
         gx = gh @ A
-        return W.input_gradient(gy, gx) if isinstance(W, Int8Weight) else gx.addmm_(gy, W)
+        if isinstance(W, Int8Weight):
+            return W.input_gradient(gy, gx)
+        return _sum(gy @ W, gx).to(gy.dtype) if backends.is_traced() else gx.addmm_(gy, W)
     return int8.input_gradient(gy, W).addmm_(gh, A)
 
 
@@ -116,6 +124,12 @@ def _side_by_side(B: Tensor, groups: int) -> Tensor:
     # Of all layers at once, by `lora.together`, which leaves it to a compiler to fuse them.
     known = None if backends.is_traced() else vars(B).get("side_by_side")
     return side_by_side(B, groups) if known is None else known
+
+
+def _sum(wide: Tensor, thin: Tensor, scaling: float = 1.0) -> Tensor:
+    """``wide + s thin``, in float32 or more."""
+    precise = torch.promote_types(wide.dtype, torch.float32)
+    return wide.to(precise) + scaling * thin.to(precise)
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
