@@ -266,11 +266,10 @@ def test_a_compiled_step_has_the_products_of_the_eager_one_and_fewer_small_kerne
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
-def test_a_compiled_step_in_8_bits_multiplies_in_them_as_often_as_the_eager_one():
+def test_a_compiled_step_in_8_bits_multiplies_in_them_as_much_as_the_eager_one():
     args = settings("vit_small", batch_size=8, image_size=224, rank=8, device=torch.device("cuda"))
     planned = roofline.predict_apart(["lora_int8", "lora_int8_compiled"], args)
-    named = [
-        {(row["operator"], row["times"]) for row in about["costliest"]["T4"] if row["operator"] == "_int_mm"}
-        for about in planned.values()
-    ]
-    assert named[0] == named[1] != set()
+    eager, compiled = planned.values()
+    assert compiled["flops"] == pytest.approx(eager["flops"], rel=0.05)
+    for about in (eager, compiled):
+        assert "_int_mm" in {row["operator"] for row in about["costliest"]["T4"]}
