@@ -1446,7 +1446,7 @@ def test_the_last_evaluation_gives_norms_that_follow_their_statistics_itself(fin
 
     def forget(run):
         for conv in followers(run.model):
-            conv.followed.undo()
+            conv.followed.norm.reset_running_stats()
 
     usual, forgetful = (finetune(options, output=name, after_epoch=f) for name, f in (("a", None), ("b", forget)))
     assert forgetful["temperature"] == usual["temperature"] and forgetful["val_loss"] == usual["val_loss"]
