@@ -874,7 +874,6 @@ class FineTuning(RunState):
             _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
         self.task.soften_head(self.model, self.temperature())
         self.start_adapters()
-        self.guard.begin(self.evaluator.watch(), self.evaluator.worst_batch_loss())
         return features
 
     def start_adapters(self) -> None:
@@ -889,6 +888,8 @@ class FineTuning(RunState):
             with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
                 initialization.start_at_gradient(self.model, backward, self.args.seed)
         self.average.begin()
+        # The batches' losses first: what they leave of a BatchNorm's statistics is not the start's.
+        self.guard.begin(self.evaluator.worst_batch_loss(), self.evaluator.watch())
 
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
 from lora.adapter_set import Adapter, AdapterSet, LayerState
-from lora.followed_norms import stop_following, write_statistics
+from lora.followed_norms import remember_replaced, statistics_of_base, stop_following, write_statistics
 from lora.fusion import unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
@@ -209,7 +209,8 @@ class LoRAManager:
         try:
             for layer in before:
                 layer.lora_enabled = False
-            yield
+            with statistics_of_base(self.model):
+                yield
         finally:
             for layer, enabled in before.items():
                 layer.lora_enabled = enabled
@@ -445,6 +446,7 @@ class LoRAManager:
         if broken:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
+        remember_replaced(self.model, content["tensors"])
         with torch.no_grad():
             for name, tensor in content["tensors"].items():
                 state[name].copy_(tensor)

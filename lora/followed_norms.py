@@ -16,8 +16,9 @@ folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm. What i
 the statistics of the trained adapters.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class FollowedNorm:
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
         self.norm = norm
-        self.mean, self.variance = norm.running_mean.clone(), norm.running_var.clone()
+        self.mean, self.variance = remember_base(norm)
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
         outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
@@ -80,15 +81,7 @@ class FollowedNorm:
     @torch.no_grad()
     def write(self, conv: nn.Conv2d) -> None:
         """Give the BatchNorm itself the statistics for what the adapter is now."""
-        mean, variance = self.statistics(conv.lora_A, conv.lora_B, conv.scaling)
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(variance)
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Give the BatchNorm the statistics of the base again."""
-        self.norm.running_mean.copy_(self.mean)
-        self.norm.running_var.copy_(self.variance)
+        _set_statistics(self.norm, self.statistics(conv.lora_A, conv.lora_B, conv.scaling))
 
     def like(self, like: Tensor) -> None:
         """Move to where a tensor is, and into its dtype: this is no module, which would be moved with its model."""
@@ -325,8 +318,47 @@ def write_statistics(model: nn.Module) -> None:
 
 def stop_following(model: nn.Module, merged: bool) -> None:
     """Leave the BatchNorms with their statistics for the adapters, if these are to be merged, or with the base's."""
-    for conv in list(followers(model)):
-        conv.followed.write(conv) if merged else conv.followed.undo()
-        del conv.followed
+    if merged:
+        write_statistics(model)
     for module in model.modules():
         vars(module).pop("followed", None)
+        of_base = vars(module).pop("of_base", None)
+        if of_base is not None and not merged:
+            _set_statistics(module, of_base)
+
+
+def remember_base(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Note the statistics of the base, before an adapter's take their place; returns mean and variance, (out,) both."""
+    if "of_base" not in vars(norm):
+        norm.of_base = norm.running_mean.clone(), norm.running_var.clone()
+    return norm.of_base
+
+
+def remember_replaced(model: nn.Module, tensors: Container[str]) -> None:
+    """`remember_base` of the BatchNorms of which an adapter file has the statistics and nothing else.
+
+    One that trained has scales and shifts of its own, and is the base's no more.
+    """
+    for name, module in model.named_modules():
+        if f"{name}.running_mean" in tensors and f"{name}.weight" not in tensors:
+            remember_base(module)
+
+
+@contextlib.contextmanager
+def statistics_of_base(model: nn.Module) -> Iterator[None]:
+    """Within this block BatchNorms whose statistics belong to an adapter have those of the base."""
+    norms = [module for module in model.modules() if "of_base" in vars(module)]
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    try:
+        for norm in norms:
+            _set_statistics(norm, norm.of_base)
+        yield
+    finally:
+        for norm, statistics in zip(norms, before, strict=True):
+            _set_statistics(norm, statistics)
+
+
+@torch.no_grad()
+def _set_statistics(norm: nn.BatchNorm2d, statistics: tuple[Tensor, Tensor]) -> None:
+    norm.running_mean.copy_(statistics[0])
+    norm.running_var.copy_(statistics[1])

@@ -67,7 +67,9 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         if reason:
             yield f"{name} ({reason})"
     trained = [n for n in tensors if not n.startswith(head) and not n.rpartition(".")[2].startswith("lora_")]
-    if trained:
+    if trained and all(name.rpartition(".")[2].startswith("running_") for name in trained):
+        yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
+    elif trained:
         yield f"weights of the base that have trained ({listed(trained)})"
 
 

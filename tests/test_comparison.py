@@ -131,6 +131,25 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, na
     assert of_patients.p > of_images.p
 
 
+@pytest.mark.parametrize("names", [["rain", "rain probability"], ["sunny answer", "rain probability"]])
+def test_numbers_may_be_called_as_columns_of_answers_end(tmp_path, names):
+    truth = torch.tensor([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]])
+    task = tasks.Regression(names, truth)
+    for name, error in zip("ab", (0.5, 0.1), strict=True):
+        report = answer_reports.NumberReport(task, tasks.NumberAnswers(0.1, truth + error, truth))
+        write(report, tmp_path / name / "results.json", 3)
+    found = comparison.compare(tmp_path / "a/results.json", tmp_path / "b/results.json")
+    assert [difference.measure for difference in found] == ["R2", "mean absolute error"]
+    assert (found[1].first, found[1].second) == pytest.approx((0.5, 0.1))
+
+
+def test_labels_may_be_called_class_and_answer(tmp_path):
+    truth = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    report = answer_reports.LabelReport(tasks.MultiLabel(["class", "answer"]), tasks.LabelAnswers(0.1, truth, truth))
+    paths = [write(report, tmp_path / name / "results.json", 3) for name in "ab"]
+    assert comparison.compare(*paths)[0][:3] == ("macro AP", 1.0, 1.0)
+
+
 def test_results_in_different_groups_are_not_compared(tmp_path):
     right = torch.arange(6) < 3
     paths = [

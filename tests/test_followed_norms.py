@@ -18,7 +18,8 @@ from lora.followed_norms import (
     write_statistics,
 )
 from lora.fusion import conv_bn, conv_bn_relu, set_gradient_checkpointing
-from lora_utils import LoRAManager
+from lora.peft_format import obstacles
+from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 
 KINDS = {
@@ -204,6 +205,36 @@ def test_unloaded_without_merging_it_is_the_base_again():
     stock = LoRAManager(adapted_resnet()).unload().state_dict()
     for name, tensor in LoRAManager(trained(adapted_resnet(), x)).unload().state_dict().items():
         assert torch.equal(tensor, stock[name]) or name.startswith("fc"), name
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_file_s_statistics_leave_with_its_adapter(tmp_path, name):
+    """Switched off or unloaded, in training or read from a file: the base has its own statistics again."""
+    x = torch.randn(8, 3, 32, 32)
+    base = LoRAManager(adapted_resnet()).unload()
+    model = trained(adapted_resnet(), x)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth", {"arch": "resnet18", "class_names": ["a", "b", "c"]})
+    loaded = adapted_resnet() if name is None else LoRAManager(adapted_resnet()).unload()
+    LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth", name)
+    if name is not None:
+        LoRAManager(loaded).use(name)
+    base.fc.load_state_dict({key: model.fc.state_dict()[key] for key in ("weight", "bias")})
+    with torch.no_grad():
+        for adapted in (model.eval(), loaded.eval()):
+            wanted, before = base.eval()(x), adapted(x)
+            with LoRAManager(adapted).disable_lora():
+                torch.testing.assert_close(adapted(x), wanted)
+            torch.testing.assert_close(adapted(x), before)
+            assert (before - wanted).abs().max() > 0.01
+    stock = LoRAManager(loaded).unload().state_dict()
+    different = [key for key, tensor in base.state_dict().items() if not torch.equal(tensor, stock[key])]
+    assert all(key.startswith("fc") for key in different)
+
+
+def test_peft_s_format_has_no_place_for_its_statistics(tmp_path):
+    model = trained(adapted_resnet(), torch.randn(4, 3, 32, 32))
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth")
+    assert any("--norms frozen" in told for told in obstacles(model, read_adapter_file(tmp_path / "a.pth")["tensors"]))
 
 
 def test_a_network_without_such_batch_norms_is_refused():

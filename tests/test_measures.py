@@ -229,6 +229,21 @@ def test_a_label_of_one_positive_moves_no_interval():
     assert ends[0, 1] - ends[0, 0] > 0.1
 
 
+def test_intervals_of_the_macro_f1_cover_where_labels_have_one_positive():
+    """Where its positive is left out, a label has no F1: as one of 0 it moved the middle, and 76% covered."""
+    random, share, found, wrong = np.random.RandomState(0), 0.005, 0.75, 0.01
+    true = 2 * share * found / (share + share * found + (1 - share) * wrong)
+    task = tasks.MultiLabel([str(i) for i in range(20)])
+    hits = 0
+    for _ in range(40):
+        positive = random.rand(200, 20) < share
+        answered = random.rand(200, 20) < np.where(positive, found, wrong)
+        answers = tasks.LabelAnswers(0.0, torch.from_numpy(answered * 0.8 + 0.1), torch.from_numpy(positive * 1.0))
+        low, high = answer_reports.LabelReport(task, answers).intervals[3]
+        hits += low <= true <= high
+    assert hits >= 0.9 * 40
+
+
 def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images():
     random, patients = np.random.RandomState(0), torch.arange(50).repeat_interleave(4)
     task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), 1.0).sigmoid())

@@ -1,9 +1,12 @@
 """The search for a learning rate."""
 
 import contextlib
+import math
+
+import torch
 
 from toolkit.search import RATES, Trial, choose, find_learning_rate
-from toolkit.tasks import Classification
+from toolkit.tasks import Classification, Regression
 
 
 def variance_on(images: int):
@@ -29,6 +32,14 @@ def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_tak
         and choose(trials, variance_on(10_000)) == 1e-3
     )
     assert choose([Trial(rate, 1.0, 0.0) for rate in RATES], variance_on(5)) == 1e-4
+
+
+def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
+    """Their R2 is below 0, which is what a collapsed trial is given."""
+    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance
+    trials = [Trial(rate, -0.1, 1.1) if rate < 1e-3 else Trial(rate, 0.0, math.inf) for rate in RATES]
+    assert choose(trials, lambda score: variance(score, 100)) == 1e-4
+    assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
 
 
 def test_an_interrupted_search_goes_on_with_what_it_knows():

@@ -258,7 +258,7 @@ class LabelReport:
         answers, thresholds = self.answers, self.task.thresholds
         macro_ap = answers.macro("average_precision", weights, steady, own=own)
         found = [macro_ap, answers.micro_average_precision(weights, own), answers.macro("auroc", weights, steady)]
-        found += [answers.f1(thresholds, weights).nanmean(-1), answers.micro_f1(thresholds, weights)]
+        found += [answers.macro_f1(thresholds, weights, steady), answers.micro_f1(thresholds, weights)]
         return torch.stack(found, -1)
 
     def figures(self) -> dict[str, Any]:

@@ -68,12 +68,13 @@ class CollapseGuard:
         self.recent_loss: float | None = None  # a moving average
         self.accuracies: list[float] = []  # before training, and after each epoch
         self.start_loss = math.inf  # of the watched images
+        self.is_barren = False  # is the epoch that was judged last?
         self.barren_epochs = 0  # in a row, lately
         self.retreats: list[dict[str, float]] = []
         self.lost_seconds = 0.0  # spent on epochs that were undone
 
-    def begin(self, watched: Answers, worst_batch_loss: float | None) -> None:
-        """Note the answers before training.
+    def begin(self, worst_batch_loss: float | None, watched: Answers) -> None:
+        """Note the answers before training, or before it begins anew with a head of another temperature.
 
         Args:
             worst_batch_loss: the highest loss of a batch of the watched images, if the batch matters; else None.
@@ -116,8 +117,13 @@ class CollapseGuard:
             share: of the change that is kept.
             loss: of the watched images, with all of the change.
         """
-        self.barren_epochs = 0 if share > 0 or loss < self.start_loss else self.barren_epochs + 1
-        return self.barren_epochs >= BARREN_EPOCHS and len(self.retreats) < RETREATS
+        self.is_barren = share == 0 and loss >= self.start_loss
+        return self.is_barren and self.barren_epochs + 1 >= BARREN_EPOCHS and len(self.retreats) < RETREATS
+
+    def end_epoch(self, accuracy: float) -> None:
+        """Note the accuracy after an epoch that stays. Judged twice, as after a stop between, it counts once."""
+        self.accuracies.append(accuracy)
+        self.barren_epochs = self.barren_epochs + 1 if self.is_barren else 0
 
     def is_recoverable(self) -> bool:
         """Is the present state good enough to go back to? The start is, and any that has lost next to no accuracy."""
@@ -200,7 +206,7 @@ class Recovery:
 
     def end_epoch(self, accuracy: float) -> None:
         """Note the accuracy on the watched images after an epoch that has not collapsed."""
-        self.guard.accuracies.append(accuracy)
+        self.guard.end_epoch(accuracy)
         if self.guard.is_recoverable():
             self.last_good = None
 

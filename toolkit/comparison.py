@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +78,11 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
     other = other.in_order([place[name] for name in one.images])
     tables = [one.columns, other.columns]
-    is_truth = [title for title in tables[0] if not title.endswith((PROBABILITY, ANSWER))]
-    if "class" in tables[0] and "answer" in tables[0]:
+    is_truth = [title for title in tables[0] if _kind(title, tables[0]) is not None]
+    if not is_truth and {"class", "answer"} <= tables[0].keys():
         is_truth = ["class"]
+    if not is_truth:
+        raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
     differing = [title for title in is_truth if tables[0][title] != tables[1][title]]
     if differing:
         columns = listed(differing, 4)
@@ -89,6 +91,11 @@ def compare(first: Path, second: Path) -> list[Difference]:
     if len(groups) > 1:
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
     return _differences(tables, is_truth, _numbered(groups.pop()) if groups else None)
+
+
+def _kind(title: str, titles: Container[str]) -> str | None:
+    """What the column of answers beside the column of a label or number ends with; None: it is no such column."""
+    return next((kind for kind in (ANSWER, PROBABILITY) if title + kind in titles), None)
 
 
 def _numbered(groups: Sequence[str]) -> Tensor:
@@ -123,9 +130,9 @@ def _differences(
     tables: Sequence[dict[str, list[str]]], truth: Sequence[str], clusters: Tensor | None
 ) -> list[Difference]:
     count = len(next(iter(tables[0].values())))
-    if truth == ["class"]:
+    kind = _kind(truth[0], tables[0])
+    if kind is None:
         return _of_classes(tables, clusters)
-    kind = PROBABILITY if f"{truth[0]}{PROBABILITY}" in tables[0] else ANSWER
     targets = torch.tensor([_numbers(tables[0][title]) for title in truth]).T
     answers = [torch.tensor([_numbers(table[f"{title}{kind}"]) for title in truth]).T for table in tables]
     both: list[Any]

@@ -63,8 +63,10 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
     """Return the rate nearest to the default among those within one standard error of the best score.
 
     A few hundred images can show a difference of some points, but not which of the best rates is best. (The rule of
-    one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.)
+    one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.) A trial that has
+    collapsed is never the best, though R2 may be below its 0.
     """
+    trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
     best = max(trial.val_score for trial in trials)
     error = math.sqrt(variance(best))
     alike = [trial.learning_rate for trial in trials if trial.val_score >= best - error]

@@ -337,9 +337,7 @@ class LabelAnswers:
     def macro(self, measure: str, weights: Tensor | None = None, steady: bool = False, **how: Any) -> Tensor:
         """The mean over the labels that have a figure; `steady`: where weights leave a label none, that over all."""
         figures = self.by_label(measure, weights, **how)
-        if steady:
-            figures = figures.where(figures.isfinite(), self.by_label(measure, **how))
-        return figures.nanmean(-1)
+        return _mean_of_those_there(figures, self.by_label(measure, **how) if steady else figures)
 
     def micro_average_precision(self, weights: Tensor | None = None, own: float = 1.0) -> Tensor:
         """All labels of all images in one ranking."""
@@ -352,8 +350,14 @@ class LabelAnswers:
         found = []
         for (scores, positive, counts), threshold in zip(self._known(weights), thresholds.tolist(), strict=True):
             figure = measures.f1(scores > threshold, positive, counts)
-            found.append(figure if positive.any() else figure * math.nan)
+            positives = positive.double().sum() if counts is None else counts.double() @ positive.double()
+            found.append(figure.where(positives > 0, torch.nan))
         return torch.stack(found, -1)
+
+    def macro_f1(self, thresholds: Tensor, weights: Tensor | None = None, steady: bool = False) -> Tensor:
+        """The mean over the labels, as `macro`."""
+        figures = self.f1(thresholds, weights)
+        return _mean_of_those_there(figures, self.f1(thresholds) if steady else figures)
 
     def micro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """Over all labels of all images."""
@@ -378,6 +382,11 @@ class LabelAnswers:
         for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
             known = ~targets.isnan()
             yield scores[known], targets[known], None if weights is None else weights[..., known]
+
+
+def _mean_of_those_there(figures: Tensor, otherwise: Tensor) -> Tensor:
+    """The mean of figures (..., K) that are numbers; where one is none it is that of `otherwise`, if that is one."""
+    return figures.where(figures.isfinite(), otherwise).nanmean(-1)
 
 
 class MultiLabel(Task):
