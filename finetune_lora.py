@@ -749,7 +749,7 @@ def main(
         if following := len(list(followers(model))):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
         if args.resume:
-            run.resume(args.resume, options.FREE_TO_CHANGE)
+            run.resume(args.resume, options.free_to_change(run.model))
         else:
             run.start()
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))

@@ -1423,6 +1423,15 @@ def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(start):
         assert bool(list(feed.followed_batches())) is (settled != "frozen")
 
 
+def test_a_network_without_batch_norm_goes_on_on_a_gpu(finetune, monkeypatch):
+    """Where the norms of a ResNet would be frozen; to a ViT that is no other setting."""
+    options = "--lora-rank 2 --epochs 2"
+    with pytest.raises(runs.Stopped):
+        finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
+    monkeypatch.setattr(finetune_lora.options, "settle_norms", lambda args, _: setattr(args, "norms", "frozen"))
+    assert finetune(f"{options} --resume", output="stopped")["epochs"] == 2
+
+
 def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import InputError, bands, splitting
 from toolkit.backbones import ARCHS, TIMM
@@ -247,6 +249,12 @@ FREE_TO_CHANGE = (
     *("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features"),
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
+
+
+def free_to_change(model: nn.Module) -> tuple[str, ...]:
+    """The settings in which a run of this model may go on otherwise: without a BatchNorm what becomes of them too."""
+    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return FREE_TO_CHANGE if has_norms else (*FREE_TO_CHANGE, "finetune.norms")
 
 
 def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
