@@ -1229,7 +1229,7 @@ def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypa
     """Random numbers of training included; and the loaders of the trials are gone, with their processes."""
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     loaders, real = [], FineTuning.finish
-    monkeypatch.setattr(FineTuning, "finish", lambda run: loaders.append(len(run.loaders)) or real(run))
+    monkeypatch.setattr(FineTuning, "finish", lambda run: loaders.append(len(run.feed.loaders)) or real(run))
     found = finetune("--learning-rate auto --mixup 0.5 --epochs 1", output="found")
     main = finetune_lora.main
     main(["--config", str(found["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"])
@@ -1592,7 +1592,7 @@ def test_a_run_started_elsewhere_is_repeated_from_its_config(images, fresh_clone
     (tmp_path / "mine/list.csv").write_text("\n".join(listed))
     (tmp_path / "else/where").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "else/where")
-    common = "--device cpu --epochs 1 --lora-rank 2"
+    common = "--checkpoint shipped --device cpu --epochs 1 --lora-rank 2"
     for sources in (f"--data-dir {tmp_path / 'mine'}", f"--data-list {tmp_path / 'mine/list.csv'}"):
         results = finetune_lora.main(f"{sources} --output-dir first {common}".split())
         again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
