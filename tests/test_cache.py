@@ -216,7 +216,7 @@ def test_fine_tuning_with_cached_images_is_what_it_is_without(finetune, where, p
     "flags, where",
     [
         ("--adapt-last 2", "disk"),
-        ("--adapt-last 1 --use-qlora --precision bf16", "ram"),
+        pytest.param("--adapt-last 1 --use-qlora --precision bf16", "ram", marks=pytest.mark.slow),
         ("--lora-rank 0", "disk"),
     ],
 )

@@ -461,6 +461,7 @@ def test_pictures_show_three_bands_stretched():
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stage_1_on_13_bands_goes_on_in_adapters_that_say_what_their_images_were(tiffs, tmp_path, capsys):
     argv = f"--data-dir {tiffs} --output-dir {tmp_path / 'pre'} --device cpu --workers 0 --scale 10000"
     argv += " --two-crops digits --epochs 1 --batch-size 8 --dim 8 --mlp-dim 8"

@@ -55,6 +55,7 @@ def test_the_sizes_are_those_of_files(capsys):
             assert merged == pytest.approx(full, rel=0.01) and four_bit < in_memory / 4
 
 
+@pytest.mark.slow
 def test_several_labels_are_found_and_answered(capsys):
     examples.main(["--only", "7"])
     printed = capsys.readouterr().out

@@ -106,7 +106,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
 @pytest.mark.parametrize(
     ("way", "signum", "workers"),
     [
-        ("lora", signal.SIGTERM, 1),
+        pytest.param("lora", signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param("full", signal.SIGINT, 0, marks=pytest.mark.slow),
         ("pretrain", signal.SIGINT, 0),
     ],
@@ -132,6 +132,7 @@ def never_ending_step():
     torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(60), step(*args, **kwargs))
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(start):
     child = start(before=never_ending_step)
     child.wait_for(lambda: "epoch 1/2" in child.output)
@@ -291,6 +292,7 @@ def test_a_killed_worker_names_the_image_that_it_was_reading(start, own_images, 
     assert_one_line(child, "a process that loads images was killed", str(stuck), "--workers 0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("CUDNN_STATUS_ALLOC_FAILED in conv")],

@@ -384,6 +384,7 @@ def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
     assert content["metadata"]["epoch"] == 0 and {layer["r"] for layer in content["layers"].values()} == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", ["within an epoch", "all epochs"])
 @pytest.mark.parametrize("options", ["", "--ema 0.9 --mixup 0.2 --cutmix 1"])
 def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, monkeypatch, tmp_path, done, options):
@@ -404,6 +405,7 @@ def test_a_run_resumed_into_another_folder_leaves_all_its_files_there(finetune, 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_reports_times_and_images_of_the_whole_run(finetune, monkeypatch):
     whole = finetune("--epochs 2")
     again = finetune("--epochs 2 --resume")  # nothing is left to do
@@ -563,6 +565,7 @@ def test_clipping_bounds_the_norm_of_the_whole_step(start):
         torch.testing.assert_close(clipped[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
     runs = [start(), start("--precision bf16")]
     for run in runs:  # the head is zero before
@@ -627,6 +630,7 @@ def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_tra
     assert 0 <= finetune_lora.main(alone.split())["val_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_a_head_starts_on_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
     """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training.
 
@@ -1023,6 +1027,7 @@ def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoc
     assert states[0]["guard"]["accuracies"] == states[1]["guard"]["accuracies"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.3, 1.0] * 4, 0)])
 def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path, accuracies, good):
     """And with the files of its last good adapter."""
@@ -1382,7 +1387,8 @@ def test_norms_may_train_beside_the_adapters(ways):
     assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
 
 
-@pytest.mark.parametrize("norms", ["", "--norms train", pytest.param("--norms frozen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norms", ["", "--norms train", "--norms frozen"])
 def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
@@ -1432,6 +1438,7 @@ def test_a_network_without_batch_norm_goes_on_on_a_gpu(finetune, monkeypatch):
     assert finetune(f"{options} --resume", output="stopped")["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
@@ -1446,6 +1453,7 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path
         assert torch.equal(ours[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_gives_norms_that_follow_their_statistics_itself(finetune, tmp_path):
     """A process that goes on with a finished run has evaluated nothing before."""
     torch.manual_seed(0)

@@ -111,6 +111,7 @@ def test_images_without_labels(run, flat, capsys):
     assert float(rows[1]["effective_rank"]) == results["effective_rank"] != float(rows[0]["effective_rank"])
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_and_repeats_itself(run, flat):
     often, seldom = (run(f"--data-dir {flat} --knn-every {n}", str(n)) for n in (1, 2))
     first, second = (torch.load(results["checkpoint"]) for results in (often, seldom))
@@ -213,6 +214,7 @@ def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
     assert seen == [[6, 6, 2, 2]]
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_what_is_frozen(run):
     results = run("--epochs 8 --save-every 1 --learning-rate 1e-3 --knn-every 8")
     first, last = (torch.load(results["checkpoint"].with_name(f"moco_stage1_epoch_{n}.pth")) for n in (1, 8))

@@ -89,6 +89,7 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monkeypatch):
     """Some labels are unknown, and the last batch of 21 images is of one: weights, thresholds and figures are one's."""
     for part in ("train", "val"):
@@ -113,13 +114,8 @@ def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monke
         assert results[name] == pytest.approx(alone[name], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "--norms train",
-        *(pytest.param(w, marks=pytest.mark.slow) for w in ("--lora-rank 0 --no-freeze-backbone", "--norms follow")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["--norms train", "--lora-rank 0 --no-freeze-backbone", "--norms follow"])
 def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkeypatch, what):
     """Of 21 images in batches of 10 one is left over, which BatchNorm cannot normalise."""
     torch.manual_seed(0)
@@ -254,6 +250,7 @@ def test_a_fault_in_one_process_stops_both_with_its_line(options, tmp_path, imag
     assert not any("Traceback" in child.output for child in children)
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_other(options, tmp_path):
     first, second = together("finetune_lora", options("lora"), tmp_path / "log")
     first.wait_for(lambda: "loss=" in first.output)
