@@ -202,12 +202,14 @@ def speedups(
 
     Measured once, from numbers in the first of the precisions, and told. Several processes get one answer.
     """
-    weight, tokens = (torch.ones(n, width, device=device) for n in (out, MEASURED_TOKENS[device.type]))
+    weight = torch.ones(out, width, device=device)
+    tokens = torch.ones(MEASURED_TOKENS[device.type], width, device=device)
     stored = Int8Weight.quantize(weight)
     ways = [functools.partial(F.linear, tokens.to(dtype), weight.to(dtype)) for dtype in precisions]
     ways.append(functools.partial(stored.linear, tokens.to(precisions[0])))
-    *in_floats, in_8_bits = distributed.all_sum(*(training.shortest_seconds(way, device) for way in ways))
-    times = {dtype: seconds / in_8_bits for dtype, seconds in zip(precisions, in_floats, strict=True)}
+    seconds = [training.shortest_seconds(way, device) for way in ways]
+    *in_floats, in_8_bits = distributed.all_sum(*seconds)
+    times = {dtype: own / in_8_bits for dtype, own in zip(precisions, in_floats, strict=True)}
     names = {dtype: name for name, dtype in training.DTYPES.items()}
     told = [f"{ratio:.1f} times the speed of {names[dtype]}" for dtype, ratio in times.items()]
     untested = "" if device.type == "cpu" else "; 8 bits have been tested on CPUs alone"
