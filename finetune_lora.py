@@ -840,6 +840,8 @@ class FineTuning(RunState):
         norms_train = training.batch_norm_trains(model)
         self.feed.add_loaders(norms_train)
         follow_statistics(self.network, self.feed.followed_batches(), required=args.norms == "follow")
+        if args.norms == "auto" and any(followers(model)):
+            args.norms = "follow"  # what config.yaml is to say, since `auto` is another thing on a GPU
         self.task = tasks.task_of_run(args, splits, device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)

@@ -1395,7 +1395,7 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
     argv += f" --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8 {norms}"
     results = finetune_lora.main(argv.split())
-    assert ("norms: 19 BatchNorms follow the adapters (--norms auto)" in capsys.readouterr().out) is (norms == "")
+    assert ("norms: 19 BatchNorms follow the adapters (--norms follow)" in capsys.readouterr().out) is (norms == "")
     deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
     plain = build_backbone("resnet18", 3).eval()
     plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
@@ -1439,14 +1439,18 @@ def test_a_network_without_batch_norm_goes_on_on_a_gpu(finetune, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, tmp_path):
+def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypatch, tmp_path):
     torch.manual_seed(0)
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --norms follow --epochs 2"
-    whole = finetune(options, output="whole")
+    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --epochs 2"
+    whole = finetune(f"{options} --norms follow", output="whole")
     with pytest.raises(runs.Stopped):  # at the first step of the second epoch
         finetune(options, output="stopped", after_epoch=lambda run: run.stop._note(2, None))
-    again = finetune(f"{options} --resume", output="stopped")
+    with monkeypatch.context() as on_a_gpu:  # where `auto` is another thing, and the message names what it was
+        on_a_gpu.setattr(finetune_lora.options, "settle_norms", lambda args, _: setattr(args, "norms", "frozen"))
+        with pytest.raises(InputError, match="norms was follow, is frozen"):
+            finetune(f"{options} --resume", output="stopped")
+    again = finetune(f"{options} --norms follow --resume", output="stopped")
     ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (again, whole))
     assert ours.keys() == theirs.keys() and "layer1.0.bn1.running_var" in ours
     for name, tensor in theirs.items():

@@ -130,6 +130,12 @@ def test_lists_of_numbers(tmp_path, text, names, values):
         ),
         (lists.read_label_list, "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
         (lists.read_label_list, "path,cat,cat\na.png,1,1\n", "expected a column with a name of its own"),
+        (
+            lists.read_label_list,
+            "path,cat,cat probability\na.png,1,1\n",
+            "'cat probability' is what the answers for cat will be called; give that label another name",
+        ),
+        (lists.read_number_list, "path,age,age answer\na.png,1,1\n", "'age answer' is what the answers for age"),
         (lists.read_label_list, "path,cat,dog\na.png,1,0\na.png,1,\n", "two labels for a.png"),
         (lists.read_label_list, "path,cat,dog\ngone.png,1,0\n", "1 of its files are not in"),
         (lists.read_number_list, "a.png,three\n", "'three' in the column number is not a number, or nothing"),

@@ -15,6 +15,7 @@ from toolkit import listed, measures, printable
 from toolkit.bands import Bands
 from toolkit.data import LabelledImages
 from toolkit.files import open_atomically
+from toolkit.lists import ANSWER, PROBABILITY
 from toolkit.report_page import (
     BLUE,
     ORANGE,
@@ -344,7 +345,7 @@ class LabelReport:
         columns = {}
         for name, truth, shares in zip(self.names, self.answers.targets.T, self.answers.probabilities.T, strict=True):
             columns[name] = ["" if math.isnan(value) else f"{value:g}" for value in truth.tolist()]
-            columns[f"{name} probability"] = [f"{share:.6f}" for share in shares.tolist()]
+            columns[name + PROBABILITY] = [f"{share:.6f}" for share in shares.tolist()]
         return columns
 
 
@@ -448,7 +449,7 @@ class NumberReport:
         columns = {}
         for name, truth, answers in zip(self.names, self.answers.targets.T, self.answers.answers.T, strict=True):
             columns[name] = ["" if math.isnan(value) else f"{value:.8g}" for value in truth.tolist()]
-            columns[f"{name} answer"] = [f"{value:.8g}" for value in answers.tolist()]
+            columns[name + ANSWER] = [f"{value:.8g}" for value in answers.tolist()]
         return columns
 
 

@@ -13,9 +13,9 @@ from toolkit import InputError, listed, measures, printable
 from toolkit.answer_reports import interval_text
 from toolkit.data import LabelledImages
 from toolkit.files import write_cells
+from toolkit.lists import ANSWER, PROBABILITY
 from toolkit.tasks import LabelAnswers, NumberAnswers
 
-PROBABILITY, ANSWER = " probability", " answer"  # at the end of the titles of columns of answers
 IMAGE, GROUP = "image", "group"  # the first columns; a label may be called the same, and then stands behind them
 IN_UNITS = ("R2", "mean absolute error")  # shown as numbers; all else is a share, shown in per cent
 

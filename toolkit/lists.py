@@ -18,6 +18,7 @@ from toolkit.folders import IMAGE_SUFFIXES, one_spelling
 
 UNKNOWN = ("ignore", "negative", "positive")  # what a label of which nothing is known means
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names them
+PROBABILITY, ANSWER = " probability", " answer"  # what the columns of a run's answers add to a label's name
 
 
 class Targets(NamedTuple):
@@ -300,6 +301,12 @@ def _named_labels(path: Path, rows: Sequence[Sequence[str]]) -> Targets:
 
 
 def _checked(path: Path, folder: Path, targets: Targets) -> Targets:
+    for name in targets.names:
+        if taken := [f"{name}{added}" for added in (PROBABILITY, ANSWER) if f"{name}{added}" in targets.names]:
+            raise InputError(
+                f"--data-list {path}: '{printable(taken[0])}' is what the answers for {printable(name)} will be "
+                "called; give that label another name"
+            )
     labels = [str(row) for row in targets.values.tolist()]  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
