@@ -340,6 +340,9 @@ VARIANTS = {
     "lora_norms": Variant("LoRA here, norms trained", lora_and_norms, save_here),
     "lora_follow": Variant("LoRA here, norms follow", lora_following_norms, save_here, models="resnet"),
     "qlora": Variant("QLoRA here", qlora, save_here, "bitsandbytes"),
+    "qlora_compiled": Variant(
+        *("QLoRA here, compiled", qlora, save_here, "bitsandbytes"), device="cuda", compiled=True
+    ),
     "qlora_16bit": Variant("QLoRA here, 16-bit activations", qlora, save_here, "bitsandbytes", around=SavedIn16Bits),
     "qlora_last_half": Variant("QLoRA here, last half of the blocks", qlora_last_half, save_here, "bitsandbytes"),
     "qlora_selective": Variant(

@@ -28,6 +28,7 @@ from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.utils import ValueWithLineMap
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.compare_peers import NUM_CLASSES
@@ -87,6 +88,7 @@ def _inductor_finds_a_gpu() -> Iterator[None]:
             mock.patch.object(torch.version, "cuda", "12.8"),
             mock.patch.object(torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True, create=True),
             mock.patch("importlib.util.find_spec", with_triton),
+            mock.patch.object(FakeTensorMode, "avoid_device_init", True),  # what it would ask is not there
             mock.patch("torch._inductor.scheduler.has_triton", lambda *args: True),
             mock.patch("torch._inductor.fx_passes.fuse_attention._sfdp_init", lambda *args: None),
             inductor_config.patch(fx_graph_cache=False, joint_graph_constant_folding=False),

@@ -409,6 +409,13 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     best_by = dict.fromkeys(by for task in TASKS.values() for by in task.best_by)
     tune.add_argument("--keep-best", choices=best_by, help="lora.pth is the best epoch by this, not the last")
     tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
+    _add_speed_options(tune)
+    tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
+    return tune
+
+
+def _add_speed_options(tune: argparse._ArgumentGroup) -> None:
+    """What a step computes in how many bits, keeps and compiles."""
     tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
     tune.add_argument(
         "--base-dtype",
@@ -438,12 +445,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentG
     )
     tune.add_argument(
         "--compile",
-        action=switch,
+        action=argparse.BooleanOptionalAction,
         default=False,
         help="torch.compile the training step's forward and backward: on CUDA into CUDA graphs; not yet run on a GPU",
     )
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
-    return tune
 
 
 def settle_norms(args: argparse.Namespace, device: torch.device) -> None:
