@@ -585,6 +585,7 @@ SCHEDULES = ("cosine", "step", "constant")
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
+COUNTED_EPOCHS = 10  # at most, of these steps: what more passes over few images learn fits these images alone
 LEAST_WARMUP_STEPS = 20
 
 
@@ -607,9 +608,9 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
 
 def plan_rates(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, float]:
     """The number of warm-up steps of a run, and the divisor of its learning rates."""
-    steps = steps_per_epoch * args.epochs
-    divisor = rate_divisor(args.learning_rate, steps) if args.head_init == "probe" else 1.0
-    return warmup_steps(args.warmup_epochs, steps_per_epoch, steps), divisor
+    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS)
+    divisor = rate_divisor(args.learning_rate, counted) if args.head_init == "probe" else 1.0
+    return warmup_steps(args.warmup_epochs, steps_per_epoch, steps_per_epoch * args.epochs), divisor
 
 
 def lr_schedule(
