@@ -921,13 +921,16 @@ def test_a_short_run_trains_at_a_lower_rate():
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.25e-3, rel=1e-2)
 
 
-def test_passes_over_few_images_beyond_ten_do_not_raise_the_rate():
+def test_more_passes_over_few_images_do_not_raise_the_rate():
+    """Of an epoch of n steps, 5 n passes count."""
+
     def divisor(epochs: int, steps_per_epoch: int) -> float:
         args = argparse.Namespace(epochs=epochs, learning_rate=1e-4, head_init="probe", warmup_epochs=0)
         return training.plan_rates(args, steps_per_epoch)[1]
 
     assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == training.rate_divisor(1e-4, 20)
-    assert divisor(5, 40) == divisor(50, 20) == 1
+    assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == training.rate_divisor(1e-4, 80)
+    assert divisor(25, 8) == divisor(5, 40) == 1
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):

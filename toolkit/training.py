@@ -585,7 +585,7 @@ SCHEDULES = ("cosine", "step", "constant")
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
-COUNTED_EPOCHS = 10  # at most, of these steps: what more passes over few images learn fits these images alone
+COUNTED_EPOCHS = 5  # at most, for each step of an epoch: what more passes over few images learn fits these alone
 LEAST_WARMUP_STEPS = 20
 
 
@@ -608,7 +608,7 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
 
 def plan_rates(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, float]:
     """The number of warm-up steps of a run, and the divisor of its learning rates."""
-    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS)
+    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
     divisor = rate_divisor(args.learning_rate, counted) if args.head_init == "probe" else 1.0
     return warmup_steps(args.warmup_epochs, steps_per_epoch, steps_per_epoch * args.epochs), divisor
 
