@@ -83,7 +83,7 @@ def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: flo
     if args.norms == "train" or not args.freeze_backbone:
         told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
     lowered = f"; 1/{args.learning_rate / rate:.0f} of what was asked for" if rate < args.learning_rate else ""
-    why = ", since few steps cannot correct what a high rate does" if lowered else ""
+    why = ", since few images or steps cannot correct what a high rate does" if lowered else ""
     return f"learning rate: {', '.join(told)}{lowered}{why}"
 
 
