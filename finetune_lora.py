@@ -57,7 +57,7 @@ from toolkit.answer_reports import headline
 from toolkit.backbones import headless, in_head
 from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
 from toolkit.collapse import CollapseGuard, EpochCollapsed, Recovery
-from toolkit.data import Splits, Transformed, build_loader, load_splits
+from toolkit.data import Splits, Transformed, build_loader, end_workers, load_splits
 from toolkit.evaluator import Evaluator
 from toolkit.feeding import Feed
 from toolkit.files import TOOLKIT
@@ -800,7 +800,7 @@ def search_learning_rate(
 
     def make_run(rate: float, epochs: int) -> FineTuning:
         nonlocal features, cached
-        loaders.clear()  # which ends the last trial's loading processes
+        end_workers(loaders)  # the last trial's
         training.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
         own["wise_ft"] = training.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
@@ -814,7 +814,7 @@ def search_learning_rate(
     settings = {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
     where = (len(parts.val), begin, args.output_dir, args.resume)
     found = search.choose_learning_rate(make_run, task, args.epochs, *where, settings, options.FREE_TO_CHANGE)
-    loaders.clear()
+    end_workers(loaders)
     training.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return found
 

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import io
 import json
 import math
+import multiprocessing
 import re
 import shlex
 import shutil
@@ -909,6 +911,23 @@ def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
     monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.99, *[None] * 3))
     run.train_epoch()
     assert run.average.share == kept
+
+
+@pytest.mark.slow
+def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune):
+    """Left to the collector of cycles they would wait there, and then take five seconds each to end."""
+    before, alive = {*multiprocessing.active_children()}, []
+
+    def note(run):
+        alive.append(len({*multiprocessing.active_children()} - before))
+
+    gc.disable()
+    try:
+        finetune("--workers 1 --learning-rate auto --epochs 1 --lora-rank 2", after_epoch=note)
+        assert alive[-1] in (1, 2), "the run's own loaders for training and for evaluation, not those of seven trials"
+        assert {*multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
 
 
 def test_a_short_run_trains_at_a_lower_rate():

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from toolkit import InputError, cache, distributed, output_folder, printable
-from toolkit.data import DOWNLOADED
+from toolkit.data import DOWNLOADED, end_workers
 from toolkit.folders import UnreadableImage
 from toolkit.training import base_dtype, check_arithmetic, select_device, select_precision
 
@@ -135,6 +135,8 @@ NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
 
+    The workers of its loaders end with the block.
+
     Args:
         device: where the run computes.
         saves_memory: advice for when memory runs out.
@@ -174,6 +176,8 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             f"a process that loads images was killed{reading} ({reason}): if memory "
             "ran out, use fewer --workers or --workers 0; else look at these images"
         ) from None
+    finally:
+        end_workers(loaders)
 
 
 def keep_freed_memory() -> None:
