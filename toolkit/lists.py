@@ -302,11 +302,12 @@ def _named_labels(path: Path, rows: Sequence[Sequence[str]]) -> Targets:
 
 def _checked(path: Path, folder: Path, targets: Targets) -> Targets:
     for name in targets.names:
-        if taken := [f"{name}{added}" for added in (PROBABILITY, ANSWER) if f"{name}{added}" in targets.names]:
-            raise InputError(
-                f"--data-list {path}: '{printable(taken[0])}' is what the answers for {printable(name)} will be "
-                "called; give that label another name"
-            )
+        for of_answers in (name + PROBABILITY, name + ANSWER):
+            if of_answers in targets.names:
+                raise InputError(
+                    f"--data-list {path}: '{printable(of_answers)}' is what the answers for {printable(name)} will be "
+                    "called; give that label another name"
+                )
     labels = [str(row) for row in targets.values.tolist()]  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 

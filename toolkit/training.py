@@ -585,7 +585,7 @@ SCHEDULES = ("cosine", "step", "constant")
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
 STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
-COUNTED_EPOCHS = 5  # at most, for each step of an epoch: what more passes over few images learn fits these alone
+COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
 LEAST_WARMUP_STEPS = 20
 
 
