@@ -38,13 +38,13 @@ from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
-from toolkit import InputError, comparison, geotags, listed, options, printable, reports, splitting, training
-from toolkit.answer_reports import REPORTS
-from toolkit.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.bands import Bands, from_metadata, recorded, settle
-from toolkit.checkpoints import checkpoint_path, describe_base, load_backbone, stored_checkpoint
+from toolkit import InputError, devices, listed, printable
+from toolkit.answers import comparison, evaluation
+from toolkit.answers.answer_reports import REPORTS
+from toolkit.answers.protocols import Measured, measure
+from toolkit.answers.report_page import write_page
+from toolkit.answers.tasks import Task, from_record
 from toolkit.config import positive_int, positive_share, unknown_words, worker_count
-from toolkit.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.files import (
     found_path,
     is_safetensors,
@@ -55,7 +55,10 @@ from toolkit.files import (
     write_safetensors,
     write_text,
 )
-from toolkit.folders import (
+from toolkit.images import geotags, splitting
+from toolkit.images.bands import Bands, from_metadata, recorded, settle
+from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
+from toolkit.images.folders import (
     ImageFiles,
     class_folders,
     evaluation_folder,
@@ -64,12 +67,12 @@ from toolkit.folders import (
     looked_for,
     tell_others,
 )
-from toolkit.lists import has_column, like, read_groups, read_list, read_targets
-from toolkit.protocols import Measured, measure
-from toolkit.report_page import write_page
-from toolkit.runs import faults_explained, progress_bar, run_script
-from toolkit.tasks import Task, from_record
-from toolkit.transforms import eval_transform
+from toolkit.images.lists import has_column, like, read_groups, read_list, read_targets
+from toolkit.images.transforms import eval_transform
+from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
+from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, stored_checkpoint
+from toolkit.run import options, reports
+from toolkit.run.runs import faults_explained, progress_bar, run_script
 
 # ------------------------------------------------------------------------------------------------- what is in a file
 
@@ -155,25 +158,25 @@ def compare(args: argparse.Namespace) -> list[comparison.Difference]:
 
 
 def protocols(args: argparse.Namespace) -> list[Measured]:
-    """Print how good a backbone's features are by the protocols of `toolkit.protocols`; with --output as a table, too.
+    """Print how good a backbone's features are by `toolkit.answers.protocols`; with --output as a table, too.
 
     What is not this command's are options of `finetune_lora.py`: they say which backbone, and which images.
     """
     own, _ = read_options([*args.rest, "--lora-rank", "0"])
     if own.task != "classification" or options.all_folds(own):
         raise InputError("protocols are for images of one class each, and for one division: no --task, no --folds 5")
-    device = training.select_device(own.device)
-    dtype = training.select_precision(own.precision, device)
+    device = devices.select_device(own.device)
+    dtype = devices.select_precision(own.precision, device)
     with faults_explained(device, "lower --batch-size") as loaders:
         splits, model, report = prepare(own)
         print(reports.describe_data(own, splits), describe_base(report, own.from_scratch), sep="\n")
         values = settle(own, report["arch"], report["channels"], splits.train)
         transform = eval_transform(report["image_size"], **values)
-        model, features = training.place(model, device), []
+        model, features = devices.place(model, device), []
         for images in (splits.train, splits.val):
             loader = build_loader(Transformed(images, transform), own.batch_size, workers=own.workers, device=device)
             loaders.append(loader)
-            found = training.extract_features(model, progress_bar(loader, "features"), device, dtype)
+            found = evaluation.extract_features(model, progress_bar(loader, "features"), device, dtype)
             features.append(tuple(tensor.cpu() for tensor in found))
     clusters = splits.train.clusters(), splits.val.clusters()
 
@@ -236,7 +239,7 @@ def embed(args: argparse.Namespace) -> Tensor:
 def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict[str, Any], Callable]]:
     """Yield the model on --device, its file's metadata, and a function that makes loaders; faults get a remedy."""
     device, precision = _device_and_precision(args)
-    training.check_arithmetic(args.arithmetic, device)
+    devices.check_arithmetic(args.arithmetic, device)
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
         if args.arithmetic == "int8":
@@ -247,19 +250,19 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
             loaders.append(build_loader(transformed, args.batch_size, workers=args.workers, device=device))
             return loaders[-1]
 
-        yield training.place(model, device), about, make_loader
+        yield devices.place(model, device), about, make_loader
 
 
 def _device_and_precision(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    device = training.select_device(args.device)
-    return device, training.select_precision("auto", device)
+    device = devices.select_device(args.device)
+    return device, devices.select_precision("auto", device)
 
 
 @torch.no_grad()
 def _outputs(args, model: nn.Module, loader, title: str) -> Tensor:
     """The model's output for all images, float32 on the CPU: (N, D)."""
     batches = (images for images, _ in progress_bar(loader, title))
-    outputs = training.map_batches(model, batches, *_device_and_precision(args))
+    outputs = evaluation.map_batches(model, batches, *_device_and_precision(args))
     return torch.cat([output.float().cpu() for output in outputs])
 
 
@@ -715,7 +718,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
             helped = "int8: multiply in 8 bits; for a large ViT on a CPU"
-            command.add_argument("--arithmetic", choices=training.ARITHMETICS, default="float", help=helped)
+            command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=helped)
     parsers["evaluate"].add_argument(
         "images",
         type=Path,

@@ -35,13 +35,14 @@ from finetune_lora import (
     load_finetuned,
 )
 from lora_utils import LoRAManager
-from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone
-from toolkit.data import Transformed, build_loader, load_splits
-from toolkit.runs import run_script
-from toolkit.tasks import MultiLabel
-from toolkit.training import all_outputs, evaluate, extract_features, select_device
-from toolkit.transforms import eval_transform, train_transform
+from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
+from toolkit.answers.tasks import MultiLabel
+from toolkit.devices import select_device
+from toolkit.images.data import Transformed, build_loader, load_splits
+from toolkit.images.transforms import eval_transform, train_transform
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run.runs import run_script
 
 
 def example_1_setup() -> nn.Module:

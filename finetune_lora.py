@@ -35,37 +35,24 @@ from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
 from lora.trained_norms import normalize
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
-from toolkit import (
-    InputError,
-    bands,
-    checkpoints,
-    collapse,
-    config,
-    distributed,
-    dotted,
-    late,
-    listed,
-    options,
-    output_folder,
-    reports,
-    runs,
-    search,
-    tasks,
-    training,
-)
-from toolkit.answer_reports import headline
-from toolkit.backbones import headless, in_head
-from toolkit.checkpoints import SHIPPED, checkpoint_path, describe_base, load_backbone, tensor_digest
-from toolkit.collapse import CollapseGuard, EpochCollapsed, Recovery
-from toolkit.data import Splits, Transformed, build_loader, end_workers, load_splits
-from toolkit.evaluator import Evaluator
-from toolkit.feeding import Feed
-from toolkit.files import TOOLKIT
-from toolkit.folds import cross_validate
-from toolkit.probe import HeadTemperature
-from toolkit.run_state import Part, RunState
-from toolkit.shared_norms import share_statistics
-from toolkit.transforms import eval_transform
+from toolkit import InputError, config, devices, distributed, dotted, listed
+from toolkit.answers import evaluation, tasks
+from toolkit.answers.answer_reports import headline
+from toolkit.answers.probe import HeadTemperature
+from toolkit.files import SHIPPED, TOOLKIT
+from toolkit.images import bands
+from toolkit.images.data import Splits, Transformed, build_loader, end_workers, load_splits
+from toolkit.images.transforms import eval_transform
+from toolkit.models import checkpoints
+from toolkit.models.backbones import headless, in_head
+from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, tensor_digest
+from toolkit.models.shared_norms import share_statistics
+from toolkit.run import collapse, late, optim, options, output_folder, reports, runs, search, training
+from toolkit.run.collapse import CollapseGuard, EpochCollapsed, Recovery
+from toolkit.run.evaluator import Evaluator
+from toolkit.run.feeding import Feed
+from toolkit.run.folds import cross_validate
+from toolkit.run.run_state import Part, RunState
 
 DEFAULT_CHECKPOINT = SHIPPED
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
@@ -577,7 +564,7 @@ def adapt_layers(
     return wrapped
 
 
-def multiply_in_8_bits(model: nn.Module, precision: torch.dtype, device: torch.device = training.CPU) -> nn.Module:
+def multiply_in_8_bits(model: nn.Module, precision: torch.dtype, device: torch.device = devices.CPU) -> nn.Module:
     """Merge a model's adapters and store its weights, but the head's, in 8 bits, if the device is faster in them.
 
     It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
@@ -724,8 +711,8 @@ def main(
         InputError: anything wrong with the options, the data or the files.
     """
     args, sources = read_options(argv)
-    device = training.select_device(args.device)
-    dtype = training.select_precision(args.precision, device)
+    device = devices.select_device(args.device)
+    dtype = devices.select_precision(args.precision, device)
     options.settle_norms(args, device)
     distributed.join(device)
     if args.eval_only:
@@ -737,14 +724,14 @@ def main(
     held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
     with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
         print(config.describe_options(make_parser(), args, sources))
-        training.seed_everything(args.seed)
+        devices.seed_everything(args.seed)
         splits, model, report = prepare(args)
         print(reports.describe_data(args, splits), describe_base(report, args.from_scratch), sep="\n")
         args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
-        print(training.describe_device(device, dtype))
+        print(devices.describe_device(device, dtype))
         if args.learning_rate == "auto":
             args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
-        run = FineTuning(args, training.place(model, device), report, splits, device, dtype, loaders)
+        run = FineTuning(args, devices.place(model, device), report, splits, device, dtype, loaders)
         print(reports.describe_rates(args, run.recovery.rate, run.adapter_lr_factor))
         if following := len(list(followers(model))):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
@@ -782,8 +769,8 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     elif args.arithmetic == "int8" and args.freeze_backbone:
-        device = training.select_device(args.device)
-        multiply_in_8_bits(model, training.select_precision(args.precision, device), device)
+        device = devices.select_device(args.device)
+        multiply_in_8_bits(model, devices.select_precision(args.precision, device), device)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
@@ -795,19 +782,19 @@ def search_learning_rate(
     args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    parts, random_state, task = search.parts_of(splits), training.rng_state(), tasks.task_of_run(args, splits, device)
+    parts, random_state, task = search.parts_of(splits), devices.rng_state(), tasks.task_of_run(args, splits, device)
     features, cached = None, None  # of the first trial, for all of them
 
     def make_run(rate: float, epochs: int) -> FineTuning:
         nonlocal features, cached
         end_workers(loaders)  # the last trial's
-        training.seed_everything(args.seed)
+        devices.seed_everything(args.seed)
         own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
-        own["wise_ft"] = training.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
+        own["wise_ft"] = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
         model, report = build_model(args, len(splits.class_names))
         training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
         own_args = argparse.Namespace(**vars(args) | own)
-        run = FineTuning(own_args, training.place(model, device), report, parts, device, dtype, loaders, cached)
+        run = FineTuning(own_args, devices.place(model, device), report, parts, device, dtype, loaders, cached)
         cached, features = run.feed.images, run.start(features)
         return run
 
@@ -815,15 +802,15 @@ def search_learning_rate(
     where = (len(parts.val), begin, args.output_dir, args.resume)
     found = search.choose_learning_rate(make_run, task, args.epochs, *where, settings, options.FREE_TO_CHANGE)
     end_workers(loaders)
-    training.restore_rng_state(random_state)  # so that a run given the rate found is this one
+    devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return found
 
 
 class FineTuning(RunState):
     """One run: the model, its optimizer, its data, and how far it has come.
 
-    A study changes the loss in `loss`, the optimizer in `toolkit.training.build_optimizer` and the augmentation in
-    `toolkit.transforms.train_transform`, and nothing else.
+    A study changes the loss in `loss`, the optimizer in `toolkit.run.optim.build_optimizer` and the augmentation in
+    `toolkit.images.transforms.train_transform`, and nothing else.
     """
 
     def __init__(
@@ -834,10 +821,10 @@ class FineTuning(RunState):
         self.network = model  # what computes on what the feed has: images, or features that are cached of them
         self.feed = Feed(args, splits, report["image_size"], device, loaders, self.meter, cached)
         if args.cache_features != "none":
-            with training.eval_mode(model):
+            with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
                 self.feed.cache_features(lower, dtype)
-        norms_train = training.batch_norm_trains(model)
+        norms_train = evaluation.batch_norm_trains(model)
         self.feed.add_loaders(norms_train)
         follow_statistics(self.network, self.feed.followed_batches(), required=args.norms == "follow")
         if args.norms == "auto" and any(followers(model)):
@@ -845,13 +832,13 @@ class FineTuning(RunState):
         self.task = tasks.task_of_run(args, splits, device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
-        optimizer = training.build_optimizer(model, args, self.adapter_lr_factor)
+        optimizer = optim.build_optimizer(model, args, self.adapter_lr_factor)
         steps_per_epoch = math.ceil(len(self.feed.train_loader) / args.accumulation_steps)
-        warmup, divisor = training.plan_rates(args, steps_per_epoch)
+        warmup, divisor = optim.plan_rates(args, steps_per_epoch)
         self.begin_training(self.network, optimizer, steps_per_epoch, warmup, divisor)
 
         self.head_temperature = HeadTemperature()
-        self.average = training.WeightAverage.of(model, args, self.task.counts(splits.train))
+        self.average = optim.WeightAverage.of(model, args, self.task.counts(splits.train))
         self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype, write_statistics)
         self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, norms_train or not args.freeze_backbone)
         self.recovery = Recovery(self.guard, args.learning_rate / divisor)
@@ -887,7 +874,7 @@ class FineTuning(RunState):
                 self.backward(micro_batches, factor)
 
         if self.args.lora_init == "gradient":
-            with training.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
+            with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
                 initialization.start_at_gradient(self.model, backward, self.args.seed)
         self.average.begin()
         # The batches' losses first: what they leave of a BatchNorm's statistics is not the start's.
@@ -943,7 +930,7 @@ class FineTuning(RunState):
             accuracy = self.evaluator.judge(self.guard, may_shrink=self.args.wise_ft == "auto")
             result = self.evaluator.validate(self.stop.watched)
         self.recovery.end_epoch(accuracy)  # not before: a stop may interrupt the evaluation
-        rates = training.own_rates(self.args, now.learning_rate, self.adapter_lr_factor)
+        rates = optim.own_rates(self.args, now.learning_rate, self.adapter_lr_factor)
         self.history.append(now.row(epoch, result, rates))
         self.progress = None
 
@@ -955,7 +942,7 @@ class FineTuning(RunState):
         if self.args.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
-        if training.stepped(self.scaler, self.optimizer):
+        if optim.stepped(self.scaler, self.optimizer):
             self.schedule.step()
             self.average.update()
         return figures
@@ -964,11 +951,11 @@ class FineTuning(RunState):
         """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits, unread."""
         measured = []
         for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = self.task.mix(training.to_device(images, self.device), labels)
-            labels = training.to_device(labels, self.device)
+            images, labels = self.task.mix(devices.to_device(images, self.device), labels)
+            labels = devices.to_device(labels, self.device)
             is_last = number == micro_batches.number  # only then do the processes exchange gradients
             with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with training.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
+                with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
                     logits = self.parallel(images)
                 loss = self.loss(logits.float(), labels)
                 self.scaler.scale(loss * factor).backward()
@@ -976,7 +963,7 @@ class FineTuning(RunState):
         return late.Figures(measured, self.stop.signum > 0)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.tasks`."""
+        """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.answers.tasks`."""
         return self.task.loss(logits, labels)
 
     def retreat(self, why: str) -> None:
@@ -988,7 +975,7 @@ class FineTuning(RunState):
         if self.recovery.has_failed:
             self.save()
             raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
-        training.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
+        optim.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
             self.task.soften_head(self.model, self.temperature() / temperature)
             self.start_adapters()
@@ -1039,7 +1026,7 @@ def evaluate_adapter(
         multiply_in_8_bits(model, dtype, device)
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
-    result = task.evaluate(training.place(model, device), loaders[-1], device, dtype)
+    result = task.evaluate(devices.place(model, device), loaders[-1], device, dtype)
     print(f"{args.eval_only}: {headline(task, result)}, loss {result.loss:.4f}")
     return {f"val_{task.score}": result.score, "val_loss": result.loss}
 

@@ -24,8 +24,6 @@ from lora.followed_norms import remember_replaced, statistics_of_base, stop_foll
 from lora.fusion import unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
-from toolkit.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
-from toolkit.checkpoints import CHANNEL_FITS, is_none, tensor_digest
 from toolkit.files import (
     found_path,
     is_plain_tensor,
@@ -35,6 +33,8 @@ from toolkit.files import (
     save_atomically,
     write_safetensors,
 )
+from toolkit.models.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
+from toolkit.models.checkpoints import CHANNEL_FITS, is_none, tensor_digest
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -50,7 +50,7 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     position embedding is that of the checkpoint's: so digests are the same on every machine.
     """
     digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
-    for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.checkpoints.load_backbone
+    for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.models.checkpoints.load_backbone
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
     return digests | other_heads(model)

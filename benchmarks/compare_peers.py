@@ -67,11 +67,12 @@ from lora.split import split_model
 from lora.targets import choose_layers
 from lora_utils import LoRAManager
 from toolkit import InputError
-from toolkit.backbones import block_names, build_backbone, default_image_size, head_name
 from toolkit.config import positive_int
-from toolkit.output_folder import begin_folder
-from toolkit.runs import run_script
-from toolkit.training import autocast, compiled, fused, peak_memory_bytes, select_device, select_precision
+from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
+from toolkit.models.backbones import block_names, build_backbone, default_image_size, head_name
+from toolkit.run.optim import fused
+from toolkit.run.output_folder import begin_folder
+from toolkit.run.runs import run_script
 
 MODELS = ("resnet18", "resnet50", "vit_small", "vit_b_16", "vit_l_16")
 NUM_CLASSES = 100

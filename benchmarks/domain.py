@@ -36,12 +36,14 @@ from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
 from moco import pretrain
-from toolkit import InputError, config, options, training
+from toolkit import InputError, config, devices
+from toolkit.answers import evaluation
+from toolkit.answers.probe import head_accuracy, init_head_from_probe
 from toolkit.config import positive_int
-from toolkit.data import Transformed, build_loader, load_splits
-from toolkit.probe import head_accuracy, init_head_from_probe
-from toolkit.runs import run_script
-from toolkit.transforms import eval_transform
+from toolkit.images.data import Transformed, build_loader, load_splits
+from toolkit.images.transforms import eval_transform
+from toolkit.run import options
+from toolkit.run.runs import run_script
 
 ADAPTERS = ["--lora-rank", "8"]
 # title, flags of stage 1 (None: no stage 1), the learning rates that it tries
@@ -151,11 +153,11 @@ def probes(flags: list[str], budgets: list[int]) -> dict[int, list[float]]:
     model, report = load_base(
         args.checkpoint, args.stage1_adapter, len(splits.class_names), args.arch, args.image_size, args.heads
     )
-    device = training.select_device(args.device)
+    device = devices.select_device(args.device)
     model.to(device)
     images = [Transformed(part, eval_transform(report["image_size"])) for part in splits[:2]]
     loaders = [build_loader(part, args.batch_size, workers=args.workers, device=device) for part in images]
-    (features, labels), held_out = (training.extract_features(model, loader, device) for loader in loaders)
+    (features, labels), held_out = (evaluation.extract_features(model, loader, device) for loader in loaders)
     accuracies: dict[int, list[float]] = {budget: [] for budget in budgets}
     for budget, seed in itertools.product(budgets, range(DRAWS)):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(device)
@@ -195,17 +197,17 @@ class Steps:
     """Steps of stage 1 on random views."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, training.select_device(args.device)
-        self.dtype = training.select_precision(args.precision, self.device)
+        self.args, self.device = args, devices.select_device(args.device)
+        self.dtype = devices.select_precision(args.precision, self.device)
         self.model = pretrain.build_model(args, self.device)[0].train()
         self.optimizer = pretrain.build_optimizer(self.model, args)
         size = (args.batch_size, 3, args.image_size, args.image_size)
-        self.views = [training.to_device(torch.randn(size), self.device) for _ in range(2)]
+        self.views = [devices.to_device(torch.randn(size), self.device) for _ in range(2)]
 
     def step(self) -> float:
         """Seconds."""
         started = time.perf_counter()
-        with training.autocast(self.device, self.dtype):
+        with devices.autocast(self.device, self.dtype):
             loss = self.model(*self.views, self.args.momentum)
         self.optimizer.zero_grad()
         loss.backward()
@@ -229,13 +231,13 @@ def step_times(both: dict[str, argparse.Namespace]) -> dict[str, list[float]]:
 
 def peak_of_steps(args: argparse.Namespace) -> int:
     """Peak bytes of this process above its imports."""
-    device = training.select_device(args.device)
+    device = devices.select_device(args.device)
     forget_peak(device)
-    before = training.peak_memory_bytes(device)
+    before = devices.peak_memory_bytes(device)
     steps = Steps(args)
     for _ in range(MEMORY_STEPS):
         steps.step()
-    return training.peak_memory_bytes(device) - before
+    return devices.peak_memory_bytes(device) - before
 
 
 # ----------------------------------------------------------------------------------------------------------- report

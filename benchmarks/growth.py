@@ -27,8 +27,8 @@ from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
 from lora.backends import PREFERS_ONEDNN_LINEAR
 from toolkit.config import positive_float, positive_int
-from toolkit.runs import run_script
-from toolkit.training import CUDA_CONTEXT_BYTES
+from toolkit.devices import CUDA_CONTEXT_BYTES
+from toolkit.run.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
 PEERS = ("full", "peft")

@@ -40,10 +40,10 @@ from benchmarks.compare_peers import (
 )
 from benchmarks.compiled import replayed
 from benchmarks.operators import AsOnGPU, branches_of_a_gpu, narrow
-from toolkit import training
 from toolkit.config import positive_int
-from toolkit.output_folder import begin_folder
-from toolkit.runs import run_script
+from toolkit.run import training
+from toolkit.run.output_folder import begin_folder
+from toolkit.run.runs import run_script
 
 BATCH, SIZE, RANK, WIDTH = 2, 8, 2, 8
 

@@ -40,11 +40,12 @@ from torchvision import transforms as T
 import finetune_lora
 from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
-from toolkit import InputError, data, transforms
-from toolkit.backbones import build_backbone
-from toolkit.bands import Bands
+from toolkit import InputError
 from toolkit.config import positive_int
-from toolkit.runs import run_script
+from toolkit.images import data, transforms
+from toolkit.images.bands import Bands
+from toolkit.models.backbones import build_backbone
+from toolkit.run.runs import run_script
 
 # Width, height and the noise's standard deviation in levels of 256. Noise is what takes bytes, and bytes are what takes
 # time even where a JPEG is decoded at a reduced size.

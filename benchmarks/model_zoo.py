@@ -29,8 +29,8 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.adapted import adapted_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.runs import run_script
+from toolkit.models.backbones import build_backbone
+from toolkit.run.runs import run_script
 
 EXACT = 1e-9  # relative, in float64
 CLASSES = 5

@@ -24,7 +24,7 @@ from torchvision.models import ResNet, VisionTransformer
 
 from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, Training, build_variant, random_batch
 from lora import backends
-from toolkit.backbones import build_backbone
+from toolkit.models.backbones import build_backbone
 
 BLOCK = 512  # bytes: PyTorch's allocator on CUDA hands out multiples of it
 # How many tensors and blocks of numbers one launch of a `_foreach` operator takes (ATen's MultiTensorApply.cuh).

@@ -39,10 +39,10 @@ import finetune_lora
 from benchmarks import MEASURED
 from lora.targets import choose_layers
 from toolkit import InputError
-from toolkit.backbones import head_name
-from toolkit.collapse import Collapsed
 from toolkit.config import positive_int
-from toolkit.runs import run_script
+from toolkit.models.backbones import head_name
+from toolkit.run.collapse import Collapsed
+from toolkit.run.runs import run_script
 
 PROBE = ["--lora-rank", "0"]
 FULL = ["--lora-rank", "0", "--no-freeze-backbone"]

@@ -52,10 +52,10 @@ from benchmarks.operators import Operator, Recording, record
 from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError
-from toolkit.backbones import default_image_size
 from toolkit.config import positive_int
-from toolkit.output_folder import begin_folder
-from toolkit.runs import run_script
+from toolkit.models.backbones import default_image_size
+from toolkit.run.output_folder import begin_folder
+from toolkit.run.runs import run_script
 
 
 class Card(NamedTuple):

@@ -32,10 +32,11 @@ import deploy_lora
 import finetune_lora
 from benchmarks import MEASURED
 from benchmarks.quality import METHODS, Log, Run, quiet
-from toolkit import InputError, listed, transforms
-from toolkit.collapse import Collapsed
-from toolkit.lists import read_list
-from toolkit.runs import run_script
+from toolkit import InputError, listed
+from toolkit.images import transforms
+from toolkit.images.lists import read_list
+from toolkit.run.collapse import Collapsed
+from toolkit.run.runs import run_script
 
 GROUPS = {
     "natural": ("cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"),

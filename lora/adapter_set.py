@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_named, recorded_settings, stock_class
 from lora.fusion import fuse
 from toolkit import InputError
-from toolkit.backbones import head_name, in_head
+from toolkit.models.backbones import head_name, in_head
 
 DEFAULT = "default"  # the name that an adapter without a name gets
 

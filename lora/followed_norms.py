@@ -31,7 +31,7 @@ from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
 from lora.together import Followed
 from toolkit import InputError
-from toolkit.training import eval_mode
+from toolkit.answers.evaluation import eval_mode
 
 PATCHES = 512  # how many patches C is estimated from
 COMPONENTS = 64  # how many principal components of C are kept

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import backends
-from toolkit import distributed, training
-from toolkit.backbones import in_head
+from toolkit import devices, distributed
+from toolkit.models.backbones import in_head
+from toolkit.run import training
 
 LARGEST = 127  # -128 has no counterpart
 # Numbers in a block of rows: when rounding it stays in a core's cache, in a product it is worth reading W for.
@@ -176,8 +177,8 @@ def base_dtype(args, model: nn.Module) -> torch.dtype | None:
     dtype = training.base_dtype(args)
     if dtype != torch.int8:
         return dtype
-    device = training.select_device(args.device)
-    precision = training.select_precision(args.precision, device)
+    device = devices.select_device(args.device)
+    precision = devices.select_precision(args.precision, device)
     return dtype if pays(model, precision, device) else precision
 
 
@@ -207,10 +208,10 @@ def speedups(
     stored = Int8Weight.quantize(weight)
     ways = [functools.partial(F.linear, tokens.to(dtype), weight.to(dtype)) for dtype in precisions]
     ways.append(functools.partial(stored.linear, tokens.to(precisions[0])))
-    seconds = [training.shortest_seconds(way, device) for way in ways]
+    seconds = [devices.shortest_seconds(way, device) for way in ways]
     *in_floats, in_8_bits = distributed.all_sum(*seconds)
     times = {dtype: own / in_8_bits for dtype, own in zip(precisions, in_floats, strict=True)}
-    names = {dtype: name for name, dtype in training.DTYPES.items()}
+    names = {dtype: name for name, dtype in devices.DTYPES.items()}
     told = [f"{ratio:.1f} times the speed of {names[dtype]}" for dtype, ratio in times.items()]
     untested = "" if device.type == "cpu" else "; 8 bits have been tested on CPUs alone"
     print(

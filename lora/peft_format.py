@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from lora.adapted import AdaptedLayer, LoRASettings, is_adapted
 from lora.targets import outermost_layers
 from toolkit import InputError, listed, printable
-from toolkit.backbones import head_name
-from toolkit.bands import from_metadata
 from toolkit.files import read_safetensors
+from toolkit.images.bands import from_metadata
+from toolkit.models.backbones import head_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # precedes the base's names inside a PeftModel
@@ -92,9 +92,8 @@ def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
     """Write the adapters of a model and its head into a folder, as `PeftModel.save_pretrained` would.
 
-    The metadata about images (`about`, from `toolkit.bands.recorded`) and the meaning of the outputs (`task`, from
-    `toolkit.tasks.Task.record`) are written into the file's header, for a conversion back. `obstacles` must have found
-    none.
+    The metadata about images (`about`, from `bands.recorded`) and the meaning of the outputs (`task`) are
+    written into the file's header, for a conversion back. `obstacles` must have found none.
     """
     layers = _adapted_layers(model)
     head = head_name(model)
@@ -175,7 +174,7 @@ def values_of(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_of(folder: Path) -> Any:
-    """The task that `write_peft` recorded, for `toolkit.tasks.from_record`."""
+    """The task that `write_peft` recorded, for `toolkit.answers.tasks.from_record`."""
     try:
         return json.loads(read_safetensors(folder / WEIGHTS)[1].get(TASK, "null"))
     except ValueError as error:  # an InputError is one too

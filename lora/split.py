@@ -11,7 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from lora.fusion import STOCK, FusedResNet, FusedVisionTransformer
 from toolkit import InputError
-from toolkit.backbones import block_names, head_name, headless
+from toolkit.models.backbones import block_names, head_name, headless
 
 
 class UpperResNet(FusedResNet):
@@ -42,8 +42,8 @@ class HeadAlone(nn.Module):
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
 
-    The upper half has the `last` blocks (see `toolkit.backbones.block_names`) and the head; None: only the head. It is
-    a shallow copy of the model, and shares every layer.
+    The upper half has the `last` blocks (see `backbones.block_names`) and the head; None: only the head. It is a
+    shallow copy of the model, and shares every layer.
 
     Raises:
         InputError: `last` is given, and the model is not of torchvision's ResNet or ViT class.

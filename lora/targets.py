@@ -15,7 +15,7 @@ from lora.adapted import ADAPTED, LoRASettings, is_adapted
 from lora.backends import LOW_PRECISION
 from lora.nf4 import bitsandbytes_functional
 from toolkit import InputError, listed
-from toolkit.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
+from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
 
 def matches_layer(name: str, target: str) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import VisionTransformer
 
 from toolkit import distributed
-from toolkit.backbones import head_name
+from toolkit.models.backbones import head_name
 
 
 class MomentumContrast(nn.Module):

@@ -30,28 +30,17 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
-from toolkit import (
-    InputError,
-    bands,
-    checkpoints,
-    config,
-    data,
-    distributed,
-    late,
-    measures,
-    options,
-    output_folder,
-    reports,
-    runs,
-    training,
-    transforms,
-)
-from toolkit.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
-from toolkit.cache import cache_images
+from toolkit import InputError, config, devices, distributed
+from toolkit.answers import evaluation, measures
 from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
-from toolkit.run_state import Part, RunState
-from toolkit.shared_norms import share_statistics
+from toolkit.images import bands, data, transforms
+from toolkit.images.cache import cache_images
+from toolkit.models import checkpoints
+from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
+from toolkit.models.shared_norms import share_statistics
+from toolkit.run import late, optim, options, output_folder, reports, runs, training
+from toolkit.run.run_state import Part, RunState
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
 FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
@@ -71,15 +60,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns:
         The content of `results.json`. From the last epoch: `loss`, `knn_accuracy` (0 to 1; None without labels),
-        `effective_rank` and, without labels, `alignment` and `uniformity` (`toolkit.measures`). `before`: the same
+        `effective_rank` and, without labels, `alignment` and `uniformity` (`answers.measures`). `before`: the same
         measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
         `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
     args, _ = config.parse_args(make_parser(), argv, check=complete)
-    device = training.select_device(args.device)
-    dtype = training.select_precision(args.precision, device)
+    device = devices.select_device(args.device)
+    dtype = devices.select_precision(args.precision, device)
     distributed.join(device)
-    training.seed_everything(args.seed)
+    devices.seed_everything(args.seed)
     held = output_folder.held(args.output_dir, "moco.pretrain", list(written(args)), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
@@ -91,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         unlabelled = "" if run.knn_loaders else " without labels"
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
         print(f"model: {args.arch}, MoCo v{args.moco_version}")
-        print(training.describe_device(device, dtype))
+        print(devices.describe_device(device, dtype))
         if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
@@ -163,9 +152,9 @@ def make_parser() -> argparse.ArgumentParser:
     moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     moco.add_argument("--learning-rate", "--lr", type=positive_float, default=1e-3)
     moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
-    moco.add_argument("--schedule", choices=training.SCHEDULES, default="cosine")
+    moco.add_argument("--schedule", choices=optim.SCHEDULES, default="cosine")
     moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
-    moco.add_argument("--precision", choices=training.PRECISIONS, default="auto")
+    moco.add_argument("--precision", choices=devices.PRECISIONS, default="auto")
     moco.add_argument("--momentum", type=config.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
     moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
     moco.add_argument("--dim", type=positive_int, help="width of queries and keys; default: the checkpoint's, else 256")
@@ -263,13 +252,13 @@ class Pretraining(RunState):
     def step(self, batch: tuple[int, float, Sequence[torch.Tensor]]) -> late.Figures:
         """Take the optimizer step of this number on two views (N, 3, S, S); return the loss, unread."""
         number, _, views = batch
-        x1, x2 = (training.to_device(view, self.device) for view in views)
+        x1, x2 = (devices.to_device(view, self.device) for view in views)
         m = self.model.momentum(number / (self.args.epochs * len(self.loader)))
-        with training.autocast(self.device, self.dtype):
+        with devices.autocast(self.device, self.dtype):
             loss = self.parallel(x1, x2, m)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        if training.stepped(self.scaler, self.optimizer):
+        if optim.stepped(self.scaler, self.optimizer):
             self.schedule.step()
         return late.Figures([loss.detach()[None]], self.stop.signum > 0)
 
@@ -308,9 +297,9 @@ class Pretraining(RunState):
         measured = {}
         if self.knn_loaders:
             bank_loader, query_loader = self.knn_loaders
-            features, labels = training.extract_features(encoder, bank_loader, self.device, self.dtype)
-            queries = training.extract_features(encoder, query_loader, self.device, self.dtype)
-            measured["knn_accuracy"] = training.knn_accuracy(features, labels, *queries)
+            features, labels = evaluation.extract_features(encoder, bank_loader, self.device, self.dtype)
+            queries = evaluation.extract_features(encoder, query_loader, self.device, self.dtype)
+            measured["knn_accuracy"] = evaluation.knn_accuracy(features, labels, *queries)
             some = features[:: math.ceil(len(features) / MEASURED_IMAGES)]  # spread evenly: they are sorted by class
             measured["effective_rank"] = measures.effective_rank(some)
         if self.view_loader:
@@ -325,7 +314,7 @@ class Pretraining(RunState):
         """Features (N, D) of the first (0) or the second view (1) of some images: the same views each time."""
         self.view_loader.batch_sampler.epoch = 0
         view = ((views[number], labels) for views, labels in self.view_loader)
-        return training.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
+        return evaluation.extract_features(self.model.encoder_q, view, self.device, self.dtype)[0]
 
     def save_adapters(self) -> None:
         """Write `moco_lora.pth`, which `finetune_lora.py --stage1-adapter` reads."""
@@ -397,7 +386,7 @@ class Pretraining(RunState):
             **{name: last[name] for name in ("loss", *measures.TITLES)},
             "before": self.baseline,
             "epochs": self.epoch,
-            "peak_memory_bytes": training.peak_memory_bytes(self.device),
+            "peak_memory_bytes": devices.peak_memory_bytes(self.device),
             "seconds": sum(row["seconds"] for row in self.history),
             **self.meter.results(),
             "checkpoint": self.path(file),
@@ -507,7 +496,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Modu
         backbone = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3)
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
-    model = contrast(training.place(backbone, device), args).to(device)
+    model = contrast(devices.place(backbone, device), args).to(device)
     fuse(model.encoder_k)  # it gets no gradient
     return model, origin + "".join(start_from(model, parts))
 
@@ -542,7 +531,7 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.O
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options, fused=training.fused(model))
+        return torch.optim.AdamW(parameters, **options, fused=optim.fused(model))
     return {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer](parameters, momentum=0.9, **options)
 
 

@@ -65,7 +65,7 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from toolkit.runs import run_script
+    from toolkit.run.runs import run_script
 
     __import__(module)
     if before:

@@ -16,9 +16,10 @@ from PIL import Image
 
 import finetune_lora
 from tests.checkpoint_files import without_head
-from toolkit import answer_reports, collapse, reports, training
-from toolkit.backbones import build_backbone
-from toolkit.data import LabelledImages, load_splits
+from toolkit.answers import answer_reports
+from toolkit.images.data import LabelledImages, load_splits
+from toolkit.models.backbones import build_backbone
+from toolkit.run import collapse, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
 
@@ -104,7 +105,7 @@ def finetune(base, images, tmp_path):
         return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
         yield run
 
 

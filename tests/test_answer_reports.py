@@ -1,4 +1,4 @@
-"""toolkit/answer_reports.py: the figures, tables and pictures of several labels an image, and of numbers."""
+"""toolkit/answers/answer_reports.py: the figures, tables and pictures of several labels an image, and of numbers."""
 
 import json
 import math
@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from toolkit import answer_reports, tasks
-from toolkit.data import LabelledImages
-from toolkit.training import Evaluation
+from toolkit.answers import answer_reports, tasks
+from toolkit.answers.evaluation import Evaluation
+from toolkit.images.data import LabelledImages
 
 pytestmark = pytest.mark.usefixtures("pictures")
 NAMES = ["cat", "a $dog$", "eel"]

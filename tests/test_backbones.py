@@ -6,14 +6,7 @@ import torchvision
 from torch import nn
 
 from toolkit import InputError
-from toolkit.backbones import (
-    ARCHS,
-    block_names,
-    build_backbone,
-    default_image_size,
-    forward_features,
-    head_name,
-)
+from toolkit.models.backbones import ARCHS, block_names, build_backbone, default_image_size, forward_features, head_name
 
 WIDTHS = {
     "resnet18": 512,

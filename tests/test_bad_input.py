@@ -27,8 +27,8 @@ from PIL import Image
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from toolkit.backbones import build_backbone
-from toolkit.runs import run_script
+from toolkit.models.backbones import build_backbone
+from toolkit.run.runs import run_script
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,11 @@ import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.bands import Bands, describe_pages
-from toolkit.cache import cache_images
-from toolkit.data import load_splits
-from toolkit.geotags import centre
+from toolkit.images.bands import Bands, describe_pages
+from toolkit.images.cache import cache_images
+from toolkit.images.data import load_splits
+from toolkit.images.geotags import centre
+from toolkit.models.backbones import build_backbone
 
 tifffile = pytest.importorskip("tifffile")
 

@@ -12,7 +12,7 @@ from torch import nn
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.nf4 import dense_weight
 from moco.builder import MoCo, MoCoV3, feature_dim, mlp
-from toolkit.backbones import build_backbone, head_name
+from toolkit.models.backbones import build_backbone, head_name
 
 
 class Tiny(nn.Module):

@@ -1,4 +1,4 @@
-"""toolkit/cache.py: images come from the cache as they were decoded, and never older than their files."""
+"""toolkit/images/cache.py: images come from the cache as they were decoded, and never older than their files."""
 
 import errno
 import itertools
@@ -20,8 +20,11 @@ import finetune_lora
 from lora.split import split_model
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import InputError, cache, data, runs, training, transforms
-from toolkit.backbones import build_backbone
+from toolkit import InputError
+from toolkit.answers import evaluation
+from toolkit.images import cache, data, transforms
+from toolkit.models.backbones import build_backbone
+from toolkit.run import runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -290,7 +293,7 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
         plain = transforms.eval_transform(16, **run.args.normalization)
         drawn = transforms.train_transform(16, "crop", **run.args.normalization)
         loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
-        with training.eval_mode(run.model), torch.no_grad():
+        with evaluation.eval_mode(run.model), torch.no_grad():
             below = split_model(run.model, 1)[0]
             expected = [below(images) for loader in (loaders[0], loaders[1], loaders[1]) for images, _ in loader]
         found.append((run.feed.images.train.source.tensors[0], torch.stack(expected, 1)))

@@ -20,12 +20,12 @@ import finetune_lora
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
 from moco import pretrain
 from toolkit import InputError
-from toolkit.backbones import build_backbone, first_convolution, input_channels
-from toolkit.bands import Bands, decoded, measured, settle
-from toolkit.cache import cache_images
-from toolkit.checkpoints import load_backbone
-from toolkit.data import LabelledImages, load_splits
-from toolkit.transforms import GaussianBlur, eval_transform, train_transform, two_crops
+from toolkit.images.bands import Bands, decoded, measured, settle
+from toolkit.images.cache import cache_images
+from toolkit.images.data import LabelledImages, load_splits
+from toolkit.images.transforms import GaussianBlur, eval_transform, train_transform, two_crops
+from toolkit.models.backbones import build_backbone, first_convolution, input_channels
+from toolkit.models.checkpoints import load_backbone
 
 tifffile = pytest.importorskip("tifffile")
 

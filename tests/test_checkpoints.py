@@ -16,8 +16,8 @@ from torch import nn
 
 from tests.checkpoint_files import mlp_head, patch_stem, sequential, timm_vit, under, without_head
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.checkpoints import describe_base, load_backbone, tensor_digest
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import describe_base, load_backbone, tensor_digest
 
 # --- Building files --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""toolkit/comparison.py: two results over the same images, and those that cannot be compared."""
+"""toolkit/answers/comparison.py: two results over the same images, and those that cannot be compared."""
 
 import math
 
@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 import deploy_lora
-from toolkit import InputError, answer_reports, comparison, measures, tasks
-from toolkit.data import LabelledImages
-from toolkit.training import Evaluation
+from toolkit import InputError
+from toolkit.answers import answer_reports, comparison, measures, tasks
+from toolkit.answers.evaluation import Evaluation
+from toolkit.images.data import LabelledImages
 
 
 def images(count: int, groups=None) -> LabelledImages:

@@ -10,10 +10,11 @@ import finetune_lora
 from benchmarks.operators import branches_of_a_gpu
 from lora_utils import read_adapter_file
 from tests.dense import BF16, FP32, assert_close, frozen, images, resnet, vit
-from toolkit import InputError, training
+from toolkit import InputError, devices
+from toolkit.run import training
 
 CPU = torch.device("cpu")
-needs_compiler = pytest.mark.skipif(training.cpp_compiler() is None, reason="Inductor needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(devices.cpp_compiler() is None, reason="Inductor needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def step(network, model, x, low: bool) -> list[torch.Tensor]:
 def compare_with_eager(name: str, low: bool, tolerance: float) -> None:
     """The compiled step comes first: what an eager one keeps for the next is not there yet."""
     model, x = MODELS[name]()
-    compiled = step(training.compiled(model.train(), CPU), model, x, low)
+    compiled = step(devices.compiled(model.train(), CPU), model, x, low)
     for own, wanted in zip(compiled, step(model, model, x, low), strict=True):
         assert_close(own, wanted, tolerance)
 
@@ -52,18 +53,18 @@ def compare_with_eager(name: str, low: bool, tolerance: float) -> None:
 @pytest.mark.parametrize("branches", [contextlib.nullcontext, branches_of_a_gpu], ids=["CPU", "GPU"])
 @pytest.mark.parametrize("name", ["vit", "resnet in 4 bits", *SLOW])
 def test_a_model_is_one_graph_and_computes_the_same(monkeypatch, name, branches):
-    monkeypatch.setattr(training, "COMPILER", "aot_eager")  # the graphs of both directions as they were traced
+    monkeypatch.setattr(devices, "COMPILER", "aot_eager")  # the graphs of both directions as they were traced
     with branches():
         compare_with_eager(name, low=False, tolerance=10 * FP32)
 
 
 def test_in_bf16_a_graph_for_a_gpu_is_as_exact_as_eager_mode(monkeypatch):
     """It adds the adapter's share in another order. Single gradients are up to 20% off in any order, at this size."""
-    monkeypatch.setattr(training, "COMPILER", "aot_eager")
+    monkeypatch.setattr(devices, "COMPILER", "aot_eager")
     model, x = MODELS["vit"]()
     exact = step(model, model.train(), x, low=False)
     with branches_of_a_gpu():
-        compiled = step(training.compiled(model, CPU), model, x, low=True)
+        compiled = step(devices.compiled(model, CPU), model, x, low=True)
         eager = step(model, model, x, low=True)
     assert mean_error(compiled, exact) < 1.25 * mean_error(eager, exact)
 
@@ -96,9 +97,9 @@ class Killed(Exception):
 @pytest.mark.slow
 def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, images, tmp_path):
     """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
-    monkeypatch.setattr(training, "COMPILER", "eager")
-    networks, compiled = [], training.compiled
-    monkeypatch.setattr("toolkit.run_state.compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
+    monkeypatch.setattr(devices, "COMPILER", "eager")
+    networks, compiled = [], devices.compiled
+    monkeypatch.setattr("toolkit.run.run_state.compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
     eager = finetune(base, images, tmp_path / "eager")
     assert not networks
     whole = finetune(base, images, tmp_path / "whole", "--compile")
@@ -124,12 +125,12 @@ def test_what_the_compiler_decides_itself_is_refused(base, images, tmp_path, opt
 
 
 def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch, base, images, tmp_path):
-    monkeypatch.setattr(training, "cpp_compiler", lambda: None)
+    monkeypatch.setattr(devices, "cpp_compiler", lambda: None)
     with pytest.raises(InputError, match=r"--compile on a CPU needs a C\+\+ compiler"):
         finetune(base, images, tmp_path / "run", "--compile")
     assert not list((tmp_path / "run").glob("*.pth"))
     with pytest.raises(InputError, match="not mps"):
-        training.compiled(torch.nn.Linear(2, 2), torch.device("mps"))
+        devices.compiled(torch.nn.Linear(2, 2), torch.device("mps"))
 
 
 @pytest.mark.parametrize("accumulation, mode", [(1, "reduce-overhead"), (2, "default")])
@@ -137,8 +138,8 @@ def test_cuda_graphs_are_captured_where_no_gradient_is_overwritten(monkeypatch, 
     asked = {}
     monkeypatch.setattr(torch, "compile", lambda network, **options: asked.update(options) or network)
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: name)
-    training.compiled(torch.nn.Linear(2, 2), torch.device("cuda"), accumulation)
+    devices.compiled(torch.nn.Linear(2, 2), torch.device("cuda"), accumulation)
     assert asked["mode"] == mode and asked["fullgraph"]
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs Triton"):
-        training.compiled(torch.nn.Linear(2, 2), torch.device("cuda"))
+        devices.compiled(torch.nn.Linear(2, 2), torch.device("cuda"))

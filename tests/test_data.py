@@ -1,4 +1,4 @@
-"""toolkit/data.py: data sets, splits, loaders."""
+"""toolkit/images/data.py: data sets, splits, loaders."""
 
 import math
 import os
@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from toolkit import InputError, data, training, transforms
-from toolkit.bands import Bands
+from toolkit import InputError
+from toolkit.images import data, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -543,33 +543,6 @@ def test_drawing_for_images_leaves_the_global_generator_alone():
     assert torch.rand(1) == expected
 
 
-def transforms_of_all_kinds():
-    yield transforms.eval_transform(32)
-    yield from (transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS)
-    yield from (transforms.two_crops(32, name) for name in transforms.TWO_CROPS)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_photographs_normalised_on_their_device_are_the_same_to_the_last_bit(monkeypatch, digits, workers):
-    """As they travel to a GPU, here to a CPU. The last two transforms do something between the last two steps, or take
-    what is no photograph: they are left alone."""
-    images, cpu = digits[0].val.subset(range(5)), torch.device("cpu")
-
-    def loaded(transform, to_gpu: bool) -> list:
-        monkeypatch.setattr(data, "sends_levels", lambda device: to_gpu)
-        loader = data.build_loader(data.Transformed(images, transform), 2, shuffle=True, workers=workers, device=cpu)
-        batches = [views if isinstance(views, list) else [views] for views, _ in loader]
-        return [view for batch in batches for view in batch]
-
-    *photographs, noisy = transforms_of_all_kinds()
-    for transform in (*photographs, noisy, transforms.eval_transform(32, [0.5], [0.2], bands=Bands(1))):
-        travelling = loaded(transform, to_gpu=True)
-        for own, plain in zip(travelling, loaded(transform, to_gpu=False), strict=True):
-            arrived, expected = training.to_device(own, cpu), training.to_device(plain, cpu)
-            assert torch.equal(arrived, expected) and arrived.stride() == expected.stride()
-            assert isinstance(own, transforms.Levels) == (transform in photographs)
-
-
 class Clock:
     """time.perf_counter, for which time passes only when it is told."""
 
@@ -621,6 +594,12 @@ def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def transforms_of_all_kinds():
+    yield transforms.eval_transform(32)
+    yield from (transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS)
+    yield from (transforms.two_crops(32, name) for name in transforms.TWO_CROPS)
+
+
 def test_what_workers_receive_and_import_is_little(digits):
     """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
     for transform in transforms_of_all_kinds():

@@ -24,11 +24,12 @@ import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
 from lora import int8
 from lora_utils import LoRAManager
-from toolkit import InputError, transforms
-from toolkit.backbones import build_backbone, forward_features
-from toolkit.checkpoints import load_backbone
-from toolkit.measures import wilson_interval
-from toolkit.runs import run_script
+from toolkit import InputError
+from toolkit.answers.measures import wilson_interval
+from toolkit.images import transforms
+from toolkit.models.backbones import build_backbone, forward_features
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run.runs import run_script
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
 

@@ -7,10 +7,10 @@ import torch
 
 import finetune_lora
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.bands import option_problems
-from toolkit.checkpoints import find_images
-from toolkit.families import FAMILIES, take_known_values
+from toolkit.images.bands import option_problems
+from toolkit.images.families import FAMILIES, take_known_values
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import find_images
 
 
 def options(**given) -> Namespace:

@@ -309,7 +309,7 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
             ("finetune_lora.FineTuning.__init__", ""),
             ("finetune_lora.FineTuning.step", ""),
         ),
-        ("toolkit.training.evaluate", f"--eval-only {tmp_path / 'trained/lora.pth'}"),
+        ("toolkit.answers.evaluation.evaluate", f"--eval-only {tmp_path / 'trained/lora.pth'}"),
     ):
         with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
             patch.setattr(f"{place}", full)

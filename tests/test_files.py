@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from toolkit import InputError
-from toolkit.checkpoints import load_backbone
 from toolkit.files import (
     TOOLKIT,
     found_path,
@@ -32,6 +31,7 @@ from toolkit.files import (
     save_atomically,
     stored_path,
 )
+from toolkit.models.checkpoints import load_backbone
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
 

@@ -29,16 +29,20 @@ from finetune_lora import FineTuning, LoRALayer, build_model, count_parameters, 
 from lora.followed_norms import followers
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import InputError, bands, checkpoints, collapse, feeding, runs, training
-from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone
-from toolkit.collapse import Collapsed, CollapseGuard
-from toolkit.data import LabelledImages, Transformed, build_loader, load_splits
-from toolkit.evaluator import Evaluator
+from toolkit import InputError, files
+from toolkit.answers.evaluation import Evaluation, evaluate
+from toolkit.answers.measures import wilson_interval
+from toolkit.answers.tasks import Classification
+from toolkit.devices import seed_everything
 from toolkit.files import read_checkpoint
-from toolkit.measures import wilson_interval
-from toolkit.tasks import Classification
-from toolkit.training import Evaluation, MicroBatches, evaluate, seed_everything
+from toolkit.images import bands
+from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run import collapse, feeding, optim, runs, training
+from toolkit.run.collapse import Collapsed, CollapseGuard
+from toolkit.run.evaluator import Evaluator
+from toolkit.run.training import MicroBatches
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -69,7 +73,7 @@ def start(base, images, tmp_path):
         return FineTuning(args, model.train(), report, splits, CPU, dtype, [])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
         yield start
 
 
@@ -87,9 +91,9 @@ def test_the_flags_defaults_are_the_guides(base, tmp_path):
 def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
     shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
     args, sources = read_options([])
-    assert args.checkpoint == checkpoints.SHIPPED == read_options(["--checkpoint", "shipped"])[0].checkpoint
+    assert args.checkpoint == files.SHIPPED == read_options(["--checkpoint", "shipped"])[0].checkpoint
     assert args.learning_rate == float(shipped["learning_rate"]) and sources["learning_rate"] == "config"
-    for name in ("shipped", str(checkpoints.SHIPPED)):
+    for name in ("shipped", str(files.SHIPPED)):
         args, sources = read_options(["--checkpoint", name])
         assert args.weight_decay == shipped["weight_decay"] and sources["weight_decay"] == "config"
     args, _ = read_options(["--checkpoint", str(base)])
@@ -244,7 +248,7 @@ def test_metrics_has_a_row_per_epoch(finished):
     assert results["val_accuracy"] == rows[-1]["val_accuracy"]
     assert results["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
     # 21 images in batches of 8, so 18 steps: half of them warm up, to a part of the rate, and then it falls.
-    peak = 3e-4 / training.rate_divisor(3e-4, 18)
+    peak = 3e-4 / optim.rate_divisor(3e-4, 18)
     rates = [row["learning_rate"] for row in rows]
     assert rates[:4] == pytest.approx([peak / 9, peak * 4 / 9, peak * 7 / 9, peak])
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
@@ -932,11 +936,11 @@ def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune):
 
 def test_a_short_run_trains_at_a_lower_rate():
     """From 200 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
-    assert training.rate_divisor(1e-2, 200) == training.rate_divisor(1e-4, 1000) == 1
-    assert training.rate_divisor(1e-4, 50) == 8 and training.rate_divisor(1e-4, 2) == pytest.approx(1000)
-    rates = [rate / training.rate_divisor(rate, 10) for rate in (1e-4, 1e-3, 1e-2)]
+    assert optim.rate_divisor(1e-2, 200) == optim.rate_divisor(1e-4, 1000) == 1
+    assert optim.rate_divisor(1e-4, 50) == 8 and optim.rate_divisor(1e-4, 2) == pytest.approx(1000)
+    rates = [rate / optim.rate_divisor(rate, 10) for rate in (1e-4, 1e-3, 1e-2)]
     assert rates == pytest.approx([1.12e-6, 1.13e-6, 1.13e-6], rel=1e-2)
-    steps = [1e-2 / training.rate_divisor(1e-2, steps) for steps in (10, 50, 150, 190)]
+    steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 50, 150, 190)]
     assert steps == sorted(steps) and steps[-1] == pytest.approx(1.25e-3, rel=1e-2)
 
 
@@ -945,15 +949,15 @@ def test_more_passes_over_few_images_do_not_raise_the_rate():
 
     def divisor(epochs: int, steps_per_epoch: int) -> float:
         args = argparse.Namespace(epochs=epochs, learning_rate=1e-4, head_init="probe", warmup_epochs=0)
-        return training.plan_rates(args, steps_per_epoch)[1]
+        return optim.plan_rates(args, steps_per_epoch)[1]
 
-    assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == training.rate_divisor(1e-4, 20)
-    assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == training.rate_divisor(1e-4, 80)
+    assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
+    assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 80)
     assert divisor(25, 8) == divisor(5, 40) == 1
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
-    monkeypatch.setattr(training, "STEPS_TO_TRAIN", 200)
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 200)
     results = finetune("--epochs 1 --head-init random --warmup-epochs 0", output="random")
     assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
     results = finetune("--epochs 1 --warmup-epochs 0", output="probe")
@@ -961,10 +965,10 @@ def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, mon
 
 
 def test_a_warm_up_is_a_few_steps_long_where_an_epoch_is_one_step():
-    assert training.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
-    assert training.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
-    assert training.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
-    assert training.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
+    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
+    assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
+    assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
+    assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
 
 
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):

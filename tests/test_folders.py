@@ -1,4 +1,4 @@
-"""toolkit/folders.py: which files are found, in which order, and what is said where there are none."""
+"""toolkit/images/folders.py: which files are found, in which order, and what is said where there are none."""
 
 import os
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from toolkit import InputError, folders
+from toolkit import InputError
+from toolkit.images import folders
 
 
 def touch(folder: Path, *names: str) -> None:

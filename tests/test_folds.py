@@ -10,9 +10,10 @@ import pytest
 
 import finetune_lora
 from tests.test_splitting import patients
-from toolkit import InputError, config, folds
-from toolkit.collapse import Collapsed
-from toolkit.data import load_splits
+from toolkit import InputError, config
+from toolkit.images.data import load_splits
+from toolkit.run import folds
+from toolkit.run.collapse import Collapsed
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:

@@ -45,7 +45,7 @@ from lora.frozen_norms import NORMS
 from lora.split import split_model
 from lora_utils import LoRAManager
 from toolkit import InputError
-from toolkit.backbones import head_name
+from toolkit.models.backbones import head_name
 
 
 @pytest.fixture(autouse=True)

@@ -28,14 +28,14 @@ from finetune_lora import add_lora_to_model, load_finetuned, make_parser, read_o
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.bands import Bands, describe_pages
-from toolkit.checkpoints import find_images, load_backbone
 from toolkit.config import parse_args
-from toolkit.families import take_known_values
 from toolkit.files import read_checkpoint
-from toolkit.folders import ImageFiles
-from toolkit.geotags import centre, centres
+from toolkit.images.bands import Bands, describe_pages
+from toolkit.images.families import take_known_values
+from toolkit.images.folders import ImageFiles
+from toolkit.images.geotags import centre, centres
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import find_images, load_backbone
 
 ROOT = Path(__file__).parents[1]
 LONG = int(os.environ.get("FUZZ_EXAMPLES", 0))

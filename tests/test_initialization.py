@@ -11,7 +11,7 @@ from torch import nn
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import LoRAManager
-from toolkit.backbones import build_backbone
+from toolkit.models.backbones import build_backbone
 
 R = 4
 

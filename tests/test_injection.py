@@ -43,7 +43,7 @@ from lora.nf4 import dense_weight
 from lora.targets import choose_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
-from toolkit.backbones import block_names
+from toolkit.models.backbones import block_names
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,9 @@ from finetune_lora import add_lora_to_model, freeze_backbone_params, multiply_in
 from lora import backends, int8
 from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
-from toolkit import InputError, runs, training
-from toolkit.training import ARITHMETICS
+from toolkit import InputError, devices
+from toolkit.devices import ARITHMETICS
+from toolkit.run import runs, training
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
@@ -393,7 +394,7 @@ def arguments(**given) -> argparse.Namespace:
 def test_8_bits_are_used_only_where_they_are_faster_and_that_is_told(monkeypatch, capsys):
     """By one measurement, on the model's widest layer."""
     seconds = iter([3.0, 1.2, 1.0])  # in float32, bf16 and 8 bits
-    monkeypatch.setattr(training, "shortest_seconds", lambda work, device: next(seconds))
+    monkeypatch.setattr(devices, "shortest_seconds", lambda work, device: next(seconds))
     int8.speedups.cache_clear()
     model, slow, fast = vit(), arguments(device="cpu", precision="bf16"), arguments(device="cpu", precision="fp32")
     assert int8.base_dtype(slow, model) == torch.bfloat16
@@ -410,7 +411,7 @@ def test_8_bits_are_used_only_where_they_are_faster_and_that_is_told(monkeypatch
 def test_measuring_draws_no_random_numbers():
     torch.manual_seed(0)
     precisions = torch.float32, torch.bfloat16
-    assert all(ratio > 0 for ratio in int8.speedups.__wrapped__(32, 16, training.CPU, precisions).values())
+    assert all(ratio > 0 for ratio in int8.speedups.__wrapped__(32, 16, devices.CPU, precisions).values())
     drawn = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(1), drawn)
@@ -439,7 +440,7 @@ def test_on_a_gpu_it_is_measured_there_in_the_precision_of_the_run(monkeypatch, 
         seen.append((device, y.device.type, y.dtype))
         return next(seconds)
 
-    monkeypatch.setattr(training, "shortest_seconds", shortest_seconds)
+    monkeypatch.setattr(devices, "shortest_seconds", shortest_seconds)
     int8.speedups.cache_clear(), int8._constants.cache_clear()
     with FakeTensorMode():  # which needs no GPU
         assert int8.pays(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 2)), precision, cuda)
@@ -451,7 +452,7 @@ def test_on_a_gpu_it_is_measured_there_in_the_precision_of_the_run(monkeypatch, 
 def test_a_gpu_is_waited_for_when_it_is_timed(monkeypatch):
     order = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("waits"))
-    training.shortest_seconds(lambda: order.append("works"), torch.device("cuda"))
+    devices.shortest_seconds(lambda: order.append("works"), torch.device("cuda"))
     assert order[:6] == ["waits", "works", "waits"] * 2
 
 

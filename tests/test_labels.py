@@ -13,11 +13,12 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
-from toolkit import comparison, training
-from toolkit.checkpoints import load_backbone
+from toolkit.answers import comparison
+from toolkit.answers.tasks import from_record
 from toolkit.files import read_checkpoint
-from toolkit.tasks import from_record
-from toolkit.transforms import eval_transform
+from toolkit.images.transforms import eval_transform
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run import optim
 
 KINDS = ("multilabel", "regression")
 SCORES = {"multilabel": "macro_ap", "regression": "r2"}
@@ -51,7 +52,7 @@ def train(base, lists, kind: str, options: str, folder):
     argv = f"--checkpoint {base} {data} --output-dir {folder} --device cpu --augmentation none"
     argv += f" --batch-size 8 --epochs 2 --learning-rate 1e-4 --workers 0 {options}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "STEPS_TO_TRAIN", 1)  # at the rate that is given
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)  # at the rate that is given
         return finetune_lora.main(argv.split()), folder
 
 
@@ -167,7 +168,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained, run, kind, tmp_path):
 
     command = ["--config", f"{whole}/config.yaml", "--output-dir", f"{tmp_path}/parts", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "STEPS_TO_TRAIN", 1)
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
         finetune_lora.main(command, after_epoch=stop)
     _, parts = run(kind, f"--resume {tmp_path}/parts/last.pth", output="parts")
     one, other = (read_adapter_file(folder / "lora.pth") for folder in (whole, parts))

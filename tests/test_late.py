@@ -1,13 +1,14 @@
-"""toolkit/late.py: figures of a step are read while the next is under way, and all of them before anything is saved."""
+"""Figures of a step are read while the next is under way, and all of them before anything is saved."""
 
 import signal
 
 import pytest
 import torch
 
-from toolkit import distributed, late
-from toolkit.late import Figures, one_step_late
-from toolkit.runs import Stopped, StopRequests
+from toolkit import distributed
+from toolkit.run import late
+from toolkit.run.late import Figures, one_step_late
+from toolkit.run.runs import Stopped, StopRequests
 
 
 class Told:

@@ -21,10 +21,11 @@ from finetune_lora import add_lora_to_model, load_base, load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
 from moco import pretrain
 from tests.checkpoint_files import patch_stem, sequential, timm_vit, under
-from toolkit import InputError, backbones, checkpoints
-from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone, load_contrast
+from toolkit import InputError
 from toolkit.files import ForeignObject, read_checkpoint
+from toolkit.models import backbones, checkpoints
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone, load_contrast
 
 # --- Building files --------------------------------------------------------------------------------------------------
 

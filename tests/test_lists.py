@@ -1,4 +1,4 @@
-"""toolkit/lists.py: what is read of a line, and what is said of one that cannot be read."""
+"""toolkit/images/lists.py: what is read of a line, and what is said of one that cannot be read."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolkit import InputError, lists
+from toolkit import InputError
+from toolkit.images import lists
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -25,8 +25,9 @@ from finetune_lora import (
     load_finetuned,
 )
 from lora_utils import LoRAManager, check_metadata, read_adapter_file, trained_state, write_adapter_file
-from toolkit import InputError, checkpoints
-from toolkit.backbones import build_backbone
+from toolkit import InputError
+from toolkit.models import checkpoints
+from toolkit.models.backbones import build_backbone
 
 FILES = Path(__file__).parent / "files"
 SUFFIXES = (".pth", ".safetensors")

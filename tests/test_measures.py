@@ -1,4 +1,4 @@
-"""toolkit/measures.py: against the formulas written out, and at the ends of each range."""
+"""toolkit/answers/measures.py: against the formulas written out, and at the ends of each range."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm, spearmanr
 from scipy.stats import t as student
 from sklearn import metrics
 
-from toolkit import answer_reports, measures, tasks
+from toolkit.answers import answer_reports, measures, tasks
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""toolkit/output_folder.py: what a run may write where, and how nothing of another run is lost by it."""
+"""toolkit/run/output_folder.py: what a run may write where, and how nothing of another run is lost by it."""
 
 import argparse
 import errno
@@ -10,7 +10,8 @@ import torch
 
 import finetune_lora
 from moco import pretrain
-from toolkit import InputError, output_folder
+from toolkit import InputError
+from toolkit.run import output_folder
 
 SCRIPTS = {"finetune_lora.py": finetune_lora.main, "moco.pretrain": pretrain.main}
 # A file of each shared name as the script leaves it, shortened.

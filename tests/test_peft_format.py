@@ -19,8 +19,8 @@ from finetune_lora import add_lora_to_model, load_finetuned
 from lora.peft_format import CONFIG, WEIGHTS, _obstacle
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
-from toolkit.backbones import build_backbone
-from toolkit.checkpoints import load_backbone
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone
 
 NAMES = ["a", "b", "c"]
 BLOCK = "encoder.layers.encoder_layer_1."

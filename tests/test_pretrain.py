@@ -18,9 +18,11 @@ from finetune_lora import load_base, load_finetuned
 from lora.fusion import FusedEncoderBlock
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import InputError, config, data, training
-from toolkit.checkpoints import load_backbone
+from toolkit import InputError, config
 from toolkit.files import read_checkpoint
+from toolkit.images import data
+from toolkit.models.checkpoints import load_backbone
+from toolkit.run import optim
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +86,7 @@ def test_steps_that_float16_cannot_hold_do_not_advance_the_schedule(run, tmp_pat
     run("--warmup-epochs 0")
     first, second = rates()
     assert first != second
-    monkeypatch.setattr(training, "stepped", lambda scaler, optimizer: False)
+    monkeypatch.setattr(optim, "stepped", lambda scaler, optimizer: False)
     run("--warmup-epochs 0")
     assert rates() == [first, first]
 

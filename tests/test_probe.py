@@ -12,8 +12,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from toolkit import probe, splitting, tasks
-from toolkit.probe import (
+from toolkit.answers import probe, tasks
+from toolkit.answers.probe import (
     DRIFT_STEPS,
     LOGIT_DRIFT,
     STRENGTHS,
@@ -26,6 +26,7 @@ from toolkit.probe import (
     set_head,
     soften_head,
 )
+from toolkit.images import splitting
 
 
 def clusters(

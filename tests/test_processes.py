@@ -17,9 +17,10 @@ from torch import nn
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
-from toolkit import collapse, distributed, output_folder, training
-from toolkit.backbones import build_backbone
+from toolkit import distributed
 from toolkit.files import read_checkpoint
+from toolkit.models.backbones import build_backbone
+from toolkit.run import collapse, optim, output_folder
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
@@ -62,14 +63,14 @@ def with_sgd() -> None:
     def build_optimizer(model: nn.Module, *_) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
-    training.build_optimizer = build_optimizer
+    optim.build_optimizer = build_optimizer
     collapse.WATCHED_VIEWS = 21  # as in this process
 
 
 @pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
     children = together("finetune_lora", options(way), tmp_path / "log", before=with_sgd)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
     output = children[0].output
@@ -99,7 +100,7 @@ def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monke
         (tmp_path / f"{part}.csv").write_text("\n".join(["path,odd,middle", *sorted(rows)]))
     argv = f"--task multilabel --data-list {tmp_path}/train.csv {tmp_path}/val.csv --checkpoint {base} {TUNING}"
     argv += f" --device cpu --class-weights balanced --output-dir {tmp_path}"
-    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
     children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
     with_sgd()
@@ -122,7 +123,7 @@ def test_two_processes_train_batch_norm_as_one(options, images, tmp_path, monkey
     torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
     argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --image-size 32 --device cpu --epochs 1"
     argv += f" --batch-size 10 --lora-rank 2 --learning-rate 1e-4 {what} --output-dir {tmp_path}"
-    monkeypatch.setattr(training, "build_optimizer", training.build_optimizer)  # to be put back
+    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
     children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
     with_sgd()

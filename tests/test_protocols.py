@@ -1,4 +1,4 @@
-"""toolkit/protocols.py and its command: what is measured is what the names say."""
+"""toolkit/answers/protocols.py and its command: what is measured is what the names say."""
 
 import csv
 
@@ -10,9 +10,9 @@ from sklearn.preprocessing import StandardScaler
 
 import deploy_lora
 from toolkit import InputError
-from toolkit.measures import wilson_interval
-from toolkit.probe import fit_linear_probe
-from toolkit.protocols import Measured, measure
+from toolkit.answers.measures import wilson_interval
+from toolkit.answers.probe import fit_linear_probe
+from toolkit.answers.protocols import Measured, measure
 
 
 def blobs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import deploy_lora
 import finetune_lora
 from moco import pretrain
-from toolkit.backbones import build_backbone
+from toolkit.models.backbones import build_backbone
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {

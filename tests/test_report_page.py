@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from toolkit.report_page import BLUE, ORANGE, class_sections, confusion_counts, confusion_svg, write_page
-from toolkit.training import Evaluation
+from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.report_page import BLUE, ORANGE, class_sections, confusion_counts, confusion_svg, write_page
 
 pytestmark = pytest.mark.usefixtures("pictures")
 

@@ -10,11 +10,13 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from moco import pretrain
-from toolkit import InputError, answer_reports, report_page, reports
-from toolkit.data import LabelledImages
-from toolkit.measures import wilson_interval
-from toolkit.tasks import Classification
-from toolkit.training import Evaluation
+from toolkit import InputError
+from toolkit.answers import answer_reports, report_page
+from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.measures import wilson_interval
+from toolkit.answers.tasks import Classification
+from toolkit.images.data import LabelledImages
+from toolkit.run import reports
 
 pytestmark = pytest.mark.usefixtures("pictures")
 TASK = Classification(["cat", "dog"])

@@ -17,7 +17,7 @@ from benchmarks.compiled import replayed
 from benchmarks.operators import SECTOR, AsOnGPU, Operator, Recorder, Recording, record_narrow
 from benchmarks.roofline import CARDS, LAUNCH, SHARES
 from tests.dense import assert_close, vit
-from toolkit import InputError, training
+from toolkit import InputError, devices
 
 CPU = torch.device("cpu")
 
@@ -138,7 +138,7 @@ def small_vit() -> nn.Module:
 
 def test_what_stands_in_for_cuda_graphs_computes_at_first_and_then_repeats_itself(monkeypatch):
     args = settings("vit_b_16", batch_size=2, image_size=16, precision="fp32")
-    monkeypatch.setattr(training, "COMPILER", replayed)
+    monkeypatch.setattr(devices, "COMPILER", replayed)
     own = AsOnGPU("lora_compiled", args, VARIANTS["lora_compiled"].build(small_vit(), args).train())
     eager = AsOnGPU("lora", args, copy.deepcopy(own.model))
     for step in range(5):

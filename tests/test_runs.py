@@ -1,4 +1,4 @@
-"""toolkit/runs.py: how a run begins, stops and fails."""
+"""toolkit/run/runs.py: how a run begins, stops and fails."""
 
 import argparse
 import os
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from toolkit import InputError, runs
-from toolkit.run_state import changed_settings
+from toolkit import InputError
+from toolkit.run import runs
+from toolkit.run.run_state import changed_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +28,7 @@ def test_run_script_ends_bad_input_with_one_message_and_exit_code_2(capsys):
 
 
 def test_run_script_ends_an_interruption_with_exit_code_130():
-    code = "from toolkit.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
+    code = "from toolkit.run.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
@@ -37,7 +38,7 @@ def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
     code = """
 import sys
 from toolkit import InputError, runs
-from toolkit.run_state import changed_settings
+from toolkit.run.run_state import changed_settings
 def main():
     print("epoch 1")
     print("a warning", file=sys.stderr)
@@ -54,7 +55,7 @@ runs.run_script(main)
 
 
 def test_a_name_whose_bytes_are_no_characters_can_be_printed():
-    code = "from toolkit.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
+    code = "from toolkit.run.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
     environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stdout) == (0, "caf\\udce9.jpg\n")

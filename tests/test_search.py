@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from toolkit.search import RATES, Trial, choose, find_learning_rate
-from toolkit.tasks import Classification, Regression
+from toolkit.answers.tasks import Classification, Regression
+from toolkit.run.search import RATES, Trial, choose, find_learning_rate
 
 
 def variance_on(images: int):

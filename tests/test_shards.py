@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from moco import pretrain
-from toolkit import InputError, data, shards, transforms
+from toolkit import InputError
+from toolkit.images import data, shards, transforms
 
 
 def write_shard(path, samples: dict[str, bytes]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from lora.frozen_norms import freeze_statistics
 from moco import pretrain
 from toolkit import InputError, distributed
-from toolkit.shared_norms import share_statistics
+from toolkit.models.shared_norms import share_statistics
 
 SHARES = (5, 3)  # of eight images
 KINDS = {

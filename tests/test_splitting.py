@@ -1,4 +1,4 @@
-"""toolkit/splitting.py, and what `load_splits` makes of --group-by and --folds: who stands on which side."""
+"""toolkit/images/splitting.py, and what `load_splits` makes of --group-by and --folds: who stands on which side."""
 
 import json
 
@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import deploy_lora
-from toolkit import InputError, probe, search, splitting
-from toolkit.data import load_splits, validation_part
-from toolkit.measures import wilson_interval
+from toolkit import InputError
+from toolkit.answers import probe
+from toolkit.answers.measures import wilson_interval
+from toolkit.images import splitting
+from toolkit.images.data import load_splits, validation_part
+from toolkit.run import search
 
 
 def patients(images) -> set[str]:

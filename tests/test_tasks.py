@@ -1,4 +1,4 @@
-"""toolkit/tasks.py: each task against the dense stock computation, gradients too, and what unknown targets do."""
+"""toolkit/answers/tasks.py: each task against the dense stock computation, with gradients; what unknown targets do."""
 
 import math
 
@@ -10,8 +10,9 @@ from sklearn import metrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from toolkit import InputError, measures, probe, tasks, training
-from toolkit.data import LabelledImages
+from toolkit import InputError
+from toolkit.answers import evaluation, measures, probe, tasks
+from toolkit.images.data import LabelledImages
 
 CPU = torch.device("cpu")
 NAMES = ["cat", "dog", "eel"]
@@ -297,7 +298,7 @@ def test_a_record_of_something_else_is_refused(record):
 
 def test_classification_computes_what_a_run_always_computed():
     features, labels, _ = features_for("classification")
-    weights = training.balanced_weights({0: 10, 1: 20, 2: 30}, 3)
+    weights = evaluation.balanced_weights({0: 10, 1: 20, 2: 30}, 3)
     task, logits = tasks.Classification(NAMES, weights, label_smoothing=0.1), features[:, :3]
     stock = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=0.1)
     assert torch.equal(task.loss(logits, labels), stock)

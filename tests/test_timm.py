@@ -19,7 +19,8 @@ from finetune_lora import (
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
-from toolkit.backbones import (
+from toolkit.answers.probe import init_head_from_probe
+from toolkit.models.backbones import (
     build_backbone,
     default_image_size,
     first_convolution,
@@ -28,8 +29,7 @@ from toolkit.backbones import (
     in_head,
     normalization,
 )
-from toolkit.checkpoints import load_backbone
-from toolkit.probe import init_head_from_probe
+from toolkit.models.checkpoints import load_backbone
 
 timm = pytest.importorskip("timm")
 

@@ -1,4 +1,4 @@
-"""toolkit/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
+"""toolkit/run/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
 import argparse
 import copy
@@ -17,8 +17,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco import pretrain
-from toolkit import InputError, training
-from toolkit.backbones import build_backbone
+from toolkit import InputError, devices
+from toolkit.answers import evaluation
+from toolkit.models.backbones import build_backbone
+from toolkit.run import optim, training
 
 
 def draw() -> tuple:
@@ -26,18 +28,18 @@ def draw() -> tuple:
 
 
 def test_seeding_repeats_every_generator():
-    training.seed_everything(3)
+    devices.seed_everything(3)
     first = draw()
-    training.seed_everything(3)
+    devices.seed_everything(3)
     assert draw() == first
 
 
 def test_rng_state_survives_a_file_read_with_weights_only(tmp_path):
-    training.seed_everything(0)
+    devices.seed_everything(0)
     draw()  # leaves a cached Gaussian in both random and NumPy
-    torch.save(training.rng_state(), tmp_path / "rng.pth")
+    torch.save(devices.rng_state(), tmp_path / "rng.pth")
     expected = draw()
-    training.restore_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
+    devices.restore_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
     assert draw() == expected
 
 
@@ -52,20 +54,20 @@ def test_each_process_needs_an_image(monkeypatch, train, val):
 
 
 def test_device_and_precision():
-    cpu = training.select_device("cpu")
-    assert training.select_device("auto").type in ("cpu", "cuda", "mps")
-    assert training.select_precision("auto", cpu) == training.select_precision("fp32", cpu) == torch.float32
-    assert training.select_precision("bf16", cpu) == torch.bfloat16
+    cpu = devices.select_device("cpu")
+    assert devices.select_device("auto").type in ("cpu", "cuda", "mps")
+    assert devices.select_precision("auto", cpu) == devices.select_precision("fp32", cpu) == torch.float32
+    assert devices.select_precision("bf16", cpu) == torch.bfloat16
     with pytest.raises(InputError, match="fp16 needs a GPU"):
-        training.select_precision("fp16", cpu)
+        devices.select_precision("fp16", cpu)
     with pytest.raises(InputError, match="'abacus' is not available"):
-        training.select_device("abacus")
+        devices.select_device("abacus")
 
 
 @pytest.mark.parametrize("bf16, told", [(2.04, "take 2.0 times as long"), (1.19, ""), (0.1, "")])
 def test_a_cpu_that_is_slower_in_16_bits_is_told(monkeypatch, bf16, told):
-    monkeypatch.setattr(training, "product_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
-    first, *more = training.describe_device(torch.device("cpu"), torch.bfloat16).splitlines()
+    monkeypatch.setattr(devices, "product_seconds", {torch.float32: 1.0, torch.bfloat16: bf16}.get)
+    first, *more = devices.describe_device(torch.device("cpu"), torch.bfloat16).splitlines()
     assert first == "device: cpu, precision: torch.bfloat16" and len(more) == bool(told)
     assert not told or (told in more[0] and "--precision fp32 is faster" in more[0])
 
@@ -73,30 +75,30 @@ def test_a_cpu_that_is_slower_in_16_bits_is_told(monkeypatch, bf16, told):
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
 def test_products_are_not_measured_where_nothing_depends_on_them(monkeypatch, device, dtype):
     monkeypatch.delattr(training, "product_seconds")
-    told = training.describe_device(torch.device(device), dtype)
+    told = devices.describe_device(torch.device(device), dtype)
     assert told == f"device: {device}, precision: {dtype}"
 
 
 def test_measuring_products_draws_no_random_numbers():
-    training.seed_everything(0)
-    assert training.product_seconds(torch.bfloat16) > 0
+    devices.seed_everything(0)
+    assert devices.product_seconds(torch.bfloat16) > 0
     drawn = draw()
-    training.seed_everything(0)
+    devices.seed_everything(0)
     assert draw() == drawn
 
 
 def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back at the end
-    training.select_device("cpu")
+    devices.select_device("cpu")
     assert not torch.backends.cudnn.benchmark
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # as if a GPU were there
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    training.select_device("cuda:0")
+    devices.select_device("cuda:0")
     assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
-@pytest.mark.parametrize("build_optimizer", [training.build_optimizer, pretrain.build_optimizer])
+@pytest.mark.parametrize("build_optimizer", [optim.build_optimizer, pretrain.build_optimizer])
 def test_adamw_is_fused_on_a_gpu_alone(device, fused, build_optimizer):
     options = {
         "learning_rate": 1e-3,
@@ -116,17 +118,17 @@ def test_a_step_whose_gradients_overflow_is_none():
         layer = nn.Linear(2, 1)
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
         scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
-        assert training.stepped(scaler, optimizer)
+        assert optim.stepped(scaler, optimizer)
         before = layer.weight.detach().clone()
         layer.weight.grad.fill_(math.inf)
         if scaler.is_enabled():
-            assert not training.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
+            assert not optim.stepped(scaler, optimizer) and torch.equal(layer.weight, before)
 
 
 def test_autocast_computes_in_its_dtype():
     cpu, layer, x = torch.device("cpu"), nn.Linear(2, 2), torch.ones(1, 2)
     for dtype in (torch.float32, torch.bfloat16):
-        with training.autocast(cpu, dtype):
+        with devices.autocast(cpu, dtype):
             assert layer(x).dtype == dtype
 
 
@@ -136,21 +138,21 @@ def test_mixed_images_are_mixed_as_their_labels_are(mixup, cutmix):
     torch.manual_seed(0)
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
     for _ in range(5):
-        mixed, shares = training.BatchMixing(mixup, cutmix, 4)(images.clone(), torch.arange(4))
+        mixed, shares = evaluation.BatchMixing(mixup, cutmix, 4)(images.clone(), torch.arange(4))
         torch.testing.assert_close(shares.sum(1), torch.ones(4))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_mixed_unless_asked_for_and_never_images_that_stand_in_for_missing_ones():
     images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
-    assert training.BatchMixing(0.0, 0.0, 2)(images, labels) == (images, labels)
-    missing = torch.full_like(labels, training.NO_LABEL)
-    assert training.BatchMixing(0.5, 0.5, 2)(images, missing) == (images, missing)
+    assert evaluation.BatchMixing(0.0, 0.0, 2)(images, labels) == (images, labels)
+    missing = torch.full_like(labels, evaluation.NO_LABEL)
+    assert evaluation.BatchMixing(0.5, 0.5, 2)(images, missing) == (images, missing)
 
 
 def test_an_average_gives_the_weights_back():
     model = nn.BatchNorm1d(2)
-    average = training.WeightAverage(dict(model.named_parameters()), 0.9)
+    average = optim.WeightAverage(dict(model.named_parameters()), 0.9)
     with average.in_place():  # before the first step it is the weights
         assert torch.equal(model.weight, torch.ones(2))
     for _ in range(3):
@@ -174,7 +176,7 @@ def test_statistics_are_those_of_the_loaders_images():
     model[2].frozen = True
     frozen = {name: tensor.clone() for name, tensor in model[2].state_dict().items()}
     batches = [torch.randn(8, 3) * 5 + 2 for _ in range(4)]
-    training.estimate_statistics(model, [(x, None) for x in batches], torch.device("cpu"), torch.float32)
+    evaluation.estimate_statistics(model, [(x, None) for x in batches], torch.device("cpu"), torch.float32)
     torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean(0))
     expected = torch.stack([batch.var(0) for batch in batches]).mean(0)
     torch.testing.assert_close(model[0].running_var, expected)
@@ -186,7 +188,7 @@ def test_statistics_are_those_of_the_loaders_images():
 def test_a_share_of_the_change_is_kept(decay):
     """Weights and statistics lie on the line from where training began to where it is, or its average over time."""
     model = nn.BatchNorm1d(2)
-    average = training.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
+    average = optim.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
     with torch.no_grad():
         model.weight.fill_(3.0)
     average.begin()
@@ -202,7 +204,7 @@ def test_a_share_of_the_change_is_kept(decay):
         torch.testing.assert_close(model.running_mean, 0.25 * trained["running_mean"])
         assert model.num_batches_tracked == 1
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
-    resumed = training.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
+    resumed = optim.WeightAverage(model.state_dict(), decay, wise_ft_alpha=0.25)
     resumed.load_state_dict(copy.deepcopy(average.state_dict()))
     with resumed.in_place():
         torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
@@ -221,20 +223,20 @@ def test_a_share_of_the_change_is_kept(decay):
 )
 def test_how_much_of_the_change_is_kept(options, share):
     args = argparse.Namespace(**{"wise_ft": "auto", "head_init": "probe", "freeze_backbone": True} | options)
-    assert training.wise_ft_alpha(args, {0: 2, 1: 8}) == share
+    assert optim.wise_ft_alpha(args, {0: 2, 1: 8}) == share
 
 
 def test_the_best_epoch_by_each_measure():
-    names = ("epoch", "val_loss", *training.BEST_BY.values())
+    names = ("epoch", "val_loss", *evaluation.BEST_BY.values())
     rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
     history = [dict(zip(names, row, strict=True)) for row in rows]
-    best = {by: training.best_epoch(history, column)["epoch"] for by, column in training.BEST_BY.items()}
+    best = {by: training.best_epoch(history, column)["epoch"] for by, column in evaluation.BEST_BY.items()}
     assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
 
 
 def learning_rates(**options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = training.lr_schedule(optimizer, 10, **options)
+    schedule = optim.lr_schedule(optimizer, 10, **options)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -254,9 +256,9 @@ def test_schedules():
 
 @pytest.mark.slow
 def test_peak_memory_grows_with_what_is_allocated():
-    before = training.peak_memory_bytes(torch.device("cpu"))
+    before = devices.peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(before // 4 + 64 * 2**20 // 4)  # more than the process ever held
-    assert training.peak_memory_bytes(torch.device("cpu")) >= before + 32 * 2**20
+    assert devices.peak_memory_bytes(torch.device("cpu")) >= before + 32 * 2**20
     del block
 
 
@@ -265,7 +267,7 @@ def test_extract_features_runs_in_eval_mode_and_restores_every_modules_mode():
     model[0].eval()  # a frozen layer within a training model
     images = torch.randn(5, 3)
     batches = [(images[:3], torch.tensor([0, 1, 2])), (images[3:], torch.tensor([3, 4]))]
-    features, labels = training.extract_features(model, batches, torch.device("cpu"), torch.float32)
+    features, labels = evaluation.extract_features(model, batches, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(features, images / (1 + 1e-5) ** 0.5)
     assert labels.tolist() == [0, 1, 2, 3, 4]
     assert model.training and model[1].training and not model[0].training
@@ -282,9 +284,9 @@ def test_knn_accuracy_agrees_with_a_vote_counted_by_hand():
         for i in similarity.argsort(descending=True)[:7]:
             votes[labels[i]] += float(torch.exp(similarity[i] / 0.1))
         correct += votes.index(max(votes)) == target
-    assert training.knn_accuracy(bank, labels, queries, targets, k=7, temperature=0.1) == correct / 30
-    assert training.knn_accuracy(bank, labels, bank * 3, labels, k=1) == 1.0
-    assert 0 <= training.knn_accuracy(bank, labels, queries, targets, k=1000) <= 1
+    assert evaluation.knn_accuracy(bank, labels, queries, targets, k=7, temperature=0.1) == correct / 30
+    assert evaluation.knn_accuracy(bank, labels, bank * 3, labels, k=1) == 1.0
+    assert 0 <= evaluation.knn_accuracy(bank, labels, queries, targets, k=1000) <= 1
 
 
 def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
@@ -293,7 +295,7 @@ def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
     data = [(torch.randn(3, 2, 2), i % 4) for i in range(11)]
     inputs, labels = torch.stack([x for x, _ in data]), torch.tensor([y for _, y in data])
     logits = inputs.flatten(1) @ model[2].weight.T + model[2].bias
-    result = training.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
+    result = evaluation.evaluate(model, torch.utils.data.DataLoader(data, batch_size=4), torch.device("cpu"))
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert torch.equal(result.predictions, logits.argmax(1)) and torch.equal(result.labels, labels)
     assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -302,32 +304,32 @@ def test_evaluation_is_exact_over_uneven_batches_and_leaves_the_mode(images):
 
 def test_images_travel_as_each_device_wants_them(monkeypatch):
     images, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
-    moved = training.to_device(images, torch.device("cpu"))
+    moved = devices.to_device(images, torch.device("cpu"))
     assert torch.equal(moved, images) and moved.is_contiguous(memory_format=torch.channels_last)
-    assert training.to_device(labels, torch.device("cpu")) is labels
+    assert devices.to_device(labels, torch.device("cpu")) is labels
     calls = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **how: calls.append((device.type, how)) or self)
     for device in ("cuda", "mps"):
-        training.to_device(images, torch.device(device))
+        devices.to_device(images, torch.device(device))
     plain = {"non_blocking": False, "memory_format": torch.preserve_format}
     assert calls == [("cuda", {"non_blocking": True, "memory_format": torch.channels_last}), ("mps", plain)]
 
 
 def test_what_cuda_itself_takes_is_counted_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
-    assert training.peak_memory_bytes(torch.device("cuda")) == 7 + training.CUDA_CONTEXT_BYTES
-    assert 3e8 <= training.CUDA_CONTEXT_BYTES <= 5e8
+    assert devices.peak_memory_bytes(torch.device("cuda")) == 7 + devices.CUDA_CONTEXT_BYTES
+    assert 3e8 <= devices.CUDA_CONTEXT_BYTES <= 5e8
 
 
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: its import fails
-    assert training.peak_memory_bytes(torch.device("cpu")) is None
+    assert devices.peak_memory_bytes(torch.device("cpu")) is None
 
 
 def test_balanced_weights_are_scikit_learns():
     labels = [0] * 6 + [1] * 3 + [3]
-    weights = training.balanced_weights(Counter(labels), 4)
+    weights = evaluation.balanced_weights(Counter(labels), 4)
     expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
     assert weights[[0, 1, 3]].tolist() == pytest.approx(expected.tolist())
     assert weights[labels].mean().item() == pytest.approx(1)
@@ -337,13 +339,13 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
     """Of every group, and after a resume."""
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
     optimizer = torch.optim.AdamW(groups)
-    schedule = training.lr_schedule(optimizer, 10, 2)
+    schedule = optim.lr_schedule(optimizer, 10, 2)
     for _ in range(5):
         optimizer.step(), schedule.step()
     before = [group["lr"] for group in optimizer.param_groups]
-    training.lower_rates(schedule, 4)
+    optim.lower_rates(schedule, 4)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 4 for rate in before])
-    again = training.lr_schedule(torch.optim.AdamW([{**g, "params": g["params"]} for g in groups]), 10, 2)
+    again = optim.lr_schedule(torch.optim.AdamW([{**g, "params": g["params"]} for g in groups]), 10, 2)
     again.load_state_dict(schedule.state_dict())
     optimizer.step(), schedule.step()
     assert schedule.get_last_lr() == pytest.approx([0.25 * 0.5 * (1 + math.cos(math.pi * 4 / 8)) * r for r in (1, 0.1)])
@@ -352,9 +354,9 @@ def test_lowered_rates_stay_low_for_the_rest_of_the_schedule():
 
 def test_a_resnet_is_placed_in_the_memory_format_of_its_images_and_a_vit_as_it_is():
     device = torch.device("cpu")
-    resnet = training.place(build_backbone("resnet18", 2), device)
-    images = training.to_device(torch.rand(2, 3, 32, 32), device)
+    resnet = devices.place(build_backbone("resnet18", 2), device)
+    images = devices.to_device(torch.rand(2, 3, 32, 32), device)
     for tensor in (images, resnet.layer1[0].conv1.weight, resnet.layer1(resnet.conv1(images))):
         assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    vit = training.place(build_backbone("vit_mini", 2, 16), device)
+    vit = devices.place(build_backbone("vit_mini", 2, 16), device)
     assert all(parameter.is_contiguous() for parameter in vit.parameters())

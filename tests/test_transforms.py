@@ -1,4 +1,4 @@
-"""toolkit/transforms.py: any image becomes RGB, and views are what torchvision's transforms make, from fewer pixels."""
+"""toolkit/images/transforms.py: any image becomes RGB; views are torchvision's, from fewer pixels."""
 
 import warnings
 
@@ -9,7 +9,7 @@ from PIL import Image, JpegImagePlugin
 from torchvision import transforms as T
 
 from benchmarks import loading
-from toolkit import data, transforms
+from toolkit.images import data, transforms
 
 
 def pixel(image: Image.Image) -> tuple[int, int, int]:

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality, vtab
-from toolkit import InputError, training, transforms
+from toolkit import InputError
+from toolkit.images import transforms
+from toolkit.run import optim
 
 COUNTS = {"train800": 12, "val200": 6, "test": 10}
 
@@ -34,7 +36,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def few_rates(monkeypatch):
     monkeypatch.setattr(quality, "RATES", (1e-4, 1e-3))
-    monkeypatch.setattr(training, "STEPS_TO_TRAIN", 1)
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
 
 
 def test_the_protocol_runs_and_is_not_run_again(root, base, few_rates, tmp_path, monkeypatch, capsys):

@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from toolkit import InputError, did_you_mean, printable
-from toolkit.checkpoints import SHIPPED
-from toolkit.files import stored_path
+from toolkit.files import SHIPPED, stored_path
 
 # One file configures both scripts. Each ignores the section that only the other has. The keys listed here are in
 # sections that both scripts read, but belong to fine-tuning alone: pretraining ignores them.

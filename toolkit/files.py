@@ -26,6 +26,7 @@ import torch
 from toolkit import InputError, printable
 
 TOOLKIT = Path(__file__).resolve().parents[1]
+SHIPPED = TOOLKIT / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"  # the backbone of the first run
 
 # --- Paths -----------------------------------------------------------------------------------------------------------
 

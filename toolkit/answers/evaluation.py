@@ -1,0 +1,293 @@
+"""Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.transforms import v2
+
+from toolkit import distributed
+from toolkit.answers import measures
+from toolkit.devices import autocast, to_device
+from toolkit.models.backbones import forward_features
+
+
+def batch_norm_trains(model: nn.Module) -> bool:
+    """Does any BatchNorm take statistics of the batch in training?"""
+    return any(isinstance(module, _BatchNorm) and norm_trains(module) for module in model.modules())
+
+
+def norm_trains(norm: _BatchNorm) -> bool:
+    return not getattr(norm, "frozen", False)
+
+
+def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
+    """A weight for each class, (num_classes,), with which all classes count alike. Their mean over the images is 1.
+
+    Args:
+        images: how many each class has, by its index.
+    """
+    shares = [len(images) * images[label] / sum(images.values()) or 1.0 for label in range(num_classes)]
+    return 1 / torch.tensor(shares)
+
+
+NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
+
+
+def no_labels(like: Tensor) -> Tensor:
+    """Labels or targets that no loss counts, for images that stand in for missing ones."""
+    return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
+
+
+class BatchMixing:
+    """torchvision's mixup (arXiv 1710.09412), CutMix (1905.04899), or for each batch one of the two.
+
+    Takes images (N, 3, S, S) and labels (N,), and returns mixed images and the shares of the classes, (N, classes).
+    Without either of the two, and for images without labels, it returns what it gets.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0: without it.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, classes: int):
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
+        self.mix = v2.RandomChoice(chosen) if chosen else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (images, labels) if self.mix is None or NO_LABEL in labels else self.mix(images, labels)
+
+
+def count_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """The number of right answers of logits (N, classes). A mixed image has the label of its largest share."""
+    likeliest = labels if labels.dim() == 1 else labels.argmax(1)
+    return (logits.argmax(1) == likeliest).sum()
+
+
+BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}  # --keep-best
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within this block the model is in eval mode. Afterwards each module is in its mode of before."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype) -> None:
+    """Set the running statistics of every BatchNorm that trains to the mean over a loader's batches.
+
+    The moving averages that training leaves belong to earlier weights, and with a momentum of 0.01 to those of hundreds
+    of steps ago (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and norm_trains(module)]
+    momenta = [norm.momentum for norm in norms]
+    with eval_mode(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for images, _ in loader:
+            with autocast(device, dtype):
+                model(to_device(images, device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def worst_batch_loss(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    dtype: torch.dtype,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> float:
+    """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
+
+    Statistics of few images are so noisy that losses differ several times over although no weight has changed.
+
+    Args:
+        loss: of outputs and targets, summed over images.
+    """
+    losses = []
+    model.train()
+    for images, labels in loader:
+        with autocast(device, dtype):
+            outputs = model(to_device(images, device))
+        total = loss(outputs.float(), to_device(labels, device)).item()
+        total, number = distributed.all_sum(total, len(labels))
+        losses.append(total / number)
+    return max(losses)
+
+
+@torch.no_grad()
+def map_batches(
+    function: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Apply a function of images (N, 3, H, W) to each batch, on a device and in a precision."""
+    for batch in batches:
+        with autocast(device, dtype):
+            result = function(to_device(batch, device))
+        yield result
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The features that the head of `model` receives, over a loader, in eval mode. The model's mode is then restored.
+
+    With several processes, each computes its share and all of them return the features of the full set.
+
+    Returns:
+        float32 features (N, D) and labels (N,), both on `device`.
+    """
+    features, labels = [], []
+    with eval_mode(model):
+        for images, targets in loader:
+            with autocast(device, dtype):
+                features.append(forward_features(model, to_device(images, device)).float())
+            labels.append(to_device(targets, device))
+    return distributed.interleave(torch.cat(features)), distributed.interleave(torch.cat(labels))
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Accuracy (0 to 1) of `knn_answers` for features (N, D) whose labels are (N,)."""
+    answers = knn_answers(train_features, train_labels, features, k, temperature)
+    return int((answers == labels).sum()) / len(labels)
+
+
+def knn_answers(
+    train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The classes (N,) by the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
+
+    Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
+    """
+    bank = F.normalize(train_features.float(), dim=1)
+    classes = int(train_labels.max()) + 1
+    k = min(k, len(bank))
+    answers = []
+    for queries in features.float().split(1024):
+        similarity, neighbour = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)  # (B, N) -> (B, k)
+        votes = torch.zeros(len(queries), classes, device=bank.device)
+        votes.scatter_add_(1, train_labels[neighbour], (similarity / temperature).exp())
+        answers.append(votes.argmax(1))
+    return torch.cat(answers)
+
+
+@torch.no_grad()
+def all_outputs(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a model over a loader in eval mode, float32 (N, K), and the targets, both on the CPU.
+
+    With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
+    """
+    outputs, targets = [], []
+    with eval_mode(model):
+        for images, wanted in loader:
+            with autocast(device, dtype):
+                outputs.append(model(to_device(images, device)).float())
+            targets.append(to_device(wanted, device))
+    return tuple(distributed.interleave(torch.cat(parts)).cpu() for parts in (outputs, targets))
+
+
+class Evaluation(NamedTuple):
+    """The result of `evaluate`."""
+
+    loss: float  # mean cross-entropy
+    accuracy: float  # 0 to 1
+    predictions: Tensor  # (N,), class indices
+    labels: Tensor  # (N,)
+    confidences: Tensor  # (N,), probability of the predicted class
+    before: Tensor | None = None  # (N,), the confidences before calibration, if there was one
+
+    def reliability(self, before: bool = False) -> Tensor:
+        """`toolkit.measures.calibration` of the answers, after calibration or before."""
+        confidences = self.before if before else self.confidences
+        return measures.calibration(confidences, self.predictions == self.labels)
+
+    @property
+    def score(self) -> float:
+        return self.accuracy
+
+    @property
+    def targets(self) -> Tensor:
+        return self.labels
+
+    def measured(self) -> dict[str, float]:
+        figures = self.accuracy, self.balanced_accuracy, self.macro_f1
+        return dict(zip(("accuracy", "balanced_accuracy", "macro_f1"), figures, strict=True))
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean accuracy of the classes that have images."""
+        right, images, _ = self._counts()
+        return (right / images)[images > 0].mean().item()
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean over the classes of the harmonic mean of precision and recall."""
+        right, images, answers = self._counts()
+        both = images + answers
+        return (2 * right / both)[both > 0].mean().item()
+
+    def _counts(self) -> list[Tensor]:
+        """The numbers of right answers, of images and of answers of each class."""
+        classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
+        right = self.labels[self.labels == self.predictions]
+        return [torch.bincount(t, minlength=classes).double() for t in (right, self.labels, self.predictions)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32, temperature: float = 1.0
+) -> Evaluation:
+    """Loss, accuracy and predictions of a classifier over a loader, in eval mode. The mode is as before afterwards.
+
+    With several processes, each evaluates its share and all of them return the result over the full set.
+
+    Args:
+        temperature: what the logits were divided by; if not 1, the confidences before that are measured too.
+    """
+    losses = []
+    labels = []
+    confidences = []
+    predictions = []
+    before = []
+    with eval_mode(model):
+        for images, targets in loader:
+            images, targets = to_device(images, device), to_device(targets, device)
+            with autocast(device, dtype):
+                logits = model(images)
+            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            labels.append(targets)
+            most_probable = logits.float().softmax(1).max(1)
+            confidences.append(most_probable.values)
+            predictions.append(most_probable.indices)
+            if temperature != 1:
+                before.append((temperature * logits.float()).softmax(1).amax(1))
+    loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
+    shares = (torch.cat(share) for share in (predictions, labels, confidences))
+    predictions, labels, confidences = (distributed.interleave(share).cpu() for share in shares)
+    accuracy = (predictions == labels).float().mean().item()
+    raw = distributed.interleave(torch.cat(before)).cpu() if before else None
+    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels, confidences, raw)

@@ -1,0 +1,241 @@
+"""Seeds, device, precision and memory: what a run computes on."""
+
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+
+from toolkit import InputError, distributed
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator, as tensors, tuples and numbers: `torch.load(weights_only=True)` reads these."""
+    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Undo everything drawn since `rng_state()` returned this. CUDA states are left where the device count differs."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    keys, position, has_gauss, cached_gaussian = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def select_device(name: str) -> torch.device:
+    """'auto' is the first of cuda, mps and cpu that exists. Each of several processes gets its own GPU, or the CPU.
+
+    Raises InputError for a device that does not exist here.
+    """
+    several = distributed.launched()
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and not several
+        name = "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    if several and name.startswith("cuda:"):
+        raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
+    if several and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # such as meta, on which nothing is computed
+            raise NotImplementedError
+        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:  # else pinning memory would take room on GPU 0
+            torch.cuda.set_device(device)
+        # The shapes of a run hardly change: cuDNN tries its convolutions once and keeps the fastest.
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        # The gradients of A and B are sums over thousands of rows: partial sums in 16 bits would lose them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise InputError(f"--device {name!r} is not available here{reason}; use another, or --device cpu") from None
+    return device
+
+
+CPU = torch.device("cpu")
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+PRECISIONS = ("auto", *DTYPES)
+
+
+ARITHMETICS = ("float", "int8")
+
+
+INT8_CAPABILITY = (7, 5)  # Turing's, the first with tensor cores for integers
+
+
+def select_precision(name: str, device: torch.device, option: str = "--precision") -> torch.dtype:
+    """'auto', 'fp32', 'bf16' or 'fp16' -> the dtype to autocast to.
+
+    'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
+    Raises InputError, which names the option, for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
+    """
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
+    return DTYPES[name]
+
+
+WORTH_TELLING = 1.2  # beside other programs' work two equal times may differ by less than this
+
+
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """Device and precision for the log, and a second line if bf16 is slower than float32 on this CPU.
+
+    That is measured: a processor's name does not tell how fast its products in 16 bits are.
+    """
+    told = f"device: {device}, precision: {dtype}"
+    if device.type != "cpu" or dtype == torch.float32:
+        return told
+    times = product_seconds(dtype) / product_seconds(torch.float32)
+    if times <= WORTH_TELLING:
+        return told
+    return (
+        f"{told}\nbf16 products take {times:.1f} times as long as float32's on this processor: "
+        "--precision fp32 is faster"
+    )
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
+    tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    return shortest_seconds(lambda: F.linear(tokens, weight))
+
+
+def shortest_seconds(work: Callable[[], Any], device: torch.device = CPU) -> float:
+    """The shortest of some runs of work on the device; on a CPU in CPU time, which other programs do not lengthen."""
+    clock, runs = (time.process_time, 3) if device.type == "cpu" else (time.perf_counter, 20)
+    seconds = []
+    for _ in range(runs):  # the first prepares its code too
+        _wait_for(device)
+        start = clock()
+        work()
+        _wait_for(device)
+        seconds.append(clock() - start)
+    return min(seconds)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_arithmetic(name: str, device: torch.device) -> None:
+    """Raise InputError for 8 bits on a device that does not multiply in them."""
+    if name != "int8" or device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise InputError(f"--arithmetic int8 is for CPUs and CUDA, not {device.type}: add --device cpu, or drop it")
+    if torch.cuda.get_device_capability(device) < INT8_CAPABILITY:
+        raise InputError("--arithmetic int8 needs a GPU with tensor cores for integers (Turing or newer): drop it")
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision in `dtype`, or none if that is float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+COMPILER = "inductor"
+
+
+def compiled(network: nn.Module, device: torch.device, accumulation_steps: int = 1) -> nn.Module:
+    """The network as one graph, forward and backward: `--compile`. It shares all tensors with the network.
+
+    On CUDA the graph becomes CUDA graphs, so that a step does not wait for Python; not if gradients accumulate, since
+    the next batch would overwrite them there. A batch of another size is compiled again.
+
+    Raises:
+        InputError: what the compiler needs is not here.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--compile knows CPUs and CUDA, not {device.type}: leave it out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise InputError("--compile on a GPU needs Triton (pip install triton), which is not here: leave it out")
+    if device.type == "cpu" and COMPILER == "inductor" and not cpp_compiler():
+        raise InputError(
+            "--compile on a CPU needs a C++ compiler (apt install g++), which is not here; or leave it out"
+        )
+    mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
+    return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that `torch.compile` would call, if there is one."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to the device, in place, and a ResNet into the memory format of the images from `to_device`."""
+    is_resnet = isinstance(model, ResNet) and device.type != "mps"
+    return model.to(device, memory_format=torch.channels_last if is_resnet else torch.preserve_format)
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """Move a batch to the device. Images (N, 3, H, W) get channels_last, in which a ResNet is up to twice as fast.
+
+    On MPS asynchronous copies of pageable memory may be corrupt, and channels_last crashes BatchNorm's backward.
+    """
+    asynchronous = device.type == "cuda"
+    images = batch.dim() == 4 and device.type != "mps"
+    layout = torch.channels_last if images else torch.preserve_format
+    return batch.to(device, non_blocking=asynchronous, memory_format=layout)
+
+
+# What CUDA itself takes on a GPU beside the tensors: its context and the code of the kernels. Assumed, not measured:
+# others report 300 to 500 MB, by card and driver.
+CUDA_CONTEXT_BYTES = 450_000_000
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The peak so far in bytes: of a CUDA device's tensors and CUDA_CONTEXT_BYTES, or of the process's resident memory.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT_BYTES
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; ru_maxrss would start at the peak of the process that started this one
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

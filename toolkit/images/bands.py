@@ -1,0 +1,535 @@
+"""Images other than RGB photographs: which bands are read from their files, and what their numbers mean.
+
+Such an image is an array (H, W, bands) of float32 with the unchanged numbers of its file. The network sees
+``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
+"""
+
+import argparse
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_png
+
+from toolkit import InputError, listed, printable
+from toolkit.models.backbones import check_channels, normalization
+
+ARRAY_SUFFIXES = (".npy", ".npz")
+ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
+# Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
+MOST_COMPRESSED = 1100
+_NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels without data
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Which bands are read from each image file, and how.
+
+    Args:
+        channels: how many bands the network takes.
+        chosen: the bands of a file that become the channels, in order: numbers from 1, names of the arrays in an
+            `.npz`, or ZEROS. Empty: all bands in the file's order.
+        scale: the number by which all values are divided.
+        shown: the positions, from 0, of the three channels that pictures show as red, green and blue; or of one.
+    """
+
+    channels: int
+    chosen: tuple[str, ...] = ()
+    scale: float = 1.0
+    shown: tuple[int, ...] = (0,)
+
+    def read(self, content: bytes) -> np.ndarray:
+        """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
+        array, names = decoded(content)
+        return self._checked(self._picked(array, names))
+
+    def read_path(self, path: str | os.PathLike) -> np.ndarray:
+        """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
+        files = self.files(path)
+        if len(files) == 1 and self._place(os.path.basename(path)) is None:
+            return self.read(Path(path).read_bytes())
+        found = {name: _single(file) for name, file in files.items()}
+        size = max((band.shape for band in found.values()), key=math.prod)
+        enlarged = {name: _enlarged(band, size, name) for name, band in found.items()}
+        return np.stack([enlarged.get(name, np.zeros(size, np.float32)) for name in self.chosen], axis=-1)
+
+    def files(self, path: str | os.PathLike) -> dict[str, str]:
+        """The files that the image at this path is read from, by band if each band has its own file."""
+        folder, name = os.path.split(os.fspath(path))
+        place = self._place(name)
+        if place is None:
+            return {"": os.fspath(path)}
+        begin, end, _ = place
+        bands = [band for band in self.chosen if band != ZEROS]
+        return {band: os.path.join(folder, f"{begin}{band}{end}") for band in bands}
+
+    def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
+        """Select one file for each image of a folder, and count the files of bands that were not chosen.
+
+        If each band has its own file, the file of the first chosen band that exists represents the image. In a folder
+        without such files, each file is an image.
+        """
+        places = {name: place for name in names if (place := self._place(name)) is not None}
+        if not places:
+            return list(names), 0
+        found: dict[tuple[str, str], str] = {}
+        for name, (begin, end, _) in sorted(places.items(), key=lambda item: item[1][2]):
+            found.setdefault((begin, end), name)
+        return list(found.values()), len(names) - len(places)
+
+    def _place(self, name: str) -> tuple[str, str, int] | None:
+        """Split the name of a one-band file: the text before the band, the text after it, the band's place in `chosen`.
+
+        `S2A_32UQD_B02.tif` is such a file if B02 is chosen. None for other files, and if all chosen bands are numbers:
+        these count the bands within one file.
+        """
+        if all(band.isdigit() for band in self.chosen):
+            return None
+        stem, end = os.path.splitext(name)
+        for position, band in enumerate(self.chosen):
+            begin = stem.removesuffix(band)
+            if band != ZEROS and stem.endswith(band) and begin[-1:] in ("", "_", "-", "."):
+                return begin, end, position
+        return None
+
+    def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
+        """An image as (H, W, channels): the chosen bands of a file, or an array that has the network's channels.
+
+        Raises InputError if the number of bands is not the network's, or the file is not an image.
+        """
+        try:
+            if isinstance(image, str | os.PathLike):
+                return self.read_path(image)
+            levels = _pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+            return self._checked(_floats(levels))
+        except InputError:
+            raise
+        except (ValueError, OSError) as error:
+            name = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+            raise InputError(f"{name or 'an image'}: {printable(error)}") from None
+
+    def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        if not self.chosen:
+            return array
+        missing = [name for name in self.chosen if name != ZEROS and name not in names]
+        if missing:
+            raise ValueError(f"it has no band {listed(missing)}, but {listed(names, 16)}")
+        zeros = np.zeros(array.shape[:2], np.float32)
+        picked = [zeros if name == ZEROS else array[..., names.index(name)] for name in self.chosen]
+        return np.stack(picked, axis=-1)
+
+    def _checked(self, array: np.ndarray) -> np.ndarray:
+        if array.shape[2] != self.channels:
+            raise ValueError(f"{_counted(array.shape[2])}, and the network takes {self.channels}: choose with --bands")
+        return array
+
+    def scaled(self, image: torch.Tensor) -> torch.Tensor:
+        """The values of an image divided by the scale."""
+        return image / self.scale
+
+    def picture(self, image: torch.Tensor) -> np.ndarray:
+        """A picture of an image (C, H, W): the `shown` channels as (H, W, 3) from 0 to 1, 2% clipped at each end."""
+        levels = image[list(self.shown)].numpy()
+        low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
+        levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
+        return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
+
+
+def _counted(bands: int) -> str:
+    return f"it has {bands} band{'s' if bands > 1 else ''}"
+
+
+def _single(path: str) -> np.ndarray:
+    """The file of one band: (H, W)."""
+    name = os.path.basename(path)
+    try:
+        array, _ = decoded(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"there is no {name} beside it") from None
+    except InputError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: {error}") from None
+    if array.shape[2] != 1:
+        raise ValueError(f"{name} is to be one band, and {_counted(array.shape[2])}")
+    return array[..., 0]
+
+
+def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """A band interpolated to the size (H, W) of the largest one: Sentinel-2 has bands of 10, 20 and 60 m.
+
+    Raises ValueError if that size is not a whole multiple of the band's: then the band shows another place or crop.
+    """
+    if band.shape == size:
+        return band
+    times, rest = divmod(size[0], band.shape[0])
+    if rest or band.shape[1] * times != size[1]:
+        raise ValueError(
+            f"its band {name} is {band.shape[1]}x{band.shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
+            "enlarged to a whole multiple, and this is none"
+        )
+    return np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
+    """The content of an image file as (H, W, bands), float32, and the names of its bands, or their numbers from 1.
+
+    The first bytes tell the format. Raises InputError if a package is missing, ValueError or a library's own error if
+    the file is damaged.
+    """
+    if content.startswith(b"PK"):
+        return _from_npz(content)
+    if content.startswith(b"\x93NUMPY"):
+        array = _bands_last(_load(content))
+    elif content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        array = _from_tiff(content)
+    elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
+        levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    else:
+        with Image.open(io.BytesIO(content)) as image:
+            array = _pixels(image)
+    array = _floats(array)
+    return array, [str(number) for number in range(1, array.shape[2] + 1)]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """The unchanged levels of a PIL image, upright: (H, W) or (H, W, bands)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGB", "RGBA", "CMYK", "L", "F") or image.mode.startswith("I"):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
+
+
+def _from_tiff(content: bytes) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError as error:
+        raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        series = file.series[0]
+        if series.nbytes > MOST_COMPRESSED * len(content):
+            raise ValueError(f"its header says that it is {series.shape}, which is more than its bytes can hold")
+        array, axes = series.asarray(), series.axes
+    if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third axis is samples or pages
+        [other] = [place for place, name in enumerate(axes) if name not in "YX"]
+        return np.moveaxis(array, other, -1)
+    return _bands_last(array)
+
+
+def describe_pages(content: bytes, bands: Bands | None) -> str | None:
+    """A sentence part on how the pages of a TIFF are read; None if it has one page or cannot be read."""
+    try:
+        if bands is None:
+            with Image.open(io.BytesIO(content)) as image:
+                pages = getattr(image, "n_frames", 1)
+                of_image = 1
+        else:
+            import tifffile
+
+            with tifffile.TiffFile(io.BytesIO(content)) as file:
+                pages = len(file.pages)
+                of_image = len(file.series[0].pages)
+    except Exception:  # reported when the images are read
+        return None
+    if pages == 1:
+        return None
+    return f"{pages} pages, each a band" if of_image == pages else f"{pages} pages, of which the first is the image"
+
+
+def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
+    """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
+    with _load(content) as archive:
+        names = list(archive.files)
+        arrays = [archive[name] for name in names]
+    if len(arrays) == 1:
+        array = _floats(_bands_last(arrays[0]))
+        return array, [str(number) for number in range(1, array.shape[2] + 1)]
+    if not arrays or any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
+        raise ValueError(f"its arrays ({listed(names)}) are neither one image nor bands of one size, (H, W) each")
+    return _floats(np.stack(arrays, axis=-1)), names
+
+
+def _load(content: bytes) -> Any:
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except MemoryError:
+        raise ValueError("its header says that it is larger than it can be") from None
+
+
+def _bands_last(array: np.ndarray) -> np.ndarray:
+    """An array with its bands first or last as (H, W, bands): there are fewer bands than rows or columns."""
+    if array.ndim == 3 and array.shape[0] < array.shape[2]:
+        return np.moveaxis(array, 0, -1)
+    return array
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
+    if array.ndim == 2:
+        array = array[..., None]
+    return np.nan_to_num(array.astype(np.float32), nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the options say
+
+
+def split_names(entries: Iterable[str] | None) -> list[str] | None:
+    """The names of bands typed as `4,3,2` or `4 3 2`."""
+    if not entries:
+        return None
+    return [name for entry in entries for name in entry.split(",") if name]
+
+
+def option_problems(args: argparse.Namespace) -> list[str]:
+    """The contradictions among the options of the channels, one line each."""
+    problems = []
+    if args.normalise == "data" and (args.mean or args.std):
+        problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
+    elif args.normalise and args.normalise != "data" and (args.mean or args.std or args.scale):
+        problems.append(f"--normalise {args.normalise} brings its own --scale, --mean and --std: drop one of them")
+    if bool(args.mean) != bool(args.std):
+        problems.append("--mean and --std belong together: give both, one number or one for each channel")
+    if any(value <= 0 for value in args.std or ()):
+        problems.append("--std: a standard deviation is above 0")
+    if args.channel_fit and args.channels is None:
+        problems.append(f"--channel-fit {args.channel_fit} needs --channels, the number to fit the first layer to")
+    if args.channels is not None:
+        try:
+            check_channels(args.channels)
+        except InputError as error:
+            problems.append(f"--channels: {error}")
+    return problems
+
+
+def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
+    """The `Bands` that the options name, for a network of so many channels; None: the images are RGB photographs.
+
+    Three channels without --bands and --scale are RGB photographs. Raises InputError if an option does not have one
+    value for each channel.
+    """
+    for name in ("mean", "std"):
+        numbers = getattr(args, name)
+        if numbers and len(numbers) not in (1, channels):
+            raise InputError(f"--{name}: {len(numbers)} numbers; give one, or one for each of {channels}")
+    if channels == 3 and not args.bands and args.scale is None:
+        return None
+    if args.bands and len(args.bands) != channels:
+        raise InputError(f"--bands names {len(args.bands)} bands, and the network takes {channels}")
+    shown = getattr(args, "show_bands", None)
+    if shown and (len(shown) not in (1, 3) or max(shown) > channels):
+        raise InputError(f"--show-bands: give one or three numbers from 1 to {channels}")
+    positions = tuple(number - 1 for number in shown) if shown else _likely_colours(channels)
+    return Bands(channels, tuple(args.bands or ()), args.scale or 1.0, positions)
+
+
+def _likely_colours(channels: int) -> tuple[int, ...]:
+    """The likely positions of red, green and blue. Sentinel-2 and Landsat 8 have another band before blue."""
+    if channels < 3:
+        return (0,)
+    if channels == 3:
+        return 0, 1, 2
+    return (3, 2, 1) if channels >= 11 else (2, 1, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values
+
+MEASURED_IMAGES = 256
+# Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
+SMALLEST_STD, LARGEST_STD = 0.01, 30.0
+
+
+@dataclass
+class Statistics:
+    """Statistics of each channel over all pixels, (channels,) each."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def measured(images: Iterable[np.ndarray]) -> Statistics:
+    """The statistics of images (H, W, channels)."""
+    count = 0
+    total = squares = 0.0
+    low, high = math.inf, -math.inf
+    for image in images:
+        pixels = image.reshape(-1, image.shape[2]).astype(np.float64)
+        count += len(pixels)
+        total = total + pixels.sum(0)
+        squares = squares + (pixels**2).sum(0)
+        low = np.minimum(low, pixels.min(0))
+        high = np.maximum(high, pixels.max(0))
+    mean = total / count
+    return Statistics(mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high)
+
+
+def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> dict[str, Any]:
+    """Decide how the images of a run are normalised: `mean` and `std` of each channel, and `bands` (None: photographs).
+
+    Measures some training images and prints the result. Raises InputError if their values after normalisation are far
+    from any that networks are trained on.
+
+    Args:
+        args: the options; `--mean`, `--std` and `--normalise` take precedence over the values of the arch.
+        images: the training images, a `LabelledImages`.
+    """
+    bands = bands_of(args, channels)
+    mean, std = args.mean, args.std
+    known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
+    _tell_pages(images, bands)
+    if bands is None and not args.normalise:
+        return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
+    scale = 255.0 if bands is None else bands.scale
+    as_array = _numbers if bands is None else bands.array
+    images = images.at_most(MEASURED_IMAGES)
+    found = measured(as_array(images[i][0]) for i in range(len(images)))
+    if args.normalise:
+        varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
+        mean = (found.mean / scale).tolist()
+        std = np.where(varies, found.std / scale, 1).tolist()
+    values = _each(mean or known["mean"], std or known["std"], channels)
+    if bands is not None:
+        print(_described(bands, values, len(images) if args.normalise else 0))
+        _check_values(found, bands, values)
+    return {**values, "bands": bands}
+
+
+def _tell_pages(images: Any, bands: Bands | None) -> None:
+    """Print how the first TIFF among the images is read if it has several pages: a page is a band, or an image."""
+    for i in range(len(images)):
+        name = images.name(i)
+        if name.lower().endswith((".tif", ".tiff")):
+            if pages := describe_pages(images.source.content(int(images.indices[i])), bands):
+                print(f"images: {printable(name)} has {pages}")
+            return
+
+
+def _numbers(photograph: Image.Image) -> np.ndarray:
+    return np.asarray(photograph, dtype=np.float32)
+
+
+def _each(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[str, tuple[float, ...]]:
+    values = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    return {name: numbers * channels if len(numbers) == 1 else numbers for name, numbers in values.items()}
+
+
+def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) -> str:
+    chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
+    source = f", measured on {images} training images" if images else ""
+    return (
+        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; "
+        f"then mean {_distinct(values['mean'])}, std {_distinct(values['std'])}{source}"
+    )
+
+
+def _distinct(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in dict.fromkeys(numbers))
+
+
+def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:
+    """Raise InputError if the network would see values far from any that networks are trained on.
+
+    One channel that varies too much is enough, or most channels varying too little. Only a warning is printed for few
+    channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
+    """
+    seen = found.std / (bands.scale * np.asarray(values["std"]))
+    read = [i for i in range(bands.channels) if not bands.chosen or bands.chosen[i] != ZEROS]
+    weak = [i for i in read if seen[i] < SMALLEST_STD]
+    strong = [i for i in read if seen[i] > LARGEST_STD]
+    if strong or 2 * len(weak) > len(read):
+        worst = strong[0] if strong else weak[0]
+        raise InputError(
+            f"channel {worst + 1} has a standard deviation of {seen[worst]:.3g} after normalisation, and networks are "
+            f"trained on about 1: in the files its numbers go from {found.low[worst]:.4g} to {found.high[worst]:.4g} "
+            f"(mean {found.mean[worst]:.4g}, std {found.std[worst]:.4g}), and are divided by {bands.scale:g}; "
+            f"--scale {_likely_scale(found)} is likely, or measure mean and std with --normalise data"
+        )
+    for i in weak:
+        print(
+            f"channel {i + 1} hardly varies: its standard deviation is {seen[i]:.2g} after normalisation (in the files "
+            f"{found.std[i]:.3g}); if it should count, use --normalise data"
+        )
+
+
+def _likely_scale(found: Statistics) -> int:
+    """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
+    highest = found.high.max()
+    if highest <= 2:
+        return 1
+    if highest <= 255:
+        return 255
+    return 10000 if found.mean.max() < 15000 else 65535
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What files say
+
+
+def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The metadata about images in an adapter file or an exported one: only mean and std for RGB photographs."""
+    bands = values["bands"]
+    fit = report.get("channel_fit")
+    about = {"mean": list(values["mean"]), "std": list(values["std"])}
+    if fit is not None:
+        about |= {"channels": report["channels"], "channel_fit": fit}
+    if bands is not None:
+        about |= {"channels": bands.channels, "bands": list(bands.chosen), "scale": bands.scale}
+        about |= {"show_bands": [position + 1 for position in bands.shown]}
+    return about
+
+
+def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Read what `recorded` wrote, and return it as `settle` does. An older file has the values of its arch.
+
+    Raises InputError if the metadata are damaged.
+    """
+    channels = metadata.get("channels") or 3
+    check_channels(channels)
+    known = normalization(metadata["arch"])
+    values = {name: metadata.get(name, list(known[name])) for name in ("mean", "std")}
+    for name, numbers in values.items():
+        if not _are_numbers(numbers, channels):
+            raise InputError(f"the file is damaged: its {name} is not {channels} numbers")
+    values = {name: tuple(numbers) for name, numbers in values.items()}
+    if not all(number > 0 for number in values["std"]):
+        raise InputError("the file is damaged: its std has numbers that are not above 0")
+    if "scale" not in metadata:
+        return {**values, "bands": None}
+    chosen = metadata.get("bands")
+    shown = metadata.get("show_bands")
+    scale = metadata["scale"]
+    are_names = type(chosen) is list and len(chosen) in (0, channels) and all(type(name) is str for name in chosen)
+    is_scale = _are_numbers([scale], 1) and scale > 0
+    if not are_names or not _are_places(shown, channels) or not is_scale:
+        raise InputError("the file is damaged: its bands, scale or show_bands are of no image")
+    positions = tuple(number - 1 for number in shown)
+    return {**values, "bands": Bands(channels, tuple(chosen), float(scale), positions)}
+
+
+def _are_places(shown: Any, channels: int) -> bool:
+    """Are these one or three numbers of channels, from 1?"""
+    if type(shown) is not list or len(shown) not in (1, 3):
+        return False
+    return all(type(number) is int and 1 <= number <= channels for number in shown)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    if type(values) is not list or len(values) != count:
+        return False
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)

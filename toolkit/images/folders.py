@@ -1,0 +1,276 @@
+"""Image files: finding them below a folder, keeping their names in little memory, and opening them."""
+
+import hashlib
+import itertools
+import os
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from toolkit import InputError, listed, printable
+from toolkit.images.bands import ARRAY_SUFFIXES, Bands
+
+# The first frame of an animated file is the image.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+# What network drives, archivers and systems put among images: thumbnails, deleted files.
+_OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
+_PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+
+
+class FileNames(Sequence[str]):
+    """Many names in two arrays.
+
+    A list of strings takes three times the memory, and reading a string writes its reference count: each loading
+    process would end up with a copy of the list of its own.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        ends = np.cumsum([0, *map(len, encoded)])
+        self._starts, self._ends = ends[:-1], ends[1:]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self._bytes[self._starts[i] : self._ends[i]].tobytes())
+
+
+class ImageFiles(Dataset):
+    """(PIL image, label) of image files. The image is open but not decoded: `toolkit.images.data.to_rgb` does that.
+
+    Args:
+        folder: where the files are.
+        names: their paths relative to it, with / between the parts.
+        labels: their classes.
+        bands: what is read of files that are no RGB photographs; each image is then an array, (H, W, C).
+    """
+
+    def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int], bands: Bands | None = None):
+        self.folder = str(folder)
+        self.names = FileNames(names)
+        self.labels = labels
+        self.bands = bands
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
+        """Raises InputError for a file that is no image."""
+        try:
+            image = Image.open(self.path(i)) if self.bands is None else self._read(i)
+            return image, self.labels[i]
+        except (MemoryError, InputError):
+            raise
+        except Exception as error:  # a damaged file fails in a hundred places of Pillow
+            raise unreadable(self.path(i), error) from None
+
+    def _read(self, i: int) -> np.ndarray:
+        return self.bands.read_path(self.path(i))
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, self.names[i])
+
+    def parts(self, i: int) -> list[str]:
+        """The paths of all that an image is read of: one, or one for each of its bands."""
+        return [self.path(i)] if self.bands is None else list(self.bands.files(self.path(i)).values())
+
+    def size(self, i: int) -> int:
+        """In bytes; -1 for what cannot be read, which is found out when it is."""
+        paths = self.parts(i)
+        return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
+
+    def content(self, i: int) -> bytes:
+        return b"".join(Path(path).read_bytes() for path in self.parts(i))
+
+
+class UnreadableImage(InputError):
+    """A file that cannot be read as an image."""
+
+
+def unreadable(path: str, error: Exception) -> UnreadableImage:
+    """What to raise for such a file."""
+    return UnreadableImage(
+        f"{path}: not a readable image ({printable(error)}); repair or remove it, or use --skip-unreadable"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def evaluation_folder(root: Path) -> Path | None:
+    """The folder beside train/ to evaluate on, by the name that it has; test/ only where there is no other.
+
+    Raises InputError where several have such a name.
+    """
+    found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
+    if len(found) > 1:
+        raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
+    if os.path.isdir(root / "test"):
+        print(f"evaluating on {found[0]}; {root / 'test'} is left alone" if found else f"evaluating on {root / 'test'}")
+        return found[0] if found else root / "test"
+    return found[0] if found else None
+
+
+def class_folders(folder: Path, at_least: int = 2) -> list[str]:
+    """The names of the class folders in a folder, sorted.
+
+    Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
+    """
+    names = list(_folders_by_class(folder))
+    if names and {name.lower() for name in names} <= _PART_NAMES:
+        raise InputError(
+            f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
+            "them as --data-dir and --val-dir"
+        )
+    if len(names) < at_least:
+        found = f"only {names[0]}" if names else "none"
+        raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
+    return names
+
+
+def has_class_folders(folder: Path) -> bool:
+    """Are there folders for two classes or more?"""
+    return len(_folders_by_class(folder)) > 1
+
+
+def _folders_by_class(folder: Path) -> dict[str, list[str]]:
+    """The names of the folders of each class, by the class's, sorted."""
+    found = {}
+    try:
+        with os.scandir(folder) as entries:
+            for name in sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name)):
+                found.setdefault(one_spelling(name), []).append(name)
+    except OSError as error:
+        raise _unlisted(error) from None
+    return dict(sorted(found.items()))
+
+
+def one_spelling(name: str) -> str:
+    """The name of a class, in Unicode's form NFC. A Mac may write an e and an accent where others write one letter."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Does it begin with a dot, as the Mac's ._cat.jpg beside each cat.jpg and Jupyter's .ipynb_checkpoints do?"""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
+def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
+    """All images below the class folders; says which other files are there.
+
+    Raises InputError if there are no images or, with `every`, none of some class.
+    """
+    folders = _folders_by_class(folder)
+    others = Counter()
+    found = []
+    for name in class_names:
+        inside = (image_names(folder, inner, others, bands) for inner in folders.get(name, ()))
+        found.append(list(itertools.chain(*inside)))
+    empty = [name for name, images in zip(class_names, found, strict=True) if not images]
+    if len(empty) == len(class_names) or (every and empty):
+        raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
+    tell_others(folder, others)
+    labels = [label for label, images in enumerate(found) for _ in images]
+    return ImageFiles(folder, itertools.chain(*found), labels, bands)
+
+
+def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
+    """The suffixes of image files. Arrays count only where bands are read: elsewhere they may be stored features."""
+    return IMAGE_SUFFIXES if bands is None else (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
+
+
+def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
+    """The images below a folder, or below one `within` it, in a fixed order: paths relative to `folder`, with /.
+
+    Links are followed. What is no image is counted in `others`, by suffix. Raises InputError for a folder that cannot
+    be listed.
+    """
+    try:
+        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
+    except OSError as error:
+        raise _unlisted(error) from None
+    return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
+
+
+def first_image(folder: Path) -> str | None:
+    """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
+    try:
+        folders = _image_folders(folder, "", (), Counter(), None)
+        return next((posixpath.join(inner, names[0]) for inner, names in folders if names), None)
+    except OSError as error:
+        raise _unlisted(error) from None
+
+
+def _image_folders(
+    folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, bands: Bands | None
+) -> Iterator[tuple[str, list[str]]]:
+    """(path relative to `folder`, names of its images) for a folder and for each below it."""
+    here = os.stat(folder / within)
+    if any(os.path.samestat(here, other) for other in above):
+        return  # a link to a folder around it
+    names, folders = [], []
+    with os.scandir(folder / within) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                folders.append(posixpath.join(within, entry.name))
+            elif entry.name.lower().endswith(suffixes(bands)):
+                names.append(entry.name)
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+    if bands is not None:
+        names, apart = bands.one_for_each_image(names)
+        others.update({"of other bands": apart} if apart else {})
+    yield within, names
+    for inner in folders:
+        yield from _image_folders(folder, inner, (*above, here), others, bands)
+
+
+def looked_for(others: Counter | None = None, bands: Bands | None = None) -> str:
+    """For a message that there are no images: what would be one, and what is there instead."""
+    instead = f"; found {_counted(others)}" if others else ""
+    return f"(looked for {' '.join(suffixes(bands))}{instead})"
+
+
+def tell_others(folder: str | Path, others: Counter) -> None:
+    """Say how many files of which kinds are not read."""
+    if others:
+        print(f"{folder}: files that are not read as images: {_counted(others)}")
+
+
+def _counted(others: Counter) -> str:
+    return listed((f"{count} {suffix}" for suffix, count in others.most_common()), 6)
+
+
+def _unlisted(error: OSError) -> InputError:
+    return InputError(f"{error.filename}: cannot be listed: {error.strerror}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies
+
+
+def copies(
+    files: ImageFiles, chosen: Iterable[int], others: ImageFiles, others_chosen: Iterable[int]
+) -> list[tuple[str, str]]:
+    """(file, other) for each of the chosen files whose content one of the others has too. Only equal sizes are read."""
+    sizes, other_sizes = {i: files.size(i) for i in chosen}, {i: others.size(i) for i in others_chosen}
+    common = (set(sizes.values()) & set(other_sizes.values())) - {-1}
+    known = {_digest(others.content(i)): i for i, size in other_sizes.items() if size in common}
+    found = ((i, known.get(_digest(files.content(i)))) for i, size in sizes.items() if size in common)
+    return [(files.path(i), others.path(other)) for i, other in found if other is not None]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content).digest()

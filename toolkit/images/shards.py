@@ -1,0 +1,135 @@
+"""Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
+
+A million small files are slow to list and to open on network storage; a few hundred archives are not. The archives are
+not streamed, as in webdataset, but indexed: a run first finds where each image lies, and then reads it from there. So
+an epoch uses every image once, can be resumed in the middle, and is shared exactly by several processes. A stream
+promises none of this. `toolkit.images.data.Batches` takes the archives one group after the other.
+"""
+
+import io
+import os
+import posixpath
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from toolkit import InputError, listed, printable
+from toolkit.images.bands import Bands
+from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, unreadable
+
+
+def shard_names(folder: Path) -> list[str]:
+    """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
+    shards = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+    image = first_image(folder) if shards else None
+    if image is not None:
+        raise InputError(
+            f"{folder} has both archives, as {shards[0]}, and image files, as {image}: move those that are not meant "
+            "elsewhere"
+        )
+    return shards
+
+
+class ShardedImages(ImageFiles):
+    """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive.
+
+    Args:
+        folder: where the archives are.
+        shards: the archives' names.
+        names: for each image, its archive's name / its own.
+        places: for each image, (number of its archive, offset in bytes, size in bytes).
+        labels: for each image, its class.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels, bands=None
+    ):
+        super().__init__(folder, names, labels, bands)
+        self.shards = list(shards)
+        self.places = places
+
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
+        if self.bands is not None:
+            return super().__getitem__(i)
+        try:
+            image = Image.open(io.BytesIO(self.content(i)))
+        except MemoryError:
+            raise
+        except Exception as error:  # as in ImageFiles
+            raise unreadable(self.path(i), error) from None
+        image.filename = self.path(i)  # what messages call it
+        return image, self.labels[i]
+
+    def _read(self, i: int) -> np.ndarray:
+        return self.bands.read(self.content(i))
+
+    def size(self, i: int) -> int:
+        return int(self.places[i, 2])
+
+    def content(self, i: int) -> bytes:
+        shard, offset, size = self.places[i].tolist()
+        with open(os.path.join(self.folder, self.shards[shard]), "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
+    """The images in a folder's archives, and their labels as text; an empty list if no image has one.
+
+    Only the archives' headers and the labels are read.
+
+    Raises:
+        InputError: a file that is no tar archive, or a compressed one; images with and without a label; no images.
+    """
+    shards = shard_names(folder)
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    texts: list[str | None] = []
+    for number, shard in enumerate(shards):
+        images, labels = _members(folder / shard, suffixes(bands))
+        names += [f"{shard}/{name}" for name in images]
+        places += [(number, offset, size) for offset, size in images.values()]
+        texts += [labels.get(_key(name)) for name in images]
+    if not names:
+        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(bands=bands)}")
+    bare = [name for name, text in zip(names, texts, strict=True) if text is None]
+    if 0 < len(bare) < len(names):
+        raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
+    images = ShardedImages(folder, shards, names, np.array(places), [-1] * len(names), bands)
+    return images, [] if bare else texts
+
+
+def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The members of one archive: image -> (offset, size) in bytes, and key -> label."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if posixpath.basename(member.name).startswith("."):  # as in folders: ._0001.jpg is macOS's
+                    continue
+                if member.name.lower().endswith(endings) and member.isfile():
+                    images[member.name] = member.offset_data, member.size
+                elif member.name.endswith(".cls"):
+                    text = archive.extractfile(member).read(1000).decode()
+                    labels[_key(member.name)] = one_spelling(text.strip())
+            archive.fileobj.seek(archive.offset)
+            if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
+                raise tarfile.ReadError("it is damaged after its first members")
+    except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not a tar archive that can be read ({printable(error)}); compressed ones must be unpacked to .tar"
+        ) from None
+    return images, labels
+
+
+def _key(name: str) -> str:
+    """The key that an image and its label share: the path up to the first dot of the file's name."""
+    folder, file = posixpath.split(name)
+    return posixpath.join(folder, file.partition(".")[0])

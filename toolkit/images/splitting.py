@@ -1,0 +1,157 @@
+"""How a set is divided: at which positions its training, evaluation and validation images stand.
+
+A division never depends on a run's seed: every run holds out the same images. Images of one group, such as a patient,
+stay on one side. `labels` (N,) say which images are alike: each side gets its share of each label.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from toolkit import InputError, listed, printable
+from toolkit.images.folders import one_spelling
+
+SPLIT_SEED = 0
+
+
+def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (rest, part). Each image draws a number in [0, 1) from its key and goes to `part` if it is below share.
+
+    What an earlier turn left has no small numbers any more, so each turn draws anew.
+    """
+    labels = np.asarray(labels)
+    drawn = _drawn(keys, turn)
+    in_part = drawn < share
+    order = np.lexsort((drawn, labels))  # by class, and in each by the number drawn
+    last = np.append(np.flatnonzero(np.diff(labels[order])), len(order) - 1)
+    first = np.append(0, last[:-1] + 1)
+    in_part[order[first]] = True  # at least one of each class,
+    in_part[order[last]] = False  # never all of it, and not the only one
+    return np.flatnonzero(~in_part), np.flatnonzero(in_part)
+
+
+def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:
+    return np.array([_uniform(f"{turn} {key}") for key in keys])
+
+
+def _uniform(key: str) -> float:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "big") / 2**64
+
+
+def at_random(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
+    """Positions (rest, part) of a set that never changes: `part` has this share of each class to the nearest image.
+
+    It has at least one image of each class and never all of it; a class of a single image stays in `rest`.
+    """
+    rng, labels = np.random.RandomState(SPLIT_SEED), np.asarray(labels)
+    rest, part = [], []
+    for label in np.unique(labels):
+        positions = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(1, round(share * len(positions))), len(positions) - 1)
+        part += positions[:count].tolist()
+        rest += positions[count:].tolist()
+    return sorted(rest), sorted(part)
+
+
+def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], seed: int) -> list[int]:
+    """Positions of `count` random images of each class. Raises InputError for a class with fewer."""
+    rng, labels = np.random.RandomState(seed), np.asarray(labels)
+    chosen = []
+    for label, name in enumerate(class_names):
+        positions = rng.permutation(np.flatnonzero(labels == label))
+        if len(positions) < count:
+            raise InputError(f"--labels-per-class {count}: class {name} has only {len(positions)} training images")
+        chosen += positions[:count].tolist()
+    return sorted(chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts of equal size, and groups
+
+
+def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (rest, part) without a group on both sides. `part` is one of about 1 / share equal parts: the one
+    without which `rest` keeps the most classes.
+
+    Args:
+        groups: (N,), the name of each image's group.
+
+    Raises:
+        InputError: all images are in one group.
+    """
+    labels = np.asarray(labels)
+    count = min(round(1 / share), len(np.unique(groups)))
+    if count < 2:
+        raise InputError("--group-by: all images are in one group, so none can be held out")
+    number = folds(labels, groups, count, turn)
+    kept = [len(np.unique(labels[number != part])) for part in range(count)]
+    in_part = number == kept.index(max(kept))
+    return np.flatnonzero(~in_part), np.flatnonzero(in_part)
+
+
+def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:
+    """The number of the part, from 0 to count - 1, that each image belongs to: equal keys share one, (N,).
+
+    Each part gets its share of each label, as well as the keys allow: the largest groups are dealt first, each to the
+    part that has least of what it brings.
+    """
+    names, group = np.unique(np.asarray(list(keys)), return_inverse=True)
+    if len(names) < count:
+        raise InputError(f"{len(names)} images or groups are too few for {count} parts: {listed(names)}")
+    _, label = np.unique(labels, return_inverse=True)
+    drawn = _drawn(names, turn)
+    if len(names) == len(label):  # each image for itself: they are dealt like cards, class by class
+        number = np.empty(len(label), dtype=int)
+        number[np.lexsort((drawn[group], label))] = np.arange(len(label)) % count
+        return number
+    images = np.bincount(label)
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+    held, part_of = np.zeros((count, len(images))), np.empty(len(names), dtype=int)
+    for place in np.lexsort((drawn, -np.bincount(group, 1 / images[label]).round(9))):
+        brings = np.bincount(label[members[place]], minlength=len(images)) / images  # its share of each label
+        part = np.lexsort((held.sum(1).round(9), (held @ brings).round(9)))[0]  # rounded: alike on all machines
+        held[part] += brings
+        part_of[place] = part
+    return part_of[group]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What images are grouped by, and which part is evaluated on
+
+
+def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
+    """The name of the folder at a level of each path, counted from '1', the outermost: (N,).
+
+    Raises:
+        InputError: `by` is no number, which is for the columns of lists, or a path has no folder at this level.
+    """
+    found = []
+    for path in paths:
+        folders = [part for part in path.split("/")[:-1] if part]
+        if not by.isdecimal() or not 1 <= int(by) <= len(folders):
+            levels = listed(f"{level} is {name}" for level, name in enumerate(folders, 1))
+            what = "is in no folder of this level" if by.isdecimal() else "is in no list, which alone has columns"
+            raise InputError(
+                f"--group-by {printable(by)}: {printable(path)} {what}; of its folders by their level, {levels}"
+            )
+        found.append(one_spelling(folders[int(by) - 1]))
+    return np.array(found)
+
+
+def check_apart(groups: np.ndarray, others: np.ndarray, by: str) -> None:
+    """Raise InputError where evaluation images are of groups that train."""
+    shared = np.intersect1d(groups, others)
+    if len(shared):
+        images = f"{np.isin(others, shared).sum()} of {len(others)} evaluation images"
+        raise InputError(
+            f"--group-by {printable(by)}: {listed(shared)} on both sides, with {images}; move each group to one side, "
+            "or give all images as one set, which is then divided by groups"
+        )
+
+
+def read_folds(text: str) -> tuple[int | None, int]:
+    """(number of the part to evaluate on, number of parts) of '2/5'; (None, 5) of '5', which is all of them in turn."""
+    number, slash, count = text.rpartition("/")
+    return (int(number) if slash else None), int(count)

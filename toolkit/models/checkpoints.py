@@ -1,0 +1,733 @@
+"""Loads the backbone from any checkpoint of the MoCo family, matched key by key.
+
+`load_backbone` knows the layouts in the table `_LAYOUTS`: those of the official code, v1 and v2 (arXiv 1911.05722,
+2003.04297) and v3 (2104.02057), of projects that pretrain with MoCo, and of what their users convert and export. A
+model of timm is loaded under timm's own names.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from toolkit import InputError, listed, printable
+from toolkit.files import (
+    SHIPPED,
+    ForeignObject,
+    is_plain_tensor,
+    is_safetensors,
+    read_checkpoint,
+    read_safetensors,
+    stored_path,
+)
+from toolkit.models.backbones import (
+    ARCHS,
+    HEAD_NAMES,
+    TIMM,
+    build_backbone,
+    check_heads,
+    default_heads,
+    default_image_size,
+    first_convolution,
+    head_name,
+    input_channels,
+    other_heads,
+)
+
+OFFICIAL_CHECKPOINTS = (
+    "for photographs give --checkpoint: moco_v2_800ep_pretrain.pth.tar (github.com/facebookresearch/moco), or "
+    "r-50-1000ep.pth.tar, vit-s-300ep.pth.tar, vit-b-300ep.pth.tar (github.com/facebookresearch/moco-v3)"
+)
+
+
+def load_backbone(
+    path: str | os.PathLike,
+    num_classes: int,
+    arch: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    channels: int | None = None,
+    channel_fit: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the backbone of a checkpoint into a torchvision model with a new classifier head for `num_classes`.
+
+    Args:
+        path: a file in one of the layouts of `_LAYOUTS`, also as `.safetensors`; with a `timm:` arch, any file that has
+            that model's own keys. 'none': random weights.
+        num_classes: outputs of the new head. A classifier in the file is always dropped: the head is to be trained.
+        arch: one of `backbones.ARCHS`, or `timm:` and a model of timm; by default the one that the file names
+            or its shapes imply.
+        image_size: pixels along each side; by default the file's own. A ViT's position embedding is interpolated.
+        heads: the attention heads of a torchvision ViT; by default what the layout implies. If that is a guess, this
+            warns: a ViT-S with 6 heads and one with 12 have the same tensors.
+        channels: the images' channels; by default those that the file's first layer takes.
+        channel_fit: how to convert the first layer for another number, one of CHANNEL_FITS; None: refuse.
+
+    Returns:
+        The model and a report: `family`, `arch`, `image_size`, `heads` (None: not a torchvision ViT), `channels`,
+        `channel_fit` (None if the first layer is the file's own), `epoch` (None if unknown), `loaded` (names in the
+        model), `dropped` (names in the file: projector, predictor, key encoder, queue, classifier).
+        `model.base_digests` has the SHA-256 of each tensor of the checkpoint, by name: adapter files identify their
+        base by it.
+
+    Raises:
+        InputError: the file cannot be read, it lacks tensors of the backbone or has others, or it was trained on images
+            with another number of channels.
+    """
+    if is_none(path):
+        report = _report_of_random(arch, image_size, heads, channels)
+        return random_backbone(num_classes, report), report
+    source = _identify(path, _read(path), arch)
+    arch = _find_arch(source) if source.arch is None else source.arch
+    size = _find_image_size(source, arch) if image_size is None else image_size
+    likely, certain = _find_heads(source, arch)
+    first, own_channels = _find_channels(source.weights, arch)
+    channels = own_channels if channels is None else channels
+    model = build_backbone(arch, num_classes, size, heads or likely, channels)
+    weights = _resize_positions(source.weights, model)
+    if channels != own_channels:
+        _check_channel_fit(path, own_channels, channels, channel_fit)
+        weights = weights | {first: fitted_to_channels(weights[first], channels)}
+    _check_match(source, weights, model, arch)
+    model.load_state_dict({**model.state_dict(), **weights})
+    _record_digests(model, source.weights)
+    if not (heads or certain):
+        _warn_of_heads(path, likely)
+    report = {
+        "family": source.layout.family,
+        "arch": arch,
+        "image_size": size,
+        "heads": heads or likely,
+        "channels": channels,
+        "channel_fit": channel_fit if channels != own_channels else None,
+        "epoch": source.epoch,
+        "loaded": list(weights),
+        "dropped": source.dropped,
+    }
+    return model, report
+
+
+CHANNEL_FITS = ("timm",)
+
+
+def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, dict[str, Any]]:
+    """The images that a checkpoint was trained on.
+
+    Returns:
+        The number of channels that its first layer takes, 3 for random weights; and the file's metadata about their
+        values, as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
+
+    Raises:
+        InputError: the file cannot be read, or is not a checkpoint that `load_backbone` knows.
+    """
+    if is_none(path):
+        return 3, {}
+    source = _identify(path, _read(path), arch)
+    found = _find_arch(source) if source.arch is None else source.arch
+    _, channels = _find_channels(source.weights, found)
+    metadata = {**source.images, "arch": found} if source.images else {}
+    return channels, metadata
+
+
+def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
+    """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
+    model = _meta_model(arch)
+    name = f"{first_convolution(model)}.weight"
+    expected = model.state_dict().get(name)
+    if expected is None or name not in weights or weights[name].dim() != 4:
+        return None, input_channels(model)
+    out, channels, *kernel = expected.shape
+    found_out, found_channels, *found_kernel = weights[name].shape
+    if (found_out, found_kernel) == (out, kernel) and found_channels > 0:
+        return name, found_channels
+    return name, channels
+
+
+def _check_channel_fit(path: str | os.PathLike, found: int, wanted: int, fit: str | None) -> None:
+    if fit is None:
+        raise InputError(
+            f"{path} is for images of {found} channels, not {wanted}: leave --channels out and choose as many --bands, "
+            "or, if it must be, fit its first layer with --channel-fit timm"
+        )
+
+
+def fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
+    """Convert a first convolution's weight (out, C, h, w) to other channels, by timm's rule (`adapt_input_conv`).
+
+    For one channel the weights of all channels are summed, so grey gives what grey RGB gave. For more channels they are
+    repeated in turn, and scaled by the old number of channels over the new one.
+    """
+    found = kernel.shape[1]
+    if channels == 1:
+        return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
+    turns = -(-channels // found)
+    return (kernel.float().repeat(1, turns, 1, 1)[:, :channels] * (found / channels)).to(kernel.dtype)
+
+
+def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
+    """The projector and predictor of a MoCo checkpoint.
+
+    Args:
+        path: any file that `load_backbone` reads.
+
+    Returns:
+        MoCo's version, 1, 2 or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
+        `projector` and `predictor` by their names in the modules of `moco.builder`, empty if the file has none.
+
+    Raises:
+        InputError: the file cannot be read, or its tensors are not dense ones of a usual dtype.
+    """
+    tensors, info = _find_state_dict(path, _read(path))
+    layout, encoder, dropped = _recognise(path, tensors, info)
+    parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "predictor": {}}
+    if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
+        return None, parts
+    _check_tensors(path, tensors)
+    for key, full in encoder.items():
+        if key.startswith(_HEADS):
+            parts["projector"][key.partition(".")[2]] = tensors[full]
+    for full in dropped:
+        name = full.removeprefix("module.")
+        if name.startswith("predictor."):
+            parts["predictor"][name.removeprefix("predictor.")] = tensors[full]
+    if parts["predictor"] or layout.family == "moco_v3":
+        return 3, parts
+    has_hidden_layer = "0.weight" in parts["projector"]
+    return (2 if has_hidden_layer else 1), parts
+
+
+def _read(path: str | os.PathLike) -> Any:
+    if is_safetensors(path):
+        return read_safetensors(path)[0]
+    return read_checkpoint(path, objects=True)
+
+
+NO_CHECKPOINT = "none"
+
+
+def checkpoint_path(text: str) -> Path:
+    """The file that `--checkpoint` names; 'shipped' stands for the one that comes with the toolkit."""
+    return SHIPPED if text == "shipped" else Path(text)
+
+
+def is_none(path: str | os.PathLike) -> bool:
+    """Is this 'none', which stands for random weights instead of a checkpoint?"""
+    return str(path) == NO_CHECKPOINT
+
+
+def stored_checkpoint(path: str | os.PathLike) -> str:
+    """A checkpoint's path as files record it: absolute, or relative to the toolkit if it is inside."""
+    return NO_CHECKPOINT if is_none(path) else str(stored_path(Path(path).absolute()))
+
+
+def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None, fewer_bits: str | None) -> list[str]:
+    """What is wrong with the options `--checkpoint`, `--arch` and `--heads`, as far as it shows without reading files.
+
+    Args:
+        fewer_bits: the option that stores the weights in 4 or 16 bits, if there is one.
+    """
+    problems = []
+    if is_none(path) and arch is None:
+        problems.append("--checkpoint none: random weights have no architecture of their own; say which with --arch")
+    if is_none(path) and fewer_bits is not None:
+        problems.append(
+            f"{fewer_bits} with --checkpoint none: an adapter over weights in fewer bits needs their file, and random "
+            "weights are in none; drop one of the two"
+        )
+    if not is_none(path) and not os.path.exists(path):
+        problems.append(f"--checkpoint {path}: file not found; give the path of an existing checkpoint")
+    if arch is not None:
+        try:
+            default_image_size(arch)
+            check_heads(arch, heads)
+        except InputError as error:
+            problems.append(f"--arch {arch}: {error}")
+    return problems
+
+
+def _report_of_random(
+    arch: str | None, image_size: int | None, heads: int | None, channels: int | None
+) -> dict[str, Any]:
+    if arch is None:
+        raise InputError("random weights have no architecture of their own: give an arch")
+    size = default_image_size(arch) if image_size is None else image_size
+    return {
+        "family": NO_CHECKPOINT,
+        "arch": arch,
+        "image_size": size,
+        "heads": heads or default_heads(arch),
+        "channels": channels or 3,
+        "channel_fit": None,
+        "epoch": None,
+        "loaded": [],
+        "dropped": [],
+    }
+
+
+def random_backbone(num_classes: int, report: Mapping[str, Any]) -> nn.Module:
+    """The architecture that a report of `load_backbone` describes, with random weights."""
+    model = build_backbone(report["arch"], num_classes, report["image_size"], report["heads"], report["channels"])
+    model.base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
+    return model
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and values, which does not depend on memory format and device."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _record_digests(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set `model.base_digests`, and `model.resized_digests` for tensors that were interpolated.
+
+    Interpolation rounds differently from one CPU to the next, so the digest in `base_digests` is that of the position
+    embedding in the checkpoint; `resized_digests` has that of the interpolated one.
+    """
+    state = _backbone_state(model)
+    model.base_digests = {name: tensor_digest(tensor) for name, tensor in state.items()} | other_heads(model)
+    model.resized_digests = {}
+    for name in _POSITIONS:
+        if name in weights and weights[name].shape != state[name].shape:
+            model.resized_digests[name] = model.base_digests[name]
+            model.base_digests[name] = tensor_digest(weights[name].float())
+
+
+# Other projects' names of layers -> those of timm's ViTs, or of torchvision's and timm's ResNets.
+_Renames = tuple[tuple[str, str], ...]
+_SEQUENTIAL: _Renames = (  # an nn.Sequential of a ResNet's children
+    (r"0\.", "conv1."),
+    (r"1\.", "bn1."),
+    *((rf"{3 + i}\.", f"layer{i}.") for i in range(1, 5)),
+)
+_MMPRETRAIN: _Renames = (
+    (r"patch_embed\.projection\.", "patch_embed.proj."),
+    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+    (r"ln1\.", "norm."),
+)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a project's files have the backbone, and how to recognise these files.
+
+    A file has this layout if some tensor's name starts with `prefix`, some name starts with one of `signs`, and
+    something is at `entry`, a path through the dictionaries around the tensors. The prefix `module.`, of
+    DistributedDataParallel, does not count.
+    """
+
+    family: str
+    prefix: str = ""  # of the backbone's tensors
+    beside: tuple[str, ...] = ()  # prefixes of all other tensors, which are left out
+    signs: tuple[str, ...] = ("",)
+    entry: str = ""
+    renames: _Renames = _SEQUENTIAL
+    # The attention heads of a ViT-S with a fixed position embedding, as in MoCo v3, and of one with a learned one.
+    heads: tuple[int, int] = (12, 12)
+    heads_certain: bool = False  # False: they are the likelier of two numbers
+
+    def fits(self, keys: Collection[str], info: Mapping) -> bool:
+        has_entry = not self.entry or _at(info, self.entry) is not None
+        has_prefix = any(key.startswith(self.prefix) for key in keys)
+        return has_entry and has_prefix and any(key.startswith(self.signs) for key in keys)
+
+
+_MOCO = ("encoder_k.", "queue", "predictor.")
+_LIGHTLY = (
+    *("backbone_momentum.", "criterion.", "online_classifier.", "prediction_head.", "projection_head."),
+    *("projection_head_momentum.", "query_backbone.", "query_projection_head."),
+)
+_SOLO_LEARN_SIGNS = ("classifier", "momentum_", "predictor", "projector")
+_SOLO_LEARN = (*_SOLO_LEARN_SIGNS, "queue")
+_OPENMMLAB = ("data_preprocessor.", "encoder_k.", "head.", "momentum_encoder.", "neck.", "queue")
+_OPENMMLAB_SIGNS = ("data_preprocessor.", "encoder_k.", "neck.", "backbone.patch_embed.projection.")
+_OF_TIMM = {"heads": (12, 6), "heads_certain": True}  # for projects that use MoCo v3's ViT-S under MoCo v3, else timm's
+
+# The first layout that fits counts, so those with more signs come first.
+_LAYOUTS = (
+    _Layout("moco_stage1", "encoder_q.", _MOCO, entry="model", heads_certain=True),  # this toolkit's own
+    _Layout("seco", "encoder_q.", (*_MOCO, "heads_q.", "heads_k."), ("heads_q.",)),
+    _Layout("moco_v2", "encoder_q.", _MOCO, ("encoder_q.fc.0.", "encoder_q.classifier.0.")),
+    _Layout("moco_v1", "encoder_q.", _MOCO),
+    _Layout("moco_v3", "base_encoder.", ("momentum_encoder.", "predictor.")),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB, _OPENMMLAB_SIGNS, renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("mmpretrain", "backbone.", _OPENMMLAB, entry="meta", renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("solo_learn", "backbone.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),
+    _Layout("solo_learn", "encoder.", _SOLO_LEARN, _SOLO_LEARN_SIGNS, **_OF_TIMM),  # its first releases
+    _Layout("torchgeo", "backbone.", _LIGHTLY, entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("torchgeo", "model.", ("criterion.",), entry="hyper_parameters/model", heads=(6, 6), heads_certain=True),
+    _Layout("lightning", "model.", ("criterion.",)),
+    _Layout("lightly", "backbone.", _LIGHTLY),
+    _Layout("vissl", "_feature_blocks."),
+    _Layout("linear_probe", entry="best_acc1"),
+    _Layout("mmpretrain", signs=("patch_embed.projection.",), renames=_MMPRETRAIN, **_OF_TIMM),
+    _Layout("deit", signs=("blocks.",), heads=(12, 6)),
+    _Layout("torchvision"),
+)
+_PLACES = ("state_dict", "model", "classy_state_dict/base_model/model/trunk")  # of the tensors; the last is VISSL's
+_HEADS = tuple(f"{name}." for name in HEAD_NAMES)
+_BY_TIMM = {"densenet121": f"{TIMM}densenet121"}  # architectures that files name, and that only timm builds here
+
+
+@dataclass
+class _Source:
+    """The content of a file, with tensors under the model's names."""
+
+    path: str | os.PathLike
+    layout: _Layout
+    arch: str | None  # the one that was asked for, or else the one that the file names
+    epoch: int | None
+    image_size: int | None
+    heads: int | None
+    images: dict[str, Any]  # the file's metadata about the images
+    weights: dict[str, torch.Tensor]
+    dropped: list[str]
+
+
+def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Source:
+    """Recognise the layout, and take the backbone out of it. A model of timm has its tensors under timm's names."""
+    tensors, info = _find_state_dict(path, content)
+    layout, encoder, dropped = _recognise(path, tensors, info)
+    arch = _named_arch(info) if wanted is None else wanted
+    is_timm = arch is not None and arch.startswith(TIMM)
+    heads = (f"{head_name(_meta_model(arch))}.",) if is_timm else _HEADS
+    dropped += [full for key, full in encoder.items() if key.startswith(heads)]
+    names = {full: _renamed(key, layout.renames) for key, full in encoder.items() if not key.startswith(heads)}
+    if is_timm and layout.family in ("deit", "torchvision"):
+        layout = replace(layout, family="timm")
+    if not is_timm:
+        names = {full: _renamed(name, _TO_TORCHVISION) for full, name in names.items()}
+    _check_tensors(path, {full: tensors[full] for full in names})
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{path}: some tensors are there twice, under two projects' names")
+    return _Source(
+        path=path,
+        layout=layout,
+        arch=arch,
+        epoch=_whole_number(info, "epoch"),
+        image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
+        heads=_whole_number(info, "config/heads"),
+        images=_image_metadata(info),
+        weights={name: tensors[full] for full, name in names.items()},
+        dropped=dropped,
+    )
+
+
+def _at(content: Any, place: str) -> Any:
+    """The value at `place`, keys of nested dictionaries joined by slashes; None if there is none."""
+    for key in place.split("/"):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def _whole_number(info: Mapping, place: str) -> int | None:
+    value = _at(info, place)
+    return value if type(value) is int else None
+
+
+def _image_metadata(info: Mapping) -> dict[str, Any]:
+    """The metadata about images from this toolkit's pretraining, or from CEM500K's `norms`: mean and std of grey."""
+    recorded = info.get("normalization")
+    norms = info.get("norms")
+    if isinstance(norms, list) and len(norms) == 2:
+        return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0, "show_bands": [1]}
+    return dict(recorded) if isinstance(recorded, Mapping) else {}
+
+
+def _named_arch(info: Mapping) -> str | None:
+    """The architecture that a file names; None for other names, as the official code's vit_base: shapes tell these."""
+    arch = info.get("arch")
+    if not isinstance(arch, str):
+        return None
+    arch = _BY_TIMM.get(arch, arch)
+    return arch if arch in ARCHS or arch.startswith(TIMM) else None
+
+
+def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[dict[str, torch.Tensor], Mapping]:
+    """The dictionary of tensors, and the dictionary around it, empty if the tensors are the file's whole content."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
+    place = next((place for place in _PLACES if isinstance(_at(content, place), Mapping)), None)
+    tensors = content if place is None else _at(content, place)
+    foreign = [str(key) for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    if foreign or not tensors:
+        found = f"; {listed(foreign)} hold no tensors" if foreign else ""
+        objects = [f"{key} is a {value.kind}" for key, value in tensors.items() if isinstance(value, ForeignObject)]
+        remedy = f" ({listed(objects)}: save its state_dict() from where the file was made)" if objects else ""
+        raise InputError(f"{path}: no state_dict at its top, at 'state_dict' or at 'model'{found}{remedy}")
+    return dict(tensors), content if place else {}
+
+
+def _recognise(
+    path: str | os.PathLike, tensors: Collection[str], info: Mapping
+) -> tuple[_Layout, dict[str, str], list[str]]:
+    """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
+    wrapped = all(key.startswith("module.") for key in tensors)  # by DistributedDataParallel
+    keys = {key.removeprefix("module.") if wrapped else key: key for key in tensors}
+    layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
+    unknown = [key for key in keys if not key.startswith((layout.prefix, *layout.beside))]
+    if unknown:
+        raise InputError(
+            f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
+            f"{listed(unknown)}"
+        )
+    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
+    return layout, encoder, [full for key, full in keys.items() if not key.startswith(layout.prefix)]
+
+
+def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError for 8-bit floats, which mean nothing without their scales, for complex numbers and the like."""
+    for name, tensor in tensors.items():
+        if not is_plain_tensor(tensor):
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise InputError(f"{path}: {printable(name)} is stored as {kind}; save it as a dense tensor of float32")
+
+
+_LAYER = r"encoder.layers.encoder_layer_\1."
+_TO_TORCHVISION: _Renames = (
+    # timm's ViTs
+    (r"cls_token$", "class_token"),
+    (r"pos_embed$", "encoder.pos_embedding"),
+    (r"patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    *((rf"patch_embed\.proj\.{3 * i}\.", f"conv_proj.conv_bn_relu_{i}.0.") for i in range(4)),
+    *((rf"patch_embed\.proj\.{3 * i + 1}\.", f"conv_proj.conv_bn_relu_{i}.1.") for i in range(4)),
+    (r"patch_embed\.proj\.12\.", "conv_proj.conv_last."),
+    (r"blocks\.(\d+)\.norm([12])\.", _LAYER + r"ln_\2."),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)$", _LAYER + r"self_attention.in_proj_\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.", _LAYER + "self_attention.out_proj."),
+    (r"blocks\.(\d+)\.mlp\.fc1\.", _LAYER + "mlp.0."),
+    (r"blocks\.(\d+)\.mlp\.fc2\.", _LAYER + "mlp.3."),
+    (r"norm\.", "encoder.ln."),
+    # torchvision's ViTs before its release 0.14, and the files that it still publishes
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_1\.", _LAYER + "mlp.0."),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.linear_2\.", _LAYER + "mlp.3."),
+)
+
+
+def _renamed(key: str, renames: _Renames) -> str:
+    """A tensor's new name, or its old one if no rule fits; the model's check reports it if it is surplus."""
+    for pattern, replacement in renames:
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key, count=1)
+    return key
+
+
+def _find_arch(source: _Source) -> str:
+    """The arch that shares the most tensors with the file, by name and shape."""
+    found = _shapes_of(source.weights)
+    best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
+    if not found & _shapes(best):
+        raise InputError(
+            f"{source.path}: none of its {len(source.weights)} tensors belongs to a known backbone "
+            f"({listed(source.weights)}); known are {', '.join(ARCHS)}; timm's models by --arch timm:NAME"
+        )
+    return best
+
+
+_POSITIONS = ("encoder.pos_embedding", "pos_embed")  # torchvision's and timm's
+
+
+@functools.cache
+def _shapes(arch: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a backbone's tensors, without those that depend on the image size or class count."""
+    return _shapes_of(_backbone_state(_meta_model(arch)))
+
+
+def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of tensors, without the position embedding."""
+    return frozenset((key, tuple(value.shape)) for key, value in tensors.items() if key not in _POSITIONS)
+
+
+def _meta_model(arch: str) -> nn.Module:
+    """A model of this architecture, with its own image size, that takes no memory."""
+    with torch.device("meta"):
+        return build_backbone(arch, 1)
+
+
+def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    head = f"{head_name(model)}."
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(head)}
+
+
+def _find_image_size(source: _Source, arch: str) -> int:
+    """The image size of the pretraining: a ViT's position embedding implies it, a ResNet's file may state it."""
+    name = next((name for name in _POSITIONS if name in source.weights), None)
+    if name is not None:
+        patch, tokens = _patch_and_tokens(_meta_model(arch))
+        side = _grid(source.weights[name], tokens)
+        if patch and side:
+            return side * patch
+    return source.image_size or default_image_size(arch)
+
+
+def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
+    """The side of a ViT's patches in pixels, and the number of positions that belong to no patch."""
+    if not hasattr(model, "patch_embed"):  # torchvision's
+        return getattr(model, "patch_size", None), 1
+    patch = model.patch_embed.patch_size[0]
+    positions = getattr(model, "pos_embed", None)
+    if positions is None or positions.dim() != 3:
+        return None, 0
+    return patch, positions.shape[1] - model.patch_embed.num_patches
+
+
+def _grid(positions: torch.Tensor, tokens: int) -> int:
+    """The patches along each side in a position embedding (1, tokens + grid * grid, D); 0 if they form no square."""
+    if positions.dim() != 3:
+        return 0
+    count = positions.shape[1] - tokens
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0
+
+
+def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Interpolate a position embedding to the model's image size, as torchvision or timm does."""
+    state = model.state_dict()
+    name = next((name for name in _POSITIONS if name in weights and name in state), None)
+    if name is None or weights[name].shape == state[name].shape:
+        return weights
+    _, tokens = _patch_and_tokens(model)
+    if not _grid(weights[name], tokens):
+        return weights
+    positions = weights[name].float()
+    if hasattr(model, "patch_embed"):
+        from timm.layers import resample_abs_pos_embed
+
+        return weights | {name: resample_abs_pos_embed(positions, model.patch_embed.grid_size, None, tokens)}
+    return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
+
+
+def _find_heads(source: _Source, arch: str) -> tuple[int | None, bool]:
+    """The number of heads of a torchvision ViT, and whether it is certain. Shapes cannot tell that of a ViT-S.
+
+    MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
+    """
+    own = default_heads(arch)
+    if own is None:
+        return None, True
+    if source.heads or arch != "vit_small":
+        return source.heads or own, True
+    positions = source.weights.get(_POSITIONS[0])
+    is_fixed = positions is not None and positions.dim() == 3 and not positions[:, 0].any()
+    heads_if_fixed, heads_if_learned = source.layout.heads
+    return heads_if_fixed if is_fixed else heads_if_learned, source.layout.heads_certain
+
+
+def _warn_of_heads(path: str | os.PathLike, heads: int) -> None:
+    warnings.warn(
+        f"{path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has 12, "
+        "SSL4EO-S12's and timm's have 6; say which with --heads",
+        stacklevel=3,
+    )
+
+
+def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Module, arch: str) -> None:
+    """Raise InputError, with all differences, unless the file holds the whole backbone and nothing else."""
+    expected = _backbone_state(model)
+    # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
+    missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    surplus = [key for key in weights if key not in expected]
+    common = [key for key in expected if key in weights]
+    misshapen = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in common
+        if weights[key].shape != expected[key].shape
+    ]
+    if missing or surplus or misshapen:
+        problems = {"missing": missing, "not expected": surplus, "of another shape": misshapen}
+        found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
+        raise InputError(
+            f"{source.path} ({source.layout.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
+            f"{len(expected)} backbone tensors match; {found}"
+            f"{_other_stem(weights, expected)}{_better_arch(source, arch)}"
+        )
+    counters = {key for key in common if key.endswith("num_batches_tracked")}  # half() may have made them floats
+    broken = [key for key in common if key not in counters and not _is_usable(weights[key], expected[key])]
+    if broken:
+        raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
+
+
+def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
+    # A single NaN or infinity makes the sum NaN or infinite, and a sum is much faster than checking each number.
+    return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
+
+
+def _other_stem(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """A hint if the file's ResNet was made for small images: all its other tensors fit, but it computes differently."""
+    name = "conv1.weight"
+    if name not in weights or name not in expected:
+        return ""
+    if (weights[name].shape[2:], expected[name].shape[2:]) != ((3, 3), (7, 7)):
+        return ""
+    return (
+        "; it has solo-learn's stem for CIFAR, a 3x3 conv1 without pooling behind it, which this toolkit's ResNets do "
+        "not have; take one that was pretrained with the stem for ImageNet"
+    )
+
+
+def _better_arch(source: _Source, arch: str) -> str:
+    """A hint at the arch that the file's tensors fit, if that is another one."""
+    found = _shapes_of(source.weights)
+    fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
+    if fitting == arch:
+        return ""
+    return f"; it looks like {fitting}: give the --checkpoint of a {arch}, or leave out --arch"
+
+
+def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
+    """A description of the backbone and of what was recognised in its checkpoint, in two lines of a terminal."""
+    images = f"{report['image_size']} pixels"
+    if report["channels"] != 3:
+        images += f" of {report['channels']} channels"
+    if from_scratch or report["family"] == NO_CHECKPOINT:
+        return f"backbone: {report['arch']} for {images} with random weights"
+    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
+    heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
+    needless = _parts_of(report["dropped"])
+    others = f"; the file's {needless} not needed" if needless else ""
+    return (
+        f"backbone: {report['arch']}{heads} for {images} from a {report['family']} "
+        f"checkpoint{epoch};\n          all {len(report['loaded'])} backbone tensors loaded{others}"
+    )
+
+
+_PARTS = {  # patterns of the names of tensors that are left out, by part; the first that matches counts
+    "momentum encoder": r"(.*\.)?(encoder_k|heads_k|momentum_\w+|\w+_momentum)\.",
+    "projector": r"(.*\.)?(projector|projection_head|\w+_projection_head|heads_q|neck)\.|(base_encoder|encoder_q)\.",
+    "predictor": r"(.*\.)?(predictor|prediction_head)\.",
+    "queue": r"(.*\.)?queue",
+    "classifier": r"(.*\.)?(classifier|online_classifier|fc|heads?)\.",
+}
+
+
+def _parts_of(dropped: Collection[str]) -> str:
+    """The parts to which the dropped tensors belong, as 'projector and queue are'; empty if none was dropped."""
+    found = {_part_of(name.removeprefix("module.")) for name in dropped}
+    parts = [part for part in (*_PARTS, _OTHER_PART) if part in found]
+    if not parts:
+        return ""
+    verb = "is" if len(parts) == 1 and parts[0] in _PARTS else "are"
+    *first, last = parts
+    names = f"{', '.join(first)} and {last}" if first else last
+    return f"{names} {verb}"
+
+
+_OTHER_PART = "other tensors"
+
+
+def _part_of(name: str) -> str:
+    return next((part for part, pattern in _PARTS.items() if re.match(pattern, name)), _OTHER_PART)

@@ -1,0 +1,1 @@
+"""A run: options, loop, state, folder, reports."""

@@ -1,0 +1,230 @@
+"""The folder of a run's results: it is outside the images, belongs to one script, and is used by one run at a time.
+
+A run moves the files of an earlier run to a new folder beside its own (`begin_folder`): nothing is overwritten. A
+folder is refused beforehand if it is among the images, if the run would overwrite a checkpoint that it reads, if it has
+results of the other script, or if another run is still going on in it.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from toolkit import InputError, distributed, printable
+from toolkit.files import read_checkpoint, same_file
+from toolkit.images.data import UNLABELLED_SET
+from toolkit.images.folders import EVALUATION_NAMES
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".running"  # a file in the folder while a run writes there
+FINE_TUNING_FILES = (
+    *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
+    *("learning_rates.csv", "learning_rates.png", "training_curves.png", "mistakes.png", "results_answers.csv"),
+    *("confusion_matrix.png", "precision_recall.png", "scatter.png", "folds", "folds.csv"),
+)
+# Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
+SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
+MARKS = {
+    "finetune_lora.py": {"class_names", "trials", "val_accuracy"},
+    "moco.pretrain": {"global_steps", "loss"},
+}
+
+
+def problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
+    """What is wrong with --output-dir, one line each; `written` names the files that the run writes there.
+
+    --eval-only writes nothing.
+    """
+    folder = args.output_dir
+    training = vars(args).get("eval_only") is None
+    places = [folder / name for name in written] if training else []
+    for option in ("checkpoint", "stage1_adapter"):
+        path = vars(args).get(option)
+        if any(same_file(place, path) for place in places):
+            yield f"--{option.replace('_', '-')} {path} would be overwritten: give another --output-dir"
+    inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
+    if inside and training:
+        yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
+    # os.path and not Path: that raises an error for a name too long for the file system.
+    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not os.path.isdir(existing):
+        yield f"--output-dir {folder}: {existing} is a file; name a folder"
+    elif not os.access(existing, os.W_OK):
+        yield f"--output-dir {folder}: no permission to write to {existing}; name another folder"
+
+
+def _places_of_images(args: argparse.Namespace) -> Iterator[Path]:
+    """The folders in which a new folder would be taken for a class, and its pictures for images of that class."""
+    given = vars(args)
+    own = args.dataset in ("imagefolder", UNLABELLED_SET) and given.get("data_list") is None
+    for root in (args.data_dir if own else None, given.get("knn_dir")):
+        if root is not None:
+            parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
+            yield from parts if os.path.isdir(parts[0]) else [root]
+    if given.get("val_dir") is not None:
+        yield args.val_dir
+
+
+@contextlib.contextmanager
+def held(
+    folder: Path, script: str, files: Iterable[str] = (), resumed: Path | None = None
+) -> Iterator[Callable[[], None]]:
+    """Within this block the folder of --output-dir exists, and no other run writes to it.
+
+    A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
+
+    Args:
+        folder: is made if it does not exist.
+        script: a key of MARKS.
+        files, resumed: see `begin_folder`.
+
+    Yields:
+        `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
+
+    Raises:
+        InputError: another run is going on in the folder, it has the other script's results, or it cannot be made.
+            Every process raises it.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.is_main():
+            try:
+                stack.enter_context(_locked(folder))
+                _check_owner(folder, script)
+            except InputError as error:
+                problem = str(error)
+        problem, *_ = distributed.gather(problem)
+        if problem is not None:
+            raise InputError(problem)
+        yield functools.cache(functools.partial(begin_folder, folder, files, resumed))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _lock(folder / LOCK)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder may have been moved
+            os.unlink(folder / LOCK)  # before the lock is released: the file is still this run's
+        os.close(handle)
+        for place in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """Create a file that this process alone holds until it ends, however it ends; return the descriptor.
+
+    Locks of `fcntl.lockf` are not inherited: forked processes that load images and outlive the run do not hold them.
+    Raises InputError if another process holds the file, and OSError if it cannot be made.
+    """
+    if fcntl is None:
+        try:  # Windows removes a temporary file together with its process
+            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_TEMPORARY", 0))
+        except FileExistsError:
+            raise _busy(path, "") from None
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode(errors="replace")
+            os.close(handle)
+            raise _busy(path, owner) from None
+        except OSError:  # some network file systems have no locks: then the run goes on without one
+            pass
+        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return handle
+        os.close(handle)  # a run that ended at this moment has removed the file
+
+
+def _busy(path: Path, owner: str) -> InputError:
+    who = f" ({printable(owner)})" if owner else ""
+    return InputError(f"--output-dir {path.parent}: another run{who} is going on in it; let it end, or name another")
+
+
+def _unusable(folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or error
+    return InputError(
+        f"--output-dir {folder}: cannot make it, or move out what is in it: {reason}; name another folder"
+    )
+
+
+def _check_owner(folder: Path, script: str) -> None:
+    """Raise InputError if the other script's files would be replaced."""
+    for name in SHARED_FILES:
+        found = _keys(folder / name)
+        other = next((other for other, marks in MARKS.items() if other != script and marks & found), None)
+        if other is not None:
+            raise InputError(
+                f"--output-dir {folder} has the {name} of a run of {other}, which would be lost: name another folder"
+            )
+
+
+def _keys(path: Path) -> set[str]:
+    """The keys or columns of a file; none if it does not exist or cannot be read."""
+    try:
+        if path.suffix == ".pth":
+            content = read_checkpoint(path)
+        elif path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with open(path, encoding="utf-8") as file:
+                content = dict.fromkeys(file.readline().strip().split(","))
+    except (InputError, OSError, ValueError, RecursionError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
+def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
+    """Make the folder of --output-dir this run's own: move the `files` that an earlier run left there aside.
+
+    They stay if this run resumes from `resumed`, a file in this folder. Raises InputError if the folder cannot be made
+    or the files cannot be moved.
+    """
+    if not distributed.is_main():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resumed is None or resumed.resolve().parent != folder.resolve():
+            _move_aside(folder, [name for name in files if os.path.lexists(folder / name)])
+    except OSError as error:
+        raise _unusable(folder, error) from None
+
+
+def _move_aside(folder: Path, names: list[str]) -> None:
+    """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
+    if not names:
+        return
+    named = folder.name not in ("", "..") and not folder.is_symlink()
+    place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
+    for number in itertools.count(1):
+        aside = place.with_name(f"{place.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            aside.mkdir()
+            break
+    for name in names:
+        os.rename(folder / name, aside / name)
+    unfinished = (
+        ""
+        if {"results.json", "folds.csv"} & set(names)
+        else ", unfinished (--resume with this --output-dir goes on with it)"
+    )
+    print(f"the earlier run in {folder} is now in {aside}{unfinished}")

@@ -1,0 +1,373 @@
+"""What a run tells while it trains, and what it leaves: result files, pictures and the table printed at its end."""
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from toolkit import distributed, printable
+from toolkit.answers import comparison
+from toolkit.answers.answer_reports import REPORTS, Report, finite
+from toolkit.answers.measures import TITLES
+from toolkit.answers.report_page import BLUE, ORANGE, write_page
+from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
+from toolkit.devices import peak_memory_bytes
+from toolkit.files import open_atomically, stored_path, write_text
+from toolkit.images.bands import recorded
+from toolkit.images.data import LoadingMeter, Splits
+from toolkit.models.checkpoints import stored_checkpoint
+from toolkit.run.collapse import Recovery
+from toolkit.run.optim import WeightAverage, own_rates
+from toolkit.run.options import lora_options
+from toolkit.run.training import best_epoch
+
+# matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
+
+LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words that several lines share
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def short_rate(rate: float) -> str:
+    """A learning rate as people type it: 1e-4, 2.4e-3."""
+    digits, _, power = f"{rate:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# While it runs
+
+
+def describe_data(args: argparse.Namespace, splits: Splits) -> str:
+    """One line: how many images train, how many are evaluated on, and where these come from."""
+    where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
+    if args.folds is not None:
+        where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
+    numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
+    groups = "" if args.group_by is None else f", in {splits.groups_told()} groups ({printable(args.group_by)})"
+    return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}{groups}"
+
+
+def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
+    """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
+    names = dict(zip(baseline_keys(task), ("k-NN", "linear probe"), strict=True))
+    known = [f"{name} {task.told(baseline[key])}" for key, name in names.items() if baseline[key] is not None]
+    told = f"before training: {', '.join(known)}{'' if task.kind == 'classification' else f' ({task.score_title})'}"
+    if task.kind == "classification" and baseline["probe_accuracy"] == 1:
+        told += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
+    return told
+
+
+def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> str:
+    """One line: the learning rates of head, adapters and whatever else trains.
+
+    Args:
+        rate: --learning-rate, or less in a short run.
+        adapter_lr_factor: how many times as fast the adapters learn.
+    """
+    head, adapters = own_rates(args, rate, adapter_lr_factor)
+    told = [f"head {short_rate(head)}"]
+    if adapters is not None:
+        why = f" ({adapter_lr_factor:g}x: they start at the gradient)" if adapter_lr_factor > 1 else ""
+        told.append(f"adapters {short_rate(adapters)}{why}")
+    if args.norms == "train" or not args.freeze_backbone:
+        told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
+    lowered = f"; 1/{args.learning_rate / rate:.0f} of what was asked for" if rate < args.learning_rate else ""
+    why = ", since few images or steps cannot correct what a high rate does" if lowered else ""
+    return f"learning rate: {', '.join(told)}{lowered}{why}"
+
+
+def describe_epoch(task: Task, history: Sequence[dict[str, float]], epochs: int) -> str:
+    """One line: losses and score of the last finished epoch, and the time that is left."""
+    row = history[-1]
+    losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
+    score = f"{task.score_title} {task.told(row[f'val_{task.score}'])}"
+    return f"epoch {row['epoch']}: {losses}, {score}; {describe_times(history, epochs)}"
+
+
+def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
+    """How long the last finished epoch took, and what is left of the whole run."""
+    left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
+    return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
+
+
+def tell_epoch(
+    task: Task, history: Sequence[dict[str, float]], args: argparse.Namespace, average: WeightAverage
+) -> None:
+    """Print the last finished epoch, and log it for TensorBoard if that was asked for."""
+    print(describe_epoch(task, history, args.epochs))
+    if average.share < average.wise_ft_alpha:
+        kept = f"  {average.share:.0%} of the change is kept so far"
+        print(f"{kept}: with more, training images are answered worse than by the probe")
+    if args.tensorboard:
+        log_tensorboard(history[-1], args.output_dir)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it leaves
+
+
+class FineTuned(Protocol):
+    """The part of a run that reports read: see `finetune_lora.FineTuning`."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    splits: Splits
+    report: dict[str, Any]  # of `load_backbone`
+    identity: dict[str, Any]  # with `class_names`, `images` and `config`
+    history: list[dict[str, float]]
+    baseline: dict[str, float | None]
+    meter: LoadingMeter
+    average: WeightAverage
+    recovery: Recovery
+    adapter_lr_factor: float
+    task: Task
+
+    def path(self, name: str) -> Path: ...
+
+
+def adapter_metadata(run: FineTuned) -> dict[str, Any]:
+    """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
+    args, stage1 = run.args, run.args.stage1_adapter
+    score, task = f"val_{run.task.score}", run.task.record()
+    last = run.history[-1][score] if run.history else run.baseline[baseline_keys(run.task)[1]]
+    return {
+        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
+        "class_names": run.identity["class_names"],
+        **recorded(args.normalization, run.report),
+        "checkpoint": stored_checkpoint(args.checkpoint),
+        "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
+        "lora": lora_options(args),
+        "epoch": len(run.history),
+        score: last,
+        "config": run.identity["config"],
+        **({} if task is None else {"task": task}),
+    }
+
+
+def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
+    """Write and print the results of a fine-tuning, and return the content of `results.json`.
+
+    Args:
+        result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
+        counts: its parameters, as `count_parameters` gives them.
+    """
+    config, normalization = run.identity["config"], run.args.normalization
+    report = REPORTS[run.task.kind](run.task, result, run.splits.val.clusters())
+    results = {
+        **_scores(run, result, report.figures(), kept_epoch),
+        **_rates(run),
+        "chosen_by": _chosen_by(run),
+        "kept_share": run.average.share,
+        "retreats": run.recovery.guard.retreats,
+        "epochs": len(run.history),
+        "seconds": sum(row["seconds"] for row in run.history) + run.recovery.guard.lost_seconds,
+        **run.meter.results(),
+        "trainable_parameters": counts["trainable"],
+        "total_parameters": counts["total"],
+        "lora_parameters": counts["lora"],
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "adapter_bytes": run.path("lora.pth").stat().st_size,
+        "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
+        "device": str(run.device),
+        "precision": str(run.dtype).removeprefix("torch."),
+        "images": run.identity["images"],
+        "normalization": recorded(normalization, run.report),
+        "config": config,
+    }
+    write_text(json.dumps(results, indent=2), run.path("results.json"))
+    comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
+    plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
+    report.draw(run.path(report.picture))
+    report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
+    rows = summary(results, report, run.args.output_dir)
+    sections = report.sections(run.path(report.picture))
+    pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
+    write_page(run.path("report.html"), report.title(), rows, sections, run.path("lora.pth"), **pictures, config=config)
+    print(f"\n{table(rows)}")
+    return results
+
+
+def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
+    """The scores of the saved adapter, and those before training."""
+    score, (of_knn, of_probe) = f"val_{run.task.score}", baseline_keys(run.task)
+    best = {"epoch": 0, score: run.baseline[of_probe]}  # where no epoch did well
+    if run.history:
+        best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
+    interval = f"{run.task.score}_interval"
+    return {
+        "task": run.task.kind,
+        score: figures[run.task.score],
+        "val_loss": result.loss,
+        "val_images": len(result.targets),
+        f"val_{interval}": figures[interval],
+        "eval_split": run.args.eval_split,
+        "kept_epoch": kept_epoch,  # of which `lora.pth` and these accuracies are
+        # It was chosen on the images that it is measured on, so it is no number to publish.
+        "best_epoch": best["epoch"],
+        f"best_{score}": finite(best[score]),
+        f"{of_knn}_before": finite(run.baseline[of_knn]),
+        f"{of_probe}_before": finite(run.baseline[of_probe]),
+        **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
+    }
+
+
+def _rates(run: FineTuned) -> dict[str, float | None]:
+    of_head, of_adapters = own_rates(run.args, run.recovery.rate, run.adapter_lr_factor)
+    asked = run.args.learning_rate
+    return {"learning_rate": asked, "head_learning_rate": of_head, "adapter_learning_rate": of_adapters}
+
+
+def _chosen_by(run: FineTuned) -> dict[str, str]:
+    """Which images chose what was not typed; nothing else was chosen by images that do not train."""
+    chosen = {}
+    if run.path("learning_rates.csv").exists():
+        chosen["learning rate"] = "trials on a part of the training images"
+    if run.args.keep_best:
+        chosen["epoch"] = "the evaluation images"
+    return chosen
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Rows of (name, value) as printed lines."""
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
+    """Add a row of `metrics.csv` to the log in `folder` for TensorBoard; an epoch's row replaces earlier ones of it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if distributed.is_main():
+        with SummaryWriter(str(folder / "tensorboard"), purge_step=row["epoch"]) as writer:
+            for name, value in row.items():
+                if name != "epoch" and value is not None:
+                    writer.add_scalar(name, value, row["epoch"])
+
+
+def plot_finetuning(
+    history: list[dict[str, float]],
+    baseline: dict[str, float | None],
+    path: Path,
+    task: Task | type[Task] = Classification,
+) -> None:
+    """Losses and score by epoch, both losses without label smoothing.
+
+    Args:
+        baseline: the scores of k-NN and linear probe before training, None where not measured.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
+    losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="evaluation")
+    losses.set(xlabel="epoch", ylabel=task.loss_title, title="Loss")
+    factor, unit = task.axis
+    values = [factor * row[f"val_{task.score}"] for row in history]
+    scores.plot(epochs, values, "s--", color=ORANGE, label="evaluation")
+    for name, label, style in zip(baseline_keys(task), ("k-NN", "linear probe"), (":", "-."), strict=True):
+        if baseline[name] is not None:
+            scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
+    title = task.score_title[0].upper() + task.score_title[1:]
+    scores.set(xlabel="epoch", ylabel=f"{task.score_title}{unit}", title=title)
+    for axes in (losses, scores):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
+
+
+def plot_learning_rates(rates: Sequence[float], scores: Sequence[float], task: Task, path: Path) -> None:
+    """Validation scores by learning rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    factor, unit = task.axis
+    axes.plot(rates, [factor * score for score in scores], "o-", color=BLUE)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"{task.score_title} on the validation part{unit}")
+    axes.grid(alpha=0.3)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
+    """A panel each, by epoch: the contrastive loss, and the measures of the features."""
+    from matplotlib.figure import Figure
+
+    panels = {"loss": "contrastive loss", **TITLES}
+    measured = {name: [row for row in history if row[name] is not None] for name in panels}
+    measured = {name: rows for name, rows in measured.items() if rows}
+    figure = Figure(figsize=(3.6 * len(measured), 3.2), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
+        style, color = ("-", BLUE) if name == "loss" else ("o-", ORANGE)
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], style, color=color)
+        axes.set(xlabel="epoch", title=panels[name])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
+
+
+def against_the_probe(results: dict[str, Any]) -> str:
+    """Advice for a run that ends near its linear probe, or below it; else an empty string."""
+    score = TASKS[results["task"]].score
+    probe, interval = results[f"probe_{score}_before"], results[f"val_{score}_interval"]
+    if probe is None or interval is None:
+        return ""
+    low, high = interval
+    if probe > high:
+        return "below the linear probe that it began with: try --learning-rate auto"
+    if results["learning_rate"] < LOW_RATE and probe >= low:
+        return "no better than the linear probe, as far as these images tell: try a higher --learning-rate"
+    return ""
+
+
+def summary(results: dict[str, Any], report: Report, folder: Path) -> list[tuple[str, str]]:
+    """The table printed at the end of a fine-tuning run: (name, value) of each row."""
+    task, told = report.task, against_the_probe(results)
+    knn, probe = (results[f"{key}_before"] for key in baseline_keys(task))
+    (title, headline), *rows = report.rows()
+    trained, total = results["trainable_parameters"], results["total_parameters"]
+    share, start = results["kept_share"], "start" if probe is None else "probe"
+    kept = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
+    whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
+    memory = results["peak_memory_bytes"]
+    memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
+    notes = [told] if told else []
+    for what, images in results["chosen_by"].items():
+        is_rate = what == "learning rate"
+        value = short_rate(results["learning_rate"]) if is_rate else f"{results['kept_epoch']} of {results['epochs']}"
+        notes.append(f"{what} {value} chosen by {images}")
+    sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
+    return [
+        (f"k-NN {task.score_title} before", task.told(math.nan if knn is None else knn)),
+        *([("linear probe before", task.told(probe))] if probe is not None else []),
+        (f"{title} after", headline),
+        *(("", note) for note in notes),
+        *rows,
+        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
+        *([("saved weights", kept)] if share < 1 else []),
+        ("adapter file", sizes),
+        ("training time", duration(results["seconds"])),
+        ("peak memory", memory),
+        ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
+        ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
+        ("merge it", f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"),
+    ]

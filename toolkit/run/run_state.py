@@ -1,0 +1,260 @@
+"""The state of a run of either script: what training changes, what a resumed run needs, and the run's files."""
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from toolkit import InputError, distributed
+from toolkit.devices import compiled, restore_rng_state, rng_state, seed_everything
+from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
+from toolkit.images.data import LoadingMeter
+from toolkit.run.optim import lower_rates, lr_schedule
+from toolkit.run.runs import Stopped, StopRequests
+from toolkit.run.training import Progress
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class Part(NamedTuple):
+    """A part of a run's state: `get` returns it in a form that `torch.save` can write, `put` restores it from that."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+
+    @classmethod
+    def of(cls, thing: Any) -> "Part":
+        """The part of a thing with `state_dict` and `load_state_dict`, such as an optimizer."""
+        return cls(thing.state_dict, thing.load_state_dict)
+
+    @classmethod
+    def attribute(
+        cls, thing: Any, name: str, stored: Callable[[Any], Any] = _same, restored: Callable[[Any], Any] = _same
+    ) -> "Part":
+        """The part in an attribute; `stored` converts it to what is written, `restored` converts that back."""
+        return cls(lambda: stored(getattr(thing, name)), lambda value: setattr(thing, name, restored(value)))
+
+
+class RunState:
+    """What a run has done so far, and what it needs to resume bit for bit. The runs of both scripts derive from it.
+
+    Attributes:
+        trained_parts: what training changes, by key of `last.pth`.
+        other_parts: what else a resumed run needs.
+        identity: `config`, `images` and `base`, which show whether a state is this run's; see `check_same_run`.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+        self.args = args
+        self.device = device
+        self.dtype = dtype
+        self.history: list[dict[str, Any]] = []  # a row for each finished epoch
+        self.progress: Progress | None = None  # of the epoch that has begun
+        self.baseline: dict[str, float | None] | None = None  # what was measured before training
+        self.meter = LoadingMeter()
+        self.stop = StopRequests()
+        self.trained_parts: dict[str, Part] = {}
+        self.other_parts = {
+            "history": Part.attribute(self, "history"),
+            "before": Part.attribute(self, "baseline"),
+            "meter": Part(lambda: vars(self.meter), vars(self.meter).update),
+            "progress": Part.attribute(self, "progress", _stored_progress, _restored_progress),
+        }
+        self.identity: dict[str, Any] = {}
+
+    def begin_training(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps_per_epoch: int,
+        warmup_steps: int,
+        rate_divisor: float = 1.0,
+    ) -> None:
+        """Set up optimizer, schedule and scaler. From here on each process draws random numbers of its own.
+
+        Args:
+            rate_divisor: divides all learning rates.
+        """
+        self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
+        total_steps = self.args.epochs * steps_per_epoch
+        self.schedule = lr_schedule(optimizer, total_steps, warmup_steps, self.args.schedule)
+        lower_rates(self.schedule, rate_divisor)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if vars(self.args).get("compile"):
+            network = compiled(network, self.device, self.args.accumulation_steps)
+        self.parallel = distributed.parallel(network, self.device)
+        if distributed.rank() > 0:
+            seed_everything(self.args.seed + distributed.rank())
+        self.trained_parts |= {
+            "optimizer": Part.of(self.optimizer),
+            "schedule": Part.of(self.schedule),
+            "scaler": Part(self.scaler.state_dict, self._restore_scaler),
+            "rng": Part(lambda: distributed.gather(rng_state()), _restore_rng),  # by rank: all processes contribute
+        }
+
+    def _restore_scaler(self, state: dict[str, Any]) -> None:
+        if state:  # empty if the former run was not in float16, as with an automatic precision on another device
+            self.scaler.load_state_dict(state)
+
+    def trained(self) -> dict[str, Any]:
+        """The state that training changes, by key of `last.pth`."""
+        return {key: part.get() for key, part in self.trained_parts.items()}
+
+    def restore(self, trained: dict[str, Any]) -> None:
+        """Undo everything that happened since `trained` returned this."""
+        for key, part in self.trained_parts.items():
+            part.put(trained[key])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit for bit: the content of `last.pth`."""
+        others = {key: part.get() for key, part in self.other_parts.items()}
+        return {**self.trained(), **others, **self.identity}
+
+    def save_state(self) -> None:
+        state = self.state()  # every process contributes
+        if distributed.is_main():
+            save_atomically(state, self.path("last.pth"))
+
+    def save_config(self) -> None:
+        """Write the configuration that repeats the run."""
+        if distributed.is_main():
+            write_text(yaml.safe_dump(self.identity["config"], sort_keys=False), self.path("config.yaml"))
+
+    def save_metrics(self, columns: Sequence[str]) -> None:
+        """Write the history: every epoch once, also after a resume, and an empty field for what was not measured."""
+        if distributed.is_main():
+            write_csv(self.history, columns, self.path("metrics.csv"))
+
+    def resume(self, path: Path, free: Container[str]) -> None:
+        """Go on where `last.pth` was written.
+
+        Args:
+            free: see `check_same_run`.
+
+        Raises:
+            InputError: the file belongs to another run or to another version.
+        """
+        if vars(self.args).get("keep_best") and path.resolve().parent != self.args.output_dir.resolve():
+            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
+        state = read_checkpoint(path, mapped=False)
+        if not isinstance(state, dict) or state.keys() != self.state().keys():
+            raise of_other_version(path)
+        self.go_on(path, state, free)
+
+    def go_on(self, path: Path, state: dict[str, Any], free: Container[str]) -> None:
+        """Go on from the state in a file, if it is this run's."""
+        check_same_run(path, state, self.identity, free, self.args)
+        self.restore(state)
+        for key, part in self.other_parts.items():
+            part.put(state[key])
+        print(f"resuming {path} after {self.done()}")
+
+    def path(self, name: str) -> Path:
+        return self.args.output_dir / name
+
+    def done(self) -> str:
+        steps = f" and {self.progress.steps} of {self.steps_per_epoch} steps" if self.progress else ""
+        return f"{len(self.history)} of {self.args.epochs} epochs{steps}"
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Within this block stop requests are noted; when one is raised, save the state.
+
+        Raises:
+            Stopped: with a message that says where the state is.
+        """
+        with self.stop:
+            try:
+                yield
+            except Stopped as stopped:
+                self.save_state()
+                where = f"saved in {self.path('last.pth')}. To go on: the same command with --resume"
+                raise Stopped(stopped.signum, f"Stopped; {self.done()} are {where}") from None
+
+
+def _stored_progress(progress: Progress | None) -> dict[str, Any] | None:
+    return vars(progress) if progress else None
+
+
+def _restored_progress(state: dict[str, Any] | None) -> Progress | None:
+    return Progress(**state) if state else None
+
+
+def _restore_rng(states: list[dict[str, Any]]) -> None:
+    if distributed.rank() < len(states):  # the state may have been written by fewer processes
+        restore_rng_state(states[distributed.rank()])
+
+
+def copy_to_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of anything that `torch.save` can write, sharing no memory with the original."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu", weights_only=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whether a run may go on from a state
+
+
+def of_other_version(path: Path) -> InputError:
+    """The error for a file that is no state of this version."""
+    return InputError(f"{path} is not a last.pth of this version of the script; start without --resume")
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
+    settings = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            settings[name] = value
+    return settings
+
+
+OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have
+
+
+def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[str]) -> list[str]:
+    """The settings that differ between two configurations, except those in `free`, which change nothing computed."""
+    then = flat(then)
+    now = {name: value for name, value in flat(now).items() if name in then or value not in OFF}
+    return [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if k not in free and v != then.get(k)]
+
+
+def check_same_run(
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Container[str], args: argparse.Namespace
+) -> None:
+    """Refuse to go on with a run under other settings, with other images, or over another base.
+
+    Args:
+        path: the file to go on from.
+        then, now: `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
+        free: names of settings, as in `flat`, that may differ because they do not change what is computed.
+
+    Raises:
+        InputError: what differs.
+    """
+    changed = changed_settings(then["config"], now["config"], free)
+    if changed or then.get("class_names") != now.get("class_names"):
+        what = ", ".join(changed) or "other classes"
+        raise InputError(f"{path} belongs to a run with other settings ({what}); resume with the same ones")
+    if then["images"] != now["images"]:
+        raise InputError(
+            f"{path} was trained on other images than {args.data_dir or 'the data set'} holds now: put back those that "
+            "were there, or start without --resume"
+        )
+    if then["base"] != now["base"]:
+        raise InputError(
+            f"{path} was trained over another base than {args.checkpoint}: give the same --checkpoint, and "
+            "--stage1-adapter if there was one"
+        )

@@ -1,0 +1,237 @@
+"""How a run of either script begins, stops and fails: signals, faults and exit codes."""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from toolkit import InputError, distributed, printable
+from toolkit.devices import check_arithmetic, select_device, select_precision
+from toolkit.images import cache
+from toolkit.images.data import DOWNLOADED, end_workers
+from toolkit.images.folders import UnreadableImage
+from toolkit.run import output_folder
+from toolkit.run.training import base_dtype
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run begins
+
+
+def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
+    """What is wrong with the device, the precision and the folders that the options name, one line each.
+
+    Args:
+        written: names of the files that the run writes to --output-dir.
+    """
+    try:
+        device = select_device(args.device)
+        select_precision(args.precision, device)
+        if "arithmetic" in args:  # an option of fine-tuning alone
+            check_arithmetic(args.arithmetic, device)
+            if not args.eval_only:
+                base_dtype(args)
+    except InputError as error:
+        yield str(error)
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        yield "--tensorboard needs the package tensorboard: pip install tensorboard"
+    if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
+        yield f"--data-dir {args.data_dir}: no such folder"
+    yield from output_folder.problems(args, written)
+
+
+def progress_bar(batches: Iterable | None = None, title: str = "", **options) -> tqdm:
+    """A progress bar that the first process draws; in a log, where each drawing stays, at most every ten seconds.
+
+    tqdm's variable TQDM_MININTERVAL in the environment sets another interval in seconds.
+    """
+    redrawn = sys.stderr.isatty() or "ipykernel" in sys.modules  # by a terminal or a notebook
+    interval = float(os.environ.get("TQDM_MININTERVAL", 0.1 if redrawn else 10))
+    options = {"mininterval": interval, "leave": batches is None, "disable": not distributed.is_main(), **options}
+    return tqdm(batches, title, **options)
+
+
+def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
+    """The progress bar of an epoch over so many images, of which `done` are done."""
+    counts = {"total": images, "initial": done, "unit": "img", "leave": False}
+    return progress_bar(title=f"epoch {epoch}/{epochs}", **counts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run stops
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop and did, in an orderly way. `signum` is the signal."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum
+
+
+class StopRequests:
+    """Within its `with` block a first Ctrl-C or SIGTERM is only noted, for `check`. A second one stops at once."""
+
+    def __init__(self):
+        self.signum = 0
+        self.others_asked = False  # was any process asked, as all of them know by now?
+
+    def __enter__(self) -> "StopRequests":
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # only there can signals be caught
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+    @property
+    def is_due(self) -> bool:
+        """Was this process asked to stop? Of several, any, as soon as all know: they must all stop at the same step."""
+        return self.others_asked if distributed.world_size() > 1 else self.signum > 0
+
+    def check(self) -> None:
+        """Raise Stopped if it `is_due`."""
+        if self.is_due:
+            raise Stopped(self.signum or signal.SIGTERM)
+
+    def watched(self, batches: Iterable) -> Iterable:
+        """Yield the batches, and check for a stop request before each.
+
+        With several processes this never checks: they may have different numbers of batches, and `check` needs all of
+        them.
+        """
+        for batch in batches:
+            if distributed.world_size() == 1:
+                self.check()
+            yield batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run fails
+
+
+# What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
+NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
+    """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
+
+    The workers of its loaders end with the block.
+
+    Args:
+        device: where the run computes.
+        saves_memory: advice for when memory runs out.
+
+    Yields:
+        An empty list, to which the block adds its loaders of `toolkit.images.data.Transformed` data sets.
+    """
+    loaders: list[DataLoader] = []
+    try:
+        yield loaders
+    except UnreadableImage as error:
+        # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+        raise InputError(str(error).rpartition("UnreadableImage: ")[2].strip()) from None
+    except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        on_device = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY_ON_GPU)
+        if on_device or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise InputError(f"out of memory on {device if on_device else 'cpu'}: {saves_memory}") from None
+        if "Expected to have finished reduction" in str(error):  # DistributedDataParallel
+            raise InputError(
+                "a layer with an adapter has no part in the output: start one process alone, which names it, and leave "
+                "it out with --exclude-modules"
+            ) from None
+        if distributed.is_lost_peer(error):
+            cause = printable(str(error).strip().rpartition("\n")[2])  # NCCL's own faults look like a lost process
+            raise InputError(
+                f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
+            ) from None
+        named = any(thing in str(error) for thing in ("DataLoader worker", "Pin memory thread"))
+        # A worker that is killed while it hands over a batch breaks the connection.
+        broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
+        if not named and not broken:
+            raise
+        names = [name for loader in loaders for name in loader.dataset.names_being_read()]
+        reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
+        reading = f" while images were read: {', '.join(names)}" if names else ""
+        raise InputError(
+            f"a process that loads images was killed{reading} ({reason}): if memory "
+            "ran out, use fewer --workers or --workers 0; else look at these images"
+        ) from None
+    finally:
+        end_workers(loaders)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep freed memory for its next tensors, if its allocator is glibc's.
+
+    By default glibc returns blocks of more than 32 MB to the system at once, which then hands out new ones page by
+    page, each filled with zeros: a fifth of the time of a LoRA step of a ResNet-50 on a CPU (batch 16, 224 pixels).
+    Settings in the environment take precedence.
+    """
+    settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    if platform.system() != "Linux" or settings & os.environ.keys():
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run main and exit with 0, with 2 for an InputError, or with 128 + signal if stopped.
+
+    If several processes fail, only one prints. Output reaches a log in order, and the error is its last line.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may have bytes that are no characters
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    keep_freed_memory()
+    try:
+        main()
+        distributed.leave()
+    except InputError as error:
+        sys.stdout.flush()
+        if distributed.claim_report():
+            # A DataLoader worker's error arrives with the worker's traceback as text before the message.
+            print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
+        if hasattr(signal, "SIGCHLD"):  # if a loading process was killed, PyTorch's handler would raise on the way out
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        sys.stdout.flush()
+        if distributed.is_main():
+            print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
+        # An ordinary exit would wait for loading processes, however long they read; os._exit runs no cleanup.
+        cache.free_memory()
+        os._exit(128 + getattr(stop, "signum", signal.SIGINT))
+    except BrokenPipeError:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise  # the broken pipe is not the output's
+        # Whoever read the output, such as `head`, has stopped. Python flushes once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE, as other programs end then
+    except Exception:
+        if distributed.claim_report():
+            raise
+        sys.exit(2)

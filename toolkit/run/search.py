@@ -1,0 +1,155 @@
+"""Finds a learning rate: trains at each of seven rates over three decades, on a part of the training images.
+
+The trials are as long as the run itself, up to MOST_TRIAL_EPOCHS. Shorter ones, as in successive halving, favour rates
+that are too low: a head that starts as a linear probe is good at once, and the gain of a higher rate shows only in the
+last epochs. Each trial is saved when it ends, so a stopped search can be resumed.
+"""
+
+import math
+from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from toolkit import InputError, distributed
+from toolkit.answers.tasks import Task
+from toolkit.files import read_checkpoint, save_atomically, write_csv
+from toolkit.images import data
+from toolkit.run import reports, run_state
+from toolkit.run.collapse import EpochCollapsed
+
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+DEFAULT_RATE = 1e-4  # the default of --learning-rate
+MOST_TRIAL_EPOCHS = 20
+SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
+
+
+class Trainable(Protocol):
+    """A run as the search needs it."""
+
+    history: list[dict[str, float]]  # each row with the task's score, as `val_accuracy`, and `val_loss`
+
+    def train_epoch(self) -> None:
+        """Train and evaluate an epoch. Raises EpochCollapsed if the training collapses."""
+
+
+class Trial(NamedTuple):
+    """A short run and how it ended."""
+
+    learning_rate: float
+    val_score: float  # the task's, such as the accuracy
+    val_loss: float
+
+
+def find_learning_rate(
+    trial: Callable[[float], tuple[float, float]],
+    variance: Callable[[float], float],
+    known: Iterable[Trial] = (),
+    tried: Callable[[list[Trial]], None] = lambda trials: None,
+) -> tuple[float, list[Trial]]:
+    """Try all rates; return the rate that `choose` takes, and all trials.
+
+    Args:
+        trial: trains at a rate and returns validation score and loss.
+        variance: score -> the square of its standard error.
+        known: trials of an interrupted search, which are not repeated.
+        tried: called after each trial with all trials so far.
+    """
+    trials = list(known)
+    for rate in RATES[len(trials) :]:
+        trials.append(Trial(rate, *trial(rate)))
+        tried(trials)
+    return choose(trials, variance), trials
+
+
+def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
+    """Return the rate nearest to the default among those within one standard error of the best score.
+
+    A few hundred images can show a difference of some points, but not which of the best rates is best. (The rule of
+    one standard error: Breiman et al., Classification and Regression Trees, 1984, section 3.4.3.) A trial that has
+    collapsed is never the best, though R2 may be below its 0.
+    """
+    trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
+    best = max(trial.val_score for trial in trials)
+    error = math.sqrt(variance(best))
+    alike = [trial.learning_rate for trial in trials if trial.val_score >= best - error]
+    return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
+
+
+def parts_of(splits: data.Splits) -> data.Splits:
+    """The images that a search trains and validates on: two parts of the training images."""
+    rest, part = data.validation_part(splits.train)
+    parts = data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+    if splits.train.groups is not None:
+        print(f"the search trains and validates on {parts.groups_told()} groups of the training images")
+    return parts
+
+
+def choose_learning_rate(
+    make_run: Callable[[float, int], Trainable],
+    task: Task,
+    epochs: int,
+    images: int,
+    begin: Callable[[], None],
+    folder: Path,
+    resume: Path | None,
+    settings: dict[str, Any],
+    free: Container[str] = (),
+) -> tuple[float, Path | None]:
+    """Search for the best rate, or read it from the run to resume; returns that run's `last.pth` too, if there is one.
+
+    Args:
+        make_run: makes a run at a rate for a number of epochs.
+        task: judges the runs.
+        epochs: the epochs of the run that the rate is for.
+        images: the number of images on which trials are judged.
+        begin: prepares the folder; called when there is something to save.
+        folder: receives `last.pth`, `learning_rates.csv` and `learning_rates.png`.
+        resume: the `last.pth` to resume.
+        settings: `config` and `images` of the run, which an interrupted search must share.
+        free: names of settings, as `section.key`, that may differ because they do not change what is computed.
+    """
+    known = []
+    if resume is not None:
+        state = read_checkpoint(resume)
+        if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
+            raise run_state.of_other_version(resume)
+        if "trials" not in state:
+            return state["config"]["finetune"]["learning_rate"], resume
+        changed = run_state.changed_settings(state["config"], settings["config"], free)
+        if changed or state["images"] != settings["images"]:
+            what = ", ".join(changed) or "other images"
+            raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
+        known = [Trial(*trial) for trial in state["trials"]]
+
+    epochs = min(epochs, MOST_TRIAL_EPOCHS)
+
+    def trial(rate: float) -> tuple[float, float]:
+        run = make_run(rate, epochs)
+        try:
+            for _ in range(epochs):
+                run.train_epoch()
+        except EpochCollapsed:
+            return 0.0, math.inf
+        last = run.history[-1]
+        return last[f"val_{task.score}"], last["val_loss"]
+
+    def tried(trials: list[Trial]) -> None:
+        rate, score, loss = trials[-1]
+        print(f"  learning rate {rate:.0e}: {task.score_title} {task.told(score)}, loss {loss:.4f}")
+        begin()
+        if distributed.is_main():
+            save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
+            columns = ("learning_rate", f"val_{task.score}", "val_loss")
+            rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
+            write_csv(rows, columns, folder / "learning_rates.csv")
+
+    plan = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {plan}")
+    rate, trials = find_learning_rate(trial, lambda score: task.variance(score, images), known, tried)
+    begin()
+    if distributed.is_main():
+        rates = [trial.learning_rate for trial in trials]
+        scores = [trial.val_score for trial in trials]
+        reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
+    print(f"learning rate {rate:.0e}")
+    return rate, None
