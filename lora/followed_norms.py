@@ -18,18 +18,15 @@ the statistics of the trained adapters.
 
 import contextlib
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora import backends, together
-from lora.backends import compute_dtype
 from lora.fusion import convs_and_norms, folds, scale_and_shift
 from lora.nf4 import dense_weight
-from lora.together import Followed
 from toolkit import InputError
 from toolkit.answers.evaluation import eval_mode
 
@@ -91,42 +88,18 @@ class FollowedNorm:
 
 
 def _changes(inputs: Tensor, doubled: Tensor, centre: Tensor, A: Tensor, sB: Tensor) -> tuple[Tensor, Tensor]:
-    """How far adapters change v and the mean, (..., out) both.
+    """How far an adapter changes v and the mean, (out,) both.
 
     Args:
-        inputs: (..., k, fan_in).
-        doubled: (..., k, out), twice what W makes of the inputs.
-        centre: (..., fan_in).
-        A: (..., r, fan_in).
-        sB: (..., out, r).
+        inputs: (k, fan_in).
+        doubled: (k, out), twice what W makes of the inputs.
+        centre: (fan_in,).
+        A: (r, fan_in).
+        sB: (out, r).
     """
-    h = inputs @ A.mT  # (..., k, r)
+    h = inputs @ A.mT  # (k, r)
     change = sB * (doubled.mT @ h + sB @ (h.mT @ h))
     return change.sum(-1), (sB @ (A @ centre[..., None])).squeeze(-1)
-
-
-class _ChangesTogether(torch.autograd.Function):
-    """`_changes` of n convolutions, A (n, r, fan_in) and sB (n, out, r), in half of the kernels of its own gradient."""
-
-    @staticmethod
-    def forward(ctx, inputs, doubled, centre, A, sB):
-        h = inputs @ A.mT  # (n, k, r)
-        gram = h.mT @ h
-        half = torch.baddbmm(doubled.mT @ h, sB, gram)  # (n, out, r)
-        of_centre = A @ centre[..., None]  # (n, r, 1)
-        ctx.save_for_backward(inputs, doubled, centre, sB, h, gram, half, of_centre)
-        return (sB * half).sum(-1), (sB @ of_centre).squeeze(-1)
-
-    @staticmethod
-    @backends.first_derivative
-    def backward(ctx, g_change, g_mean):
-        inputs, doubled, centre, sB, h, gram, half, of_centre = ctx.saved_tensors
-        g_change, g_mean = g_change[..., None], g_mean[..., None]
-        scaled = sB * g_change
-        gB = torch.baddbmm(half, sB, gram).mul_(g_change).baddbmm_(g_mean, of_centre.mT)
-        gh = (doubled @ scaled).baddbmm_(h, sB.mT @ scaled, alpha=2)
-        gA = (gh.mT @ inputs).baddbmm_(sB.mT @ g_mean, centre[:, None])
-        return None, None, None, gA, gB
 
 
 def _ratio(change: Tensor, spread: Tensor) -> Tensor:
@@ -136,7 +109,7 @@ def _ratio(change: Tensor, spread: Tensor) -> Tensor:
 def _scale_and_shift(
     mean: Tensor,
     variance: Tensor,
-    eps: float | Tensor,
+    eps: float,
     weight: Tensor | None,
     beta: Tensor | None,
     bias: Tensor | None,
@@ -146,67 +119,6 @@ def _scale_and_shift(
     scale = scale if weight is None else scale * weight
     shift = (-mean if bias is None else bias - mean) * scale
     return scale.detach(), log_scale, shift if beta is None else shift + beta
-
-
-class FollowedTogether:
-    """`FollowedNorm.scale_and_shift` of many convolutions at once, those of one shape in one product: for a GPU.
-
-    Args:
-        convs: each with its `followed`.
-    """
-
-    def __init__(self, convs: Sequence[nn.Conv2d]):
-        kinds: dict[tuple, list[nn.Conv2d]] = {}
-        for conv in convs:
-            norm = conv.followed.norm
-            if conv.bias is None and norm.affine and not norm.bias.requires_grad:
-                kind = conv.followed.inputs.shape, conv.lora_B.shape, conv.scaling
-                kinds.setdefault(kind, []).append(conv)
-        self.kinds = list(kinds.values())
-        self.convs = [conv for own in self.kinds for conv in own]
-        self.constants: tuple | None = None
-
-    def __call__(self) -> dict[int, Followed]:
-        """By the id of the convolution."""
-        if not self.convs:
-            return {}
-        A = self.convs[0].lora_A
-        if self.constants is None or (self.constants[1][0].device, self.constants[1][0].dtype) != (A.device, A.dtype):
-            self.constants = self._constants()
-        of_kinds, (mean, variance, spread, eps, scaling) = self.constants
-        parts, dtype = [], compute_dtype(A)
-        with torch.autocast(mean.device.type, enabled=False):
-            for own, constants in zip(self.kinds, of_kinds, strict=True):
-                A, B = (torch.stack([conv._parameters[name] for conv in own]) for name in ("lora_A", "lora_B"))
-                parts.append(torch.stack(_ChangesTogether.apply(*constants, A, own[0].scaling * B)).flatten(1))
-            change, shift = torch.cat(parts, 1)
-            weight, beta = (
-                torch.cat([conv.followed.norm._parameters[n] for conv in self.convs]) for n in ("weight", "bias")
-            )
-            found = _scale_and_shift(mean + shift, variance * _ratio(change, spread), eps, weight, beta, None)
-            found += found[0] * scaling, found[2].detach().to(dtype)
-        sizes = [len(conv.lora_B) for conv in self.convs]
-        apart = zip(*(t.split(sizes) for t in found), strict=True)
-        return {id(conv): Followed(*own) for conv, own in zip(self.convs, apart, strict=True)}
-
-    def _constants(self) -> tuple[list[tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """Of each kind inputs, outputs and centres, and of all one after another mean, variance, v(W), eps and s."""
-        for conv in self.convs:
-            conv.followed.like(conv.lora_A)
-        followed = [conv.followed for conv in self.convs]
-        of_kinds = [tuple(_joined(own, name) for name in ("inputs", "doubled", "centre")) for own in self.kinds]
-        eps = torch.cat([torch.full_like(own.mean, own.norm.eps) for own in followed])
-        scaling = torch.cat([torch.full_like(conv.followed.mean, conv.scaling) for conv in self.convs])
-        flat = (torch.cat([getattr(own, name) for own in followed]) for name in ("mean", "variance", "spread"))
-        return of_kinds, (*flat, eps, scaling)
-
-
-def _joined(convs: Sequence[nn.Conv2d], name: str) -> Tensor:
-    """The tensors of this name, (n, ...), which from now on are views of the whole: the memory is needed once."""
-    joined = torch.stack([getattr(conv.followed, name) for conv in convs])
-    for conv, own in zip(convs, joined.unbind(), strict=True):
-        setattr(conv.followed, name, own)
-    return joined
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
@@ -284,9 +196,6 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     for conv, norm in norm_of.items():
         if patches[conv]:
             conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
-    for module in model.modules():
-        if isinstance(module, ResNet):
-            module.followed = FollowedTogether(list(followers(module)))
 
 
 def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -300,14 +209,12 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
     if followed is None or followed.norm is not norm or not torch.is_grad_enabled():
         scale, shift = scale_and_shift(norm, conv.bias)
         return scale, None, shift
-    if (known := together.followed(conv)) is not None:
-        return known[:3]
     return followed.scale_and_shift(conv.lora_A, conv.lora_B, conv.scaling, conv.bias)
 
 
 def followers(model: nn.Module) -> Iterator[nn.Conv2d]:
     """The convolutions whose BatchNorms follow."""
-    return (conv for conv in model.modules() if isinstance(vars(conv).get("followed"), FollowedNorm))
+    return (module for module in model.modules() if "followed" in vars(module))
 
 
 def write_statistics(model: nn.Module) -> None:

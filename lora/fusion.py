@@ -46,7 +46,7 @@ from lora.functional import (
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.together import each_apart, folded, followed_together, forget_plan, knows_statistics, rounded_together
+from lora.together import each_apart, folded, forget_plan, knows_statistics, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -337,14 +337,8 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        with self.together(x):
+        with rounded_together(self, x, self.folding):
             return self.from_block(self.stem(x))
-
-    @contextlib.contextmanager
-    def together(self, x: Tensor) -> Iterator[None]:
-        """What a GPU prepares for all layers at once."""
-        with followed_together(vars(self).get("followed"), x), rounded_together(self, x, self.folding):
-            yield
 
     def folding(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
@@ -368,7 +362,7 @@ class FusedResNet(ResNet):
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
         """The model's output from the input of one of its stages; 0 is the first."""
-        with self.together(x):
+        with rounded_together(self, x, self.folding):
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
                 x = stage(x)
             return self.fc(torch.flatten(self.avgpool(x), 1))

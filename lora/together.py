@@ -23,22 +23,11 @@ from lora.backends import LOW_PRECISION
 from lora.folding import Constants, Folded, fold_together, lies_last
 
 
-class Followed(NamedTuple):
-    """A BatchNorm that follows its convolution's adapter, in one forward pass; all are (out,)."""
-
-    scale: Tensor  # g, without a gradient
-    log_scale: Tensor  # log |g| but for a constant
-    shift: Tensor
-    row_scale: Tensor  # s g
-    low_shift: Tensor  # the shift in the dtype of the products, without a gradient
-
-
 class _Now(threading.local):
     rounded: dict[int, Tensor] | None = None  # within a forward pass, by the id of the first of what was joined
     folded: dict[int, Folded] | None = None  # by the id of the convolution
     fold: Callable[[], dict[int, Folded]] | None = None  # makes them
     pairs: dict[int, nn.BatchNorm2d] | None = None  # what is folded into which of these convolutions
-    followed: dict[int, Followed] | None = None  # by the id of the convolution
 
 
 _now = _Now()
@@ -208,8 +197,6 @@ def rounded_together(model: nn.Module, x: Tensor, folding: Callable[[], Pairs] =
         if plan.factors and dtype in LOW_PRECISION:
             with torch.no_grad():
                 constants, scales = _constants(plan, dtype), plan.scales
-                if _now.followed:
-                    constants, scales = _constants_now(plan, constants)
                 flat = backends.flatten_dense_tensors(plan.factors)
                 flat = flat if scales is None else flat * scales
             rounded = _Rounded.apply(plan, scales, flat.to(dtype), *plan.factors)
@@ -241,25 +228,6 @@ def _constants(plan: Plan, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     return constants
 
 
-def _constants_now(plan: Plan, constants: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """The constants and the plan's scales with those of the BatchNorms that follow in their places."""
-    found = [followed(conv) for conv, _ in plan.pairs]
-    constants = [
-        constant if own is None else (own.scale[:, None, None, None], own.low_shift)
-        for own, constant in zip(found, constants, strict=True)
-    ]
-    scales = plan.scales.clone()
-    by_run = _apart_by_run(scales, plan.runs)
-    for run in plan.kernels:
-        rows = [(place, found[number]) for place, number in enumerate(run.numbers) if found[number] is not None]
-        if len(rows) == len(run.numbers):
-            by_run[run.of_B].copy_(torch.stack([own.row_scale for _, own in rows])[..., None])
-        else:
-            for place, own in rows:
-                by_run[run.of_B][place].copy_(own.row_scale[:, None])
-    return constants, scales
-
-
 @torch.no_grad()
 def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) -> dict[int, Folded]:
     """Every convolution's part in this forward pass. `flat`: the numbers of which `rounded` was made."""
@@ -271,48 +239,23 @@ def _fold(plan: Plan, constants: list, flat: Tensor, rounded: Sequence[Tensor]) 
         kernels = fold_together(weights, scales, precise[run.of_A], precise[run.of_B], rounded[0].dtype)
         factors = rounded[run.A], rounded[run.B]
         for (conv, _), *found in zip(run.pairs, *factors, kernels, shifts, strict=True):
-            own = followed(conv)
-            result[id(conv)] = Folded(*found, None if own is None else (own.log_scale, own.shift))
+            result[id(conv)] = Folded(*found)
     return result
 
 
-@contextlib.contextmanager
-def followed_together(compute: Callable[[], dict[int, Followed]] | None, x: Tensor) -> Iterator[None]:
-    """Within this block, in which a model's forward pass of x runs, `followed` finds what ``compute()`` returns.
-
-    Args:
-        compute: the BatchNorms that follow, by the ids of the convolutions, if there are any.
-    """
-    needless = compute is None or _now.followed is not None or not torch.is_grad_enabled()
-    if needless or not backends.counts_kernels(x) or backends.is_traced():
-        yield
-        return
-    _now.followed = compute()
-    try:
-        yield
-    finally:
-        _now.followed = None
-
-
-def followed(conv: nn.Module) -> Followed | None:
-    """What `followed_together` knows of a convolution."""
-    return None if _now.followed is None else _now.followed.get(id(conv))
-
-
 def knows_statistics(conv: nn.Module) -> bool:
-    """Can this convolution be folded with others: are its BatchNorm's statistics constant, or known of all?"""
-    return "followed" not in vars(conv) or not torch.is_grad_enabled() or followed(conv) is not None
+    """Can this convolution be folded with others: are its BatchNorm's statistics constant?"""
+    return "followed" not in vars(conv) or not torch.is_grad_enabled()
 
 
 @contextlib.contextmanager
 def each_apart() -> Iterator[None]:
-    """Within this block `folded` and `followed` find nothing: what runs again in backward must save the same again."""
-    before = _now.pairs, _now.followed
-    _now.pairs = _now.followed = None
+    """Within this block `folded` finds nothing: what runs again in backward must save the same again."""
+    before, _now.pairs = _now.pairs, None
     try:
         yield
     finally:
-        _now.pairs, _now.followed = before
+        _now.pairs = before
 
 
 def folded(conv: nn.Module, norm: nn.Module) -> Folded | None:

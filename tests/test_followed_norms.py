@@ -7,17 +7,15 @@ from torch import nn
 from torchvision.models import resnet18
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora import backends
 from lora.followed_norms import (
     FollowedNorm,
-    FollowedTogether,
     follow_statistics,
     followers,
     patches_of,
     principal_components,
     write_statistics,
 )
-from lora.fusion import conv_bn, conv_bn_relu, set_gradient_checkpointing
+from lora.fusion import conv_bn, conv_bn_relu
 from lora.peft_format import obstacles
 from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
@@ -263,9 +261,7 @@ def test_norms_that_no_fused_block_applies_do_not_follow():
     assert not list(followers(model))
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms(monkeypatch, on_gpu):
-    """A GPU's path folds the kernels of all layers at once, but not those whose BatchNorms follow."""
+def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms():
     torch.manual_seed(0)
     x = F.interpolate(torch.randn(32, 3, 8, 8), 64, mode="bilinear")
     errors = []
@@ -276,38 +272,9 @@ def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms(m
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
         wanted = step(model, x, torch.float32)
-        monkeypatch.setattr(backends, "counts_kernels", lambda x: on_gpu)
         pairs = zip(step(model, x, torch.bfloat16), wanted, strict=True)
-        monkeypatch.undo()
         errors.append(sum((a - b).norm() / b.norm() for a, b in pairs) / len(wanted))
     assert errors[1] < 1.5 * errors[0] < 0.3
-
-
-@pytest.mark.parametrize(
-    "dtype, checkpointing", [(torch.float32, "none"), (torch.float32, "full"), (torch.bfloat16, "none")]
-)
-def test_a_gpu_computes_the_statistics_of_all_layers_together(monkeypatch, dtype, checkpointing):
-    """To the same numbers, of ranks and scalings that differ; in bf16 their kernels too. What runs again in backward
-    does it layer by layer."""
-    compute = FollowedTogether.__call__
-    x, model = torch.randn(8, 3, 32, 32), adapted_resnet(rank_pattern={"layer2": 3}, alpha_pattern={"layer3": 5})
-    follow_statistics(model, [x])
-    set_gradient_checkpointing(model, checkpointing)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)
-    monkeypatch.setattr(backends, "counts_kernels", lambda x: True)
-    monkeypatch.setattr(FollowedTogether, "__call__", lambda self: {})
-    apart = step(model, x, dtype)
-    computed = []
-    monkeypatch.setattr(FollowedTogether, "__call__", lambda self: computed.append(compute(self)) or computed[-1])
-    for own, wanted in zip(step(model, x, dtype), apart, strict=True):
-        assert (own - wanted).norm() < (1e-4 if dtype == torch.float32 else 5e-3) * wanted.norm()
-    assert [len(found) for found in computed] == [len(list(followers(model)))] == [19]
-    with torch.no_grad():
-        model(x)
-    assert len(computed) == 1  # without gradients the statistics are as they were last written
-    assert not any(vars(module).get("followed") for module in LoRAManager(model).unload().modules())
 
 
 def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
