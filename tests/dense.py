@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -176,3 +177,41 @@ def assert_equals_dense(stock: nn.Module, model: nn.Module, x: torch.Tensor, tol
 def frozen(model: nn.Module, **options) -> nn.Module:
     freeze_backbone_params(randomize_adapters(add_lora_to_model(model, r=2, **options), std=0.05))
     return model
+
+
+def classes(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def loss_and_gradients(model: nn.Module, x: torch.Tensor, seed: int = 7):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), torch.arange(len(x), device=x.device) % 5)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """What a forward keeps for backward, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(size for size, _ in saved.values())
+
+
+def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
+    """Keep copies of the first input and the output: what follows may work in place."""
+
+    def record(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        seen.append((inputs[0].detach().clone(), output.detach().clone()))
+
+    return module.register_forward_hook(record)

@@ -1,0 +1,340 @@
+"""Gradient checkpointing, and what the blocks keep without it."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from dense import (
+    EXACT,
+    Operations,
+    assert_close,
+    assert_equals_dense,
+    classes,
+    compare_with_dense,
+    dense_twin,
+    frozen,
+    images,
+    loss_and_gradients,
+    randomize_adapters,
+    resnet,
+    saved_bytes,
+    vit,
+)
+from torch import nn
+
+from finetune_lora import (
+    add_lora_to_model,
+    freeze_backbone_params,
+    set_gradient_checkpointing,
+)
+from lora import attention, backends, vit_block
+from lora.activations import SavedIn16Bits
+from lora_utils import LoRAManager
+from toolkit import InputError
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------- recomputed LayerNorm and GELU
+
+
+# ------------------------------------------------------------------------------------------ gradient checkpointing
+
+
+@pytest.mark.parametrize("mode", ["never", "selective", "full"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize(
+    "dropout, elsewhere", [(0.0, 0.0), (0.2, 0.2), (0.2, 0.0)], ids=["", "dropout", "dropout of tokens alone"]
+)
+def test_checkpointing_a_vit_changes_memory_and_nothing_else(mode, four_bits, dropout, elsewhere):
+    """With dropout the same values are dropped the second time; attention's and the adapters' own included."""
+    model = vit(dropout=dropout, attention_dropout=elsewhere)
+    add_lora_to_model(model, r=2, use_qlora=four_bits, lora_dropout=elsewhere)
+    freeze_backbone_params(randomize_adapters(model))
+    model.train()
+    x, keys = images(16, 8), list(model.state_dict())
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    set_gradient_checkpointing(model, mode)
+    loss, gradients = loss_and_gradients(model, x)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(loss, expected[0])
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], 1e-6, name)
+    if mode == "never" and not dropout:  # which keeps the LayerNorm's and GELU's output in every mode
+        assert saved_bytes(model, x) > before
+    elif not dropout:
+        assert saved_bytes(model, x) < {"selective": 0.9, "full": 0.6}[mode] * before
+    set_gradient_checkpointing(model, "none")
+    assert saved_bytes(model, x) == before
+    assert torch.equal(loss_and_gradients(model, x)[0], expected[0])
+
+
+def test_without_recomputation_neither_layer_norm_nor_gelu_is_computed_again(monkeypatch):
+    """In 16 bits 2 LayerNorms of the width and a GELU twice as wide are kept in a block, of which none is computed."""
+    model, x = frozen(vit()).train(), images(16, 8)
+    calls = []
+    for module, name in ((backends, "layer_norm"), (vit_block, "_gelu")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own, name=name: calls.append(name) or own(*args))
+    saved = {}
+    for mode, layer_norms, gelus in (("none", 8, 4), ("never", 4, 2)):
+        set_gradient_checkpointing(model, mode)
+        calls.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            saved[mode] = saved_bytes(model, x)
+            calls.clear()
+            model(x).float().square().sum().backward()
+        assert (calls.count("layer_norm"), calls.count("_gelu")) == (layer_norms, gelus)
+    tokens, width = 8 * 5, 16
+    assert (
+        saved["never"] - saved["none"] >= tokens * (3 * width + 2 * width) * 2
+    )  # of the last block, the class token's MLP
+
+
+def test_selective_checkpointing_equals_the_dense_stock_model():
+    stock, x = vit().double(), images(16, dtype=torch.float64)
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, "selective")
+    assert_equals_dense(stock, model, x, EXACT)
+    freeze_backbone_params(model, freeze=False)  # a LayerNorm that trains gets its gradients
+    compare_with_dense(stock, model.train(), [x], EXACT)
+    manager, expected = LoRAManager(model), dense_twin(stock, model)(x)
+    freeze_backbone_params(model)
+    with manager.disable_lora():
+        assert_close(model(x), stock(x), EXACT)
+    manager.merge_lora_weights()
+    assert_close(model(x), expected, EXACT)
+
+
+def attends(model: nn.Module, x: torch.Tensor) -> int:
+    """How often a training step computes attention."""
+    with Operations() as operations:
+        model(x).sum().backward()
+    return sum("attention" in name and "backward" not in name for name in operations.names)
+
+
+def test_selective_checkpointing_keeps_neither_what_the_heads_answer_nor_the_middle_of_a_block():
+    """They are computed once more for both gradients. Where the last block attends from the class token alone, they
+    are kept."""
+    model, x = frozen(vit()), images(16, 8)
+    once, before = attends(model, x), saved_bytes(model, x)
+    set_gradient_checkpointing(model, "selective")
+    assert attends(model, x) == once + 1
+    tokens, width, heads = 5, 16, model.encoder.layers[0].self_attention.num_heads
+    assert before - saved_bytes(model, x) == 8 * tokens * (2 * width + heads) * 4  # and log-sum-exps
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["", "4 bits"])
+def test_how_often_attention_in_bf16_computes_its_weights(monkeypatch, four_bits, mode, dropout):
+    """Adapted attention keeps them, in 4 bits it has less memory; and what is replayed for backward keeps them."""
+    monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
+    computed, weights = [], attention._attention_weights
+    monkeypatch.setattr(attention, "_attention_weights", lambda *args: computed.append(1) or weights(*args))
+    model = frozen(vit(), use_qlora=four_bits, lora_dropout=dropout)
+    set_gradient_checkpointing(model, mode)
+    blocks = len(model.encoder.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(images(16))
+    assert len(computed) == blocks
+    logits.sum().backward()
+    replayed = blocks - 1 if mode == "selective" and not dropout else 0  # not the one of the class token alone
+    assert len(computed) == blocks + (blocks if four_bits else replayed)
+
+
+def test_attention_that_was_replayed_is_forgotten():
+    """A second backward pass over the same graph computes it anew, and gives the same gradients."""
+    model, x = frozen(vit()).double(), images(16, dtype=torch.float64)
+    set_gradient_checkpointing(model, "selective")
+    parameters, loss = [p for p in model.parameters() if p.requires_grad], model(x).square().sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    attentions = [each for each in gc.get_objects() if type(each) is attention.SelfAttention]
+    assert attentions and all(each._replayed is None for each in attentions)
+    for gradient, again in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(gradient, again)
+
+
+@pytest.mark.parametrize("change", ["mask", "weights", "a hook", "adapter dropout", "keys from elsewhere"])
+def test_attention_that_cannot_be_computed_once_more_is_the_stock_one(change):
+    torch.manual_seed(0)
+    stock = nn.MultiheadAttention(16, 4, batch_first=True).double()
+    model = frozen(copy.deepcopy(stock), lora_dropout=0.5 if change == "adapter dropout" else 0.0)
+    set_gradient_checkpointing(model, "selective")
+    if change == "adapter dropout":
+        model.eval()
+    elif change == "a hook":
+        model.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    x, seen = torch.randn(2, 5, 16, dtype=torch.float64), []
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if change == "mask" else None
+
+    def answer(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        key = x.flip(1) if change == "keys from elsewhere" else x
+        return network(x, key, key, attn_mask=mask, need_weights=change == "weights")[0]
+
+    compare_with_dense(stock.train(model.training), model, [x], EXACT, answer)
+    assert all(shape == x.shape for shape in seen) and (change == "a hook") == bool(seen)
+
+
+@pytest.mark.parametrize("layout", ["batch first", "tokens first", "one sequence"])
+def test_attention_computed_once_more_in_every_layout(layout):
+    stock = nn.MultiheadAttention(16, 4, batch_first=layout == "batch first").double()
+    model = frozen(copy.deepcopy(stock))
+    set_gradient_checkpointing(model, "selective")
+    x = torch.randn(*((5, 16) if layout == "one sequence" else (5, 3, 16)), dtype=torch.float64)
+    compare_with_dense(stock, model, [x], EXACT, lambda network, x: network(x, x, x, need_weights=False)[0])
+
+
+def test_selective_checkpointing_under_autocast():
+    model, x = frozen(vit()), images(16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, x)
+        set_gradient_checkpointing(model, "selective")
+        again, others = loss_and_gradients(model, x)
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, 1e-6, name)
+
+
+@pytest.mark.parametrize("freeze", [True, False], ids=["frozen", "all trains"])
+def test_checkpointing_a_resnet(freeze):
+    """A BatchNorm that trains counts a batch once, though it is computed twice."""
+    stock = add_lora_to_model(resnet(), r=2)
+    randomize_adapters(stock, std=0.05)
+    results, x = [], images(count=4)
+    for mode in ("none", "full"):
+        model = copy.deepcopy(stock)
+        freeze_backbone_params(model, freeze)
+        set_gradient_checkpointing(model.train(), mode)
+        results.append((*loss_and_gradients(model, x), dict(model.named_buffers())))
+    (loss, gradients, buffers), (again, others, counted) = results
+    assert torch.equal(loss, again)
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, 1e-5, name)
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, counted[name]), name
+
+
+def test_checkpointing_pytorch_s_encoder_layer():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+    freeze_backbone_params(randomize_adapters(add_lora_to_model(model)))
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def run():
+        torch.manual_seed(7)
+        return model(x, src_key_padding_mask=mask)
+
+    expected = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
+    set_gradient_checkpointing(model, "full")
+    actual = torch.autograd.grad(run().square().sum(), [p for p in model.parameters() if p.requires_grad])
+    for gradient, wanted in zip(actual, expected, strict=True):
+        assert_close(gradient, wanted, 1e-6)
+
+
+def test_checkpointing_where_there_is_nothing_to_recompute():
+    with pytest.raises(InputError, match="selective finds nothing to recompute"):
+        set_gradient_checkpointing(frozen(resnet()), "selective")
+    with pytest.raises(InputError, match="never finds nothing to save"):
+        set_gradient_checkpointing(frozen(resnet()), "never")
+    with pytest.raises(InputError, match="full finds nothing to recompute"):
+        set_gradient_checkpointing(nn.Linear(2, 2), "full")
+    with pytest.raises(InputError, match="'some' is unknown"):
+        set_gradient_checkpointing(vit(), "some")
+
+
+def test_new_adapters_in_a_checkpointed_model_stay_exact():
+    for mode in ("selective", "full"):
+        for four_bits in (False, True):
+            model, x = frozen(vit(), use_qlora=four_bits), images(16)
+            set_gradient_checkpointing(model, mode)
+            frozen(model, use_qlora=four_bits)
+            expected = loss_and_gradients(model, x)[1]
+            set_gradient_checkpointing(model, "none")
+            for name, gradient in loss_and_gradients(model, x)[1].items():
+                assert_close(expected[name], gradient, 1e-6, name)
+
+
+@pytest.mark.parametrize("build", [resnet, vit])
+def test_checkpointing_without_adapters(build):
+    """Full fine-tuning. Afterwards the model is a stock model again."""
+    model, x = build(), images(32 if build is resnet else 16, 8)
+    stock = copy.deepcopy(model)
+    expected, before = loss_and_gradients(copy.deepcopy(model), x), saved_bytes(copy.deepcopy(model), x)
+    set_gradient_checkpointing(model, "full")
+    loss, gradients = loss_and_gradients(model, x)
+    assert torch.equal(loss, expected[0])
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name], 1e-5, name)
+    assert saved_bytes(model, x) < 0.7 * before
+    with pytest.raises(InputError, match="selective finds nothing"):
+        set_gradient_checkpointing(model, "selective")
+    set_gradient_checkpointing(model, "none")
+    assert classes(model) == classes(stock)
+    for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
+        assert set(vars(ours)) == set(vars(theirs))
+
+
+def test_evaluation_recomputes_nothing():
+    model, x = frozen(vit()), images(16)
+    set_gradient_checkpointing(model, "full")
+    calls = []
+    model.encoder.layers[1].dropout.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(x)
+    assert len(calls) == 1
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
+def kept_by_a_block(mode: str = "none", **options) -> int:
+    """Bytes, of a block that is not the last one, for 8 images of 5 tokens."""
+    both = []
+    for num_layers in (2, 3):
+        model = frozen(vit(num_layers=num_layers, **options)).train()
+        set_gradient_checkpointing(model, mode)
+        both.append(saved_bytes(model, images(16, 8)))
+    return both[1] - both[0]
+
+
+def test_what_a_block_keeps():
+    """The output of neither LayerNorm nor GELU."""
+    width, mlp, heads, packed = 16, 32, 2, 3 * 2 * 16 * 2  # packed: the A and B of q, k and v, one below the other
+    kept = 3 * width + width + heads + mlp  # q, k, v, what the heads answer with its log-sum-exps, the input of GELU
+    assert kept_by_a_block() == 4 * (8 * 5 * (2 * width + kept) + packed)  # and the residual before and in the middle
+    assert kept_by_a_block("selective") == 4 * (8 * 5 * (kept - heads) + packed)  # only the one residual, and no answer
+    with torch.autocast("cpu", torch.bfloat16):  # the sum in the middle is of float32, and attention's share is kept
+        low = 2 * (width + kept - heads + 6 * 2)  # and what the six adapters make of their inputs
+        factors = packed + 2 * (width + width) + 2 * 2 * (width + mlp)  # rounded once, for both directions
+        beside = (2 * 5 * heads, 4 * heads)  # attention's weights where it is made of products, or log-sum-exps
+        assert kept_by_a_block() in [8 * 5 * (4 * width + low + more) + 2 * factors for more in beside]
+
+
+def test_dropout_between_gelu_and_its_layer_keeps_the_gelu():
+    """It acts on the GELU's output, which then has to exist."""
+    more = kept_by_a_block(dropout=0.3) - kept_by_a_block()
+    assert more == 4 * 8 * 5 * (32 + 32 + 2 * 16)  # after dropout, and three masks
+
+
+# ------------------------------------------------------------------------------------------- activations in 16 bits
+
+
+@pytest.fixture
+def kept(monkeypatch) -> dict[int, int]:
+    """Bytes by storage of what is saved within `SavedIn16Bits`."""
+    kept, pack = {}, SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    return kept

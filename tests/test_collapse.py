@@ -1,0 +1,415 @@
+"""What a run does when training harms the network, and which epoch it keeps."""
+
+import gc
+import json
+import math
+import multiprocessing
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from finetune_lora import FineTuning, load_finetuned
+from lora_utils import read_adapter_file
+from tests.run_folders import metrics, tensors
+from toolkit.answers.evaluation import Evaluation, evaluate
+from toolkit.answers.tasks import Classification
+from toolkit.files import read_checkpoint
+from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
+from toolkit.run import collapse, runs, training
+from toolkit.run.collapse import Collapsed, CollapseGuard
+from toolkit.run.evaluator import Evaluator
+
+CPU = torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------- a run's own files
+
+
+def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, monkeypatch, capsys):
+    """The best epoch would be chosen on the very images that measure it: told, but no number to publish."""
+    scripted = iter([0.85, 0.9, 0.8, 0.82])
+    adapters = []
+
+    def scripted_evaluate(model, real: Evaluation) -> Evaluation:
+        adapters.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        return real._replace(accuracy=next(scripted, 0.82))
+
+    with_evaluations(monkeypatch, scripted_evaluate)
+    results = finetune("--epochs 4")
+    assert (results["val_accuracy"], results["best_epoch"], results["best_val_accuracy"]) == (0.82, 2, 0.9)
+    assert "accuracy after        12 of 15 images, 82.00% (95% interval" in capsys.readouterr().out
+    kept = tensors(results["folder"] / "lora.pth")
+    assert all(torch.equal(kept[name], adapters[3][name]) for name in adapters[3] if "lora_" in name)
+    assert all(torch.equal(kept[name], adapters[4][name]) for name in adapters[4])  # with its head calibrated
+    assert not all(torch.equal(kept[name], adapters[1][name]) for name in adapters[1])
+
+
+# ------------------------------------------------------------------------------------- the start, the rate, no collapse
+
+
+def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
+    """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
+    real = Evaluator.evaluate
+
+    def evaluate(evaluator: Evaluator, batches) -> Evaluation:
+        result = real(evaluator, batches)
+        return result if batches is evaluator.feed.watched_loader else changed(evaluator.network, result)
+
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """watched([1.0, 0.4, ...]): what the guard sees of its training images, at the start and after each epoch.
+
+    The runs keep their usual share of the change.
+    """
+
+    real = Evaluator.watch
+
+    def script(accuracies: list[float]) -> None:
+        left = iter(accuracies)
+        monkeypatch.setattr(Evaluator, "watch", lambda evaluator: real(evaluator)._replace(accuracy=next(left)))
+        monkeypatch.setattr(Evaluator, "shrink_to_sound_share", lambda *_: None)
+
+    return script
+
+
+def guard(images: int, accuracies: list[float], classes: int = 10, all_train: bool = False) -> CollapseGuard:
+    """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
+    watched = LabelledImages([None] * images, [i % classes for i in range(images)])
+    judge = CollapseGuard(Classification([str(i) for i in range(classes)]), watched, watched, all_train)
+    judge.accuracies = accuracies
+    return judge
+
+
+@pytest.mark.parametrize(("all_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
+def test_how_much_may_be_lost(all_train, share):
+    """Of 30 points above a constant answer, on so many images that chance hardly counts."""
+    judge = guard(100_000, [0.4, 0.35], all_train=all_train)
+    assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss=1.0)
+    assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss=1.0)
+
+
+def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good():
+    """On few images a collapse must be clear. A state to go back to must be as good as the best one."""
+    judge = guard(100, [0.3])
+    assert judge.has_collapsed(0.15, loss=1.0) and not judge.has_collapsed(0.2, loss=1.0)
+    assert judge.is_recoverable()  # the start always is
+    assert not guard(1000, [0.3, 0.24]).is_recoverable() and guard(1000, [0.3, 0.285]).is_recoverable()
+
+
+def test_four_images_tell_a_constant_answer_by_its_loss():
+    """Half of two classes' images right is what a constant answer has, and no chance on so few."""
+    judge = guard(4, [1.0], classes=2)
+    assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
+
+
+def test_a_loss_that_explodes_is_seen_within_the_epoch():
+    """One step that is worse than a constant answer is not; nor is a start that was worse."""
+    judge = guard(100, [0.9])
+    assert not any(judge.explodes(loss) for loss in (2.0, 1.8, 6.0, 1.5))
+    assert judge.explodes(40.0) and guard(100, [0.9]).explodes(math.nan)
+    bad_start = guard(100, [0.1])
+    assert not any(bad_start.explodes(loss) for loss in (9.0, 8.0, 15.0))
+
+
+def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
+    """Whatever the accuracy on the evaluation images is, it changes nothing that is saved."""
+    one = finetune("--epochs 2", output="one")
+    with_evaluations(monkeypatch, lambda network, real: real._replace(accuracy=0.0))
+    other = finetune("--epochs 2", output="other")
+    assert other["val_accuracy"] == 0 != one["val_accuracy"] and not other["retreats"]
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (one, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
+    monkeypatch.setattr(collapse, "WATCHED_VIEWS", 128)
+    run = start()
+    assert len(run.splits.train) == 21 and run.guard.images == len(run.feed.watched_loader.dataset) == 126
+    first, second = run.evaluator.watch(), run.evaluator.watch()
+    assert first.loss == second.loss  # the same views
+
+
+def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypatch):
+    """The largest share that answers the training images as well as the start; in the end nothing of the change."""
+    run = start("--wise-ft auto")
+    run.start()
+    head = run.model.heads.head.weight
+    with torch.no_grad():
+        head.neg_()  # every answer is wrong, until the start weighs more
+    run.evaluator.shrink_to_sound_share(run.guard, run.evaluator.watch().accuracy)
+    assert 0 < run.average.share <= run.average.wise_ft_alpha / 2
+    assert run.evaluator.watch().accuracy >= run.guard.accuracies[0]
+    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.1, *[None] * 3))
+    run.evaluator.shrink_to_sound_share(run.guard, 0.1)
+    assert run.average.share == 0
+
+
+def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(finetune, monkeypatch, capsys):
+    """As adapters that die: no share of their change is kept, and the loss rises. It is no reason to stop the run."""
+
+    def a_little_worse(evaluator: Evaluator) -> Evaluation:
+        trained = any(p.any() for name, p in evaluator.network.named_parameters() if "lora_B" in name)
+        return Evaluation(1.01 if trained else 1.0, 0.79 if trained else 0.8, *[None] * 3)
+
+    monkeypatch.setattr(Evaluator, "watch", a_little_worse)
+    results = finetune("--epochs 3 --wise-ft auto")
+    assert [went["epoch"] for went in results["retreats"]] == [2, 2, 2] and results["epochs"] == 3
+    assert "epoch 2: training gains nothing; back to epoch 0, learning rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("share", "loss"), [pytest.param(0.1, 1.1, id="a little is kept"), pytest.param(0.0, 0.9, id="the loss falls")]
+)
+def test_what_gains_anything_is_left_alone(share, loss):
+    judge = guard(100, [])
+    judge.begin(None, Evaluation(1.0, 0.8, *[None] * 3))
+
+    def learns_nothing(share: float, loss: float) -> bool:
+        found = judge.learns_nothing(share, loss)
+        judge.end_epoch(0.8)
+        return found
+
+    assert not learns_nothing(0.0, 1.1)
+    assert not learns_nothing(share, loss)
+    assert not learns_nothing(0.0, 1.1) and learns_nothing(0.0, 1.1)
+
+
+def test_an_epoch_that_gains_nothing_counts_once_however_often_it_is_judged():
+    """It is judged again when a run goes on that was stopped within the evaluation."""
+    judge = guard(100, [])
+    judge.begin(None, Evaluation(1.0, 0.8, *[None] * 3))
+    assert not judge.learns_nothing(0.0, 1.1) and not judge.learns_nothing(0.0, 1.1)
+    judge.end_epoch(0.8)
+    assert judge.learns_nothing(0.0, 1.1)
+
+
+@pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
+def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
+    """Also if the training images are answered a little worse than at the start."""
+    run = start(f"--wise-ft {typed}")
+    run.start()
+    run.guard.accuracies = [1.0]
+    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.99, *[None] * 3))
+    run.train_epoch()
+    assert run.average.share == kept
+
+
+@pytest.mark.slow
+def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune):
+    """Left to the collector of cycles they would wait there, and then take five seconds each to end."""
+    before, alive = {*multiprocessing.active_children()}, []
+
+    def note(run):
+        alive.append(len({*multiprocessing.active_children()} - before))
+
+    gc.disable()
+    try:
+        finetune("--workers 1 --learning-rate auto --epochs 1 --lora-rank 2", after_epoch=note)
+        assert alive[-1] in (1, 2)  # of the run's own loaders; the seven trials had theirs
+        assert {*multiprocessing.active_children()} <= before
+    finally:
+        gc.enable()
+
+
+def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):
+    # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
+    watched([1.0, 1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
+    results = finetune("--schedule constant --epochs 4 --warmup-epochs 0")
+    assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
+        (2, 1e-3),
+        (4, pytest.approx(1e-3 / 8)),
+    ]
+    rates = [row["learning_rate"] for row in metrics(results["folder"])]
+    assert rates == pytest.approx([1e-3, 1e-3 / 8, 1e-3 / 64, 1e-3 / 64])
+    told = capsys.readouterr().out
+    assert "epoch 2: training collapsed; back to epoch 1, learning rate 1.3e-04" in told
+    assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
+
+
+@pytest.mark.slow
+def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkeypatch):
+    """Each evaluation of the guard takes ten seconds here, and nothing else any time."""
+    watched([1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
+    scripted_watch, now = Evaluator.watch, [0.0]
+
+    def ten_seconds(evaluator):
+        now[0] += 10
+        return scripted_watch(evaluator)
+
+    monkeypatch.setattr(Evaluator, "watch", ten_seconds)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    results = finetune("--epochs 3")
+    assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
+    assert sum(row["seconds"] for row in metrics(results["folder"])) == 30
+    assert results["seconds"] == 50  # the second epoch was undone with the third
+
+
+def test_what_a_collapse_did_is_undone(finetune, watched):
+    """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
+    dropout = "--epochs 2 --schedule constant --lora-dropout 0.2 --ema 0.9"
+    watched([1.0, 0.87, 0.4, 1.0, 1.0, 1.0])  # the last three once it is back at the start
+    repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
+    watched([1.0] * 3)
+    lower = finetune(f"{dropout} --learning-rate 1e-3", output="lower")
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (repeated, lower))
+    assert repeated["retreats"] and not lower["retreats"]
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    losses = [read_checkpoint(of["folder"] / "last.pth")["guard"]["start_loss"] for of in (repeated, lower)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched, monkeypatch):
+    """Also if it then collapses once more: the state to go back to is in last.pth."""
+    whole_run = [1.0, 1.0, 0.4, 0.4, 1.0]
+    watched(whole_run)
+    whole = finetune("--epochs 2", output="whole")
+    watched(whole_run[:3])
+    steps, real_step = [], FineTuning.step
+
+    def step(run, micro_batches):
+        steps.append(None)
+        if len(steps) == 8:  # the second step of the repeated second epoch
+            run.stop.signum = 2
+        return real_step(run, micro_batches)
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", output="stopped")
+    watched(whole_run[3:])
+    resumed = finetune("--epochs 2 --resume", output="stopped")
+    assert len(resumed["retreats"]) == 2 and resumed["retreats"] == whole["retreats"]
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.slow
+def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoch(finetune, monkeypatch):
+    """The epoch has been judged by then, and is judged again when the run goes on."""
+    whole = finetune("--epochs 2", output="whole")
+
+    def stop_request(requests, batches):
+        raise runs.Stopped(2)
+
+    monkeypatch.setattr(runs.StopRequests, "watched", stop_request)
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 2", output="stopped")
+    state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")
+    assert state["history"] == [] and len(state["guard"]["accuracies"]) == 1
+    monkeypatch.undo()
+    resumed = finetune("--epochs 2 --resume", output="stopped")
+    states = [read_checkpoint(results["folder"] / "last.pth") for results in (whole, resumed)]
+    assert states[0]["guard"]["accuracies"] == states[1]["guard"]["accuracies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("accuracies", "good"), [([1.0] + [0.3] * 4, 1), ([0.3, 1.0] * 4, 0)])
+def test_a_run_that_collapses_at_every_rate_stops_with_the_remedy(finetune, watched, tmp_path, accuracies, good):
+    """And with the files of its last good adapter."""
+    watched([1.0, *accuracies])
+    with pytest.raises(
+        Collapsed, match=r"collapses in epoch . even at learning rate .*lower --learning-rate"
+    ) as stopped:
+        finetune("--epochs 3")
+    assert read_adapter_file(tmp_path / "out/lora.pth")["metadata"]["epoch"] == good
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results == json.loads(json.dumps(stopped.value.results))
+    assert results["epochs"] == good and len(results["retreats"]) == 4
+    assert (tmp_path / "out/report.html").exists() and (tmp_path / "out/training_curves.png").exists()
+    watched([0.3])
+    with pytest.raises(Collapsed) as resumed:
+        finetune("--epochs 3 --resume")
+    assert str(resumed.value) == str(stopped.value)  # it has collapsed at the same rate again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        ([[2, 2, 1, 2], [0, 0, 0, 0]], 3),  # the third epoch, trained again, is the best that is left
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], 1),  # the first epoch is: its file comes back
+    ],
+)
+def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finetune, watched, monkeypatch, last, kept):
+    """The third epoch is best by balanced accuracy, but has lost too much on training images to come back to."""
+    watched([1.0, 1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
+    labels = torch.tensor([0] * 16 + [1, 1, 2, 2])  # right of them: 17, 16, 15, but of all classes, and none
+    answers = [[0] * 16 + [1, 0, 0, 0], [0] * 20, [0] * 11 + [1] * 7 + [2] * 2]
+    answers += [[0] * 16 + answer for answer in last]
+
+    def evaluation(_, real: Evaluation) -> Evaluation:
+        if not answers:
+            return real
+        answer = torch.tensor(answers.pop(0))
+        accuracy = (answer == labels).float().mean().item()
+        return real._replace(accuracy=accuracy, predictions=answer, labels=labels)
+
+    with_evaluations(monkeypatch, evaluation)
+    results = finetune("--epochs 4 --keep-best balanced --head-init random")
+    assert [retreat["epoch"] for retreat in results["retreats"]] == [4]
+    assert results["kept_epoch"] == kept == read_adapter_file(results["folder"] / "lora.pth")["metadata"]["epoch"]
+
+
+def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
+    real_loss, calls = FineTuning.loss, []
+
+    def loss(run, logits, labels):
+        calls.append(None)
+        return real_loss(run, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
+
+    monkeypatch.setattr(FineTuning, "loss", loss)
+    results = finetune("--epochs 1")
+    assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
+    # The step that was under way is undone with it; before each start, three batches give the gradient.
+    assert len(calls) == (3 + 3) + (3 + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "kept"), [("accuracy", 1), ("balanced", 2), (None, 3)])
+def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept):
+    """What `lora.pth` has is then what is evaluated at the end; a run that is resumed knows it too."""
+    labels = torch.tensor([0, 0, 0, 0, 1, 2])  # right of them: five, of the frequent class; four, of all; three
+    answers = [[0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 0, 2]]
+    left = [torch.tensor(answer) for answer in answers]
+
+    def evaluation(_, real: Evaluation) -> Evaluation:
+        if not left:
+            return real
+        answer = left.pop(0)
+        return real._replace(accuracy=(answer == labels).float().mean().item(), predictions=answer, labels=labels)
+
+    with_evaluations(monkeypatch, evaluation)
+    options = f"--epochs 3 --learning-rate 1e-3 --head-init random {f'--keep-best {by}' if by else ''}"
+    results = finetune(options)
+    assert results["kept_epoch"] == kept and results["best_epoch"] == (kept if by else 1)
+    assert (f"epoch {kept} of 3 chosen by the evaluation images" in capsys.readouterr().out) == (by is not None)
+    adapter = results["folder"] / "lora.pth"
+    assert read_adapter_file(adapter)["metadata"]["epoch"] == kept
+    model, info = load_finetuned(adapter)
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4)
+    again = finetune(f"{options} --resume")
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-4)
+    assert again["kept_epoch"] == kept
+
+
+def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
+    """The last step of an epoch has a finite loss and leaves NaN: every answer is then the first class."""
+    real, done = FineTuning.step, []
+
+    def step(self, micro_batches):
+        result = real(self, micro_batches)
+        if not done and self.schedule.last_epoch == self.steps_per_epoch:
+            done.append(1)
+            list(self.model.parameters())[-1].data.fill_(math.nan)  # the head's bias
+        return result
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune("--head-init random")
+    assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])

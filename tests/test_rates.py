@@ -1,0 +1,179 @@
+"""The learning rates of a run: the default, the schedule, and the search for one."""
+
+import argparse
+import csv
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_lora
+from finetune_lora import FineTuning
+from tests.run_folders import metrics, tensors
+from toolkit import InputError
+from toolkit.answers.tasks import Classification
+from toolkit.run import optim, training
+
+# ------------------------------------------------------------------------------------- the start, the rate, no collapse
+
+
+def test_a_short_run_trains_at_a_lower_rate():
+    """From 200 steps on it is the one that was typed; below it grows with the steps, and hardly with what was typed."""
+    assert optim.rate_divisor(1e-2, 200) == optim.rate_divisor(1e-4, 1000) == 1
+    assert optim.rate_divisor(1e-4, 50) == 8 and optim.rate_divisor(1e-4, 2) == pytest.approx(1000)
+    rates = [rate / optim.rate_divisor(rate, 10) for rate in (1e-4, 1e-3, 1e-2)]
+    assert rates == pytest.approx([1.12e-6, 1.13e-6, 1.13e-6], rel=1e-2)
+    steps = [1e-2 / optim.rate_divisor(1e-2, steps) for steps in (10, 50, 150, 190)]
+    assert steps == sorted(steps) and steps[-1] == pytest.approx(1.25e-3, rel=1e-2)
+
+
+def test_more_passes_over_few_images_do_not_raise_the_rate():
+    """Of an epoch of n steps, 5 n passes count."""
+
+    def divisor(epochs: int, steps_per_epoch: int) -> float:
+        args = argparse.Namespace(epochs=epochs, learning_rate=1e-4, head_init="probe", warmup_epochs=0)
+        return optim.plan_rates(args, steps_per_epoch)[1]
+
+    assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
+    assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 80)
+    assert divisor(25, 8) == divisor(5, 40) == 1
+
+
+def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 200)
+    results = finetune("--epochs 1 --head-init random --warmup-epochs 0", output="random")
+    assert metrics(results["folder"])[0]["learning_rate"] == 1e-3
+    results = finetune("--epochs 1 --warmup-epochs 0", output="probe")
+    assert metrics(results["folder"])[0]["learning_rate"] < 1e-4
+
+
+def test_a_warm_up_is_a_few_steps_long_where_an_epoch_is_one_step():
+    assert optim.warmup_steps(1, steps_per_epoch=50, total_steps=500) == 50
+    assert optim.warmup_steps(1, steps_per_epoch=1, total_steps=10) == 5
+    assert optim.warmup_steps(1, steps_per_epoch=3, total_steps=300) == 20
+    assert optim.warmup_steps(0, steps_per_epoch=1, total_steps=10) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["--use-qlora", "--lora-rank 0", "--lora-rank 0 --no-freeze-backbone"])
+def test_a_search_for_other_ways_to_train_tells_its_cost_beforehand(finetune, monkeypatch, capsys, way):
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    results = finetune(f"--learning-rate auto --epochs 1 {way}")
+    told = capsys.readouterr().out
+    assert told.index("searching for a learning rate: 2 runs of 1 epochs") < told.index("learning rate 1e-04: accuracy")
+    assert results["learning_rate"] in (1e-4, 1e-3) and results["config"]["finetune"]["learning_rate"] != "auto"
+
+
+@pytest.mark.slow
+def test_a_rate_is_found_and_an_interrupted_search_goes_on(finetune, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-5, 1e-4, 1e-3))
+    whole = finetune("--learning-rate auto", output="whole")
+    rows = list(csv.DictReader((tmp_path / "whole/learning_rates.csv").read_text().splitlines()))
+    assert len(rows) == 3 and (tmp_path / "whole/learning_rates.png").exists()
+    assert whole["learning_rate"] in {float(row["learning_rate"]) for row in rows}
+    assert whole["config"]["finetune"]["learning_rate"] == whole["learning_rate"]
+    real, left = finetune_lora.search.save_atomically, iter(range(1))
+    monkeypatch.setattr(
+        finetune_lora.search,
+        "save_atomically",
+        lambda *args: real(*args) if next(left, None) is not None else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        finetune("--learning-rate auto", output="stopped")
+    monkeypatch.setattr(finetune_lora.search, "save_atomically", real)
+    made = []
+    monkeypatch.setattr(FineTuning, "start", note_calls(FineTuning.start, made))
+    resumed = finetune("--learning-rate auto --resume", output="stopped")
+    assert len(made) == 3 - 1 + 1  # what is left of the search, and the run
+    ours, theirs = (tensors(results["folder"] / "lora.pth") for results in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert finetune("--learning-rate auto --resume", output="stopped")["learning_rate"] == whole["learning_rate"]
+
+
+@pytest.mark.slow
+def test_trials_keep_the_share_of_the_change_that_the_run_will_keep(finetune, monkeypatch):
+    """They train on fewer images, of which `--wise-ft auto` would keep less."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    made, start = [], FineTuning.start
+    monkeypatch.setattr(FineTuning, "start", lambda run, *given: made.append(run) or start(run, *given))
+    results = finetune("--learning-rate auto --epochs 1 --keep-best f1")
+    assert list(results["chosen_by"]) == ["learning rate", "epoch"]
+    assert [len(run.splits.train) for run in made] == [16, 16, 21]
+    assert [run.average.share for run in made] == [7 / 12] * 3  # seven images of each class
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch, tmp_path, images):
+    """All trials are made, but the run has not begun."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(finetune_lora.search.reports, "plot_learning_rates", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune("--learning-rate auto", output="stopped")
+    monkeypatch.undo()
+    moved = shutil.copytree(images, tmp_path / "moved")
+    command = f"--learning-rate auto --resume {tmp_path / 'stopped/last.pth'}"
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    columns = training.metrics_columns(Classification.measured)
+    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: run.history.append(dict.fromkeys(columns, 0.5)))
+    with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
+        finetune(f"{command} --batch-size 4", output="elsewhere")
+    results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")
+    assert results["learning_rate"] == 1e-4 and (tmp_path / "elsewhere/learning_rates.png").exists()
+
+
+def test_a_search_is_not_resumed_from_pretraining(finetune, tmp_path):
+    torch.save({"config": {"epochs": 3}, "images": ""}, tmp_path / "last.pth")
+    with pytest.raises(InputError, match=r"last\.pth is not a last\.pth of this version of the script"):
+        finetune(f"--learning-rate auto --resume {tmp_path / 'last.pth'}")
+
+
+@pytest.mark.slow
+def test_a_run_whose_rate_was_found_is_repeated_by_its_config(finetune, monkeypatch, tmp_path):
+    """Random numbers of training included."""
+    monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
+    found = finetune("--learning-rate auto --mixup 0.5 --epochs 1", output="found")
+    main = finetune_lora.main
+    main(["--config", str(found["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"])
+    ours, theirs = (tensors(tmp_path / name / "lora.pth") for name in ("found", "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_a_search_goes_on_from_its_own_files_alone(finetune, tmp_path):
+    torch.save({"trials": []}, tmp_path / "other.pth")
+    for rate in ("auto", "1e-3"):  # the second is no search, which could go on with this
+        with pytest.raises(InputError, match=r"other\.pth is not a last\.pth of this version"):
+            finetune(f"--learning-rate {rate} --resume {tmp_path / 'other.pth'}")
+
+
+def note_calls(function, calls: list):
+    return lambda *args: calls.append(None) or function(*args)
+
+
+def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
+    rates = {}
+
+    def look(run):
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[names[id(parameter)]] = group["initial_lr"]
+
+    results = finetune("--epochs 1 --lora-rank 2 --learning-rate 1e-4 --head-learning-rate 3e-4", after_epoch=look)
+    assert "learning rate: head 3e-4, adapters 2.4e-3 (24x: they start at the gradient)" in capsys.readouterr().out
+    assert (
+        {rate for name, rate in rates.items() if "lora_" in name} == {results["adapter_learning_rate"]} == {24 * 1e-4}
+    )
+    assert {rate for name, rate in rates.items() if "heads" in name} == {results["head_learning_rate"]} == {3e-4}
+    [row] = metrics(results["folder"])
+    told = [row[name] for name in ("learning_rate", "head_learning_rate", "adapter_learning_rate")]
+    assert told == pytest.approx([1e-4, 3e-4, 24e-4])
+
+
+def test_rare_classes_can_count_as_much_as_frequent_ones(start):
+    run = start("--class-weights balanced")
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert run.task.class_weights.tolist() == pytest.approx([1, 1, 1])  # as many of each here
+    run.task.class_weights = torch.tensor([1.0, 2.0, 3.0])
+    expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 2.0, 3.0]), reduction="sum")
+    torch.testing.assert_close(run.loss(logits, labels), expected)

@@ -1,0 +1,447 @@
+"""finetune_lora.py as a user runs it: main(argv), then what it printed, returned and left in the output folder."""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import FineTuning, count_parameters, load_finetuned, read_options
+from lora_utils import LoRAManager, read_adapter_file
+from tests.run_folders import metrics, tensors
+from toolkit import InputError, files
+from toolkit.answers.measures import wilson_interval
+from toolkit.files import read_checkpoint
+from toolkit.models.backbones import build_backbone
+from toolkit.run import feeding, optim, runs
+
+ROOT = Path(__file__).parents[1]
+
+
+CLASSES = ["bright", "dark", "striped"]
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_the_flags_defaults_are_the_guides(base, tmp_path):
+    args, sources = read_options(["--checkpoint", str(base)])
+    assert (args.lora_rank, args.lora_alpha, args.learning_rate, args.epochs) == (8, 16, 1e-4, 10)
+    assert args.freeze_backbone and not args.use_qlora
+    assert str(args.output_dir) == "checkpoints/lora" and args.dataset == "digits"
+    assert {key for key, source in sources.items() if source != "default"} == {"checkpoint"}
+
+
+def test_the_shipped_config_serves_the_shipped_checkpoint_alone(base):
+    shipped = yaml.safe_load((ROOT / "configs/stage1.yaml").read_text())["finetune"]
+    args, sources = read_options([])
+    assert args.checkpoint == files.SHIPPED == read_options(["--checkpoint", "shipped"])[0].checkpoint
+    assert args.learning_rate == float(shipped["learning_rate"]) and sources["learning_rate"] == "config"
+    for name in ("shipped", str(files.SHIPPED)):
+        args, sources = read_options(["--checkpoint", name])
+        assert args.weight_decay == shipped["weight_decay"] and sources["weight_decay"] == "config"
+    args, _ = read_options(["--checkpoint", str(base)])
+    assert args.config is None and args.learning_rate == 1e-4
+
+
+def test_defaults_then_file_then_command_line(base, tmp_path):
+    (tmp_path / "my.yaml").write_text("finetune: {lora_rank: 2, learning_rate: 1e-3}\nmodel: {arch: vit_mini}\n")
+    args, sources = read_options(f"--config {tmp_path / 'my.yaml'} --checkpoint {base} --lora-rank 4".split())
+    assert (args.lora_rank, args.learning_rate, args.epochs, args.arch) == (4, 1e-3, 10, "vit_mini")
+    where = [sources[key] for key in ("lora_rank", "learning_rate", "epochs")]
+    assert where == ["command line", "config", "default"]
+
+
+def test_settings_that_do_nothing_may_be_the_defaults_or_a_files(base, tmp_path):
+    """They are there for other runs."""
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 8, target_modules: [mlp]}\ndata: {crop_min: 0.5}")
+    flags = f"--checkpoint {base} --config {tmp_path / 'my.yaml'} --lora-rank 0 --lora-dropout 0 --augmentation none"
+    args, _ = read_options(flags.split())
+    assert (args.lora_alpha, args.crop_min, args.lora_rank) == (8, 0.5, 0)
+
+
+def test_the_run_says_what_was_typed_what_the_file_changes_and_where_the_rest_is(finetune, tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("finetune:\n  weight_decay: 0.03\n  epochs: 9\n  seed: 0\n")
+    folder = finetune(f"--config {tmp_path / 'my.yaml'} --epochs 1 --lora-rank 2 --norms frozen")["folder"]
+    header = " ".join(capsys.readouterr().out.split("\ndata: ")[0].split())
+    typed, rest = header.split(f" {tmp_path / 'my.yaml'} changes: ")
+    assert typed.startswith("command line: --config ") and "--lora-rank 2 --norms frozen" in typed
+    assert "--learning-rate 0.001" in typed and "--epochs 1 " in typed
+    assert rest == f"weight_decay 0.03 all settings: {folder}/config.yaml"  # the seed is the default
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given(base, tmp_path):
+    def alpha(options: str) -> float:
+        return read_options(["--checkpoint", str(base), *options.split()])[0].lora_alpha
+
+    (tmp_path / "my.yaml").write_text("finetune: {lora_alpha: 5}")
+    assert alpha("") == alpha("--lora-rank 0") == 16
+    assert alpha("--lora-rank 16") == alpha("--rank 16") == 32
+    assert alpha("--rank 16 --alpha 4") == 4 and alpha(f"--rank 16 --config {tmp_path / 'my.yaml'}") == 5
+    assert read_options(["--rank", "4"])[0].lora_alpha == 8  # the shipped file leaves it open too
+
+
+def test_the_usual_short_names_are_those_of_the_options(base):
+    short, long = (
+        "--lr 1e-3 --rank 4 --alpha 3 --qlora",
+        "--learning-rate 1e-3 --lora-rank 4 --lora-alpha 3 --use-qlora",
+    )
+    read = [read_options(["--checkpoint", str(base), *options.split()]) for options in (short, long)]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+
+    def printed(flag: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            finetune_lora.main([flag])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    first, whole = printed("--help"), printed("--help-all")
+    flags = re.findall(r"^  --([a-z0-9-]+)", first, re.MULTILINE)
+    assert flags == [name.replace("_", "-") for name in finetune_lora.options.NEEDED]
+    assert max(map(len, first.splitlines())) <= int(columns)
+    told = " ".join(first.split())
+    assert "(default: shipped)" in told and "(default: 0.0001)" in told and "(default: off)" in told
+    assert "default: 2 r" in told and "--lora-rank, --rank" in told and "--no-" not in first.split("\n\n")[2]
+    assert all(action.option_strings[0] in whole for action in finetune_lora.make_parser()._actions)
+    assert "(default: 0.75)" in whole
+
+
+def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path):
+    own = ["--checkpoint", "shipped", "--data-dir", str(images)]
+    assert read_options(own)[0].dataset == "imagefolder"
+    assert read_options([*own, "--dataset", "cifar10"])[0].dataset == "cifar10"
+    (tmp_path / "my.yaml").write_text("data: {dataset: cifar10}")
+    args, sources = read_options([*own, "--config", str(tmp_path / "my.yaml")])
+    assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("cifar10", "config", "command line")
+
+
+def test_resume_and_eval_only_look_into_the_output_folder(tmp_path):
+    args, _ = read_options(["--resume", "--output-dir", str(tmp_path)])
+    assert args.resume == tmp_path / "last.pth"
+    args, _ = read_options(["--eval-only", "--output-dir", str(tmp_path)])
+    assert args.eval_only == tmp_path / "lora.pth"
+    (tmp_path / "elsewhere.pth").touch()
+    args, _ = read_options(["--resume", str(tmp_path / "elsewhere.pth"), "--output-dir", "other"])
+    assert args.resume == tmp_path / "elsewhere.pth"
+
+
+def test_the_config_of_a_run_repeats_it_bit_for_bit(finetune, tmp_path):
+    first = finetune("--lora-rank 2 --label-smoothing 0.1 --seed 5 --target-modules self_attention mlp.0")
+    again = finetune_lora.main(
+        ["--config", str(first["folder"] / "config.yaml"), "--output-dir", str(tmp_path / "again"), "--device", "cpu"]
+    )
+    assert again["config"] == first["config"] and again["val_loss"] == first["val_loss"]
+    ours, theirs = tensors(first["folder"] / "lora.pth"), tensors(tmp_path / "again" / "lora.pth")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --------------------------------------------------------------------------------------------------- a run's own files
+
+
+@pytest.fixture(scope="module")
+def finished(base, images, tmp_path_factory, drawing) -> tuple[dict, Path, str]:
+    """A run of six epochs that others look at: its results, its folder and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("finished"), io.StringIO()
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --batch-size 8 --epochs 6"
+    argv += " --learning-rate 3e-4 --lora-rank 4 --warmup-epochs 1"
+    with contextlib.redirect_stdout(printed), drawing():
+        results = finetune_lora.main(argv.split())
+    return results, folder, printed.getvalue()
+
+
+def test_a_run_leaves_these_files_and_no_others(finished):
+    _, folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.yaml", "confusion_matrix.png", "last.pth", "lora.pth"),
+        *("metrics.csv", "mistakes.png", "report.html", "results.json", "results_answers.csv", "training_curves.png"),
+    ]
+    for name in ("confusion_matrix.png", "mistakes.png", "training_curves.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("L").getcolors()) > 10
+
+
+def test_it_says_what_was_recognised(finished):
+    *_, printed = finished
+    told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
+    told += "          all 78 backbone tensors loaded\n"
+    assert told in printed
+
+
+@pytest.mark.slow
+def test_a_function_of_the_caller_s_sees_every_epoch(base, images, tmp_path):
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --epochs 2 --lora-rank 2"
+    seen = []
+    finetune_lora.main(argv.split(), after_epoch=lambda run: seen.append(run.history[-1]["epoch"]))
+    assert seen == [1, 2]
+
+
+def test_metrics_has_a_row_per_epoch(finished):
+    results, folder, _ = finished
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    assert header == (
+        "epoch,train_loss,val_loss,val_accuracy,val_balanced_accuracy,val_macro_f1,learning_rate,head_learning_rate,"
+        "adapter_learning_rate,seconds"
+    )
+    rows = metrics(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert results["val_accuracy"] == rows[-1]["val_accuracy"]
+    assert results["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    # 21 images in batches of 8, so 18 steps: half of them warm up, to a part of the rate, and then it falls.
+    peak = 3e-4 / optim.rate_divisor(3e-4, 18)
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[:4] == pytest.approx([peak / 9, peak * 4 / 9, peak * 7 / 9, peak])
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] > 0
+
+
+def test_the_saved_head_is_calibrated_and_training_goes_on_from_the_one_that_is_not(finetune):
+    """And once only: a finished run that is resumed leaves the same file again."""
+    results = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3")
+    temperature, folder = results["temperature"], results["folder"]
+    assert results["calibration_error"] < results["calibration_error_before"] and temperature < 1  # it was softened
+    content = read_adapter_file(folder / "lora.pth")
+    assert content["metadata"]["temperature"] == temperature
+    start = read_checkpoint(folder / "last.pth")["average"]["start"]["heads.head.weight"]
+    if results["kept_epoch"] == 0:
+        torch.testing.assert_close(content["tensors"]["heads.head.weight"] * temperature, start)
+    assert start.norm() < content["tensors"]["heads.head.weight"].norm()
+    again = finetune("--keep-best accuracy --epochs 1 --learning-rate 1e-3 --resume")
+    for name in ("temperature", "calibration_error", "calibration_error_before", "val_loss"):
+        assert again[name] == pytest.approx(results[name], rel=1e-3, abs=1e-6), name
+
+
+def test_results_say_what_came_out(finished):
+    results, folder, _ = finished
+    assert json.loads((folder / "results.json").read_text()) == results
+    best = max(metrics(folder), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    assert results["best_epoch"] == best["epoch"] and results["best_val_accuracy"] == best["val_accuracy"]
+    assert results["val_accuracy"] == metrics(folder)[-1]["val_accuracy"]
+    assert (results["val_images"], results["eval_split"]) == (15, "held-out")
+    assert results["val_accuracy_interval"] == pytest.approx(wilson_interval(15 * results["val_accuracy"], 15))
+    assert results["epochs"] == 6 and 0 <= results["knn_accuracy_before"] <= 1
+    assert results["adapter_bytes"] == (folder / "lora.pth").stat().st_size < results["backbone_bytes"] / 10
+    assert results["trainable_parameters"] == sum(t.numel() for t in tensors(folder / "lora.pth").values())
+    assert results["trainable_parameters"] - results["lora_parameters"] == 3 * 192 + 3
+    assert results["peak_memory_bytes"] > results["backbone_bytes"]
+    assert list(results["accuracy_per_class"]) == CLASSES
+    assert sum(results["accuracy_per_class"].values()) / 3 == pytest.approx(results["val_accuracy"])
+
+
+def test_training_learns_what_can_be_learned(finished):
+    results, folder, _ = finished
+    rows = metrics(folder)
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert results["val_accuracy"] >= 0.9
+
+
+def test_the_adapter_file_describes_itself(finished, base):
+    _, folder, _ = finished
+    content = read_adapter_file(folder / "lora.pth")
+    about = content["metadata"]
+    assert about["class_names"] == CLASSES and (about["arch"], about["image_size"]) == ("vit_mini", 16)
+    assert about["checkpoint"] == str(base) and about["config"]["finetune"]["lora_rank"] == 4
+    assert about["lora"]["r"] == 4 and about["epoch"] == 6
+    assert {name for name in content["tensors"] if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
+    assert {record["r"] for record in content["layers"].values()} == {4}
+
+
+def test_the_summary_is_short_and_its_command_works(finished, tmp_path, monkeypatch):
+    results, _, printed = finished
+    table = printed.rpartition("\n\n")[2].splitlines()
+    assert len(table) <= 12
+    for expected in (f"{results['val_accuracy']:.2%}", f"{results['knn_accuracy_before']:.2%}", "trained parameters"):
+        assert expected in "\n".join(table)
+    monkeypatch.chdir(tmp_path)
+    [command] = (line.partition("deploy_lora.py")[2] for line in table if "deploy_lora.py" in line)
+    deploy_lora.main(shlex.split(command))
+    assert (tmp_path / "merged.pth").exists()
+
+
+def test_three_lines_predict(finished, images):
+    results, folder, _ = finished
+    # The docstring's own lines, on one of these images.
+    snippet = [line.strip() for line in load_finetuned.__doc__.split("\n\n")[1].splitlines()]
+    code = "\n".join(snippet).replace("checkpoints/lora/lora.pth", str(folder / "lora.pth"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        names = {"load_finetuned": load_finetuned, "Image": Image}
+        exec(code.replace("image.png", str(images / "val/dark/0.png")), names)
+    assert printed.getvalue().strip() in CLASSES
+
+    model, info = load_finetuned(folder / "lora.pth")
+    assert not model.training
+    right = 0
+    for path in sorted((images / "val").glob("*/*.png")):
+        logits = model(info["transform"](Image.open(path).convert("RGB"))[None])
+        right += info["class_names"][logits.argmax()] == path.parent.name
+    assert right / 15 == pytest.approx(results["val_accuracy"])
+
+
+def test_crop_min_reaches_the_crops(finetune, monkeypatch):
+    made, real = [], feeding.train_transform
+    monkeypatch.setattr(feeding, "train_transform", lambda *a, **given: made.append(given) or real(*a, **given))
+    finetune("--augmentation crop --epochs 1")
+    finetune("--augmentation crop --epochs 1 --crop-min 0.4", output="other")
+    assert [given["crop_min"] for given in made] == [0.75, 0.4]
+
+
+def test_the_curves_show_losses_that_can_be_compared(finetune):
+    """Label smoothing raises the loss that is minimised, even of a perfect classifier; the table has the plain one."""
+    results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2 --head-init random")
+    assert metrics(results["folder"])[-1]["train_loss"] < 0.8  # what is minimised stays above 0.86
+
+
+def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
+    """Files of an earlier run beside this one's config.yaml would pass for its own."""
+    folder = finetune("--epochs 1")["folder"]
+    (folder / "notes.txt").touch()
+    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
+    with pytest.raises(runs.Stopped):
+        finetune("--epochs 1 --lora-rank 2")
+    begun = ["config.yaml", "last.pth", "lora.pth", "metrics.csv", "notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == begun
+    content = read_adapter_file(folder / "lora.pth")  # of the probe that it begins with
+    assert content["metadata"]["epoch"] == 0 and {layer["r"] for layer in content["layers"].values()} == {2}
+
+
+# ------------------------------------------------------------------------------------------------------ your own images
+
+
+def save_odd_images(folder: Path) -> None:
+    """Class folders whose images are grey, RGBA, palette, 16-bit, CMYK, bilevel and JPEG, of several sizes."""
+    rng = np.random.RandomState(1)
+    for name, level in (("cat", 200), ("dog", 50)):
+        (folder / name).mkdir(parents=True)
+        for i, mode in enumerate(["L", "RGBA", "P", "I;16", "CMYK", "1", "LA", "RGB"]):
+            pixels = Image.fromarray((level + rng.randint(0, 50, (5 + i, 30 - i, 3))).astype(np.uint8))
+            if mode == "I;16":
+                image = Image.fromarray(np.asarray(pixels.convert("L")).astype(np.uint16) * 257)
+            else:
+                image = pixels.convert(mode)
+            image.save(folder / name / (f"{i}.jpg" if mode in ("CMYK", "RGB") else f"{i}.png"))
+
+
+@pytest.mark.slow
+def test_your_own_images_of_any_kind(base, tmp_path):
+    save_odd_images(tmp_path / "pets")
+    argv = f"--checkpoint {base} --data-dir {tmp_path / 'pets'} --output-dir {tmp_path / 'out'} --epochs 2"
+    results = finetune_lora.main([*argv.split(), "--batch-size", "8", "--workers", "1", "--device", "cpu"])
+    assert list(results["accuracy_per_class"]) == ["cat", "dog"]
+    assert load_finetuned(tmp_path / "out/lora.pth")[1]["class_names"] == ["cat", "dog"]
+
+
+def test_a_class_without_validation_images_has_no_accuracy_of_its_own(base, images, tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "some" / part).mkdir(parents=True)
+        for name in CLASSES if part == "train" else CLASSES[:2]:
+            (tmp_path / "some" / part / name).symlink_to(images / part / name)
+    argv = f"--checkpoint {base} --data-dir {tmp_path / 'some'} --output-dir {tmp_path / 'out'} --epochs 1"
+    results = finetune_lora.main([*argv.split(), "--device", "cpu"])
+    assert results["accuracy_per_class"]["striped"] is None  # results.json stays JSON: NaN is not
+    assert json.loads((tmp_path / "out/results.json").read_text(), parse_constant=pytest.fail) == results
+
+
+@pytest.mark.slow
+def test_few_labels(finetune, capsys):
+    results = finetune("--labels-per-class 2 --epochs 1 --batch-size 4")
+    assert results["config"]["data"]["labels_per_class"] == 2
+    state = read_checkpoint(results["folder"] / "last.pth")
+    assert state["schedule"]["last_epoch"] == 2  # steps: 6 images in batches of 4
+    with pytest.raises(InputError, match="--labels-per-class 8: class bright has only 7 training images"):
+        finetune("--labels-per-class 8")
+
+
+def test_eval_only_writes_nothing_and_wants_the_same_classes(finished, images, tmp_path):
+    results, folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    argv = ["--eval-only", "--output-dir", str(folder), "--device", "cpu"]
+    assert finetune_lora.main([*argv, "--data-dir", str(images)])["val_accuracy"] == results["val_accuracy"]
+    # As the run's last line has it: the run's own configuration says where its images are.
+    again = finetune_lora.main(["--config", str(folder / "config.yaml"), *argv])
+    assert again["val_accuracy"] == results["val_accuracy"]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(InputError, match=r"knows the classes bright, dark, striped, the data has 0, 1.*--data-dir"):
+        finetune_lora.main([*argv, "--dataset", "digits"])
+
+
+# ------------------------------------------------------------------------------------------------- the guide's commands
+
+
+GUIDE = [
+    "",
+    "--checkpoint ./checkpoints/moco_stage1/moco_stage1_epoch_100.pth --config ./configs/stage1.yaml --lora-rank 8 "
+    "--epochs 10",
+    "--use-qlora --lora-rank 4 --epochs 10",
+    "--lora-rank 4 --use-qlora --learning-rate 5e-5",
+    "--lora-rank 16 --lora-alpha 32 --learning-rate 5e-5 --epochs 20",
+    "--use-qlora --lora-rank 4",
+    "--lora-rank 4",
+    "--learning-rate 1e-5",
+    "--epochs 1",
+]
+
+
+@pytest.fixture
+def fresh_clone(tmp_path, monkeypatch):
+    """A folder with the shipped files in their places."""
+    checkpoint = tmp_path / "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+    checkpoint.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    state = {f"encoder_q.{k}": v for k, v in build_backbone("vit_mini", 1).state_dict().items() if "heads" not in k}
+    torch.save({"model": state, "arch": "vit_mini", "epoch": 100}, checkpoint)
+    (tmp_path / "configs").mkdir()
+    config = (ROOT / "configs/stage1.yaml").read_text()
+    (tmp_path / "configs/stage1.yaml").write_text(config)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("toolkit.files.TOOLKIT", tmp_path)
+    monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
+    monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
+    return yaml.safe_load(config)["finetune"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_images")
+@pytest.mark.parametrize("command", GUIDE)
+def test_every_command_of_the_guide_runs(command, fresh_clone):
+    results = finetune_lora.main(command.split())
+    used, words = results["config"]["finetune"], command.split()
+    for flag, key in (("--lora-rank", "lora_rank"), ("--epochs", "epochs"), ("--learning-rate", "learning_rate")):
+        assert used[key] == float(words[words.index(flag) + 1] if flag in words else fresh_clone[key])
+    assert used["use_qlora"] == ("--use-qlora" in words)
+    assert results["config"]["model"]["checkpoint"] == "checkpoints/moco_stage1/moco_stage1_epoch_100.pth"
+    assert results["epochs"] == used["epochs"] == len(metrics(Path("checkpoints/lora")))
+    model, _ = load_finetuned("checkpoints/lora/lora.pth")
+    assert LoRAManager(model).get_lora_info()["lora_parameters"] == count_parameters(model)["lora"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_started_elsewhere_is_repeated_from_its_config(images, fresh_clone, tmp_path, monkeypatch):
+    """What lies in the toolkit is stored relative to it, and found from any folder."""
+    shutil.copytree(images, tmp_path / "mine")
+    listed = [
+        f"{path.relative_to(tmp_path / 'mine')},{path.parent.name}" for path in (tmp_path / "mine").rglob("*.png")
+    ]
+    (tmp_path / "mine/list.csv").write_text("\n".join(listed))
+    (tmp_path / "else/where").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "else/where")
+    common = "--checkpoint shipped --device cpu --epochs 1 --lora-rank 2"
+    for sources in (f"--data-dir {tmp_path / 'mine'}", f"--data-list {tmp_path / 'mine/list.csv'}"):
+        results = finetune_lora.main(f"{sources} --output-dir first {common}".split())
+        again = finetune_lora.main(["--config", "first/config.yaml", "--output-dir", "second", "--device", "cpu"])
+        assert again["val_loss"] == results["val_loss"]
+        assert deploy_lora.main(["evaluate", "first/lora.pth"])["accuracy"] == results["val_accuracy"]

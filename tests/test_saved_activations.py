@@ -1,0 +1,247 @@
+"""Activations saved in 16 bits, second derivatives, and a model's two halves."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from dense import (
+    DEVICES,
+    EXACT,
+    assert_close,
+    dense_twin,
+    expected_gradients,
+    frozen,
+    images,
+    loss_and_gradients,
+    resnet,
+    saved_bytes,
+    vit,
+)
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from finetune_lora import (
+    set_gradient_checkpointing,
+)
+from lora import attention
+from lora.activations import SavedIn16Bits
+from lora.split import split_model
+from lora_utils import LoRAManager
+from toolkit import InputError
+from toolkit.models.backbones import head_name
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------- recomputed LayerNorm and GELU
+
+
+# ------------------------------------------------------------------------------------------- activations in 16 bits
+
+
+@pytest.fixture
+def kept(monkeypatch) -> dict[int, int]:
+    """Bytes by storage of what is saved within `SavedIn16Bits`."""
+    kept, pack = {}, SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        storage = (packed[0] if isinstance(packed, tuple) else packed).untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    return kept
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_activations_in_16_bits(build, side, mode, four_bits, kept, device):
+    """The output stays exact, gradients are near, and what is saved is half as large."""
+    model = build(hidden_dim=64, mlp_dim=128) if build is vit else build()
+    model, x = frozen(model.to(device), use_qlora=four_bits), images(side, 8).to(device)
+    if build is vit:
+        set_gradient_checkpointing(model, mode)
+    expected, before = loss_and_gradients(model, x), saved_bytes(model, x)
+    model.zero_grad()
+    with SavedIn16Bits():
+        loss = F.cross_entropy(model(x), torch.arange(len(x), device=device) % 5)
+    loss.backward()
+    assert torch.equal(loss, expected[0])
+    for name, gradient in expected[1].items():
+        assert_close(model.get_parameter(name).grad, gradient, 2e-2, name)
+    small = sum(size for size in kept.values() if size < 8 * 5 * 16 * 2)
+    limit = 0.55 if build is vit else 0.65  # the stem's pooling keeps positions as well
+    assert sum(kept.values()) < limit * before + small
+    assert saved_bytes(model, x) == before  # outside the block nothing is rounded
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_blocks_that_are_computed_again_as_a_whole_save_nothing_to_round(build, side):
+    model, x = frozen(build()), images(side)
+    set_gradient_checkpointing(model, "full")
+    with SavedIn16Bits():
+        with pytest.raises(InputError, match="has nothing to round: drop one"):
+            model(x)
+        with torch.no_grad():
+            model(x)
+    model(x).sum().backward()
+
+
+def test_an_activation_that_two_operations_save_is_kept_once(kept):
+    """A ReLU's output is the next convolution's input; attention's output is that of its projection."""
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    with SavedIn16Bits():
+        y = x.sin()
+        (y.exp() * y.transpose(0, 1).transpose(0, 1).cos()).sum().backward()
+    assert sum(kept.values()) == 4 * x.numel() * 2  # x, y, exp(y) and cos(y)
+
+
+def test_a_part_of_a_tensor_and_one_number_repeated_are_rounded_as_they_are():
+    """What they are views of is not kept in their place."""
+    whole = torch.arange(1.0, 241).view(3, 5, 16)  # bfloat16 holds these numbers
+    for view in (whole[1:], whole[:, 1:3], whole[:, 1:2].expand(3, 5, 16)):
+        a = torch.ones_like(view, requires_grad=True)
+        with SavedIn16Bits():
+            y = (a * view).sum()
+        y.backward()
+        assert torch.equal(a.grad, view)
+
+
+def test_parameters_are_kept_as_they_are():
+    """A kernel that trains has four dimensions too; rounded, it would be a copy, and the input's gradient not exact."""
+    convolution, x = nn.Conv2d(3, 4, 3), images(9, requires_grad=True)
+    expected = torch.autograd.grad(convolution(x).sum(), x)[0]
+    with SavedIn16Bits():
+        y = convolution(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_a_loop_within_the_block_keeps_nothing_of_past_steps():
+    saving, a = SavedIn16Bits(), torch.ones(2, 5, 16, requires_grad=True)
+    with saving:
+        for _ in range(2):
+            (a * torch.ones(2, 5, 16)).sum().backward()
+            assert not saving._known
+
+
+def test_a_buffer_that_is_filled_anew_is_saved_anew():
+    """Also while the first batch is still needed, as with accumulated gradients."""
+    buffer, a = torch.zeros(2, 5, 16), torch.ones(2, 5, 16, requires_grad=True)
+    with SavedIn16Bits():
+        losses = [(a * buffer.fill_(step)).sum() for step in range(2)]
+        gradients = [torch.autograd.grad(loss, a)[0] for loss in losses]
+    assert [gradient.unique().tolist() for gradient in gradients] == [[0], [1]]
+
+
+def test_statistics_are_kept_as_they_are(monkeypatch):
+    """A rounded log-sum-exp would make attention's weights wrong by its size."""
+    exact, pack = [], SavedIn16Bits._pack
+
+    def note(self, tensor, least_dim):
+        packed = pack(self, tensor, least_dim)
+        exact.extend([tuple(tensor.shape)] if packed is tensor else [])
+        return packed
+
+    monkeypatch.setattr(SavedIn16Bits, "_pack", note)
+    q = torch.randn(2, 7, 16, requires_grad=True)
+    with SavedIn16Bits():
+        attended, _ = attention.attend(q, q, q, 2)
+        nn.LayerNorm(16, elementwise_affine=False)(attended)
+        nn.MultiheadAttention(16, 4, batch_first=True)(q, q, q, need_weights=False)  # PyTorch's own call
+        assert (2, 4, 7) in exact
+        mask = torch.zeros(2, 1, 7, 7)
+        attention.attend(q, q, q, 2, mask)
+    assert (2, 2, 7) in exact and exact.count((2, 7, 1)) == 2
+    assert tuple(mask.shape) in exact or (2, 2, 7, 7) in exact  # CUDA's kernels want it back as it was
+    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+
+def gradient_penalty(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+
+def hessian_vector_product(x: torch.Tensor, y: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient, x, vector)[0]
+
+
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("second", [gradient_penalty, hessian_vector_product])
+def test_second_derivatives_are_refused_or_those_of_the_dense_model(build, side, mode, second):
+    """Never wrong in silence; what the message names as the remedy works."""
+    if mode == "selective" and build is resnet:
+        pytest.skip("for ViTs alone")
+    stock = build().double().eval()
+    model, x = frozen(copy.deepcopy(stock)).eval(), images(side, dtype=torch.float64)
+    set_gradient_checkpointing(model, mode)
+    x, vector = x.requires_grad_(), torch.randn_like(x)
+    with pytest.raises(RuntimeError, match=r"leave out create_graph=True.*unload\(merge=True\)"):
+        second(x, model(x), vector)
+    twin = dense_twin(stock, model).eval()
+    LoRAManager(model).unload(merge=True)
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU PyTorch's own kernel refuses them as well
+        assert_close(second(x, model(x), vector), second(x, twin(x), vector), EXACT)
+
+
+def test_second_derivatives_of_the_head_pass_no_adapter():
+    """Its weight's gradient, differentiated with respect to the adapters, takes their first derivative alone."""
+    stock = vit().double()
+    model, x = frozen(copy.deepcopy(stock)).train(), images(16, dtype=torch.float64)
+    twin = dense_twin(stock, model)
+    for network in (model, twin):
+        network.zero_grad()
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), network.heads.head.weight, create_graph=True)
+        gradient.square().sum().backward()
+    for name, gradient, wanted in expected_gradients(twin, model):
+        assert_close(gradient, wanted, EXACT, name)
+
+
+# ------------------------------------------------------------------------------------------------------ the upper part
+
+
+@pytest.mark.parametrize("last", [None, 1, 2])
+@pytest.mark.parametrize("build, side", [(resnet, 32), (vit, 16)], ids=["resnet", "vit"])
+def test_the_halves_of_a_model_are_the_model(build, side, last):
+    """Outputs and gradients, whether its blocks are adapted or stock; the halves share its layers."""
+    stock, x = build().double().eval(), images(side, dtype=torch.float64)
+    adapted = frozen(copy.deepcopy(stock), adapt_last=last).eval()
+    for model in (stock, adapted):
+        lower, upper = split_model(model, last)
+        assert {id(p) for p in upper.parameters()} == {id(p) for p in model.parameters()}
+        expected = model(x)
+        wanted = torch.autograd.grad(expected.square().sum(), list(upper.get_submodule(head_name(model)).parameters()))
+        with torch.no_grad():
+            features = lower(x)
+        actual = upper(features)
+        found = torch.autograd.grad(actual.square().sum(), list(model.get_submodule(head_name(model)).parameters()))
+        for ours, theirs in zip((actual, *found), (expected, *wanted), strict=True):
+            assert_close(ours, theirs, EXACT)
+    if last is not None:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        upper(features).square().sum().backward()
+        for name, gradient in expected.items():
+            assert_close(model.get_parameter(name).grad, gradient, EXACT, name)
+
+
+def test_another_model_has_no_halves():
+    model = torchvision.models.swin_t(weights=None)
+    with pytest.raises(InputError, match="not SwinTransformer"):
+        split_model(model, 1)
+    assert split_model(model, None)[1](torch.ones(2, 768)).shape == (2, 1000)

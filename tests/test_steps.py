@@ -1,0 +1,353 @@
+"""Single steps of fine-tuning, and what a run starts from."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_lora
+from finetune_lora import FineTuning, LoRALayer, load_finetuned
+from lora.initialization import adapter_pairs, start_at_gradient
+from lora_utils import read_adapter_file
+from tests.run_folders import tensors
+from toolkit import InputError
+from toolkit.answers.evaluation import evaluate
+from toolkit.files import read_checkpoint
+from toolkit.images.data import Transformed, build_loader, load_splits
+from toolkit.models.backbones import build_backbone
+from toolkit.run import runs
+from toolkit.run.training import MicroBatches
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["--lora-init random", "--lora-init random --use-qlora", "--lora-rank 0 --no-freeze-backbone --learning-rate 3e-3"],
+)
+def test_the_average_of_the_weights_is_what_is_evaluated_and_saved(finetune, images, monkeypatch, way):
+    """It follows `average += (1 - d) (weight - average)` with d = min(decay, (1 + n) / (10 + n)) in step n."""
+    averages, real_step = {}, FineTuning.step
+
+    def step(run, micro_batches):
+        result, n = real_step(run, micro_batches), len(steps) + 1
+        decay = min(0.3, (1 + n) / (10 + n))
+        for name, weight in run.model.named_parameters():
+            if weight.requires_grad:
+                average = averages.get(name, weight.detach())
+                averages[name] = decay * average + (1 - decay) * weight.detach()
+        steps.append(run)
+        return result
+
+    steps: list[FineTuning] = []
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune(f"--ema 0.3 --wise-ft 1 --learning-rate 1e-2 {way}")
+    saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
+    assert len(averages) > 2 and len(steps) == 6
+    for name, average in averages.items():
+        average = average / results["temperature"] if ".head." in name else average
+        torch.testing.assert_close(saved[name], average, rtol=1e-4, atol=1e-6, msg=name)
+        assert not torch.allclose(weights[name], average, rtol=1e-4, atol=1e-6), name  # training goes on from these
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4, abs=1e-6)
+
+
+def test_a_step_on_mixed_images_is_on_their_shares_of_the_classes(start, monkeypatch):
+    run, plain = start("--mixup 1 --label-smoothing 0.1 --class-weights balanced"), start()
+    images = torch.stack([run.feed.train_loader.dataset[i][0] for i in range(6)])
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    seen, real = [], run.loss
+    monkeypatch.setattr(run, "loss", lambda logits, targets: seen.append((logits, targets)) or real(logits, targets))
+    _, loss, right = run.step(MicroBatches(iter([(images, labels)]), 1, 6)).read()
+    [(logits, shares)] = seen
+    share = shares.max(1).values  # of the image itself or of the one before it in the batch
+    assert torch.allclose(shares.sum(1), torch.ones(6)) and 0.5 < share[0] < 1 and torch.allclose(share, share[0])
+    own = shares[0, 0]
+    mixed = own * images + (1 - own) * images.roll(1, 0)
+    torch.testing.assert_close(logits, plain.model(mixed), rtol=1e-4, atol=1e-4)
+    assert loss == pytest.approx(-(shares * logits.log_softmax(1)).sum().item(), rel=1e-4)
+    assert right == (logits.argmax(1) == shares.argmax(1)).sum()
+
+
+def gradients(run: FineTuning, sizes: list[int]) -> tuple[tuple[float, int], dict[str, torch.Tensor]]:
+    """What step() returns, and the gradients, for the first images of the training set in batches of these sizes."""
+    batches, position = [], 0
+    for size in sizes:
+        samples = [run.feed.train_loader.dataset[i * 5 % 21] for i in range(position, position + size)]
+        batches.append((torch.stack([image for image, _ in samples]), torch.tensor([label for _, label in samples])))
+        position += size
+    _, *result = run.step(MicroBatches(iter(batches), len(batches), sum(sizes))).read()
+    return result, {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("way", ["", "--use-qlora", "--norms train", "--no-freeze-backbone --lora-rank 0"])
+def test_part_of_the_change_is_evaluated_and_saved(finetune, images, monkeypatch, way):
+    """Of the adapters, the head and what else trains; training itself goes on from all of it."""
+    starts, steps, real_step = [], [], FineTuning.step
+
+    def step(run, micro_batches):
+        if not steps:
+            starts.append({name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad})
+        steps.append(run)
+        return real_step(run, micro_batches)
+
+    monkeypatch.setattr(FineTuning, "step", step)
+    results = finetune(f"--wise-ft 0.25 --learning-rate 1e-3 {way}")
+    assert results["kept_share"] == 0.25
+    saved, weights = tensors(results["folder"] / "lora.pth"), dict(steps[-1].model.named_parameters())
+    for name, start in starts[0].items():
+        share = 1.0 if "lora_A" in name else 0.25  # of the update BA, in which B starts at zero
+        mixture = torch.lerp(start, weights[name], share)
+        mixture = mixture / results["temperature"] if ".head." in name else mixture
+        torch.testing.assert_close(saved[name], mixture, rtol=1e-4, atol=1e-6, msg=name)
+    assert any(not torch.equal(start, weights[name]) for name, start in starts[0].items())
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 32)
+    assert evaluate(model, loader, CPU).loss == pytest.approx(results["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", ["", "--label-smoothing 0.2 --clip-grad-norm 0.01", "--use-qlora"])
+def test_accumulated_batches_are_one_big_batch(start, options):
+    # Of unequal sizes too: the last batch of an epoch is smaller, and its images count like any others.
+    runs = [start(options), start(options)]
+    for run in runs:  # else B is zero and A gets no gradient
+        gradients(run, [5])
+    (loss, right), whole = gradients(runs[0], [12])
+    (loss_parts, right_parts), parts = gradients(runs[1], [5, 5, 2])
+    assert right == right_parts
+    assert loss == pytest.approx(loss_parts, rel=1e-5)
+    assert whole.keys() == parts.keys() and any("lora_A" in name for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_step_is_adamw_on_the_dense_gradient_of_the_smoothed_loss(start):
+    run = start("--lora-rank 0 --label-smoothing 0.3 --weight-decay 0.1")
+    images = torch.stack([run.feed.train_loader.dataset[i][0] for i in range(6)])
+    labels = torch.tensor([run.feed.train_loader.dataset[i][1] for i in range(6)])
+    head = run.model.heads.head
+    weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
+    with torch.no_grad():
+        features = run.model.eval()._process_input(images)
+        features = torch.cat([run.model.class_token.expand(6, -1, -1), features], dim=1)
+        features = run.model.encoder(features)[:, 0]
+    run.model.train()
+    log_p = F.log_softmax(features @ weight.T + bias, dim=1)
+    expected = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2, weight_decay=0.1)
+    expected.backward()
+    optimizer.step()
+    _, loss, _ = run.step(MicroBatches(iter([(images, labels)]), 1, 6)).read()
+    assert loss == pytest.approx(F.nll_loss(log_p, labels, reduction="sum").item(), rel=1e-5)
+    for ours, theirs in zip((head.weight, head.bias), (weight, bias), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_clipping_bounds_the_norm_of_the_whole_step(start):
+    _, free = gradients(start(), [8])
+    _, clipped = gradients(start("--clip-grad-norm 0.01"), [8])
+    norm = math.sqrt(sum(g.square().sum().item() for g in free.values()))
+    assert norm > 0.02
+    for name, gradient in free.items():
+        torch.testing.assert_close(clipped[name], gradient * (0.01 / norm), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_bf16_computes_in_it_and_keeps_the_adapters_in_float32(start, finetune):
+    runs = [start(), start("--precision bf16")]
+    for run in runs:  # the head is zero before
+        gradients(run, [8])
+    ((exact, *_), _), ((loss, *_), found) = (gradients(run, [8]) for run in runs)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    results = finetune("--precision bf16 --epochs 1")
+    assert results["precision"] == "bfloat16"
+    assert {tensor.dtype for tensor in tensors(results["folder"] / "lora.pth").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_changes_nothing_but_memory(start, mode):
+    (loss, *_), expected = gradients(start(), [8])
+    (loss_again, *_), found = gradients(start(f"--gradient-checkpointing {mode}"), [8])
+    assert loss_again == pytest.approx(loss, rel=1e-5) and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_an_epoch_sees_every_image_once_in_a_new_order(start, monkeypatch):
+    run, seen = start("--batch-size 8 --accumulation-steps 2 --learning-rate 1e-5"), []
+    real_step = run.step
+
+    def step(micro_batches):
+        batches = list(micro_batches.batches)
+        seen.append([labels for _, labels in batches])
+        assert (micro_batches.number, micro_batches.images) == (len(batches), sum(len(labels) for _, labels in batches))
+        return real_step(micro_batches._replace(batches=iter(batches)))
+
+    monkeypatch.setattr(run, "step", step)
+    run.train_epoch()
+    run.train_epoch()
+    sizes = [[len(labels) for labels in step] for step in seen]
+    assert sizes == [[8, 8], [5], [8, 8], [5]] and run.schedule.last_epoch == 4
+    orders = [torch.cat([labels for step in seen[i : i + 2] for labels in step]) for i in (0, 2)]
+    assert torch.equal(orders[0].bincount(), torch.tensor([7, 7, 7])) and not torch.equal(*orders)
+
+
+def test_accumulated_batches_are_read_one_at_a_time(start, monkeypatch):
+    run, events = start("--batch-size 3 --accumulation-steps 7"), []
+    run.model.register_forward_hook(lambda *_: events.append("forward"))
+    read = Transformed.__getitem__
+    monkeypatch.setattr(Transformed, "__getitem__", lambda self, i: events.append("read") or read(self, i))
+    run.train_epoch()
+    assert events[:8] == ["read", "read", "read", "forward"] * 2
+
+
+@pytest.mark.slow
+def test_a_last_batch_of_one_image_is_left_to_another_epoch_where_batch_norm_trains(images, tmp_path):
+    """Of 21 images in batches of 4 one is left over; a ResNet at 32 pixels ends in maps of 1x1."""
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
+    argv += " --image-size 32 --epochs 1 --lora-rank 0 --no-freeze-backbone"
+    finetune_lora.main(f"{argv} --batch-size 4".split())
+    assert read_checkpoint(tmp_path / "out/last.pth")["schedule"]["last_epoch"] == 5
+    with pytest.raises(InputError, match=r"BatchNorm that trains needs 2 images or more.*raise --batch-size"):
+        finetune_lora.main(f"{argv} --batch-size 1".split())
+    # To evaluate, BatchNorm needs no other image.
+    alone = f"--eval-only {tmp_path / 'out/lora.pth'} --data-dir {images} --batch-size 1 --device cpu"
+    assert 0 <= finetune_lora.main(alone.split())["val_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_a_head_starts_on_the_statistics_that_training_will_see(images, monkeypatch, tmp_path):
+    """Those of the training images: with a file's own the head would not fit what BatchNorm gives it in training.
+
+    What the backbone knows before training is told as the file has it.
+    """
+    torch.manual_seed(0)
+    resnet = build_backbone("resnet18", 5)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
+    monkeypatch.setattr(runs.StopRequests, "check", lambda requests: (_ for _ in ()).throw(runs.Stopped(2)))
+    with pytest.raises(runs.Stopped):  # at the first step: the file is the probe's
+        finetune_lora.main(f"{argv} --image-size 32 --epochs 1 --lora-rank 0 --norms train --batch-size 7".split())
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    pixels = torch.stack([info["transform"](image) for image, _ in load_splits("imagefolder", images).train])
+    maps = resnet.conv1(pixels)
+    torch.testing.assert_close(model.bn1.running_mean, maps.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert resnet.bn1.running_mean.abs().max() == 0  # what the file has
+    argv = f"{argv} --output-dir {tmp_path}/frozen --image-size 32 --epochs 1 --lora-rank 0 --batch-size 7"
+    with pytest.raises(runs.Stopped):
+        finetune_lora.main(argv.split())
+    baselines = [read_checkpoint(tmp_path / name / "last.pth")["before"] for name in ("out", "frozen")]
+    assert baselines[0] == baselines[1]
+
+
+# ------------------------------------------------------------------------------------- the start, the rate, no collapse
+
+
+@pytest.mark.parametrize("flags", ["", "--use-qlora", "--precision bf16"])
+def test_only_the_upper_blocks_are_adapted_and_differentiated(finetune, flags):
+    """Also in what the file says, from which the model is built anew, with what was in 4 bits below."""
+    seen, real_step = [], FineTuning.step
+
+    def step(run, micro_batches):
+        blocks = run.model.encoder.layers
+        handles = [b.register_forward_hook(lambda m, i, out: seen.append(out.requires_grad)) for b in blocks]
+        result = real_step(run, micro_batches)
+        [handle.remove() for handle in handles]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuning, "step", step)
+        results = finetune(f"--adapt-last 2 --epochs 1 {flags}")
+    assert seen[:6] == [False] * 4 + [True] * 2
+    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
+    blocks = {
+        int(re.match(r"encoder\.layers\.encoder_layer_(\d)\.", name)[1]): r["r"] > 0 for name, r in layers.items()
+    }
+    adapted = {4: True, 5: True}
+    assert blocks == ({0: False, 1: False, 2: False, 3: False} | adapted if flags == "--use-qlora" else adapted)
+    model, _ = load_finetuned(results["folder"] / "lora.pth")
+    assert {name for name, m in model.named_modules() if isinstance(m, LoRALayer)} == set(layers)
+    again = finetune(f"{flags} --eval-only {results['folder'] / 'lora.pth'}")
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-6)
+
+
+def test_a_run_begins_as_the_linear_probe_that_it_saves(finetune, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
+    with pytest.raises(runs.Stopped):
+        finetune("--augmentation crop")
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    loader = build_loader(Transformed(load_splits("imagefolder", images).val, info["transform"]), 8)
+    assert evaluate(model, loader, CPU).accuracy == info["val_accuracy"] == 1.0 and info["epoch"] == 0
+
+
+def test_a_random_head_and_a_rate_of_its_own(finetune, start):
+    results = finetune("--head-init random --epochs 1")
+    assert results["probe_accuracy_before"] is None and results["knn_accuracy_before"] == 1.0
+    groups = start("--head-learning-rate 0.5").optimizer.param_groups
+    rates = [(group["lr"], group["weight_decay"]) for group in groups]
+    assert sorted(rates) == [(0.24, 0.01), (0.5, 0.0), (0.5, 0.01)]  # adapters, the head's bias and weight
+    assert start("--lora-init random").optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("options", ["", "--use-qlora", "--lora-dropout 0.5 --norms train"])
+def test_adapters_start_at_the_gradient_that_the_first_images_have(start, options):
+    """With the head as it then is, and without dropout. What is still in `.grad` would be added to the first step's."""
+    run, reference = start(options), start(options)
+    run.start()
+    reference.model.load_state_dict(
+        {name: p for name, p in run.model.state_dict().items() if "lora_" not in name}, strict=False
+    )
+
+    def backward():
+        for images, labels in build_loader(run.feed.train_loader.dataset, batch_size=32):  # all 21, in another order
+            F.cross_entropy(reference.model(images), labels, reduction="sum").backward()
+
+    reference.model.eval()
+    start_at_gradient(reference.model, backward)
+    for (A, B), (expected, _) in zip(adapter_pairs(run.model), adapter_pairs(reference.model), strict=True):
+        cosines = torch.linalg.svdvals(A.detach() @ expected.detach().T) * 3  # of the two spaces
+        assert cosines[0] > 0.999 and cosines.mean() > 0.9
+        assert not B.any() and A.grad is None
+    assert run.model.training
+
+
+def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monkeypatch):
+    """Of a loss so small float16 would hold no gradient, were it not scaled."""
+    monkeypatch.setattr(FineTuning, "loss", lambda run, *batch: 1e-5 * F.cross_entropy(*batch, reduction="sum"))
+    precise, low = start("--learning-rate 1e-4"), start("--learning-rate 1e-4")
+    low.dtype, low.scaler = torch.float16, torch.amp.GradScaler("cpu")
+    for run in (precise, low):
+        run.start()
+    for (A, _), (expected, _) in zip(adapter_pairs(low.model), adapter_pairs(precise.model), strict=True):
+        assert torch.linalg.svdvals(A.detach() @ expected.detach().T)[0] * 3 > 0.99
+
+
+@pytest.mark.parametrize("options", ["--lora-init random", "--head-init random", "--lora-rank 0"])
+def test_adapters_start_at_random_where_there_is_no_gradient_to_go_by(start, options):
+    run = start(options)
+    before = {name: p.clone() for name, p in run.model.named_parameters() if "lora_" in name}
+    run.start()
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters() if "lora_" in name)
+
+
+def test_a_step_that_float16_cannot_hold_advances_neither_schedule_nor_average(start):
+    run = start("--ema 0.5")
+    run.scaler = torch.amp.GradScaler("cpu")
+    run.average.begin()
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    overflow = next(iter(trained.values())).register_hook(lambda gradient: gradient * math.inf)
+    run.step(next(run.feed.steps(1)))
+    assert run.schedule.last_epoch == 0 and all(torch.equal(p, before[name]) for name, p in trained.items())
+    assert run.average.steps == 0
+    overflow.remove()
+    run.step(next(run.feed.steps(1)))
+    assert run.schedule.last_epoch == 1 and run.average.steps == 1

@@ -1,0 +1,183 @@
+"""Every way to fine-tune: what trains, what the file holds, and what merging makes of it."""
+
+import pytest
+import torch
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import FineTuning, load_finetuned
+from lora_utils import read_adapter_file
+from tests.run_folders import tensors
+from toolkit import InputError
+from toolkit.models.backbones import build_backbone
+from toolkit.models.checkpoints import load_backbone
+
+# --------------------------------------------------------------------------------------------------- ways to fine-tune
+
+
+WAYS = {
+    "lora": "--lora-rank 2",
+    "qlora": "--lora-rank 2 --use-qlora",
+    "rslora": "--lora-rank 4 --use-rslora --lora-dropout 0.1",
+    "norms": "--lora-rank 2 --norms train",
+    "linear probe": "--lora-rank 0",
+    "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
+    "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
+    "from scratch": "--from-scratch --lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
+}
+
+
+@pytest.fixture(scope="module")
+def ways(base, images, tmp_path_factory) -> dict[str, dict]:
+    """Two epochs of each way to fine-tune."""
+    results = {}
+    for name, options in WAYS.items():
+        folder = tmp_path_factory.mktemp("way")
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 8"
+        results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-3 {options}".split()])
+        results[name]["folder"] = folder
+    return results
+
+
+def backbone_names(base) -> set[str]:
+    return {name for name in load_backbone(base, 3)[0].state_dict() if not name.startswith("heads")}
+
+
+def test_the_linear_probe_trains_the_head_alone(ways):
+    results = ways["linear probe"]
+    assert results["trainable_parameters"] == 3 * 192 + 3 and results["lora_parameters"] == 0
+    assert tensors(results["folder"] / "lora.pth").keys() == {"heads.head.weight", "heads.head.bias"}
+
+
+def test_full_fine_tuning_trains_everything(ways, base):
+    results = ways["full fine-tuning"]
+    # A ViT's stored positions are a parameter like the others here; MoCo froze them, full fine-tuning does not.
+    assert results["trainable_parameters"] == results["total_parameters"] and results["lora_parameters"] == 0
+    moved = tensors(results["folder"] / "lora.pth").keys()
+    assert moved >= backbone_names(base)
+
+
+def test_from_scratch_starts_elsewhere_and_is_saved_whole(ways, base):
+    found, start = tensors(ways["from scratch"]["folder"] / "lora.pth"), load_backbone(base, 3)[0].state_dict()
+    assert found.keys() == start.keys()
+    name = "encoder.layers.encoder_layer_0.mlp.0.weight"
+    assert (found[name] - start[name]).abs().mean() > 0.01  # two epochs alone move it by a tenth of that
+
+
+def test_what_random_weights_start_with_comes_back_from_its_file(finetune, tmp_path, monkeypatch):
+    def killed(_):
+        raise InputError("killed in the first epoch")
+
+    monkeypatch.setattr(FineTuning, "train_epoch", killed)
+    with pytest.raises(InputError, match="killed"):
+        finetune("--from-scratch --lora-rank 2 --no-freeze-backbone")
+    state = load_finetuned(tmp_path / "out/lora.pth")[0].state_dict()
+    saved = tensors(tmp_path / "out/lora.pth")
+    assert saved.keys() == state.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("way", ["lora", "qlora", "rslora"])
+def test_adapters_train_and_the_base_does_not(ways, way):
+    results = ways[way]
+    trained = tensors(results["folder"] / "lora.pth")
+    assert {name for name in trained if "lora_" not in name} == {"heads.head.weight", "heads.head.bias"}
+    assert all(trained[name].any() for name in trained if "lora_B" in name)  # zero before training
+    load_finetuned(results["folder"] / "lora.pth")  # compares the hash of the base with the checkpoint's
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_comes_back_from_its_file(ways, way, images):
+    results = ways[way]
+    again = finetune_lora.main(
+        ["--eval-only", str(results["folder"] / "lora.pth"), "--data-dir", str(images), "--device", "cpu"]
+    )
+    assert again["val_accuracy"] == results["val_accuracy"]
+    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_merges_into_plain_torchvision(ways, way, tmp_path):
+    adapter, merged = ways[way]["folder"] / "lora.pth", tmp_path / "merged.pth"
+    deploy_lora.main(["merge", str(adapter), "--output", str(merged)])
+    plain = build_backbone("vit_mini", 3, 16).eval()
+    plain.load_state_dict(torch.load(merged, weights_only=True), strict=True)
+    assert not any("lora" in type(module).__module__ for module in plain.modules())
+    model, _ = load_finetuned(adapter)
+    x = torch.randn(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(x), plain(x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.argmax(1), expected.argmax(1)) and expected.std() > 1e-3
+
+
+def test_norms_may_train_beside_the_adapters(ways):
+    results = ways["norms"]
+    trained = {name for name in tensors(results["folder"] / "lora.pth") if "lora_" not in name and "head" not in name}
+    assert {name.split(".")[-2] for name in trained} == {"ln_1", "ln_2", "ln"} and len(trained) == 2 * (2 * 6 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norms", ["", "--norms train", "--norms frozen"])
+def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
+    argv = f"--checkpoint {tmp_path / 'resnet.pth'} --data-dir {images} --output-dir {tmp_path / 'out'} --device cpu"
+    argv += f" --image-size 32 --epochs 1 --lora-rank 2 --batch-size 8 {norms}"
+    results = finetune_lora.main(argv.split())
+    assert ("norms: 19 BatchNorms follow the adapters (--norms follow)" in capsys.readouterr().out) is (norms == "")
+    deploy_lora.main(["merge", str(tmp_path / "out/lora.pth"), "--output", str(tmp_path / "merged.pth")])
+    plain = build_backbone("resnet18", 3).eval()
+    plain.load_state_dict(torch.load(tmp_path / "merged.pth", weights_only=True), strict=True)
+    model, info = load_finetuned(tmp_path / "out/lora.pth")
+    assert info["arch"] == "resnet18" and info["image_size"] == 32 and results["total_parameters"] > 11e6
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x), rtol=1e-3, atol=1e-4)
+    # A frozen BatchNorm keeps the statistics of the checkpoint, if it does not follow the adapters.
+    start = torch.load(tmp_path / "resnet.pth", weights_only=True)
+    assert torch.equal(plain.layer1[0].bn1.running_var, start["layer1.0.bn1.running_var"]) is (
+        norms == "--norms frozen"
+    )
+    assert torch.equal(plain.bn1.weight, start["bn1.weight"]) is (norms != "--norms train")
+    kept = results["val_accuracy"], results["val_loss"]
+    again = finetune_lora.main([*argv.split(), "--resume"])
+    assert (again["val_accuracy"], again["val_loss"]) == kept
+
+
+def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(start):
+    feed = start().feed
+    for norms, device, settled in (
+        ("auto", "cpu", "auto"),
+        ("auto", "cuda", "frozen"),
+        ("follow", "cuda", "follow"),
+        ("frozen", "cpu", "frozen"),
+    ):
+        feed.args.norms = norms
+        finetune_lora.options.settle_norms(feed.args, torch.device(device))
+        assert feed.args.norms == settled  # which config.yaml has, and a resumed run compares
+        assert bool(list(feed.followed_batches())) is (settled != "frozen")
+
+
+def test_targets_choose_the_layers(finetune):
+    targets = "--target-modules mlp.0 mlp.3 --exclude-modules encoder_layer_5"
+    results = finetune(f"--epochs 1 {targets} --rank-pattern encoder_layer_4=+3 --alpha-pattern mlp.0=2.5")
+    layers = read_adapter_file(results["folder"] / "lora.pth")["layers"]
+    assert len(layers) == 10 and all(".mlp." in name and "_5." not in name for name in layers)
+    assert {name for name, layer in layers.items() if layer["r"] == 3} == {n for n in layers if "_4." in n}
+    assert {name for name, layer in layers.items() if layer["lora_alpha"] == 2.5} == {n for n in layers if "mlp.0" in n}
+    load_finetuned(results["folder"] / "lora.pth")
+
+
+# ------------------------------------------------------------------------------------------------- the guide's commands
+
+
+def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
+    def build(args, num_classes):
+        model, report = build_model(args, num_classes)
+        model.spare = finetune_lora.LoRALinear(4, 4)
+        return model, report
+
+    build_model = finetune_lora.build_model
+    monkeypatch.setattr(finetune_lora, "build_model", build)
+    finetune()
+    assert capsys.readouterr().out.count("no gradient reaches the adapters of spare: leave them out") == 1
