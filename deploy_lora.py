@@ -243,7 +243,7 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
     with faults_explained(device, "lower --batch-size") as loaders:
         model, about = load_finetuned(args.adapter, args.checkpoint)
         if args.arithmetic == "int8":
-            multiply_in_8_bits(model, precision, device)
+            multiply_in_8_bits(model, precision)
 
         def make_loader(images: LabelledImages):
             transformed = Transformed(images, about["transform"])

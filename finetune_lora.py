@@ -495,7 +495,7 @@ def add_lora_to_model(
             in `target_modules`, selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
-            attention in 8 bits, and on CPUs and CUDA multiply in 8 bits (`lora.int8`). The classifier head, which
+            attention in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). The classifier head, which
             trains, stays as it is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
 
@@ -564,14 +564,14 @@ def adapt_layers(
     return wrapped
 
 
-def multiply_in_8_bits(model: nn.Module, precision: torch.dtype, device: torch.device = devices.CPU) -> nn.Module:
-    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if the device is faster in them.
+def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Merge a model's adapters and store its weights, but the head's, in 8 bits, if this CPU is faster in them.
 
     It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
     Raises InputError for a model whose head is its only linear layer, such as a ResNet.
     """
     layers = dict.fromkeys(targets.choose_layers(LoRAManager(model).unload(merge=True)))
-    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision, device) else model
+    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision) else model
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -1023,7 +1023,7 @@ def evaluate_adapter(
         )
     training.check_processes(len(splits.val))
     if args.arithmetic == "int8":
-        multiply_in_8_bits(model, dtype, device)
+        multiply_in_8_bits(model, dtype)
     images = Transformed(splits.val, info["transform"])
     loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
     result = task.evaluate(devices.place(model, device), loaders[-1], device, dtype)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-INT8_ROWS = 17  # the fewest that `torch._int_mm` takes on CUDA
 
 
 def _describe_cpu() -> str:
@@ -141,29 +140,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if counts_kernels(a):
         return a @ b
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
-
-
-def multiplies_in_8_bits(matrix: Tensor) -> bool:
-    """Can `int8_product` multiply by this matrix in int8, and by its transpose? On a GPU that depends on its shape."""
-    if not counts_kernels(matrix):
-        return True
-    return matrix.device.type in ("cpu", "cuda") and all(side % 8 == 0 for side in matrix.shape)
-
-
-def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of two matrices in int8, summed in int32. Either may lie transposed.
-
-    On CUDA a has INT8_ROWS or more, and the columns of b lie one after another: cuBLASLt multiplies two to five times
-    as slowly by a b whose rows do (PyTorch's issues 165230 and 187094), so that one more pass over it costs less.
-    """
-    if not counts_kernels(a):
-        return torch._int_mm(a, b)
-    rows = a.shape[0]
-    any_number = isinstance(rows, torch.SymInt)  # as torch.export has it where the batch may be of any size
-    missing = INT8_ROWS - 1 if any_number else INT8_ROWS - rows
-    a = F.pad(a, (0, 0, 0, missing)) if missing > 0 else a
-    b = b if b.T.is_contiguous() else b.T.contiguous().T
-    return torch._int_mm(a, b).narrow(0, 0, rows)
 
 
 # ------------------------------------------------------------------------------------------------------ convolutions

@@ -106,8 +106,8 @@ def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
-    """The weight as products take it: in 8 bits as it is where they can, else dense in ``dtype``."""
-    in_8_bits = isinstance(weight, Int8Weight) and backends.multiplies_in_8_bits(weight.codes)
+    """The weight as products take it: on a CPU in 8 bits as it is, else dense in ``dtype``."""
+    in_8_bits = isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu"
     return weight if in_8_bits else dense_weight(weight, dtype)
 
 

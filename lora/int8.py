@@ -9,9 +9,9 @@ and gy, and sums in int32, which 130,000 columns cannot overflow:
     y  = x W^T  = (xq Wq^T) sx d            (N, out)
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
-gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. On a CPU
-rows are rounded some at a time, as many as stay in the cache, on a GPU all at once in few kernels. What an adapter adds
-is not rounded, see `lora.thin`.
+gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. Rows are
+rounded some at a time, as many as stay in the cache. What an adapter adds is not rounded. Only CPUs multiply in 8 bits;
+on other devices the weight is made dense for each product.
 """
 
 import functools
@@ -29,12 +29,10 @@ from toolkit.run import training
 LARGEST = 127  # -128 has no counterpart
 # Numbers in a block of rows: when rounding it stays in a core's cache, in a product it is worth reading W for.
 ROUNDED_AT_ONCE, MULTIPLIED_AT_ONCE = 2**17, 2**20
-MEASURED_TOKENS = {"cpu": 512, "cuda": 8192}  # as many as keep a processor busy
+MEASURED_TOKENS = 512  # as many as keep a processor busy
 WORTH_ROUNDING = 1.5  # times as fast: less is lost in the rest of a step
 NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, those of zeros too
 ALIGNMENT = 64  # of the scales behind the codes, in bytes
-# Added to a float32 number below 2^22 this leaves the nearest whole number in the lowest bits, as integers have it.
-TO_INTEGER = 1.5 * 2**23
 
 
 class Int8Weight:
@@ -76,12 +74,12 @@ class Int8Weight:
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, (N, in) -> (N, out), in x's dtype. On a GPU b may be a whole matrix (N, out)."""
+        """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
         return _multiplied(x.dtype, *quantize_rows(x), self.codes.T, self.scale, bias)
 
-    def input_gradient(self, gy: Tensor, summand: Tensor | None = None) -> Tensor:
-        """``gy W``, (N, out) -> (N, in), in gy's dtype. On a GPU a matrix (N, in) may be added."""
-        return _multiplied(gy.dtype, *quantize_rows(gy, self.scale), self.codes, None, summand)
+    def input_gradient(self, gy: Tensor) -> Tensor:
+        """``gy W``, (N, out) -> (N, in), in gy's dtype."""
+        return _multiplied(gy.dtype, *quantize_rows(gy, self.scale), self.codes)
 
 
 @torch.no_grad()
@@ -90,8 +88,6 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
     A row with NaN or infinity has a scale that is not finite, and so has what is computed of it.
     """
-    if backends.counts_kernels(x) and not backends.is_traced():
-        return _quantize_in_few_kernels(x, columns)
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
@@ -100,24 +96,6 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
         its_codes.copy_((rows * (LARGEST / largest)).round_())
         torch.mul(largest, 1 / LARGEST, out=its_scale)
     return codes, scale
-
-
-def _quantize_in_few_kernels(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` in four kernels, or five: rounding and converting would each read and write all numbers again."""
-    x = x if columns is None else x * columns
-    x = x.to(torch.float32) if x.dtype == torch.float64 else x
-    no_row, to_integer = _constants(x.device)
-    largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True, dtype=torch.float32)
-    scale = torch.add(no_row, largest, alpha=1 / LARGEST)
-    whole = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    torch.addcdiv(to_integer, x, scale, out=whole)
-    lowest_bytes = whole.view(torch.int8).view(*x.shape, 4).select(2, 0)
-    return lowest_bytes.clone(memory_format=torch.contiguous_format), scale
-
-
-@functools.cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(NO_ROW, device=device), torch.tensor(TO_INTEGER, device=device)
 
 
 @torch.no_grad()
@@ -129,18 +107,13 @@ def _multiplied(
     columns: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8.
-
-    bias: (n,), or on a GPU (N, n).
-    """
+    """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
     y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
-        sums = backends.int8_product(its_codes, matrix)
-        if not backends.counts_kernels(y):  # else a kernel of its own
-            floats = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-            sums = floats.copy_(sums)
+        floats = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        sums = floats.copy_(torch._int_mm(its_codes, matrix))
         if columns is not None:
-            sums = sums.mul_(columns) if sums.is_floating_point() else sums * columns
+            sums.mul_(columns)
         torch.mul(sums, its_scale, out=part) if bias is None else torch.addcmul(bias, sums, its_scale, out=part)
     return y
 
@@ -148,9 +121,9 @@ def _multiplied(
 def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The same rows of all, so many that those of the first have at most so many numbers.
 
-    All rows at once on a GPU, and where a compiler decides.
+    All rows at once where a compiler decides.
     """
-    if backends.counts_kernels(first) or backends.is_traced():
+    if backends.is_traced():
         return [(first, *others)]
     size = max(numbers // max(first.shape[1], 1), 1)
     return zip(*(t.split(size) for t in (first, *others)), strict=True)
@@ -177,13 +150,12 @@ def base_dtype(args, model: nn.Module) -> torch.dtype | None:
     dtype = training.base_dtype(args)
     if dtype != torch.int8:
         return dtype
-    device = devices.select_device(args.device)
-    precision = devices.select_precision(args.precision, device)
-    return dtype if pays(model, precision, device) else precision
+    precision = devices.select_precision(args.precision, devices.CPU)
+    return dtype if pays(model, precision) else precision
 
 
-def pays(model: nn.Module, precision: torch.dtype, device: torch.device) -> bool:
-    """Are the model's products faster in 8 bits on this device? Measured on its widest linear layer, and told.
+def pays(model: nn.Module, precision: torch.dtype) -> bool:
+    """Are the model's products faster in 8 bits on this CPU? Measured on its widest linear layer, and told.
 
     Rounding passes over the activations: in narrow layers that takes as long as the products.
     """
@@ -191,31 +163,28 @@ def pays(model: nn.Module, precision: torch.dtype, device: torch.device) -> bool
     if not layers:
         return True  # `adapt_layers` refuses 8 bits without such layers
     widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
-    precisions = (torch.float32, torch.bfloat16) if device.type == "cpu" else (precision,)
-    return speedups(*widest.shape, device, precisions)[precision] >= WORTH_ROUNDING
+    return speedups(*widest.shape)[precision] >= WORTH_ROUNDING
 
 
 @functools.cache
-def speedups(
-    out: int, width: int, device: torch.device, precisions: tuple[torch.dtype, ...]
-) -> dict[torch.dtype, float]:
-    """How many times as fast as in each precision the device multiplies by a weight (out, width) in 8 bits.
+def speedups(out: int, width: int) -> dict[torch.dtype, float]:
+    """How many times as fast as in floats a CPU multiplies by a weight (out, width) in 8 bits, by the floats' dtype.
 
-    Measured once, from numbers in the first of the precisions, and told. Several processes get one answer.
+    Measured once, and told. Several processes get one answer.
     """
-    weight = torch.ones(out, width, device=device)
-    tokens = torch.ones(MEASURED_TOKENS[device.type], width, device=device)
+    precisions = torch.float32, torch.bfloat16
+    weight = torch.ones(out, width)
+    tokens = torch.ones(MEASURED_TOKENS, width)
     stored = Int8Weight.quantize(weight)
     ways = [functools.partial(F.linear, tokens.to(dtype), weight.to(dtype)) for dtype in precisions]
-    ways.append(functools.partial(stored.linear, tokens.to(precisions[0])))
-    seconds = [devices.shortest_seconds(way, device) for way in ways]
+    ways.append(functools.partial(stored.linear, tokens))
+    seconds = [devices.shortest_seconds(way) for way in ways]
     *in_floats, in_8_bits = distributed.all_sum(*seconds)
     times = {dtype: own / in_8_bits for dtype, own in zip(precisions, in_floats, strict=True)}
     names = {dtype: name for name, dtype in devices.DTYPES.items()}
     told = [f"{ratio:.1f} times the speed of {names[dtype]}" for dtype, ratio in times.items()]
-    untested = "" if device.type == "cpu" else "; 8 bits have been tested on CPUs alone"
     print(
         f"products in 8 bits ({width} to {out}): {', '.join(told)}; used from {WORTH_ROUNDING} times on, else "
-        f"--arithmetic float{untested}"
+        "--arithmetic float"
     )
     return times

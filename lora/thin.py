@@ -38,11 +38,13 @@ def add_side_path(
             y = _sum(rows @ W.T, own.transpose(0, 1).flatten(1), scaling)
             return (y if bias is None else y + bias).to(rows.dtype)
         wide = _side_by_side(B, groups)  # (out, groups r)
+        if isinstance(W, Int8Weight):
+            return W.linear(rows, bias).addmm_(h, wide.T, alpha=scaling)
         if bias is None:
             y = h.new_empty(h.shape[0], W.shape[0]).addmm_(h, wide.T, beta=0, alpha=scaling)
         else:
             y = torch.addmm(bias, h, wide.T, alpha=scaling)
-        return W.linear(rows, y) if isinstance(W, Int8Weight) else y.addmm_(rows, W.T)
+        return y.addmm_(rows, W.T)
     y = int8.linear(rows, W, bias)
     width = W.shape[0] // groups
     for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
@@ -99,7 +101,7 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight, gh: Tensor, A: Tensor) ->
     if backends.counts_kernels(gy):
         gx = gh @ A
         if isinstance(W, Int8Weight):
-            return W.input_gradient(gy, gx)
+            return W.input_gradient(gy).add_(gx)
         return _sum(gy @ W, gx).to(gy.dtype) if backends.is_traced() else gx.addmm_(gy, W)
     return int8.input_gradient(gy, W).addmm_(gh, A)
 
