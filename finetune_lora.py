@@ -769,8 +769,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     if args.lora_rank > 0:
         add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
     elif args.arithmetic == "int8" and args.freeze_backbone:
-        device = devices.select_device(args.device)
-        multiply_in_8_bits(model, devices.select_precision(args.precision, device), device)
+        multiply_in_8_bits(model, devices.select_precision(args.precision, devices.CPU))
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)

@@ -26,7 +26,7 @@ from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError, devices
 from toolkit.devices import ARITHMETICS
-from toolkit.run import runs, training
+from toolkit.run import runs
 
 IN_8_BITS = 2e-2  # what rounding x and W, or gy and W, by rows may cost a layer of normal numbers
 ROUNDING = 1e-5  # float32's
@@ -380,7 +380,7 @@ def test_measuring_draws_no_random_numbers():
 @pytest.mark.parametrize("run", [finetune_lora, deploy_lora], ids=["finetune", "deploy"])
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_8_bits_are_for_the_cpu(run, device, monkeypatch):
-    for module in (training, runs):
+    for module in (devices, runs):
         monkeypatch.setattr(module, "select_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     command = [] if run is finetune_lora else ["predict", "lora.pth", "images", "--output", "p.csv"]
