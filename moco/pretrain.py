@@ -35,7 +35,6 @@ from toolkit.answers import evaluation, measures
 from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
-from toolkit.images.cache import cache_images
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
 from toolkit.models.shared_norms import share_statistics
@@ -426,11 +425,10 @@ def load_data(
         raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
     values = bands.settle(args, args.arch, args.channels or 3, images)
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
-    cached = cache_images(images, args.cache_images, args.image_size)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
     training_views = {"shuffle": True, "seed": args.seed, "drop_last": True, **common}
-    loader = data.build_loader(data.Transformed(cached, views), **training_views)
+    loader = data.build_loader(data.Transformed(images, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
     transform = transforms.eval_transform(args.image_size, **values)
     knn_images = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=False)]

@@ -17,8 +17,7 @@ import finetune_lora
 from finetune_lora import load_finetuned
 from moco import pretrain
 from toolkit import InputError
-from toolkit.images.bands import Bands, describe_pages
-from toolkit.images.cache import cache_images
+from toolkit.images.bands import Bands
 from toolkit.images.data import load_splits
 from toolkit.images.geotags import centre
 from toolkit.models.backbones import build_backbone
@@ -104,18 +103,6 @@ def test_what_is_wrong_with_one_band_is_one_line(change, reason, band_files, tmp
     assert "tile3" in capsys.readouterr().out
 
 
-def test_kept_images_notice_that_any_of_their_bands_has_changed(band_files, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(band_files, tmp_path / "images")
-    images = cache_images(
-        load_splits("imagefolder", tmp_path / "images", bands=Bands(2, ("B02", "B03"))).train, "disk", 8
-    )
-    before = images[0][0]
-    assert np.array_equal(images[0][0], before)
-    write_bands(Path(images.name(0)).parent, Path(images.name(0)).name[:-7], {"B03": np.full((16, 16), 7, np.uint16)})
-    assert (images[0][0][..., 1] == 7).all()
-
-
 def test_copies_are_of_all_bands(band_files, tmp_path, capsys):
     """An image that shares one band with another, as clouds and water do, is none."""
     for part in ("train", "val"):
@@ -167,34 +154,15 @@ def tiff(*pages: np.ndarray, **options) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "bands", "told"),
+    ("content", "channels"),
     [
-        (tiff(*np.zeros((5, 8, 8), np.uint16)), Bands(5), "5 pages, each a band"),
-        (tiff(np.zeros((16, 16)), np.zeros((4, 4))), Bands(1), "2 pages, of which the first is the image"),
-        (tiff(*np.zeros((3, 8, 8), np.uint8)), None, "3 pages, of which the first is the image"),
-        (tiff(np.zeros((8, 8, 13), np.uint16), planarconfig="contig"), Bands(13), None),
-        (tiff(np.zeros((8, 8), np.uint8)), None, None),
-        (b"II*\0 and nothing more", Bands(1), None),
+        (tiff(*np.zeros((5, 8, 8), np.uint16)), 5),
+        (tiff(np.zeros((16, 16)), np.zeros((4, 4))), 1),  # the second is a preview
+        (tiff(np.zeros((8, 8, 13), np.uint16), planarconfig="contig"), 13),
     ],
 )
-def test_a_run_says_what_a_page_is(content, bands, told):
-    assert describe_pages(content, bands) == told
-    if told and bands:
-        assert bands.read(content).shape[2] == bands.channels
-
-
-def test_a_run_over_a_stack_says_it_once(base, tmp_path, capsys):
-    rng = np.random.RandomState(0)
-    for label in ("a", "b"):
-        for i in range(5):
-            pages = rng.randint(0, 250, (3, 8, 8)).astype(np.uint8)
-            (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "images" / label / f"{i}.tif").write_bytes(tiff(*pages))
-    argv = (
-        f"--checkpoint {base} --data-dir {tmp_path / 'images'} --output-dir {tmp_path / 'out'} --device cpu --epochs 1"
-    )
-    finetune_lora.main([*argv.split(), "--workers", "0", "--scale", "255", "--lora-rank", "2"])
-    assert capsys.readouterr().out.count(".tif has 3 pages, each a band") == 1
+def test_pages_of_one_size_are_bands(content, channels):
+    assert Bands(channels).read(content).shape[2] == channels
 
 
 # --- geotags ---------------------------------------------------------------------------------------------------------

@@ -655,16 +655,10 @@ def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size
         assert [batch[rank::processes] for rank in range(processes)] == list(parts)
 
 
-def test_an_image_knows_its_file_and_workers_say_what_they_read(tmp_path):
+def test_an_image_knows_its_file(tmp_path):
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
         for name in "abc":
             Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
     images = data.load_splits("imagefolder", tmp_path).train
     assert [images.name(i) for i in range(4)] == [f"{tmp_path}/{key}" for key in images.relative_names()]
-    transformed = data.Transformed(images, transforms.eval_transform(2))
-    assert transformed.names_being_read() == []
-    list(data.build_loader(transformed, 2, workers=2))
-    assert transformed.names_being_read() == []  # they have finished
-    transformed.being_read[1] = 3
-    assert transformed.names_being_read() == [images.name(3)]

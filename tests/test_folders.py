@@ -17,13 +17,6 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_names_are_kept_as_they_are():
-    names = ["", "a", "cat/ä.png", "dog/\udcff.png", "cat/a/b.jpg"]  # \udcff: a byte that is no UTF-8
-    kept = folders.FileNames(names)
-    assert list(kept) == names and len(kept) == 5 and kept[-1] == names[-1]
-    assert len(folders.FileNames([])) == 0
-
-
 def test_images_are_found_in_nested_folders_and_through_links(tmp_path):
     touch(tmp_path / "cat", "b.png", "a.JPG", "deep/er/c.webp", "deep/d.TIFF", "z.jpeg")
     touch(tmp_path / "elsewhere", "e.png", "linked/f.bmp")

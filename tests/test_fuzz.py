@@ -30,7 +30,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
-from toolkit.images.bands import Bands, describe_pages
+from toolkit.images.bands import Bands
 from toolkit.images.families import take_known_values
 from toolkit.images.folders import ImageFiles
 from toolkit.images.geotags import centre, centres
@@ -227,7 +227,6 @@ def test_bytes_of_an_image_of_several_bands(band_files, tmp_path_factory, kind, 
     path = tmp_path_factory.getbasetemp() / f"mutated.{kind}"
     path.write_bytes(mutate(band_files[kind], edits, kept))
     bands = Bands(3)
-    describe_pages(path.read_bytes(), bands)
     assert centres([str(path)]) in ([], [centre(path)])
     with only_our_error():
         image, _ = ImageFiles(path.parent, [path.name], [0], bands)[0]

@@ -204,7 +204,7 @@ def test_unknown_labels_are_left_out_of_the_loss_or_taken_for_no(trained, run):
 
 
 def test_cached_features_know_their_targets(run):
-    results, _ = run("multilabel", "--adapt-last 1 --cache-features disk --cache-images disk")
+    results, _ = run("multilabel", "--adapt-last 1 --cache-features disk")
     assert math.isfinite(results["val_macro_ap"])
 
 

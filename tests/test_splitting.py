@@ -160,7 +160,7 @@ def test_the_groups_of_other_images_are_found_where_the_runs_were(hospital, fine
     assert (tmp_path / "o_answers.csv").read_text().startswith("image,class,")
 
 
-@pytest.mark.parametrize("cache", ["", "--cache-images ram", "--adapt-last 1 --cache-features ram"])
+@pytest.mark.parametrize("cache", ["", "--adapt-last 1 --cache-features ram"])
 def test_the_probe_of_a_grouped_run_holds_out_patients(hospital, finetune, monkeypatch, cache):
     given = []
 

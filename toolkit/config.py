@@ -27,7 +27,7 @@ SECTIONS = {
     "model": ("checkpoint", "from_scratch", "stage1_adapter"),
     "data": (
         *("task", "unknown", "group_by", "folds", "labels_per_class", "augmentation", "crop_min"),
-        *("cache_features", "cached_views", "show_bands"),
+        "cache_features",
     ),
     "moco": (),
     "finetune": (),
@@ -35,6 +35,7 @@ SECTIONS = {
 
 # Options of earlier versions, which old configurations may still have.
 REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
+REMOVED |= {"cache_images", "cached_views", "show_bands"}
 REPLACED = {"train_norms": "norms: train", "follow_norms": "norms: follow"}
 
 # ----------------------------------------------------------------------------------------------------------------------

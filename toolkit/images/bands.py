@@ -228,26 +228,6 @@ def _from_tiff(content: bytes) -> np.ndarray:
     return _bands_last(array)
 
 
-def describe_pages(content: bytes, bands: Bands | None) -> str | None:
-    """A sentence part on how the pages of a TIFF are read; None if it has one page or cannot be read."""
-    try:
-        if bands is None:
-            with Image.open(io.BytesIO(content)) as image:
-                pages = getattr(image, "n_frames", 1)
-                of_image = 1
-        else:
-            import tifffile
-
-            with tifffile.TiffFile(io.BytesIO(content)) as file:
-                pages = len(file.pages)
-                of_image = len(file.series[0].pages)
-    except Exception:  # reported when the images are read
-        return None
-    if pages == 1:
-        return None
-    return f"{pages} pages, each a band" if of_image == pages else f"{pages} pages, of which the first is the image"
-
-
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
     with _load(content) as archive:
@@ -329,20 +309,24 @@ def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
         return None
     if args.bands and len(args.bands) != channels:
         raise InputError(f"--bands names {len(args.bands)} bands, and the network takes {channels}")
-    shown = getattr(args, "show_bands", None)
-    if shown and (len(shown) not in (1, 3) or max(shown) > channels):
-        raise InputError(f"--show-bands: give one or three numbers from 1 to {channels}")
-    positions = tuple(number - 1 for number in shown) if shown else _likely_colours(channels)
-    return Bands(channels, tuple(args.bands or ()), args.scale or 1.0, positions)
+    chosen = tuple(args.bands or ())
+    return Bands(channels, chosen, args.scale or 1.0, _likely_colours(channels, chosen))
 
 
-def _likely_colours(channels: int) -> tuple[int, ...]:
-    """The likely positions of red, green and blue. Sentinel-2 and Landsat 8 have another band before blue."""
+# The names of red, green and blue: Sentinel-2's, and plain ones.
+_COLOURS = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("R", "G", "B"))
+
+
+def _likely_colours(channels: int, chosen: tuple[str, ...]) -> tuple[int, ...]:
+    """The positions of red, green and blue by the names of the bands; else the first three, or the first."""
+    for names in _COLOURS:
+        if set(names) <= set(chosen):
+            return tuple(map(chosen.index, names))
     if channels < 3:
         return (0,)
-    if channels == 3:
-        return 0, 1, 2
-    return (3, 2, 1) if channels >= 11 else (2, 1, 0)
+    if channels >= 11 and not chosen:  # all bands of Sentinel-2 and Landsat 8, which have another one before blue
+        return (3, 2, 1)
+    return (0, 1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,7 +376,6 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
     bands = bands_of(args, channels)
     mean, std = args.mean, args.std
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
-    _tell_pages(images, bands)
     if bands is None and not args.normalise:
         return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
     scale = 255.0 if bands is None else bands.scale
@@ -408,16 +391,6 @@ def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> d
         print(_described(bands, values, len(images) if args.normalise else 0))
         _check_values(found, bands, values)
     return {**values, "bands": bands}
-
-
-def _tell_pages(images: Any, bands: Bands | None) -> None:
-    """Print how the first TIFF among the images is read if it has several pages: a page is a band, or an image."""
-    for i in range(len(images)):
-        name = images.name(i)
-        if name.lower().endswith((".tif", ".tiff")):
-            if pages := describe_pages(images.source.content(int(images.indices[i])), bands):
-                print(f"images: {printable(name)} has {pages}")
-            return
 
 
 def _numbers(photograph: Image.Image) -> np.ndarray:

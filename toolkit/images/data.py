@@ -1,6 +1,5 @@
 """Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
 
-import contextlib
 import functools
 import hashlib
 import multiprocessing
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
 
 from toolkit import InputError, distributed, listed, printable
@@ -681,36 +680,18 @@ class Transformed(Dataset):
         # Views decode files themselves, at the size that they need.
         undecoded = isinstance(dataset, LabelledImages) and isinstance(transform, View | TwoCrops)
         self.read = dataset.undecoded if undecoded else dataset.__getitem__
-        self.being_read: torch.Tensor | None = None  # by each worker, in memory that the processes share; -1: nothing
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
         i, seed = index if isinstance(index, tuple) else (index, None)
-        with self._noted(i):
-            image, label = self.read(i)
-            if seed is None:
-                return self.transform(image), label
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
-                return self.transform(image), label
-
-    @contextlib.contextmanager
-    def _noted(self, i: int) -> Iterator[None]:
-        """A worker that is killed leaves behind what it was reading."""
-        worker = get_worker_info()
-        if worker is None or self.being_read is None:
-            yield
-            return
-        self.being_read[worker.id] = i
-        yield
-        self.being_read[worker.id] = -1
-
-    def names_being_read(self) -> list[str]:
-        """The images that workers are reading now, or were when they were killed."""
-        reading = [] if self.being_read is None else [i for i in self.being_read.tolist() if i >= 0]
-        return [self.dataset.name(i) if isinstance(self.dataset, LabelledImages) else f"image {i}" for i in reading]
+        image, label = self.read(i)
+        if seed is None:
+            return self.transform(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
+            return self.transform(image), label
 
 
 class Batches(Sampler):
@@ -862,8 +843,6 @@ def build_loader(
         batch_size = fixed_order_batch(batch_size)
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
-    if workers > 0:
-        dataset.being_read = torch.full((workers,), -1).share_memory_()
     images = dataset.dataset
     in_archives = isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages)
     archives = images.source.places[images.indices, 0] if in_archives and shuffle else None

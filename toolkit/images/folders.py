@@ -24,28 +24,8 @@ EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
 _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
 
-class FileNames(Sequence[str]):
-    """Many names in two arrays.
-
-    A list of strings takes three times the memory, and reading a string writes its reference count: each loading
-    process would end up with a copy of the list of its own.
-    """
-
-    def __init__(self, names: Iterable[str]):
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        ends = np.cumsum([0, *map(len, encoded)])
-        self._starts, self._ends = ends[:-1], ends[1:]
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, i: int) -> str:
-        return os.fsdecode(self._bytes[self._starts[i] : self._ends[i]].tobytes())
-
-
 class ImageFiles(Dataset):
-    """(PIL image, label) of image files. The image is open but not decoded: `toolkit.images.data.to_rgb` does that.
+    """(PIL image, label) of image files. The image is open, but `transforms.to_rgb` decodes it.
 
     Args:
         folder: where the files are.
@@ -56,7 +36,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int], bands: Bands | None = None):
         self.folder = str(folder)
-        self.names = FileNames(names)
+        self.names = list(names)
         self.labels = labels
         self.bands = bands
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
 from toolkit.images import data
-from toolkit.images.cache import CachedFeatures, cache_features, cache_images, drawn_view, plain_view
+from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import collapse, runs, training
@@ -54,7 +54,7 @@ class Feed:
         self.meter = meter
         self.eval_transform = eval_transform(image_size, **args.normalization)
         self.augmentation = train_transform(image_size, args.augmentation, crop_min=args.crop_min, **args.normalization)
-        self.images = cached or splits._replace(train=cache_images(splits.train, args.cache_images, image_size))
+        self.images = cached or splits
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: run the frozen blocks once on each image and view, and cache the results.
@@ -76,7 +76,8 @@ class Feed:
             batches = [features(loader) for loader in (plain, *[augmented] * views)]
             return cache_features(images, batches, plain.batch_sampler.batch_size, self.args.cache_features)
 
-        train = cached(self.images.train, self.args.cached_views or 0)
+        augments = self.args.augmentation != "none"
+        train = cached(self.images.train, CACHED_VIEWS if augments else 0)
         self.images = self.images._replace(train=train, val=cached(self.images.val))
         self.eval_transform = plain_view
         self.augmentation = drawn_view

@@ -102,12 +102,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="leave out, and list, images that cannot be read",
     )
     group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-    group.add_argument(
-        "--cache-images",
-        choices=CACHES,
-        default="none",
-        help="cache decoded training images, at most twice --image-size",
-    )
     _add_band_options(group)
     return group
 
@@ -156,15 +150,7 @@ def add_training_data_options(group: argparse._ArgumentGroup) -> None:
         "--cache-features",
         choices=CACHES,
         default="none",
-        help="run the frozen blocks below --adapt-last only once per image and cached view",
-    )
-    group.add_argument(
-        "--cached-views",
-        type=positive_int,
-        help="augmented views of each training image to cache (default: 4)",
-    )
-    group.add_argument(
-        "--show-bands", type=positive_int, nargs="+", help="three channels that pictures show as red, green and blue"
+        help="run the frozen blocks below --adapt-last only once per image and view",
     )
 
 
@@ -248,7 +234,7 @@ PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_ad
 PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
 # These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
 FREE_TO_CHANGE = (
-    *("model.checkpoint", "model.stage1_adapter", "data.workers", "data.cache_features"),
+    *("model.checkpoint", "model.stage1_adapter", "data.workers"),
     *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
 
@@ -468,9 +454,6 @@ SAVES_MEMORY = (
 )
 
 
-CACHED_VIEWS = 4  # made a run of ten epochs as accurate as new views in each epoch: see benchmarks/RESULTS.md
-
-
 def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; return the problems with the data options, one line each."""
     problems = complete_data_options(args, sources)
@@ -485,8 +468,6 @@ def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str])
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
         args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    caches_views = args.cache_features != "none" and args.augmentation != "none"
-    args.cached_views = (args.cached_views or CACHED_VIEWS) if caches_views else None
     for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
         path = getattr(args, option)
         if path == Path():  # the flag alone
@@ -519,10 +500,6 @@ def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str
     problems = []
     if "crop_min" in typed and args.augmentation not in ("crop", "trivial"):
         problems.append(f"--crop-min with --augmentation {args.augmentation}, which crops nothing: drop one of the two")
-    if "cached_views" in typed and args.cache_features == "none":
-        problems.append("--cached-views needs --cache-features ram or disk")
-    elif "cached_views" in typed and args.augmentation == "none":
-        problems.append("--cached-views with --augmentation none: all views are the same; drop one of the two")
     if "base_dtype" in typed and args.lora_rank > 0 and not args.freeze_backbone:
         problems.append("--base-dtype with --no-freeze-backbone: nothing is frozen; drop one of the two")
     if "arithmetic" in typed and args.arithmetic == "int8" and not (args.freeze_backbone or args.eval_only):

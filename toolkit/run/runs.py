@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
 from toolkit.devices import check_arithmetic, select_device, select_precision
-from toolkit.images import cache
 from toolkit.images.data import DOWNLOADED, end_workers
 from toolkit.images.folders import UnreadableImage
 from toolkit.run import output_folder
@@ -172,12 +171,10 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
         broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
         if not named and not broken:
             raise
-        names = [name for loader in loaders for name in loader.dataset.names_being_read()]
         reason = (str(error).splitlines() or ["connection lost"])[0].rstrip(". ")
-        reading = f" while images were read: {', '.join(names)}" if names else ""
         raise InputError(
-            f"a process that loads images was killed{reading} ({reason}): if memory "
-            "ran out, use fewer --workers or --workers 0; else look at these images"
+            f"a process that loads images was killed ({reason}): memory may have run out; use fewer --workers, or "
+            "--workers 0"
         ) from None
     finally:
         end_workers(loaders)
@@ -221,8 +218,7 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         if distributed.is_main():
             print(f"{stop}" or "interrupted", file=sys.stderr, flush=True)
-        # An ordinary exit would wait for loading processes, however long they read; os._exit runs no cleanup.
-        cache.free_memory()
+        # An ordinary exit would wait for loading processes, however long they read.
         os._exit(128 + getattr(stop, "signum", signal.SIGINT))
     except BrokenPipeError:
         with contextlib.suppress(BrokenPipeError):
