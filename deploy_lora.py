@@ -44,8 +44,9 @@ from toolkit.answers.answer_reports import REPORTS
 from toolkit.answers.protocols import Measured, measure
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
-from toolkit.config import positive_int, positive_share, unknown_words, worker_count
+from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
 from toolkit.files import (
+    check_file,
     found_path,
     is_safetensors,
     open_atomically,
@@ -57,7 +58,7 @@ from toolkit.files import (
 )
 from toolkit.images import geotags, splitting
 from toolkit.images.bands import Bands, from_metadata, recorded, settle
-from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
+from toolkit.images.data import DATASETS, UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.images.folders import (
     ImageFiles,
     class_folders,
@@ -284,99 +285,136 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
     return LabelledImages(ImageFiles("", names, labels, bands), labels)
 
 
-def _labelled_images(folder: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
+def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[LabelledImages, str]:
     """Labelled images, and a description of where they were found.
 
-    They are all images in the class folders of `folder`, or of the val/ in it; None: those on which the run was
-    evaluated. `folder` may be a list, and is one for an adapter with several labels or numbers.
+    Args:
+        place: a folder with a folder of images for each class, itself or in the val/ in it; or a list, which it must be
+            for an adapter with several labels or numbers. None: the images on which the run was evaluated.
     """
-    known = about["class_names"]
-    bands = about["transform"].bands
-    if folder is None:
-        data = _data_of_run(about)
-        place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
-        told = listed(place) if isinstance(place, list) else printable(place)
-        where = f"of {told}, evaluated on in training"
-        splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
-        unknown = sorted(set(splits.class_names) ^ set(known))
-        images = splits.val
-    elif _task_of(about).kind != "classification":
-        where = f"in {folder}"
-        by = _group_column(folder, about)
-        targets = like(
-            read_targets(folder, folder.parent, _task_of(about).kind, group_by=by), known, folder, "the adapter"
-        )
-        files = ImageFiles(folder.parent, targets.paths, [UNLABELLED] * len(targets.paths), bands)
-        images = LabelledImages(files, files.labels, targets=targets.values)
-        images.groups = _groups(images, folder, about)
-        return images, where
-    elif os.path.isfile(folder):
-        where = f"in {folder}"
-        by = _group_column(folder, about)
-        names, labels = read_list(folder, folder.parent, by)
-        if not labels:
-            raise InputError(f"{folder}: its images have no labels; write `path,label` lines")
-        unknown = sorted(set(labels) - set(known))
-        place = {name: number for number, name in enumerate(known)}
-        files = ImageFiles(folder.parent, names, [place.get(label, UNLABELLED) for label in labels], bands)
-        images = LabelledImages(files, files.labels)
-        images.groups = _groups(images, folder, about)
+    if place is None:
+        return _images_of_run(about)
+    if _task_of(about).kind != "classification":
+        images = _images_with_targets(place, about)
+    elif os.path.isfile(place):
+        images = _images_in_list(place, about)
     else:
-        if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
-            folder = evaluation_folder(folder) or folder
-        where = f"all in {folder}"
-        unknown = sorted(set(class_folders(folder, at_least=1)) - set(known))
-        files = labelled_files(folder, known, every=False, bands=bands)
-        images = LabelledImages(files, files.labels)
-        images.groups = _groups(images, folder, about)
+        return _images_in_folder(place, about)
+    return images, f"in {place}"
+
+
+def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
+    data = _data_of_run(about)
+    place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
+    bands = about["transform"].bands
+    splits = load_splits(**data, bands=bands, task=_task_of(about).kind, download=False)
+    _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
+    shown = listed(place) if isinstance(place, list) else printable(place)
+    return splits.val, f"of {shown}, evaluated on in training"
+
+
+def _images_with_targets(path: Path, about: dict[str, Any]) -> LabelledImages:
+    targets = read_targets(path, path.parent, _task_of(about).kind, group_by=_group_column(path, about))
+    targets = like(targets, about["class_names"], path, "the adapter")
+    files = ImageFiles(path.parent, targets.paths, [UNLABELLED] * len(targets.paths), about["transform"].bands)
+    images = LabelledImages(files, files.labels, targets=targets.values)
+    images.groups = _groups(images, path, about)
+    return images
+
+
+def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
+    names, labels = read_list(path, path.parent, _group_column(path, about))
+    if not labels:
+        raise InputError(f"{path}: its images have no labels; write `path,label` lines")
+    known = about["class_names"]
+    _check_classes(set(labels) - set(known), path)
+    numbers = [known.index(label) for label in labels]
+    files = ImageFiles(path.parent, names, numbers, about["transform"].bands)
+    images = LabelledImages(files, files.labels)
+    images.groups = _groups(images, path, about)
+    return images
+
+
+def _images_in_folder(folder: Path, about: dict[str, Any]) -> tuple[LabelledImages, str]:
+    known = about["class_names"]
+    if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
+        folder = evaluation_folder(folder) or folder
+    _check_classes(set(class_folders(folder, at_least=1)) - set(known), folder)
+    files = labelled_files(folder, known, every=False, bands=about["transform"].bands)
+    images = LabelledImages(files, files.labels)
+    images.groups = _groups(images, folder, about)
+    return images, f"all in {folder}"
+
+
+def _check_classes(unknown: set[str], place: Any) -> None:
     if unknown:
-        raise InputError(f"{folder or 'the data'} has classes that the adapter does not know: {listed(unknown)}")
-    return images, where
+        raise InputError(f"{place} has classes that the adapter does not know: {listed(sorted(unknown))}")
 
 
-def _group_by(about: dict[str, Any]) -> str:
-    """The run's --group-by, or an empty string."""
+def _recorded_data(about: dict[str, Any]) -> dict[str, Any]:
+    """The section `data` of the settings of the run that wrote the file; empty if there is none."""
     config = about.get("config")
     data = config.get("data") if isinstance(config, dict) else None
-    by = data.get("group_by") if isinstance(data, dict) else None
-    return by if isinstance(by, str) else ""
+    return data if isinstance(data, dict) else {}
 
 
 def _group_column(path: Path, about: dict[str, Any]) -> str | None:
-    """The run's --group-by, if it is a column of this list, which then is no label."""
-    by = _group_by(about)
-    return by if by and has_column(path, by) else None
+    """The run's --group-by if it is a column of this list; that column then is no label."""
+    by = _recorded_data(about).get("group_by")
+    return by if isinstance(by, str) and by and has_column(path, by) else None
 
 
 def _groups(images: LabelledImages, place: Path, about: dict[str, Any]) -> np.ndarray | None:
-    """The groups of the images of a folder or list by the run's --group-by, if these have any."""
+    """The groups of the images of a folder or list by the run's --group-by; None if they have none."""
     if os.path.isfile(place) and (column := _group_column(place, about)):
         return read_groups(place, column)
     try:
-        return splitting.folder_level(images.relative_names(), _group_by(about))
+        return splitting.folder_level(images.relative_names(), str(_recorded_data(about).get("group_by")))
     except InputError:  # a column that other lists have, or fewer folders than the run's images lie in
         return None
 
 
+# What `load_splits` takes of a run's settings, with its type there.
+_DATA_OF_RUN = {
+    "dataset": str,
+    "data_dir": str,
+    "eval_split": str,
+    "val_dir": str,
+    "data_list": list,
+    "unknown": str,
+    "group_by": str,
+    "folds": str,
+}
+
+
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_splits` for the images of the run that wrote the file."""
-    config = about.get("config")
-    recorded = config.get("data") if isinstance(config, dict) else None
-    kinds = {"dataset": str, "data_dir": str, "eval_split": str, "val_dir": str, "data_list": list}
-    kinds |= {"unknown": str, "group_by": str, "folds": str}
+    """The arguments of `load_splits` for the images of the run that wrote the file.
 
-    def has_kind(key: str) -> bool:
-        return type(recorded.get(key)) in (kinds[key], type(None))
-
-    is_usable = isinstance(recorded, dict) and all(map(has_kind, kinds))
-    if not is_usable or not all(isinstance(path, str) for path in recorded.get("data_list") or ()):
+    Anybody may have written it, so these are only what a run can have written, and lists that are regular files.
+    """
+    recorded = _recorded_data(about)
+    data = {key: recorded[key] for key in _DATA_OF_RUN if recorded.get(key) is not None}
+    lists = data.get("data_list", [])
+    is_usable = data.get("dataset") in DATASETS and all(type(data[key]) is _DATA_OF_RUN[key] for key in data)
+    if not is_usable or not all(isinstance(path, str) for path in lists) or not _is_one_fold(data.get("folds")):
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
-    data = {key: recorded[key] for key in kinds if recorded.get(key) is not None}
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = found_path(data[key])
-    if "data_list" in data:
-        data["data_list"] = [found_path(path) for path in data["data_list"]]
+    if lists:
+        data["data_list"] = [found_path(path) for path in lists]
+    for path in data.get("data_list", []):
+        check_file(path)
     return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
+
+
+def _is_one_fold(text: str | None) -> bool:
+    """Is this one part of several, as 2/5, or nothing?"""
+    if text is None:
+        return True
+    try:
+        return "/" in folds(text)
+    except argparse.ArgumentTypeError:
+        return False
 
 
 # ------------------------------------------------------------------------------ files that serve without this toolkit

@@ -551,6 +551,8 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
+    if sum(tensor.nbytes for tensor in content["tensors"].values()) > os.path.getsize(path):
+        raise InputError(f"{path} is damaged: its tensors are larger than the file")  # such as one number, expanded
     if content["format_version"] > FORMAT_VERSION:
         version = printable(content["format_version"])
         raise InputError(f"{path} has format version {version}, this toolkit reads {FORMAT_VERSION}")
@@ -573,7 +575,7 @@ def _is_layer_record(name: Any, record: Any) -> bool:
     if type(record["kind"]) is not str or type(record["use_rslora"]) is not bool or type(record["r"]) is not int:
         return False
     numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
-    if not all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers):  # refuses NaN too
+    if not all(type(x) in (int, float) and abs(x) < 1e30 for x in numbers):  # refuses NaN, and what float32 cannot hold
         return False
     if record["r"] == 0:
         return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
@@ -597,7 +599,7 @@ def find_base(
     """
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
-        raise InputError(f"{path}: its base, {base}, is not there; give its place as the checkpoint")
+        raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
     known = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]

@@ -6,6 +6,7 @@ What they are given by mistake is in `test_bad_input.py`, PEFT's format in `test
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -299,14 +300,94 @@ def test_info_of_a_run_fits_a_terminal(finetune, capsys):
     assert max(map(len, lines)) <= 100 and any(line.startswith("    finetune: lora_rank 2") for line in lines)
 
 
-@pytest.mark.parametrize("data", [None, [], {"data_dir": 3}, {"data_list": "mine.csv"}, {"data_list": [1]}])
-def test_a_file_that_does_not_say_where_its_images_are(adapter_for_images, data, tmp_path):
-    path = tmp_path / "theirs.pth"
-    content = torch.load(adapter_for_images)
+def with_settings(adapter: Path, data: object) -> Path:
+    """A copy of the file in which the run's settings have this section `data`."""
+    content = torch.load(adapter)
     content["metadata"]["config"] = {"data": data}
+    path = adapter.with_name("theirs.pth")
     torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {"eval_split": "held-out"},
+        {"dataset": "imagefolder", "data_dir": 3},
+        {"dataset": "imagefolder", "data_list": "mine.csv"},
+        {"dataset": "imagefolder", "data_list": [1]},
+        {"dataset": "digits", "folds": "x/y"},
+        {"dataset": "digits", "folds": "5"},
+        {"dataset": ["digits"]},
+    ],
+)
+def test_a_file_that_does_not_say_where_its_images_are(adapter_for_images, data):
     with pytest.raises(InputError, match="does not say which images it was evaluated on: give a folder"):
-        run("evaluate --device cpu", path)
+        run("evaluate --device cpu", with_settings(adapter_for_images, data))
+
+
+def test_a_file_starts_no_download(adapter_for_images, tmp_path):
+    """Anybody may have written it, and said where to."""
+    adapter = with_settings(adapter_for_images, {"dataset": "cifar10", "data_dir": str(tmp_path / "home")})
+    with pytest.raises(InputError, match=r"cifar10 is not in .*home: put it there, or name other images"):
+        run("evaluate --device cpu", adapter)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("kind", ["endless", "pipe"])
+def test_a_file_cannot_have_something_read_that_never_ends(adapter_for_images, kind, tmp_path):
+    path = "/dev/zero" if kind == "endless" else str(tmp_path / "pipe")
+    if kind == "pipe":
+        os.mkfifo(path)
+    adapter = with_settings(adapter_for_images, {"dataset": "imagefolder", "data_list": [path]})
+    with pytest.raises(InputError, match=f"cannot read {path}: not a file"):
+        run("evaluate --device cpu", adapter)
+    with pytest.raises(InputError, match=f"cannot read {path}: not a file"):
+        run("info", path)
+
+
+def test_a_group_that_no_machine_can_count(adapter_for_images, images):
+    """Each image then is a group of its own."""
+    grouped = {"dataset": "imagefolder", "data_dir": str(images), "group_by": "9" * 5000}
+    with pytest.raises(InputError, match="--group-by 999"):
+        run("evaluate --device cpu", with_settings(adapter_for_images, grouped))
+    assert run("evaluate --device cpu", with_settings(adapter_for_images, grouped), images / "val")["images"] == 15
+
+
+def test_a_small_file_stays_small(adapter_for_images, tmp_path):
+    """Two million names are 4 MB in a file; a head of as many rows, of one number each, would be gigabytes."""
+    content = torch.load(adapter_for_images)
+    names = ["a"] * 2_000_000
+    content["metadata"]["class_names"] = names
+    content["tensors"]["heads.head.weight"] = torch.zeros(1).expand(len(names), 192)
+    content["tensors"]["heads.head.bias"] = torch.zeros(1).expand(len(names))
+    torch.save(content, tmp_path / "theirs.pth")
+    assert (tmp_path / "theirs.pth").stat().st_size < 10_000_000
+    with pytest.raises(InputError, match="its tensors are larger than the file"):
+        load_finetuned(tmp_path / "theirs.pth")
+
+
+def test_a_scaling_that_float32_cannot_hold(adapter, tmp_path):
+    if adapter.suffix != ".pth":
+        pytest.skip("the records are the same")
+    content = torch.load(adapter)
+    for record in content["layers"].values():
+        record["scaling"] = 1e299
+    torch.save(content, tmp_path / "theirs.pth")
+    with pytest.raises(InputError, match=r"is damaged: .*mlp"):
+        load_finetuned(tmp_path / "theirs.pth")
+
+
+def test_codes_of_a_terminal_are_not_printed(adapter_for_images):
+    content = torch.load(adapter_for_images)
+    content["metadata"]["checkpoint"] = "\x1b[31mgone.pth"
+    torch.save(content, adapter_for_images)
+    with pytest.raises(InputError) as found:
+        load_finetuned(adapter_for_images)
+    assert str(found.value).isprintable()
 
 
 # ------------------------------------------------------------------------------------ graphs that serve without it

@@ -133,7 +133,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
         InputError: the file cannot be read, is damaged, or holds something else.
     """
     path = Path(path)
-    _check_exists(path)
+    check_file(path)
     try:
         is_zip, names = _check_format(path)
         return _load(path, is_zip and mapped, names if objects else set())
@@ -209,7 +209,7 @@ def write_safetensors(
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a `.safetensors` file, on the CPU, and its metadata. Raises InputError if it cannot be read."""
     path = Path(path)
-    _check_exists(path)
+    check_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
@@ -252,7 +252,7 @@ class _Refused(Exception):
     """The file is understood, but not accepted."""
 
 
-def _check_exists(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise InputError for a path that leads to no file."""
     try:
         problem = "" if stat.S_ISREG(path.stat().st_mode) else "not a file"

@@ -185,6 +185,7 @@ def load_splits(
     unknown: str = "ignore",
     group_by: str | None = None,
     folds: str | None = None,
+    download: bool = True,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -207,6 +208,7 @@ def load_splits(
         group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
+        download: fetch a set of torchvision's that is not there.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
@@ -216,7 +218,9 @@ def load_splits(
     if task != "classification":
         train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by)
     else:
-        train, val, class_names = _images_of(dataset, data_dir, val_dir, data_list, needs_val, bands, group_by)
+        train, val, class_names = _images_of(
+            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, download
+        )
     if group_by is not None:
         _group(train, val, data_list, group_by, needs_val)
     if folds is not None:
@@ -265,6 +269,7 @@ def _images_of(
     needs_val: bool,
     bands: Bands | None,
     group_by: str | None,
+    download: bool,
 ) -> Undivided:
     """All images of a data set with one class an image. The arguments are `load_splits`'s."""
     if dataset == "digits":
@@ -274,7 +279,7 @@ def _images_of(
             return _image_lists(data_list, data_dir, bands, group_by)
         return _image_folder(data_dir, val_dir, needs_val, bands)
     if dataset in _TORCHVISION:
-        return _torchvision(dataset, Path(data_dir or "data"))
+        return _torchvision(dataset, Path(data_dir or "data"), download)
     if dataset == UNLABELLED_SET:
         raise InputError(
             f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
@@ -349,7 +354,10 @@ def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
     found = copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
     if found:
         first, other = found[0]
-        print(f"{len(found)} of {len(val)} evaluation images are copies of training images, such as {first} of {other}")
+        print(
+            f"{len(found)} of {len(val)} evaluation images are copies of training images, "
+            f"such as {printable(first)} of {printable(other)}"
+        )
 
 
 def _tell_untrained(train: LabelledImages, val: LabelledImages, class_names: Sequence[str]) -> None:
@@ -579,22 +587,26 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     return parts[0], (parts[1] if len(parts) > 1 else None), class_names
 
 
-def _torchvision(name: str, root: Path) -> Undivided:
+def _torchvision(name: str, root: Path, download: bool) -> Undivided:
     make, train_part, held_out_part = _TORCHVISION[name]
-    source = _present_or_downloaded(name, make, root, train_part)
+    source = _present_or_downloaded(name, make, root, train_part, download)
     class_names = [str(c) for c in getattr(source, "classes", range(1 + max(_labels_of(source))))]
     train = LabelledImages(source, _labels_of(source))
     if held_out_part is None:
         return train, None, class_names
-    held_out = _present_or_downloaded(name, make, root, held_out_part)
+    held_out = _present_or_downloaded(name, make, root, held_out_part, download)
     return train, LabelledImages(held_out, _labels_of(held_out)), class_names
 
 
 @distributed.main_first()
-def _present_or_downloaded(name: str, make: Callable[..., Dataset], root: Path, part: dict[str, Any]) -> Dataset:
+def _present_or_downloaded(
+    name: str, make: Callable[..., Dataset], root: Path, part: dict[str, Any], download: bool
+) -> Dataset:
     try:
         return make(str(root), **part)
     except RuntimeError:  # torchvision's way to say that it is not there
+        if not download:
+            raise InputError(f"{name} is not in {printable(root)}: put it there, or name other images") from None
         print(f"{name} is not in {root}: downloading it")
     try:
         return make(str(root), **part, download=True)

@@ -129,14 +129,15 @@ def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
     """
     found = []
     for path in paths:
-        folders = [part for part in path.split("/")[:-1] if part]
-        if not by.isdecimal() or not 1 <= int(by) <= len(folders):
-            levels = listed(f"{level} is {name}" for level, name in enumerate(folders, 1))
+        parts = filter(None, path.split("/")[:-1])
+        folders = {str(level): name for level, name in enumerate(parts, 1)}
+        if by not in folders:
+            levels = listed(f"{level} is {name}" for level, name in folders.items())
             what = "is in no folder of this level" if by.isdecimal() else "is in no list, which alone has columns"
             raise InputError(
                 f"--group-by {printable(by)}: {printable(path)} {what}; of its folders by their level, {levels}"
             )
-        found.append(one_spelling(folders[int(by) - 1]))
+        found.append(one_spelling(folders[by]))
     return np.array(found)
 
 
