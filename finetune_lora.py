@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lora_utils
-from lora import adapted, attention, functional, initialization, int8, targets
+from lora import adapted, attention, functional, initialization, int8
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
@@ -115,7 +115,7 @@ class LoRALayer:
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
         weights = {name: self._parameters[name] for name in self.weight_names}
-        if not targets.rounds(self, dtype) or any(weight.dtype != torch.float32 for weight in weights.values()):
+        if not adapted.rounds(self, dtype) or any(weight.dtype != torch.float32 for weight in weights.values()):
             return
         self.float_digests = {name: tensor_digest(weight) for name, weight in weights.items()}
         if dtype == torch.int8:
@@ -478,7 +478,6 @@ def add_lora_to_model(
     use_qlora: bool = False,
     use_rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
     base_dtype: torch.dtype | None = None,
     adapt_last: int | None = None,
 ) -> nn.Module:
@@ -491,8 +490,8 @@ def add_lora_to_model(
             layer except the classifier head and a ViT's patch embedding. Attention is adapted as a whole.
         exclude_modules: the same, for layers to leave alone.
         use_qlora: store the adapted weights in 4 bits, and those of the layers below `adapt_last`.
-        rank_pattern, alpha_pattern: other ranks and alphas, as {"layer4": 16}, for the layers that a name, written as
-            in `target_modules`, selects; the first name that does counts.
+        rank_pattern: other ranks, as {"layer4": 16}, for the layers that a name, written as in `target_modules`,
+            selects; the first name that does counts.
         base_dtype: torch.bfloat16 or float16: store the same float32 weights in it. Autocast to the same dtype then
             has them as it would round them anyway, at half the memory. torch.int8: store those of linear layers and
             attention in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). The classifier head, which
@@ -507,9 +506,9 @@ def add_lora_to_model(
             a weight that two layers share, or layers in fewer bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
-    chosen = targets.choose_layers(model, target_modules, exclude_modules, adapt_last)
-    by_layer = targets.settings_by_layer(chosen, settings, rank_pattern, alpha_pattern)
-    below = targets.layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
+    chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
+    by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
+    below = adapted.layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
     return adapt_layers(model, dict.fromkeys(below) | by_layer, use_qlora, base_dtype)
 
 
@@ -530,10 +529,10 @@ def adapt_layers(
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, targets.unwrap_for_editing(model)
-    candidates = targets.adaptable_layers(model)
+    wrapped, model = model, adapted.unwrap_for_editing(model)
+    candidates = adapted.adaptable_layers(model)
     if not use_qlora:
-        rounds = {name for name in settings if targets.rounds(candidates.get(name), base_dtype)}
+        rounds = {name for name in settings if adapted.rounds(candidates.get(name), base_dtype)}
         settings = {name: own for name, own in settings.items() if own is not None or name in rounds}
     chosen = {name: layer for name, layer in candidates.items() if name in settings}
     projections = {
@@ -542,15 +541,15 @@ def adapt_layers(
     unknown = settings.keys() - chosen.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
-    targets.check_ranks(settings, full_rank(model))
-    targets.check_shared_weights(model, chosen)
+    adapted.check_ranks(settings, full_rank(model))
+    adapted.check_shared_weights(model, chosen)
     if use_qlora:
-        targets.check_four_bits(model, chosen)
-    targets.check_stored_bits(model, chosen, use_qlora, base_dtype)
+        adapted.check_four_bits(model, chosen)
+    adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
     if not hasattr(model, "base_digests"):
         model.base_digests = base_digests(model)
-    for _, layer in targets.outermost_layers(model, is_adapted):
+    for _, layer in adapted.outermost_layers(model, is_adapted):
         if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
@@ -570,7 +569,7 @@ def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
     It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
     Raises InputError for a model whose head is its only linear layer, such as a ResNet.
     """
-    layers = dict.fromkeys(targets.choose_layers(LoRAManager(model).unload(merge=True)))
+    layers = dict.fromkeys(adapted.choose_layers(LoRAManager(model).unload(merge=True)))
     return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision) else model
 
 
@@ -588,7 +587,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
             base, or its norms, are to train, and several adapters share it.
     """
-    model = targets.unwrap_for_editing(model)
+    model = adapted.unwrap_for_editing(model)
     if (train_norms or not freeze) and LoRAManager(model).names:
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):

@@ -59,12 +59,12 @@ from benchmarks import MEASURED
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora import attention, backends, functional, fusion
 from lora.activations import SavedIn16Bits
+from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
 from lora.frozen_norms import FreezableBatchNorm2d
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
 from lora.split import split_model
-from lora.targets import choose_layers
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.config import positive_int

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import finetune_lora
 from benchmarks import MEASURED
-from lora.targets import choose_layers
+from lora.adapted import choose_layers
 from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.models.backbones import head_name

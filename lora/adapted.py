@@ -1,20 +1,30 @@
 """Adapted layers as the rest of the toolkit sees them: their settings, their Protocol, the table of their kinds.
 
+Then the choice of the layers of a model that get adapters.
+
 `finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts use them through the
 Protocol `AdaptedLayer` and the table `ADAPTED`, so that no import runs upwards.
 """
 
+import itertools
 import math
 import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeGuard
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
+from lora.backends import LOW_PRECISION
 from lora.int8 import Int8Weight
-from lora.nf4 import NF4Weight
-from toolkit import InputError
+from lora.nf4 import NF4Weight, bitsandbytes_functional
+from toolkit import InputError, listed
+from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unwrapped
 
 # The table of kinds: stock class -> the class that adapts it over a float base, and the one over a 4-bit base. Types
 # are exact: a subclass may compute something else. `finetune_lora.py` fills the table below its classes: a reader finds
@@ -59,7 +69,8 @@ class LoRASettings:
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        divisor = math.sqrt(self.r) if self.use_rslora else self.r
+        return self.lora_alpha / divisor
 
 
 # Settings of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
@@ -70,7 +81,12 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
     if record["r"] == 0:
         return None
-    return LoRASettings(*(record[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")))
+    return LoRASettings(
+        r=record["r"],
+        lora_alpha=record["lora_alpha"],
+        lora_dropout=record["lora_dropout"],
+        use_rslora=record["use_rslora"],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the layers
@@ -128,8 +144,14 @@ def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers that have the parameters of an adapter now, by name; those of a rank-0 layer are empty."""
-    layers = {name: module for name, module in model.named_modules() if is_adapted(module)}
-    return {name: layer for name, layer in layers.items() if any(p.startswith("lora_") for p in layer._parameters)}
+    return {name: module for name, module in model.named_modules() if adapter_parameters(module)}
+
+
+def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors of a layer's adapter by their names in the layer; none if it is not adapted."""
+    if not is_adapted(layer):
+        return {}
+    return {name: factor for name, factor in layer._parameters.items() if name.startswith("lora_")}
 
 
 def base_bits(state: Mapping[str, Any]) -> int:
@@ -151,9 +173,182 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 
 def kind_named(name: str) -> type[nn.Module] | None:
     """The class of adapted layers that adapter files name so; None: there is no such class."""
-    return next((kind for kinds in ADAPTED.values() for kind in kinds if kind.__name__ == name), None)
+    kinds = itertools.chain.from_iterable(ADAPTED.values())
+    return next((kind for kind in kinds if kind.__name__ == name), None)
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The stock class that a class of adapted layers adapts; any other class itself."""
     return next((stock for stock, kinds in ADAPTED.items() if issubclass(kind, kinds)), kind)
+
+
+# ------------------------------------------------------------------------------------------- which layers are adapted
+
+
+def matches_layer(name: str, target: str) -> bool:
+    """Is the target this layer's name, a part of it between dots (a suffix, a containing module), or a regex for it?"""
+    try:
+        return f".{target}." in f".{name}." or re.fullmatch(target, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"target {target!r} is neither a layer nor a regular expression: {error}") from None
+
+
+def _matches_any(name: str, targets: Iterable[str]) -> bool:
+    return any(matches_layer(name, target) for target in targets)
+
+
+def settings_by_layer(
+    layers: Iterable[str], settings: LoRASettings, rank_pattern: Mapping[str, int] | None = None
+) -> dict[str, LoRASettings]:
+    """The settings of each layer by name: those given, with the rank of a pattern that matches the layer.
+
+    Args:
+        rank_pattern: targets (see `matches_layer`) -> ranks. The first target that matches counts.
+
+    Raises:
+        InputError: a target that matches no layer, or a rank below 1.
+    """
+    chosen = dict.fromkeys(layers, settings)
+    for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
+        matched = [name for name in chosen if matches_layer(name, target)]
+        if not matched:
+            raise InputError(f"no adapted layer matches {target!r}; there are: {listed(list(chosen), 12)}")
+        chosen.update(dict.fromkeys(matched, replace(settings, r=rank)))
+    return chosen
+
+
+def unwrap_for_editing(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper. Raises InputError if the wrapper no longer allows changing what trains."""
+    if isinstance(model, DistributedDataParallel):
+        raise InputError("DistributedDataParallel has fixed what it exchanges: add adapters and freeze before it wraps")
+    return unwrapped(model)
+
+
+def outermost_layers(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) for the modules wanted, except those inside attention, which belong to it."""
+    inside = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside and wanted(module):
+            yield name, module
+        # Swin's attention reads its layers' weights and never calls the layers.
+        if isinstance(module, nn.MultiheadAttention | ShiftedWindowAttention):
+            inside.update(map(id, module.modules()))
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be adapted or are adapted already, by name."""
+    return dict(outermost_layers(model, lambda module: is_adapted(module) or _has_adaptable_kind(module)))
+
+
+def _has_adaptable_kind(layer: nn.Module) -> bool:
+    """Is the layer's type in `ADAPTED`, and are its weights parameters? Pruning and weight_norm replace them."""
+    if type(layer) is nn.MultiheadAttention:
+        names = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+        return names <= layer._parameters.keys() and "weight" in layer.out_proj._parameters
+    return type(layer) in ADAPTED and "weight" in layer._parameters
+
+
+def choose_layers(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    adapt_last: int | None = None,
+) -> dict[str, nn.Module]:
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
+
+    Raises:
+        InputError: a target or exclusion is no regular expression or matches nothing, the model has fewer blocks, or no
+            layer is left.
+    """
+    model = unwrap_for_editing(model)
+    candidates = adaptable_layers(model)
+    targets = _as_list(target_modules)
+    excluded = _as_list(exclude_modules)
+    unmatched = [t for t in [*targets, *excluded] if not any(matches_layer(name, t) for name in candidates)]
+    if unmatched:
+        raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
+    chosen = {}
+    for name, layer in candidates.items():
+        if target_modules is None:
+            wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
+        else:
+            wanted = _matches_any(name, targets)
+        if wanted and adapt_last is not None:
+            wanted = _in_last_blocks(model, name, adapt_last)
+        if wanted and not _matches_any(name, excluded):
+            chosen[name] = layer
+    if not chosen:
+        raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
+    return chosen
+
+
+def _as_list(targets: str | Sequence[str] | None) -> list[str]:
+    return [targets] if isinstance(targets, str) else list(targets or ())
+
+
+def _in_last_blocks(model: nn.Module, name: str, number: int) -> bool:
+    blocks = block_names(model)
+    if not 1 <= number <= len(blocks):
+        raise InputError(f"adapt_last is {number}; give a number from 1 to {len(blocks)}, the model's blocks")
+    return _matches_any(name, blocks[-number:])
+
+
+def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, adapt_last: int) -> list[str]:
+    """The names of the layers below the last blocks that can be adapted, without those excluded."""
+    model = unwrap_for_editing(model)
+    names = choose_layers(model, None, exclude_modules)
+    return list(itertools.takewhile(lambda name: not _in_last_blocks(model, name, adapt_last), names))
+
+
+def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise InputError if a chosen layer shares its weight with another, which the adapter would then change too."""
+    owners = Counter()
+    for module in model.modules():
+        owners.update(map(id, module.parameters(recurse=False)))
+    for name, layer in chosen.items():
+        if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1):
+            raise InputError(f"{name} shares its weight with another layer: leave it out with exclude_modules")
+
+
+def check_ranks(settings: Mapping[str, LoRASettings | None], highest: int) -> None:
+    """Raise InputError for a rank above the highest that any layer of the model can use."""
+    for name, own in settings.items():
+        if own is not None and own.r > highest:
+            raise InputError(f"rank {own.r} of {name} is above {highest}, the largest full rank; lower r (--lora-rank)")
+
+
+def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
+    """Do layers of this kind store their weights rounded to this `base_dtype`? In 8 bits linear ones and attention."""
+    if dtype == torch.int8:
+        return isinstance(layer, nn.Linear | nn.MultiheadAttention)
+    return dtype in LOW_PRECISION
+
+
+def check_stored_bits(
+    model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
+) -> None:
+    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone.
+
+    Or if 8 bits are asked for, and no layer can be stored in them.
+    """
+    if base_dtype == torch.int8 and not any(rounds(layer, base_dtype) for layer in chosen.values()):
+        raise InputError(
+            "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
+        )
+    for name, layer in outermost_layers(model, is_adapted):
+        bits = layer.base_bits
+        if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
+            raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
+
+
+def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
+    """Raise InputError if the chosen layers cannot be stored in 4 bits."""
+    for name, layer in chosen.items():
+        if in_head(model, name):
+            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
+        if any(p.dtype == torch.float64 for p in layer.parameters()):
+            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
+    try:
+        bitsandbytes_functional()
+    except ImportError as error:
+        raise InputError(str(error)) from None

@@ -26,16 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapted import AdaptedLayer, LoRASettings, is_adapted
-from lora.targets import outermost_layers
+from lora.adapted import AdaptedLayer, LoRASettings, is_adapted, outermost_layers
 from toolkit import InputError, listed, printable
 from toolkit.files import read_safetensors
 from toolkit.images.bands import from_metadata
 from toolkit.models.backbones import head_name
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # precedes the base's names inside a PeftModel
-IMAGES, TASK = "images", "task"  # the keys of this toolkit's metadata in the file's header
+IMAGES = "images"  # this key and the next have this toolkit's metadata in the file's header
+TASK = "task"
 ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
@@ -63,14 +64,23 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = "an adapter on the head, which PEFT saves whole" if f"{name}.".startswith(head) else _obstacle(layer)
+        reason = _obstacle(layer)
+        if f"{name}.".startswith(head):
+            reason = "an adapter on the head, which PEFT saves whole"
         if reason:
             yield f"{name} ({reason})"
-    trained = [n for n in tensors if not n.startswith(head) and not n.rpartition(".")[2].startswith("lora_")]
-    if trained and all(name.rpartition(".")[2].startswith("running_") for name in trained):
-        yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
-    elif trained:
+    statistics = []
+    trained = []
+    for name in tensors:
+        leaf = name.rpartition(".")[2]
+        if name.startswith(head) or leaf.startswith("lora_"):
+            continue
+        kind = statistics if leaf.startswith("running_") else trained
+        kind.append(name)
+    if trained:
         yield f"weights of the base that have trained ({listed(trained)})"
+    elif statistics:
+        yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
 
 
 def _obstacle(layer: nn.Module) -> str | None:
@@ -98,9 +108,15 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     layers = _adapted_layers(model)
     head = head_name(model)
     times_projected = _times_projected()
-    packed = {name: _packed_factors(layer, times_projected) for name, layer in layers.items()}
-    ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
-    alphas = {name: layers[name].scaling * rank for name, rank in ranks.items()}
+    ranks = {}
+    alphas = {}
+    tensors = {}
+    for name, layer in layers.items():
+        factors = _packed_factors(layer, times_projected)
+        ranks[name] = len(factors["lora_A.weight"])
+        alphas[name] = layer.scaling * ranks[name]
+        for key, factor in factors.items():
+            tensors[f"{name}.{key}"] = factor
     config = import_peft().LoraConfig(
         **_by_layer("r", "rank_pattern", ranks),
         **_by_layer("lora_alpha", "alpha_pattern", alphas),
@@ -109,7 +125,6 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         inference_mode=True,
     )
-    tensors = {f"{name}.{key}": tensor for name, factors in packed.items() for key, tensor in factors.items()}
     tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
@@ -143,7 +158,9 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
 def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
     """The factor padded with zeros to this rank, along this dimension."""
     more = rank - factor.shape[dim]
-    return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
+    if dim == 1:
+        return F.pad(factor, (0, more))
+    return F.pad(factor, (0, 0, 0, more))
 
 
 def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
@@ -192,7 +209,10 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder / CONFIG} is damaged: {printable(error)}") from None
     if config.peft_type != peft.PeftType.LORA:
         raise InputError(f"{folder} holds {printable(config.peft_type)}; only LoRA can be converted")
-    more = [name for name in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters") if getattr(config, name)]
+    more = []
+    for name in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters"):
+        if getattr(config, name):
+            more.append(name)
     if config.bias != "none":
         more.append(f"bias={config.bias}")
     # Other initialisations change the base's weights at the start.
@@ -219,32 +239,35 @@ def adapters_in(
     """
     layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}
-    torn = needed ^ {name for name in tensors if ".lora_" in name}
+    torn = needed ^ set(filter(re.compile(r"\.lora_").search, tensors))
     if torn:
         raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
-    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
     refused = []
     for name, layer in layers.items():
-        is_known = kinds[name] in _KINDS
-        reason = _obstacle(layer.get_base_layer()) if is_known else f"PEFT's {kinds[name]}"
+        reason = f"PEFT's {type(layer).__name__}"
+        if type(layer).__name__ in _KINDS:
+            reason = _obstacle(layer.get_base_layer())
         if reason:
             refused.append(f"{name} ({reason})")
     if refused:
         raise InputError(f"{folder} cannot be read: {listed(refused)}")
-    settings, factors = {}, {}
+    settings = {}
+    factors = {}
     for inner, layer in layers.items():
         A = layer.lora_A[ADAPTER].weight.flatten(1)  # (r, fan_in)
         B = layer.lora_B[ADAPTER].weight.flatten(1)  # (out, r)
-        own = {"lora_A": A, "lora_B": B}
-        if kinds[inner] == "MultiheadAttention":
+        if type(layer).__name__ == "MultiheadAttention":
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
             own = _without_zeros(A, B * _times_projected())
+        else:
+            own = {"lora_A": A, "lora_B": B}
         name = inner.replace(".base_layer.", ".")
         rank = len(next(iter(own.values())))
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
         settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
-        factors |= {f"{name}.{key}": factor for key, factor in own.items()}
+        for key, factor in own.items():
+            factors[f"{name}.{key}"] = factor
     return settings, factors
 
 
@@ -261,7 +284,8 @@ def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     if len(A) % 3 == 0 and B.any():
         blocks = [rows.chunk(3, dim=1)[i] for i, rows in enumerate(Bs)]  # 3 of (E, R / 3), on the diagonal
         if torch.equal(torch.block_diag(*blocks), B):
-            As, Bs = A.chunk(3), blocks
+            As = A.chunk(3)
+            Bs = blocks
     factors = {}
     for name, own_A, own_B in zip("qkv", As, Bs, strict=True):
         factors |= {f"lora_A_{name}": own_A, f"lora_B_{name}": own_B}

@@ -214,7 +214,6 @@ FLAGS = [
     case("a pattern without a value", "finetune --rank-pattern mlp", "--rank-pattern: expected LAYER=VALUE", "'mlp'"),
     case("a pattern without a layer", "finetune --rank-pattern =4", "--rank-pattern: expected LAYER=VALUE, as layer4"),
     case("half a rank in a pattern", "finetune --rank-pattern mlp=2.5", "--rank-pattern: expected a whole number"),
-    case("alpha 0 in a pattern", "finetune --alpha-pattern mlp=0", "--alpha-pattern: expected a number above 0"),
     case("a pattern for no layer", "finetune --rank-pattern layer9=4", "no adapted layer matches 'layer9'; there are:"),
     case("a pattern's rank above every layer's", "finetune --rank-pattern mlp=999", "rank 999 of", "is above 192"),
     case("a pattern without adapters", "finetune --lora-rank 0 --rank-pattern mlp=4", "there are no adapters"),

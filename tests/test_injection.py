@@ -39,8 +39,8 @@ from finetune_lora import (
     freeze_backbone_params,
     set_gradient_checkpointing,
 )
+from lora.adapted import choose_layers
 from lora.nf4 import dense_weight
-from lora.targets import choose_layers
 from lora_utils import LoRAManager, unused_adapters
 from toolkit import InputError
 from toolkit.models.backbones import block_names
@@ -175,9 +175,7 @@ def test_attention_s_out_proj_is_never_adapted_alone(target):
         ({"lora_alpha": "16", "lora_dropout": None}, "lora_alpha is '16'.*lora_dropout is None"),
         ({"use_qlora": True, "target_modules": "heads"}, "head heads.head trains, so it cannot be in 4 bits"),
         ({"rank_pattern": {"mlp": 2, "out_proj": 4}}, "no adapted layer matches 'out_proj'; there are: encoder"),
-        ({"alpha_pattern": {"heads": 4}}, "no adapted layer matches 'heads'"),
         ({"rank_pattern": {"mlp": 0}}, "r is 0; give a rank of 1 or more"),
-        ({"alpha_pattern": {"mlp": -1}}, "lora_alpha is -1"),
         ({"rank_pattern": {"mlp.0": 10**9}}, r"rank 1000000000 of encoder\.\S+\.mlp\.0 is above 16"),
     ],
     ids=str,
@@ -325,7 +323,7 @@ def test_each_layer_may_have_settings_of_its_own(four_bits):
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["float", "4 bits"])
-def test_patterns_give_layers_other_ranks_and_alphas(four_bits):
+def test_a_pattern_gives_layers_other_ranks(four_bits):
     """The first that matches counts; the computation is that of the layers' own ranks and scalings."""
     stock = resnet().eval()
     model = frozen(  # with rank 2
@@ -333,11 +331,11 @@ def test_patterns_give_layers_other_ranks_and_alphas(four_bits):
         lora_alpha=4,
         use_qlora=four_bits,
         rank_pattern={"layer4.0.conv1": 6, "layer4": 3, r"layer[34]\..*": 5},
-        alpha_pattern={"conv1": 12},
     )
-    shapes = {name: (layer.r, layer.lora_alpha) for name, layer in choose_layers(model).items()}
-    assert shapes["conv1"] == (2, 12) and shapes["layer1.0.conv2"] == (2, 4) and shapes["layer3.0.conv2"] == (5, 4)
-    assert shapes["layer4.0.conv1"] == (6, 12) and shapes["layer4.0.conv2"] == (3, 4)
+    ranks = {name: layer.r for name, layer in choose_layers(model).items()}
+    assert ranks["conv1"] == ranks["layer1.0.conv2"] == 2 and ranks["layer3.0.conv2"] == 5
+    assert ranks["layer4.0.conv1"] == 6 and ranks["layer4.0.conv2"] == 3
+    assert {layer.scaling for layer in choose_layers(model).values()} == {4 / 2, 4 / 3, 4 / 5, 4 / 6}
     if not four_bits:
         compare_with_dense(stock, model.eval(), [images()], FP32)
 

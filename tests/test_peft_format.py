@@ -81,7 +81,7 @@ def assert_same_answers(one: nn.Module, other: nn.Module, size: int) -> None:
         ("vit", {"r": 2, "lora_alpha": 5}),  # attention too
         ("vit", {"r": 4, "use_rslora": True, "rank_pattern": {"self_attention": 2, "mlp.3": 8}}),
         ("resnet", {"r": 2, "lora_dropout": 0.1}),
-        ("resnet", {"r": 2, "rank_pattern": {"conv[1]": 5}, "alpha_pattern": {"layer4": 3}}),
+        ("resnet", {"r": 2, "rank_pattern": {"conv[1]": 5}}),
         ("resnet", {"r": 2, "target_modules": "conv1", "exclude_modules": r"layer.*"}),  # others end in this name
     ],
     ids=["linear", "attention", "ranks of a ViT", "convolutions", "ranks of a ResNet", "one name"],

@@ -304,9 +304,6 @@ def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
         "--rank-pattern", type=by_layer(positive_int), nargs="+", action="extend", help="other ranks, as layer4=16"
     )
     group.add_argument(
-        "--alpha-pattern", type=by_layer(positive_float), nargs="+", action="extend", help="other alphas, as layer4=32"
-    )
-    group.add_argument(
         "--target-modules", nargs="+", action="extend", help="layers to adapt: names, suffixes or regular expressions"
     )
     group.add_argument("--exclude-modules", nargs="+", action="extend", help="layers to leave alone")
@@ -326,15 +323,15 @@ def lora_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.lora_rank == 0:
         return {}
     names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
-    patterns = {name: read_pattern(getattr(args, name)) for name in ("rank_pattern", "alpha_pattern")}
-    return {"r": args.lora_rank, **{name: getattr(args, name) for name in names}, **patterns}
+    settings = {name: getattr(args, name) for name in names}
+    return {"r": args.lora_rank, **settings, "rank_pattern": read_pattern(args.rank_pattern)}
 
 
 def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
     """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
     if args.lora_rank > 0:
         return []
-    needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern", "alpha_pattern") if getattr(args, name)]
+    needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern") if getattr(args, name)]
     needless += [name for name in _OF_ADAPTERS if name in typed]
     return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
 
