@@ -39,9 +39,9 @@ from benchmarks.compare_peers import (
     time_in_turn,
 )
 from benchmarks.compiled import replayed
-from benchmarks.operators import AsOnGPU, branches_of_a_gpu, narrow
+from benchmarks.operators import AsOnGPU, narrow, stock_kernels
+from toolkit import devices
 from toolkit.config import positive_int
-from toolkit.run import training
 from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script
 
@@ -71,7 +71,7 @@ def measure(names: list[str], args) -> dict[str, dict]:
     generator, trainings = torch.Generator().manual_seed(args.seed), {}
     torch.manual_seed(args.seed)
     compiler = replayed if args.compiler == "replayed" else args.compiler
-    with branches_of_a_gpu(), mock.patch.object(training, "COMPILER", compiler):
+    with stock_kernels(), mock.patch.object(devices, "COMPILER", compiler):
         for name in names:
             trainings[name] = OnHost(name, tiny, VARIANTS[name].build(narrow(args.model, SIZE, WIDTH), tiny).train())
             for _ in range(WARMUP_STEPS):

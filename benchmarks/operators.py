@@ -12,7 +12,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterator
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -206,9 +205,9 @@ class AsOnGPU(Training):
 
 
 @contextlib.contextmanager
-def branches_of_a_gpu() -> Iterator[None]:
-    """Within this block tensors on a CPU go the way that those on a GPU go."""
-    with warnings.catch_warnings(), mock.patch.object(backends, "counts_kernels", lambda x: True):
+def stock_kernels() -> Iterator[None]:
+    """Within this block tensors on a CPU are multiplied by PyTorch's stock operators, as those on a GPU are."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TF32 acceleration")  # of other GPUs, when oneDNN is switched
         with torch.backends.mkldnn.flags(enabled=False):
             yield
@@ -242,7 +241,7 @@ def record_narrow(name: str, args) -> Recording:
     Args:
         args: model, batch_size, image_size, rank, precision, seed, device.
     """
-    with branches_of_a_gpu(), Recorder(args.device) as recorder:
+    with stock_kernels(), Recorder(args.device) as recorder:
         training = AsOnGPU(name, args, VARIANTS[name].build(narrow(args.model, args.image_size), args).train())
         return _record(recorder, training, *random_batch(args, torch.Generator()))
 
@@ -267,7 +266,7 @@ def fake_step(name: str, args, recorder: Recorder | None = None) -> Iterator[tup
 
     real = argparse.Namespace(**{**vars(args), "device": torch.device("cpu")})
     model, batch = build_variant(name, real), random_batch(real, torch.Generator())
-    with branches_of_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True), recorder or contextlib.nullcontext():
+    with stock_kernels(), FakeTensorMode(allow_non_fake_inputs=True), recorder or contextlib.nullcontext():
         yield AsOnGPU(name, args, model._apply(without_numbers)), *map(without_numbers, batch)
 
 

@@ -44,11 +44,6 @@ if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolut
 LEAK = 1e-20
 
 
-def counts_kernels(x: Tensor) -> bool:
-    """Is time on x's device spent on launching kernels, as on a GPU, rather than on passes over memory?"""
-    return x.device.type != "cpu"
-
-
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
     device = x.device.type
@@ -114,8 +109,6 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     processors by 5 to 9%. In bfloat16 all products are oneDNN's, but PyTorch copies the bias into the output first: 2
     to 4% of a product. ``torch.backends.mkldnn.enabled = False`` goes back to MKL everywhere.
     """
-    if counts_kernels(x):
-        return F.linear(x, W, bias)
     on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.enabled and not is_traced()
     if x.dtype == torch.bfloat16:  # autocast may still have to round the others
         pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
@@ -137,8 +130,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     Columns of a wider matrix are left to PyTorch: oneDNN would read them number by number.
     """
-    if counts_kernels(a):
-        return a @ b
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
@@ -148,17 +139,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
     return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
-
-
-def _rows_of_pointwise(x: Tensor, kernel: Tensor, geometry: tuple) -> Tensor | None:
-    """The pixels of x if the kernel works on each by itself, so that the convolution is a matrix product."""
-    stride, padding, _, groups = geometry
-    by_pixel = kernel.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
-    return pixels(x) if by_pixel else None
-
-
-def _linear_into(y: Tensor, x: Tensor, W: Tensor, bias: Tensor | None) -> None:
-    torch.mm(x, W.T, out=y) if bias is None else torch.addmm(bias, x, W.T, out=y)
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
@@ -179,19 +159,13 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
             with_residual = torch.ops.mkldnn._convolution_pointwise.binary
             y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
             return y.relu_() if relu else y
-    if counts_kernels(x) and (rows := _rows_of_pointwise(x, kernel, geometry)) is not None:
-        y = x.new_empty(len(x), *x.shape[2:], len(kernel)).permute(0, 3, 1, 2)
-        _linear_into(pixels(y), rows, kernel.flatten(1), bias)  # which adds the bias on the way, as cuDNN does not
-    else:
-        y = F.conv2d(x, kernel, bias, *geometry)
+    y = F.conv2d(x, kernel, bias, *geometry)
     y = y if residual is None else y.add_(residual)
     return y.relu_() if relu else y
 
 
 def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_weight: bool) -> Tensor:
     """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
-    if not of_weight and counts_kernels(x) and (rows := _rows_of_pointwise(gy, kernel, geometry)) is not None:
-        return (rows @ kernel.flatten(1)).view(len(x), *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
     stride, padding, dilation, groups = geometry
     mask = [not of_weight, of_weight, False]
     settings = stride, padding, dilation, False, [0, 0], groups, mask
@@ -279,16 +253,6 @@ def max_pool2d_gradient(gy: Tensor, x: Tensor, options: Sequence, indices: Tenso
 def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
     """``x.view(shape)`` that autograd does not take for a view: it may be modified in place."""
     return torch.ops.aten._unsafe_view(x, shape)
-
-
-def flatten_dense_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """The numbers of all tensors in one row."""
-    return torch._C._nn.flatten_dense_tensors(tensors)
-
-
-def unflatten_dense_tensors(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Views of such a row, in the shapes of the given tensors."""
-    return torch._C._nn.unflatten_dense_tensors(flat, like)
 
 
 def is_dense(x: Tensor) -> bool:

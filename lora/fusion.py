@@ -39,14 +39,11 @@ from lora.attention import SelfAttention, attend, attend_heads
 from lora.backends import is_traced
 from lora.frozen_norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
 from lora.functional import (
-    Geometry,
     RecomputedNorm,
     compute_dtype,
-    folded_conv2d,
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.together import each_apart, folded, forget_plan, knows_statistics, rounded_together
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
@@ -120,15 +117,8 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
     return known[2]
 
 
-def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """The geometry of a convolution that pads with zeros, given in numbers."""
-    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
-    if (known := folded(conv, norm)) is not None:
-        return folded_conv2d(x, known, geometry_of(conv), None, relu=False)
     return conv(x, batch_norm=norm) if takes(conv, norm) else norm(conv(x))
 
 
@@ -142,9 +132,6 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     shortcut = (lambda t: t) if downsample is None else downsample
-    if type(relu) is nn.ReLU and (known := folded(conv, norm)) is not None and not is_hooked(relu):
-        residual = None if input is None else shortcut(input)
-        return folded_conv2d(x, known, geometry_of(conv), residual, relu=True)
     if takes(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
     out = conv_bn(conv, norm, x)
@@ -266,9 +253,8 @@ def recomputable(forward: Callable) -> Callable:
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
-        with contextlib.nullcontext() if is_traced() else each_apart():
-            # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
-            return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
+        # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
+        return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
 
     return run
 
@@ -337,20 +323,7 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        with rounded_together(self, x, self.folding):
-            return self.from_block(self.stem(x))
-
-    def folding(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """The adapted convolutions that compute with nothing but their adapter, and the BatchNorm folded into each."""
-        pairs = [(self.conv1, self.bn1)]
-        for block in itertools.chain(self.layer1, self.layer2, self.layer3, self.layer4):
-            pairs += convs_and_norms(block) + convs_and_norms(block._modules.get("downsample"))
-        pairs = [pair for pair in pairs if folds(*pair) and knows_statistics(pair[0])]
-        return [
-            (conv, norm)
-            for conv, norm in pairs
-            if is_plain(conv) and conv.padding_mode == "zeros" and type(conv.padding) is tuple
-        ]
+        return self.from_block(self.stem(x))
 
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
@@ -362,10 +335,9 @@ class FusedResNet(ResNet):
 
     def from_block(self, x: Tensor, first: int = 0) -> Tensor:
         """The model's output from the input of one of its stages; 0 is the first."""
-        with rounded_together(self, x, self.folding):
-            for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
-                x = stage(x)
-            return self.fc(torch.flatten(self.avgpool(x), 1))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
+            x = stage(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 class FusedMLPBlock(MLPBlock):
@@ -462,8 +434,7 @@ class FusedVisionTransformer(VisionTransformer):
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, hidden_dim)
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
-            with rounded_together(self, x):
-                return self.heads(encoder(x)[:, 0])
+            return self.heads(encoder(x)[:, 0])
         return self.from_block(encoder.dropout(x + encoder.pos_embedding), tokens=1)
 
     def from_block(self, x: Tensor, first: int = 0, tokens: int | None = None) -> Tensor:
@@ -475,11 +446,10 @@ class FusedVisionTransformer(VisionTransformer):
         *layers, last = list(self.encoder.layers)[first:]
         if tokens is None and reads_class_token_alone(self.encoder):
             tokens = 1
-        with rounded_together(self, x):
-            for layer in layers:
-                x = layer(x)
-            x = last(x) if tokens is None else last(x, tokens=tokens)
-            return self.heads(self.encoder.ln(x)[:, 0])
+        for layer in layers:
+            x = layer(x)
+        x = last(x) if tokens is None else last(x, tokens=tokens)
+        return self.heads(self.encoder.ln(x)[:, 0])
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
@@ -517,7 +487,6 @@ def fuse(model: nn.Module) -> None:
             frozen_mlp = stock is MLPBlock and not _trains(block)
             frozen = frozen_mlp or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
             block.__class__ = FUSED[stock] if has_adapted or frozen or vars(block).get("recomputed") else stock
-    forget_plan(model)
     _set_fast_paths(model)
 
 

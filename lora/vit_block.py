@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora import backends, thin, together
+from lora import backends, functional
 from lora.functional import adapted_input_gradient, adapted_product, compute_dtype, pull_back
 from lora.nf4 import NF4Weight
 
@@ -36,7 +36,7 @@ def _product(rows: Tensor, layer: Frozen, A: Tensor, B: Tensor) -> tuple[Tensor,
 def _adapter_gradients(
     gy: Tensor, rows: Tensor, h: Tensor | None, layer: Frozen, A: Tensor, B: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return thin.adapter_gradients(gy, rows, h, A, B, layer.scaling, layer.groups, *needed)
+    return functional.adapter_gradients(gy, rows, h, A, B, layer.scaling, layer.groups, *needed)
 
 
 def _input_gradient(gy: Tensor, gh: Tensor, layer: Frozen, A: Tensor, B: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def queries_keys_values(
     dtype = compute_dtype(x)
     parameters = attention._parameters
     A, B = ([parameters[f"lora_{factor}_{projection}"] for projection in "qkv"] for factor in "AB")
-    A, B, bias = together.rounded(A, B, parameters["in_proj_bias"], dtype)
+    A, B, bias = torch.cat(A), torch.cat(B), parameters["in_proj_bias"]
     layer = Frozen(attention.base("in_proj_weight"), bias if bias is None else _in(dtype, bias), attention.scaling, 3)
     E, heads = x.shape[2], (attention.num_heads, -1)
     if tokens is None:
@@ -240,7 +240,7 @@ def rest_of_block(
     factors, frozen = [], []
     for layer in (out_proj, first, second):
         parameters = layer._parameters
-        A, B, bias = together.rounded(parameters["lora_A"], parameters["lora_B"], parameters["bias"], dtype)
+        A, B, bias = parameters["lora_A"], parameters["lora_B"], parameters["bias"]
         factors += [A, B]
         frozen.append(Frozen(layer.base(), bias if bias is None else _in(dtype, bias), layer.scaling))
     settings = frozen[0], norm, frozen[1], gelu, frozen[2], dtype, keep

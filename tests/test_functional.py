@@ -26,7 +26,7 @@ from lora.functional import (
     merged_weight,
     pad_for_conv2d,
 )
-from lora.nf4 import NF4Weight
+from lora.nf4 import NF4Weight, bitsandbytes_functional
 
 SCALING = 1.7
 
@@ -777,6 +777,15 @@ def test_nf4_in_low_precision_is_the_float_value_rounded_once(device, dtype):
     precise = stored.dequantize(torch.float32)
     assert torch.equal(stored.dequantize(dtype), precise.to(dtype))
     assert torch.equal(stored.dequantize(torch.float32), precise)  # no trace of it is left
+
+
+def test_the_flat_scales_of_4_bits_are_those_of_the_nested_ones():
+    functional = bitsandbytes_functional()
+    weight = NF4Weight.quantize(random(48, 80))
+    for _ in range(2):  # the second time from the scales that are kept
+        dense = weight.dequantize(torch.float32)
+        assert torch.equal(dense, functional.dequantize_4bit(weight.packed, weight.state).flatten().view(48, 80))
+    assert torch.equal(weight[8:16].dequantize(torch.bfloat16), dense[8:16].bfloat16())
 
 
 def test_nf4_takes_little_more_than_4_bits_a_value():

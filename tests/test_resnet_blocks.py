@@ -33,6 +33,7 @@ from finetune_lora import (
     freeze_backbone_params,
 )
 from lora.frozen_norms import NORMS
+from lora.fusion import scale_and_shift
 from lora_utils import LoRAManager
 
 
@@ -287,3 +288,35 @@ def test_other_stems_stay_as_they_are(name, module):
     stock = resnet(Bottleneck).double().eval()
     setattr(stock, name, module)
     assert_equals_dense(stock, frozen(copy.deepcopy(stock)), images(dtype=torch.float64), EXACT)
+
+
+CHANGES = {
+    "another scale": lambda norm: nn.init.constant_(norm.weight, 3.0),
+    "statistics in training": lambda norm: norm.train()(torch.randn(4, 3, 5, 5)),
+    "a state that is loaded": lambda norm: norm.load_state_dict({**norm.state_dict(), "running_var": torch.ones(3)}),
+    "another dtype and back": lambda norm: norm.half().float(),
+    "another epsilon": lambda norm: setattr(norm, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_scale_and_shift_follow_what_they_are_made_of(change):
+    norm = nn.BatchNorm2d(3).requires_grad_(False).eval()
+    norm.running_var.uniform_(0.5, 2), norm.running_mean.normal_(), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 4, 4)
+
+    def computed():
+        scale, shift = (t[:, None, None] for t in scale_and_shift(norm, None))
+        return x * scale + shift
+
+    known = scale_and_shift(norm, None)
+    assert scale_and_shift(norm, None) is known  # as long as nothing changes
+    assert_close(computed(), norm(x), FP32)
+    with torch.no_grad():
+        CHANGES[change](norm)
+    norm.eval()
+    assert scale_and_shift(norm, None) is not known
+    assert_close(computed(), norm(x), FP32)
+    with torch.inference_mode():
+        scale_and_shift(norm, torch.ones(3))
+    assert not any(t.is_inference() for t in scale_and_shift(norm, None))

@@ -34,19 +34,18 @@ def settings(model: str, **changes) -> argparse.Namespace:
 BUDGETS = {
     "vit_b_16": {
         "full": (921, 1.0),
-        "lora": (739, 0.617),
-        "lora_never": (679, 0.851),
-        "lora_selective": (816, 0.540),
-        "lora_int8": (1369, 0.661),
-        "qlora": (836, 0.640),
-        "lora_last_half": (490, 0.359),
+        "lora": (1363, 0.633),
+        "lora_never": (1303, 0.866),
+        "lora_selective": (1440, 0.551),
+        "qlora": (1460, 0.655),
+        "lora_last_half": (796, 0.369),
     },
-    "resnet50": {  # with the folded kernels, which are made at first, kept for backward, and weigh less at full size
+    "resnet50": {
         "full": (686, 1.0),
-        "lora": (617, 0.792),
-        "qlora": (665, 0.798),
-        "lora_last_half": (423, 0.529),
-        "lora_follow": (1367, 0.971),
+        "lora": (1371, 0.786),
+        "qlora": (1443, 0.792),
+        "lora_last_half": (831, 0.520),
+        "lora_follow": (4471, 0.926),
     },
 }
 
@@ -244,7 +243,7 @@ def test_without_a_compiler_one_line_says_what_is_missing(monkeypatch):
 def test_the_code_that_runs_on_cuda_needs_the_kernels_that_the_budgets_count():
     """At full size, on fake CUDA tensors, in processes that believe in a GPU."""
     args = settings("vit_small", batch_size=8, image_size=224, rank=8, device=torch.device("cuda"))
-    on_cuda = roofline.predict_apart(["full", "lora", "lora_int8", "qlora"], args)
+    on_cuda = roofline.predict_apart(["full", "lora", "qlora"], args)
     for name, about in on_cuda.items():
         assert about["kernels"] == pytest.approx(BUDGETS["vit_b_16"][name][0], rel=0.1)  # a CPU casts more
     assert on_cuda["lora"]["peak_bytes"] < 0.5 * on_cuda["full"]["peak_bytes"]
@@ -262,14 +261,3 @@ def test_a_compiled_step_has_the_products_of_the_eager_one_and_fewer_small_kerne
     assert planned["lora_compiled"]["bytes"] < planned["lora"]["bytes"]
     named = {row["operator"] for row in planned["full_compiled"]["costliest"]["H100"]}
     assert {"_fused_adamw_", "mm", "addmm"} <= named
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
-def test_a_compiled_step_in_8_bits_multiplies_in_them_as_much_as_the_eager_one():
-    args = settings("vit_small", batch_size=8, image_size=224, rank=8, device=torch.device("cuda"))
-    planned = roofline.predict_apart(["lora_int8", "lora_int8_compiled"], args)
-    eager, compiled = planned.values()
-    assert compiled["flops"] == pytest.approx(eager["flops"], rel=0.05)
-    for about in (eager, compiled):
-        assert "_int_mm" in {row["operator"] for row in about["costliest"]["T4"]}

@@ -300,3 +300,12 @@ def test_attention_that_trains_again_is_the_stock_one():
     freeze_backbone_params(add_lora_to_model(model))
     LoRAManager(model).unload()
     assert type(model.encoder.layers[0]) is EncoderBlock
+
+
+def test_the_graph_of_a_block_may_be_kept():
+    model, x = frozen(vit()).train(), images(16)
+    loss, trained = model(x).square().sum(), [p for p in model.parameters() if p.requires_grad]
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in trained]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * gradient) for p, gradient in zip(trained, once, strict=True))
