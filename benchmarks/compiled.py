@@ -1,12 +1,9 @@
-"""What is known of a compiled training step without a GPU: its kernels as Inductor plans them, and its host's time.
+"""The kernels of a compiled training step, as Inductor plans them for a GPU that is not there.
 
 `record_compiled` compiles a step of full size with `torch.compile`'s own compiler, Inductor, up to the point where it
 would write code, and notes every kernel that it has planned. Inductor finds fake CUDA tensors and the properties of an
 H100, and takes the decisions that it takes for a GPU. Two of its passes need numbers and are left out: the one that
 recognizes attention in products, which no model here has, and the folding of constants.
-
-`replayed` stands in for CUDA graphs, of which a step has two, forward and backward: what Python has to do around them
-remains.
 """
 
 import contextlib
@@ -19,10 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
 from torch._inductor.graph import GraphLowering
@@ -36,7 +30,6 @@ from benchmarks.operators import KERNELS, KINDS, AsOnGPU, Operator, Recorder, Re
 
 # In place of code: what stops the step where its first graph would run.
 STOP = "from benchmarks.compiled import Planned\n\n\ndef call(args):\n    raise Planned\n"
-COMPUTED_STEPS = 3  # until everything has a gradient: a head of zeros passes none on, and neither does B
 
 
 class Planned(Exception):
@@ -175,30 +168,3 @@ def _is_full(summand: ir.IRNode) -> bool:
 
 def _nbytes(tensor: ir.IRNode) -> int:
     return tensor.get_dtype().itemsize * math.prod(int(n) for n in tensor.get_size())
-
-
-def replayed(graph: fx.GraphModule, inputs: list[torch.Tensor]):
-    """A backend of `torch.compile` whose graphs hand out the same results in every step, at no cost.
-
-    So do CUDA graphs, but for the time to launch them and to look after their memory. What remains is measured by
-    `benchmarks.host`: Dynamo's guards, autograd, the loss, the optimizer.
-    """
-    backend = aot_autograd(
-        fw_compiler=_computed_at_first,
-        bw_compiler=_computed_at_first,
-        partition_fn=min_cut_rematerialization_partition,  # Inductor's
-        keep_inference_input_mutations=True,
-    )
-    return backend(graph, inputs)
-
-
-def _computed_at_first(graph: fx.GraphModule, inputs: list[torch.Tensor]):
-    steps, results = 0, ()
-
-    def run(*arguments):
-        nonlocal steps, results
-        if steps < COMPUTED_STEPS:
-            steps, results = steps + 1, graph(*arguments)
-        return [result.detach() if isinstance(result, torch.Tensor) else result for result in results]
-
-    return make_boxed_func(run)

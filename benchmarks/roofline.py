@@ -14,9 +14,8 @@ PyTorch allocates them.
 Compiled variants have the kernels that Inductor plans (`benchmarks.compiled`).
 
 Left out are caches, which make small tensors cheaper, the workspaces of cuDNN and cuBLAS, and the time that Python
-needs to issue the kernels, for which see `benchmarks.host`. Which share of a datasheet's figures a kernel reaches is
-assumed (SHARES), the same on all cards. Trust ratios between variants more than milliseconds, and neither before a
-measurement.
+needs to issue the kernels. Which share of a datasheet's figures a kernel reaches is assumed (SHARES), the same on all
+cards. Trust ratios between variants more than milliseconds, and neither before a measurement.
 
 A PyTorch without CUDA is made to believe in a GPU by a small library (`fake_cuda.cpp`), for which g++ and Linux are
 needed. It is built for the run, and preloaded into its processes alone.

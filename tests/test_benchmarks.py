@@ -1,186 +1,46 @@
-"""benchmarks/compare_peers.py: what it measures is what it says, on a tiny run. Nothing here checks a clock."""
+"""The scripts in benchmarks/: each on its smallest input, and what it writes. Nothing checks a clock."""
 
-import contextlib
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import compare_peers, growth
-from benchmarks.compare_peers import Training, parse_arguments, random_batch
-from toolkit import InputError
-
-TINY = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "2"]
-
-
-def memory(name, command, device):
-    return {"build_bytes": 10**8, "memory_bytes": 10**9, "resident_bytes": 2 * 10**9}
+from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline, vtab
+from lora_utils import read_adapter_file
+from toolkit.images import transforms
+from toolkit.run import optim
 
 
-def test_a_run_prints_a_table_and_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory)
-    compare_peers.main([*TINY, "--variants", "full,lora", "--output-dir", str(tmp_path)])
+def test_steps_are_measured_side_by_side(tmp_path, monkeypatch, capsys):
+    sizes = {"build_bytes": 10**8, "memory_bytes": 10**9, "resident_bytes": 2 * 10**9}
+    monkeypatch.setattr(compare_peers, "measure_memory_apart", lambda *_: sizes)
+    command = "--model resnet18 --image-size 32 --batch-size 2 --steps 2 --variants full,lora"
+    compare_peers.main([*command.split(), "--output-dir", str(tmp_path)])
     result = json.loads((tmp_path / "resnet18_b2_cpu_fp32.json").read_text())
     assert {"command", "commit", "machine", "versions"} <= result.keys() and set(result["variants"]) == {"full", "lora"}
     lora, full = result["variants"]["lora"], result["variants"]["full"]
-    assert len(lora["seconds"]) == len(full["seconds"]) == 2
     ratios = [f / own for f, own in zip(full["seconds"], lora["seconds"], strict=True)]
     assert lora["speedup_over_full"][1] == pytest.approx(sum(ratios) / 2)  # of each round, not of the medians
     assert lora["memory_share"] == 1 and lora["trainable_share"] < 0.1 < full["trainable_share"]
     assert 0 < lora["file_bytes"] < full["file_bytes"] / 10
-    output = capsys.readouterr().out
-    assert "| LoRA here |" in output and "| 0 operations, 0 numbers |" in output  # full fine-tuning has none
-    assert full["denormals"] == {"operations": {}, "numbers": 0}
+    assert "| LoRA here |" in capsys.readouterr().out
     assert (tmp_path / "resnet18_b2_cpu_fp32.png").stat().st_size > 10_000
 
 
-def test_a_variant_that_fails_is_left_out_and_named(tmp_path, monkeypatch, capsys):
-    def memory_of_lora_alone(name, command, device):
-        if name != "lora":
-            raise RuntimeError("Traceback:\n  ...\nOutOfMemoryError: no room")
-        return memory(name, command, device)
-
-    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory_of_lora_alone)
-    result = compare_peers.main([*TINY, "--variants", "full,lora", "--output-dir", str(tmp_path)])
-    assert set(result["variants"]) == {"lora"} and result["left_out"] == {"full": "OutOfMemoryError: no room"}
-    assert "OutOfMemoryError: no room" in capsys.readouterr().out
-
-
-def test_a_variant_without_room_beside_the_others_is_left_out(tmp_path, monkeypatch):
-    class OneAtMost(Training):
-        def step(self, *batch):
-            if self.name == "lora":
-                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-            return super().step(*batch)
-
-    monkeypatch.setattr(compare_peers, "measure_memory_apart", memory)
-    monkeypatch.setattr(compare_peers, "Training", OneAtMost)
-    result = compare_peers.main([*TINY, "--variants", "lora,full", "--output-dir", str(tmp_path)])
-    assert set(result["variants"]) == {"full"} and result["left_out"] == {"lora": "CUDA out of memory."}
-    with pytest.raises(RuntimeError, match="no variant could be measured"):
-        compare_peers.main([*TINY, "--variants", "lora", "--output-dir", str(tmp_path)])
-
-
-def test_speed_is_against_the_peers_with_the_same_products():
-    names = {"full": 4.0, "full_onednn": 2.0, "peft": 3.0, "lora": 1.0}
-    variants = {
-        name: {"seconds": [s], "trainable_parameters": 1, "memory_bytes": 1, "resident_bytes": 1}
-        for name, s in names.items()
-    }
-    compare_peers.summarise({"model": "resnet18", "variants": variants})
-    assert variants["lora"]["speedup_over_full"][1] == 2 and variants["lora"]["speedup_over_peft"][1] == 3
-
-
-def test_a_gpu_has_compiled_variants_and_none_of_onednn():
-    args = parse_arguments(["--model", "vit_b_16", "--precision", "bf16"])
-    args.device = torch.device("cuda")
-    names = compare_peers.choose_variants(args)
-    assert {"full", "full_compiled", "lora", "lora_compiled", "qlora"} <= set(names) and "full_onednn" not in names
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_a_process_of_its_own():
-    measured = compare_peers.measure_memory_apart("lora", TINY, torch.device("cpu"))
-    weights = 4 * 11.2e6
-    assert weights < measured["memory_bytes"] < 20 * weights  # the weights are there, the imports are not
-    assert measured["resident_bytes"] > weights
-
-
-@pytest.mark.parametrize("name", ["full", "probe", "lora", "qlora"])
-def test_every_variant_trains_what_it_should_and_nothing_else(name):
-    args = parse_arguments(TINY)
-    training, generator = Training(name, args), torch.Generator().manual_seed(0)
-    for _ in range(2):
-        training.step(*random_batch(args, generator))
-    training.check()
-    training.model.fc.weight.grad = None
-    with pytest.raises(RuntimeError, match="no gradient"):
-        training.check()
-
-
-@pytest.mark.skipif(not compare_peers.reads_flags(), reason="reads the flags of x86 on Linux")
-def test_denormals_of_a_step_are_those_of_its_numbers():
-    """LoRA's rectified activations have none, as they had with a smaller leak."""
-    args = parse_arguments(TINY)
-    batch = random_batch(args, torch.Generator().manual_seed(0))
-    convolutions = {}
-    for name in ("full", "lora", "lora_tiny_leak"):
-        training = Training(name, args)
-        for _ in range(2):
-            training.step(*batch)
-        seen = compare_peers.denormals_of_a_step(training, batch)["operations"]
-        convolutions[name] = sum(count for operation, count in seen.items() if "convolution" in operation)
-    assert convolutions["full"] == convolutions["lora"] == 0 < convolutions["lora_tiny_leak"]
-
-
-def test_denormals_are_counted_once_each():
-    x = torch.tensor([1e-30, -1e-30, 1.0, 0.0])
-    with compare_peers.Denormals() as seen:
-        (x * 1e-10).view(2, 2).t()
-        x.bfloat16() * 1e-9
-        torch.arange(3) * 2
-    assert seen.numbers == 4
-    assert not seen.operations or set(seen.operations) == {"mul"}
-    with compare_peers.Denormals() as seen:
-        x * 2
-    assert seen.numbers == 0 and not seen.operations
-
-
-def test_all_variants_start_from_the_same_weights():
-    args = parse_arguments(TINY)
-    full, lora = (compare_peers.build_variant(name, args).state_dict() for name in ("full", "lora"))
-    assert all(torch.equal(full[name], lora[name]) for name in full)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--steps 0", "expected a whole number above 0"),
-        ("--variants lora,typo", "no variant 'typo'"),
-        ("--model resnet18 --variants lora_selective", "not for resnet18"),
-    ],
-)
-def test_bad_options(options, message, capsys):
-    with pytest.raises((SystemExit, InputError)) as stopped:
-        compare_peers.main(options.split())
-    assert message in f"{stopped.value}{capsys.readouterr().err}"
-
-
-def test_products_by_onednn_are_the_same_products():
-    """Forward and gradients, in a linear layer and in attention."""
-    torch.manual_seed(0)
-    layers = torch.nn.MultiheadAttention(16, 2, batch_first=True), torch.nn.Linear(16, 8)
-    results = []
-    for around in (contextlib.nullcontext, compare_peers.onednn_products):
-        x = torch.linspace(-1, 1, 3 * 5 * 16).view(3, 5, 16).requires_grad_()
-        with around():
-            y = layers[1](layers[0](x, x, x)[0])
-        results.append(
-            [y, *torch.autograd.grad(y.square().sum(), [x, *layers[0].parameters(), *layers[1].parameters()])]
-        )
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert "OneDNNLinear" in type(results[1][0].grad_fn).__name__
-
-
-@pytest.mark.parametrize(
-    "name", ["full_onednn", "lora_selective_16bit", "qlora_selective_16bit", "lora_last_half", "peft_8bit"]
-)
-def test_variants_of_a_vit_train(name):
-    args = parse_arguments(["--model", "vit_b_16", "--image-size", "32", "--batch-size", "2", "--rank", "2"])
+@pytest.mark.parametrize("name", ["full_onednn", "probe", "qlora_selective_16bit", "lora_last_half", "peft_8bit"])
+def test_every_kind_of_variant_trains_what_it_should_and_nothing_else(name):
+    command = "--model vit_b_16 --image-size 32 --batch-size 2 --rank 2"
+    args = compare_peers.parse_arguments(command.split())
     args.model = "vit_mini"
-    training, generator = Training(name, args), torch.Generator().manual_seed(0)
+    training, generator = compare_peers.Training(name, args), torch.Generator().manual_seed(0)
     for _ in range(2):
-        training.step(*random_batch(args, generator))
+        training.step(*compare_peers.random_batch(args, generator))
     training.check()
-
-
-def test_peers_have_the_same_products_as_lora_where_cost_grows(monkeypatch):
-    monkeypatch.setattr(growth, "PREFERS_ONEDNN_LINEAR", True)
-    assert growth.parse([]).variants[:3] == ["full_onednn", "peft_onednn", "lora"]
-    assert growth.parse(["--device", "cuda"]).variants[:3] == ["full", "peft", "lora"]
-    monkeypatch.setattr(growth, "PREFERS_ONEDNN_LINEAR", False)
-    assert growth.parse([]).variants[:2] == ["full", "peft"]
 
 
 def test_how_cost_grows(tmp_path, monkeypatch, capsys):
@@ -188,47 +48,169 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     measured = []
 
     def main(argv: list[str]) -> dict:
-        args = parse_arguments(argv)
+        args = compare_peers.parse_arguments(argv)
         measured.append((args.model, args.batch_size, args.rank))
         size = 10**9 + args.batch_size * 10**8
-        variants = {
-            name: {"step_seconds": 1.0, "memory_bytes": size, "resident_bytes": size} for name in ("full", "lora")
-        }
-        result = {"machine": {"device": "a CPU", "threads": 2}, "versions": {}, "commit": "abc", "variants": variants}
-        result |= {"image_size": args.image_size, "left_out": {}}
-        if args.batch_size == 16:  # no room for all weights' gradients
-            result["left_out"]["full"] = variants.pop("full") and "no room"
+        variant = {"step_seconds": 1.0, "memory_bytes": size, "resident_bytes": size}
+        result = {"machine": {"device": "a CPU", "threads": 2}, "versions": {}, "commit": "abc", "left_out": {}}
+        result |= {"image_size": args.image_size, "variants": {"full": variant, "lora": variant}}
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / f"point_cpu_{args.precision}.json").write_text(json.dumps(result))
         return result
 
     monkeypatch.setattr(compare_peers, "main", main)
-    command = [
-        "--batches",
-        "4",
-        "8",
-        "16",
-        "--ranks",
-        "4",
-        "8",
-        "--variants",
-        "full",
-        "lora",
-        "--output-dir",
-        str(tmp_path),
-    ]
+    command = "--batches 4 8 --ranks 4 8 --variants full lora"
     for _ in range(2):
-        result = growth.main(command)
-    middle = [("vit_b_16", batch, 8) for batch in (4, 8, 16)]
+        result = growth.main([*command.split(), "--output-dir", str(tmp_path)])
+    middle = [("vit_b_16", batch, 8) for batch in (4, 8)]
     assert measured == [*middle, ("vit_b_16", 8, 4), ("vit_small", 8, 8), ("vit_l_16", 8, 8)]
     assert result["fits"] == {"full": 70, "lora": 70}
-    output = capsys.readouterr().out
-    assert "| LoRA here | 1 s, 1,400 MB | 1 s, 1,800 MB | 1 s, 2,600 MB |" in output
-    assert "| full fine-tuning | 1 s, 1,400 MB | 1 s, 1,800 MB | nan s, nan MB |" in output
+    assert "| LoRA here | 1 s, 1,400 MB | 1 s, 1,800 MB |" in capsys.readouterr().out
     assert (tmp_path / "growth.png").stat().st_size > 10_000
-    growth.main([*command, "--precision", "bf16"])  # what was measured in float32 is of no use
-    growth.main([*command, "--image-size", "192"])
-    assert len(measured) == 3 * 6
-    monkeypatch.setattr(compare_peers, "select_device", torch.device)
-    on_gpu = growth.main([*command, "--device", "cuda", "--output-dir", str(tmp_path / "gpu")])
-    assert on_gpu["fits"] == {"full": 65, "lora": 65}  # beside what CUDA itself takes
+
+
+def test_each_loader_makes_the_same_views_of_each_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "PHOTOGRAPHS", {"small": ((130, 90), 4)})
+    rows = loading.main(["--only", "views", "--images", "3", "--output-dir", str(tmp_path)])["views"]
+    assert {(row["view"], row["pixels"]) for row in rows} == {(v, p) for v in loading.VIEWS for p in (224, 32)}
+    for row in rows:
+        assert row["milliseconds"].keys() >= {"here", "torchvision"} and min(row["milliseconds"].values()) > 0
+        low, middle, high = row["faster_than"]["torchvision"]
+        assert 0 < low <= middle <= high
+    assert capsys.readouterr().out.count("| moco_v2 |") == 2
+    assert json.loads((tmp_path / "loading_views.json").read_text())["views"] == rows
+
+
+@pytest.mark.slow
+def test_each_row_fine_tunes_the_backbone_of_its_own_stage_1(base, images, tmp_path, monkeypatch, capsys):
+    given = []
+
+    def few_labels(flags):
+        given.append(" ".join(flags))
+        row = {"accuracies": [0.5, 0.6], "mean": 0.55, "spread": 0.07, "learning_rate": 3e-3}
+        return {"rows": [{"labels_per_class": n, **row} for n in (2, 3)]}
+
+    monkeypatch.setattr(domain.quality, "main", few_labels)
+    monkeypatch.setattr(domain, "STEPS", 2)
+    monkeypatch.setattr(domain, "DRAWS", 2)
+    monkeypatch.setattr(domain, "apart", lambda function, argument: function(argument))
+    for name, (title, own, rates) in domain.ROWS.items():
+        monkeypatch.setitem(domain.ROWS, name, (title, own, rates[:1]))
+    argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --labels 2 3".split()
+    argv += ["--stage1", "--epochs 1 --batch-size 4 --two-crops digits --workers 0 --dim 8 --mlp-dim 16"]
+    result = domain.main([*argv, "--finetune", "--epochs 7", "--rows", "none", "adapters", "full", "scratch"])
+
+    none, adapters, full, scratch = given
+    assert all("--epochs 7" in flags and "--labels 2 3" in flags for flags in given)
+    assert f"--checkpoint {base}" in none and "--stage1-adapter" not in none
+    assert f"--checkpoint {base} --stage1-adapter {tmp_path}/adapters/" in adapters
+    assert f"--checkpoint {tmp_path}/full/" in full and f"--checkpoint {tmp_path}/scratch/" in scratch
+    assert read_adapter_file(adapters.split()[-1])["layers"]
+    configs = {row["row"]: row["stage1"]["config"] for row in result["rows"] if row["stage1"]}
+    assert configs["adapters"]["lora_rank"] == 8 and configs["full"]["lora_rank"] == 0
+    assert configs["scratch"]["checkpoint"] is None and configs["full"]["checkpoint"] == str(base)
+    assert result["costs"]["times_faster"] > 0 and len(result["rows"]) == 8
+    assert all(len(row["probes"]) == 2 and max(row["probes"]) > 1 / 3 for row in result["rows"])
+    assert "| 55.0% ± 7.1% (+0.0 ± 0.0 points) |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "domain.json").read_text())["rows"]
+
+
+@pytest.fixture
+def two_rates(monkeypatch):
+    monkeypatch.setattr(quality, "RATES", (1e-4, 3e-4))
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
+
+
+def test_each_method_is_compared_at_its_best_rate(base, images, two_rates, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality, "apart", quality.train)
+    command = f"--methods full --labels 2 --seeds 1 --output-dir {tmp_path} --checkpoint {base}"
+    command += f" --data-dir {images} --epochs 1 --batch-size 6 --device cpu"
+    result = quality.main(command.split())
+    assert f"| 2 | full fine-tuning | {result['rows'][0]['mean']:.2%} ± 0.00% |" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    tuning = [record for record in records if record["run"][4] == "validation"]
+    best = max(tuning, key=lambda record: (record["accuracy"], -record["loss"]))
+    assert len(records) == 3 and len(tuning) == 2 and result["rows"][0]["learning_rate"] == best["run"][2]
+    assert result["rows"][0]["share_of_full"] == 1 and (tmp_path / "quality.png").stat().st_size > 10_000
+    monkeypatch.setattr(quality, "apart", None)
+    assert quality.main(command.split()) == result  # nothing is trained twice
+
+
+@pytest.fixture
+def vtab_root(tmp_path) -> Path:
+    """One of the 19 data sets, of three classes that can be told apart and a fourth that its tests alone have."""
+    folder, rng = tmp_path / "vtab", np.random.RandomState(0)
+    lists = {}
+    for part, count in {"train800": 12, "val200": 6, "test": 10}.items():
+        (folder / "eurosat/images" / part).mkdir(parents=True)
+        lists[part] = ""
+        for i in range(count):
+            pixels = rng.randint(0, 60, (16, 24, 3)) + 80 * (i % 3)
+            path = f"images/{part}/{i:06}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "eurosat" / path)
+            lists[part] += f"{path} {7 if part == 'test' and i >= 8 else i % 3}\n"
+    lists["train800val200"] = lists["train800"] + lists["val200"]
+    for part, text in lists.items():
+        (folder / f"eurosat/{part}.txt").write_text(text)
+    return folder
+
+
+def test_vtab_is_run_by_its_protocol_and_once(vtab_root, base, two_rates, tmp_path, monkeypatch, capsys):
+    command = f"--root {vtab_root} --checkpoint {base} --methods lora_8 --epochs 1 --batch-size 6 --device cpu"
+    command = [*command.split(), "--output-dir", str(tmp_path / "out")]
+    result = vtab.main(command)
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
+    [row] = result["rows"]
+    tried = [(record["run"][2], record["run"][4], record["images"]) for record in records]
+    chosen = row["learning_rates"]["eurosat"], "test", 10
+    assert tried == [(1e-4, "validation", 6), (3e-4, "validation", 6), chosen]
+    assert records[2]["accuracy"] <= 0.8  # two of the ten are of a class of which nothing was known
+    accuracy = pytest.approx(100 * records[2]["accuracy"])
+    assert row["accuracy"] == {"eurosat": accuracy} and row["groups"] == {"specialized": accuracy}
+    assert (row["mean"], row["mean_of_groups"]) == (accuracy, accuracy)
+    assert "| mean of groups (incomplete) | mean (1 of 19) | natural (0 of 7) | specialized (1 of 4) |" in printed
+    assert "| published: LoRA-8 | 44.3 |" in printed and len(result["missing"]) == 18
+    monkeypatch.setattr(vtab, "train", None)
+    assert vtab.main(command) == result and transforms.SEEN_WHOLE == 64
+
+
+FAST = [
+    *("timm:vit_tiny_patch16_224", "timm:eva02_tiny_patch14_224", "timm:resnet18", "timm:mobilenetv3_small_050"),
+    *("timm:convnext_atto", "torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1", "transformers:ViT"),
+    *("transformers:Beit", "transformers:Swin", "transformers:Swinv2", "transformers:Segformer"),
+]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_adapters_of_other_libraries_models_are_exact(name):
+    library = name.split(":")[0]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
+    result = model_zoo.check(name)
+    assert model_zoo.is_exact(result) and result["layers"] > 10
+
+
+def test_the_table_of_models_is_that_of_all_and_exact(capsys):
+    model_zoo.main(["--only", "torchvision:squeezenet1_1"])
+    assert "| torchvision:squeezenet1_1 | 25 of 26 |" in capsys.readouterr().out
+    results = json.loads((Path(model_zoo.__file__).parent / "results/model_zoo.json").read_text())["models"]
+    assert list(results) == model_zoo.MODELS and all(map(model_zoo.is_exact, results.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or torch.version.cuda is not None, reason="needs g++ and no CUDA")
+def test_steps_are_predicted_eager_and_compiled(tmp_path, capsys):
+    """What the compiler plans has the products of the eager step, but for what it computes again in backward."""
+    command = f"--model vit_small --batch-size 8 --variants full,lora,lora_compiled --output-dir {tmp_path}"
+    roofline.main(command.split())
+    result = json.loads((tmp_path / "predicted_vit_small_b8_bf16.json").read_text())
+    assert {"command", "commit", "versions", "assumed"} <= result.keys()
+    assert result["what"] == "predicted, not measured"
+    full, lora, compiled = (result["variants"][name] for name in ("full", "lora", "lora_compiled"))
+    assert lora["peak_bytes"] < 0.5 * full["peak_bytes"] and lora["flops"] < full["flops"]
+    assert compiled["flops"] == pytest.approx(lora["flops"], rel=0.05)
+    assert compiled["kernels"] <= 785 and compiled["bytes"] < lora["bytes"]
+    assert 1 < full["milliseconds"]["H100"] < full["milliseconds"]["T4"]
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "ms" in line]
+    assert len(heads) == 4 and all("predicted" in line for line in heads)
