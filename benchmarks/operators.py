@@ -2,7 +2,7 @@
 
 Every operator that autograd and autocast let through is noted with what it would cost on a GPU. Models of full size are
 recorded on fake tensors, which have shapes, dtypes and a device but no numbers: `benchmarks.roofline` makes times of
-them. Narrow models of the same depth are recorded with real numbers: a test holds each variant to a budget.
+them.
 """
 
 import argparse
@@ -14,16 +14,14 @@ import weakref
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from torchvision.models import ResNet, VisionTransformer
 
-from benchmarks.compare_peers import NUM_CLASSES, VARIANTS, Training, build_variant, random_batch
+from benchmarks.compare_peers import Training, build_variant, random_batch
 from lora import backends
-from toolkit.models.backbones import build_backbone
 
 BLOCK = 512  # bytes: PyTorch's allocator on CUDA hands out multiples of it
 # How many tensors and blocks of numbers one launch of a `_foreach` operator takes (ATen's MultiTensorApply.cuh).
@@ -211,39 +209,6 @@ def stock_kernels() -> Iterator[None]:
         warnings.filterwarnings("ignore", "TF32 acceleration")  # of other GPUs, when oneDNN is switched
         with torch.backends.mkldnn.flags(enabled=False):
             yield
-
-
-class NarrowResNet(ResNet):
-    """As deep as torchvision's, with a sixteenth of its channels behind the stem."""
-
-    def _make_layer(self, block, planes, *args, **kwargs):
-        return super()._make_layer(block, planes // 16, *args, **kwargs)
-
-
-def narrow(name: str, image_size: int, width: int = 16) -> nn.Module:
-    """A model with the blocks of the named one, and hardly any arithmetic: a ViT has patches of 8 pixels, and `width`
-    channels."""
-    with torch.device("meta"):
-        model = build_backbone(name, NUM_CLASSES)
-    if name.startswith("vit"):
-        layers = len(model.encoder.layers)
-        return VisionTransformer(image_size, 8, layers, 2, width, 4 * width, num_classes=NUM_CLASSES)
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    slim = NarrowResNet(type(stages[0][0]), [len(stage) for stage in stages], num_classes=NUM_CLASSES)
-    slim.__class__ = ResNet  # a subclass would not be fused
-    slim.fc = nn.Linear(model.fc.in_features // 16, NUM_CLASSES)
-    return slim.to(memory_format=torch.channels_last)
-
-
-def record_narrow(name: str, args) -> Recording:
-    """A step of a variant of the `narrow` model, computed with real numbers on the CPU.
-
-    Args:
-        args: model, batch_size, image_size, rank, precision, seed, device.
-    """
-    with stock_kernels(), Recorder(args.device) as recorder:
-        training = AsOnGPU(name, args, VARIANTS[name].build(narrow(args.model, args.image_size), args).train())
-        return _record(recorder, training, *random_batch(args, torch.Generator()))
 
 
 def record(name: str, args) -> Recording:
