@@ -421,7 +421,10 @@ def _is_one_fold(text: str | None) -> bool:
 
 
 def merge(args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter as one state_dict with the stock model's own keys; returns the adapter's metadata."""
+    """Write base and adapter as one state_dict with the stock model's own keys, and `merged.json` beside it.
+
+    Returns the adapter's metadata.
+    """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
@@ -431,6 +434,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
         save_atomically(state, args.output)
+    _write_usage(args.output, usage(metadata))
     arch = metadata["arch"]
     classes = len(metadata["class_names"])
     owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
@@ -439,6 +443,50 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     images = f" and images of {channels} channels" if channels != 3 else ""
     print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes{images}")
     return metadata
+
+
+ACTIVATIONS = {"classification": "softmax", "multilabel": "sigmoid", "regression": "none"}
+
+
+def usage(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a server needs to know to compute the answers of `predict` with a merged model, as plain values.
+
+    - `channels`; `bands`: those that are read from each file, none for all of them; null: RGB photographs of 8 bits.
+    - `resize`, the argument of torchvision's Resize; then the central `image_size` pixels are cut out.
+    - The network sees (levels / `scale` - `mean`) / `std`.
+    - `activation` of its outputs, in the order of `class_names`. A label is an answer above its `thresholds`. A number
+      in its own unit is the output times `output_std` plus `output_mean`.
+
+    Temperatures are in the weights already.
+    """
+    values = from_metadata(metadata)
+    bands = values["bands"]
+    place = metadata["transform"].place
+    task = _task_of(metadata)
+    about = {
+        "arch": metadata["arch"],
+        "class_names": metadata["class_names"],
+        "image_size": metadata["image_size"],
+        "resize": place.shorter or [place.size, place.size],
+        "channels": metadata.get("channels") or 3,
+        "bands": None,
+        "scale": 255.0,
+        "mean": list(values["mean"]),
+        "std": list(values["std"]),
+        "activation": ACTIVATIONS[task.kind],
+    }
+    if bands is not None:
+        about |= {"bands": list(bands.chosen), "scale": bands.scale}
+    record = task.record() or {}
+    if "thresholds" in record:
+        about["thresholds"] = record["thresholds"]
+    if "mean" in record:
+        about |= {"output_mean": record["mean"], "output_std": record["std"]}
+    return about
+
+
+def _write_usage(output: Path, about: dict[str, Any]) -> None:
+    write_text(json.dumps(about, indent=2), output.with_suffix(".json"))
 
 
 class Normalised(nn.Module):
@@ -465,24 +513,35 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units.
 
     Returns:
-        The metadata that are written into the file: `class_names` and other values as JSON.
+        The metadata that are written into the file: `class_names` and other values as JSON. `model.json` beside it says
+        what is left to do around the graph, as `usage` does.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     model = LoRAManager(model).unload(merge=True).requires_grad_(False)
-    values = from_metadata(metadata)
+    channels = input_channels(model)
     task = _task_of(metadata)
+    values = from_metadata(metadata)
     about = {key: metadata[key] for key in ("class_names", "image_size", "arch")}
     about |= recorded(values, metadata) | {"normalised_inside": args.normalise}
-    about |= {"task": record} if (record := task.record()) else {}
+    if record := task.record():
+        about["task"] = record
     about = {key: json.dumps(value) for key, value in about.items()}
+    left = usage(metadata)
     if args.normalise:
-        scale = values["bands"].scale if values["bands"] else 1.0
+        scale = 1.0 if values["bands"] is None else values["bands"].scale
         model = Normalised(model, values["mean"], values["std"], scale).eval()
-    channels = input_channels(model)
+        left |= {"scale": 255.0 if values["bands"] is None else 1.0, "mean": [0.0] * channels, "std": [1.0] * channels}
+    if task.kind != "classification":  # the graph ends with `output_layer`
+        left["activation"] = "none"
+        left.pop("output_mean", None)
+        left.pop("output_std", None)
     program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels)
     with open_atomically(args.output) as file:
-        is_onnx = args.output.suffix == ".onnx"
-        file.write(_as_onnx(program, about, task.output_name) if is_onnx else _as_pt2(program, about))
+        if args.output.suffix == ".onnx":
+            file.write(_as_onnx(program, about, task.output_name))
+        else:
+            file.write(_as_pt2(program, about))
+    _write_usage(args.output, left)
     size = metadata["image_size"]
     print(f"wrote {args.output}: {metadata['arch']} for images of {size} pixels; its metadata: {', '.join(about)}")
     return about

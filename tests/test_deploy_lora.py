@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -390,7 +391,107 @@ def test_codes_of_a_terminal_are_not_printed(adapter_for_images):
     assert str(found.value).isprintable()
 
 
-# ------------------------------------------------------------------------------------ graphs that serve without it
+# ------------------------------------------------------------------------------------ what serves without it
+
+
+@pytest.fixture(scope="module")
+def prepare() -> types.ModuleType:
+    """The page's prepare.py."""
+    page = Path(deploy_lora.__file__).parent / "docs/deploy.md"
+    (code,) = re.findall(r"^```python\n# prepare.py\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    module = types.ModuleType("prepare")
+    exec(code, vars(module))
+    return module
+
+
+def an_image(kind: str, path: Path) -> Path:
+    random = np.random.RandomState(0)
+    if kind == "13 bands":
+        path = path.with_suffix(".npy")
+        np.save(path, random.randint(0, 9000, (20, 30, 13)).astype(np.uint16))
+    elif kind == "16-bit grey":
+        Image.fromarray(random.randint(0, 65536, (90, 120)).astype(np.uint16)).save(path)
+    else:
+        Image.fromarray(random.randint(0, 256, (90, 120, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+OF_KIND = {
+    "8-bit RGB": {},
+    "16-bit grey": {},
+    "larger": {},
+    "scaled RGB": {"channels": 3, "bands": [], "scale": 1000.0, "show_bands": [1], "mean": [0.1] * 3, "std": [2.0] * 3},
+    "13 bands": {"channels": 13, "bands": [], "scale": 1e4, "show_bands": [1], "mean": [0.4] * 13, "std": [0.2] * 13},
+    "labels": {"task": {"kind": "multilabel", "thresholds": [0.2, 0.5, 0.7]}},
+    "numbers": {"task": {"kind": "regression", "mean": [3.0, 0.0, -9.0], "std": [2.0, 1.0, 0.1]}},
+}
+
+
+@pytest.fixture(params=OF_KIND)
+def served(request, base, tmp_path) -> tuple[Path, Path]:
+    """An adapter file for images and answers of each kind, and an image."""
+    torch.manual_seed(0)
+    about = OF_KIND[request.param]
+    size = 80 if request.param == "larger" else 16  # of larger ones the centre is taken
+    channels = about.get("channels", 3)
+    model, report = load_backbone(base, 3, image_size=size, channels=channels, channel_fit="timm")
+    nn.init.normal_(model.heads.head.weight, std=0.1)
+    metadata = {"arch": report["arch"], "class_names": list(CLASSES), "image_size": size, "checkpoint": str(base)}
+    if channels != 3:
+        metadata["channel_fit"] = "timm"
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "lora.pth", metadata | about)
+    return tmp_path / "lora.pth", an_image(request.param, tmp_path / "image.png")
+
+
+def answers_of(outputs: torch.Tensor, about: dict) -> list[float]:
+    """What the page says of the outputs."""
+    if about["activation"] == "softmax":
+        return outputs.softmax(1)[0].tolist()
+    if about["activation"] == "sigmoid":
+        return outputs.sigmoid()[0].tolist()
+    return (outputs * torch.tensor(about["output_std"]) + torch.tensor(about["output_mean"]))[0].tolist()
+
+
+def test_a_server_answers_as_predict(served, prepare, tmp_path):
+    adapter, image = served
+    run("merge", adapter, "--output", tmp_path / "merged.pth")
+    about = json.loads((tmp_path / "merged.json").read_text())
+    model = build_backbone(about["arch"], len(about["class_names"]), about["image_size"], channels=about["channels"])
+    model.load_state_dict(torch.load(tmp_path / "merged.pth"))
+    with torch.no_grad():
+        found = answers_of(model.eval()(prepare.prepared(image, about)), about)
+    (row,) = run("predict --device cpu", adapter, image, "--output", tmp_path / "predictions.csv")
+    if about["activation"] == "softmax":
+        by_class = {row["class"]: row["probability"]}
+        by_class |= {row[f"class_{place}"]: row[f"probability_{place}"] for place in (2, 3)}
+        expected = [float(by_class[name]) for name in about["class_names"]]
+    elif about["activation"] == "sigmoid":
+        expected = [float(row[f"{name} probability"]) for name in about["class_names"]]
+        above = torch.tensor(found) > torch.tensor(about["thresholds"])
+        assert row["labels"] == ",".join(itertools.compress(about["class_names"], above))
+    else:
+        expected = [float(row[name]) for name in about["class_names"]]
+    assert found == pytest.approx(expected, abs=1e-4, rel=1e-4)
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalise", [[], ["--normalise"]])
+def test_a_graph_and_its_preparation_answer_as_predict(served, prepare, normalise, tmp_path):
+    adapter, image = served
+    run("merge", adapter, "--output", tmp_path / "merged.pth")
+    run("export", adapter, "--output", tmp_path / "model.pt2", *normalise)
+    about = json.loads((tmp_path / "model.json").read_text())
+    graph = torch.export.load(tmp_path / "model.pt2").module()
+    merged = json.loads((tmp_path / "merged.json").read_text())
+    found = graph(prepare.prepared(image, about))
+    found = found.softmax(1) if about["activation"] == "softmax" else found
+    with torch.no_grad():
+        expected = answers_of(load_finetuned(adapter)[0](prepare.prepared(image, merged)), merged)
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
 
 
 def expected_logits(adapter: Path, images: torch.Tensor) -> torch.Tensor:

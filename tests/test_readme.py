@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,7 @@ def test_what_comes_after_training_works_in_this_order(newcomer, first_run, tmp_
             deploy_lora.main(shlex.split(command)[2:])
             written += re.findall(r"--output (\S+)", command)
     assert [name for name in written if not (tmp_path / name).exists()] == []
+    write_preparation(tmp_path, monkeypatch)
     for block in blocks("python", AFTER_TRAINING):
         imported = [package for package in EXTRAS if re.search(rf"^(import|from) {package}\b", block, re.MULTILINE)]
         if all(importlib.util.find_spec(package) for package in (*imported, *(["onnx"] if "onnx" in block else []))):
@@ -235,6 +237,14 @@ def test_the_configuration_is_one(tmp_path):
     assert args.lora_rank == 16 and sources["augmentation"] == "config"
 
 
+def write_preparation(folder: Path, monkeypatch) -> None:
+    """Write the page's prepare.py where the page's other blocks import it from."""
+    block, _ = blocks("python", TO_A_SERVER)
+    (folder / "prepare.py").write_text(block)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "prepare", raising=False)
+
+
 @pytest.mark.slow
 def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, monkeypatch, capsys):
     """The section from top to bottom: a ResNet-50, the newcomer's images, and plain torchvision in the end."""
@@ -242,14 +252,14 @@ def test_from_an_official_checkpoint_to_a_file_that_serves(newcomer, tmp_path, m
     save_moco_v2("resnet50", 2048, tmp_path)
     for name in ("my_images", "image.png"):
         (tmp_path / name).symlink_to(newcomer / name)
-    tune, info, merge = (shlex.split(command)[2:] for command in commands(TO_A_SERVER))
+    tune, merge = (shlex.split(command)[2:] for command in commands(TO_A_SERVER))
     finetune_lora.main([*tune, "--labels-per-class", "1", "--epochs", "1"])
-    deploy_lora.main(info)
-    assert "class_names: ['cat', 'dog']" in capsys.readouterr().out
     deploy_lora.main(merge)
-    (block,) = blocks("python", TO_A_SERVER)
+    _, block = blocks("python", TO_A_SERVER)
+    write_preparation(tmp_path, monkeypatch)
+    capsys.readouterr()
     exec(compile(block, "a page", "exec"), served := {})
-    assert capsys.readouterr().out.split()[-1] in ("cat", "dog")
+    assert capsys.readouterr().out.split()[0] in ("cat", "dog")
     model, info = finetune_lora.load_finetuned("checkpoints/lora/lora.pth")
     with Image.open("image.png") as image:
         expected = model(info["transform"](image)[None])
