@@ -233,7 +233,7 @@ def example_7_several_labels(epochs: int = 3) -> None:
         task.calibrate(*all_outputs(model, plain, device), optimism=None)  # thresholds: the best F1 on training images
         answers = task.evaluate(model, evaluation, device)
         outputs, truth = all_outputs(model, evaluation, device)
-    figures = [answers.by_label("average_precision"), answers.by_label("auroc"), task.thresholds]
+    figures = [*answers.by_label(), task.thresholds]
     for name, ap, roc, threshold in zip(task.names, *figures, strict=True):
         print(f"  {name:<8} AP {ap:.1%}, AUROC {roc:.1%}; an answer above probability {threshold:.2f}")
     columns, rows = task.table(outputs[:3])

@@ -105,7 +105,7 @@ def test_f1_is_scikit_learns_and_the_threshold_is_the_best(seed):
     others = [metrics.f1_score(positive, scores > other) for other in np.linspace(0, 0.999, 200)]
     assert reached == pytest.approx(max(others))
     weighted = metrics.f1_score(positive, scores > threshold, sample_weight=times.numpy())
-    assert measures.f1(scores > threshold, positive, times).item() == pytest.approx(weighted)
+    assert measures.f1(scores > threshold, positive, times[None]).item() == pytest.approx(weighted)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -148,7 +148,7 @@ def test_the_interval_of_a_mean_is_students():
     def mean(weights: torch.Tensor) -> torch.Tensor:
         return ((weights * values).sum(-1) / weights.sum(-1))[:, None]
 
-    [found] = measures.intervals(mean, 40, bounds=[measures.POSITIVE])
+    [found] = measures.jackknife(mean, 40, bounds=[measures.POSITIVE]).intervals
     half = student.ppf(0.975, 39) * values.std().item() / 40**0.5
     assert found == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=1e-3)
 
@@ -174,9 +174,11 @@ def test_answers_that_are_all_right_have_no_interval():
     scores, positive = torch.linspace(0, 1, 30), (torch.arange(30) > 20).double()
     for measure in (measures.average_precision, measures.auroc):
         of = functools.partial(measure, scores, positive)
-        assert all(map(math.isnan, measures.intervals(lambda weights: of(weights)[:, None], 30)[0]))  # noqa: B023
+        assert all(map(math.isnan, measures.jackknife(lambda weights: of(weights)[:, None], 30).intervals[0]))  # noqa: B023
     only = functools.partial(measures.average_precision, scores, (torch.arange(30) == 7).double())
-    assert all(map(math.isnan, measures.intervals(lambda weights: only(weights)[:, None], 30)[0]))  # of one positive
+    assert all(
+        map(math.isnan, measures.jackknife(lambda weights: only(weights)[:, None], 30).intervals[0])
+    )  # of one positive
 
 
 def several_labels(random: np.random.RandomState, images: int, share: float, labels: int = 5):
@@ -215,22 +217,8 @@ def test_intervals_of_labels_cover_in_a_few_draws():
     assert min(covered(100, 0.05, draws=60).values()) >= 0.9
 
 
-def test_a_label_of_one_positive_moves_no_interval():
-    """It leaves the mean when its positive is left out, which is no bias; how far chance reaches it does change."""
-    random = np.random.RandomState(0)
-    answers = several_labels(random, 200, 0.3, labels=2)
-    answers.targets[:, 0] = 0
-    answers.targets[answers.probabilities[:, 0].argmax(), 0] = 1  # found: its AP is 1
-    report = answer_reports.LabelReport(tasks.MultiLabel(["rare", "frequent"]), answers)
-    measure = functools.partial(report._headlines, own=measures.OWN_SHARE)
-    ends = torch.tensor([report.intervals[0], measures.intervals(measure, 200)[0]])
-    middle, unsteady = ends.logit().mean(1).sigmoid().tolist()
-    assert middle == pytest.approx(report.headlines[0], abs=0.02) and unsteady > middle + 0.04
-    assert ends[0, 1] - ends[0, 0] > 0.1
-
-
 def test_intervals_of_the_macro_f1_cover_where_labels_have_one_positive():
-    """Where its positive is left out, a label has no F1: as one of 0 it moved the middle, and 76% covered."""
+    """A label whose positive is left out has no F1, and is not in the mean."""
     random, share, found, wrong = np.random.RandomState(0), 0.005, 0.75, 0.01
     true = 2 * share * found / (share + share * found + (1 - share) * wrong)
     task = tasks.MultiLabel([str(i) for i in range(20)])
@@ -242,6 +230,41 @@ def test_intervals_of_the_macro_f1_cover_where_labels_have_one_positive():
         low, high = answer_reports.LabelReport(task, answers).intervals[3]
         hits += low <= true <= high
     assert hits >= 0.9 * 40
+
+
+def test_errors_of_any_size_have_an_interval():
+    """A mean absolute error of 2e-20 too: what is small depends on the unit."""
+    errors = torch.from_numpy(1e-20 * (1 + np.random.RandomState(0).rand(60)))
+    measure = functools.partial(measures.mean_absolute_error, errors, torch.zeros(60))
+    [(low, high)] = measures.jackknife(
+        lambda weights: measure(weights)[:, None], 60, bounds=[measures.POSITIVE]
+    ).intervals
+    assert 1.3e-20 < low < errors.mean() < high < 1.7e-20
+
+
+def test_numbers_far_from_zero_are_measured_by_their_differences():
+    """Seconds since 1970: their squares leave nothing of what differs."""
+    random = np.random.RandomState(0)
+    truth = torch.from_numpy(random.rand(100) * 300)
+    answers = truth + torch.from_numpy(random.randn(100))
+    expected = measures.r2(answers, truth).item()
+    assert measures.r2(answers + 1.7e9, truth + 1.7e9).item() == pytest.approx(expected, abs=1e-6)
+    assert measures.r2(answers, torch.full((100,), 1.7e9, dtype=torch.float64)).isnan()
+
+
+def test_a_label_of_which_nothing_is_known_has_no_figure():
+    nothing = torch.empty(0)
+    for measure in (measures.average_precision, measures.auroc):
+        assert measure(nothing, nothing).isnan()
+        assert measure(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [True] * 3
+    task = tasks.MultiLabel(["known", "unknown"])
+    answers = several_labels(np.random.RandomState(0), 60, 0.3, labels=2)
+    answers.targets[:, 1] = math.nan
+    report = answer_reports.LabelReport(task, answers)
+    figures = report.figures()
+    assert figures["labels"]["unknown"]["average_precision"] is None
+    assert figures["macro_ap"] == figures["labels"]["known"]["average_precision"] == answers.measured()["macro_ap"]
+    assert report.rows() and report.printed() and report.by_label()[-1][0] == "unknown"
 
 
 def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images():
@@ -288,17 +311,16 @@ def test_the_interval_of_a_flattering_mean_is_moved():
         positive = (random.rand(count, 10) < 0.2).astype(float)
         return torch.from_numpy(random.randn(count, 10) + 0.4 * positive), torch.from_numpy(positive)
 
-    def mean_ap(scores, positive, weights=None, own=1.0) -> torch.Tensor:
+    def mean_ap(scores, positive, weights=None) -> torch.Tensor:
         pairs = zip(scores.T, positive.T, strict=True)
-        return torch.stack([measures.average_precision(*pair, weights, own) for pair in pairs], -1).mean(-1)
+        return torch.stack([measures.average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
 
     true, hits, by_draws = mean_ap(*drawn_set(200_000)).item(), 0, 0
     for _ in range(20):
         of_set = functools.partial(mean_ap, *drawn_set(300))
-        calm = functools.partial(of_set, own=measures.OWN_SHARE)
-        [(low, high)] = measures.intervals(lambda weights: calm(weights)[:, None], 300)  # noqa: B023
+        [(low, high)] = measures.jackknife(lambda weights: of_set(weights)[:, None], 300).intervals  # noqa: B023
         hits += low <= true <= high
-        low, high = measures.percentile_interval(measures.bootstrap(of_set, 300, draws=200, labels=10))
+        low, high = measures.percentile_interval(measures.bootstrap(of_set, 300, draws=200))
         by_draws += low <= true <= high
     assert hits >= 17 > by_draws + 3
 
@@ -418,7 +440,7 @@ def test_the_exact_test_of_two_runs_by_patients():
 def test_one_cluster_has_no_interval():
     clusters = torch.zeros(20, dtype=torch.long)
     mean = lambda weights: ((weights * torch.arange(20)).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
-    assert all(map(math.isnan, measures.intervals(mean, 20, clusters=clusters)[0]))
+    assert all(map(math.isnan, measures.jackknife(mean, 20, clusters=clusters).intervals[0]))
     *ends, p = measures.paired_difference(lambda w: mean(w)[:, 0], lambda w: mean(w)[:, 0] + 1, 20, clusters=clusters)
     assert p == 1 and all(map(math.isnan, ends[1:]))
 
@@ -430,6 +452,6 @@ def test_a_bootstrap_draws_clusters_whole():
     assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
     right, of = clustered(0)
     mean = lambda weights: ((weights * right).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
-    [(low, high)], [(inner_low, inner_high)] = (measures.intervals(mean, len(right), clusters=c) for c in (of, None))
+    [(low, high)], [(inner_low, inner_high)] = (measures.jackknife(mean, len(right), c).intervals for c in (of, None))
     assert high - low > 1.5 * (inner_high - inner_low)
     assert (low, high) == pytest.approx(measures.share_interval(right, of), abs=0.03)

@@ -1,6 +1,5 @@
 """What is told of the answers of a task: figures, tables and pictures."""
 
-import functools
 import io
 import math
 import textwrap
@@ -117,19 +116,13 @@ class ClassReport:
         right = torch.where(self.result.labels == self.result.predictions, self.result.labels, -1)
         counted = (right, self.result.labels, self.result.predictions)
 
-        def by_class(weights: Tensor) -> Tensor:
-            right, images, answers = (_by_class(weights, classes, len(self.names)) for classes in counted)
-            return torch.stack([right / images, 2 * right / (images + answers)], 1)  # (n, 2, K)
-
         def means(weights: Tensor) -> Tensor:
-            return by_class(weights).nanmean(-1)  # of the classes that are there
+            right, images, answers = (_by_class(weights, classes, len(self.names)) for classes in counted)
+            figures = torch.stack([right / images, 2 * right / (images + answers)], 1)  # (n, 2, K)
+            return figures.nanmean(-1)  # of the classes that are there
 
-        def steady(weights: Tensor) -> Tensor:
-            figures = by_class(weights)
-            return figures.where(figures.isfinite(), by_class(torch.ones(1, len(right)))).nanmean(-1)
-
-        found = measures.intervals(means, len(right), self.clusters, steady=steady)
-        return [finite_interval(interval) for interval in found]
+        found = measures.jackknife(means, len(right), self.clusters)
+        return [finite_interval(interval) for interval in found.intervals]
 
     def title(self) -> str:
         return f"{self.result.accuracy:.2%} of {len(self.result.labels)} images right"
@@ -247,20 +240,25 @@ class LabelReport:
         self.task = task
         self.answers = answers
         self.names = task.names
-        less_flattering = functools.partial(self._headlines, own=measures.OWN_SHARE)
-        steady = functools.partial(less_flattering, steady=True)
-        self.intervals = measures.intervals(less_flattering, len(answers.targets), clusters, steady=steady)
-        self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
-        self.average_precisions, self.aurocs = (answers.by_label(n).tolist() for n in ("average_precision", "auroc"))
+        found = measures.jackknife(self._headlines, len(answers.targets), clusters)
+        self.headlines = found.values.tolist()
+        self.intervals = found.intervals
+        self.average_precisions, self.aurocs = answers.by_label().tolist()
         self.f1s = answers.f1(task.thresholds).tolist()
 
     HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
 
-    def _headlines(self, weights: Tensor, own: float = 1.0, steady: bool = False) -> Tensor:
-        answers, thresholds = self.answers, self.task.thresholds
-        macro_ap = answers.macro("average_precision", weights, steady, own=own)
-        found = [macro_ap, answers.micro_average_precision(weights, own), answers.macro("auroc", weights, steady)]
-        found += [answers.macro_f1(thresholds, weights, steady), answers.micro_f1(thresholds, weights)]
+    def _headlines(self, weights: Tensor) -> Tensor:
+        answers = self.answers
+        thresholds = self.task.thresholds
+        macro_ap, macro_auroc = answers.macro(weights).T
+        found = [
+            macro_ap,
+            answers.micro_average_precision(weights),
+            macro_auroc,
+            answers.macro_f1(thresholds, weights),
+            answers.micro_f1(thresholds, weights),
+        ]
         return torch.stack(found, -1)
 
     def figures(self) -> dict[str, Any]:
@@ -377,8 +375,9 @@ class NumberReport:
         self.task = task
         self.answers = answers
         self.names = task.names
-        self.intervals = measures.intervals(self._headlines, len(answers.targets), clusters, self.BOUNDS)
-        self.headlines = self._headlines(torch.ones(1, len(answers.targets)))[0].tolist()
+        found = measures.jackknife(self._headlines, len(answers.targets), clusters, self.BOUNDS)
+        self.headlines = found.values.tolist()
+        self.intervals = found.intervals
         self.by = {name: answers.by_number(measure).tolist() for name, measure in self.HEADLINES.items()}
 
     def _headlines(self, weights: Tensor) -> Tensor:

@@ -141,9 +141,9 @@ def _differences(
     if kind == PROBABILITY:
         both = [LabelAnswers(0.0, probabilities, targets) for probabilities in answers]
         measured = {
-            "macro AP": lambda of, weights: of.macro("average_precision", weights),
+            "macro AP": lambda of, weights: of.macro(weights)[:, 0],
             "micro AP": lambda of, weights: of.micro_average_precision(weights),
-            "macro AUROC": lambda of, weights: of.macro("auroc", weights),
+            "macro AUROC": lambda of, weights: of.macro(weights)[:, 1],
         }
     else:
         both = [NumberAnswers(0.0, numbers, targets) for numbers in answers]
@@ -164,7 +164,7 @@ def _difference(
 ) -> Difference:
     first, second = ((lambda weights, of=of: measure(of, weights)) for of in both)
     ones = torch.ones(1, images)
-    _, low, high, p = measures.paired_difference(first, second, images, labels, clusters=clusters)
+    _, low, high, p = measures.paired_difference(first, second, images, clusters=clusters)
     return Difference(name, first(ones).item(), second(ones).item(), low, high, p)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Names in the metrics, and titles. The first is `toolkit.answers.evaluation.knn_accuracy`, which needs labels.
-TITLES = {"knn_accuracy": "k-NN", "alignment": "alignment", "uniformity": "uniformity"}
-TITLES |= {"effective_rank": "effective rank"}
+TITLES = {
+    "knn_accuracy": "k-NN",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "effective_rank": "effective rank",
+}
 
 
 def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[float, float]:
@@ -20,11 +25,13 @@ def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[floa
     Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share, unsure = hits / images, z * z / images
+    share = hits / images
+    unsure = z * z / images
     middle = (share + unsure / 2) / (1 + unsure)
     half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
-    low, high = middle - half, middle + half
-    return (low if hits > 0 else 0.0), (high if hits < images else 1.0)  # exactly, whatever is rounded above
+    low = 0.0 if hits <= 0 else middle - half  # exactly, whatever is rounded
+    high = 1.0 if hits >= images else middle + half
+    return low, high
 
 
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float, float]:
@@ -36,12 +43,14 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float
     Args:
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
     """
-    hits, images = right.double().sum().item(), len(right)
+    hits = right.double().sum().item()
+    images = len(right)
     if clusters is None:
         return wilson_interval(hits, images)
     from scipy.stats import t
 
-    share, number = hits / images, _number(clusters)
+    share = hits / images
+    number = _number(clusters)
     if number < 2:
         return 0.0, 1.0
     sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
@@ -84,50 +93,96 @@ def _on_sphere(features: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Several labels an image. `positive` is 1 where an image has the label and 0 where not; each function takes one label.
-# `weights`, (N,) or (draws, N), say how often each image counts: a row for each draw of a bootstrap.
+# Several labels an image. `positive` is 1 where an image has the label and 0 where not.
+# `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.
+
+NUMBERS_AT_ONCE = 5_000_000  # of an intermediate result of a measure: 20 to 40 MB
 
 
-OWN_SHARE = 0.5
-
-
-def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None, own: float = 1.0) -> Tensor:
-    """The mean precision over the positives, ranked by scores (N,): scikit-learn's `average_precision_score`.
-
-    Images of equal scores are ranked together. NaN without a positive.
+def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
+    """`measure(weights)`, computed for as many rows at a time as memory is meant for.
 
     Args:
-        own: how much a positive counts among the right answers at its own rank. That it counts at all flatters a label
-            with few positives: by OWN_SHARE, which is for `intervals`, about half as much.
+        measure: takes weights (n, images) and returns (n, ...).
+        numbers: how many numbers its largest intermediate result has for each row.
     """
-    less = 1 - own
-    order, ends = _ranked(scores, descending=True)
-    counts = _counts(weights, positive)[..., order]
-    hits = (counts * positive[order]).cumsum(-1)[..., ends]
-    answers = counts.cumsum(-1)[..., ends]
-    found = hits.diff(dim=-1, prepend=torch.zeros_like(hits[..., :1]))
-    return (found * (hits - less) / (answers.clamp_min(1) - less)).sum(-1) / hits[..., -1]
+    rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
+    return torch.cat([measure(part) for part in weights.split(rows)])
+
+
+class Ranking:
+    """Answers in the order of their scores, the highest first. They are sorted once, for measures under any weights.
+
+    Equal scores share a rank, at which all of them are counted.
+
+    Args:
+        scores, positive: (M,), of the answers.
+        images: (M,), the column of the weights that is each answer's; None: each answer has its own.
+    """
+
+    def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
+        order = scores.argsort(descending=True)
+        ranked = scores[order]
+        ends = _ends_of_runs(ranked)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+        self.images = order if images is None else images[order]
+        self.positives = positive[order].nonzero().flatten()
+        rank = torch.searchsorted(ends, self.positives)
+        self.first = starts[rank]  # of the answers at each positive's rank
+        self.last = ends[rank]
+        self.positives_above = torch.searchsorted(self.positives, self.first)
+        self.positives_until = torch.searchsorted(self.positives, self.last, right=True)
+
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """AP and AUROC, (2,), or (n, 2) for weights (n, images).
+
+        AP is the mean precision over the positives, scikit-learn's `average_precision_score`: NaN without a positive.
+        AUROC is how often a positive scores higher than a negative, ties counting half: NaN where all are alike.
+        """
+        if weights is not None:
+            return by_rows(self._figures, weights, len(self.images))
+        images = int(self.images.max()) + 1 if len(self.images) else 0
+        return self._figures(torch.ones(1, images))[0]
+
+    def _figures(self, weights: Tensor) -> Tensor:
+        each = weights[:, self.images]
+        counts = each[:, self.positives].double()  # (n, P)
+        answers = F.pad(each.cumsum(1, dtype=torch.int32), (1, 0))  # (n, 1 + M): how many are in front
+        hits = F.pad(counts.cumsum(1), (1, 0))  # (n, 1 + P): and of the positives
+        positives = hits[:, -1:]
+        negatives = answers[:, -1:] - positives
+        hits_until = hits[:, self.positives_until]
+        answers_until = answers[:, self.last + 1]
+        precision = hits_until / answers_until.clamp_min(1)
+        negatives_above = answers[:, self.first] - hits[:, self.positives_above]
+        negatives_until = answers_until - hits_until
+        below = negatives - (negatives_above + negatives_until) / 2  # of the negatives, those of equal scores half
+        sums = torch.stack([(counts * precision).sum(1), (counts * below).sum(1)], 1)
+        return sums / torch.cat([positives, positives * negatives], 1)
+
+
+def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Of one label: see `Ranking.figures`."""
+    return Ranking(scores, positive).figures(weights)[..., 0]
 
 
 def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The area under the ROC curve: how often a positive scores higher than a negative, ties counting half.
-
-    NaN where all images are alike.
-    """
-    order, ends = _ranked(scores)
-    counts = _counts(weights, positive)[..., order]
-    hits = (counts * positive[order]).cumsum(-1)[..., ends]
-    misses = counts.cumsum(-1)[..., ends] - hits
-    found, tied = (sums.diff(dim=-1, prepend=torch.zeros_like(sums[..., :1])) for sums in (hits, misses))
-    return (found * (misses - tied / 2)).sum(-1) / (hits[..., -1] * misses[..., -1])
+    """Of one label: see `Ranking.figures`."""
+    return Ranking(scores, positive).figures(weights)[..., 1]
 
 
 def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The harmonic mean of precision and recall of answers (N,), 0 or 1. It is 0 without any true positive."""
-    counts = _counts(weights, positive)
-    answers = answers.double()
-    both = counts @ (answers + positive)
-    return 2 * (counts @ (answers * positive)) / both.clamp_min(1)
+    """The harmonic mean of precision and recall of answers (N, ...), 0 or 1. It is 0 without any true positive."""
+    right = answers * positive
+    both = answers + positive
+    return 2 * weighted_sum(right, weights) / weighted_sum(both, weights).clamp_min(1)
+
+
+def micro_f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same over all labels together of answers (N, K)."""
+    right = (answers * positive).sum(1)
+    both = (answers + positive).sum(1)
+    return 2 * weighted_sum(right, weights) / weighted_sum(both, weights).clamp_min(1)
 
 
 def best_threshold(scores: Tensor, positive: Tensor) -> float:
@@ -137,25 +192,29 @@ def best_threshold(scores: Tensor, positive: Tensor) -> float:
     """
     if not positive.any():
         return 0.5
-    order, ends = _ranked(scores, descending=True)
-    hits, ranked = positive[order].double().cumsum(0)[ends], scores[order][ends].double()
+    order = scores.argsort(descending=True, stable=True)
+    ends = _ends_of_runs(scores[order])
+    hits = positive[order].double().cumsum(0)[ends]
     quality = 2 * hits / (ends + 1 + positive.sum())
+    ranked = scores[order][ends].double()
     below = torch.cat([ranked[1:], ranked.new_zeros(1)])
     best = int(quality.argmax())
     return ((ranked + below) / 2)[best].item()
 
 
-def _ranked(scores: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """The order of the scores, and the places in it where a run of equal ones ends."""
-    order = scores.argsort(descending=descending, stable=True)
-    ranked = scores[order]
-    last = torch.ones_like(ranked, dtype=torch.bool)
-    last[:-1] = ranked[1:] != ranked[:-1]
-    return order, last.nonzero().flatten()
+def _ends_of_runs(ranked: Tensor) -> Tensor:
+    """Where runs of equal values (N,) end."""
+    is_last = torch.ones(len(ranked), dtype=torch.bool)
+    is_last[:-1] = ranked[1:] != ranked[:-1]
+    return is_last.nonzero().flatten()
 
 
-def _counts(weights: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones(len(like), dtype=torch.float64) if weights is None else weights.double()
+def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of values (N, ...) over the images, (...), or (n, ...) for weights (n, N)."""
+    values = values.double()
+    if weights is None:
+        return values.sum(0)
+    return by_rows(lambda some: some.double() @ values, weights, len(values))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,11 +222,11 @@ def _counts(weights: Tensor | None, like: Tensor) -> Tensor:
 
 
 def mean_absolute_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    return _weighted_mean((answers.double() - truth).abs(), _counts(weights, truth))
+    return _weighted_mean((answers.double() - truth).abs(), weights)
 
 
 def root_mean_squared_error(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    return _weighted_mean((answers.double() - truth).square(), _counts(weights, truth)).sqrt()
+    return _weighted_mean((answers.double() - truth).square(), weights).sqrt()
 
 
 def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -175,69 +234,76 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
 
     NaN where the truth is one number.
     """
-    counts, truth = _counts(weights, truth), truth.double()
-    left = _weighted_mean((answers.double() - truth).square(), counts)
-    variance = _weighted_mean(truth.square(), counts) - _weighted_mean(truth, counts).square()
-    scale = truth.square().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.where(variance > 1e-12 * scale, 1 - left / variance, torch.nan)
+    truth = truth.double()
+    centred = truth - truth.mean()  # first, lest the squares of large numbers leave nothing of the differences
+    left = _weighted_mean((answers.double() - truth).square(), weights)
+    variance = _weighted_mean(centred.square(), weights) - _weighted_mean(centred, weights).square()
+    rounding = 100 * torch.finfo(torch.float64).eps ** 2 * truth.square().mean()
+    least = torch.maximum(1e-12 * centred.square().mean(), rounding)
+    return torch.where(variance > least, 1 - left / variance, torch.nan)
 
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
-    counts = _counts(weights, truth)
-    first, second = _mean_ranks(answers, counts), _mean_ranks(truth, counts)
-    first = first - _weighted_mean(first, counts)[..., None]
-    second = second - _weighted_mean(second, counts)[..., None]
-    products = (_weighted_mean(a * b, counts) for a, b in ((first, second), (first, first), (second, second)))
-    together, one, other = products
-    return together / (one * other).sqrt()
+
+    def measure(weights: Tensor) -> Tensor:
+        counts = weights.double()
+        total = counts.sum(1, keepdim=True)
+        first = _mean_ranks(answers, counts)
+        second = _mean_ranks(truth, counts)
+        first -= (first * counts).sum(1, keepdim=True) / total
+        second -= (second * counts).sum(1, keepdim=True) / total
+        together = (first * second * counts).sum(1)
+        return together / ((first.square() * counts).sum(1) * (second.square() * counts).sum(1)).sqrt()
+
+    if weights is None:
+        return measure(torch.ones(1, len(truth)))[0]
+    return by_rows(measure, weights, 4 * len(truth))
 
 
 def _mean_ranks(values: Tensor, counts: Tensor) -> Tensor:
     """Each image's rank, weighted by `counts`; equal values share their mean rank."""
-    order, ends = _ranked(values)
-    until = counts[..., order].cumsum(-1)[..., ends]
-    of_run = until.diff(dim=-1, prepend=torch.zeros_like(until[..., :1]))
+    order = values.argsort(stable=True)
+    ends = _ends_of_runs(values[order])
+    until = counts[:, order].cumsum(1)[:, ends]
+    of_run = until.diff(dim=1, prepend=torch.zeros_like(until[:, :1]))
     run = torch.searchsorted(ends, torch.arange(len(values)))
     ranks = torch.empty(counts.shape, dtype=torch.float64)
-    ranks[..., order] = (until - of_run / 2)[..., run]
+    ranks[:, order] = (until - of_run / 2)[:, run]
     return ranks
 
 
-def _weighted_mean(values: Tensor, counts: Tensor) -> Tensor:
-    return (values * counts).sum(-1) / counts.sum(-1)
+def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return values.mean()
+    return weighted_sum(values, weights) / weights.sum(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How far chance reaches
 
-DRAWS = 1_000
-NUMBERS_AT_ONCE = 2_000_000  # weights of a bootstrap that are in memory at a time
+BOOTSTRAP_DRAWS = 1_000
 
 
 def bootstrap(
     measure: Callable[[Tensor], Tensor],
     images: int,
-    draws: int = DRAWS,
+    draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
-    labels: int = 1,
     clusters: Tensor | None = None,
 ) -> Tensor:
     """A measure's values for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
 
     Args:
-        measure: takes weights (n, images), how often each image was drawn, and returns (n, ...).
-        labels: how many numbers the measure looks at for each image; it says how many draws are made at once.
+        measure: takes weights (draws, images), how often each image was drawn, and returns (draws, ...).
         clusters: as for `share_interval`: the images of one cluster are drawn together.
     """
-    random, parts = np.random.RandomState(seed), []
+    random = np.random.RandomState(seed)
     things = images if clusters is None else _number(clusters)
-    at_once = max(1, NUMBERS_AT_ONCE // (images * labels))
-    for start in range(0, draws, at_once):
-        drawn = random.multinomial(things, np.full(things, 1 / things), size=min(at_once, draws - start))
-        weights = torch.from_numpy(drawn)
-        parts.append(measure(weights if clusters is None else weights[:, clusters]))
-    return torch.cat(parts)
+    weights = torch.empty(draws, things, dtype=torch.uint8)  # of 256 things or more none is drawn so often
+    for row in weights:
+        row.copy_(torch.from_numpy(random.multinomial(things, np.full(things, 1 / things))))
+    return measure(weights if clusters is None else weights[:, clusters])
 
 
 def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, float]:
@@ -277,73 +343,81 @@ def _number(clusters: Tensor) -> int:
 
 
 PARTS = 50  # of the images, of which each is left out once
-SHARE, BELOW_1, POSITIVE, CORRELATION = (0.0, 1.0), (-math.inf, 1.0), (0.0, math.inf), (-1.0, 1.0)  # what can be
+SHARE = (0.0, 1.0)  # bounds of measures
+BELOW_1 = (-math.inf, 1.0)
+POSITIVE = (0.0, math.inf)
+CORRELATION = (-1.0, 1.0)
 
 
-def intervals(
+class Jackknifed(NamedTuple):
+    """Figures of a set of images, (columns,), and their 95% intervals, in which NaN is no interval."""
+
+    values: Tensor
+    intervals: list[tuple[float, float]]
+
+
+def jackknife(
     measure: Callable[[Tensor], Tensor],
     images: int,
     clusters: Tensor | None = None,
     bounds: Sequence[tuple[float, float]] | None = None,
-    steady: Callable[[Tensor], Tensor] | None = None,
-) -> list[tuple[float, float]]:
-    """95% intervals of a measure's columns by what changes when parts of the images are left out.
+) -> Jackknifed:
+    """A measure's columns with 95% intervals by the delete-a-group jackknife.
 
-    This is the delete-a-group jackknife (Kott, Journal of Official Statistics 17, 2001), on a scale without ends such
-    as the logit of a share. It moves the middle where a measure flatters (Quenouille, Biometrika 43, 1956): a mean of
-    average precisions does, over labels with few positives.
+    The middle is the mean of the pseudo-values, from which the bias is gone (Quenouille, Biometrika 43, 1956): a mean
+    of average precisions flatters over labels with few positives. Their spread is the error (Kott, Journal of Official
+    Statistics 17, 2001). Both are carried to a scale without ends, such as the logit of a share.
 
     Args:
         measure: takes weights (n, images), each 0 or 1, and returns (n, columns).
         clusters: as for `share_interval`: the images of one cluster are left out together.
         bounds: the lowest and the highest value of each column, never reached; None: 0 and 1.
-        steady: the same measure, but what leaves a mean, as a label whose only positive is left out, stays in it here.
-            By this the middle is moved: which labels are in a mean is chance, no bias. None: nothing leaves.
 
     Returns:
-        (low, high) of each column. NaN where nothing changes, as where all answers are right, or where a part has all
-        that is measured.
+        No interval where nothing changes, as where all answers are right, or where a part has all that is measured.
     """
     from scipy.stats import t
 
-    here = measure(torch.ones(1, images))[0].double()
     things = images if clusters is None else _number(clusters)
     parts = min(PARTS, things)
-    if parts < 2:
-        return [(math.nan, math.nan)] * len(here)
     part = torch.randperm(things, generator=torch.Generator().manual_seed(0)) % parts
-    part = part if clusters is None else part[clusters]
-    weights = (part != torch.arange(parts)[:, None]).split(max(1, NUMBERS_AT_ONCE // (10 * images)))
-    without = torch.cat([measure(some.double()) for some in weights]).double()
-    moved = without if steady is None else torch.cat([steady(some.double()) for some in weights]).double()
-    middle = parts * here - (parts - 1) * moved.mean(0)
-    error = without.std(0, correction=0) * (parts - 1) ** 0.5
-    half = error * t.ppf(0.975, parts - 1)
-    columns = zip(here.tolist(), middle.tolist(), half.tolist(), bounds or [SHARE] * len(here), strict=True)
-    return [_between(*column) for column in columns]
+    if clusters is not None:
+        part = part[clusters]
+    kept = torch.cat([torch.ones(1, images, dtype=torch.bool), part != torch.arange(parts)[:, None]])
+    values, without = measure(kept).double().split([1, parts])
+    values = values[0]
+    if parts < 2:
+        return Jackknifed(values, [(math.nan, math.nan)] * len(values))
+    middles = parts * values - (parts - 1) * without.mean(0)
+    errors = without.std(0, correction=0) * (parts - 1) ** 0.5
+    halves = errors * t.ppf(0.975, parts - 1)
+    columns = zip(values.tolist(), middles.tolist(), halves.tolist(), bounds or [SHARE] * len(values), strict=True)
+    return Jackknifed(values, [_between(*column) for column in columns])
 
 
 def _between(value: float, middle: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
     """The interval of so much on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
-    if not half > 1e-12 or not low < value < high:
+    if not half > 1e-12 * abs(value) or not low < value < high:
         return math.nan, math.nan
     middle = min(max(middle, (value + low) / 2), (value + high) / 2)  # a correction ends half way to a bound
-    below, above = middle - low, high - middle
+    below = middle - low
+    above = high - middle
     factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
     if math.isinf(above):
         return low + below / factor, low + below * factor
     if math.isinf(below):
         return high - above * factor, high - above / factor
-    ends = [odds / (1 + odds) for odds in (below / above / factor, below / above * factor)]
-    return low + (high - low) * ends[0], low + (high - low) * ends[1]
+    odds = below / above
+    lower = odds / factor
+    upper = odds * factor
+    return low + (high - low) * lower / (1 + lower), low + (high - low) * upper / (1 + upper)
 
 
 def paired_difference(
     first: Callable[[Tensor], Tensor],
     second: Callable[[Tensor], Tensor],
     images: int,
-    labels: int = 1,
     seed: int = 0,
     clusters: Tensor | None = None,
 ) -> tuple[float, float, float, float]:
@@ -364,7 +438,7 @@ def paired_difference(
     measured = difference(torch.ones(1, images)).item()
     if clusters is not None and _number(clusters) < 2:
         return measured, math.nan, math.nan, 1.0
-    drawn = bootstrap(difference, images, labels=labels, seed=seed, clusters=clusters)
+    drawn = bootstrap(difference, images, seed=seed, clusters=clusters)
     drawn = drawn[drawn.isfinite()]
     sides = min((drawn <= 0).sum().item(), (drawn >= 0).sum().item())
     p = 2 * draws_chance(min(0.5, (sides + 1) / (len(drawn) + 1)), clusters)
@@ -374,18 +448,21 @@ def paired_difference(
 def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
     """The two-sided p of two runs whose answers (N,) are right or wrong: how likely equally good ones differ as much.
 
-    Only images that one of the two gets right tell: each is as likely for either (Psychometrika 12, 1947; exact).
+    Only images that one of the two gets right count: each is as likely for either (Psychometrika 12, 1947; exact).
     With clusters, as for `share_interval`, what one of the two gains in a cluster is as likely for either (Fisher's
     permutation test of paired differences, The Design of Experiments, 1935; exact).
     """
     if clusters is not None:
         gains = second.double() - first.double()
         return _sign_flips(torch.zeros(_number(clusters), dtype=torch.float64).index_add_(0, clusters, gains))
-    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
-    number, fewer = wins + losses, min(wins, losses)
+    wins = int((second & ~first).sum())
+    losses = int((first & ~second).sum())
+    number = wins + losses
     of_all = math.lgamma(number + 1) - number * math.log(2)
-    chances = (of_all - math.lgamma(k + 1) - math.lgamma(number - k + 1) for k in range(fewer + 1))
-    return min(1.0, 2 * sum(map(math.exp, chances)))
+    chance = 0.0
+    for k in range(min(wins, losses) + 1):
+        chance += math.exp(of_all - math.lgamma(k + 1) - math.lgamma(number - k + 1))
+    return min(1.0, 2 * chance)
 
 
 def _sign_flips(gains: Tensor) -> float:

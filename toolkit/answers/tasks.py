@@ -318,11 +318,11 @@ class LabelAnswers:
 
     @property
     def score(self) -> float:
-        return self.macro("average_precision").item()
+        return self.macro()[0].item()
 
     def measured(self) -> dict[str, float]:
-        micro = self.micro_average_precision().item()
-        return {"macro_ap": self.score, "micro_ap": micro, "macro_auroc": self.macro("auroc").item()}
+        macro_ap, macro_auroc = self.macro().tolist()
+        return {"macro_ap": macro_ap, "micro_ap": self.micro_average_precision().item(), "macro_auroc": macro_auroc}
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.answers.measures.calibration` over all labels of all images, after calibration or before."""
@@ -330,45 +330,42 @@ class LabelAnswers:
         probabilities = self.before if before else self.probabilities
         return measures.calibration(probabilities[known], self.targets[known])
 
-    def by_label(self, measure: str, weights: Tensor | None = None, **how: Any) -> Tensor:
-        """`average_precision` or `auroc` of each label, (K,), or (draws, K) for a bootstrap's weights."""
-        function = vars(measures)[measure]
-        return torch.stack([function(*pair, counts, **how) for *pair, counts in self._known(weights)], -1)
+    def by_label(self, weights: Tensor | None = None) -> Tensor:
+        """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
+        figures = []
+        for scores, positive, images in self._known():
+            figures.append(measures.Ranking(scores, positive, images).figures(weights))
+        return torch.stack(figures, -1)
 
-    def macro(self, measure: str, weights: Tensor | None = None, steady: bool = False, **how: Any) -> Tensor:
-        """The mean over the labels that have a figure; `steady`: where weights leave a label none, that over all."""
-        figures = self.by_label(measure, weights, **how)
-        return _mean_of_those_there(figures, self.by_label(measure, **how) if steady else figures)
+    def macro(self, weights: Tensor | None = None) -> Tensor:
+        """The means of AP and AUROC over the labels that have one, (2,) or (n, 2)."""
+        return self.by_label(weights).nanmean(-1)
 
-    def micro_average_precision(self, weights: Tensor | None = None, own: float = 1.0) -> Tensor:
+    def micro_average_precision(self, weights: Tensor | None = None) -> Tensor:
         """All labels of all images in one ranking."""
         known = ~self.targets.isnan()
-        counts = None if weights is None else weights[..., known.nonzero()[:, 0]]
-        return measures.average_precision(self.probabilities[known], self.targets[known], counts, own)
+        images = torch.arange(len(known))[:, None].expand_as(known)[known]
+        return measures.Ranking(self.probabilities[known], self.targets[known], images).figures(weights)[..., 0]
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
-        found = []
-        for (scores, positive, counts), threshold in zip(self._known(weights), thresholds.tolist(), strict=True):
-            figure = measures.f1(scores > threshold, positive, counts)
-            positives = positive.double().sum() if counts is None else counts.double() @ positive.double()
-            found.append(figure.where(positives > 0, torch.nan))
-        return torch.stack(found, -1)
+        answers = (self.probabilities > thresholds) & ~self.targets.isnan()
+        positive = self.targets.nan_to_num()
+        found = measures.f1(answers, positive, weights)
+        return found.where(measures.weighted_sum(positive.double(), weights) > 0, torch.nan)
 
-    def macro_f1(self, thresholds: Tensor, weights: Tensor | None = None, steady: bool = False) -> Tensor:
-        """The mean over the labels, as `macro`."""
-        figures = self.f1(thresholds, weights)
-        return _mean_of_those_there(figures, self.f1(thresholds) if steady else figures)
+    def macro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean over the labels that have positives."""
+        return self.f1(thresholds, weights).nanmean(-1)
 
     def micro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """Over all labels of all images."""
-        known = ~self.targets.isnan()
-        counts = None if weights is None else weights[..., known.nonzero()[:, 0]]
-        return measures.f1((self.probabilities > thresholds)[known], self.targets[known], counts)
+        answers = (self.probabilities > thresholds) & ~self.targets.isnan()
+        return measures.micro_f1(answers, self.targets.nan_to_num(), weights)
 
     def best_thresholds(self) -> Tensor:
         """The threshold of each label that has the highest F1 here, (K,)."""
-        return torch.tensor([measures.best_threshold(scores, positive) for scores, positive, _ in self._known(None)])
+        return torch.tensor([measures.best_threshold(scores, positive) for scores, positive, _ in self._known()])
 
     def positives(self) -> Tensor:
         """How many images have each label, (K,)."""
@@ -378,16 +375,11 @@ class LabelAnswers:
         """How many images do not say whether they have each label, (K,)."""
         return self.targets.isnan().sum(0)
 
-    def _known(self, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Scores, targets and weights of each label, of the images of which it is known."""
+    def _known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Scores and targets of each label, and the images of which it is known."""
         for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
             known = ~targets.isnan()
-            yield scores[known], targets[known], None if weights is None else weights[..., known]
-
-
-def _mean_of_those_there(figures: Tensor, otherwise: Tensor) -> Tensor:
-    """The mean of figures (..., K) that are numbers; where one is none it is that of `otherwise`, if that is one."""
-    return figures.where(figures.isfinite(), otherwise).nanmean(-1)
+            yield scores[known], targets[known], known.nonzero().flatten()
 
 
 class MultiLabel(Task):
@@ -566,7 +558,7 @@ class NumberAnswers:
         function, found = vars(measures)[measure], []
         for answers, targets in zip(self.answers.T, self.targets.T, strict=True):
             known = ~targets.isnan()
-            counts = None if weights is None else weights[..., known]
+            counts = None if weights is None else weights[:, known]
             found.append(function(answers[known], targets[known], counts))
         return torch.stack(found, -1)
 
