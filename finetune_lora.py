@@ -28,7 +28,6 @@ from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
 from lora.followed_norms import folded_norm, follow_statistics, followers, write_statistics
-from lora.frozen_norms import NORMS, freeze_statistics
 from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
@@ -46,7 +45,7 @@ from toolkit.images.transforms import eval_transform
 from toolkit.models import checkpoints
 from toolkit.models.backbones import headless, in_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, tensor_digest
-from toolkit.models.shared_norms import share_statistics
+from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.run import collapse, late, optim, options, output_folder, reports, runs, search, training
 from toolkit.run.collapse import CollapseGuard, EpochCollapsed, Recovery
 from toolkit.run.evaluator import Evaluator

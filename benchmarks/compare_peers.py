@@ -61,7 +61,6 @@ from lora import attention, backends, functional, fusion
 from lora.activations import SavedIn16Bits
 from lora.adapted import choose_layers
 from lora.followed_norms import follow_statistics
-from lora.frozen_norms import FreezableBatchNorm2d
 from lora.fusion import set_gradient_checkpointing
 from lora.nf4 import bitsandbytes_functional
 from lora.split import split_model
@@ -70,6 +69,7 @@ from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.devices import autocast, compiled, peak_memory_bytes, select_device, select_precision
 from toolkit.models.backbones import block_names, build_backbone, default_image_size, head_name
+from toolkit.models.norms import FreezableBatchNorm2d
 from toolkit.run.optim import fused
 from toolkit.run.output_folder import begin_folder
 from toolkit.run.runs import run_script

@@ -37,7 +37,6 @@ from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
 from lora.attention import SelfAttention, attend, attend_heads
 from lora.backends import is_traced
-from lora.frozen_norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
 from lora.functional import (
     RecomputedNorm,
     compute_dtype,
@@ -47,6 +46,7 @@ from lora.functional import (
 from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
+from toolkit.models.norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
 
 # --------------------------------------------------------------------------------------------- what goes together
 
@@ -100,18 +100,18 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
     """
     trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if trains or is_traced() or torch.is_inference_mode_enabled():
-        return constant_scale_and_shift(norm, bias)
+        return constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
     # PyTorch counts the batch where it changes the statistics, but not their versions.
     sources = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked, bias
     tensors = [t for t in sources if t is not None]
     if any(map(torch.is_inference, tensors)):  # they have no versions
-        return constant_scale_and_shift(norm, bias)
+        return constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
     dtype = compute_dtype(norm.running_mean)
     state = [norm.eps, dtype, *((t.data_ptr(), t._version) for t in tensors)]
     known = _FOLDED.get(norm)
     if known is None or known[0] != state:
         with torch.no_grad():
-            scale, shift = constant_scale_and_shift(norm, bias)
+            scale, shift = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
             # The aliases keep the memory from being used again for other numbers.
             known = _FOLDED[norm] = state, [t.detach() for t in tensors], (scale, shift.to(dtype))
     return known[2]

@@ -37,7 +37,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
-from toolkit.models.shared_norms import share_statistics
+from toolkit.models.norms import share_statistics
 from toolkit.run import late, optim, options, output_folder, reports, runs, training
 from toolkit.run.run_state import Part, RunState
 

@@ -32,9 +32,9 @@ from finetune_lora import (
     add_lora_to_model,
     freeze_backbone_params,
 )
-from lora.frozen_norms import NORMS
 from lora.fusion import scale_and_shift
 from lora_utils import LoRAManager
+from toolkit.models.norms import NORMS
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """BatchNorm over two processes against PyTorch's own over all images in one."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,9 @@ import torch
 from children import together
 from torch import nn
 
-from lora.frozen_norms import freeze_statistics
 from moco import pretrain
 from toolkit import InputError, distributed
-from toolkit.models.shared_norms import share_statistics
+from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics, share_statistics, stock_norm
 
 SHARES = (5, 3)  # of eight images
 KINDS = {
@@ -91,6 +91,22 @@ def test_frozen_norms_and_a_single_process_are_left_alone(monkeypatch):
     assert (
         isinstance(model[1], nn.BatchNorm2d) and model.state_dict().keys() == nn.Sequential(*model).state_dict().keys()
     )
+
+
+@pytest.mark.parametrize("freezable", [False, True])
+def test_copies_and_files_of_a_model_share_too(monkeypatch, freezable, tmp_path):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    model = nn.Sequential(nn.BatchNorm2d(2))
+    if freezable:
+        freeze_statistics(model[0], freeze=False, training=True)
+    share_statistics(model)
+    torch.save(model, tmp_path / "model.pth")
+    for again in (copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
+        assert type(again[0]) is type(model[0]) and isinstance(again[0], SharedStatistics)
+        assert isinstance(again[0], Freezable) == freezable
+        share_statistics(again)
+        assert type(again[0]) is type(model[0])
+    assert stock_norm(model[0]) is nn.BatchNorm2d
 
 
 def test_a_norm_that_computes_more_is_refused(monkeypatch):
