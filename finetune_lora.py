@@ -13,14 +13,17 @@ its command line. The arithmetic under the layers is in `lora/functional.py`, ad
 import argparse
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import lora_utils
 from lora import adapted, attention, functional, initialization, int8
@@ -36,22 +39,21 @@ from lora.trained_norms import normalize
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import InputError, config, devices, distributed, dotted, listed
 from toolkit.answers import evaluation, tasks
-from toolkit.answers.answer_reports import headline
 from toolkit.answers.probe import HeadTemperature
-from toolkit.files import SHIPPED, TOOLKIT
+from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
-from toolkit.images.data import Splits, Transformed, build_loader, end_workers, load_splits
+from toolkit.images.data import Splits, end_workers, load_splits
 from toolkit.images.transforms import eval_transform
-from toolkit.models import checkpoints
 from toolkit.models.backbones import headless, in_head
-from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, tensor_digest
+from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
-from toolkit.run import collapse, late, optim, options, output_folder, reports, runs, search, training
-from toolkit.run.collapse import CollapseGuard, EpochCollapsed, Recovery
-from toolkit.run.evaluator import Evaluator
-from toolkit.run.feeding import Feed
+from toolkit.run import guard, optim, options, output_folder, reports, runs, search, training
 from toolkit.run.folds import cross_validate
-from toolkit.run.run_state import Part, RunState
+from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
+from toolkit.run.loaders import Loaders
+from toolkit.run.options import FineTuneOptions
+from toolkit.run.plan import Plan
+from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
 
 DEFAULT_CHECKPOINT = SHIPPED
 DEFAULT_CONFIG = TOOLKIT / "configs/stage1.yaml"
@@ -636,11 +638,18 @@ def load_finetuned(
 
 
 def load_base(
-    checkpoint: str | Path, stage1_adapter: Path | None, num_classes: int, arch=None, image_size=None, heads=None, *more
+    checkpoint: str | Path,
+    stage1_adapter: Path | None,
+    num_classes: int,
+    arch: str | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    channels: int | None = None,
+    channel_fit: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads."""
     heads = heads or lora_utils.heads_in_file(stage1_adapter)
-    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, *more)
+    model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
@@ -663,18 +672,16 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    how = {"allow_abbrev": False, "add_help": False, "formatter_class": config.HelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **how)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, add_help=False, formatter_class=config.HelpFormatter
+    )
     config.add_help(parser, options.NEEDED)
-    run = options.add_run_options(parser, output_dir=Path("checkpoints/lora"))
-    run.add_argument("--eval-only", type=Path, nargs="?", const=Path(), help="only evaluate this adapter")
-    options.add_model_options(parser, DEFAULT_CHECKPOINT)
-    options.add_training_data_options(options.add_data_options(parser))
-    options.add_finetune_options(parser)
+    for title, section in options.FINE_TUNING_SECTIONS.items():
+        config.add_section(parser, title, section)
     return parser
 
 
-def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, str]]:
+def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
     def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
@@ -682,21 +689,22 @@ def read_options(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace,
 
     def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
         typed = config.typed_options(parser, args, sources)
-        problems = options.complete_finetune_options(args, sources)
-        environment = runs.environment_problems(args, output_folder.FINE_TUNING_FILES)
-        return [*problems, *environment, *options.finetune_problems(args, typed)]
+        problems = options.complete_fine_tuning(args, sources)
+        problems += runs.environment_problems(args, output_folder.FINE_TUNING_FILES)
+        return problems + options.fine_tuning_problems(args, typed)
 
     parser = make_parser()
-    return config.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
+    args, sources = config.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
+    return config.frozen(FineTuneOptions, args), sources
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------------- main
 
 
 def main(
     argv: Sequence[str] | None = None, after_epoch: Callable[["FineTuning"], None] | None = None
 ) -> dict[str, Any]:
-    """Fine-tune, or evaluate with --eval-only, as the options say.
+    """Fine-tune as the options say.
 
     Args:
         argv: the command line, `sys.argv[1:]` when None.
@@ -710,64 +718,88 @@ def main(
     """
     args, sources = read_options(argv)
     device = devices.select_device(args.device)
-    dtype = devices.select_precision(args.precision, device)
-    options.settle_norms(args, device)
     distributed.join(device)
-    if args.eval_only:
-        base = args.checkpoint if sources["checkpoint"] != "default" else None
-        with runs.faults_explained(device, "lower --batch-size") as loaders:
-            return evaluate_adapter(args, base, device, dtype, loaders)
     if options.all_folds(args):
-        return cross_validate(main, argv, after_epoch, args, config.resolved_config(make_parser(), args))
+        return cross_validate(main, argv, after_epoch, args)
     held = output_folder.held(args.output_dir, "finetune_lora.py", output_folder.FINE_TUNING_FILES, args.resume)
-    with runs.faults_explained(device, options.SAVES_MEMORY) as loaders, held as begin:
+    with runs.faults_explained(device, options.SAVES_MEMORY) as opened, held as begin:
         print(config.describe_options(make_parser(), args, sources))
         devices.seed_everything(args.seed)
-        splits, model, report = prepare(args)
-        print(reports.describe_data(args, splits), describe_base(report, args.from_scratch), sep="\n")
-        args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
-        print(devices.describe_device(device, dtype))
+        splits, model, report, plan = prepare(args, device)
+        print(devices.describe_device(device, plan.dtype))
+        resumed = args.resume
         if args.learning_rate == "auto":
-            args.learning_rate, args.resume = search_learning_rate(args, splits, device, dtype, loaders, begin)
-        run = FineTuning(args, devices.place(model, device), report, splits, device, dtype, loaders)
-        print(reports.describe_rates(args, run.recovery.rate, run.adapter_lr_factor))
+            rate, resumed = search_learning_rate(args, plan, splits, opened, begin)
+            plan = replace(plan, learning_rate=rate)
+        run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
+        print(reports.describe_rates(run))
         if following := len(list(followers(model))):
-            print(f"norms: {following} BatchNorms follow the adapters (--norms {args.norms})")
-        if args.resume:
-            run.resume(args.resume, options.free_to_change(run.model))
+            print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
+        if resumed:
+            run.go_on_from(resumed)
         else:
             run.start()
             print(reports.describe_baseline(run.task, run.baseline, len(splits.val)))
         begin()  # once everything has been read
-        run.train(after_epoch)
-        return run.finish()
+        train(run, after_epoch)
+        return finish(run)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Splits, nn.Module, dict[str, Any]]:
-    """Load the images, and build the model for their classes and its report. One message has the problems of both."""
+def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Module, dict[str, Any], Plan]:
+    """Load the images, build the model for their classes, and settle what the options leave open.
+
+    One message has the problems of both images and model.
+    """
+    dtype = devices.select_precision(args.precision, device)
     try:
-        sources = options.image_sources(args, options.bands_read(args))
+        values = options.known_image_values(args, args.checkpoint)
+        sources = options.image_sources(args, values.read)
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
-            build_model(args, num_classes=2)
+            build_model(args, dtype, num_classes=2)
         except InputError as another:
             raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
         raise
-    model, report = build_model(args, len(splits.class_names))
+    model, report = build_model(args, dtype, len(splits.class_names))
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
-    return splits, model, report
+    print(reports.describe_data(args, splits), describe_base(report), sep="\n")
+    plan = Plan(
+        device=device,
+        dtype=dtype,
+        image_values={name: getattr(values, name) for name in options.IMAGE_VALUES},
+        normalization=bands.settle(values, report["arch"], report["channels"], splits.train),
+        learning_rate=args.learning_rate,
+        arithmetic=report["arithmetic"],
+        norms=settled_norms(args, device),
+    )
+    return splits, model, report, plan
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report."""
-    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, *options.backbone_shape(args))
-    if args.from_scratch:  # only the architecture comes from the file
-        model = checkpoints.random_backbone(num_classes, report)
+def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
+    """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
+    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
+        return "frozen"
+    return args.norms
+
+
+def build_model(
+    args: FineTuneOptions, dtype: torch.dtype, num_classes: int, arithmetic: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
+
+    Args:
+        dtype: of products, by autocast; frozen weights are stored in it.
+        arithmetic: of products with frozen weights, if it is settled; None: as `--arithmetic` says, int8 only where
+            that is faster. The report has it.
+    """
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **options.backbone_shape(args))
+    frozen_dtype = frozen_weights_dtype(args, model, dtype, arithmetic)
+    report["arithmetic"] = "int8" if frozen_dtype == torch.int8 else "float"
     if args.lora_rank > 0:
-        add_lora_to_model(model, **options.lora_options(args), base_dtype=int8.base_dtype(args, model))
-    elif args.arithmetic == "int8" and args.freeze_backbone:
-        multiply_in_8_bits(model, devices.select_precision(args.precision, devices.CPU))
+        add_lora_to_model(model, **options.lora_options(args), base_dtype=frozen_dtype)
+    elif frozen_dtype == torch.int8:
+        multiply_in_8_bits(model, dtype)
     if args.freeze_backbone:
         freeze_backbone_params(model, train_norms=args.norms == "train")
     share_statistics(model)
@@ -775,257 +807,484 @@ def build_model(args: argparse.Namespace, num_classes: int) -> tuple[nn.Module, 
     return model, report
 
 
+def frozen_weights_dtype(
+    args: FineTuneOptions, model: nn.Module, dtype: torch.dtype, arithmetic: str | None
+) -> torch.dtype | None:
+    """The dtype in which frozen weights are stored; None: that of the checkpoint.
+
+    Random weights stay as they are, since an adapter file has to hold all of them.
+    """
+    if not args.freeze_backbone or is_none(args.checkpoint):
+        return None
+    if arithmetic == "int8" or (arithmetic is None and args.arithmetic == "int8" and int8.pays(model, dtype)):
+        return torch.int8
+    return dtype if args.lora_rank > 0 else None
+
+
 def search_learning_rate(
-    args: argparse.Namespace, splits: Splits, device, dtype, loaders, begin
+    args: FineTuneOptions, plan: Plan, splits: Splits, opened: list[DataLoader], begin: Callable[[], None]
 ) -> tuple[float, Path | None]:
     """`--learning-rate auto`: the best rate of runs on a part of the training images, and the run to go on with."""
-    parts, random_state, task = search.parts_of(splits), devices.rng_state(), tasks.task_of_run(args, splits, device)
-    features, cached = None, None  # of the first trial, for all of them
+    parts = search.parts_of(splits)
+    random_state = devices.rng_state()
+    task = tasks.task_of_run(args, splits, plan.device)
+    wise_ft = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
+    features = None  # of the first trial, for all of them
+    cached = None
 
-    def make_run(rate: float, epochs: int) -> FineTuning:
+    def train_at(rate: float, epochs: int) -> dict[str, float]:
         nonlocal features, cached
-        end_workers(loaders)  # the last trial's
+        end_workers(opened)  # the last trial's
         devices.seed_everything(args.seed)
-        own = {"learning_rate": rate, "epochs": epochs, "warmup_epochs": min(args.warmup_epochs, epochs)}
-        own["wise_ft"] = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
-        model, report = build_model(args, len(splits.class_names))
-        training.check_batches(model, len(parts.train), len(parts.val), args.batch_size)
-        own_args = argparse.Namespace(**vars(args) | own)
-        run = FineTuning(own_args, devices.place(model, device), report, parts, device, dtype, loaders, cached)
-        cached, features = run.feed.images, run.start(features)
-        return run
+        own = replace(args, epochs=epochs, warmup_epochs=min(args.warmup_epochs, epochs), wise_ft=wise_ft)
+        model, report = build_model(own, plan.dtype, len(splits.class_names), plan.arithmetic)
+        training.check_batches(model, len(parts.train), len(parts.val), own.batch_size)
+        devices.place(model, plan.device)
+        trial = FineTuning(own, replace(plan, learning_rate=rate), model, report, parts, opened, cached, is_trial=True)
+        cached = trial.loaders.images
+        features = trial.start(features)
+        train(trial)
+        return trial.history[-1]
 
-    settings = {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
-    where = (len(parts.val), begin, args.output_dir, args.resume)
-    found = search.choose_learning_rate(make_run, task, args.epochs, *where, settings, options.FREE_TO_CHANGE)
-    end_workers(loaders)
+    found = search.choose_learning_rate(
+        train_at,
+        task,
+        epochs=args.epochs,
+        images=len(parts.val),
+        begin=begin,
+        folder=args.output_dir,
+        resume=args.resume,
+        settings={"config": plan.settings(args), "images": splits.digest()},
+        free=options.FREE_TO_CHANGE,
+    )
+    end_workers(opened)
     devices.restore_rng_state(random_state)  # so that a run given the rate found is this one
     return found
 
 
-class FineTuning(RunState):
-    """One run: the model, its optimizer, its data, and how far it has come.
+# ----------------------------------------------------------------------------------------------------------- training
 
-    A study changes the loss in `loss`, the optimizer in `toolkit.run.optim.build_optimizer` and the augmentation in
-    `toolkit.images.transforms.train_transform`, and nothing else.
+
+def train(run: "FineTuning", after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
+    """Train the remaining epochs of a run; after each, write its files and call `after_epoch`.
+
+    Raises:
+        Collapsed: the training has collapsed `guard.RETREATS` times and does so again.
+        Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+    """
+    args = run.args
+    run.save_start()
+    with run.saved_when_stopped():
+        while len(run.history) < args.epochs:
+            epoch = len(run.history) + 1
+            progress = run.begin_epoch()
+            verdict = Keep()
+            unread: list[training.StepFigures] = []
+            run.model.train()
+            with progress.timed(), runs.epoch_bar(epoch, args.epochs, len(run.splits.train), progress.images) as bar:
+                for step in run.loaders.steps(epoch, progress.steps):
+                    run.optimizer.zero_grad(set_to_none=True)
+                    sums = []  # of loss, loss without label smoothing, and right answers, over the images of each batch
+                    for number, (images, labels) in enumerate(step.batches, 1):
+                        images, labels = run.task.mix(devices.to_device(images, run.device), labels)
+                        labels = devices.to_device(labels, run.device)
+                        with run.exchanging(is_last=number == step.number):
+                            with devices.autocast(run.device, run.dtype), saved_in(args.activation_precision):
+                                logits = run.parallel(images)  # (N, outputs)
+                            loss = run.task.loss(logits.float(), labels)
+                            # Gradients are averaged over processes; it is their sum that belongs to all the images.
+                            run.scaler.scale(loss * (distributed.world_size() / step.images)).backward()
+                        sums.append(torch.stack([loss.detach(), *run.task.progress(logits.detach().float(), labels)]))
+                    if args.clip_grad_norm is not None:
+                        run.scaler.unscale_(run.optimizer)
+                        nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_grad_norm)
+                    if optim.stepped(run.scaler, run.optimizer):
+                        run.schedule.step()
+
+                    unread.append(training.StepFigures(step.images, sums))
+                    if len(unread) == run.steps_read_together or step.is_last:
+                        verdict = run.note_steps(unread, bar)
+                        if isinstance(verdict, GoBack) or run.stop.is_due:
+                            break
+
+                if isinstance(verdict, Keep):
+                    run.stop.check()
+                    trained = run.evaluate_watched()
+                    verdict = run.guard.after_epoch(trained, trained, divisor=1)
+                while isinstance(verdict, ShrinkTo):
+                    kept = run.evaluate_watched(verdict.divisor)
+                    verdict = run.guard.after_epoch(trained, kept, verdict.divisor)
+                if isinstance(verdict, Keep):
+                    result = run.validate()
+            match verdict:
+                case Keep():
+                    run.end_epoch(trained, result)
+                    if after_epoch is not None:
+                        after_epoch(run)
+                case GoBack(why):
+                    run.go_back(why)
+
+
+def finish(run: "FineTuning") -> dict[str, Any]:
+    """Calibrate the adapter that is kept, evaluate it once more, and write and print the results."""
+    manager = LoRAManager(run.model)
+    path = run.path("lora.pth")
+    kept = {"epoch": len(run.history)}
+    with run.kept_weights():
+        if run.args.keep_best:
+            kept = manager.load_lora_checkpoint(path)
+        if run.calibrate(kept.get("temperature", 1.0)) and distributed.is_main():
+            manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
+        result = run.evaluate(run.loaders.val)
+    if not distributed.is_main():
+        return {}
+    return reports.write_finetuning(run, result, kept["epoch"], count_parameters(run.model))
+
+
+class FineTuning(RunState):
+    """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
+
+    A study changes the loss in `toolkit.answers.tasks`, the optimizer and the schedule in `toolkit.run.optim`, and the
+    augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
+
+    Args:
+        args: the options.
+        plan: what is settled beside them.
+        model: see `build_model`, on its device.
+        report: what `build_model` says of it.
+        splits: the training and the evaluation images.
+        opened: a list to which all loaders are added, so that their processes can be ended.
+        cached: `loaders.images` of another run on the same splits, with what is cached of them.
+        is_trial: a search for a learning rate asks only how good it becomes: it writes nothing and never goes back.
     """
 
     def __init__(
-        self, args, model: nn.Module, report, splits: Splits, device, dtype, loaders, cached: Splits | None = None
+        self,
+        args: FineTuneOptions,
+        plan: Plan,
+        model: nn.Module,
+        report: dict[str, Any],
+        splits: Splits,
+        opened: list[DataLoader],
+        cached: Splits | None = None,
+        is_trial: bool = False,
     ):
-        super().__init__(args, device, dtype)
-        self.model, self.report, self.splits = model, report, splits
-        self.network = model  # what computes on what the feed has: images, or features that are cached of them
-        self.feed = Feed(args, splits, report["image_size"], device, loaders, self.meter, cached)
+        super().__init__(args, plan.device, plan.dtype)
+        self.model = model
+        self.network = model  # what computes on what the loaders have: images, or features that are cached of them
+        self.report = report
+        self.splits = splits
+        self.is_trial = is_trial
+        self.loaders = Loaders(
+            args, cached or splits, report["image_size"], plan.normalization, plan.device, opened, self.meter
+        )
         if args.cache_features != "none":
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
-                self.feed.cache_features(lower, dtype)
+                self.loaders.cache_features(lower, plan.dtype)
         norms_train = evaluation.batch_norm_trains(model)
-        self.feed.add_loaders(norms_train)
-        follow_statistics(self.network, self.feed.followed_batches(), required=args.norms == "follow")
-        if args.norms == "auto" and any(followers(model)):
-            args.norms = "follow"  # what config.yaml is to say, since `auto` is another thing on a GPU
-        self.task = tasks.task_of_run(args, splits, device)
+        self.loaders.open(norms_train)
+        self.plan = self._let_norms_follow(plan)
+        self.task = tasks.task_of_run(args, splits, plan.device)
 
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
-        optimizer = optim.build_optimizer(model, args, self.adapter_lr_factor)
-        steps_per_epoch = math.ceil(len(self.feed.train_loader) / args.accumulation_steps)
-        warmup, divisor = optim.plan_rates(args, steps_per_epoch)
-        self.begin_training(self.network, optimizer, steps_per_epoch, warmup, divisor)
-
+        self._begin_training()
         self.head_temperature = HeadTemperature()
-        self.average = optim.WeightAverage.of(model, args, self.task.counts(splits.train))
-        self.evaluator = Evaluator(self.network, self.feed, self.average, self.task, device, dtype, write_statistics)
-        self.guard = CollapseGuard(self.task, splits.train, self.feed.watched, norms_train or not args.freeze_backbone)
-        self.recovery = Recovery(self.guard, args.learning_rate / divisor)
+        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.counts(splits.train)))
+        self.guard = Guard(
+            self.task,
+            splits.train,
+            self.loaders.watched_images,
+            all_train=norms_train or not args.freeze_backbone,
+            may_shrink=args.wise_ft == "auto" and self.wise_ft.alpha < 1,
+        )
+        self.last_good: dict[str, Any] | None = None  # None: the present state is good, or no epoch has begun
+        self._name_state()
 
-        self.identity |= {"config": config.resolved_config(make_parser(), args), "images": splits.digest()}
-        self.identity |= {"class_names": list(splits.class_names), "base": getattr(model, "base_digests", {})}
-        weights = Part(lambda: trained_state(model), lambda state: model.load_state_dict(state, strict=False))
-        self.trained_parts |= {"model": weights, "average": Part.of(self.average)}
-        self.other_parts |= {
-            **self.recovery.parts(),
-            "head_temperature": Part.attribute(self, "head_temperature", tuple, lambda of: HeadTemperature(*of)),
-            "faster": Part.attribute(self, "adapter_lr_factor"),
+    def _let_norms_follow(self, plan: Plan) -> Plan:
+        """Let BatchNorms follow the adapters where that is possible and not refused."""
+        if plan.norms not in ("auto", "follow") or not self.args.freeze_backbone:
+            return plan
+        follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
+        if any(followers(self.model)):
+            return replace(plan, norms="follow")  # what files are to say, since `auto` is another thing on a GPU
+        return plan
+
+    def _begin_training(self) -> None:
+        args = self.args
+        steps = self.loaders.steps_per_epoch
+        divisor = optim.run_divisor(args, self.plan.learning_rate, steps)
+        self.first_rate = self.plan.learning_rate / divisor  # the peak rate before any collapse
+        network = self.network
+        if args.compile:
+            network = devices.compiled(network, self.device, args.accumulation_steps)
+        optimizer = optim.build_optimizer(
+            self.model, self.plan.learning_rate, self.adapter_lr_factor, args.weight_decay
+        )
+        warmup = optim.warmup_steps(args.warmup_epochs, steps, steps * args.epochs)
+        self.begin_training(network, optimizer, steps, warmup)
+        optim.lower_rates(self.schedule, divisor)
+        self.steps_read_together = training.STEPS_READ_TOGETHER.get(self.device.type, 1)
+
+    def _name_state(self) -> None:
+        """Name what training changes, what else a resumed run needs, and by what it is known again."""
+        self.trained_entries |= {
+            "model": StateEntry(
+                save=lambda: trained_state(self.model),
+                load=lambda state: self.model.load_state_dict(state, strict=False),
+            ),
+            "wise_ft": StateEntry.of(self.wise_ft),
+        }
+        self.other_entries |= {
+            "guard": StateEntry.of(self.guard),
+            "good": StateEntry.attribute(self, "last_good"),
+            "head_temperature": StateEntry(
+                save=lambda: tuple(self.head_temperature),
+                load=lambda state: setattr(self, "head_temperature", HeadTemperature(*state)),
+            ),
+            "adapter_lr_factor": StateEntry.attribute(self, "adapter_lr_factor"),
+        }
+        self.identity |= {
+            "config": self.plan.settings(self.args),
+            "images": self.splits.digest(),
+            "class_names": list(self.splits.class_names),
+            "base": getattr(self.model, "base_digests", {}),
         }
 
+    # How it starts
+
     def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Start the head from what the backbone knows, then the adapters. Takes and returns `Feed.features`."""
-        features = features or self.feed.features(self.network, self.dtype)
-        clusters = self.feed.bank().clusters()
+        """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
+        if features is None:
+            features = self.loaders.features(self.network, self.dtype)
+        clusters = self.loaders.probe_images.clusters()
         self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args, clusters)
-        if self.evaluator.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
-            trained_on = self.feed.features(self.network, self.dtype)
+        if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
+            trained_on = self.loaders.features(self.network, self.dtype)
             _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
-        self.task.soften_head(self.model, self.temperature())
+        self.task.soften_head(self.model, self.temperature)
         self.start_adapters()
         return features
 
     def start_adapters(self) -> None:
         """Start the adapters at the gradient of the first images, and remember this start."""
-
-        def backward() -> None:
-            factor = 1 / initialization.GRADIENT_IMAGES if self.scaler.is_enabled() else 1.0  # lest float16 overflow
-            for micro_batches in self.feed.first_steps(initialization.GRADIENT_IMAGES):
-                self.backward(micro_batches, factor)
-
         if self.args.lora_init == "gradient":
             with evaluation.eval_mode(self.model):  # no dropout; BatchNorm's statistics stay
-                initialization.start_at_gradient(self.model, backward, self.args.seed)
-        self.average.begin()
+                initialization.start_at_gradient(self.model, self._first_backward, self.args.seed)
+        self.wise_ft.begin()
         # The batches' losses first: what they leave of a BatchNorm's statistics is not the start's.
-        self.guard.begin(self.evaluator.worst_batch_loss(), self.evaluator.watch())
+        worst_loss = self.worst_batch_loss()
+        self.guard.note_start(worst_loss, self.evaluate_watched())
 
+    def _first_backward(self) -> None:
+        """Add up the gradients of the loss, summed over the first images."""
+        images_at_once = initialization.GRADIENT_IMAGES
+        factor = 1 / images_at_once if self.scaler.is_enabled() else 1.0  # lest float16 overflow
+        for step in self.loaders.first_steps(images_at_once):
+            for number, (images, labels) in enumerate(step.batches, 1):
+                images, labels = self.task.mix(devices.to_device(images, self.device), labels)
+                with self.exchanging(is_last=number == step.number):
+                    with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
+                        logits = self.parallel(images)
+                    loss = self.task.loss(logits.float(), devices.to_device(labels, self.device))
+                    self.scaler.scale(loss * factor).backward()
+
+    def go_on_from(self, path: Path) -> None:
+        """Go on with the run that wrote this `last.pth`: see `RunState.resume`."""
+        if self.args.keep_best and path.resolve().parent != self.args.output_dir.resolve():
+            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
+        free = options.FREE_TO_CHANGE
+        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            free = (*free, "finetune.norms")
+        self.resume(path, free)
+
+    # Its rates
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate, which each collapse lowers."""
+        return self.first_rate / self.guard.rate_divisor
+
+    @property
+    def adapter_rate(self) -> float | None:
+        """The adapters' peak learning rate; None without adapters."""
+        return self.rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+
+    @property
     def temperature(self) -> float:
         """What the head's logits are divided by at the start, at the present learning rate."""
-        return self.head_temperature.at(self.recovery.rate * self.adapter_lr_factor)
+        return self.head_temperature.at(self.rate * self.adapter_lr_factor)
 
-    def train(self, after_epoch: Callable[["FineTuning"], None] | None = None) -> None:
-        """Train the remaining epochs; after each, write its files and call `after_epoch`.
+    # What `train` calls
 
-        Raises:
-            Collapsed: the training has collapsed `collapse.RETREATS` times and does so again.
-            Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
-        """
+    def save_start(self) -> None:
+        """Write what makes the run resumable, however soon it is killed."""
+        if self.is_trial:
+            return
         self.save_config()
-        self.save_state() if self.progress else self.save()  # however soon the run is killed, it can be resumed
-        with self.saved_when_stopped():
-            while len(self.history) < self.args.epochs:
-                try:
-                    self.train_epoch()
-                except EpochCollapsed as why:
-                    self.retreat(str(why) or "training collapsed")
-                    continue
-                reports.tell_epoch(self.task, self.history, self.args, self.average)
-                self.save()
-                if after_epoch is not None:
-                    after_epoch(self)
-
-    def train_epoch(self) -> None:
-        """Train what is left of the epoch, and evaluate it. Raises EpochCollapsed if the training collapses."""
-        epoch = len(self.history) + 1
         if self.progress is None:
-            factor = self.schedule.lr_lambdas[0](self.schedule.last_epoch)
-            self.progress = training.Progress(self.recovery.rate * factor)
-            best_file = self.path("lora.pth") if self.args.keep_best else None
-            self.recovery.begin_epoch(epoch - 1, self.trained, best_file)
-        now = self.progress
-        self.model.train()
-        with now.timed():
-            with runs.epoch_bar(epoch, self.args.epochs, len(self.splits.train), now.images) as bar:
-                batches = self.feed.steps(epoch, now.steps)
-                for micro_batches, (loss, plain, correct) in late.one_step_late(batches, self.step, self.stop):
-                    now.add(micro_batches.images, int(correct), plain)
-                    bar.set_postfix(now.shown() | self.meter.shown(), refresh=False)
-                    bar.update(micro_batches.images)
-                    if epoch == now.steps == 1:
-                        LoRAManager(self.model).tell_unused()
-                    if not math.isfinite(loss) or self.guard.explodes(plain / micro_batches.images):
-                        raise EpochCollapsed
-                self.stop.check()
-            accuracy = self.evaluator.judge(self.guard, may_shrink=self.args.wise_ft == "auto")
-            result = self.evaluator.validate(self.stop.watched)
-        self.recovery.end_epoch(accuracy)  # not before: a stop may interrupt the evaluation
-        rates = optim.own_rates(self.args, now.learning_rate, self.adapter_lr_factor)
-        self.history.append(now.row(epoch, result, rates))
-        self.progress = None
-
-    def step(self, micro_batches: training.MicroBatches) -> late.Figures:
-        """One optimizer step, as if its batches, and those of all processes, were one. Returns what `backward` does."""
-        self.optimizer.zero_grad(set_to_none=True)
-        # The gradients are averaged over the processes; it is their sum that belongs to the whole.
-        figures = self.backward(micro_batches, distributed.world_size() / micro_batches.images)
-        if self.args.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
-        if optim.stepped(self.scaler, self.optimizer):
-            self.schedule.step()
-            self.average.update()
-        return figures
-
-    def backward(self, micro_batches: training.MicroBatches, factor: float) -> late.Figures:
-        """Add up the gradients of the loss times a factor; returns the sums of loss, plain loss and hits, unread."""
-        measured = []
-        for number, (images, labels) in enumerate(micro_batches.batches, 1):
-            images, labels = self.task.mix(devices.to_device(images, self.device), labels)
-            labels = devices.to_device(labels, self.device)
-            is_last = number == micro_batches.number  # only then do the processes exchange gradients
-            with contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel):
-                with devices.autocast(self.device, self.dtype), saved_in(self.args.activation_precision):
-                    logits = self.parallel(images)
-                loss = self.loss(logits.float(), labels)
-                self.scaler.scale(loss * factor).backward()
-            measured.append(torch.stack([loss.detach(), *self.task.progress(logits.detach().float(), labels)]))
-        return late.Figures(measured, self.stop.signum > 0)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised, summed over images: for classes the cross-entropy; see `toolkit.answers.tasks`."""
-        return self.task.loss(logits, labels)
-
-    def retreat(self, why: str) -> None:
-        """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
-        epoch, rate, temperature = len(self.history) + 1, self.recovery.rate, self.temperature()
-        good = self.recovery.go_back(self.history, self.progress.seconds, self.path("lora.pth"))
-        self.restore(good["state"])
-        self.history, self.progress = self.history[: good["epochs"]], None
-        if self.recovery.has_failed:
             self.save()
-            raise collapse.Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), self.finish())
-        optim.lower_rates(self.schedule, collapse.RETREAT_FACTOR)
+        else:
+            self.save_state()
+
+    def saved_when_stopped(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.is_trial else super().saved_when_stopped()
+
+    def begin_epoch(self) -> training.Progress:
+        """The progress of the epoch that begins or goes on. Remembers the present state if it is good."""
+        if self.progress is None:
+            self.progress = training.Progress(self.rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch))
+            if self.guard.is_recoverable and not self.is_trial:
+                self.last_good = copy_to_cpu(
+                    {"epochs": len(self.history), "state": self.trained(), "best": self._best_adapter()}
+                )
+        return self.progress
+
+    def _best_adapter(self) -> dict[str, Any] | None:
+        """The best adapter so far, with --keep-best: an epoch that is undone later may replace it."""
+        path = self.path("lora.pth")
+        if not self.args.keep_best or not path.exists() or not distributed.is_main():
+            return None
+        return read_checkpoint(path)
+
+    def exchanging(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Within this block of the last batch of a step, backward averages the gradients over the processes."""
+        return contextlib.nullcontext() if is_last else distributed.not_yet_averaged(self.parallel)
+
+    def note_steps(self, unread: list[training.StepFigures], bar: tqdm) -> Keep | GoBack:
+        """Count steps, show them, and ask the guard about each."""
+        for images, (loss, plain, correct) in training.read_figures(unread, self.stop):
+            self.progress.add(images, int(correct), plain)
+            bar.set_postfix(self.progress.shown() | self.meter.shown(), refresh=False)
+            bar.update(images)
+            if not self.history and self.progress.steps == 1:
+                LoRAManager(self.model).tell_unused()
+            self.guard.note_step(plain / images if math.isfinite(loss) else loss)
+            verdict = self.guard.after_step()
+            if isinstance(verdict, GoBack):
+                return verdict
+        return Keep()
+
+    def end_epoch(self, trained: tasks.Answers, result: tasks.Answers) -> None:
+        """Note an epoch that stays, print it, and write its files.
+
+        Args:
+            trained: the answers for the guard's images with all of the trained change.
+            result: those for the evaluation images.
+        """
+        divisor = self.wise_ft.alpha / self.wise_ft.share if self.wise_ft.share else math.inf
+        self.guard.note_epoch(trained, divisor)
+        if self.guard.is_recoverable:
+            self.last_good = None
+        now = self.progress
+        row = {"epoch": len(self.history) + 1, "train_loss": now.loss, "val_loss": result.loss}
+        row |= {f"val_{name}": value for name, value in result.measured().items()}
+        row["learning_rate"] = now.learning_rate
+        row["adapter_learning_rate"] = now.learning_rate * self.adapter_lr_factor if self.args.lora_rank > 0 else None
+        row["seconds"] = now.seconds
+        self.history.append(row)
+        self.progress = None
+        if not self.is_trial:
+            print(reports.describe_epoch(self))
+            self.save()
+
+    def go_back(self, why: str) -> None:
+        """Go back to the last good state and lower the learning rate. Raises Collapsed after RETREATS times."""
+        epoch = len(self.history) + 1
+        rate = self.rate
+        temperature = self.temperature
+        if self.is_trial:
+            raise Collapsed(epoch, rate, 0, self.path("lora.pth"), {})
+        good = self.last_good
+        self.last_good = None
+        if good["best"] is not None and distributed.is_main():
+            save_atomically(good["best"], self.path("lora.pth"))
+        undone = sum(row["seconds"] for row in self.history[good["epochs"] :]) + self.progress.seconds
+        self.guard.note_retreat(epoch, rate, good["epochs"], undone)
+        self.restore(good["state"])
+        self.history = self.history[: good["epochs"]]
+        self.progress = None
+        if self.guard.has_failed:
+            self.save()
+            raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
+        optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
-            self.task.soften_head(self.model, self.temperature() / temperature)
+            self.task.soften_head(self.model, self.temperature / temperature)
             self.start_adapters()
         self.save()
-        done, rate = len(self.history), self.recovery.rate
-        print(f"epoch {epoch}: {why}; back to epoch {done}, learning rate {rate:.1e}")
+        print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
 
     def save(self) -> None:
         """Write the files of a finished epoch; with --keep-best `lora.pth` stays that of a better one."""
         path = self.path("lora.pth")
         is_best = training.last_is_best(self.history, self.task.best_by.get(self.args.keep_best)) or not path.exists()
         if is_best and distributed.is_main():
-            with self.average.in_place():
+            with self.wise_ft.in_place():
                 LoRAManager(self.model).save_lora_checkpoint(path, reports.adapter_metadata(self))
         # In this order: a run killed between the two files repeats the epoch and writes the same lora.pth again.
         self.save_state()
         self.save_metrics(training.metrics_columns(self.task.measured))
 
-    def finish(self) -> dict[str, Any]:
-        """Evaluate the adapter once more, and write and print the results."""
-        kept, optimism = {"epoch": len(self.history)}, self.head_temperature.optimism
-        with self.evaluator.averaged():
-            if self.args.keep_best:
-                kept = LoRAManager(self.model).load_lora_checkpoint(self.path("lora.pth"))
-            if self.evaluator.calibrate(self.model, optimism, kept.get("temperature", 1.0)) and distributed.is_main():
-                about = read_adapter_file(self.path("lora.pth"))["metadata"] | self.task.chosen()
-                LoRAManager(self.model).save_lora_checkpoint(self.path("lora.pth"), about)
-            result = self.evaluator.evaluate(self.feed.val_loader)
-        counts = count_parameters(self.model)
-        return reports.write_finetuning(self, result, kept["epoch"], counts) if distributed.is_main() else {}
+    # What is evaluated, with which weights
 
+    @contextlib.contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """Within this block the model has the weights that are saved, and BatchNorm statistics for them."""
+        with self.wise_ft.in_place():
+            self.estimate_statistics()
+            yield
 
-def evaluate_adapter(
-    args: argparse.Namespace, base: Path | None, device: torch.device, dtype: torch.dtype, loaders: list[DataLoader]
-) -> dict[str, Any]:
-    """`--eval-only`: the accuracy of an adapter file on the evaluation images. Writes nothing."""
-    model, info = load_finetuned(args.eval_only, base, args.stage1_adapter)
-    task = tasks.from_record(info.get("task"), info["class_names"], args.eval_only)
-    sources = options.image_sources(args, info["transform"].bands) | {"task": task.kind}
-    splits = load_splits(args.dataset, args.data_dir, args.eval_split, **sources)
-    if splits.class_names != info["class_names"]:
-        raise InputError(
-            f"{args.eval_only} knows the classes {listed(info['class_names'], 12)}, the data has "
-            f"{listed(splits.class_names, 12)}: give its --data-dir or --dataset, or its config.yaml as --config"
-        )
-    training.check_processes(len(splits.val))
-    if args.arithmetic == "int8":
-        multiply_in_8_bits(model, dtype)
-    images = Transformed(splits.val, info["transform"])
-    loaders.append(build_loader(images, args.batch_size, workers=args.workers, device=device))
-    result = task.evaluate(devices.place(model, device), loaders[-1], device, dtype)
-    print(f"{args.eval_only}: {headline(task, result)}, loss {result.loss:.4f}")
-    return {f"val_{task.score}": result.score, "val_loss": result.loss}
+    def estimate_statistics(self) -> bool:
+        """Give BatchNorms that train or follow adapters the statistics for the present weights. Does any train?"""
+        write_statistics(self.network)
+        if self.loaders.statistics is None:
+            return False
+        evaluation.estimate_statistics(self.network, self.loaders.statistics, self.device, self.dtype)
+        return True
+
+    def evaluate(self, batches: Iterable) -> tasks.Answers:
+        """Evaluate batches with the weights that the model has now."""
+        return self.task.evaluate(self.network, batches, self.device, self.dtype)
+
+    def evaluate_watched(self, divisor: float = 1) -> tasks.Answers:
+        """Evaluate the guard's training images, in the same views each time, with a part of the trained change.
+
+        Args:
+            divisor: of `wise_ft.alpha`; infinite: nothing of the change.
+        """
+        self.wise_ft.share = self.wise_ft.alpha / divisor
+        with self.kept_weights():
+            return self.evaluate(self.loaders.watched)
+
+    def validate(self) -> tasks.Answers:
+        """Evaluate the evaluation images. A stop request ends it between two batches."""
+        with self.kept_weights():
+            return self.evaluate(self.stop.watched(self.loaders.val))
+
+    def worst_batch_loss(self) -> float | None:
+        """The highest loss of a batch of the guard's images; None if no BatchNorm makes losses depend on the batch."""
+        if self.loaders.statistics is None:
+            return None
+        loss = self.task.plain_loss
+        return evaluation.worst_batch_loss(self.network, self.loaders.watched, self.device, self.dtype, loss)
+
+    def calibrate(self, divided_by: float = 1.0) -> bool:
+        """Make the probabilities believable, by training images: divide the head's outputs by a temperature.
+
+        For several labels it also chooses the thresholds above which they are answers. False where there is nothing
+        to do: for numbers, and for classes if the head did not start as a probe.
+
+        Args:
+            divided_by: the temperature of an earlier calibration, which is undone first.
+        """
+        optimism = self.head_temperature.optimism
+        if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
+            return False
+        self.task.soften_head(self.model, 1 / divided_by)
+        outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+        self.task.calibrate(outputs, targets, optimism)
+        self.task.soften_head(self.model, self.task.temperature)
+        return True
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from toolkit.run.collapse import Collapsed
 from tqdm import tqdm
 
 import finetune_lora
@@ -41,7 +42,6 @@ from lora.adapted import choose_layers
 from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.models.backbones import head_name
-from toolkit.run.collapse import Collapsed
 from toolkit.run.runs import run_script
 
 PROBE = ["--lora-rank", "0"]

@@ -26,6 +26,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from toolkit.run.collapse import Collapsed
 from tqdm import tqdm
 
 import deploy_lora
@@ -35,7 +36,6 @@ from benchmarks.quality import METHODS, Log, Run, quiet
 from toolkit import InputError, listed
 from toolkit.images import transforms
 from toolkit.images.lists import read_list
-from toolkit.run.collapse import Collapsed
 from toolkit.run.runs import run_script
 
 GROUPS = {

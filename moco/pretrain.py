@@ -15,16 +15,19 @@ Every option is a flag and a key of the configuration file, whose sections are t
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
 from lora.fusion import fuse
@@ -32,19 +35,29 @@ from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
 from toolkit import InputError, config, devices, distributed
 from toolkit.answers import evaluation, measures
-from toolkit.config import non_negative_float, non_negative_int, positive_float, positive_int
+from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
 from toolkit.models.norms import share_statistics
-from toolkit.run import late, optim, options, output_folder, reports, runs, training
-from toolkit.run.run_state import Part, RunState
+from toolkit.run import optim, options, output_folder, reports, runs, training
+from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
+from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
-FREE_TO_CHANGE = {"config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"}
-FREE_TO_CHANGE |= {"tensorboard", "checkpoint"}  # a digest catches another base
-FREE_TO_CHANGE |= set(options.PLACES_OF_IMAGES)
+FREE_TO_CHANGE = {
+    "config",
+    "output_dir",
+    "resume",
+    "device",
+    "workers",
+    "knn_every",
+    "knn_dir",
+    "save_every",
+    "checkpoint",  # a digest catches another base
+    *options.PLACES_OF_IMAGES,
+}
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
@@ -52,6 +65,111 @@ KNN_BANK, KNN_QUERIES = 50_000, 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
 MEASURED_IMAGES = 2_048  # the images on which alignment, uniformity and effective rank are measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRunOptions(RunOptions):
+    """What is for the command line only."""
+
+    output_dir: Path = option(Path("checkpoints/pretrain"), "folder for all results", type=Path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions(ShapeOptions):
+    """Section `model`."""
+
+    arch: str = option("vit_mini", choices=ARCHS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoOptions(AdapterOptions):
+    """Section `moco`."""
+
+    checkpoint: Path | None = option(
+        None, "go on with this backbone, projector and predictor", type=checkpoints.checkpoint_path
+    )
+    lora_rank: int = option(0, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
+    moco_version: int | None = option(None, "default: the checkpoint's, else 3", type=int, choices=(1, 2, 3))
+    epochs: int = option(100, type=positive_int)
+    batch_size: int = option(256, "of all processes together", type=positive_int)
+    optimizer: str = option("adamw", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, type=positive_float, flags=("--lr",))
+    weight_decay: float = option(0.1, type=non_negative_float)
+    schedule: str = option("cosine", choices=optim.SCHEDULES)
+    warmup_epochs: int = option(0, type=non_negative_int)
+    precision: str = option("auto", choices=devices.PRECISIONS)
+    momentum: float = option(0.99, "m; v3 raises it to 1 along a cosine", type=fraction)
+    temperature: float = option(0.2, "T", type=positive_float)
+    dim: int | None = option(None, "width of queries and keys; default: the checkpoint's, else 256", type=positive_int)
+    mlp_dim: int | None = option(
+        None, "v3: hidden width of projector and predictor; the checkpoint's, else 4096", type=positive_int
+    )
+    queue_size: int = option(65536, "v1, v2: K", type=positive_int)
+    two_crops: str = option("moco_v3", "how the views are made", choices=transforms.TWO_CROPS)
+    crop_min: float = option(0.2, "smallest share of the area in a crop", type=fraction)
+    seed: int = option(0, type=non_negative_int)
+    knn_every: int = option(10, "epochs between k-NN accuracies", type=positive_int)
+    knn_dir: Path | None = option(None, "class folders to measure it on, if the images have no labels", type=Path)
+    save_every: int = option(20, "epochs between checkpoints", type=positive_int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(PretrainRunOptions, BackboneOptions, ImageOptions, MoCoOptions):
+    """All options of stage 1."""
+
+
+SECTIONS = {"run": PretrainRunOptions, "model": BackboneOptions, "data": ImageOptions, "moco": MoCoOptions}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m moco.pretrain",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=config.HelpFormatter,
+    )
+    for title, section in SECTIONS.items():
+        config.add_section(parser, title, section)
+    return parser
+
+
+def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
+    """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
+    args, sources = config.parse_args(make_parser(), argv, check=complete, ignored=options.OF_FINE_TUNING)
+    return config.frozen(PretrainOptions, args), sources
+
+
+def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
+    typed = config.typed_options(make_parser(), args, sources)
+    problems = options.complete_data(args, sources)
+    options.complete_adapters(args)
+    options.complete_resume(args)
+    problems += runs.environment_problems(args, written(args))
+    if args.knn_dir and not os.path.isdir(args.knn_dir):
+        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
+    problems += options.adapter_problems(args, typed)
+    if "crop_min" in typed and args.two_crops == "digits":
+        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
+    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
+        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
+    if args.checkpoint is None and args.lora_rank > 0:
+        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
+    if args.checkpoint is not None and sources["arch"] == "default":
+        args.arch = None  # what the checkpoint says
+    if args.warmup_epochs > args.epochs:
+        problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
+    return problems
+
+
+def written(args: Any) -> list[str]:
+    """The names of the files that a run writes to --output-dir; of the checkpoints, those that exist already."""
+    names = list(Pretraining.FILES)
+    for path in args.output_dir.glob("moco_stage1_epoch_*.pth"):
+        number = path.stem.rpartition("_")[2]
+        if number.isdecimal() and int(number) <= args.epochs:
+            names.append(path.name)
+    return names
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -63,150 +181,96 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         measures of a checkpoint before any step. Then `epochs`, `seconds`, `images_per_second`, `waiting_share`,
         `peak_memory_bytes`, and the paths `checkpoint` (with adapters, of `moco_lora.pth`) and `metrics`.
     """
-    args, _ = config.parse_args(make_parser(), argv, check=complete)
+    args, _ = read_options(argv)
     device = devices.select_device(args.device)
     dtype = devices.select_precision(args.precision, device)
     distributed.join(device)
     devices.seed_everything(args.seed)
-    held = output_folder.held(args.output_dir, "moco.pretrain", list(written(args)), args.resume)
+    held = output_folder.held(args.output_dir, "moco.pretrain", written(args), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
         loaders += run.loaders()
         if args.resume:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
-            print(run.origin)
+            print(run.report["origin"])
         unlabelled = "" if run.knn_loaders else " without labels"
         print(f"data: {len(run.loader.dataset):,} images{unlabelled}")
-        print(f"model: {args.arch}, MoCo v{args.moco_version}")
+        print(f"model: {run.args.arch}, MoCo v{run.args.moco_version}")
         print(devices.describe_device(device, dtype))
-        if args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
+        if run.args.moco_version != 3 and args.queue_size > len(run.loader.dataset):
             print(
                 f"--queue-size {args.queue_size} is more than there are images: it holds an image's own older keys too"
             )
         begin()  # an earlier run's checkpoints stay if this run does not write them
-        run.train()
+        train(run)
         if distributed.is_main():
             write_text(json.dumps(run.results(), indent=2, default=str), run.path("results.json"))
             reports.plot_pretraining(run.history, run.path("pretraining_curves.png"))
         return run.results()
 
 
-def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    typed = config.typed_options(make_parser(), args, sources)
-    problems = options.complete_data_options(args, sources)
-    options.complete_adapter_options(args)
-    if args.resume == Path():  # the flag alone
-        args.resume = args.output_dir / "last.pth"
-    problems += runs.environment_problems(args, written(args))
-    if args.knn_dir and not os.path.isdir(args.knn_dir):
-        problems.append(f"--knn-dir {args.knn_dir}: no such folder")
-    problems += options.adapter_problems(args, typed)
-    if "crop_min" in typed and args.two_crops == "digits":
-        problems.append("--crop-min with --two-crops digits, which crops nothing: drop one of the two")
-    if args.checkpoint is not None and not os.path.exists(args.checkpoint):
-        problems.append(f"--checkpoint {args.checkpoint}: file not found; give the path of an existing checkpoint")
-    if args.checkpoint is None and args.lora_rank > 0:
-        problems.append(f"--lora-rank {args.lora_rank} without --checkpoint: give the pretrained weights to adapt")
-    if args.checkpoint is None:
-        args.moco_version = args.moco_version or 3
-    elif sources["arch"] == "default":
-        args.arch = None  # what the checkpoint says
-    if args.warmup_epochs > args.epochs:
-        problems.append(f"--warmup-epochs {args.warmup_epochs} is more than --epochs {args.epochs}; lower it")
-    return problems
+def train(run: "Pretraining") -> None:
+    """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
 
+    Raises:
+        Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
+    """
+    args = run.args
+    run.begin()
+    with run.saved_when_stopped():
+        while run.epoch < args.epochs:
+            progress = run.begin_epoch()
+            unread: list[training.StepFigures] = []
+            run.model.train()
+            with progress.timed(), run.bar() as bar:
+                for number, (views, _) in enumerate(bar, run.global_steps):
+                    x1, x2 = (devices.to_device(view, run.device) for view in views)  # two views, (N, 3, S, S) each
+                    m = run.model.momentum(number / run.total_steps)
+                    with devices.autocast(run.device, run.dtype):
+                        loss = run.parallel(x1, x2, m)
+                    run.optimizer.zero_grad()
+                    run.scaler.scale(loss).backward()
+                    rate = run.schedule.get_last_lr()[0]
+                    if optim.stepped(run.scaler, run.optimizer):
+                        run.schedule.step()
 
-def written(args: argparse.Namespace) -> Iterator[str]:
-    """The names of the files that a run writes to --output-dir; of the checkpoints, those that exist already."""
-    yield from Pretraining.FILES
-    for path in args.output_dir.glob("moco_stage1_epoch_*.pth"):
-        number = path.stem.rpartition("_")[2]
-        if number.isdecimal() and int(number) <= args.epochs:
-            yield path.name
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.pretrain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=config.HelpFormatter,
-    )
-    options.add_run_options(parser, output_dir=Path("checkpoints/pretrain"))
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", choices=ARCHS, default="vit_mini")
-    options.add_shape_options(model)
-    model.add_argument("--image-size", type=positive_int, help="pixels; default: what the arch was made for")
-    options.add_data_options(parser)
-    moco = parser.add_argument_group("moco")
-    moco.add_argument(
-        "--checkpoint", type=checkpoints.checkpoint_path, help="go on with this backbone, projector and predictor"
-    )
-    options.add_adapter_options(moco, rank=0)
-    moco.add_argument("--moco-version", type=int, choices=(1, 2, 3), help="default: the checkpoint's, else 3")
-    moco.add_argument("--epochs", type=positive_int, default=100)
-    moco.add_argument("--batch-size", type=positive_int, default=256, help="of all processes together")
-    moco.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    moco.add_argument("--learning-rate", "--lr", type=positive_float, default=1e-3)
-    moco.add_argument("--weight-decay", type=non_negative_float, default=0.1)
-    moco.add_argument("--schedule", choices=optim.SCHEDULES, default="cosine")
-    moco.add_argument("--warmup-epochs", type=non_negative_int, default=0)
-    moco.add_argument("--precision", choices=devices.PRECISIONS, default="auto")
-    moco.add_argument("--momentum", type=config.fraction, default=0.99, help="m; v3 raises it to 1 along a cosine")
-    moco.add_argument("--temperature", type=positive_float, default=0.2, help="T")
-    moco.add_argument("--dim", type=positive_int, help="width of queries and keys; default: the checkpoint's, else 256")
-    moco.add_argument(
-        "--mlp-dim", type=positive_int, help="v3: hidden width of projector and predictor; the checkpoint's, else 4096"
-    )
-    moco.add_argument("--queue-size", type=positive_int, default=65536, help="v1, v2: K")
-    moco.add_argument("--two-crops", choices=transforms.TWO_CROPS, default="moco_v3", help="how the views are made")
-    moco.add_argument("--crop-min", type=config.fraction, default=0.2, help="smallest share of the area in a crop")
-    moco.add_argument("--seed", type=non_negative_int, default=0)
-    moco.add_argument("--knn-every", type=positive_int, default=10, help="epochs between k-NN accuracies")
-    moco.add_argument("--knn-dir", type=Path, help="class folders to measure it on, if the images have no labels")
-    moco.add_argument("--save-every", type=positive_int, default=20, help="epochs between checkpoints")
-    return parser
+                    unread.append(training.StepFigures(args.batch_size, [loss.detach()[None]]))
+                    is_last = number + 1 == (run.epoch + 1) * run.steps_per_epoch
+                    if len(unread) == run.steps_read_together or is_last:
+                        run.note_steps(unread, rate, bar)
+                        if run.stop.is_due:
+                            break
+                run.stop.check()
+            run.end_epoch()
+    if distributed.is_main():
+        run.path("last.pth").unlink(missing_ok=True)
 
 
 class Pretraining(RunState):
-    """A run of stage 1: the model, its optimizer, its data and its progress."""
+    """A run of stage 1: the model, its optimizer, its data and its progress. `train` is its loop."""
 
-    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png", "tensorboard")
+    FILES = ("moco_lora.pth", "last.pth", "metrics.csv", "results.json", "pretraining_curves.png")
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args: PretrainOptions, device: torch.device, dtype: torch.dtype):
+        model, args, self.report = build_model(args, device)
+        values = options.known_image_values(args, args.checkpoint)
+        args = replace(args, **{name: getattr(values, name) for name in options.IMAGE_VALUES})
         super().__init__(args, device, dtype)
-        self.model, self.origin = build_model(args, device)
-        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, device)
+        self.model = model
+        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, values, device)
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
         base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
         steps = len(self.loader)
-        self.begin_training(self.model, build_optimizer(self.model, args), steps, args.warmup_epochs * steps)
-        self.trained_parts["model"] = Part(self.model_state, self.restore_model)
-        images = self.loader.dataset.dataset.digest
-        self.identity |= {"images": images, "base": base}
+        warmup = args.warmup_epochs * steps
+        self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup, args.schedule)
+        self.total_steps = args.epochs * steps
+        self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
+        self.trained_entries["model"] = StateEntry(self.model_state, self.restore_model)
+        self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base}
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
-
-    def train(self) -> None:
-        """Train the remaining epochs. Until the last one ends, `last.pth` has the state to resume.
-
-        Raises:
-            Stopped: after Ctrl-C or SIGTERM, when the step is done and `last.pth` is written.
-        """
-        if self.args.checkpoint and self.baseline is None:
-            self.baseline = self.measure()
-            print(f"before training: {describe_measures(self.baseline)}")
-        if self.global_steps == 0:
-            self.save_state()  # from here on the run can be resumed whenever it is killed
-        with self.saved_when_stopped():
-            while self.epoch < self.args.epochs:
-                self.train_epoch()
-                self.finish_epoch()
-        if distributed.is_main():
-            self.path("last.pth").unlink(missing_ok=True)
 
     @property
     def epoch(self) -> int:
@@ -217,63 +281,59 @@ class Pretraining(RunState):
     def global_steps(self) -> int:
         return self.epoch * self.steps_per_epoch + (self.progress.steps if self.progress else 0)
 
-    def train_epoch(self) -> None:
-        """Train the rest of a pass over the images, and add a row to the history."""
-        epoch = self.epoch + 1
+    def begin(self) -> None:
+        """Measure a checkpoint before training, and make the run resumable, however soon it is killed."""
+        if self.args.checkpoint and self.baseline is None:
+            self.baseline = self.measure()
+            print(f"before training: {describe_measures(self.baseline)}")
+        if self.global_steps == 0:
+            self.save_state()
+
+    def begin_epoch(self) -> training.Progress:
+        """The progress of the epoch that begins or goes on."""
         if self.progress is None:
             self.progress = training.Progress(self.schedule.get_last_lr()[0])
-        now = self.progress
         self.loader.batch_sampler.epoch = self.epoch
-        self.loader.batch_sampler.start = now.steps
-        self.model.train()
-        title = f"epoch {epoch}/{self.args.epochs}"
-        counts = {"initial": now.steps, "total": self.steps_per_epoch}
-        with now.timed(), runs.progress_bar(self.meter.watched(self.loader), title, **counts) as bar:
-            numbered = enumerate((views for views, _ in bar), self.global_steps)
-            batches = ((number, self.schedule.get_last_lr()[0], views) for number, views in numbered)
-            for (number, rate, _), (loss,) in late.one_step_late(batches, self.step, self.stop):
-                loss /= distributed.world_size()
-                if not math.isfinite(loss):  # what was saved before is sound
-                    raise InputError(
-                        f"the loss is {loss} at epoch {epoch}, step {number}, learning rate {rate:.2e}: "
-                        "lower --learning-rate, warm up longer or use --precision fp32"
-                    )
-                now.add(self.args.batch_size, 0, loss)
-                speed = self.meter.results()["images_per_second"]
-                shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
-                bar.set_postfix(shown | self.meter.shown(), refresh=False)
-            self.stop.check()
-        row = {"epoch": epoch, "loss": now.loss_sum / now.steps, "learning_rate": now.learning_rate}
-        row["seconds"] = now.seconds
-        self.history.append({name: row.get(name) for name in METRICS})
+        self.loader.batch_sampler.start = self.progress.steps
+        return self.progress
+
+    def bar(self) -> tqdm:
+        """The progress bar of the epoch, over its batches."""
+        title = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        batches = self.meter.watched(self.loader)
+        return runs.progress_bar(batches, title, initial=self.progress.steps, total=self.steps_per_epoch)
+
+    def note_steps(self, unread: list[training.StepFigures], rate: float, bar: tqdm) -> None:
+        """Count steps and show them. Raises InputError for a loss that is not finite."""
+        for images, (loss,) in training.read_figures(unread, self.stop):
+            loss /= distributed.world_size()
+            if not math.isfinite(loss):  # what was saved before is sound
+                raise InputError(
+                    f"the loss is {loss} at epoch {self.epoch + 1}, step {self.global_steps}, learning rate "
+                    f"{rate:.2e}: lower --learning-rate, warm up longer or use --precision fp32"
+                )
+            self.progress.add(images, 0, loss)
+            speed = self.meter.results()["images_per_second"]
+            shown = {"loss": f"{loss:.3f}", "img/s": f"{speed:.0f}"}
+            bar.set_postfix(shown | self.meter.shown(), refresh=False)
+
+    def end_epoch(self) -> None:
+        """Add a row to the history, save the files that are due, measure the features if that is due, print a line."""
+        now = self.progress
+        row = dict.fromkeys(METRICS)
+        row |= {"epoch": self.epoch + 1, "loss": now.loss_sum / now.steps}
+        row |= {"learning_rate": now.learning_rate, "seconds": now.seconds}
+        self.history.append(row)
         self.progress = None
-
-    def step(self, batch: tuple[int, float, Sequence[torch.Tensor]]) -> late.Figures:
-        """Take the optimizer step of this number on two views (N, 3, S, S); return the loss, unread."""
-        number, _, views = batch
-        x1, x2 = (devices.to_device(view, self.device) for view in views)
-        m = self.model.momentum(number / (self.args.epochs * len(self.loader)))
-        with devices.autocast(self.device, self.dtype):
-            loss = self.parallel(x1, x2, m)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        if optim.stepped(self.scaler, self.optimizer):
-            self.schedule.step()
-        return late.Figures([loss.detach()[None]], self.stop.signum > 0)
-
-    def finish_epoch(self) -> None:
-        """Save the files that are due, measure the features if that is due, and print a line."""
-        row = self.history[-1]
         is_last = self.epoch == self.args.epochs
         self.save_epoch()  # before measuring, which may run out of memory
         if is_last or self.epoch % self.args.knn_every == 0:
             row |= self.measure()
             self.save_epoch()  # again, with the measures
         self.save_metrics(METRICS)
-        if self.args.tensorboard:
-            reports.log_tensorboard(row, self.args.output_dir)
-        measured = describe_measures(row)
-        figures = f"loss {row['loss']:.3f}" + (f", {measured}" if measured else "")
+        figures = f"loss {row['loss']:.3f}"
+        if measured := describe_measures(row):
+            figures += f", {measured}"
         print(f"epoch {self.epoch}: {figures}; {reports.describe_times(self.history, self.args.epochs)}")
         rank = row.get("effective_rank")
         if rank and rank < COLLAPSED_RANK:
@@ -321,7 +381,10 @@ class Pretraining(RunState):
         if not distributed.is_main():
             return
         metadata = {name: getattr(args, name) for name in ("arch", "image_size", "heads", "moco_version")}
-        metadata |= {name: getattr(args, name) for name in ("channels", "channel_fit") if getattr(args, name)}
+        if args.channels:
+            metadata["channels"] = args.channels
+        if self.report.get("channel_fit"):
+            metadata["channel_fit"] = self.report["channel_fit"]
         metadata |= self.about_images()
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
@@ -352,7 +415,7 @@ class Pretraining(RunState):
         """Write a checkpoint. That of a complete run is half as large: it lacks what only resuming needs."""
         state = self.state()
         if complete:
-            needless = {*self.trained_parts, *self.other_parts} - {"model", "history"}
+            needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
             state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
         if distributed.is_main():
             save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
@@ -370,7 +433,8 @@ class Pretraining(RunState):
         if not {"progress", "images", "history"} <= state.keys():
             raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
         # An option that the run's version did not know has its default; that of alpha follows the rank.
-        then = vars(config.parse_args(make_parser(), [])[0]) | {"lora_alpha": 16.0} | state["config"]
+        then = {field.name: config.stored(field.default) for field in dataclasses.fields(PretrainOptions)}
+        then |= {"lora_alpha": 16.0} | state["config"]
         progress = state["progress"]
         if progress is not None and "steps" not in progress:  # an earlier version wrote it, with an epoch always begun
             steps = state["global_steps"] - state["epoch"] * self.steps_per_epoch
@@ -407,23 +471,19 @@ def describe_measures(row: dict[str, float | None]) -> str:
 
 
 def load_data(
-    args: argparse.Namespace, device: torch.device
+    args: PretrainOptions, known: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
     """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
 
     The third value has the loaders of bank and queries of the k-NN accuracy; it is empty without labels. The fourth
     loads two views of some training images if these have no labels, and is None otherwise.
+
+    Args:
+        known: `options.known_image_values`.
     """
-    images, labelled = load_images(args)
-    if len(images) < args.batch_size:
-        raise InputError(f"--batch-size {args.batch_size}: there are only {len(images)} training images")
-    if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
-        raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
-    if args.moco_version == 3 and args.batch_size == 1:
-        raise InputError("the BatchNorms of MoCo v3's projector need two images: raise --batch-size")
-    if args.batch_size % distributed.world_size():
-        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
-    values = bands.settle(args, args.arch, args.channels or 3, images)
+    images, labelled = load_images(args, known.read)
+    check_batch_size(args, len(images))
+    values = bands.settle(known, args.arch, args.channels or 3, images)
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)
     common = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
     # Without drop_last a small last batch would have few negatives, and BatchNorm little to go by.
@@ -441,20 +501,36 @@ def load_data(
     return values, loader, knn_loaders, data.build_loader(some, **training_views, **at_times)
 
 
-def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
+def check_batch_size(args: PretrainOptions, images: int) -> None:
+    """Raise InputError for a batch that does not go with the images, the queue or the processes."""
+    if images < args.batch_size:
+        raise InputError(f"--batch-size {args.batch_size}: there are only {images} training images")
+    if args.moco_version != 3 and args.queue_size < args.batch_size:  # the version may be the checkpoint's
+        raise InputError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}; raise it")
+    if args.moco_version == 3 and args.batch_size == 1:
+        raise InputError("the BatchNorms of MoCo v3's projector need two images: raise --batch-size")
+    if args.batch_size % distributed.world_size():
+        raise InputError(f"--batch-size {args.batch_size}: not a multiple of the {distributed.world_size()} processes")
+
+
+def load_images(
+    args: PretrainOptions, read: bands.Bands | None
+) -> tuple[data.LabelledImages, tuple[data.LabelledImages, ...]]:
     """The training images; and bank and queries with labels, or an empty tuple if no image has a label.
 
     Bank and queries are parts of the training split: stage 1 never reads the held-out split, not even to measure.
+
+    Args:
+        read: what is read of a user's images.
     """
     is_own = args.dataset == "imagefolder"
-    read = options.bands_read(args)
-    sources = options.image_sources(args, read)
     if args.dataset == data.UNLABELLED_SET or (is_own and not data.has_labels(args.data_dir, args.data_list)):
         if problems := options.unlabelled_problems(args):  # only now it may be known that there are no labels
             raise InputError("\n".join(problems))
         images = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
         labelled = ()
     else:
+        sources = options.image_sources(args, read)
         splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)
         images = splits.train
         labelled = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
@@ -464,42 +540,58 @@ def load_images(args: argparse.Namespace) -> tuple[data.LabelledImages, tuple[da
     return images, labelled
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, str]:
-    """Build MoCo around a new backbone or a checkpoint's; return it and a line on where its weights come from.
+def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
+    """Build MoCo around a new backbone or a checkpoint's.
 
-    Fills in the options that follow from the checkpoint: arch, image size, version and widths.
+    Returns:
+        The model; the options with those that follow from the checkpoint (arch, image size, version and widths); and
+        what `load_backbone` reports, with a line on where the weights come from as `origin`.
     """
-    version, parts = None, {}
+    version = None
+    parts = {}
     if args.checkpoint:
         version, parts = checkpoints.load_contrast(args.checkpoint)
-    args.moco_version = args.moco_version or version or 3
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    args.dim = args.dim or (outputs[-1] if outputs else 256)
     has_hidden_width = len(outputs) > 1 and version == 3
-    args.mlp_dim = args.mlp_dim or (outputs[0] if has_hidden_width else 4096)
-    origin = ""
+    args = replace(
+        args,
+        moco_version=args.moco_version or version or 3,
+        dim=args.dim or (outputs[-1] if outputs else 256),
+        mlp_dim=args.mlp_dim or (outputs[0] if has_hidden_width else 4096),
+    )
+    report: dict[str, Any] = {}
     if args.checkpoint:
-        backbone, report = load_base(args.checkpoint, None, 1, *options.backbone_shape(args))
-        origin = checkpoints.describe_base(report)
-        args.arch = report["arch"]
-        args.image_size = report["image_size"]
-        args.heads = report["heads"] if other_heads(backbone) else None
-        if report["channels"] != 3:
-            args.channels = report["channels"]
-        if args.moco_version == 3 and args.arch.startswith("vit"):  # leave the checkpoint's positions as they are
-            backbone.encoder.pos_embedding.requires_grad_(False)
+        backbone, args, report = backbone_of_checkpoint(args)
     else:
-        args.image_size = args.image_size or default_image_size(args.arch)
+        args = replace(args, image_size=args.image_size or default_image_size(args.arch))
         backbone = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3)
     if args.lora_rank > 0:
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(devices.place(backbone, device), args).to(device)
     fuse(model.encoder_k)  # it gets no gradient
-    return model, origin + "".join(start_from(model, parts))
+    report["origin"] = "".join(
+        [checkpoints.describe_base(report) if args.checkpoint else "", *start_from(model, parts)]
+    )
+    return model, args, report
 
 
-def contrast(backbone: nn.Module, args: argparse.Namespace) -> nn.Module:
+def backbone_of_checkpoint(args: PretrainOptions) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
+    """The backbone of --checkpoint, the options with what it says, and what `load_backbone` reports."""
+    backbone, report = load_base(args.checkpoint, None, 1, **options.backbone_shape(args))
+    args = replace(
+        args,
+        arch=report["arch"],
+        image_size=report["image_size"],
+        heads=report["heads"] if other_heads(backbone) else None,
+        channels=report["channels"] if report["channels"] != 3 else args.channels,
+    )
+    if args.moco_version == 3 and args.arch.startswith("vit"):  # leave the checkpoint's positions as they are
+        backbone.encoder.pos_embedding.requires_grad_(False)
+    return backbone, args, report
+
+
+def contrast(backbone: nn.Module, args: PretrainOptions) -> nn.Module:
     """MoCo in the version asked for. A projector replaces the backbone's classifier head."""
     if args.moco_version == 3:
         return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
@@ -525,7 +617,7 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: PretrainOptions) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if args.optimizer == "adamw":

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from toolkit.run.collapse import Collapsed, CollapseGuard
+from toolkit.run.evaluator import Evaluator
 from torch import nn
 
 from finetune_lora import FineTuning, load_finetuned
@@ -18,8 +20,6 @@ from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
 from toolkit.run import collapse, runs, training
-from toolkit.run.collapse import Collapsed, CollapseGuard
-from toolkit.run.evaluator import Evaluator
 
 CPU = torch.device("cpu")
 

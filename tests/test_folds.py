@@ -7,13 +7,13 @@ import statistics
 from pathlib import Path
 
 import pytest
+from toolkit.run.collapse import Collapsed
 
 import finetune_lora
 from tests.test_splitting import patients
 from toolkit import InputError, config
 from toolkit.images.data import load_splits
 from toolkit.run import folds
-from toolkit.run.collapse import Collapsed
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:

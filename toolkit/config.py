@@ -6,13 +6,14 @@ An argument group titled `model`, `data`, `moco` or `finetune` is the YAML secti
 
 import argparse
 import copy
+import dataclasses
 import math
 import re
 import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,37 @@ import yaml
 from toolkit import InputError, did_you_mean, printable
 from toolkit.files import SHIPPED, stored_path
 
-# One file configures both scripts. Each ignores the section that only the other has. The keys listed here are in
-# sections that both scripts read, but belong to fine-tuning alone: pretraining ignores them.
-SECTIONS = {
-    "model": ("checkpoint", "from_scratch", "stage1_adapter"),
-    "data": (
-        *("task", "unknown", "group_by", "folds", "labels_per_class", "augmentation", "crop_min"),
-        "cache_features",
-    ),
-    "moco": (),
-    "finetune": (),
-}
+SECTIONS = ("model", "data", "moco", "finetune")
 
-# Options of earlier versions, which old configurations may still have.
-REMOVED = {"patch_dropout", "merge_into", "sort_into", "rotation", "shift", "noise"}
-REMOVED |= {"cache_images", "cached_views", "show_bands"}
-REPLACED = {"train_norms": "norms: train", "follow_norms": "norms: follow"}
+# Options of earlier versions, with the value at which each did nothing: an old configuration may have it at that.
+REMOVED = {
+    "patch_dropout": (0, 0.0),
+    "merge_into": (None,),
+    "sort_into": (None,),
+    "rotation": (None,),
+    "shift": (None,),
+    "noise": (None,),
+    "cache_images": ("none",),
+    "cached_views": (None, 4),
+    "show_bands": (None,),
+    "channel_fit": (None, "timm"),
+    "from_scratch": (False,),
+    "crop_min": (0.75,),
+    "alpha_pattern": (None,),
+    "use_rslora": (False,),
+    "head_learning_rate": (None,),
+    "schedule": ("cosine",),
+    "cutmix": (0, 0.0),
+    "ema": (0, 0.0),
+    "base_dtype": ("auto",),
+    "tensorboard": (False,),
+}
+REPLACED = {
+    "train_norms": "norms: train",
+    "follow_norms": "norms: follow",
+    "from_scratch": "checkpoint: none, with an arch",
+    "use_rslora": "lora_alpha: as much times the square root of the rank",
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Option values: argparse `type=` functions, used for flags and YAML values alike
@@ -118,6 +134,48 @@ def boolean(text: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Options as fields of dataclasses
+
+
+def option(default: Any, meaning: str | None = None, *, flags: tuple[str, ...] = (), **how: Any) -> Any:
+    """A field that is an option.
+
+    Args:
+        default: its value when neither file nor command line gives one.
+        meaning: what the help says.
+        flags: names beside `--the-field`.
+        how: what `add_argument` takes beside these, such as `type` and `choices`.
+    """
+    if isinstance(default, bool):
+        how["action"] = argparse.BooleanOptionalAction
+    return dataclasses.field(default=default, metadata={"flags": flags, "help": meaning, **how})
+
+
+def several(default: Any, meaning: str | None = None, **how: Any) -> Any:
+    """A field that is an option with one or more values. Given twice, the values add up."""
+    return option(default, meaning, nargs="+", action="extend", **how)
+
+
+def add_section(parser: argparse.ArgumentParser, title: str, section: type) -> argparse._ArgumentGroup:
+    """Add the fields of a dataclass as a group of options, which is that section of the YAML file too."""
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(section):
+        how = dict(field.metadata)
+        flags = how.pop("flags")
+        group.add_argument(flag(field.name), *flags, default=field.default, **how)
+    return group
+
+
+def frozen(kind: type, values: argparse.Namespace) -> Any:
+    """The options as an object of a dataclass, which nobody changes. A list becomes a tuple."""
+    fields = {}
+    for field in dataclasses.fields(kind):
+        value = getattr(values, field.name)
+        fields[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**fields)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Options: defaults < YAML < command line
 
 
@@ -127,6 +185,7 @@ def parse_args(
     default_config: Path | None = None,
     default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
     check: Callable[[argparse.Namespace, dict[str, str]], Iterable[str]] | None = None,
+    ignored: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
 
@@ -140,6 +199,7 @@ def parse_args(
             `default_config`. None: always.
         check: receives what this function returns, may complete it, and returns what is wrong with the options
             together. An option whose own value is wrong has its default there.
+        ignored: by section, the keys of the file that are options of the other script alone.
 
     Returns:
         The options (`config` is the path of the file used, or None), and the source of every option's value:
@@ -166,12 +226,13 @@ def parse_args(
     elif default_config and (not default_config_applies or default_config_applies(typed)):
         values["config"] = default_config
     if values["config"] is not None:
-        for section, dest, value in _read_config(parser, Path(values["config"]), problems):
+        for section, dest, value in _read_config(parser, Path(values["config"]), problems, ignored or {}):
             take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
         take(dest, value, "command line", actions[dest].option_strings[0])
     args = argparse.Namespace(**values)
-    problems += check(args, sources) if check else []
+    if check is not None:
+        problems += check(args, sources)
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
@@ -213,10 +274,11 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
-        if name in REMOVED:
+        if name.removeprefix("no_") in REPLACED:
+            replacement = REPLACED[name.removeprefix("no_")]
+            problems.append(f"{printable(word)}: the option was replaced; see {replacement} in docs/options.md")
+        elif name.removeprefix("no_") in REMOVED:
             problems.append(f"{printable(word)}: the option was removed; leave it out")
-        elif name in REPLACED:
-            problems.append(f"{printable(word)}: write --{REPLACED[name].replace(':', '')}")
         elif word.startswith("-"):
             problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
         elif not before.startswith("-"):  # a word after an unknown option is most likely its value
@@ -263,7 +325,9 @@ def _load_yaml(path: Path) -> Any:
     raise InputError(f"--config {path}: not valid YAML: {reason}")
 
 
-def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+def _read_config(
+    parser: argparse.ArgumentParser, path: Path, problems: list[str], ignored: Mapping[str, Collection[str]]
+) -> Iterator[tuple[str, str, Any]]:
     """Yields (section, key, value) for every key of the file that is an option of this parser; adds to the problems."""
     try:
         content = _load_yaml(path)
@@ -287,18 +351,18 @@ def _read_config(parser: argparse.ArgumentParser, path: Path, problems: list[str
             for key, value in (entries or {}).items():
                 if key in own[section]:
                     yield section, key, value
-                else:
-                    problems += _key_problems(section, key, own, path)
+                elif key not in ignored.get(section, ()):
+                    problems += _key_problems(section, key, value, own, path)
 
 
-def _key_problems(section: str, key: Any, own: dict[str, list[str]], path: Path) -> list[str]:
-    """What is wrong with a key that is no option of this parser; nothing if it is one of the other script's."""
-    if key in REMOVED:
-        return [f"{section}.{key} was removed; delete the line"]
-    if key in REPLACED:
-        return [f"{section}.{key} was replaced: write {REPLACED[key]}, or norms: frozen"]
-    if key in SECTIONS[section]:
+def _key_problems(section: str, key: Any, value: Any, own: dict[str, list[str]], path: Path) -> list[str]:
+    """What is wrong with a key that is no option; nothing for a former option at a value that did nothing."""
+    if key in REMOVED and value in REMOVED[key]:
         return []
+    if key in REPLACED:
+        return [f"{section}.{key} was replaced: write {REPLACED[key]}, or delete the line"]
+    if key in REMOVED:
+        return [f"{section}.{key} was removed, and {printable(value)} cannot be had any more; delete the line"]
     hint = _right_section(key, own) or _hint(key, own[section])
     return [f"{section}.{printable(key)}: no such key in {path}{hint}"]
 
@@ -415,15 +479,16 @@ def shown_default(default: Any) -> str:
 # The settings of a run
 
 
-def describe_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> str:
+def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[str, str]) -> str:
     """What was typed, what the YAML file changes, and where all settings will be written."""
-
-    def changed(source: str) -> list[str]:
-        names = [name for name, origin in sources.items() if origin == source]
-        return [name for name in names if source != "config" or getattr(args, name) != parser.get_default(name)]
-
-    typed = [_as_typed(name, getattr(args, name)) for name in changed("command line")]
-    configured = [f"{name} {_as_text(getattr(args, name))}" for name in changed("config")]
+    typed = []
+    configured = []
+    for name, source in sources.items():
+        value = getattr(args, name)
+        if source == "command line":
+            typed.append(_as_typed(name, value))
+        elif source == "config" and value != parser.get_default(name):
+            configured.append(f"{name} {_as_text(value)}")
     entries = {
         "command line": " ".join(typed),
         f"{stored(args.config)} changes": ", ".join(configured),
@@ -440,23 +505,22 @@ def _as_typed(name: str, value: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return " ".join(map(_as_text, value))
     return f"{value:g}" if isinstance(value, float) else str(stored(value))
 
 
-def resolved_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The options in the sections of a YAML file that repeats the run."""
-    sections = {}
-    for group in parser._action_groups:
-        if group.title in SECTIONS:
-            sections[group.title] = {a.dest: stored(getattr(args, a.dest)) for a in group._group_actions}
-    return sections
+def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[str, Any]]:
+    """The options in the sections of a YAML file, given by the dataclass of each."""
+    content = {}
+    for title, section in sections.items():
+        content[title] = {field.name: stored(getattr(args, field.name)) for field in dataclasses.fields(section)}
+    return content
 
 
 def stored(value: Any) -> Any:
     """An option's value as a file can hold it."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [stored(item) for item in value]
     return str(stored_path(value)) if isinstance(value, Path) else value
 

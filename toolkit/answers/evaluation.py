@@ -44,22 +44,22 @@ def no_labels(like: Tensor) -> Tensor:
 
 
 class BatchMixing:
-    """torchvision's mixup (arXiv 1710.09412), CutMix (1905.04899), or for each batch one of the two.
+    """torchvision's mixup (arXiv 1710.09412).
 
     Takes images (N, 3, S, S) and labels (N,), and returns mixed images and the shares of the classes, (N, classes).
-    Without either of the two, and for images without labels, it returns what it gets.
+    Without it, and for images without labels, it returns what it gets.
 
     Args:
-        mixup, cutmix: alpha of the Beta distribution that the shares are drawn from; 0: without it.
+        alpha: of the Beta distribution that the shares are drawn from; 0: without it.
     """
 
-    def __init__(self, mixup: float, cutmix: float, classes: int):
-        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
-        chosen = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
-        self.mix = v2.RandomChoice(chosen) if chosen else None
+    def __init__(self, alpha: float, classes: int):
+        self.mix = v2.MixUp(alpha=alpha, num_classes=classes) if alpha > 0 else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (images, labels) if self.mix is None or NO_LABEL in labels else self.mix(images, labels)
+        if self.mix is None or NO_LABEL in labels:
+            return images, labels
+        return self.mix(images, labels)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -285,8 +285,6 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--mean and --std belong together: give both, one number or one for each channel")
     if any(value <= 0 for value in args.std or ()):
         problems.append("--std: a standard deviation is above 0")
-    if args.channel_fit and args.channels is None:
-        problems.append(f"--channel-fit {args.channel_fit} needs --channels, the number to fit the first layer to")
     if args.channels is not None:
         try:
             check_channels(args.channels)

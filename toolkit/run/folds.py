@@ -1,6 +1,5 @@
 """Cross-validation: a run for each part of the images, which trains on the others and is evaluated on this one."""
 
-import argparse
 import json
 import statistics
 import sys
@@ -12,11 +11,13 @@ import yaml
 
 from toolkit import InputError, distributed
 from toolkit.answers.tasks import TASKS, Task, baseline_keys
+from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
 from toolkit.images.splitting import read_folds
 from toolkit.run import output_folder
-from toolkit.run.collapse import Collapsed
-from toolkit.run.options import FREE_TO_CHANGE
+from toolkit.run.guard import Collapsed
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
+from toolkit.run.plan import YAML_SECTIONS
 from toolkit.run.run_state import changed_settings
 
 FOLDER, TABLE, SETTINGS = "folds", "folds.csv", "config.yaml"  # in --output-dir
@@ -26,8 +27,7 @@ def cross_validate(
     run: Callable[[list[str], Callable | None], dict[str, Any]],
     argv: Sequence[str] | None,
     after_epoch: Callable | None,
-    args: argparse.Namespace,
-    settings: dict[str, dict[str, Any]],
+    args: FineTuneOptions,
 ) -> dict[str, Any]:
     """Run each part in turn, in a folder of its own; write and print a table of them, with mean and spread.
 
@@ -38,7 +38,6 @@ def cross_validate(
         argv: its command line, which has `--folds 5`; a part is the same command with `--folds 2/5`.
         after_epoch: what `run` takes beside it.
         args: the options in it.
-        settings: the same as sections of a YAML file.
 
     Returns:
         `folds`: the results of each part; and the mean of their scores, under its name in `results.json`.
@@ -48,6 +47,7 @@ def cross_validate(
     """
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     _, count = read_folds(args.folds)
+    settings = stored_sections(YAML_SECTIONS, args)
     files = output_folder.FINE_TUNING_FILES
     with output_folder.held(args.output_dir, "finetune_lora.py", files, args.resume) as begin:
         if args.resume:
@@ -91,28 +91,34 @@ def _check_settings(path: Path, settings: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def _summed_up(found: Sequence[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[str, Any]:
     """The results of all parts together; writes and prints their table."""
-    score = f"val_{TASKS[args.task].score}"
-    probe = f"{baseline_keys(TASKS[args.task])[1]}_before"
-    rows = [{"part": part, **{name: results[name] for name in (probe, score)}} for part, results in enumerate(found, 1)]
-    mean, spread = {"part": "mean"}, {"part": "spread"}
+    task = TASKS[args.task]
+    score = f"val_{task.score}"
+    probe = f"{baseline_keys(task)[1]}_before"
+    rows = []
+    for part, results in enumerate(found, 1):
+        rows.append({"part": part, "val_images": results["val_images"], probe: results[probe], score: results[score]})
+    mean = {"part": "mean"}
+    spread = {"part": "spread"}
     for name in (probe, score):
         values = [row[name] for row in rows if row[name] is not None]  # a random head has no probe
         mean[name] = statistics.mean(values) if values else None
         spread[name] = statistics.stdev(values) if len(values) > 1 else None
-    images = [results["val_images"] for results in found]
-    for row, number in zip(rows, images, strict=True):
-        row["val_images"] = number
-    write_csv([*rows, mean, spread], ("part", "val_images", probe, score), args.output_dir / TABLE)
-    print(f"\n{_table([*rows, mean, spread], (probe, score), TASKS[args.task])}\n\ntable in {args.output_dir / TABLE}")
+    rows += [mean, spread]
+    write_csv(rows, ("part", "val_images", probe, score), args.output_dir / TABLE)
+    print(f"\n{_table(rows, (probe, score), task)}\n\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}
 
 
 def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], task: type[Task]) -> str:
     factor, unit = task.axis
+    decimals = 2 if unit else 3
     lines = [f"{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}"]
     for row in rows:
-        told = ["" if row[name] is None else f"{factor * row[name]:.{2 if unit else 3}f}" for name in names]
-        lines.append(f"{row['part']:<8}{row.get('val_images', ''):>8}{told[0]:>20}{told[1]:>20}")
+        line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
+        for name in names:
+            shown = "" if row[name] is None else f"{factor * row[name]:.{decimals}f}"
+            line += f"{shown:>20}"
+        lines.append(line)
     return "\n".join(lines)

@@ -1,6 +1,5 @@
-"""AdamW, its rates and their schedule, and the average of the weights."""
+"""AdamW, its rates and their schedule, and the share of the trained change that is kept."""
 
-import argparse
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
@@ -8,40 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from toolkit.models.backbones import in_head
+from toolkit.run.options import TuneOptions
 
 
 def build_optimizer(
-    model: nn.Module, args: argparse.Namespace, adapter_lr_factor: float = 1.0
+    model: nn.Module, rate: float, adapter_lr_factor: float = 1.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW over everything that trains: biases and norms without weight decay, the head at a rate of its own.
+    """AdamW over everything that trains: biases and norms without weight decay.
 
     Args:
-        adapter_lr_factor: what the learning rate of adapters is multiplied by.
+        rate: the learning rate of everything but the adapters.
+        adapter_lr_factor: what the learning rate of the adapters is multiplied by.
     """
-    of_head, of_adapters = own_rates(args, args.learning_rate, adapter_lr_factor)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = of_head if in_head(model, name) else args.learning_rate
-            rate = of_adapters if name.rpartition(".")[2].startswith("lora_") else rate
-            decay = args.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        is_adapter = name.rpartition(".")[2].startswith("lora_")
+        own_rate = rate * adapter_lr_factor if is_adapter else rate
+        decay = weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((own_rate, decay), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
+        [{"params": parameters, "lr": own, "weight_decay": decay} for (own, decay), parameters in groups.items()],
         fused=fused(model),
     )
-
-
-def own_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> tuple[float, float | None]:
-    """The learning rates of the head and of the adapters, if everything else learns at `rate`.
-
-    That of adapters is None where there are none.
-    """
-    of_head = (args.head_learning_rate or args.learning_rate) * (rate / args.learning_rate)
-    return of_head, rate * adapter_lr_factor if args.lora_rank > 0 else None
 
 
 def fused(model: nn.Module) -> bool | None:
@@ -57,11 +47,14 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
     return scaler.get_scale() >= scale
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How much of the trained change is kept
+
 # At this many images per class, half of the trained change is saved. Measured, see benchmarks/RESULTS.md.
 IMAGES_WORTH_THE_START = 5.0
 
 
-def wise_ft_alpha(args: argparse.Namespace, images: Mapping[int, int]) -> float:
+def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
     """The share of the trained change that is evaluated and saved, above 0 and at most 1: `--wise-ft`.
 
     With few images, much of the change fits these images alone. `auto` is m / (m + 5) with m images per class. It is 1
@@ -72,99 +65,68 @@ def wise_ft_alpha(args: argparse.Namespace, images: Mapping[int, int]) -> float:
     """
     if args.wise_ft != "auto":
         return args.wise_ft
+    if args.head_init != "probe" or not args.freeze_backbone:
+        return 1.0
     per_class = sum(images.values()) / len(images)
-    starts_well = args.head_init == "probe" and args.freeze_backbone
-    return per_class / (per_class + IMAGES_WORTH_THE_START) if starts_well else 1.0
+    return per_class / (per_class + IMAGES_WORTH_THE_START)
 
 
-class WeightAverage:
-    """The weights that are evaluated and saved: an average of the trained ones, interpolated with their start.
+class WiseFT:
+    """The weights that are evaluated and saved: ``start + share (trained - start)`` (WiSE-FT, arXiv 2109.01903).
 
-    The average over time is an exponential moving one: in step n it keeps ``min(decay, (1 + n) / (10 + n))`` of itself,
-    so that it soon forgets where a short run began. (The average of the iterates: Polyak and Juditsky, 1992.) PyTorch's
-    `AveragedModel` would copy the frozen base too. What is then taken is ``start + share (average - start)`` (WiSE-FT,
-    arXiv 2109.01903). Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays.
+    Of an adapter this is B, which starts at zero, so that the update shrinks by the share; A stays.
 
     Args:
-        tensors: the model's own, which training changes in place.
-        decay: 0: no average over time; the weights themselves.
-        wise_ft_alpha: the share to begin with, above 0 and at most 1; 1: nothing of the start.
+        model: what trains in it is interpolated. BatchNorm's statistics are left out: they are estimated anew for the
+            weights that are evaluated.
+        alpha: the share to begin with, above 0 and at most 1; 1: nothing of the start.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], decay: float, wise_ft_alpha: float = 1.0):
-        self.tensors = tensors
-        self.decay = decay
-        self.steps = 0
-        self.wise_ft_alpha = self.share = wise_ft_alpha  # the share may be lowered for an epoch
-        self.averages: dict[str, Tensor] = {}  # none before the first step: the head is yet to be started
+    def __init__(self, model: nn.Module, alpha: float):
+        self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A"):
+                self.weights[name] = parameter.detach()
+        self.alpha = alpha
+        self.share = alpha  # may be lowered for an epoch
         self.start: dict[str, Tensor] = {}
-
-    @classmethod
-    def of(cls, model: nn.Module, args: argparse.Namespace, images: Mapping[int, int]) -> "WeightAverage":
-        """The average that the options ask for, over everything that trains; `images`: the number of each class."""
-        # BatchNorm's statistics are left out: they are estimated anew for the weights that are evaluated.
-        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        return cls(trained, args.ema, wise_ft_alpha(args, images))
 
     def begin(self) -> None:
         """Remember the present weights as the start of training."""
-        if self.share < 1:
-            floats = ((n, t) for n, t in self._floats(self.tensors) if not n.rpartition(".")[2].startswith("lora_A"))
-            self.start = {name: tensor.detach().clone() for name, tensor in floats}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Add the weights after an optimizer step to the average."""
-        if not self.decay:
-            return
-        self.steps += 1
-        if not self.averages:
-            self.averages = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        floats = [(average, self.tensors[name]) for name, average in self._floats(self.averages)]
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        get_ema_multi_avg_fn(decay)(*map(list, zip(*floats, strict=True)), None)
-
-    @staticmethod
-    def _floats(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point())
+        if self.alpha < 1:
+            self.start = {name: weight.clone() for name, weight in self.weights.items()}
 
     @contextlib.contextmanager
+    @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """Within this block the model has the averages in place of its weights."""
-        trained = {name: self.tensors[name].detach().clone() for name in (self.averages or self.start)}
+        """Within this block the model has the weights that are saved in place of those that train."""
+        trained = {name: self.weights[name].clone() for name in self.start}
         try:
-            with torch.no_grad():
-                for name in trained:
-                    self.tensors[name].copy_(self.averages.get(name, trained[name]))
-                for name, start in self.start.items():
-                    self.tensors[name].copy_(torch.lerp(start, self.tensors[name], self.share))
+            for name, start in self.start.items():
+                self.weights[name].copy_(torch.lerp(start, trained[name], self.share))
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in trained.items():
-                    self.tensors[name].copy_(tensor)
+            for name, weight in trained.items():
+                self.weights[name].copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "share": self.share, "averages": self.averages, "start": self.start}
+        return {"share": self.share, "start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo everything since `state_dict()` returned this."""
-        self.steps, self.share = state["steps"], state["share"]
-        for kind in ("averages", "start"):
-            setattr(self, kind, {name: tensor.clone().to(self.tensors[name]) for name, tensor in state[kind].items()})
+        self.share = state["share"]
+        self.start = {name: start.clone().to(self.weights[name]) for name, start in state["start"].items()}
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The learning rate
 
 SCHEDULES = ("cosine", "step", "constant")
-
-
 # A run of this many steps trains at the given learning rate, a shorter one at a lower rate, hardly above SAFE_RATE.
 # Measured, see benchmarks/RESULTS.md.
-STEPS_TO_TRAIN, SAFE_RATE = 200, 1e-4
-
-
+STEPS_TO_TRAIN = 200
+SAFE_RATE = 1e-4
 COUNTED_EPOCHS = 5  # for each step of an epoch, at most: more passes over few images learn what fits these alone
-
-
 LEAST_WARMUP_STEPS = 20
 
 
@@ -175,7 +137,17 @@ def rate_divisor(rate: float, steps: int) -> float:
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
     share = (steps / STEPS_TO_TRAIN) ** 1.5
-    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share)) if share < 1 else 1.0
+    if share >= 1:
+        return 1.0
+    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
+
+
+def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
+    """The divisor of a run's learning rate."""
+    if args.head_init != "probe":
+        return 1.0
+    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
+    return rate_divisor(rate, counted)
 
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
@@ -183,13 +155,6 @@ def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     if epochs == 0:
         return 0
     return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
-
-
-def plan_rates(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, float]:
-    """The number of warm-up steps of a run, and the divisor of its learning rates."""
-    counted = steps_per_epoch * min(args.epochs, COUNTED_EPOCHS * steps_per_epoch)
-    divisor = rate_divisor(args.learning_rate, counted) if args.head_init == "probe" else 1.0
-    return warmup_steps(args.warmup_epochs, steps_per_epoch, steps_per_epoch * args.epochs), divisor
 
 
 def lr_schedule(
@@ -209,7 +174,8 @@ def lr_schedule(
             return 1.0
         if schedule == "step":
             return 0.1 ** sum(step >= share * total_steps for share in (0.6, 0.8))
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))))
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

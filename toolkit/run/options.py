@@ -1,15 +1,17 @@
-"""The options of both scripts: flag and YAML key, type and default of each, and what goes together."""
+"""The options of both scripts: flag and YAML key, type and default of each, and what goes together.
+
+A class is a section of the YAML file and a field is an option; `toolkit.config` makes the parser from them. Options are
+read once, completed, checked together, and then frozen: what a run settles later is in its `Plan`.
+"""
 
 import argparse
 import contextlib
+import dataclasses
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from toolkit import InputError
 from toolkit.answers.tasks import TASKS
@@ -21,178 +23,289 @@ from toolkit.config import (
     fraction,
     non_negative_float,
     non_negative_int,
+    option,
     or_auto,
     positive_float,
     positive_int,
     positive_share,
     read_pattern,
+    several,
     worker_count,
 )
 from toolkit.devices import ARITHMETICS, PRECISIONS
-from toolkit.files import found_path, read_checkpoint
+from toolkit.files import SHIPPED, found_path, read_checkpoint
 from toolkit.images import bands, splitting
 from toolkit.images.cache import CACHES
 from toolkit.images.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
 from toolkit.images.families import FAMILIES, take_known_values
 from toolkit.images.lists import UNKNOWN
-from toolkit.images.transforms import AUGMENTATIONS, CROP_MIN
+from toolkit.images.transforms import AUGMENTATIONS
 from toolkit.models.backbones import ARCHS, TIMM
 from toolkit.models.checkpoints import (
-    CHANNEL_FITS,
     OFFICIAL_CHECKPOINTS,
     checkpoint_path,
     find_images,
     is_none,
     option_problems,
 )
-from toolkit.run.optim import SCHEDULES
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The options that both scripts have, and those of fine-tuning
+NORMS = ("auto", "frozen", "follow", "train")
+CHECKPOINTING = ("never", "none", "selective", "full")
+BEST_BY = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.best_by))
 
 # The options of fine-tuning that people need: `--help` and README show them, in this order.
-NEEDED = ("data_dir", "checkpoint", "output_dir", "epochs", "learning_rate", "lora_rank", "lora_alpha", "batch_size")
-NEEDED += ("use_qlora", "precision", "augmentation", "class_weights", "norms", "adapt_last", "resume")
+NEEDED = (
+    "data_dir",
+    "checkpoint",
+    "output_dir",
+    "epochs",
+    "learning_rate",
+    "lora_rank",
+    "lora_alpha",
+    "batch_size",
+    "use_qlora",
+    "precision",
+    "augmentation",
+    "class_weights",
+    "norms",
+    "adapt_last",
+    "resume",
+)
+
+SAVES_MEMORY = (
+    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT), "
+    "--use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The options, by section
 
 
-def add_run_options(parser: argparse.ArgumentParser, output_dir: Path) -> argparse._ArgumentGroup:
-    """Add the group `run`, which is for the command line only."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--config", type=Path, help="YAML file with values for the options below")
-    run.add_argument("--output-dir", type=Path, default=output_dir, help="folder for all results")
-    run.add_argument(
-        "--resume",
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What is for the command line only."""
+
+    config: Path | None = option(None, "YAML file with values for the options below", type=Path)
+    output_dir: Path = option(Path("checkpoints/lora"), "folder for all results", type=Path)
+    resume: Path | None = option(
+        None,
+        "go on with the stopped run in --output-dir, or with the one whose last.pth is given",
         type=Path,
         nargs="?",
         const=Path(),
-        help="go on with the stopped run in --output-dir, or with the one whose last.pth is given",
     )
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    run.add_argument("--tensorboard", action="store_true", help="log each epoch for TensorBoard as well")
-    return run
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the group and YAML section `data`."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=DATASETS, help="default: imagefolder if you name images of your own, else digits"
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """What describes a backbone beside its arch."""
+
+    heads: int | None = option(None, "attention heads of a ViT; default: as its layout implies", type=positive_int)
+    channels: int | None = option(
+        None,
+        "channels of the images; default: the checkpoint's, else 3. Its first layer is fitted to others",
+        type=positive_int,
     )
-    group.add_argument(
-        "--data-dir", type=Path, help="folder with train/ and val/, or a folder per class; default: digits"
-    )
-    group.add_argument("--val-dir", type=Path, help="evaluation images, if not in --data-dir: one folder per class")
-    group.add_argument(
-        "--data-list",
-        type=Path,
-        nargs="+",
-        action="extend",
-        help="list of `path,label` lines, or two: for training and for evaluation",
-    )
-    group.add_argument(
-        "--eval-split",
-        choices=EVAL_SPLITS,
-        default="held-out",
-        help="where the evaluation images come from; validation: a part of the training images, to choose settings",
-    )
-    group.add_argument(
-        "--skip-unreadable",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="leave out, and list, images that cannot be read",
-    )
-    group.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-    _add_band_options(group)
-    return group
+    image_size: int | None = option(None, "pixels; default: what the backbone was made for", type=positive_int)
 
 
-def _add_band_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say what the values of images mean that are not RGB photographs: see `images.bands`."""
-    several = {"nargs": "+", "action": "extend"}
-    group.add_argument("--bands", **several, help="bands to read from a file, as 4,3,2; 0: zeros (default: all)")
-    group.add_argument("--scale", type=positive_float, help="divisor of the files' values, as 10000")
-    group.add_argument(
-        "--mean",
-        type=any_float,
-        **several,
-        help="mean of each channel, or one for all, after --scale; default: the backbone's",
-    )
-    group.add_argument("--std", type=any_float, **several, help="standard deviations, given like --mean")
-    known = ("data", *FAMILIES)
-    group.add_argument(
-        "--normalise", choices=known, help="data: mean and std measured on training images; or a known family's"
-    )
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ShapeOptions):
+    """Section `model`."""
 
-
-def add_training_data_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options of the group `data` that only fine-tuning has."""
-    group.add_argument(
-        "--task",
-        choices=tuple(TASKS),
-        default="classification",
-        help="one class an image; multilabel: several labels; regression: numbers; the last two in --data-list",
-    )
-    group.add_argument(
-        "--unknown", choices=UNKNOWN, default="ignore", help="what an unknown label counts as, with --task multilabel"
-    )
-    group.add_argument(
-        "--group-by", help="a list's column, or a folder's level, that names the patient or field: none is on two sides"
-    )
-    group.add_argument(
-        "--folds", type=folds, help="cross-validate over so many parts, a run for each; 2/5: that of the second of five"
-    )
-    group.add_argument("--labels-per-class", type=positive_int, help="train on only so many images of each class")
-    group.add_argument(
-        "--augmentation", choices=AUGMENTATIONS, default="crop", help="crop, trivial: photographs; affine: digits; none"
-    )
-    group.add_argument("--crop-min", type=fraction, default=CROP_MIN, help="smallest share of an image in a crop")
-    group.add_argument(
-        "--cache-features",
-        choices=CACHES,
-        default="none",
-        help="run the frozen blocks below --adapt-last only once per image and view",
-    )
-
-
-def add_model_options(parser: argparse.ArgumentParser, checkpoint: Path) -> argparse._ArgumentGroup:
-    """Add the group and YAML section `model`; `checkpoint` is the default of that option."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--checkpoint",
+    checkpoint: Path = option(
+        SHIPPED,
+        "file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
         type=checkpoint_path,
-        default=checkpoint,
-        help="file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
     )
-    archs = ",".join((*ARCHS, f"{TIMM}NAME"))  # `option_problems` checks it
-    group.add_argument("--arch", metavar=f"{{{archs}}}", help="architecture, or timm:NAME; default: the checkpoint's")
-    add_shape_options(group)
-    group.add_argument("--image-size", type=positive_int, help="pixels; default: what the backbone was made for")
-    group.add_argument("--stage1-adapter", type=Path, help="moco_lora.pth of moco.pretrain, merged into the checkpoint")
-    group.add_argument(
-        "--from-scratch",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="random weights in the checkpoint's architecture",
+    arch: str | None = option(
+        None,
+        "architecture, or timm:NAME; default: the checkpoint's",
+        metavar=f"{{{','.join((*ARCHS, f'{TIMM}NAME'))}}}",  # `option_problems` checks it
     )
-    return group
+    stage1_adapter: Path | None = option(None, "moco_lora.pth of moco.pretrain, merged into the checkpoint", type=Path)
 
 
-def add_shape_options(group: argparse._ArgumentGroup) -> None:
-    """Add the options that describe a backbone beside its arch."""
-    group.add_argument("--heads", type=positive_int, help="attention heads of a ViT; default: as its layout implies")
-    group.add_argument(
-        "--channels", type=positive_int, help="channels of the images; default: the checkpoint's, else 3"
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
+
+    dataset: str | None = option(
+        None, "default: imagefolder if you name images of your own, else digits", choices=DATASETS
     )
-    group.add_argument("--channel-fit", choices=CHANNEL_FITS, help="fit the first layer to other --channels")
+    data_dir: Path | None = option(
+        None, "folder with train/ and val/, or a folder per class; default: digits", type=Path
+    )
+    val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
+    data_list: tuple[Path, ...] | None = several(
+        None, "list of `path,label` lines, or two: for training and for evaluation", type=Path
+    )
+    eval_split: str = option(
+        "held-out",
+        "where the evaluation images come from; validation: a part of the training images, to choose settings",
+        choices=EVAL_SPLITS,
+    )
+    skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
+    workers: int | str = option("auto", "processes that load images", type=worker_count)
+    bands: tuple[str, ...] | None = several(None, "bands to read from a file, as 4,3,2; 0: zeros (default: all)")
+    scale: float | None = option(None, "divisor of the files' values, as 10000", type=positive_float)
+    mean: tuple[float, ...] | None = several(
+        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
+    )
+    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
+    normalise: str | None = option(
+        None,
+        "data: mean and std measured on training images; or a known family's",
+        choices=("data", *FAMILIES),
+    )
 
 
-def backbone_shape(args: argparse.Namespace) -> tuple:
-    """The arguments of `load_backbone` from `arch` on. Random weights fit any number of channels."""
-    fit = "timm" if getattr(args, "from_scratch", False) else args.channel_fit
-    return args.arch, args.image_size, args.heads, args.channels, fit
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ImageOptions):
+    """Section `data`."""
+
+    task: str = option(
+        "classification",
+        "one class an image; multilabel: several labels; regression: numbers; the last two in --data-list",
+        choices=tuple(TASKS),
+    )
+    unknown: str = option("ignore", "what an unknown label counts as, with --task multilabel", choices=UNKNOWN)
+    group_by: str | None = option(
+        None, "a list's column, or a folder's level, that names the patient or field: none is on two sides"
+    )
+    folds: str | None = option(
+        None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=folds
+    )
+    labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
+    augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
+    cache_features: str = option(
+        "none", "run the frozen blocks below --adapt-last only once per image and view", choices=CACHES
+    )
 
 
-def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What both scripts ask of adapters, each in its own section and with its own default rank."""
+
+    lora_rank: int = option(8, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
+    lora_alpha: float | None = option(
+        None, "the update is scaled by alpha / r; default: 2 r", type=positive_float, flags=("--alpha",)
+    )
+    lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=fraction)
+    use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
+    rank_pattern: tuple[str, ...] | None = several(None, "other ranks, as layer4=16", type=by_layer(positive_int))
+    target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
+    exclude_modules: tuple[str, ...] | None = several(None, "layers to leave alone")
+    adapt_last: int | None = option(
+        None, "only so many last blocks (ViT) or stages (ResNet); default: all", type=positive_int
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(AdapterOptions):
+    """Section `finetune`."""
+
+    freeze_backbone: bool = option(True, "train adapters and head alone")
+    norms: str = option(
+        "auto",
+        "follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
+        choices=NORMS,
+    )
+    learning_rate: float | str = option(
+        1e-4,
+        "AdamW's peak rate; adapters that start at the gradient use 24 times it; auto: search",
+        type=or_auto(positive_float),
+        flags=("--lr",),
+    )
+    head_init: str = option("probe", "how the classifier head starts", choices=("probe", "random"))
+    lora_init: str | None = option(
+        None,
+        "how A starts (default: at the loss's gradient; at random if the head does)",
+        choices=("gradient", "random"),
+    )
+    class_weights: str = option("none", "balanced: rare classes count more", choices=("none", "balanced"))
+    epochs: int = option(10, "passes over the training images", type=positive_int)
+    batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
+    accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
+    weight_decay: float = option(0.01, "weight decay of AdamW", type=non_negative_float)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=non_negative_float)
+    label_smoothing: float = option(0.0, "label smoothing factor", type=fraction)
+    mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=non_negative_float)
+    wise_ft: float | str = option(
+        "auto",
+        "share of the trained change that is saved; auto: grows with the images per class",
+        type=or_auto(positive_share),
+    )
+    keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
+    clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
+    precision: str = option(
+        "auto",
+        "of products and of frozen weights; auto: bf16 or fp16 on CUDA, else fp32",
+        choices=PRECISIONS,
+    )
+    arithmetic: str = option(
+        "float",
+        "int8: multiply by frozen weights of linear layers and attention in 8 bits; for a ViT in fp32 on a CPU",
+        choices=ARITHMETICS,
+    )
+    gradient_checkpointing: str = option(
+        "none",
+        "what backward computes again. never (a ViT): nothing; none: LayerNorm, GELU; selective (a ViT): attention "
+        "too; full: blocks",
+        choices=CHECKPOINTING,
+    )
+    activation_precision: int = option(
+        32,
+        "bits of the activations saved for backward; 16: half the bytes, rounded gradients",
+        type=int,
+        choices=(32, 16),
+    )
+    compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
+    seed: int = option(0, "seed of all random numbers", type=non_negative_int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions(RunOptions, ModelOptions, DataOptions, TuneOptions):
+    """All options of a fine-tuning run."""
+
+
+FINE_TUNING_SECTIONS = {"run": RunOptions, "model": ModelOptions, "data": DataOptions, "finetune": TuneOptions}
+
+
+def own_fields(kind: type, shared: type) -> frozenset[str]:
+    """The options of a section that are not those of the class which it extends."""
+    return frozenset(field.name for field in dataclasses.fields(kind)) - {
+        field.name for field in dataclasses.fields(shared)
+    }
+
+
+# Keys of sections that both scripts read, but which are fine-tuning's alone: pretraining ignores them.
+OF_FINE_TUNING = {
+    "model": own_fields(ModelOptions, ShapeOptions) - {"arch"},
+    "data": own_fields(DataOptions, ImageOptions),
+}
+
+PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # of what a run reads
+
+# These may differ when a run is resumed: the digest of the images catches a changed data set.
+PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
+# These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
+FREE_TO_CHANGE = (
+    "model.checkpoint",
+    "model.stage1_adapter",
+    "data.workers",
+    "data.data_dir",
+    "data.val_dir",
+    "data.data_list",
+    "data.skip_unreadable",
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What follows from options, before they are frozen. These functions fill in what argparse has read.
+
+
+def complete_data(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in the default data set, and resolve the paths of a configuration.
 
     Returns what is wrong with the options of the images together, one line each.
@@ -204,8 +317,14 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
         found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
         setattr(args, name, found)
     if args.dataset is None:
-        args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
+        names_images = args.data_dir or args.data_list or args.val_dir
+        args.dataset = "imagefolder" if names_images else "digits"
     args.bands = bands.split_names(args.bands)
+    return data_problems(args)
+
+
+def data_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of the images together, one line each."""
     problems = bands.option_problems(args)
     if args.val_dir and args.data_list:
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
@@ -220,114 +339,53 @@ def complete_data_options(args: argparse.Namespace, sources: dict[str, str]) -> 
     return problems
 
 
-def unlabelled_problems(args: argparse.Namespace) -> list[str]:
+def unlabelled_problems(args: Any) -> list[str]:
     """The options that images without labels have no use for, one line each."""
-    needless = {"--val-dir": args.val_dir, "a second --data-list": args.data_list and len(args.data_list) > 1}
-    return [
-        f"{name} with images without labels: they are not evaluated on; drop it" for name in needless if needless[name]
-    ]
+    needless = []
+    if args.val_dir:
+        needless.append("--val-dir")
+    if args.data_list and len(args.data_list) > 1:
+        needless.append("a second --data-list")
+    return [f"{name} with images without labels: they are not evaluated on; drop it" for name in needless]
 
 
-PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # of what a run reads
-
-# These may differ when a run is resumed: the digest of the images catches a changed data set.
-PLACES_OF_IMAGES = ("data_dir", "val_dir", "data_list", "skip_unreadable")
-# These options of fine-tuning, as `section.key`, may differ too: they do not change what is computed.
-FREE_TO_CHANGE = (
-    *("model.checkpoint", "model.stage1_adapter", "data.workers"),
-    *(f"data.{name}" for name in PLACES_OF_IMAGES),
-)
-
-
-def free_to_change(model: nn.Module) -> tuple[str, ...]:
-    """The settings in which a run of this model may go on otherwise: without a BatchNorm what becomes of them too."""
-    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
-    return FREE_TO_CHANGE if has_norms else (*FREE_TO_CHANGE, "finetune.norms")
-
-
-def image_sources(args: argparse.Namespace, read: bands.Bands | None = None) -> dict[str, Any]:
-    """The keyword arguments of `data.load_splits`: where a user's images are, and what is read of them."""
-    names = (
-        "val_dir",
-        "data_list",
-        "skip_unreadable",
-        "task",
-        "unknown",
-        "group_by",
-        "folds",
-    )  # pretraining lacks four
-    return {name: value for name, value in vars(args).items() if name in names} | {"bands": read}
-
-
-def all_folds(args: argparse.Namespace) -> bool:
-    """Are all parts of a cross-validation asked for, and not one?"""
-    return args.folds is not None and splitting.read_folds(args.folds)[0] is None
-
-
-def bands_read(args: argparse.Namespace) -> bands.Bands | None:
-    """The bands that are read from a user's images: as many as the first layer takes. None: they are RGB photographs.
-
-    Fills in scale, mean and std of the pretraining if they are known: see `take_known_values`.
-    """
-    channels = 3
-    metadata: dict[str, Any] = {}
-    file = args.checkpoint
-    with contextlib.suppress(InputError):  # reported when the backbone is built
-        if args.checkpoint is not None:
-            channels, metadata = find_images(args.checkpoint, args.arch)
-        if (adapter := getattr(args, "stage1_adapter", None)) is not None:
-            content = read_checkpoint(adapter)
-            about = content.get("metadata") if isinstance(content, dict) else None
-            if isinstance(about, dict) and "mean" in about:
-                metadata, file = about, adapter
-    channels = args.channels or channels
-    take_known_values(args, channels, metadata, file)
-    return bands.bands_of(args, channels)
-
-
-def add_adapter_options(group: argparse._ArgumentGroup, rank: int) -> None:
-    """Add the options of the adapters. Both scripts have them, each in its own group and with its own default rank."""
-    switch = argparse.BooleanOptionalAction
-    group.add_argument(
-        "--lora-rank", "--rank", type=non_negative_int, default=rank, help="width of adapters, r; 0: none"
-    )
-    group.add_argument(
-        "--lora-alpha",
-        "--alpha",
-        type=positive_float,
-        help="the update is scaled by alpha / r; default: 2 r",
-    )
-    group.add_argument("--lora-dropout", type=fraction, default=0.0, help="dropout probability on the adapters' input")
-    group.add_argument("--use-rslora", action=switch, default=False, help="scale by alpha / sqrt(r)")
-    group.add_argument("--use-qlora", "--qlora", action=switch, default=False, help="frozen weights in 4 bits")
-    group.add_argument(
-        "--rank-pattern", type=by_layer(positive_int), nargs="+", action="extend", help="other ranks, as layer4=16"
-    )
-    group.add_argument(
-        "--target-modules", nargs="+", action="extend", help="layers to adapt: names, suffixes or regular expressions"
-    )
-    group.add_argument("--exclude-modules", nargs="+", action="extend", help="layers to leave alone")
-    group.add_argument(
-        "--adapt-last", type=positive_int, help="only so many last blocks (ViT) or stages (ResNet); default: all"
-    )
-
-
-def complete_adapter_options(args: argparse.Namespace) -> None:
+def complete_adapters(args: argparse.Namespace) -> None:
     """Fill in alpha, by default twice the rank; without adapters, that of the usual rank, 8."""
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
 
 
-def lora_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
-    if args.lora_rank == 0:
-        return {}
-    names = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_qlora", "use_rslora", "adapt_last")
-    settings = {name: getattr(args, name) for name in names}
-    return {"r": args.lora_rank, **settings, "rank_pattern": read_pattern(args.rank_pattern)}
+def complete_fine_tuning(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+    """Fill in the options that follow from others; return the problems with the data options, one line each."""
+    problems = complete_data(args, sources)
+    if sources["checkpoint"] == "default" and args.dataset != "digits":
+        images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
+        problems.append(
+            f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
+            f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
+        )
+    complete_adapters(args)
+    if is_none(args.checkpoint):
+        args.head_init = "random"  # there is nothing yet that a probe could find
+    if args.lora_init is None:  # over a random head the gradient is random too
+        args.lora_init = "gradient" if args.head_init == "probe" else "random"
+    complete_resume(args)
+    return problems
 
 
-def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+def complete_resume(args: argparse.Namespace) -> None:
+    """Fill in the file to resume: that of --output-dir, unless a path is given."""
+    if args.resume == Path():  # the flag alone
+        args.resume = args.output_dir / "last.pth"
+    elif args.resume is not None and args.resume.name == str(args.resume) and not os.path.exists(args.resume):
+        args.resume = args.output_dir / args.resume
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes together
+
+
+def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
     if args.lora_rank > 0:
         return []
@@ -337,144 +395,40 @@ def adapter_problems(args: argparse.Namespace, typed: Container[str]) -> list[st
 
 
 # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
-_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "lora_init")
-_OF_ADAPTERS += ("base_dtype",)
+_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "lora_init")
 
 
-NORMS = ("auto", "frozen", "follow", "train")
-
-
-def add_finetune_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the group and YAML section `finetune`."""
-    switch = argparse.BooleanOptionalAction
-    tune = parser.add_argument_group("finetune")
-    add_adapter_options(tune, rank=8)
-    tune.add_argument("--freeze-backbone", action=switch, default=True, help="train adapters and head alone")
-    tune.add_argument(
-        "--norms",
-        choices=NORMS,
-        default="auto",
-        help="follow: a ResNet's statistics follow the adapters; train: slow on ResNets; auto: follow, on a GPU frozen",
-    )
-    tune.add_argument(
-        "--learning-rate",
-        "--lr",
-        type=or_auto(positive_float),
-        default=1e-4,
-        help="AdamW's peak rate; adapters that start at the gradient use 24 times it; auto: search",
-    )
-    tune.add_argument(
-        "--head-init", choices=("probe", "random"), default="probe", help="how the classifier head starts"
-    )
-    tune.add_argument(
-        "--lora-init",
-        choices=("gradient", "random"),
-        help="how A starts (default: at the loss's gradient; at random if the head does)",
-    )
-    tune.add_argument("--head-learning-rate", type=positive_float, help="default: --learning-rate")
-    tune.add_argument(
-        "--class-weights", choices=("none", "balanced"), default="none", help="balanced: rare classes count more"
-    )
-    tune.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    tune.add_argument("--batch-size", type=positive_int, default=32, help="images per batch, over all processes")
-    tune.add_argument("--accumulation-steps", type=positive_int, default=1, help="batches per optimizer step")
-    tune.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="weight decay of AdamW")
-    tune.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="cosine, step or constant")
-    tune.add_argument("--warmup-epochs", type=non_negative_float, default=0.0, help="epochs of linear warm-up")
-    tune.add_argument("--label-smoothing", type=fraction, default=0.0, help="label smoothing factor")
-    tune.add_argument("--mixup", type=non_negative_float, default=0.0, help="alpha of mixup, as 0.2; 0: none")
-    tune.add_argument("--cutmix", type=non_negative_float, default=0.0, help="alpha of CutMix, as 1; 0: none")
-    tune.add_argument("--ema", type=fraction, default=0.0, help="decay of an average of the weights, as 0.999; 0: none")
-    tune.add_argument(
-        "--wise-ft",
-        type=or_auto(positive_share),
-        default="auto",
-        help="share of the trained change that is saved; auto: grows with the images per class",
-    )
-    best_by = dict.fromkeys(by for task in TASKS.values() for by in task.best_by)
-    tune.add_argument("--keep-best", choices=best_by, help="lora.pth is the best epoch by this, not the last")
-    tune.add_argument("--clip-grad-norm", type=positive_float, help="clip the gradient's norm to this")
-    _add_speed_options(tune)
-    tune.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random numbers")
-    return tune
-
-
-def _add_speed_options(tune: argparse._ArgumentGroup) -> None:
-    """What a step computes in how many bits, keeps and compiles."""
-    tune.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 or fp16 on CUDA, else fp32")
-    tune.add_argument(
-        "--base-dtype",
-        choices=PRECISIONS,
-        default="auto",
-        help="dtype of frozen weights, adapted or below --adapt-last; auto: --precision",
-    )
-    tune.add_argument(
-        "--arithmetic",
-        choices=ARITHMETICS,
-        default="float",
-        help="int8: multiply by frozen weights of linear layers and attention in 8 bits; for a ViT in fp32 on a CPU",
-    )
-    tune.add_argument(
-        "--gradient-checkpointing",
-        choices=("never", "none", "selective", "full"),
-        default="none",
-        help="what backward computes again. never (a ViT): nothing; none: LayerNorm, GELU; selective: attention, and "
-        "BatchNorms that train; full: blocks",
-    )
-    tune.add_argument(
-        "--activation-precision",
-        type=int,
-        choices=(32, 16),
-        default=32,
-        help="bits of the activations saved for backward; 16: half the bytes, rounded gradients",
-    )
-    tune.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the training step's forward and backward: on CUDA into CUDA graphs; not yet run on a GPU",
-    )
-
-
-def settle_norms(args: argparse.Namespace, device: torch.device) -> None:
-    """Let `auto` mean frozen on a GPU: none has run norms that follow, and they are predicted to be slow there.
-
-    The settings of the run say so, so that it does not go on otherwise on another device.
-    """
-    if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
-        args.norms = "frozen"
-
-
-SAVES_MEMORY = (
-    "lower --batch-size and raise --accumulation-steps by as much, or use --gradient-checkpointing selective (a ViT, "
-    "or --norms train), --use-qlora, --precision bf16 or, which is slow, --gradient-checkpointing full"
-)
-
-
-def complete_finetune_options(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-    """Fill in the options that follow from others; return the problems with the data options, one line each."""
-    problems = complete_data_options(args, sources)
-    if sources["checkpoint"] == "default" and args.dataset != "digits" and not args.eval_only:
-        images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
+def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
+    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
+    problems = option_problems(args.checkpoint, args.arch, args.heads, _in_fewer_bits(args))
+    if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
         problems.append(
-            f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
-            f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
+            f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
         )
-    complete_adapter_options(args)
-    if args.from_scratch or is_none(args.checkpoint):
-        args.head_init = "random"  # there is nothing yet that a probe could find
-    if args.lora_init is None:  # over a random head the gradient is random too
-        args.lora_init = "gradient" if args.head_init == "probe" else "random"
-    for option, name in (("resume", "last.pth"), ("eval_only", "lora.pth")):
-        path = getattr(args, option)
-        if path == Path():  # the flag alone
-            setattr(args, option, args.output_dir / name)
-        elif path is not None and path.name == str(path) and not os.path.exists(path):
-            setattr(args, option, args.output_dir / path)
+    problems += adapter_problems(args, typed)
+    problems += _cache_problems(args)
+    problems += _task_problems(args, typed)
+    problems += _norm_problems(args)
+    problems += _speed_problems(args)
+    problems += _fold_problems(args)
+    if args.warmup_epochs > args.epochs:
+        problems.append(
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
+            "would never get to its peak; lower it"
+        )
     return problems
 
 
-def _cache_problems(args: argparse.Namespace) -> list[str]:
+def _in_fewer_bits(args: Any) -> str | None:
+    """The option by which frozen weights are stored in 4 or 8 bits, if one is given."""
+    if args.use_qlora:
+        return "--use-qlora"
+    if args.arithmetic == "int8" and args.freeze_backbone:
+        return "--arithmetic int8"
+    return None
+
+
+def _cache_problems(args: Any) -> list[str]:
     """The options that make cached features invalid, one line each."""
     if args.cache_features == "none":
         return []
@@ -483,7 +437,6 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
         "--freeze-backbone": not args.freeze_backbone,
         "--norms frozen": args.norms == "train",
         "--mixup 0": args.mixup > 0,
-        "--cutmix 0": args.cutmix > 0,
     }
     return [
         f"--cache-features needs {remedy}: cached features must be the same in every epoch"
@@ -492,19 +445,7 @@ def _cache_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _without_effect(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """The typed options that change nothing, one line each."""
-    problems = []
-    if "crop_min" in typed and args.augmentation not in ("crop", "trivial"):
-        problems.append(f"--crop-min with --augmentation {args.augmentation}, which crops nothing: drop one of the two")
-    if "base_dtype" in typed and args.lora_rank > 0 and not args.freeze_backbone:
-        problems.append("--base-dtype with --no-freeze-backbone: nothing is frozen; drop one of the two")
-    if "arithmetic" in typed and args.arithmetic == "int8" and not (args.freeze_backbone or args.eval_only):
-        problems.append("--arithmetic int8 with --no-freeze-backbone: nothing is frozen; drop one of the two")
-    return problems
-
-
-def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
+def _task_problems(args: Any, typed: Container[str]) -> list[str]:
     """The options that do not go together with --task, one line each."""
     task = TASKS[args.task]
     problems = []
@@ -515,39 +456,24 @@ def _task_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]
     if args.task == "classification":
         return problems
     if not args.data_list:
-        form = '`path,"a,b"` lines, or a column for each label' if args.task == "multilabel" else "`path,3.5` lines"
+        form = "`path,3.5` lines"
+        if args.task == "multilabel":
+            form = '`path,"a,b"` lines, or a column for each label'
         problems.append(f"--task {args.task} needs --data-list with {form}: folders say one class for each image")
     one_class = {
         "--labels-per-class": args.labels_per_class is not None,
-        "--cutmix": args.cutmix > 0,
         "--label-smoothing": args.label_smoothing > 0,
         "--class-weights balanced": args.class_weights == "balanced" and args.task == "regression",
     }
-    wrong = [name for name, given in one_class.items() if given]
-    return problems + [f"{name} with --task {args.task}: it is for images of one class; drop it" for name in wrong]
+    for name, given in one_class.items():
+        if given:
+            problems.append(f"{name} with --task {args.task}: it is for images of one class; drop it")
+    return problems
 
 
-def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
-    fewer_bits = None
-    if args.use_qlora:
-        fewer_bits = "--use-qlora"
-    elif args.arithmetic == "int8" and args.freeze_backbone:
-        fewer_bits = "--arithmetic int8"
-    elif args.base_dtype in ("bf16", "fp16") and args.freeze_backbone and args.lora_rank > 0:
-        fewer_bits = f"--base-dtype {args.base_dtype}"
-    problems = [] if args.eval_only else option_problems(args.checkpoint, args.arch, args.heads, fewer_bits)
-    if args.stage1_adapter is not None and not args.eval_only and not os.path.exists(args.stage1_adapter):
-        problems.append(
-            f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
-        )
-    if args.use_qlora and not args.freeze_backbone:
-        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    if args.arithmetic == "int8" and not args.eval_only and (args.use_qlora or args.base_dtype != "auto"):
-        other = "--use-qlora" if args.use_qlora else "--base-dtype"
-        problems.append(f"--arithmetic int8 with {other}: the weights are stored in 8 bits; drop one of the two")
-    problems += adapter_problems(args, typed) + _cache_problems(args) + _without_effect(args, typed)
-    problems += [] if args.eval_only else _task_problems(args, typed)
+def _norm_problems(args: Any) -> list[str]:
+    """What does not go together with --norms, one line each."""
+    problems = []
     if args.norms == "train" and args.adapt_last and args.use_qlora:
         problems.append(
             "--norms train with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
@@ -558,30 +484,119 @@ def finetune_problems(args: argparse.Namespace, typed: Container[str]) -> list[s
             "--norms follow lets frozen BatchNorms follow adapters: not with --lora-rank 0 or --no-freeze-backbone; "
             "drop one of the two"
         )
-    if args.norms == "train" and not args.freeze_backbone:
-        problems.append("--norms train with --no-freeze-backbone: everything trains anyway; drop one of the two")
-    if args.norms == "frozen" and not args.freeze_backbone:
-        problems.append("--norms frozen with --no-freeze-backbone: everything trains; drop one of the two")
+    if args.norms in ("train", "frozen") and not args.freeze_backbone:
+        problems.append(f"--norms {args.norms} with --no-freeze-backbone: everything trains; drop one of the two")
+    return problems
+
+
+def _speed_problems(args: Any) -> list[str]:
+    """What does not go together of bits, memory and the compiler, one line each."""
+    problems = []
+    if args.use_qlora and not args.freeze_backbone:
+        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
+    if args.arithmetic == "int8" and args.use_qlora:
+        problems.append("--arithmetic int8 with --use-qlora: the weights are stored in 8 bits; drop one of the two")
+    if args.arithmetic == "int8" and not args.freeze_backbone:
+        problems.append("--arithmetic int8 with --no-freeze-backbone: nothing is frozen; drop one of the two")
     if args.activation_precision == 16 and args.gradient_checkpointing == "full":
         problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
-    for given, set_to in (("activation_precision", 32), ("gradient_checkpointing", "none")):
-        if args.compile and vars(args)[given] != set_to:
+    for given, usual in (("activation_precision", 32), ("gradient_checkpointing", "none")):
+        if args.compile and getattr(args, given) != usual:
             problems.append(f"--compile with {flag(given)}: the compiler decides what is saved for backward; drop one")
-    if args.from_scratch and args.freeze_backbone:
-        problems.append("--from-scratch with a frozen backbone trains nothing useful; add --no-freeze-backbone")
-    if args.from_scratch and args.stage1_adapter:
-        problems.append("--from-scratch with --stage1-adapter: there is no base for it to be merged into; drop one")
+    return problems
+
+
+def _fold_problems(args: Any) -> list[str]:
+    """What does not go together with --folds, one line each."""
+    problems = []
     if args.folds is not None and args.eval_split == "validation":
         problems.append("--folds with --eval-split validation: both say what to evaluate on; drop one of the two")
-    if all_folds(args) and args.eval_only:
-        problems.append(f"--folds {args.folds} with --eval-only: say which part, as --folds 1/{args.folds}")
     if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
         problems.append(f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir")
-    if args.resume and args.eval_only:
-        problems.append("--resume with --eval-only: the one trains and the other does not; drop one of the two")
-    if args.warmup_epochs > args.epochs:
-        problems.append(
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
-            "would never get to its peak; lower it"
-        )
     return problems
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What options mean to others
+
+
+def all_folds(args: Any) -> bool:
+    """Are all parts of a cross-validation asked for, and not one?"""
+    return args.folds is not None and splitting.read_folds(args.folds)[0] is None
+
+
+def lora_options(args: AdapterOptions) -> dict[str, Any]:
+    """The arguments of `add_lora_to_model`, which adapter files record. Empty without adapters."""
+    if args.lora_rank == 0:
+        return {}
+    return {
+        "r": args.lora_rank,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "target_modules": _as_list(args.target_modules),
+        "exclude_modules": _as_list(args.exclude_modules),
+        "use_qlora": args.use_qlora,
+        "adapt_last": args.adapt_last,
+        "rank_pattern": read_pattern(args.rank_pattern),
+    }
+
+
+def _as_list(names: Iterable[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
+
+
+def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
+    """The arguments of `load_backbone` that describe the network. The first layer is fitted to other channels."""
+    return {
+        "arch": args.arch,
+        "image_size": args.image_size,
+        "heads": args.heads,
+        "channels": args.channels,
+        "channel_fit": "timm",
+    }
+
+
+def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
+    """The keyword arguments of `data.load_splits`: where a user's images are, and what is read of them."""
+    sources = {
+        "val_dir": args.val_dir,
+        "data_list": args.data_list,
+        "skip_unreadable": args.skip_unreadable,
+        "bands": read,
+    }
+    if isinstance(args, DataOptions):
+        sources |= {"task": args.task, "unknown": args.unknown, "group_by": args.group_by, "folds": args.folds}
+    return sources
+
+
+IMAGE_VALUES = ("bands", "scale", "mean", "std", "normalise")
+
+
+def known_image_values(args: Any, checkpoint: Path | None) -> argparse.Namespace:
+    """The values of IMAGE_VALUES, where the options give none those of the checkpoint's pretraining if they are known.
+
+    Args:
+        args: `ImageOptions` and `ShapeOptions`.
+
+    Returns:
+        These values, and `read`: the bands that are read of a user's images, as many as the first layer takes; None:
+        they are RGB photographs.
+    """
+    channels = 3
+    metadata: dict[str, Any] = {}
+    file = checkpoint
+    with contextlib.suppress(InputError):  # reported when the backbone is built
+        if checkpoint is not None:
+            channels, metadata = find_images(checkpoint, args.arch)
+        adapter = getattr(args, "stage1_adapter", None)
+        if adapter is not None:
+            content = read_checkpoint(adapter)
+            about = content.get("metadata") if isinstance(content, dict) else None
+            if isinstance(about, dict) and "mean" in about:
+                metadata = about
+                file = adapter
+    channels = args.channels or channels
+    values = argparse.Namespace(**{name: getattr(args, name) for name in IMAGE_VALUES})
+    take_known_values(values, channels, metadata, file)
+    values.read = bands.bands_of(values, channels)
+    return values

@@ -5,7 +5,6 @@ folder is refused beforehand if it is among the images, if the run would overwri
 results of the other script, or if another run is still going on in it.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -14,6 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from toolkit import InputError, distributed, printable
 from toolkit.files import read_checkpoint, same_file
@@ -27,9 +27,22 @@ except ImportError:  # Windows
 
 LOCK = ".running"  # a file in the folder while a run writes there
 FINE_TUNING_FILES = (
-    *("lora.pth", "last.pth", "metrics.csv", "results.json", "config.yaml", "report.html", "tensorboard"),
-    *("learning_rates.csv", "learning_rates.png", "training_curves.png", "mistakes.png", "results_answers.csv"),
-    *("confusion_matrix.png", "precision_recall.png", "scatter.png", "folds", "folds.csv"),
+    "lora.pth",
+    "last.pth",
+    "metrics.csv",
+    "results.json",
+    "results_answers.csv",
+    "config.yaml",
+    "report.html",
+    "learning_rates.csv",
+    "learning_rates.png",
+    "training_curves.png",
+    "mistakes.png",
+    "confusion_matrix.png",
+    "precision_recall.png",
+    "scatter.png",
+    "folds",
+    "folds.csv",
 )
 # Both scripts write files of these names. MARKS has the keys and columns that only one of the two writes.
 SHARED_FILES = ("last.pth", "results.json", "metrics.csv")
@@ -39,20 +52,20 @@ MARKS = {
 }
 
 
-def problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
+def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong with --output-dir, one line each; `written` names the files that the run writes there.
 
-    --eval-only writes nothing.
+    Args:
+        args: the options of either script.
     """
     folder = args.output_dir
-    training = vars(args).get("eval_only") is None
-    places = [folder / name for name in written] if training else []
+    places = [folder / name for name in written]
     for option in ("checkpoint", "stage1_adapter"):
-        path = vars(args).get(option)
+        path = getattr(args, option, None)
         if any(same_file(place, path) for place in places):
             yield f"--{option.replace('_', '-')} {path} would be overwritten: give another --output-dir"
     inside = [place for place in _places_of_images(args) if folder.resolve().is_relative_to(place.resolve())]
-    if inside and training:
+    if inside:
         yield f"--output-dir {folder} is among the images in {inside[0]}: name a folder outside"
     # os.path and not Path: that raises an error for a name too long for the file system.
     existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
@@ -62,15 +75,17 @@ def problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[
         yield f"--output-dir {folder}: no permission to write to {existing}; name another folder"
 
 
-def _places_of_images(args: argparse.Namespace) -> Iterator[Path]:
+def _places_of_images(args: Any) -> Iterator[Path]:
     """The folders in which a new folder would be taken for a class, and its pictures for images of that class."""
-    given = vars(args)
-    own = args.dataset in ("imagefolder", UNLABELLED_SET) and given.get("data_list") is None
-    for root in (args.data_dir if own else None, given.get("knn_dir")):
-        if root is not None:
-            parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
-            yield from parts if os.path.isdir(parts[0]) else [root]
-    if given.get("val_dir") is not None:
+    roots = [getattr(args, "knn_dir", None)]
+    if args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None:
+        roots.append(args.data_dir)
+    for root in roots:
+        if root is None:
+            continue
+        parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
+        yield from parts if os.path.isdir(parts[0]) else [root]
+    if args.val_dir is not None:
         yield args.val_dir
 
 
@@ -222,9 +237,7 @@ def _move_aside(folder: Path, names: list[str]) -> None:
             break
     for name in names:
         os.rename(folder / name, aside / name)
-    unfinished = (
-        ""
-        if {"results.json", "folds.csv"} & set(names)
-        else ", unfinished (--resume with this --output-dir goes on with it)"
-    )
+    unfinished = ", unfinished (--resume with this --output-dir goes on with it)"
+    if {"results.json", "folds.csv"} & set(names):
+        unfinished = ""
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

@@ -1,6 +1,5 @@
 """What a run tells while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
-import argparse
 import json
 import math
 import shlex
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from toolkit import distributed, printable
+from toolkit import printable
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import REPORTS, Report, finite
 from toolkit.answers.measures import TITLES
@@ -21,9 +20,10 @@ from toolkit.files import open_atomically, stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.data import LoadingMeter, Splits
 from toolkit.models.checkpoints import stored_checkpoint
-from toolkit.run.collapse import Recovery
-from toolkit.run.optim import WeightAverage, own_rates
-from toolkit.run.options import lora_options
+from toolkit.run.guard import Guard
+from toolkit.run.optim import WiseFT
+from toolkit.run.options import DataOptions, FineTuneOptions, lora_options
+from toolkit.run.plan import Plan
 from toolkit.run.training import best_epoch
 
 # matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
@@ -51,11 +51,13 @@ def short_rate(rate: float) -> str:
 # While it runs
 
 
-def describe_data(args: argparse.Namespace, splits: Splits) -> str:
+def describe_data(args: DataOptions, splits: Splits) -> str:
     """One line: how many images train, how many are evaluated on, and where these come from."""
-    where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
+    where = ""
     if args.folds is not None:
         where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
+    elif args.eval_split == "validation":
+        where = " (a part of the training images: --eval-split validation)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
     groups = "" if args.group_by is None else f", in {splits.groups_told()} groups ({printable(args.group_by)})"
     return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}{groups}"
@@ -71,49 +73,41 @@ def describe_baseline(task: Task, baseline: dict[str, float | None], images: int
     return told
 
 
-def describe_rates(args: argparse.Namespace, rate: float, adapter_lr_factor: float) -> str:
-    """One line: the learning rates of head, adapters and whatever else trains.
+def describe_rates(run: "FineTuned") -> str:
+    """One line: the learning rates of head, adapters and whatever else trains, and whether they are those asked for."""
+    reported = [f"head {short_rate(run.rate)}"]
+    if run.adapter_rate is not None:
+        factor = run.adapter_lr_factor
+        why = f" ({factor:g}x: they start at the gradient)" if factor > 1 else ""
+        reported.append(f"adapters {short_rate(run.adapter_rate)}{why}")
+    if not run.args.freeze_backbone:
+        reported.append(f"backbone {short_rate(run.rate)}")
+    elif run.plan.norms == "train":
+        reported.append(f"norms {short_rate(run.rate)}")
+    line = f"learning rate: {', '.join(reported)}"
+    asked = run.plan.learning_rate
+    if run.rate < asked:
+        line += f"; 1/{asked / run.rate:.0f} of what was asked for"
+        line += ", since few images or steps cannot correct what a high rate does"
+    return line
 
-    Args:
-        rate: --learning-rate, or less in a short run.
-        adapter_lr_factor: how many times as fast the adapters learn.
-    """
-    head, adapters = own_rates(args, rate, adapter_lr_factor)
-    told = [f"head {short_rate(head)}"]
-    if adapters is not None:
-        why = f" ({adapter_lr_factor:g}x: they start at the gradient)" if adapter_lr_factor > 1 else ""
-        told.append(f"adapters {short_rate(adapters)}{why}")
-    if args.norms == "train" or not args.freeze_backbone:
-        told.append(f"{'norms' if args.freeze_backbone else 'backbone'} {short_rate(rate)}")
-    lowered = f"; 1/{args.learning_rate / rate:.0f} of what was asked for" if rate < args.learning_rate else ""
-    why = ", since few images or steps cannot correct what a high rate does" if lowered else ""
-    return f"learning rate: {', '.join(told)}{lowered}{why}"
 
-
-def describe_epoch(task: Task, history: Sequence[dict[str, float]], epochs: int) -> str:
-    """One line: losses and score of the last finished epoch, and the time that is left."""
-    row = history[-1]
+def describe_epoch(run: "FineTuned") -> str:
+    """A line on the last finished epoch: losses, score, and the time that is left. A second one if not all is kept."""
+    row = run.history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
-    score = f"{task.score_title} {task.told(row[f'val_{task.score}'])}"
-    return f"epoch {row['epoch']}: {losses}, {score}; {describe_times(history, epochs)}"
+    score = f"{run.task.score_title} {run.task.told(row[f'val_{run.task.score}'])}"
+    lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
+    if run.wise_ft.share < run.wise_ft.alpha:
+        lines += f"\n  {run.wise_ft.share:.0%} of the change is kept so far: with more, training images are answered "
+        lines += "worse than by the probe"
+    return lines
 
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """How long the last finished epoch took, and what is left of the whole run."""
     left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
     return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
-
-
-def tell_epoch(
-    task: Task, history: Sequence[dict[str, float]], args: argparse.Namespace, average: WeightAverage
-) -> None:
-    """Print the last finished epoch, and log it for TensorBoard if that was asked for."""
-    print(describe_epoch(task, history, args.epochs))
-    if average.share < average.wise_ft_alpha:
-        kept = f"  {average.share:.0%} of the change is kept so far"
-        print(f"{kept}: with more, training images are answered worse than by the probe")
-    if args.tensorboard:
-        log_tensorboard(history[-1], args.output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +117,8 @@ def tell_epoch(
 class FineTuned(Protocol):
     """The part of a run that reports read: see `finetune_lora.FineTuning`."""
 
-    args: argparse.Namespace
+    args: FineTuneOptions
+    plan: Plan
     device: torch.device
     dtype: torch.dtype
     splits: Splits
@@ -132,8 +127,10 @@ class FineTuned(Protocol):
     history: list[dict[str, float]]
     baseline: dict[str, float | None]
     meter: LoadingMeter
-    average: WeightAverage
-    recovery: Recovery
+    wise_ft: WiseFT
+    guard: Guard
+    rate: float  # the head's
+    adapter_rate: float | None
     adapter_lr_factor: float
     task: Task
 
@@ -148,7 +145,7 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     return {
         **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
-        **recorded(args.normalization, run.report),
+        **recorded(run.plan.normalization, run.report),
         "checkpoint": stored_checkpoint(args.checkpoint),
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
         "lora": lora_options(args),
@@ -166,16 +163,16 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
         counts: its parameters, as `count_parameters` gives them.
     """
-    config, normalization = run.identity["config"], run.args.normalization
+    config, normalization = run.identity["config"], run.plan.normalization
     report = REPORTS[run.task.kind](run.task, result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept_epoch),
         **_rates(run),
         "chosen_by": _chosen_by(run),
-        "kept_share": run.average.share,
-        "retreats": run.recovery.guard.retreats,
+        "kept_share": run.wise_ft.share,
+        "retreats": run.guard.retreats,
         "epochs": len(run.history),
-        "seconds": sum(row["seconds"] for row in run.history) + run.recovery.guard.lost_seconds,
+        "seconds": sum(row["seconds"] for row in run.history) + run.guard.lost_seconds,
         **run.meter.results(),
         "trainable_parameters": counts["trainable"],
         "total_parameters": counts["total"],
@@ -185,6 +182,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         "backbone_bytes": 4 * (counts["total"] - counts["lora"]),
         "device": str(run.device),
         "precision": str(run.dtype).removeprefix("torch."),
+        "arithmetic": run.plan.arithmetic,
         "images": run.identity["images"],
         "normalization": recorded(normalization, run.report),
         "config": config,
@@ -227,9 +225,11 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
 
 
 def _rates(run: FineTuned) -> dict[str, float | None]:
-    of_head, of_adapters = own_rates(run.args, run.recovery.rate, run.adapter_lr_factor)
-    asked = run.args.learning_rate
-    return {"learning_rate": asked, "head_learning_rate": of_head, "adapter_learning_rate": of_adapters}
+    return {
+        "learning_rate": run.plan.learning_rate,
+        "head_learning_rate": run.rate,
+        "adapter_learning_rate": run.adapter_rate,
+    }
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
@@ -245,17 +245,6 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Rows of (name, value) as printed lines."""
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
-
-
-def log_tensorboard(row: dict[str, Any], folder: Path) -> None:
-    """Add a row of `metrics.csv` to the log in `folder` for TensorBoard; an epoch's row replaces earlier ones of it."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    if distributed.is_main():
-        with SummaryWriter(str(folder / "tensorboard"), purge_step=row["epoch"]) as writer:
-            for name, value in row.items():
-                if name != "epoch" and value is not None:
-                    writer.add_scalar(name, value, row["epoch"])
 
 
 def plot_finetuning(

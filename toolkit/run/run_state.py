@@ -1,6 +1,5 @@
 """The state of a run of either script: what training changes, what a resumed run needs, and the run's files."""
 
-import argparse
 import contextlib
 import io
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -12,47 +11,42 @@ import yaml
 from torch import nn
 
 from toolkit import InputError, distributed
-from toolkit.devices import compiled, restore_rng_state, rng_state, seed_everything
+from toolkit.devices import restore_rng_state, rng_state, seed_everything
 from toolkit.files import read_checkpoint, save_atomically, write_csv, write_text
 from toolkit.images.data import LoadingMeter
-from toolkit.run.optim import lower_rates, lr_schedule
+from toolkit.run.optim import lr_schedule
+from toolkit.run.options import RunOptions
 from toolkit.run.runs import Stopped, StopRequests
 from toolkit.run.training import Progress
 
 
-def _same(value: Any) -> Any:
-    return value
+class StateEntry(NamedTuple):
+    """An entry of a run's state: `save` returns it in a form that `torch.save` can write, `load` restores it."""
 
-
-class Part(NamedTuple):
-    """A part of a run's state: `get` returns it in a form that `torch.save` can write, `put` restores it from that."""
-
-    get: Callable[[], Any]
-    put: Callable[[Any], None]
+    save: Callable[[], Any]
+    load: Callable[[Any], None]
 
     @classmethod
-    def of(cls, thing: Any) -> "Part":
-        """The part of a thing with `state_dict` and `load_state_dict`, such as an optimizer."""
+    def of(cls, thing: Any) -> "StateEntry":
+        """The entry of a thing with `state_dict` and `load_state_dict`, such as an optimizer."""
         return cls(thing.state_dict, thing.load_state_dict)
 
     @classmethod
-    def attribute(
-        cls, thing: Any, name: str, stored: Callable[[Any], Any] = _same, restored: Callable[[Any], Any] = _same
-    ) -> "Part":
-        """The part in an attribute; `stored` converts it to what is written, `restored` converts that back."""
-        return cls(lambda: stored(getattr(thing, name)), lambda value: setattr(thing, name, restored(value)))
+    def attribute(cls, thing: Any, name: str) -> "StateEntry":
+        """The entry of an attribute of plain values."""
+        return cls(lambda: getattr(thing, name), lambda value: setattr(thing, name, value))
 
 
 class RunState:
     """What a run has done so far, and what it needs to resume bit for bit. The runs of both scripts derive from it.
 
     Attributes:
-        trained_parts: what training changes, by key of `last.pth`.
-        other_parts: what else a resumed run needs.
+        trained_entries: what training changes, by key of `last.pth`.
+        other_entries: what else a resumed run needs.
         identity: `config`, `images` and `base`, which show whether a state is this run's; see `check_same_run`.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args: RunOptions, device: torch.device, dtype: torch.dtype):
         self.args = args
         self.device = device
         self.dtype = dtype
@@ -61,12 +55,12 @@ class RunState:
         self.baseline: dict[str, float | None] | None = None  # what was measured before training
         self.meter = LoadingMeter()
         self.stop = StopRequests()
-        self.trained_parts: dict[str, Part] = {}
-        self.other_parts = {
-            "history": Part.attribute(self, "history"),
-            "before": Part.attribute(self, "baseline"),
-            "meter": Part(lambda: vars(self.meter), vars(self.meter).update),
-            "progress": Part.attribute(self, "progress", _stored_progress, _restored_progress),
+        self.trained_entries: dict[str, StateEntry] = {}
+        self.other_entries = {
+            "history": StateEntry.attribute(self, "history"),
+            "before": StateEntry.attribute(self, "baseline"),
+            "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
+            "progress": StateEntry(self._saved_progress, self._load_progress),
         }
         self.identity: dict[str, Any] = {}
 
@@ -76,46 +70,49 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         steps_per_epoch: int,
         warmup_steps: int,
-        rate_divisor: float = 1.0,
+        schedule: str = "cosine",
     ) -> None:
         """Set up optimizer, schedule and scaler. From here on each process draws random numbers of its own.
 
         Args:
-            rate_divisor: divides all learning rates.
+            network: the module that steps call: compiled already, if it is to be.
         """
-        self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
-        total_steps = self.args.epochs * steps_per_epoch
-        self.schedule = lr_schedule(optimizer, total_steps, warmup_steps, self.args.schedule)
-        lower_rates(self.schedule, rate_divisor)
+        self.optimizer = optimizer
+        self.steps_per_epoch = steps_per_epoch
+        self.schedule = lr_schedule(optimizer, self.args.epochs * steps_per_epoch, warmup_steps, schedule)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if vars(self.args).get("compile"):
-            network = compiled(network, self.device, self.args.accumulation_steps)
         self.parallel = distributed.parallel(network, self.device)
         if distributed.rank() > 0:
             seed_everything(self.args.seed + distributed.rank())
-        self.trained_parts |= {
-            "optimizer": Part.of(self.optimizer),
-            "schedule": Part.of(self.schedule),
-            "scaler": Part(self.scaler.state_dict, self._restore_scaler),
-            "rng": Part(lambda: distributed.gather(rng_state()), _restore_rng),  # by rank: all processes contribute
+        self.trained_entries |= {
+            "optimizer": StateEntry.of(self.optimizer),
+            "schedule": StateEntry.of(self.schedule),
+            "scaler": StateEntry(self.scaler.state_dict, self._restore_scaler),
+            "rng": StateEntry(_rng_of_all, _restore_rng),
         }
 
     def _restore_scaler(self, state: dict[str, Any]) -> None:
         if state:  # empty if the former run was not in float16, as with an automatic precision on another device
             self.scaler.load_state_dict(state)
 
+    def _saved_progress(self) -> dict[str, Any] | None:
+        return vars(self.progress) if self.progress else None
+
+    def _load_progress(self, state: dict[str, Any] | None) -> None:
+        self.progress = Progress(**state) if state else None
+
     def trained(self) -> dict[str, Any]:
         """The state that training changes, by key of `last.pth`."""
-        return {key: part.get() for key, part in self.trained_parts.items()}
+        return {key: entry.save() for key, entry in self.trained_entries.items()}
 
     def restore(self, trained: dict[str, Any]) -> None:
         """Undo everything that happened since `trained` returned this."""
-        for key, part in self.trained_parts.items():
-            part.put(trained[key])
+        for key, entry in self.trained_entries.items():
+            entry.load(trained[key])
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit: the content of `last.pth`."""
-        others = {key: part.get() for key, part in self.other_parts.items()}
+        others = {key: entry.save() for key, entry in self.other_entries.items()}
         return {**self.trained(), **others, **self.identity}
 
     def save_state(self) -> None:
@@ -142,8 +139,6 @@ class RunState:
         Raises:
             InputError: the file belongs to another run or to another version.
         """
-        if vars(self.args).get("keep_best") and path.resolve().parent != self.args.output_dir.resolve():
-            raise InputError(f"--keep-best: the best adapter is beside {path}; resume with that folder as --output-dir")
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
@@ -153,8 +148,8 @@ class RunState:
         """Go on from the state in a file, if it is this run's."""
         check_same_run(path, state, self.identity, free, self.args)
         self.restore(state)
-        for key, part in self.other_parts.items():
-            part.put(state[key])
+        for key, entry in self.other_entries.items():
+            entry.load(state[key])
         print(f"resuming {path} after {self.done()}")
 
     def path(self, name: str) -> Path:
@@ -180,12 +175,8 @@ class RunState:
                 raise Stopped(stopped.signum, f"Stopped; {self.done()} are {where}") from None
 
 
-def _stored_progress(progress: Progress | None) -> dict[str, Any] | None:
-    return vars(progress) if progress else None
-
-
-def _restored_progress(state: dict[str, Any] | None) -> Progress | None:
-    return Progress(**state) if state else None
+def _rng_of_all() -> list[dict[str, Any]]:
+    return distributed.gather(rng_state())  # by rank: all processes contribute
 
 
 def _restore_rng(states: list[dict[str, Any]]) -> None:
@@ -232,7 +223,7 @@ def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[
 
 
 def check_same_run(
-    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Container[str], args: argparse.Namespace
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Container[str], args: Any
 ) -> None:
     """Refuse to go on with a run under other settings, with other images, or over another base.
 

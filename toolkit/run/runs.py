@@ -1,9 +1,7 @@
 """How a run of either script begins, stops and fails: signals, faults and exit codes."""
 
-import argparse
 import contextlib
 import ctypes
-import importlib.util
 import os
 import platform
 import signal
@@ -21,7 +19,6 @@ from toolkit.devices import check_arithmetic, select_device, select_precision
 from toolkit.images.data import DOWNLOADED, end_workers
 from toolkit.images.folders import UnreadableImage
 from toolkit.run import output_folder
-from toolkit.run.training import base_dtype
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from malloc.h
 
@@ -29,23 +26,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from mallo
 # How a run begins
 
 
-def environment_problems(args: argparse.Namespace, written: Iterable[str] = ()) -> Iterator[str]:
+def environment_problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
     """What is wrong with the device, the precision and the folders that the options name, one line each.
 
     Args:
+        args: the options of either script.
         written: names of the files that the run writes to --output-dir.
     """
     try:
         device = select_device(args.device)
         select_precision(args.precision, device)
-        if "arithmetic" in args:  # an option of fine-tuning alone
-            check_arithmetic(args.arithmetic, device)
-            if not args.eval_only:
-                base_dtype(args)
+        check_arithmetic(getattr(args, "arithmetic", "float"), device)  # an option of fine-tuning alone
     except InputError as error:
         yield str(error)
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        yield "--tensorboard needs the package tensorboard: pip install tensorboard"
     if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
     yield from output_folder.problems(args, written)

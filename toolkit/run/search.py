@@ -8,28 +8,19 @@ last epochs. Each trial is saved when it ends, so a stopped search can be resume
 import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from toolkit import InputError, distributed
 from toolkit.answers.tasks import Task
 from toolkit.files import read_checkpoint, save_atomically, write_csv
 from toolkit.images import data
 from toolkit.run import reports, run_state
-from toolkit.run.collapse import EpochCollapsed
+from toolkit.run.guard import Collapsed
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-4  # the default of --learning-rate
 MOST_TRIAL_EPOCHS = 20
 SEARCH_IMAGES = 2_000  # the most images that a trial trains on, and the most that it validates on
-
-
-class Trainable(Protocol):
-    """A run as the search needs it."""
-
-    history: list[dict[str, float]]  # each row with the task's score, as `val_accuracy`, and `val_loss`
-
-    def train_epoch(self) -> None:
-        """Train and evaluate an epoch. Raises EpochCollapsed if the training collapses."""
 
 
 class Trial(NamedTuple):
@@ -85,7 +76,7 @@ def parts_of(splits: data.Splits) -> data.Splits:
 
 
 def choose_learning_rate(
-    make_run: Callable[[float, int], Trainable],
+    train: Callable[[float, int], dict[str, float]],
     task: Task,
     epochs: int,
     images: int,
@@ -98,7 +89,8 @@ def choose_learning_rate(
     """Search for the best rate, or read it from the run to resume; returns that run's `last.pth` too, if there is one.
 
     Args:
-        make_run: makes a run at a rate for a number of epochs.
+        train: trains at a rate for a number of epochs, and returns the row of the last one, with the task's score, as
+            `val_accuracy`, and `val_loss`. Raises Collapsed if the training collapses.
         task: judges the runs.
         epochs: the epochs of the run that the rate is for.
         images: the number of images on which trials are judged.
@@ -115,23 +107,15 @@ def choose_learning_rate(
             raise run_state.of_other_version(resume)
         if "trials" not in state:
             return state["config"]["finetune"]["learning_rate"], resume
-        changed = run_state.changed_settings(state["config"], settings["config"], free)
-        if changed or state["images"] != settings["images"]:
-            what = ", ".join(changed) or "other images"
-            raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
-        known = [Trial(*trial) for trial in state["trials"]]
-
+        known = known_trials(resume, state, settings, free)
     epochs = min(epochs, MOST_TRIAL_EPOCHS)
 
     def trial(rate: float) -> tuple[float, float]:
-        run = make_run(rate, epochs)
         try:
-            for _ in range(epochs):
-                run.train_epoch()
-        except EpochCollapsed:
+            row = train(rate, epochs)
+        except Collapsed:
             return 0.0, math.inf
-        last = run.history[-1]
-        return last[f"val_{task.score}"], last["val_loss"]
+        return row[f"val_{task.score}"], row["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
         rate, score, loss = trials[-1]
@@ -153,3 +137,12 @@ def choose_learning_rate(
         reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
     return rate, None
+
+
+def known_trials(path: Path, state: dict[str, Any], settings: dict[str, Any], free: Container[str]) -> list[Trial]:
+    """The trials that an interrupted search has saved. Raises InputError if it has other settings."""
+    changed = run_state.changed_settings(state["config"], settings["config"], free)
+    if changed or state["images"] != settings["images"]:
+        what = ", ".join(changed) or "other images"
+        raise InputError(f"{path} is of a search with other settings ({what}); start without --resume")
+    return [Trial(*trial) for trial in state["trials"]]

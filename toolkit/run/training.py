@@ -1,35 +1,21 @@
-"""Batches of an epoch, and how far it is in them."""
+"""The batches of an epoch, what their steps sum up, and how far the epoch is."""
 
 import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit import InputError, distributed
-from toolkit.answers.evaluation import Evaluation, batch_norm_trains, no_labels
-from toolkit.devices import select_device, select_precision
+from toolkit.answers.evaluation import batch_norm_trains, no_labels
 from toolkit.images.data import LoadingMeter
-from toolkit.models.checkpoints import is_none
 
-
-def base_dtype(args) -> torch.dtype | None:
-    """The dtype in which a run stores its frozen weights; None: that of the checkpoint.
-
-    Random weights stay as they are, since an adapter file has to hold all of them.
-    Raises InputError for fp16 on a CPU.
-    """
-    if not args.freeze_backbone or args.lora_rank == 0 or is_none(args.checkpoint):
-        return None
-    if args.arithmetic == "int8":
-        return torch.int8
-    option = "precision" if args.base_dtype == "auto" else "base_dtype"
-    return select_precision(vars(args)[option], select_device(args.device), f"--{option.replace('_', '-')}")
+# Reading a step's figures makes the processor wait for a GPU: there several steps are read together.
+STEPS_READ_TOGETHER = {"cpu": 1, "cuda": 8, "mps": 8}
 
 
 def check_processes(*images: int) -> None:
@@ -57,6 +43,7 @@ class MicroBatches(NamedTuple):
     batches: Iterator[tuple[Tensor, Tensor]]  # images (N, 3, S, S) and labels (N,): this process's share
     number: int
     images: int  # of all processes together
+    is_last: bool  # of the epoch
 
 
 def micro_batches(
@@ -65,19 +52,54 @@ def micro_batches(
     """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others.
 
     Args:
-        loader: of `toolkit.data.build_loader`, shuffled.
+        loader: of `toolkit.images.data.build_loader`, shuffled.
         meter: watches the loading.
     """
-    sampler, size = loader.batch_sampler, accumulation_steps
-    sampler.epoch, sampler.start = epoch - 1, start * size
-    shares = (
-        (images, labels if sampler.has_share(number) else no_labels(labels))
-        for number, (images, labels) in enumerate(meter.watched(loader), start * size)
-    )
-    for first in range(start * size, len(sampler), size):
-        number = min(size, len(sampler) - first)
+    sampler = loader.batch_sampler
+    sampler.epoch = epoch - 1
+    sampler.start = start * accumulation_steps
+    shares = _shares(loader, meter)
+    for first in range(sampler.start, len(sampler), accumulation_steps):
+        number = min(accumulation_steps, len(sampler) - first)
         images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
-        yield MicroBatches(itertools.islice(shares, number), number, images)
+        is_last = first + number == len(sampler)
+        yield MicroBatches(itertools.islice(shares, number), number, images, is_last)
+
+
+def _shares(loader: DataLoader, meter: LoadingMeter) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of each batch; without labels where an image stands in for a missing share."""
+    sampler = loader.batch_sampler
+    for number, (images, labels) in enumerate(meter.watched(loader), sampler.start):
+        yield images, labels if sampler.has_share(number) else no_labels(labels)
+
+
+class StepFigures(NamedTuple):
+    """What an optimizer step measures, unread."""
+
+    images: int  # of all processes together
+    sums: list[Tensor]  # of each batch: sums over its images, (n,), on the device
+
+
+def read_figures(steps: list[StepFigures], stop: Any) -> list[tuple[int, list[float]]]:
+    """The images of each step, and its figures summed over batches and processes. Empties the list.
+
+    The processes exchange the figures, and along with them whether one of them was asked to stop.
+
+    Args:
+        stop: the `StopRequests` of this process.
+    """
+    images = [step.images for step in steps]
+    sums = []
+    for step in steps:
+        rows = [figures.tolist() for figures in step.sums]
+        sums.append([sum(column) for column in zip(*rows, strict=True)])
+    steps.clear()
+    if distributed.world_size() > 1:
+        *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
+        stop.others_asked |= asked > 0
+        width = len(sums[0])
+        sums = [flat[start : start + width] for start in range(0, len(flat), width)]
+    return list(zip(images, sums, strict=True))
 
 
 @dataclass
@@ -113,20 +135,16 @@ class Progress:
 
     def shown(self) -> dict[str, str]:
         """For a progress bar."""
-        loss = {"loss": f"{self.loss:.3f}"}
-        return loss | {"accuracy": f"{self.correct / self.images:.1%}"} if self.correct else loss
-
-    def row(self, epoch: int, result: "Evaluation", own_rates: Sequence[float | None]) -> dict[str, float | None]:
-        """The finished epoch in `metrics.csv`; `own_rates` are the head's and the adapters'."""
-        values = (epoch, self.loss, result.loss, *result.measured().values())
-        values += (self.learning_rate, *own_rates, self.seconds)
-        return dict(zip(metrics_columns(result.measured()), values, strict=True))
+        shown = {"loss": f"{self.loss:.3f}"}
+        if self.correct:
+            shown["accuracy"] = f"{self.correct / self.images:.1%}"
+        return shown
 
 
 def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
     """The columns of `metrics.csv`, where these are measured on the evaluation images."""
-    rates = ("learning_rate", "head_learning_rate", "adapter_learning_rate")
-    return ("epoch", "train_loss", "val_loss", *(f"val_{name}" for name in measured), *rates, "seconds")
+    scores = [f"val_{name}" for name in measured]
+    return ("epoch", "train_loss", "val_loss", *scores, "learning_rate", "adapter_learning_rate", "seconds")
 
 
 def best_epoch(history: Sequence[dict[str, float]], column: str) -> dict[str, float]:

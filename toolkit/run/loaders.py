@@ -1,6 +1,5 @@
-"""The images that a fine-tuning run reads, their augmentation, caches and loaders."""
+"""The loaders of a fine-tuning run: which images it reads for what, and in which views."""
 
-import argparse
 import itertools
 import math
 import sys
@@ -17,7 +16,8 @@ from toolkit.images import data
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
 from toolkit.images.transforms import eval_transform, train_transform
-from toolkit.run import collapse, runs, training
+from toolkit.run import guard, runs, training
+from toolkit.run.options import FineTuneOptions
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
@@ -25,36 +25,36 @@ CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and t
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
 
 
-class Feed:
-    """The images of a run, and the loaders that read them.
+class Loaders:
+    """The images of a run, their views, and what reads them.
 
     Args:
         args: the options.
-        splits: the training and the evaluation images.
+        splits: the training and the evaluation images, or features that are cached of them.
         image_size: pixels along each side.
+        normalization: the keyword arguments of transforms, from `bands.settle`.
         device: where the batches go.
-        loaders: a list to which the feed's loaders are added.
+        opened: a list to which all loaders are added, so that their processes can be ended.
         meter: measures the loading of training images.
-        cached: the `images` of another run on the same splits, with their caches.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: FineTuneOptions,
         splits: Splits,
         image_size: int,
+        normalization: dict[str, Any],
         device: torch.device,
-        loaders: list[DataLoader],
+        opened: list[DataLoader],
         meter: LoadingMeter,
-        cached: Splits | None = None,
     ):
         self.args = args
         self.device = device
-        self.loaders = loaders
+        self.opened = opened
         self.meter = meter
-        self.eval_transform = eval_transform(image_size, **args.normalization)
-        self.augmentation = train_transform(image_size, args.augmentation, crop_min=args.crop_min, **args.normalization)
-        self.images = cached or splits
+        self.eval_transform = eval_transform(image_size, **normalization)
+        self.augmentation = train_transform(image_size, args.augmentation, **normalization)
+        self.images = splits
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: run the frozen blocks once on each image and view, and cache the results.
@@ -76,32 +76,32 @@ class Feed:
             batches = [features(loader) for loader in (plain, *[augmented] * views)]
             return cache_features(images, batches, plain.batch_sampler.batch_size, self.args.cache_features)
 
-        augments = self.args.augmentation != "none"
-        train = cached(self.images.train, CACHED_VIEWS if augments else 0)
+        views = 0 if self.args.augmentation == "none" else CACHED_VIEWS
+        train = cached(self.images.train, views)
         self.images = self.images._replace(train=train, val=cached(self.images.val))
         self.eval_transform = plain_view
         self.augmentation = drawn_view
 
-    def add_loaders(self, norms_train: bool) -> None:
-        """Make the loaders for training, for evaluation, for the collapse guard, and for BatchNorm's statistics.
+    def open(self, norms_train: bool) -> None:
+        """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
 
         Args:
             norms_train: whether a BatchNorm takes the statistics of its batch. Each process then needs some of the
                 batch's images, and one image alone cannot be normalised.
         """
-        self.val_loader = self.add_loader(self.images.val, self.eval_transform)
+        self.val = self.add_loader(self.images.val, self.eval_transform)
         drops_last = norms_train and self.has_small_rest(self.images.train, self.args.batch_size)
-        shuffling = {"shuffle": True, "seed": self.args.seed, "drop_last": drops_last}
-        self.train_loader = self.add_loader(self.images.train, self.augmentation, **shuffling)
-        self.watched = collapse.watched_images(self.images.train)
+        self.train = self.add_loader(
+            self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, drop_last=drops_last
+        )
+        self.watched_images = guard.watched_images(self.images.train)
         if norms_train:
-            self.watched = self.without_small_rest(self.watched)
-        seeded = {"seed": self.args.seed, "keep_workers": False}
-        self.watched_loader = self.add_loader(self.watched, self.augmentation, **seeded)
-        self.statistics_loader = None
+            self.watched_images = self.without_small_rest(self.watched_images)
+        self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
+        self.statistics = None
         if norms_train:
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            self.statistics_loader = self.add_loader(some, self.eval_transform, keep_workers=False)
+            self.statistics = self.add_loader(some, self.eval_transform, keep_workers=False)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -120,50 +120,51 @@ class Feed:
         if isinstance(images, CachedFeatures) and not workers_help:
             workers = 0
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
-        self.loaders.append(build_loader(Transformed(images, transform), **loading))
-        return self.loaders[-1]
+        self.opened.append(build_loader(Transformed(images, transform), **loading))
+        return self.opened[-1]
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
-        return training.micro_batches(self.train_loader, self.meter, epoch, start, self.args.accumulation_steps)
+        return training.micro_batches(self.train, self.meter, epoch, start, self.args.accumulation_steps)
 
     def first_steps(self, images: int) -> Iterator[training.MicroBatches]:
         """The first steps of the first epoch: as many as it takes for so many images, or all."""
         number = math.ceil(images / (self.args.batch_size * self.args.accumulation_steps))
         return itertools.islice(self.steps(epoch=1), number)
 
-    def watched_views(self) -> DataLoader:
-        """The augmented views of training images that the collapse guard sees: the same ones each time."""
-        self.watched_loader.batch_sampler.epoch = 0
-        return self.watched_loader
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train) / self.args.accumulation_steps)
 
-    def calibration_views(self) -> DataLoader:
+    @property
+    def watched(self) -> DataLoader:
+        """Augmented views of the training images that the guard sees: the same ones each time."""
+        self._watched.batch_sampler.epoch = 0
+        return self._watched
+
+    def calibration(self) -> DataLoader:
         """Augmented views of training images, by which the probabilities are calibrated."""
         some = self.images.train.at_most(CALIBRATION_IMAGES)
         return self.add_loader(some, self.augmentation, seed=self.args.seed, keep_workers=False)
 
     def followed_batches(self) -> Iterator[Tensor]:
-        """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters.
-
-        There are none if the BatchNorms are to stay frozen, or train.
-        """
-        if self.args.norms not in ("auto", "follow") or not self.args.freeze_backbone:
-            return iter(())
+        """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = Transformed(self.images.train.at_most(FOLLOWED_IMAGES), self.eval_transform)
         loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
-    def bank(self) -> LabelledImages:
+    @property
+    def probe_images(self) -> LabelledImages:
         """The training images for k-NN and the linear probe."""
         return self.images.train.at_most(KNN_IMAGES)
 
     def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of `bank`, of the evaluation images and, for a probe, of views.
+        """Features (N, D) and labels (N,) of `probe_images`, of the evaluation images and, for a probe, of views.
 
-        The views are augmented ones of the `bank`.
+        The views are augmented ones of the `probe_images`.
         """
-        train = self.bank()
-        loaders = [self.add_loader(train, self.eval_transform, keep_workers=False), self.val_loader]
+        train = self.probe_images
+        loaders = [self.add_loader(train, self.eval_transform, keep_workers=False), self.val]
         if self.args.head_init == "probe":
             loaders.append(self.add_loader(train, self.augmentation, keep_workers=False))
         bars = (runs.progress_bar(loader, "features") for loader in loaders)

@@ -1,0 +1,216 @@
+"""Detects that training has collapsed or harms what the start knew, and says what the run is to do about it.
+
+Published LoRA collapses on MoCo v3 at a common learning rate (SNELL, NeurIPS 2024, table 2). Waiting for a loss that is
+not finite would be too late: a collapsed classifier has a finite loss, and answers as if it saw no image.
+
+Only training images are looked at. What a run does must not depend on the images that judge it in the end.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit import InputError
+from toolkit.answers.tasks import Answers, Task
+from toolkit.images.data import LabelledImages
+
+RETREATS = 3  # how often a collapsed run goes back
+RETREAT_FACTOR = 8.0  # divides the learning rate each time
+WATCHED_VIEWS = 128
+SHARE_DIVISORS = (1, 2, 4, 8, math.inf)  # of `wise_ft_alpha`, in this order while training has made answers worse
+LOSS_DECAY = 0.8  # per step, of the moving average of the loss
+EXPLODED_RATIO = 2.0  # of the recent loss to that of a constant answer
+BARREN_EPOCHS = 2  # in a row, after which a lower rate is tried
+
+
+class Collapsed(InputError):
+    """Training has collapsed too often. `results` are those of the last good adapter, whose files are complete."""
+
+    def __init__(self, epoch: int, rate: float, good_epoch: int, adapter: Path, results: dict[str, Any]):
+        super().__init__(
+            f"training collapses in epoch {epoch} even at learning rate {rate:.1e}: try a lower --learning-rate, "
+            "--precision fp32 or --clip-grad-norm 1; "
+            f"the adapter of epoch {good_epoch} is in {adapter}"
+        )
+        self.results = results
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The epoch stays as it is."""
+
+
+@dataclass(frozen=True)
+class ShrinkTo:
+    """The guard's images are answered worse than before training: try it with less of the trained change."""
+
+    divisor: float  # of the share that is kept; infinite: nothing is
+
+
+@dataclass(frozen=True)
+class GoBack:
+    """The run goes back to its last good state, and on at a lower rate."""
+
+    why: str
+
+
+Verdict = Keep | ShrinkTo | GoBack
+
+
+def watched_images(images: LabelledImages) -> LabelledImages:
+    """The training images that are evaluated after each epoch: always the same, repeated if there are few."""
+    some = images.at_most(WATCHED_VIEWS)
+    return some.subset([*range(len(some))] * (WATCHED_VIEWS // len(some)))
+
+
+class Guard:
+    """Judges a run by the losses of its steps, and after each epoch by its answers for some training images.
+
+    `after_step` and `after_epoch` answer and change nothing. The methods that begin with `note` take notes.
+
+    Args:
+        task: defines the score, how certain it is, and the score and loss of a constant answer.
+        train: all training images.
+        watched: those that are evaluated after each epoch.
+        all_train: whether the whole backbone trains, or BatchNorm.
+        may_shrink: whether less than all of the trained change may be kept.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        train: LabelledImages,
+        watched: LabelledImages,
+        all_train: bool = False,
+        may_shrink: bool = False,
+    ):
+        self.variance = task.variance
+        self.images = len(watched)
+        self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
+        self.may_shrink = may_shrink
+        self.constant_score = task.constant_score(watched)
+        self.constant_loss = task.constant_loss(train)
+        self.first_loss: float | None = None  # of the first step: the loss before training
+        self.recent_loss: float | None = None  # a moving average
+        self.scores: list[float] = []  # before training, and after each epoch
+        self.start_loss = math.inf  # of the watched images
+        self.barren_epochs = 0  # in a row, lately
+        self.retreats: list[dict[str, float]] = []
+        self.lost_seconds = 0.0  # spent on epochs that were undone
+
+    def note_start(self, worst_batch_loss: float | None, watched: Answers) -> None:
+        """Note the answers before training, or before it begins anew with a head of another temperature.
+
+        Args:
+            worst_batch_loss: the highest loss of a batch of the watched images, if the batch matters; else None.
+        """
+        self.first_loss = worst_batch_loss
+        self.recent_loss = worst_batch_loss
+        self.scores = [watched.score]
+        self.start_loss = watched.loss
+
+    def note_step(self, loss: float) -> None:
+        """Note the mean loss over the images of a step."""
+        if not math.isfinite(loss):
+            self.recent_loss = loss
+            return
+        if self.first_loss is None:
+            self.first_loss = loss
+            self.recent_loss = loss
+        self.recent_loss = LOSS_DECAY * self.recent_loss + (1 - LOSS_DECAY) * loss
+
+    def after_step(self) -> Keep | GoBack:
+        """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""
+        explodes = not math.isfinite(self.recent_loss)
+        explodes = explodes or self.recent_loss > EXPLODED_RATIO * max(self.constant_loss, self.first_loss)
+        return GoBack("training collapsed") if explodes else Keep()
+
+    def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Verdict:
+        """What is to become of an epoch.
+
+        Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
+        So a run that leaves nothing to keep, and no lower loss than at the start, goes back after two such epochs.
+
+        Args:
+            trained: the answers for the watched images with all of the trained change.
+            kept: those with the part of it that is kept.
+            divisor: by which this part is smaller, one of SHARE_DIVISORS.
+        """
+        if self.has_collapsed(trained.score, trained.loss):
+            return GoBack("training collapsed")
+        if not self.may_shrink:
+            return Keep()
+        if divisor < math.inf and kept.score < self.scores[0]:
+            return ShrinkTo(SHARE_DIVISORS[SHARE_DIVISORS.index(divisor) + 1])
+        may_go_back = len(self.retreats) < RETREATS
+        if may_go_back and self.is_barren(trained, divisor) and self.barren_epochs + 1 >= BARREN_EPOCHS:
+            return GoBack("training gains nothing")
+        return Keep()
+
+    def has_collapsed(self, score: float, loss: float) -> bool:
+        """Has the score lost a quarter of its best lead over a constant answer, by more than two standard errors?
+
+        The share is a third if the whole backbone trains. On very few images no loss of accuracy exceeds two standard
+        errors: there a score no better than a constant answer's, with a higher loss, counts as a collapse too.
+        """
+        if not math.isfinite(loss):
+            return True
+        best = max(self.scores, default=0.0)
+        useless = best > self.constant_score >= score and loss > max(self.constant_loss, self.first_loss or 0)
+        return useless or self._lost(score, self.lost_share, errors=2)
+
+    def is_barren(self, trained: Answers, divisor: float) -> bool:
+        """Does the epoch leave nothing to keep, and no lower loss than at the start?"""
+        return divisor == math.inf and trained.loss >= self.start_loss
+
+    def note_epoch(self, trained: Answers, divisor: float) -> None:
+        """Note an epoch that stays: see `after_epoch`."""
+        self.scores.append(trained.score)
+        if self.may_shrink and self.is_barren(trained, divisor):
+            self.barren_epochs += 1
+        else:
+            self.barren_epochs = 0
+
+    def note_retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
+        """Note that this epoch collapsed at this rate, and forget what came after the good epochs.
+
+        Args:
+            seconds: how long the undone epochs took.
+        """
+        self.lost_seconds += seconds
+        self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
+        self.scores = self.scores[: good_epochs + 1]
+        self.recent_loss = self.first_loss
+        self.barren_epochs = 0
+
+    @property
+    def is_recoverable(self) -> bool:
+        """Is the present state good enough to go back to? The start is, and any that has lost next to no score."""
+        if len(self.scores) <= 1:
+            return True
+        return self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1)
+
+    @property
+    def has_failed(self) -> bool:
+        """Has the run gone back too often?"""
+        return len(self.retreats) > RETREATS
+
+    @property
+    def rate_divisor(self) -> float:
+        """What the retreats divide the learning rate by. The last collapse ends the run and lowers nothing."""
+        return RETREAT_FACTOR ** min(len(self.retreats), RETREATS)
+
+    def _lost(self, score: float, share: float, errors: float) -> bool:
+        """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
+        best = max(self.scores, default=0.0)
+        middle = (best + score) / 2
+        chance = errors * math.sqrt(2 * self.variance(middle, self.images))
+        return score < best - max((best - self.constant_score) * share, chance)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("first_loss", "recent_loss", "scores", "start_loss", "barren_epochs", "retreats", "lost_seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
