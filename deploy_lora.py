@@ -57,7 +57,7 @@ from toolkit.files import (
     write_text,
 )
 from toolkit.images import geotags, splitting
-from toolkit.images.bands import Bands, from_metadata, recorded, settle
+from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import DATASETS, UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
 from toolkit.images.folders import (
     ImageFiles,
@@ -71,7 +71,7 @@ from toolkit.images.folders import (
 from toolkit.images.lists import has_column, like, read_groups, read_list, read_targets
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
-from toolkit.models.checkpoints import checkpoint_path, describe_base, load_backbone, stored_checkpoint
+from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.run import options, reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
@@ -167,17 +167,14 @@ def protocols(args: argparse.Namespace) -> list[Measured]:
     if own.task != "classification" or options.all_folds(own):
         raise InputError("protocols are for images of one class each, and for one division: no --task, no --folds 5")
     device = devices.select_device(own.device)
-    dtype = devices.select_precision(own.precision, device)
     with faults_explained(device, "lower --batch-size") as loaders:
-        splits, model, report = prepare(own)
-        print(reports.describe_data(own, splits), describe_base(report, own.from_scratch), sep="\n")
-        values = settle(own, report["arch"], report["channels"], splits.train)
-        transform = eval_transform(report["image_size"], **values)
+        splits, model, report, plan = prepare(own, device)
+        transform = eval_transform(report["image_size"], **plan.normalization)
         model, features = devices.place(model, device), []
         for images in (splits.train, splits.val):
             loader = build_loader(Transformed(images, transform), own.batch_size, workers=own.workers, device=device)
             loaders.append(loader)
-            found = evaluation.extract_features(model, progress_bar(loader, "features"), device, dtype)
+            found = evaluation.extract_features(model, progress_bar(loader, "features"), device, plan.dtype)
             features.append(tuple(tensor.cpu() for tensor in found))
     clusters = splits.train.clusters(), splits.val.clusters()
 

@@ -36,7 +36,7 @@ from benchmarks import MEASURED, quality
 from benchmarks.compare_peers import current_commit, forget_peak
 from finetune_lora import load_base
 from moco import pretrain
-from toolkit import InputError, config, devices
+from toolkit import InputError, devices
 from toolkit.answers import evaluation
 from toolkit.answers.probe import head_accuracy, init_head_from_probe
 from toolkit.config import positive_int
@@ -104,9 +104,9 @@ def stage1_flags(args: argparse.Namespace, passed_on: list[str], own: list[str])
     return ["--eval-split", "validation", *passed_on, *args.stage1, *own]
 
 
-def read_stage1(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> argparse.Namespace:
+def read_stage1(args: argparse.Namespace, passed_on: list[str], own: list[str]) -> pretrain.PretrainOptions:
     flags = stage1_flags(args, passed_on, ["--checkpoint", str(args.checkpoint), *own])
-    return config.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
+    return pretrain.read_options(flags)[0]
 
 
 def adapt(name: str, args: argparse.Namespace, passed_on: list[str]) -> dict[str, Any] | None:
@@ -116,8 +116,8 @@ def adapt(name: str, args: argparse.Namespace, passed_on: list[str]) -> dict[str
         return None
     start = ["--checkpoint", str(args.checkpoint)]
     if name == "scratch":  # the same, from random weights
-        like = read_stage1(args, passed_on, [])
-        pretrain.build_model(like, torch.device("cpu"))  # which fills in what follows from the checkpoint
+        read = read_stage1(args, passed_on, [])
+        _, like, _ = pretrain.build_model(read, torch.device("cpu"))  # with what follows from the checkpoint
         names = ("arch", "image_size", "moco_version", "dim", "mlp_dim")
         start = [f"--{name.replace('_', '-')}={getattr(like, name)}" for name in names]
     tried = []
@@ -197,11 +197,12 @@ class Steps:
     """Steps of stage 1 on random views."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, devices.select_device(args.device)
+        self.device = devices.select_device(args.device)
         self.dtype = devices.select_precision(args.precision, self.device)
-        self.model = pretrain.build_model(args, self.device)[0].train()
-        self.optimizer = pretrain.build_optimizer(self.model, args)
-        size = (args.batch_size, 3, args.image_size, args.image_size)
+        model, self.args, _ = pretrain.build_model(args, self.device)
+        self.model = model.train()
+        self.optimizer = pretrain.build_optimizer(self.model, self.args)
+        size = (args.batch_size, 3, self.args.image_size, self.args.image_size)
         self.views = [devices.to_device(torch.randn(size), self.device) for _ in range(2)]
 
     def step(self) -> float:

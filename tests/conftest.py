@@ -15,14 +15,13 @@ import torchvision
 from PIL import Image
 
 import finetune_lora
-from finetune_lora import FineTuning, build_model, read_options
+from finetune_lora import FineTuning, prepare, read_options
 from tests.checkpoint_files import without_head
 from toolkit.answers import answer_reports
 from toolkit.devices import seed_everything
-from toolkit.images import bands
 from toolkit.images.data import LabelledImages, load_splits
 from toolkit.models.backbones import build_backbone
-from toolkit.run import collapse, optim, reports
+from toolkit.run import guard, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
 
@@ -120,11 +119,8 @@ def start(base, images, tmp_path):
         argv = f"--checkpoint {base} --data-dir {images} --output-dir {tmp_path} --device cpu --augmentation none"
         args, _ = read_options([*argv.split(), "--learning-rate", "1e-2", *options.split()])
         seed_everything(args.seed)
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed)
-        model, report = build_model(args, len(splits.class_names))
-        args.normalization = bands.settle(args, report["arch"], report["channels"], splits.train)
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        return FineTuning(args, model.train(), report, splits, torch.device("cpu"), dtype, [])
+        splits, model, report, plan = prepare(args, torch.device("cpu"))
+        return FineTuning(args, plan, model.train(), report, splits, [])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim, "STEPS_TO_TRAIN", 1)
@@ -167,7 +163,7 @@ def no_pictures():
 def few_views():
     """After each epoch a run looks at each of the 21 training images once; usually it looks at 128 views."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collapse, "WATCHED_VIEWS", 21)
+        patch.setattr(guard, "WATCHED_VIEWS", 21)
         yield
 
 

@@ -688,12 +688,12 @@ def _better_arch(source: _Source, arch: str) -> str:
     return f"; it looks like {fitting}: give the --checkpoint of a {arch}, or leave out --arch"
 
 
-def describe_base(report: dict[str, Any], from_scratch: bool = False) -> str:
+def describe_base(report: dict[str, Any]) -> str:
     """A description of the backbone and of what was recognised in its checkpoint, in two lines of a terminal."""
     images = f"{report['image_size']} pixels"
     if report["channels"] != 3:
         images += f" of {report['channels']} channels"
-    if from_scratch or report["family"] == NO_CHECKPOINT:
+    if report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {images} with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
     heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
