@@ -349,6 +349,9 @@ def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path
     assert copied.startswith(
         f"1 of 6 evaluation images are copies of training images, such as {tmp_path}/val/cat/b.png of"
     )
+    (tmp_path / "val" / "cat" / "b.png").rename(tmp_path / "val" / "cat" / "\x1b[31mb.png")
+    data.load_splits("imagefolder", tmp_path)
+    assert capsys.readouterr().out.strip().isprintable()
 
 
 def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):

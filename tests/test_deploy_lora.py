@@ -187,6 +187,13 @@ def test_images_that_cannot_be_read_are_listed_and_left_out(adapter_for_images, 
     assert len(rows) == 1
 
 
+def test_nothing_is_advised_that_predict_cannot_do(adapter_for_images, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"none of the 1 images can be read, such as .*broken\.jpg: not a") as found:
+        run("predict --device cpu", adapter_for_images, tmp_path / "broken.jpg", "--output", tmp_path / "p.csv")
+    assert "--" not in str(found.value)
+
+
 def test_predictions_below_a_probability_are_unsure(trained, images, tmp_path):
     path = tmp_path / "p.csv"
     sure = run("predict --device cpu", trained, images / "val", "--output", path)

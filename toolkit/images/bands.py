@@ -127,7 +127,9 @@ class Bands:
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
         if array.shape[2] != self.channels:
-            raise ValueError(f"{_counted(array.shape[2])}, and the network takes {self.channels}: choose with --bands")
+            raise ValueError(
+                f"{_counted(array.shape[2])}, and the network takes {self.channels} (training chooses by --bands)"
+            )
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:

@@ -373,11 +373,16 @@ def readable(images: LabelledImages) -> LabelledImages:
     if not broken:
         return images
     if len(broken) == len(images):
-        raise InputError(f"none of the {len(images)} images can be read, such as {broken[0]}")
+        raise InputError(f"none of the {len(images)} images can be read, such as {_without_remedy(broken[0])}")
     print(f"{len(broken)} of {len(images)} images cannot be read and are left out:")
     for error in broken.values():
-        print(f"  {error}".partition(";")[0])
+        print(f"  {_without_remedy(error)}")
     return images.subset([i for i in range(len(images)) if i not in broken])
+
+
+def _without_remedy(error: UnreadableImage) -> str:
+    """Its remedy is to skip such images, which is being done."""
+    return str(error).rpartition("; repair")[0]
 
 
 def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
