@@ -35,7 +35,6 @@ from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 from lora.split import split_model
-from lora.trained_norms import normalize
 from lora_utils import LoRAManager, base_digests, count_parameters, full_rank, read_adapter_file, trained_state
 from toolkit import InputError, config, devices, distributed, dotted, listed
 from toolkit.answers import evaluation, tasks
@@ -272,21 +271,19 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         """``relu(batch_norm(layer(x)) + residual)``. A frozen BatchNorm is in kernel and bias: see `folded_norm`."""
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
-            if batch_norm is not None:
-                return normalize(y, batch_norm, residual, relu)
+            y = y if batch_norm is None else batch_norm(y)
             y = y if residual is None else y + residual
             return F.relu(y) if relu else y
         if x.dim() == 3:
             return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
-        by_batch = batch_norm if batch_norm is not None and batch_norm.training else None
-        row_scale, log_scale, bias = folded_norm(self, None if batch_norm is by_batch else batch_norm)
+        row_scale, log_scale, bias = folded_norm(self, batch_norm)
         adapter_x = self._adapter_input(x)
         mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
         x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
             adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
         geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
-        settings = self.scaling, geometry, row_scale, adapter_x, residual, relu, by_batch, log_scale
+        settings = self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
         return functional.lora_conv2d(x, self.base(), self.lora_A, self.lora_B, bias, *settings)
 
 

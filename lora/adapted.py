@@ -98,7 +98,7 @@ class AdaptedLayer(Protocol):
     Its `forward` takes more arguments than the stock layer's:
 
     - linear layers and attention take `prologue`, an operation that they first apply to each row of the input;
-    - convolutions take `batch_norm`, a BatchNorm, constant or in training, that they apply to the output, `residual`,
+    - convolutions take `batch_norm`, a constant BatchNorm that they apply to the output, `residual`,
       which they then add, and `relu`.
     """
 

@@ -172,28 +172,6 @@ def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_w
     return torch.ops.aten.convolution_backward(gy, x, kernel, None, *settings)[int(of_weight)]
 
 
-# --------------------------------------------------------------------------------------------------------- BatchNorm
-
-
-def batch_statistics(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of z (N, C, H, W), (C,) each, in float32 or more."""
-    precise = torch.promote_types(z.dtype, torch.float32)
-    if z.device.type != "cpu":
-        variance, mean = torch.var_mean(z.to(precise), (0, 2, 3), correction=0)
-        return mean, variance
-    running = z.new_zeros(2, z.shape[1], dtype=precise)  # not used, but for their dtype
-    return torch.ops.aten.batch_norm_update_stats(z, *running, 0.0)
-
-
-def batch_norm_gradient(
-    gy: Tensor, z: Tensor, weight: Tensor | None, mean: Tensor, deviation: Tensor, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of z, weight and bias of a BatchNorm in training; `deviation` is the reciprocal one."""
-    needed = [True, weight is not None, weight is not None]
-    statistics = None, None, mean, deviation, True, eps
-    return torch.ops.aten.native_batch_norm_backward(gy, z, weight, *statistics, needed)
-
-
 def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of ``gy y`` and of ``gy`` over all but the channels: (N, C, H, W) -> (C,), in float32 or more."""
     zeros, ones = _zeros_and_ones(y.shape[1], torch.promote_types(y.dtype, torch.float32), y.device)

@@ -23,7 +23,6 @@ too: it is built in float32 and rounded once, see `_kernel_merges`.
 Second derivatives are not defined, and backward refuses a graph of its own (`backends.first_derivative`).
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -37,12 +36,9 @@ from lora.attention import SelfAttention
 from lora.backends import LOW_PRECISION, compute_dtype
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
-from lora.trained_norms import made_of, normalize
 
 # The gradient through a recomputed LayerNorm is computed in at most PARTS parts, of PART_NUMEL numbers or more.
 PARTS, PART_NUMEL = 8, 2**17
-# With this factor numbers of 8 bits lie anywhere between the numbers of 8 bits.
-OFF_THE_GRID = 0.7071
 
 
 def _is_trainable(weight: Tensor | NF4Weight) -> bool:
@@ -448,7 +444,7 @@ PLAIN = Geometry()
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, residual, log_scale, settings):
-        weight, row_scale, scaling, geometry, relu, dtype, (ctx.made, parts) = settings
+        weight, row_scale, scaling, geometry, relu, dtype = settings
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
@@ -477,23 +473,19 @@ class _LoRAConv2d(torch.autograd.Function):
         ctx.relu, ctx.follows = relu, log_scale is not None
         followed = (bias, residual) if ctx.follows else ()
         kept = y if relu or ctx.follows else None, row_scale, *given, *followed
-        ctx.save_for_backward(adapter_x if ctx.made is None else None, *kept, *parts)
+        ctx.save_for_backward(adapter_x, *kept)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, y, row_scale, precise_A, B, *parts = ctx.saved_tensors
-        if ctx.follows:
-            bias, residual, *parts = parts
-        if ctx.made is not None:
-            adapter_x = ctx.made.again(*parts).to(ctx.dtype)
+        adapter_x, y, row_scale, precise_A, B, *followed = ctx.saved_tensors
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
         gy = backends.relu_gradient(gy, y) if ctx.relu else gy  # through the ReLU
         g_bias, g_log_scale = None, None
         if ctx.follows:
-            g_log_scale, g_bias = _scale_gradients(gy, y, bias, residual)
+            g_log_scale, g_bias = _scale_gradients(gy, y, *followed)
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
         row_scales = _times(row_scale, ctx.scaling)
@@ -530,12 +522,6 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     """
     on_the_grid = isinstance(weight, Tensor) and weight.dtype in LOW_PRECISION and row_scale is None
     return dtype not in LOW_PRECISION or not on_the_grid
-
-
-@functools.cache
-def _rows_off_the_grid(count: int, device: torch.device) -> Tensor:
-    """A row scale of a BatchNorm that normalises by the batch, which divides it out: the kernel may be merged then."""
-    return torch.full((count,), OFF_THE_GRID, device=device)
 
 
 def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
@@ -644,7 +630,6 @@ def lora_conv2d(
     adapter_x: Tensor | None = None,
     residual: Tensor | None = None,
     relu: bool = False,
-    batch_norm: nn.BatchNorm2d | None = None,
     log_scale: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
@@ -660,21 +645,12 @@ def lora_conv2d(
         adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
         residual: (N, out, H', W'), added to the output.
         relu: rectify the output, after the addition.
-        batch_norm: one that trains, to apply to the convolution's output; see `normalize`. Not with a row_scale.
         log_scale: (out,), log |g| but for a constant: takes the gradient of a row_scale that is no constant.
     """
     dtype = compute_dtype(x)
-    if batch_norm is not None:
-        z_scale = 1.0
-        if adapter_x is None and not (_is_trainable(weight) or _kernel_merges(weight, None, dtype)):
-            z_scale, row_scale = OFF_THE_GRID, _rows_off_the_grid(len(weight), B.device)
-            bias = None if bias is None else bias * z_scale
-        z = lora_conv2d(x, weight, A, B, bias, scaling, geometry, row_scale, adapter_x)
-        return normalize(z, batch_norm, residual, relu, z_scale)
     if not _is_trainable(weight):
         backends.refuse_jit()
-        made = made_of(x if adapter_x is None else adapter_x)
-        settings = weight, row_scale, scaling, geometry, relu, dtype, made
+        settings = weight, row_scale, scaling, geometry, relu, dtype
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, log_scale, settings)
     if log_scale is not None:  # its gradient, for automatic differentiation
         row_scale = row_scale * (log_scale - log_scale.detach()).exp()

@@ -43,7 +43,6 @@ from lora.functional import (
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.trained_norms import forget
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
@@ -69,21 +68,14 @@ def _trains(module: nn.Module) -> bool:
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
     """Is ``norm(conv(x))`` one convolution? Yes if the convolution is adapted and the BatchNorm constant."""
-    return _fits(conv, norm) and not norm.training and norm.running_mean is not None and not _trains(norm)
-
-
-def takes(conv: nn.Module, norm: nn.Module) -> bool:
-    """Does the convolution apply this BatchNorm? Yes if it `folds`, or trains and is to be computed again."""
-    again = norm.training and getattr(norm, "recomputed", False)  # see `set_gradient_checkpointing`
-    return (again and _fits(conv, norm)) or folds(conv, norm)
-
-
-def _fits(conv: nn.Module, norm: nn.Module) -> bool:
     return (
         type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d)
         and isinstance(conv, nn.Conv2d)
         and is_adapted(conv)
         and not is_hooked(conv, norm)
+        and not norm.training
+        and norm.running_mean is not None
+        and not _trains(norm)
     )
 
 
@@ -119,7 +111,7 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
-    return conv(x, batch_norm=norm) if takes(conv, norm) else norm(conv(x))
+    return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
 
 
 def conv_bn_relu(
@@ -132,7 +124,7 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     shortcut = (lambda t: t) if downsample is None else downsample
-    if takes(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
+    if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
     out = conv_bn(conv, norm, x)
     if input is not None:
@@ -254,7 +246,7 @@ def recomputable(forward: Callable) -> Callable:
         if norms:
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_left_alone(norms))
         # The reentrant kind gives no gradients if the block's input needs none, as in the first block.
-        return forget(checkpoint(forward, self, *args, use_reentrant=False, **kwargs))
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
     return run
 
@@ -302,7 +294,7 @@ class FusedSequential(nn.Sequential):
         x, modules = input, list(self)
         while modules:
             module = modules.pop(0)
-            x = conv_bn(module, modules.pop(0), x) if modules and takes(module, modules[0]) else module(x)
+            x = conv_bn(module, modules.pop(0), x) if modules and folds(module, modules[0]) else module(x)
         return x
 
 
@@ -543,8 +535,6 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
             are left. It computes attention's heads and one of the block's twelve matrix products a second time.
             Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
-            (A ResNet with adapters whose BatchNorms train): what follows a convolution is recomputed, BatchNorm, ReLU
-            and addition; its output alone is saved (`lora.trained_norms`).
             'full': only the input of each block is saved. timm's models know no other mode.
 
     Raises:
@@ -558,8 +548,6 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         blocks = [m for block in adapted for m in block.modules() if type(m) in (nn.LayerNorm, nn.GELU)]
     elif mode == "selective":
         blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
-        if any(isinstance(m, nn.Conv2d) and is_adapted(m) for m in model.modules()):
-            blocks += [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not getattr(m, "frozen", False)]
     elif mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
     if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:

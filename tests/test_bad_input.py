@@ -548,6 +548,8 @@ CHECKPOINTS = [
     case("a run's last.pth for a checkpoint", "finetune --checkpoint last.pth", "last.pth"),
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
+    case("selective checkpointing of a ResNet", "finetune --checkpoint none --arch resnet18 --image-size 32 "
+         "--gradient-checkpointing selective", "gradient checkpointing selective", "finds nothing to recompute"),
     case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
     case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow", "not with --lora-rank 0"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
