@@ -46,9 +46,12 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def update_encoder_k(self, m: float) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all trainable parameters."""
-        pairs = list(zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True))
-        keys = [k for k, q in pairs if k is not q]
-        queries = [q for k, q in pairs if k is not q]
+        keys = []
+        queries = []
+        for k, q in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
+            if k is not q:
+                keys.append(k)
+                queries.append(q)
         # An interpolation leaves values exactly equal that are equal in both encoders.
         torch._foreach_lerp_(keys, queries, 1 - m)
 
@@ -130,15 +133,18 @@ class MoCoV3(MomentumContrast):
 
     def forward(self, x1: torch.Tensor, x2: torch.Tensor, m: float) -> torch.Tensor:
         """Loss of two views (N, 3, S, S) of the same images; updates encoder_k."""
-        q1, q2 = self.predictor(self.encoder_q(x1)), self.predictor(self.encoder_q(x2))  # (N, dim)
+        q1 = self.predictor(self.encoder_q(x1))  # (N, dim)
+        q2 = self.predictor(self.encoder_q(x2))
         with torch.no_grad():
             self.update_encoder_k(m)
-            k1, k2 = self.encoder_k(x1), self.encoder_k(x2)  # (N, dim)
+            k1 = self.encoder_k(x1)  # (N, dim)
+            k2 = self.encoder_k(x2)
         return self.contrast(q1, k2) + self.contrast(q2, k1)
 
     def contrast(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """InfoNCE with the other keys of the batch as negatives, times 2T as in the paper's ctr()."""
-        q, k = (F.normalize(full_precision(x), dim=1) for x in (q, distributed.interleave(k)))
+        q = F.normalize(full_precision(q), dim=1)
+        k = F.normalize(full_precision(distributed.interleave(k)), dim=1)
         with torch.autocast(q.device.type, enabled=False):
             logits = q @ k.T / self.T  # (N, dim) @ (dim, W N) -> (N, W N), W processes
         labels = torch.arange(len(q), device=q.device) * distributed.world_size() + distributed.rank()
@@ -147,7 +153,9 @@ class MoCoV3(MomentumContrast):
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or in float64 if it already is."""
-    return x if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.float64:
+        return x
+    return x.float()
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -187,9 +195,10 @@ def mlp(widths: list[int]) -> nn.Sequential:
     """Linear layers with BatchNorm after each, ReLU between them; the last BatchNorm has no parameters."""
     layers = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        last = i == len(widths) - 2
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not last)]
-        layers += [] if last else [nn.ReLU()]
+        is_last = i == len(widths) - 2
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not is_last)]
+        if not is_last:
+            layers.append(nn.ReLU())
     return nn.Sequential(*layers)
 
 

@@ -222,7 +222,7 @@ def test_a_network_that_the_layout_does_not_know_is_refused_by_name(resnet, save
 @pytest.mark.parametrize("case", ["solo-learn, MoCo v2+", "torchgeo's weights"])
 def test_the_stem_for_cifar_is_another_function_and_refused_by_name(case, resnet, saved):
     small = resnet | {"conv1.weight": torch.randn(64, 3, 3, 3)}
-    with pytest.raises(InputError, match=r"solo-learn's stem for CIFAR, a 3x3 conv1 without pooling"):
+    with pytest.raises(InputError, match=r"conv1\.weight \(64, 3, 3, 3\) instead of \(64, 3, 7, 7\)"):
         load_backbone(saved(RESNETS[case][1](small)), num_classes=2)
 
 

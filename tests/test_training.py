@@ -74,7 +74,7 @@ def test_a_cpu_that_is_slower_in_16_bits_is_told(monkeypatch, bf16, told):
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("cuda", torch.bfloat16)])
 def test_products_are_not_measured_where_nothing_depends_on_them(monkeypatch, device, dtype):
-    monkeypatch.delattr(training, "product_seconds")
+    monkeypatch.delattr(devices, "product_seconds")
     told = devices.describe_device(torch.device(device), dtype)
     assert told == f"device: {device}, precision: {dtype}"
 

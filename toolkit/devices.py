@@ -29,11 +29,14 @@ def seed_everything(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """The state of every generator, as tensors, tuples and numbers: `torch.load(weights_only=True)` reads these."""
     _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    of_cuda = []
+    if torch.cuda.is_initialized():
+        of_cuda = torch.cuda.get_rng_state_all()
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": of_cuda,
     }
 
 
@@ -55,9 +58,7 @@ def select_device(name: str) -> torch.device:
     """
     several = distributed.launched()
     if name == "auto":
-        mps = torch.backends.mps.is_available() and not several
-        name = "mps" if mps else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = _first_device(several)
     if several and name.startswith("cuda:"):
         raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
@@ -75,20 +76,22 @@ def select_device(name: str) -> torch.device:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        raise InputError(f"--device {name!r} is not available here{reason}; use another, or --device cpu") from None
+        reason = str(error).partition("\n")[0] or "no such device"
+        raise InputError(f"--device {name!r} is not available here ({reason}); use another, or --device cpu") from None
     return device
 
 
+def _first_device(several: bool) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available() and not several:
+        return "mps"
+    return "cpu"
+
+
 CPU = torch.device("cpu")
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 PRECISIONS = ("auto", *DTYPES)
-
-
 ARITHMETICS = ("float", "int8")
 
 
@@ -101,35 +104,38 @@ def select_precision(name: str, device: torch.device, option: str = "--precision
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16
+        return torch.float16
     if name == "fp16" and device.type == "cpu":
         raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
     return DTYPES[name]
 
 
-WORTH_TELLING = 1.2  # beside other programs' work two equal times may differ by less than this
+CLEARLY_SLOWER = 1.2  # two measurements of equal times may differ by less than this while other programs run
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     """Device and precision for the log, and a second line if bf16 is slower than float32 on this CPU.
 
-    That is measured: a processor's name does not tell how fast its products in 16 bits are.
+    This is measured: a processor's name does not say how fast its products in 16 bits are.
     """
-    told = f"device: {device}, precision: {dtype}"
+    line = f"device: {device}, precision: {dtype}"
     if device.type != "cpu" or dtype == torch.float32:
-        return told
+        return line
     times = product_seconds(dtype) / product_seconds(torch.float32)
-    if times <= WORTH_TELLING:
-        return told
+    if times <= CLEARLY_SLOWER:
+        return line
     return (
-        f"{told}\nbf16 products take {times:.1f} times as long as float32's on this processor: "
+        f"{line}\nbf16 products take {times:.1f} times as long as float32's on this processor: "
         "--precision fp32 is faster"
     )
 
 
 def product_seconds(dtype: torch.dtype) -> float:
     """The CPU's shortest time for 512 tokens in the first linear layer of a ViT-B/16's MLP; draws no random numbers."""
-    tokens, weight = torch.ones(512, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    tokens = torch.ones(512, 768, dtype=dtype)
+    weight = torch.ones(3072, 768, dtype=dtype)
     return shortest_seconds(lambda: F.linear(tokens, weight))
 
 
@@ -176,20 +182,25 @@ def compiled(network: nn.Module, device: torch.device, accumulation_steps: int =
         raise InputError(
             "--compile on a CPU needs a C++ compiler (apt install g++), which is not here; or leave it out"
         )
-    mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
+    mode = "default"
+    if device.type == "cuda" and accumulation_steps == 1:
+        mode = "reduce-overhead"
     return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
 
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that `torch.compile` would call, if there is one."""
-    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    for name in (os.environ.get("CXX"), "g++", "clang++", "cl"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    return None
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device, in place, and a ResNet into the memory format of the images from `to_device`."""
-    is_resnet = isinstance(model, ResNet) and device.type != "mps"
-    return model.to(device, memory_format=torch.channels_last if is_resnet else torch.preserve_format)
+    if isinstance(model, ResNet) and device.type != "mps":
+        return model.to(device, memory_format=torch.channels_last)
+    return model.to(device)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
@@ -198,27 +209,26 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
     On MPS asynchronous copies of pageable memory may be corrupt, and channels_last crashes BatchNorm's backward.
     """
     asynchronous = device.type == "cuda"
-    images = batch.dim() == 4 and device.type != "mps"
-    layout = torch.channels_last if images else torch.preserve_format
+    layout = torch.preserve_format
+    if batch.dim() == 4 and device.type != "mps":
+        layout = torch.channels_last
     return batch.to(device, non_blocking=asynchronous, memory_format=layout)
 
 
-# What CUDA itself takes on a GPU beside the tensors: its context and the code of the kernels. Assumed, not measured:
-# others report 300 to 500 MB, by card and driver.
+# CUDA's context and the code of the kernels. Assumed, not measured: others report 300 to 500 MB, by card and driver.
 CUDA_CONTEXT_BYTES = 450_000_000
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
     """The peak so far in bytes: of a CUDA device's tensors and CUDA_CONTEXT_BYTES, or of the process's resident memory.
 
-    None where the system does not tell (Windows).
+    None on Windows, which does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + CUDA_CONTEXT_BYTES
     status = Path("/proc/self/status")
     if status.exists():  # Linux; ru_maxrss would start at the peak of the process that started this one
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # on Windows

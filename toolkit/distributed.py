@@ -79,12 +79,16 @@ def is_lost_peer(error: Exception) -> bool:
 
 def rank() -> int:
     """This process's number, 0 to world_size() - 1. Rank 0 prints and writes the files."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if not dist.is_initialized():
+        return 0
+    return dist.get_rank()
 
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def is_main() -> bool:
@@ -96,8 +100,9 @@ def all_sum(*values: float) -> list[float]:
     """The sum of each value over the processes, in float64."""
     if world_size() == 1:
         return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    sums = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        sums = sums.cuda()
     dist.all_reduce(sums)
     return sums.tolist()
 
@@ -158,7 +163,9 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to call in training: it averages the gradients over the processes."""
     if world_size() == 1:
         return model
-    device_ids = [device.index] if device.type == "cuda" else None
+    device_ids = None
+    if device.type == "cuda":
+        device_ids = [device.index]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames broadcast_buffers, which older ones need
         return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,8 +1,7 @@
 """Reads and writes files: writes them whole or not at all, and runs no code that they contain.
 
-`read_checkpoint` relies on `torch.load(weights_only=True)`, which runs no code. It adds three things: one clear line
-for each kind of wrong file, a comparison with the checksums, which `torch.load` skips for a mapped file, and
-`_check_pickle`.
+`read_checkpoint` adds three things to `torch.load(weights_only=True)`, which runs no code: one clear line for each kind
+of wrong file, a comparison with the checksums, which `torch.load` skips for a mapped file, and `_check_pickle`.
 """
 
 import argparse
@@ -37,7 +36,9 @@ def stored_path(path: str | os.PathLike) -> Path:
     Relative paths, and those outside the toolkit, stay as they are.
     """
     normal = Path(os.path.normpath(path))  # resolves toolkit/../x, which is not inside
-    return normal.relative_to(TOOLKIT) if normal.is_relative_to(TOOLKIT) else Path(path)
+    if normal.is_relative_to(TOOLKIT):
+        return normal.relative_to(TOOLKIT)
+    return Path(path)
 
 
 def found_path(path: str | os.PathLike) -> Path:
@@ -45,15 +46,17 @@ def found_path(path: str | os.PathLike) -> Path:
 
     A path that exists in neither place stays as it is.
     """
-    path = Path(path)
     inside = TOOLKIT / path
-    return inside if not os.path.exists(path) and os.path.exists(inside) else path
+    if not os.path.exists(path) and os.path.exists(inside):
+        return inside
+    return Path(path)
 
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
     """Do both paths lead to one existing file?"""
-    paths = (first, second)
-    return all(path is not None and os.path.exists(path) for path in paths) and os.path.samefile(*paths)
+    if first is None or second is None or not os.path.exists(first) or not os.path.exists(second):
+        return False
+    return os.path.samefile(first, second)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -76,13 +79,15 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch's zip writer stumbles over the operating system's error and raises its own in its place.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error
+        if isinstance(error, RuntimeError):  # torch's zip writer raises its own in the place of the system's error
+            cause = error.__context__
         if not isinstance(cause, OSError):
             raise
-        former = "; the previous file is intact" if path.is_file() else ""
-        reason = cause.strerror or cause
-        raise InputError(f"cannot write {path}: {reason}; check the folder and its free space{former}") from error
+        advice = "check the folder and its free space"
+        if path.is_file():
+            advice += "; the previous file is intact"
+        raise InputError(f"cannot write {path}: {cause.strerror or cause}; {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -136,7 +141,9 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     check_file(path)
     try:
         is_zip, names = _check_format(path)
-        return _load(path, is_zip and mapped, names if objects else set())
+        if not objects:
+            names = set()
+        return _load(path, is_zip and mapped, names)
     except _Refused as error:
         reason = str(error)
     except OSError as error:
@@ -255,13 +262,14 @@ class _Refused(Exception):
 def check_file(path: Path) -> None:
     """Raise InputError for a path that leads to no file."""
     try:
-        problem = "" if stat.S_ISREG(path.stat().st_mode) else "not a file"
+        if stat.S_ISREG(path.stat().st_mode):
+            return
+        problem = "not a file"
     except FileNotFoundError:
         problem = "file not found"
     except OSError as error:  # such as a name that is too long
         problem = error.strerror
-    if problem:
-        raise InputError(f"cannot read {path}: {problem}; give the path of an existing file")
+    raise InputError(f"cannot read {printable(path, 1000)}: {problem}; give the path of an existing file")
 
 
 # torch.save's first format, in use until 1.6 and in the official MoCo v1 and v2 files, starts with this number.
@@ -279,8 +287,10 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
         if header.startswith(b"PK\x03\x04"):
             return True, _check_zip(file)
         if header == _LEGACY_MAGIC:
-            # Magic number, format version, byte order, content, storage keys; then the storages.
-            return False, set().union(*[_check_pickle(file) for _ in range(5)])
+            names = set()
+            for _ in range(5):  # magic number, format version, byte order, content, storage keys; then the storages
+                names |= _check_pickle(file)
+            return False, names
     raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
@@ -339,7 +349,9 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                     stack.pop()
                 else:
                     parts.append(stack.pop())
-            size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
+            size = 1
+            if op.name.startswith("TUPLE"):
+                size = 2 * (1 + sum(parts))
             if size > _LARGEST_TUPLE:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)

@@ -7,6 +7,7 @@ A model of timm is named by `timm:` and its name in `timm.list_models()`, with o
 import copy
 import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -47,22 +48,27 @@ def default_image_size(arch: str) -> int:
     """Side in pixels of the square images that `arch` was designed for; raises InputError for an unknown name."""
     if arch.startswith(TIMM):
         return _timm_config(arch).input_size[-1]
-    _check_arch(arch)
-    return 32 if arch == "vit_mini" else 224
+    if arch not in ARCHS:
+        hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
+        raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
+    if arch == "vit_mini":
+        return 32
+    return 224
 
 
 def default_heads(arch: str) -> int | None:
     """The number of attention heads of a torchvision ViT; None for ResNets, and for timm, whose names imply it."""
-    return _VITS[arch]["num_heads"] if arch in _VITS else None
+    return _VITS.get(arch, {}).get("num_heads")
 
 
 def check_heads(arch: str, heads: int | None) -> None:
     """Raise InputError if `arch` cannot have so many attention heads. None stands for its own, which always fit."""
     if heads is None:
         return
+    if arch.startswith(TIMM):
+        raise InputError(f"{heads} heads are not for {arch}: timm's name says how many; drop --heads")
     if arch not in _VITS:
-        why = "timm's name says how many" if arch.startswith(TIMM) else "it has no attention"
-        raise InputError(f"{heads} heads are not for {arch}: {why}; drop --heads")
+        raise InputError(f"{heads} heads are not for {arch}: it has no attention; drop --heads")
     width = _VITS[arch]["hidden_dim"]
     if type(heads) is not int or heads < 1 or width % heads:
         raise InputError(
@@ -75,7 +81,9 @@ def other_heads(model: nn.Module) -> dict[str, str]:
 
     No tensor shows this number, so it identifies a base together with the digests of the tensors.
     """
-    return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
+    if hasattr(model, "other_heads"):
+        return {"heads": str(model.other_heads)}
+    return {}
 
 
 def build_backbone(
@@ -88,8 +96,9 @@ def build_backbone(
     Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
     if timm is needed and missing.
     """
-    own_size = default_image_size(arch)  # raises for an unknown arch
-    size = own_size if image_size is None else image_size
+    size = default_image_size(arch)  # raises for an unknown arch
+    if image_size is not None:
+        size = image_size
     check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
@@ -107,7 +116,9 @@ def build_backbone(
     if size % patch:
         fitting = max(patch, round(size / patch) * patch)
         raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
-    stem = _conv_stem(shape["hidden_dim"]) if "conv" in arch else None
+    stem = None
+    if "conv" in arch:
+        stem = _conv_stem(shape["hidden_dim"])
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
         model.other_heads = heads
@@ -125,13 +136,18 @@ def check_channels(channels: int) -> None:
 
 def first_convolution(model: nn.Module) -> str | None:
     """The name of the first convolution, which sees the images; None if the model has none."""
-    return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name
+    return None
 
 
 def input_channels(model: nn.Module) -> int:
     """How many channels a model's images have."""
     name = first_convolution(model)
-    return 3 if name is None else model.get_submodule(name).in_channels
+    if name is None:
+        return 3
+    return model.get_submodule(name).in_channels
 
 
 def _for_channels(model: nn.Module, channels: int) -> nn.Module:
@@ -159,8 +175,7 @@ def head_name(model: nn.Module) -> str | None:
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
         return name
-    children = dict(model.named_children())
-    return next((name for name in HEAD_NAMES if name in children), None)
+    return next(filter(dict(model.named_children()).get, HEAD_NAMES), None)
 
 
 def in_head(model: nn.Module, name: str) -> bool:
@@ -205,22 +220,24 @@ def block_names(model: nn.Module) -> list[str]:
     if stages:
         return stages
     for name, module in model.named_modules():
-        children = list(module.children())
-        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and _share_a_type(children):
-            return [dotted(name, child) for child, _ in module.named_children()]
+        children = dict(module.named_children())
+        if isinstance(module, nn.Sequential | nn.ModuleList) and len(children) > 1 and _share_a_type(children.values()):
+            return [dotted(name, child) for child in children]
     return []
 
 
-def _share_a_type(modules: list[nn.Module]) -> bool:
+def _share_a_type(modules: Iterable[nn.Module]) -> bool:
     """Are all modules instances of the type of one of them? Fused blocks are subclasses of the plain ones."""
-    types = {type(module) for module in modules}
-    return any(all(isinstance(module, kind) for module in modules) for kind in types)
+    types = set(map(type, modules))
+    return any(all(issubclass(other, kind) for other in types) for kind in types)
 
 
 def _without(model: nn.Module, name: str) -> nn.Module:
     """A shallow copy of the model with an identity in place of the module of this name."""
     child, _, rest = name.partition(".")
-    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
+    replacement = nn.Identity()
+    if rest:
+        replacement = _without(model._modules[child], rest)
     copied = copy.copy(model)
     copied._modules = {**model._modules, child: replacement}
     return copied
@@ -245,9 +262,8 @@ def _timm_config(arch: str):
     except ImportError as error:
         raise InputError(f"{arch} needs timm ({error}): pip install timm") from None
     if not timm.is_model(name):
-        meant = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
-        hint = f": {meant}" if meant else ""
-        raise InputError(f"timm has no model {name!r}{hint}")
+        hint = did_you_mean(arch.split(".")[0], [f"{TIMM}{known}" for known in timm.list_models()])
+        raise InputError(f"timm has no model {name!r}: {hint or 'timm.list_models() has their names'}")
     try:
         config = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # an unknown tag
@@ -291,13 +307,9 @@ def _timm_of_size(name: str, shape: dict[str, int], size: int) -> nn.Module:
         return timm.create_model(name, **shape)
 
 
-def _check_arch(arch: str) -> None:
-    if arch not in ARCHS:
-        hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
-        raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
-
-
 def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:
     """Four 3x3 stride-2 convolutions that double the width each time; torchvision appends the final 1x1."""
-    widths = [hidden_dim // 8, hidden_dim // 4, hidden_dim // 2, hidden_dim]
-    return [ConvStemConfig(out_channels=width, kernel_size=3, stride=2) for width in widths]
+    stem = []
+    for narrower in (8, 4, 2, 1):
+        stem.append(ConvStemConfig(out_channels=hidden_dim // narrower, kernel_size=3, stride=2))
+    return stem

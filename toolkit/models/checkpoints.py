@@ -85,31 +85,36 @@ def load_backbone(
             with another number of channels.
     """
     if is_none(path):
-        report = _report_of_random(arch, image_size, heads, channels)
-        return random_backbone(num_classes, report), report
+        return _random_backbone(num_classes, arch, image_size, heads, channels)
     source = _identify(path, _read(path), arch)
-    arch = _find_arch(source) if source.arch is None else source.arch
-    size = _find_image_size(source, arch) if image_size is None else image_size
-    likely, certain = _find_heads(source, arch)
+    arch = _find_arch(source)
+    if image_size is None:
+        image_size = _find_image_size(source, arch)
+    if heads is None:
+        heads = _find_heads(source, arch)
     first, own_channels = _find_channels(source.weights, arch)
-    channels = own_channels if channels is None else channels
-    model = build_backbone(arch, num_classes, size, heads or likely, channels)
+    if channels in (None, own_channels):
+        channels = own_channels
+        channel_fit = None
+    elif channel_fit is None:
+        raise InputError(
+            f"{path} is for images of {own_channels} channels, not {channels}: leave --channels out and choose as many "
+            "--bands, or, if it must be, fit its first layer with --channel-fit timm"
+        )
+    model = build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
-    if channels != own_channels:
-        _check_channel_fit(path, own_channels, channels, channel_fit)
+    if channel_fit is not None:
         weights = weights | {first: fitted_to_channels(weights[first], channels)}
     _check_match(source, weights, model, arch)
     model.load_state_dict({**model.state_dict(), **weights})
     _record_digests(model, source.weights)
-    if not (heads or certain):
-        _warn_of_heads(path, likely)
     report = {
         "family": source.layout.family,
         "arch": arch,
-        "image_size": size,
-        "heads": heads or likely,
+        "image_size": image_size,
+        "heads": heads,
         "channels": channels,
-        "channel_fit": channel_fit if channels != own_channels else None,
+        "channel_fit": channel_fit,
         "epoch": source.epoch,
         "loaded": list(weights),
         "dropped": source.dropped,
@@ -126,16 +131,15 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
     Returns:
         The number of channels that its first layer takes, 3 for random weights; and the file's metadata about their
         values, as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
-
-    Raises:
-        InputError: the file cannot be read, or is not a checkpoint that `load_backbone` knows.
     """
     if is_none(path):
         return 3, {}
     source = _identify(path, _read(path), arch)
-    found = _find_arch(source) if source.arch is None else source.arch
-    _, channels = _find_channels(source.weights, found)
-    metadata = {**source.images, "arch": found} if source.images else {}
+    arch = _find_arch(source)
+    _, channels = _find_channels(source.weights, arch)
+    metadata = source.images
+    if metadata:
+        metadata = metadata | {"arch": arch}
     return channels, metadata
 
 
@@ -151,14 +155,6 @@ def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str 
     if (found_out, found_kernel) == (out, kernel) and found_channels > 0:
         return name, found_channels
     return name, channels
-
-
-def _check_channel_fit(path: str | os.PathLike, found: int, wanted: int, fit: str | None) -> None:
-    if fit is None:
-        raise InputError(
-            f"{path} is for images of {found} channels, not {wanted}: leave --channels out and choose as many --bands, "
-            "or, if it must be, fit its first layer with --channel-fit timm"
-        )
 
 
 def fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
@@ -177,15 +173,9 @@ def fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
 def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[str, torch.Tensor]]]:
     """The projector and predictor of a MoCo checkpoint.
 
-    Args:
-        path: any file that `load_backbone` reads.
-
     Returns:
         MoCo's version, 1, 2 or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
         `projector` and `predictor` by their names in the modules of `moco.builder`, empty if the file has none.
-
-    Raises:
-        InputError: the file cannot be read, or its tensors are not dense ones of a usual dtype.
     """
     tensors, info = _find_state_dict(path, _read(path))
     layout, encoder, dropped = _recognise(path, tensors, info)
@@ -202,8 +192,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
             parts["predictor"][name.removeprefix("predictor.")] = tensors[full]
     if parts["predictor"] or layout.family == "moco_v3":
         return 3, parts
-    has_hidden_layer = "0.weight" in parts["projector"]
-    return (2 if has_hidden_layer else 1), parts
+    return (2 if "0.weight" in parts["projector"] else 1), parts  # which is of a hidden layer
 
 
 def _read(path: str | os.PathLike) -> Any:
@@ -255,16 +244,15 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
     return problems
 
 
-def _report_of_random(
-    arch: str | None, image_size: int | None, heads: int | None, channels: int | None
-) -> dict[str, Any]:
+def _random_backbone(
+    num_classes: int, arch: str | None, image_size: int | None, heads: int | None, channels: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
     if arch is None:
         raise InputError("random weights have no architecture of their own: give an arch")
-    size = default_image_size(arch) if image_size is None else image_size
-    return {
+    report = {
         "family": NO_CHECKPOINT,
         "arch": arch,
-        "image_size": size,
+        "image_size": image_size or default_image_size(arch),
         "heads": heads or default_heads(arch),
         "channels": channels or 3,
         "channel_fit": None,
@@ -272,13 +260,9 @@ def _report_of_random(
         "loaded": [],
         "dropped": [],
     }
-
-
-def random_backbone(num_classes: int, report: Mapping[str, Any]) -> nn.Module:
-    """The architecture that a report of `load_backbone` describes, with random weights."""
-    model = build_backbone(report["arch"], num_classes, report["image_size"], report["heads"], report["channels"])
+    model = build_backbone(arch, num_classes, report["image_size"], report["heads"], report["channels"])
     model.base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
-    return model
+    return model, report
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -404,16 +388,23 @@ def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Sou
     layout, encoder, dropped = _recognise(path, tensors, info)
     arch = _named_arch(info) if wanted is None else wanted
     is_timm = arch is not None and arch.startswith(TIMM)
-    heads = (f"{head_name(_meta_model(arch))}.",) if is_timm else _HEADS
-    dropped += [full for key, full in encoder.items() if key.startswith(heads)]
-    names = {full: _renamed(key, layout.renames) for key, full in encoder.items() if not key.startswith(heads)}
-    if is_timm and layout.family in ("deit", "torchvision"):
-        layout = replace(layout, family="timm")
-    if not is_timm:
-        names = {full: _renamed(name, _TO_TORCHVISION) for full, name in names.items()}
-    _check_tensors(path, {full: tensors[full] for full in names})
-    if len(set(names.values())) < len(names):
-        raise InputError(f"{path}: some tensors are there twice, under two projects' names")
+    heads = _HEADS
+    if is_timm:
+        heads = f"{head_name(_meta_model(arch))}."
+        if layout.family in ("deit", "torchvision"):
+            layout = replace(layout, family="timm")
+    weights = {}
+    for key, full in encoder.items():
+        if key.startswith(heads):
+            dropped.append(full)
+            continue
+        name = _renamed(key, layout.renames)
+        if not is_timm:
+            name = _renamed(name, _TO_TORCHVISION)
+        if name in weights:
+            raise InputError(f"{path}: some tensors are there twice, under two projects' names")
+        weights[name] = tensors[full]
+    _check_tensors(path, weights)
     return _Source(
         path=path,
         layout=layout,
@@ -422,7 +413,7 @@ def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Sou
         image_size=_whole_number(info, "config/image_size"),  # this toolkit's pretraining stores it
         heads=_whole_number(info, "config/heads"),
         images=_image_metadata(info),
-        weights={name: tensors[full] for full, name in names.items()},
+        weights=weights,
         dropped=dropped,
     )
 
@@ -430,7 +421,9 @@ def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Sou
 def _at(content: Any, place: str) -> Any:
     """The value at `place`, keys of nested dictionaries joined by slashes; None if there is none."""
     for key in place.split("/"):
-        content = content.get(key) if isinstance(content, Mapping) else None
+        if not isinstance(content, Mapping):
+            return None
+        content = content.get(key)
     return content
 
 
@@ -441,10 +434,10 @@ def _whole_number(info: Mapping, place: str) -> int | None:
 
 def _image_metadata(info: Mapping) -> dict[str, Any]:
     """The metadata about images from this toolkit's pretraining, or from CEM500K's `norms`: mean and std of grey."""
-    recorded = info.get("normalization")
     norms = info.get("norms")
     if isinstance(norms, list) and len(norms) == 2:
         return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0, "show_bands": [1]}
+    recorded = info.get("normalization")
     return dict(recorded) if isinstance(recorded, Mapping) else {}
 
 
@@ -461,32 +454,49 @@ def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[dict[str, t
     """The dictionary of tensors, and the dictionary around it, empty if the tensors are the file's whole content."""
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    place = next((place for place in _PLACES if isinstance(_at(content, place), Mapping)), None)
-    tensors = content if place is None else _at(content, place)
-    foreign = [str(key) for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
+    tensors = content
+    info: Mapping = {}
+    for place in _PLACES:
+        if isinstance(_at(content, place), Mapping):
+            tensors = _at(content, place)
+            info = content
+            break
+    foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
-        found = f"; {listed(foreign)} hold no tensors" if foreign else ""
-        objects = [f"{key} is a {value.kind}" for key, value in tensors.items() if isinstance(value, ForeignObject)]
-        remedy = f" ({listed(objects)}: save its state_dict() from where the file was made)" if objects else ""
-        raise InputError(f"{path}: no state_dict at its top, at 'state_dict' or at 'model'{found}{remedy}")
-    return dict(tensors), content if place else {}
+        problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"
+        for key in foreign:
+            if isinstance(tensors[key], ForeignObject):
+                kind = printable(tensors[key].kind)
+                problem += f"; {printable(key)} is a {kind}: save its state_dict() from where the file was made"
+        raise InputError(problem)
+    return dict(tensors), info
 
 
 def _recognise(
     path: str | os.PathLike, tensors: Collection[str], info: Mapping
 ) -> tuple[_Layout, dict[str, str], list[str]]:
     """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
-    wrapped = all(key.startswith("module.") for key in tensors)  # by DistributedDataParallel
-    keys = {key.removeprefix("module.") if wrapped else key: key for key in tensors}
+    wrapper = "module."  # of DistributedDataParallel
+    if not all(key.startswith(wrapper) for key in tensors):
+        wrapper = ""
+    keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
-    unknown = [key for key in keys if not key.startswith((layout.prefix, *layout.beside))]
+    encoder = {}
+    others = []
+    unknown = []
+    for key, full in keys.items():
+        if key.startswith(layout.prefix):
+            encoder[key.removeprefix(layout.prefix)] = full
+            continue
+        others.append(full)
+        if not key.startswith(layout.beside):
+            unknown.append(key)
     if unknown:
         raise InputError(
             f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
             f"{listed(unknown)}"
         )
-    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
-    return layout, encoder, [full for key, full in keys.items() if not key.startswith(layout.prefix)]
+    return layout, encoder, others
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -527,7 +537,9 @@ def _renamed(key: str, renames: _Renames) -> str:
 
 
 def _find_arch(source: _Source) -> str:
-    """The arch that shares the most tensors with the file, by name and shape."""
+    """The arch that was asked for or that the file names, else the one that shares the most tensors with it."""
+    if source.arch is not None:
+        return source.arch
     found = _shapes_of(source.weights)
     best = max(ARCHS, key=lambda arch: len(found & _shapes(arch)))  # a ResNet-18 is a part of a 34, which comes later
     if not found & _shapes(best):
@@ -565,12 +577,12 @@ def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _find_image_size(source: _Source, arch: str) -> int:
     """The image size of the pretraining: a ViT's position embedding implies it, a ResNet's file may state it."""
-    name = next((name for name in _POSITIONS if name in source.weights), None)
-    if name is not None:
-        patch, tokens = _patch_and_tokens(_meta_model(arch))
-        side = _grid(source.weights[name], tokens)
-        if patch and side:
-            return side * patch
+    for name in _POSITIONS:
+        if name in source.weights:
+            patch, tokens = _patch_and_tokens(_meta_model(arch))
+            side = _grid(source.weights[name], tokens)
+            if patch and side:
+                return side * patch
     return source.image_size or default_image_size(arch)
 
 
@@ -611,28 +623,24 @@ def _resize_positions(weights: dict[str, torch.Tensor], model: nn.Module) -> dic
     return weights | interpolate_embeddings(model.image_size, model.patch_size, {name: positions})
 
 
-def _find_heads(source: _Source, arch: str) -> tuple[int | None, bool]:
-    """The number of heads of a torchvision ViT, and whether it is certain. Shapes cannot tell that of a ViT-S.
+def _find_heads(source: _Source, arch: str) -> int | None:
+    """The number of heads of a torchvision ViT. No tensor shows it: for a ViT-S it may be a guess, with a warning.
 
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
-    own = default_heads(arch)
-    if own is None:
-        return None, True
-    if source.heads or arch != "vit_small":
-        return source.heads or own, True
+    if default_heads(arch) is None or source.heads or arch != "vit_small":
+        return source.heads or default_heads(arch)
+    heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
-    is_fixed = positions is not None and positions.dim() == 3 and not positions[:, 0].any()
-    heads_if_fixed, heads_if_learned = source.layout.heads
-    return heads_if_fixed if is_fixed else heads_if_learned, source.layout.heads_certain
-
-
-def _warn_of_heads(path: str | os.PathLike, heads: int) -> None:
-    warnings.warn(
-        f"{path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has 12, "
-        "SSL4EO-S12's and timm's have 6; say which with --heads",
-        stacklevel=3,
-    )
+    if positions is not None and positions.dim() == 3 and not positions[:, 0].any():
+        heads = heads_if_fixed
+    if not source.layout.heads_certain:
+        warnings.warn(
+            f"{source.path}: the number of heads of a ViT-S is in no tensor, and {heads} is a guess: MoCo v3's own has "
+            "12, SSL4EO-S12's and timm's have 6; say which with --heads",
+            stacklevel=3,
+        )
+    return heads
 
 
 def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Module, arch: str) -> None:
@@ -641,22 +649,24 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
     # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     surplus = [key for key in weights if key not in expected]
-    common = [key for key in expected if key in weights]
-    misshapen = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in common
-        if weights[key].shape != expected[key].shape
-    ]
+    misshapen = []
+    broken = []
+    for key, tensor in weights.items():
+        if key not in expected:
+            continue
+        if tensor.shape != expected[key].shape:
+            misshapen.append(f"{key} {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
+        elif not key.endswith("num_batches_tracked") and not _is_usable(tensor, expected[key]):
+            broken.append(key)
     if missing or surplus or misshapen:
-        problems = {"missing": missing, "not expected": surplus, "of another shape": misshapen}
-        found = "; ".join(f"{len(keys)} {problem}: {listed(keys)}" for problem, keys in problems.items() if keys)
+        matching = len(weights) - len(surplus) - len(misshapen)
+        found = f"{matching} of its {len(expected)} backbone tensors match"
+        for keys, problem in ((missing, "missing"), (surplus, "not expected"), (misshapen, "of another shape")):
+            if keys:
+                found += f"; {len(keys)} {problem}: {listed(keys)}"
         raise InputError(
-            f"{source.path} ({source.layout.family}) does not hold a {arch}: {len(common) - len(misshapen)} of its "
-            f"{len(expected)} backbone tensors match; {found}"
-            f"{_other_stem(weights, expected)}{_better_arch(source, arch)}"
+            f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}{_better_arch(source, arch)}"
         )
-    counters = {key for key in common if key.endswith("num_batches_tracked")}  # half() may have made them floats
-    broken = [key for key in common if key not in counters and not _is_usable(weights[key], expected[key])]
     if broken:
         raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
 
@@ -666,43 +676,35 @@ def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
     return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
 
 
-def _other_stem(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
-    """A hint if the file's ResNet was made for small images: all its other tensors fit, but it computes differently."""
-    name = "conv1.weight"
-    if name not in weights or name not in expected:
-        return ""
-    if (weights[name].shape[2:], expected[name].shape[2:]) != ((3, 3), (7, 7)):
-        return ""
-    return (
-        "; it has solo-learn's stem for CIFAR, a 3x3 conv1 without pooling behind it, which this toolkit's ResNets do "
-        "not have; take one that was pretrained with the stem for ImageNet"
-    )
-
-
 def _better_arch(source: _Source, arch: str) -> str:
     """A hint at the arch that the file's tensors fit, if that is another one."""
     found = _shapes_of(source.weights)
-    fitting = next((other for other in ARCHS if _shapes(other) == found), arch)
-    if fitting == arch:
-        return ""
-    return f"; it looks like {fitting}: give the --checkpoint of a {arch}, or leave out --arch"
+    for other in ARCHS:
+        if _shapes(other) == found and other != arch:
+            return f"; it looks like {other}: give the --checkpoint of a {arch}, or leave out --arch"
+    return ""
 
 
 def describe_base(report: dict[str, Any]) -> str:
-    """A description of the backbone and of what was recognised in its checkpoint, in two lines of a terminal."""
+    """A description of the backbone and its checkpoint, in two lines of a terminal."""
     images = f"{report['image_size']} pixels"
     if report["channels"] != 3:
         images += f" of {report['channels']} channels"
     if report["family"] == NO_CHECKPOINT:
         return f"backbone: {report['arch']} for {images} with random weights"
-    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
-    heads = f" with {report['heads']} heads" if report["heads"] != default_heads(report["arch"]) else ""
-    needless = _parts_of(report["dropped"])
-    others = f"; the file's {needless} not needed" if needless else ""
-    return (
-        f"backbone: {report['arch']}{heads} for {images} from a {report['family']} "
-        f"checkpoint{epoch};\n          all {len(report['loaded'])} backbone tensors loaded{others}"
-    )
+    arch = report["arch"]
+    if report["heads"] != default_heads(arch):
+        arch += f" with {report['heads']} heads"
+    checkpoint = f"a {report['family']} checkpoint"
+    if report["epoch"] is not None:
+        checkpoint += f", epoch {report['epoch']}"
+    lines = f"backbone: {arch} for {images} from {checkpoint};\n"
+    lines += f"          all {len(report['loaded'])} backbone tensors loaded"
+    if parts := _parts_of(report["dropped"]):
+        verb = "is" if len(parts) == 1 and parts[0] in _PARTS else "are"
+        names = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+        lines += f"; the file's {names} {verb} not needed"
+    return lines
 
 
 _PARTS = {  # patterns of the names of tensors that are left out, by part; the first that matches counts
@@ -714,20 +716,13 @@ _PARTS = {  # patterns of the names of tensors that are left out, by part; the f
 }
 
 
-def _parts_of(dropped: Collection[str]) -> str:
-    """The parts to which the dropped tensors belong, as 'projector and queue are'; empty if none was dropped."""
-    found = {_part_of(name.removeprefix("module.")) for name in dropped}
-    parts = [part for part in (*_PARTS, _OTHER_PART) if part in found]
-    if not parts:
-        return ""
-    verb = "is" if len(parts) == 1 and parts[0] in _PARTS else "are"
-    *first, last = parts
-    names = f"{', '.join(first)} and {last}" if first else last
-    return f"{names} {verb}"
+def _parts_of(dropped: Collection[str]) -> list[str]:
+    """The parts to which the dropped tensors belong."""
+    found = set()
+    for name in dropped:
+        name = name.removeprefix("module.")
+        found.add(next((part for part, pattern in _PARTS.items() if re.match(pattern, name)), _OTHER_PART))
+    return [part for part in (*_PARTS, _OTHER_PART) if part in found]
 
 
 _OTHER_PART = "other tensors"
-
-
-def _part_of(name: str) -> str:
-    return next((part for part, pattern in _PARTS.items() if re.match(pattern, name)), _OTHER_PART)
