@@ -210,16 +210,16 @@ def parse_args(
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     typed, problems = _read_command_line(parser, argv)
-    values, sources = {}, dict.fromkeys(actions, "default")
-    for dest, action in actions.items():
-        default = action.default
-        values[dest] = action.type(default) if isinstance(default, str) and action.type else default
+    values = {dest: action.default for dest, action in actions.items()}
+    sources = dict.fromkeys(actions, "default")
 
     def take(dest: str, value: Any, source: str, name: str) -> None:
         try:
-            values[dest], sources[dest] = _convert(actions[dest], value), source
+            values[dest] = _convert(actions[dest], value)
         except (argparse.ArgumentTypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
+        else:
+            sources[dest] = source
 
     if "config" in typed:
         take("config", typed.pop("config"), "command line", "--config")
@@ -240,8 +240,11 @@ def parse_args(
 
 def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
     """The options to which the command line gives another value than their default. Call it before completing them."""
-    typed = (name for name, source in sources.items() if source == "command line")
-    return {name for name in typed if getattr(args, name) != parser.get_default(name)}
+    return {
+        name
+        for name, source in sources.items()
+        if source == "command line" and getattr(args, name) != parser.get_default(name)
+    }
 
 
 def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
@@ -259,18 +262,23 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) 
             action.const = ""  # for `--epochs` without a value, which _convert_one refuses
         elif action.nargs == "+":
             action.nargs = "*"
-    words = list(sys.argv[1:] if argv is None else argv)
-    switches = [flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings]
-    valued = [word for word in words if "=" in word and word.split("=")[0] in switches]
-    typed, rest = lenient.parse_known_args([word for word in words if word not in valued])
-    problems = [f"{printable(word)}: write {word.split('=')[0]} alone; it takes no value" for word in valued]
+    words = []
+    problems = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, _ = word.partition("=")
+        action = parser._option_string_actions.get(name)
+        if equals and action is not None and action.nargs == 0:
+            problems.append(f"{printable(word)}: write {name} alone; it takes no value")
+        else:
+            words.append(word)
+    typed, rest = lenient.parse_known_args(words)
     return vars(typed), problems + unknown_words(parser, rest)
 
 
 def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]:
     """What is wrong with the words that `parse_known_args` left over."""
     problems = []
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    known = list(parser._option_string_actions)
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
@@ -337,10 +345,10 @@ def _read_config(
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
-    own = {}
+    own: dict[str, list[str]] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
-            own[group.title] = [action.dest for action in group._group_actions]
+            own[group.title] = list(dict.fromkeys(action.dest for action in group._group_actions))
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
             hint = _hint(section, SECTIONS) or _right_section(section, own)
@@ -368,13 +376,16 @@ def _key_problems(section: str, key: Any, value: Any, own: dict[str, list[str]],
 
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    section = next((section for section, keys in own.items() if key in keys), None)
-    return f" (it belongs in the section {section})" if section else ""
+    for section, keys in own.items():
+        if key in keys:
+            return f" (it belongs in the section {section})"
+    return ""
 
 
 def _hint(name: Any, known: Collection[str]) -> str:
-    meant = did_you_mean(name, known)
-    return f" ({meant})" if meant else ""
+    if meant := did_you_mean(name, known):
+        return f" ({meant})"
+    return ""
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -388,7 +399,7 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.nargs is None or action.nargs == "?":
         return _convert_one(action, value)
     if not isinstance(value, list) or (action.nargs == "+" and not value):
-        raise ValueError(f"expected a list, got {printable(repr(value))}" if value else "expected at least one value")
+        raise ValueError("expected at least one value" if not value else f"expected a list, got {printable(repr(value))}")
     return [_convert_one(action, item) for item in value]
 
 

@@ -20,7 +20,9 @@ from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
 from toolkit.run.plan import YAML_SECTIONS
 from toolkit.run.run_state import changed_settings
 
-FOLDER, TABLE, SETTINGS = "folds", "folds.csv", "config.yaml"  # in --output-dir
+# In --output-dir
+FOLDER = "folds"
+TABLE = "folds.csv"
 
 
 def cross_validate(
