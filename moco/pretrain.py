@@ -145,6 +145,7 @@ def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     problems = options.complete_data(args, sources)
     options.complete_adapters(args)
     options.complete_resume(args)
+    problems += options.resume_problems(args)
     problems += runs.environment_problems(args, written(args))
     if args.knn_dir and not os.path.isdir(args.knn_dir):
         problems.append(f"--knn-dir {args.knn_dir}: no such folder")

@@ -7,13 +7,15 @@ import statistics
 from pathlib import Path
 
 import pytest
-from toolkit.run.collapse import Collapsed
+import torch
 
 import finetune_lora
 from tests.test_splitting import patients
-from toolkit import InputError, config
+from toolkit import InputError
+from toolkit.files import SHIPPED, read_checkpoint
 from toolkit.images.data import load_splits
 from toolkit.run import folds
+from toolkit.run.guard import Collapsed
 
 
 def read_table(folder: Path) -> list[dict[str, str]]:
@@ -88,8 +90,7 @@ def validate(stand_in, tmp_path):
     def run(options: str = "") -> dict:
         command = [*shlex.split(options), "--folds", "3", "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
         args, _ = finetune_lora.read_options(command)
-        settings = config.resolved_config(finetune_lora.make_parser(), args)
-        return folds.cross_validate(stand_in, command, None, args, settings)
+        return folds.cross_validate(stand_in, command, None, args)
 
     return run
 
@@ -99,7 +100,7 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
     stand_in.stops_at = "2/3"
     with pytest.raises(KeyboardInterrupt):
         validate()
-    with pytest.raises(InputError, match=r"config.yaml has other settings \(finetune.epochs was 10, is 4\)"):
+    with pytest.raises(InputError, match=r"has parts of another run \(finetune.epochs was 10, is 4\)"):
         validate("--epochs 4 --resume")
     stand_in.stops_at = None
     found = validate("--workers 1 --resume")
@@ -111,6 +112,37 @@ def test_a_stopped_cross_validation_goes_on(validate, stand_in, tmp_path):
         "val_accuracy": str(found["val_accuracy"]),
     }
     assert validate("--resume") == found and len(stand_in.commands) == 4  # nothing was left to run
+
+
+def test_parts_of_other_images_or_another_base_are_not_gone_on_with(validate, stand_in, tmp_path):
+    """Every image is to be evaluated once, by a model that did not train on it."""
+    stand_in.stops_at = "2/3"
+    with pytest.raises(KeyboardInterrupt):
+        validate()
+    with pytest.raises(InputError, match=r"another run \(data.labels_per_class was None, is 3, other images\)"):
+        validate("--labels-per-class 3 --resume")
+    with pytest.raises(InputError, match="other base"):
+        validate(f"--checkpoint {copy_with_another_date(tmp_path)} --resume")
+    assert stand_in.parts == ["1/3", "2/3"]
+
+
+def copy_with_another_date(folder: Path) -> Path:
+    """The shipped checkpoint with something else beside its tensors."""
+    content = read_checkpoint(SHIPPED)
+    torch.save(content | {"note": "another file"}, folder / "copy.pth")
+    return folder / "copy.pth"
+
+
+def test_a_damaged_result_of_a_part_is_one_line(validate, stand_in, tmp_path):
+    validate()
+    (tmp_path / "out/folds/2/results.json").write_text('{"val_accuracy": 0.')
+    with pytest.raises(InputError, match=r"folds/2/results.json is damaged: delete it, and --resume finishes"):
+        validate("--resume")
+
+
+def test_nothing_to_go_on_with_is_one_line(validate):
+    with pytest.raises(InputError, match="has no parts to go on with; start without it"):
+        validate("--resume")
 
 
 def test_a_part_that_collapses_counts_and_the_others_run(validate, stand_in, capsys):

@@ -399,7 +399,9 @@ def _convert(action: argparse.Action, value: Any) -> Any:
     if action.nargs is None or action.nargs == "?":
         return _convert_one(action, value)
     if not isinstance(value, list) or (action.nargs == "+" and not value):
-        raise ValueError("expected at least one value" if not value else f"expected a list, got {printable(repr(value))}")
+        if not value:
+            raise ValueError("expected at least one value")
+        raise ValueError(f"expected a list, got {printable(repr(value))}")
     return [_convert_one(action, item) for item in value]
 
 

@@ -1,9 +1,13 @@
 """Cross-validation: a run for each part of the images, which trains on the others and is evaluated on this one."""
 
+import contextlib
+import hashlib
+import io
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +17,19 @@ from toolkit import InputError, distributed
 from toolkit.answers.tasks import TASKS, Task, baseline_keys
 from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
+from toolkit.images.data import load_splits
 from toolkit.images.splitting import read_folds
+from toolkit.models.checkpoints import is_none
 from toolkit.run import output_folder
 from toolkit.run.guard import Collapsed
-from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, image_sources, known_image_values
 from toolkit.run.plan import YAML_SECTIONS
 from toolkit.run.run_state import changed_settings
 
 # In --output-dir
 FOLDER = "folds"
 TABLE = "folds.csv"
+IDENTITY = "folds/identity.json"
 
 
 def cross_validate(
@@ -47,29 +54,34 @@ def cross_validate(
     Raises:
         InputError: as `run`; the finished parts are kept. Or these are of runs with other settings.
     """
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    typed = sys.argv[1:] if argv is None else argv
+    words = [word for word in typed if word != "--resume"]
     _, count = read_folds(args.folds)
-    settings = stored_sections(YAML_SECTIONS, args)
     files = output_folder.FINE_TUNING_FILES
     with output_folder.held(args.output_dir, "finetune_lora.py", files, args.resume) as begin:
+        identity = _identity(args)
         if args.resume:
-            _check_settings(args.output_dir / SETTINGS, settings)
+            _check_identity(args.output_dir / IDENTITY, identity)
         begin()
+        if distributed.is_main():
+            (args.output_dir / FOLDER).mkdir(exist_ok=True)
+            write_text(json.dumps(identity, indent=2), args.output_dir / IDENTITY)
+            write_text(yaml.safe_dump(identity["config"], sort_keys=False), args.output_dir / "config.yaml")
         found = []
         for number in range(1, count + 1):
             own = args.output_dir / FOLDER / str(number)
-            finished = own / "results.json"
-            if finished.exists():
+            if (own / "results.json").exists():
                 print(f"part {number} of {count}: finished in {own}")
-                found.append(json.loads(finished.read_text()))
+                found.append(_finished(own / "results.json"))
                 continue
             print(f"\npart {number} of {count}")
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
-            command += ["--resume"] if (own / "last.pth").exists() else []
+            if (own / "last.pth").exists():
+                command.append("--resume")
             found.append(_results(run, command, after_epoch))
-            if distributed.is_main():
-                write_text(yaml.safe_dump(settings, sort_keys=False), args.output_dir / SETTINGS)
-        return _summed_up(found, args) if distributed.is_main() else {}
+        if not distributed.is_main():
+            return {}
+        return _summed_up(found, args)
 
 
 def _results(run: Callable, command: list[str], after_epoch: Callable | None) -> dict[str, Any]:
@@ -80,17 +92,47 @@ def _results(run: Callable, command: list[str], after_epoch: Callable | None) ->
         return stopped.results
 
 
-def _check_settings(path: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """Raise InputError if finished parts are of runs with other settings."""
+def _finished(path: Path) -> dict[str, Any]:
     try:
-        then = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):  # no part is finished; an unfinished one is checked when it goes on
-        return
-    changed = changed_settings(then, settings, FREE_TO_CHANGE) if isinstance(then, dict) else ["all"]
-    if changed:
-        raise InputError(
-            f"{path} has other settings ({', '.join(changed)}); resume with the same ones, or start without --resume"
-        )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path} is damaged: delete it, and --resume finishes that part again") from None
+
+
+def _identity(args: FineTuneOptions) -> dict[str, Any]:
+    """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
+    with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
+        values = known_image_values(args, args.checkpoint)
+        one = replace(args, folds=f"1/{read_folds(args.folds)[1]}")
+        sources = image_sources(one, values.read)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
+    files = [path for path in (args.checkpoint, args.stage1_adapter) if path is not None and not is_none(path)]
+    return {
+        "config": stored_sections(YAML_SECTIONS, args),
+        "images": splits.digest(),
+        "base": [_file_digest(path) for path in files],
+    }
+
+
+def _file_digest(path: Path) -> str:
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def _check_identity(path: Path, now: dict[str, Any]) -> None:
+    """Raise InputError if the parts that are there are of runs with other settings, images or weights."""
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        changed = changed_settings(then["config"], now["config"], FREE_TO_CHANGE)
+        other = [what for what in ("images", "base") if then[what] != now[what]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"--resume: {path.parent.parent} has no parts to go on with; start without it") from None
+    if changed or other:
+        what = ", ".join([*changed, *(f"other {name}" for name in other)])
+        raise InputError(f"{path.parent} has parts of another run ({what}); start without --resume")
 
 
 def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[str, Any]:

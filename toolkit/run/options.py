@@ -411,12 +411,21 @@ def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
     problems += _norm_problems(args)
     problems += _speed_problems(args)
     problems += _fold_problems(args)
+    if not all_folds(args):
+        problems += resume_problems(args)
     if args.warmup_epochs > args.epochs:
         problems.append(
             f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
             "would never get to its peak; lower it"
         )
     return problems
+
+
+def resume_problems(args: Any) -> list[str]:
+    """A line if there is nothing to resume."""
+    if args.resume is None or os.path.exists(args.resume):
+        return []
+    return [f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"]
 
 
 def _in_fewer_bits(args: Any) -> str | None:

@@ -114,6 +114,7 @@ def held(
         if distributed.is_main():
             try:
                 stack.enter_context(_locked(folder))
+                _tidy(folder)
                 _check_owner(folder, script)
             except InputError as error:
                 problem = str(error)
@@ -224,19 +225,37 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
         raise _unusable(folder, error) from None
 
 
+MOVING = ".moved-aside"  # a folder in the folder, while the files of an earlier run are moved
+
+
+def _tidy(folder: Path) -> None:
+    """Undo what a killed run left halfway: bring back files that were being moved aside, remove unfinished ones."""
+    try:
+        for path in sorted((folder / MOVING).glob("*")):
+            os.rename(path, folder / path.name)
+        for path in folder.glob(".*.tmp"):  # of `open_atomically`; no other run writes here
+            path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(folder / MOVING)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+
+
 def _move_aside(folder: Path, names: list[str]) -> None:
     """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
     if not names:
         return
     named = folder.name not in ("", "..") and not folder.is_symlink()
     place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
+    moving = folder / MOVING  # a run that is killed meanwhile leaves all files below one folder
+    moving.mkdir()
+    for name in names:
+        os.rename(folder / name, moving / name)
     for number in itertools.count(1):
         aside = place.with_name(f"{place.name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            aside.mkdir()
+        if not os.path.lexists(aside):
+            os.rename(moving, aside)
             break
-    for name in names:
-        os.rename(folder / name, aside / name)
     unfinished = ", unfinished (--resume with this --output-dir goes on with it)"
     if {"results.json", "folds.csv"} & set(names):
         unfinished = ""

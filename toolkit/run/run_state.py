@@ -169,6 +169,7 @@ class RunState:
         with self.stop:
             try:
                 yield
+                self.stop.check()  # a request that came after the last step
             except Stopped as stopped:
                 self.save_state()
                 where = f"saved in {self.path('last.pth')}. To go on: the same command with --resume"
