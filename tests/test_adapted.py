@@ -12,15 +12,7 @@ import torch
 from torch import nn
 
 from finetune_lora import LoRALinear, QLoRALinear, QLoRAMultiheadAttention
-from lora.adapted import (
-    ADAPTED,
-    AdaptedAttention,
-    AdaptedLayer,
-    LoRASettings,
-    is_adapted,
-    kind_named,
-    stock_class,
-)
+from lora.adapted import ADAPTED, AdaptedAttention, AdaptedLayer, LoRASettings, is_adapted, kind_named, stock_class
 from lora.adapter_set import LayerState
 from toolkit import InputError
 
@@ -83,8 +75,7 @@ def test_every_kind_offers_what_the_protocol_promises(kind, four_bits):
 
 @pytest.mark.parametrize("kind", STOCK)
 @pytest.mark.parametrize(
-    "four_bits, dtype, bits",
-    [(False, None, 32), (False, torch.bfloat16, 16), (False, torch.int8, 8), (True, None, 4)],
+    "four_bits, dtype, bits", [(False, None, 32), (False, torch.bfloat16, 16), (False, torch.int8, 8), (True, None, 4)]
 )
 def test_the_bits_of_the_base(kind, four_bits, dtype, bits):
     """Merged or not, with an adapter or without; a merged weight whose adapter is gone is a float's."""

@@ -10,11 +10,7 @@ import torch
 from dense import BF16, DEVICES, FP32, assert_close, randomize_adapters, resnet, vit
 from torch import Tensor, nn
 
-from finetune_lora import (
-    add_lora_to_model,
-    count_parameters,
-    freeze_backbone_params,
-)
+from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params
 from lora import adapter_set
 from lora_utils import LoRAManager, base_digests, read_adapter_file, trained_state
 from toolkit import InputError

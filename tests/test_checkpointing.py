@@ -23,11 +23,7 @@ from dense import (
 )
 from torch import nn
 
-from finetune_lora import (
-    add_lora_to_model,
-    freeze_backbone_params,
-    set_gradient_checkpointing,
-)
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention, backends, vit_block
 from lora.activations import SavedIn16Bits
 from lora_utils import LoRAManager

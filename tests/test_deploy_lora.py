@@ -513,9 +513,7 @@ def unnormalised(images: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "trained, normalise",
-    [("lora", True), pytest.param("full", False, marks=pytest.mark.slow)],
-    indirect=["trained"],
+    "trained, normalise", [("lora", True), pytest.param("full", False, marks=pytest.mark.slow)], indirect=["trained"]
 )
 def test_onnxruntime_answers_as_the_model(trained, normalise, tmp_path):
     """For any number of images; the file says what it wants and what its outputs mean."""

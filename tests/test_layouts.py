@@ -145,10 +145,7 @@ RESNETS = {
             | queue(),
         },
     ),
-    "mmpretrain, its published backbone": (
-        "mmpretrain",
-        lambda r: {"meta": {}, "state_dict": under("backbone.", r)},
-    ),
+    "mmpretrain, its published backbone": ("mmpretrain", lambda r: {"meta": {}, "state_dict": under("backbone.", r)}),
     "VISSL": (
         "vissl",
         lambda r: {

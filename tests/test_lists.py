@@ -124,11 +124,7 @@ def test_lists_of_numbers(tmp_path, text, names, values):
         (lists.read_label_list, "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put the labels"),
         (lists.read_label_list, "a.png\n", "the line 'a.png' is not"),
         (lists.read_label_list, "a.png,\n", "no image has a label"),
-        (
-            lists.read_label_list,
-            "Path,Sex,Edema\na.png,Male,1\n",
-            "'Male' in the column Sex is not 1, 0, or -1",
-        ),
+        (lists.read_label_list, "Path,Sex,Edema\na.png,Male,1\n", "'Male' in the column Sex is not 1, 0, or -1"),
         (lists.read_label_list, "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
         (lists.read_label_list, "path,cat,cat\na.png,1,1\n", "expected a column with a name of its own"),
         (

@@ -7,26 +7,12 @@ import weakref
 
 import pytest
 import torch
-from dense import (
-    EXACT,
-    FP32,
-    assert_close,
-    classes,
-    dense_twin,
-    frozen,
-    images,
-    resnet,
-    vit,
-    watch,
-)
+from dense import EXACT, FP32, assert_close, classes, dense_twin, frozen, images, resnet, vit, watch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vision_transformer import EncoderBlock
 
-from finetune_lora import (
-    add_lora_to_model,
-    set_gradient_checkpointing,
-)
+from finetune_lora import add_lora_to_model, set_gradient_checkpointing
 
 
 @pytest.fixture(autouse=True)

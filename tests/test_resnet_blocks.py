@@ -28,10 +28,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig
 
-from finetune_lora import (
-    add_lora_to_model,
-    freeze_backbone_params,
-)
+from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import scale_and_shift
 from lora_utils import LoRAManager
 from toolkit.models.norms import NORMS

@@ -131,8 +131,5 @@ def test_a_run_goes_on_under_a_version_with_more_options_unless_they_are_used():
     now = {"finetune": {"epochs": 3, "seed": 0, "compile": False, "arithmetic": "float", "group_by": None}}
     assert changed_settings(then, now, free=()) == []
     now["finetune"] |= {"compile": True, "epochs": 4}
-    assert changed_settings(then, now, free=()) == [
-        "finetune.epochs was 3, is 4",
-        "finetune.compile was None, is True",
-    ]
+    assert changed_settings(then, now, free=()) == ["finetune.epochs was 3, is 4", "finetune.compile was None, is True"]
     assert changed_settings(then, now, free=("finetune.compile", "finetune.epochs")) == []

@@ -22,9 +22,7 @@ from dense import (
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune_lora import (
-    set_gradient_checkpointing,
-)
+from finetune_lora import set_gradient_checkpointing
 from lora import attention
 from lora.activations import SavedIn16Bits
 from lora.split import split_model

@@ -9,13 +9,7 @@ from dense import FP32, assert_close, randomize_adapters
 from torch import nn
 
 import deploy_lora
-from finetune_lora import (
-    add_lora_to_model,
-    count_parameters,
-    freeze_backbone_params,
-    load_finetuned,
-    main,
-)
+from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned, main
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError

@@ -26,11 +26,7 @@ from dense import (
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from finetune_lora import (
-    add_lora_to_model,
-    freeze_backbone_params,
-    set_gradient_checkpointing,
-)
+from finetune_lora import add_lora_to_model, freeze_backbone_params, set_gradient_checkpointing
 from lora import attention, fusion
 from lora_utils import LoRAManager
 
