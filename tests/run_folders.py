@@ -1,11 +1,16 @@
-"""What tests read in the folder of a run."""
+"""The loop of the script over chosen steps, and what tests read in the folder of a run."""
 
+import contextlib
 import csv
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+import finetune_lora
 from lora_utils import read_adapter_file
+from toolkit.run import runs
+from toolkit.run.training import MicroBatches
 
 
 def tensors(path) -> dict[str, torch.Tensor]:
@@ -15,3 +20,29 @@ def tensors(path) -> dict[str, torch.Tensor]:
 def metrics(folder: Path) -> list[dict[str, float]]:
     with open(folder / "metrics.csv", newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def stop(*_):
+    """Stands in for what a run calls: it stops as on Ctrl-C."""
+    raise runs.Stopped(2)
+
+
+def train_on(run: finetune_lora.FineTuning, *steps: MicroBatches) -> tuple[float, int]:
+    """Run the script's own loop over these steps of an epoch, or over all epochs, and write nothing.
+
+    Returns:
+        The loss without label smoothing and the right answers, summed over the images.
+    """
+    run.is_trial = True
+    if not steps:
+        finetune_lora.train(run)
+        return 0.0, 0
+    run.progress = None
+    with (
+        mock.patch.object(run.loaders, "steps", lambda epoch, first: iter(steps)),
+        mock.patch.object(run.stop, "check", stop),
+        mock.patch.object(run, "save_state"),
+        contextlib.suppress(runs.Stopped),
+    ):
+        finetune_lora.train(run)
+    return run.progress.loss_sum, run.progress.correct
