@@ -179,7 +179,7 @@ def protocols(args: argparse.Namespace) -> list[Measured]:
     clusters = splits.train.clusters(), splits.val.clusters()
 
     def tell(row: Measured) -> None:
-        print(reports.table([(row.protocol, row.told())]))
+        print(reports.table([(row.protocol, row.reported())]))
 
     rows = measure(*features, splits.class_names, tell, clusters)
     if args.output is not None:

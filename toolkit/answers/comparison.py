@@ -12,12 +12,14 @@ from torch import Tensor
 from toolkit import InputError, listed, printable
 from toolkit.answers import measures
 from toolkit.answers.answer_reports import interval_text
-from toolkit.answers.tasks import LabelAnswers, NumberAnswers
+from toolkit.answers.multilabel import LabelAnswers
+from toolkit.answers.regression import NumberAnswers
 from toolkit.files import write_cells
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER, PROBABILITY
 
-IMAGE, GROUP = "image", "group"  # the first columns; a label may be called the same, and then stands behind them
+IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
+GROUP = "group"
 IN_UNITS = ("R2", "mean absolute error")  # shown as numbers; all else is a share, shown in per cent
 
 
@@ -31,7 +33,9 @@ def write_answers(columns: dict[str, Sequence[Any]], images: LabelledImages, res
 
     If the images have groups, these are in the second column.
     """
-    first = {IMAGE: images.relative_names()} | ({} if images.groups is None else {GROUP: images.groups})
+    first: dict[str, Sequence[Any]] = {IMAGE: images.relative_names()}
+    if images.groups is not None:
+        first[GROUP] = images.groups
     rows = zip(*first.values(), *columns.values(), strict=True)
     write_cells(rows, [*first, *columns], answers_path(results))
 
@@ -45,9 +49,12 @@ class Answered(NamedTuple):
 
     def in_order(self, order: Sequence[int]) -> "Answered":
         """The images at these positions."""
-        groups = None if self.groups is None else [self.groups[i] for i in order]
-        columns = {title: [cells[i] for i in order] for title, cells in self.columns.items()}
-        return Answered([self.images[i] for i in order], groups, columns)
+
+        def ordered(cells: list[str]) -> list[str]:
+            return [cells[i] for i in order]
+
+        columns = {title: ordered(cells) for title, cells in self.columns.items()}
+        return Answered(ordered(self.images), None if self.groups is None else ordered(self.groups), columns)
 
 
 class Difference(NamedTuple):
@@ -69,7 +76,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
     Raises:
         InputError: answers are missing, or are for other images, by another truth or in other groups.
     """
-    one, other = (_read(answers_path(path)) for path in (first, second))
+    one = _read(answers_path(first))
+    other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
     place = {name: i for i, name in enumerate(other.images)}
@@ -78,25 +86,33 @@ def compare(first: Path, second: Path) -> list[Difference]:
         what = f", such as {printable(missing[0])}" if missing else ""
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
     other = other.in_order([place[name] for name in one.images])
-    tables = [one.columns, other.columns]
-    is_truth = [title for title in tables[0] if _kind(title, tables[0]) is not None]
-    if not is_truth and {"class", "answer"} <= tables[0].keys():
-        is_truth = ["class"]
+    is_truth = _truth(one.columns)
     if not is_truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in is_truth if tables[0][title] != tables[1][title]]
+    differing = [title for title in is_truth if one.columns[title] != other.columns[title]]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
-    groups = {tuple(table.groups) for table in (one, other) if table.groups is not None}
-    if len(groups) > 1:
+    groups = one.groups or other.groups
+    if other.groups is not None and other.groups != groups:
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-    return _differences(tables, is_truth, _numbered(groups.pop()) if groups else None)
+    return _differences(one.columns, other.columns, is_truth, None if groups is None else _numbered(groups))
+
+
+def _truth(titles: Container[str]) -> list[str]:
+    """The columns that say what is true."""
+    found = [title for title in titles if _kind(title, titles) is not None]
+    if not found and "class" in titles and "answer" in titles:
+        return ["class"]
+    return found
 
 
 def _kind(title: str, titles: Container[str]) -> str | None:
     """What the column of answers beside the column of a label or number ends with; None: it is no such column."""
-    return next((kind for kind in (ANSWER, PROBABILITY) if title + kind in titles), None)
+    for kind in (ANSWER, PROBABILITY):
+        if title + kind in titles:
+            return kind
+    return None
 
 
 def _numbered(groups: Sequence[str]) -> Tensor:
@@ -121,74 +137,83 @@ def _read(path: Path) -> Answered:
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
     columns = [list(cells) for cells in zip(*rows[1:], strict=True)]
     is_label = titles[2:3] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
-    grouped = titles[1:2] == [GROUP] and not is_label
-    start = 2 if grouped else 1
-    by_title = dict(zip(titles[start:], columns[start:], strict=True))
-    return Answered(columns[0], columns[1] if grouped else None, by_title)
+    if titles[1:2] == [GROUP] and not is_label:
+        return Answered(columns[0], columns[1], dict(zip(titles[2:], columns[2:], strict=True)))
+    return Answered(columns[0], None, dict(zip(titles[1:], columns[1:], strict=True)))
 
 
-def _differences(
-    tables: Sequence[dict[str, list[str]]], truth: Sequence[str], clusters: Tensor | None
-) -> list[Difference]:
-    count = len(next(iter(tables[0].values())))
-    kind = _kind(truth[0], tables[0])
+Table = dict[str, list[str]]
+
+
+def _differences(first: Table, second: Table, truth: Sequence[str], clusters: Tensor | None) -> list[Difference]:
+    kind = _kind(truth[0], first)
     if kind is None:
-        return _of_classes(tables, clusters)
-    targets = torch.tensor([_numbers(tables[0][title]) for title in truth]).T
-    answers = [torch.tensor([_numbers(table[f"{title}{kind}"]) for title in truth]).T for table in tables]
-    both: list[Any]
+        return _of_classes(first, second, clusters)
+    targets = _numbers(first, truth)
     measured: dict[str, Callable[[Any, Tensor], Tensor]]
     if kind == PROBABILITY:
-        both = [LabelAnswers(0.0, probabilities, targets) for probabilities in answers]
+        answers: type = LabelAnswers
         measured = {
-            "macro AP": lambda of, weights: of.macro(weights)[:, 0],
-            "micro AP": lambda of, weights: of.micro_average_precision(weights),
-            "macro AUROC": lambda of, weights: of.macro(weights)[:, 1],
+            "macro AP": lambda found, weights: found.macro(weights)[:, 0],
+            "micro AP": lambda found, weights: found.micro_average_precision(weights),
+            "macro AUROC": lambda found, weights: found.macro(weights)[:, 1],
         }
     else:
-        both = [NumberAnswers(0.0, numbers, targets) for numbers in answers]
+        answers = NumberAnswers
         measured = {
-            "R2": lambda of, weights: of.mean("r2", weights),
-            "mean absolute error": lambda of, weights: of.mean("mean_absolute_error", weights),
+            "R2": lambda found, weights: found.mean("r2", weights),
+            "mean absolute error": lambda found, weights: found.mean("mae", weights),
         }
-    return [_difference(name, measure, both, count, len(truth), clusters) for name, measure in measured.items()]
+    titles = [title + kind for title in truth]
+    one = answers(0.0, _numbers(first, titles), targets)
+    other = answers(0.0, _numbers(second, titles), targets)
+    differences = []
+    for name, measure in measured.items():
+        differences.append(_difference(name, measure, one, other, len(targets), clusters))
+    return differences
 
 
 def _difference(
     name: str,
     measure: Callable[[Any, Tensor], Tensor],
-    both: Sequence[Any],
+    one: Any,
+    other: Any,
     images: int,
-    labels: int,
     clusters: Tensor | None,
 ) -> Difference:
-    first, second = ((lambda weights, of=of: measure(of, weights)) for of in both)
+    def first(weights: Tensor) -> Tensor:
+        return measure(one, weights)
+
+    def second(weights: Tensor) -> Tensor:
+        return measure(other, weights)
+
     ones = torch.ones(1, images)
     _, low, high, p = measures.paired_difference(first, second, images, clusters=clusters)
     return Difference(name, first(ones).item(), second(ones).item(), low, high, p)
 
 
-def _of_classes(tables: Sequence[dict[str, list[str]]], clusters: Tensor | None) -> list[Difference]:
-    right = [
-        torch.tensor([true == said for true, said in zip(table["class"], table["answer"], strict=True)])
-        for table in tables
-    ]
+def _of_classes(first: Table, second: Table, clusters: Tensor | None) -> list[Difference]:
+    def right(table: Table) -> Tensor:
+        return torch.tensor([true == said for true, said in zip(table["class"], table["answer"], strict=True)])
 
-    def accuracy(hits: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda weights: (weights * hits).sum(-1) / weights.sum(-1)
+    def accuracy(right: Tensor, weights: Tensor) -> Tensor:
+        return measures.weighted_sum(right, weights) / weights.sum(1)
 
-    first, second = map(accuracy, right)
-    ones = torch.ones(1, len(right[0]))
-    _, low, high, _ = measures.paired_difference(first, second, len(right[0]), clusters=clusters)
-    p = measures.mcnemar(*right, clusters)
-    return [Difference("accuracy", first(ones).item(), second(ones).item(), low, high, p)]
+    one = right(first)
+    other = right(second)
+    found = _difference("accuracy", accuracy, one, other, len(one), clusters)
+    return [found._replace(p=measures.mcnemar(one, other, clusters))]
 
 
-def _numbers(cells: Sequence[str]) -> list[float]:
+def _numbers(table: Table, titles: Sequence[str]) -> Tensor:
+    """These columns as numbers, (N, K), NaN where nothing stands."""
+    columns = []
     try:
-        return [float(cell) if cell else math.nan for cell in cells]
+        for title in titles:
+            columns.append([float(cell or "nan") for cell in table[title]])
     except ValueError as error:
         raise InputError(f"a table of answers is damaged: {printable(error)}; evaluate again") from None
+    return torch.tensor(columns, dtype=torch.float64).T
 
 
 def table(differences: Sequence[Difference], first: Path, second: Path) -> list[tuple[str, str]]:
@@ -196,7 +221,6 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
         form = ".4f" if measure in IN_UNITS else ".2%"
-        told = [f"{value:{form}}" for value in (before, after)]
         interval = interval_text(low, high, f"+{form}")
-        rows.append((measure, f"{told[0]}, {told[1]}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
+        rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows

@@ -31,8 +31,9 @@ def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     Args:
         images: how many each class has, by its index.
     """
-    shares = [len(images) * images[label] / sum(images.values()) or 1.0 for label in range(num_classes)]
-    return 1 / torch.tensor(shares)
+    counts = torch.tensor([images[label] for label in range(num_classes)])
+    shares = len(images) * counts.double() / sum(images.values())
+    return 1 / shares.where(counts > 0, 1.0).float()
 
 
 NO_LABEL = -100  # the label of an image that stands in for a missing one: cross_entropy ignores it
@@ -152,7 +153,8 @@ def extract_features(
     Returns:
         float32 features (N, D) and labels (N,), both on `device`.
     """
-    features, labels = [], []
+    features = []
+    labels = []
     with eval_mode(model):
         for images, targets in loader:
             with autocast(device, dtype):
@@ -161,13 +163,18 @@ def extract_features(
     return distributed.interleave(torch.cat(features)), distributed.interleave(torch.cat(labels))
 
 
+NEIGHBOURS = 20
+NEIGHBOUR_TEMPERATURE = 0.07  # as in 1805.01978
+QUERIES_AT_ONCE = 1_024
+
+
 def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
     labels: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int = NEIGHBOURS,
+    temperature: float = NEIGHBOUR_TEMPERATURE,
 ) -> float:
     """Accuracy (0 to 1) of `knn_answers` for features (N, D) whose labels are (N,)."""
     answers = knn_answers(train_features, train_labels, features, k, temperature)
@@ -175,22 +182,47 @@ def knn_accuracy(
 
 
 def knn_answers(
-    train_features: Tensor, train_labels: Tensor, features: Tensor, k: int = 20, temperature: float = 0.07
+    train_features: Tensor,
+    train_labels: Tensor,
+    features: Tensor,
+    k: int = NEIGHBOURS,
+    temperature: float = NEIGHBOUR_TEMPERATURE,
 ) -> Tensor:
     """The classes (N,) by the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
     Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
     """
-    bank = F.normalize(train_features.float(), dim=1)
     classes = int(train_labels.max()) + 1
-    k = min(k, len(bank))
     answers = []
-    for queries in features.float().split(1024):
-        similarity, neighbour = (F.normalize(queries, dim=1) @ bank.T).topk(k, dim=1)  # (B, N) -> (B, k)
-        votes = torch.zeros(len(queries), classes, device=bank.device)
-        votes.scatter_add_(1, train_labels[neighbour], (similarity / temperature).exp())
+    for similarity, neighbours in _nearest(train_features, features, k):
+        votes = torch.zeros(len(similarity), classes, device=similarity.device)
+        votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
         answers.append(votes.argmax(1))
     return torch.cat(answers)
+
+
+def knn_means(train_features: Tensor, train_targets: Tensor, features: Tensor) -> Tensor:
+    """The mean targets (N, K) of the nearest training images, weighted as in `knn_answers`; unknown ones left out.
+
+    Where all are unknown it is the mean of all training images.
+    """
+    known = (~train_targets.isnan()).float()
+    values = train_targets.nan_to_num().float()
+    mean = values.sum(0) / known.sum(0).clamp_min(1)
+    found = []
+    for similarity, neighbours in _nearest(train_features, features, NEIGHBOURS):
+        votes = ((similarity - 1) / NEIGHBOUR_TEMPERATURE).exp()[..., None]  # (B, k, 1)
+        total = (votes * values[neighbours]).sum(1)
+        weight = (votes * known[neighbours]).sum(1)
+        found.append(torch.where(weight > 0, total / weight, mean))
+    return torch.cat(found)
+
+
+def _nearest(train_features: Tensor, features: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities and places of the k nearest training images, (B, k) each, some features at a time."""
+    train = F.normalize(train_features.float(), dim=1)
+    for queries in features.float().split(QUERIES_AT_ONCE):
+        yield (F.normalize(queries, dim=1) @ train.T).topk(min(k, len(train)), dim=1)  # (B, N) -> (B, k)
 
 
 @torch.no_grad()
@@ -201,13 +233,14 @@ def all_outputs(
 
     With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
     """
-    outputs, targets = [], []
+    outputs = []
+    targets = []
     with eval_mode(model):
         for images, wanted in loader:
             with autocast(device, dtype):
                 outputs.append(model(to_device(images, device)).float())
             targets.append(to_device(wanted, device))
-    return tuple(distributed.interleave(torch.cat(parts)).cpu() for parts in (outputs, targets))
+    return distributed.interleave(torch.cat(outputs)).cpu(), distributed.interleave(torch.cat(targets)).cpu()
 
 
 class Evaluation(NamedTuple):
@@ -221,7 +254,7 @@ class Evaluation(NamedTuple):
     before: Tensor | None = None  # (N,), the confidences before calibration, if there was one
 
     def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.measures.calibration` of the answers, after calibration or before."""
+        """`toolkit.answers.measures.calibration` of the answers, after calibration or before."""
         confidences = self.before if before else self.confidences
         return measures.calibration(confidences, self.predictions == self.labels)
 
@@ -234,25 +267,28 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        figures = self.accuracy, self.balanced_accuracy, self.macro_f1
-        return dict(zip(("accuracy", "balanced_accuracy", "macro_f1"), figures, strict=True))
+        return {
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
+        }
 
     @property
     def balanced_accuracy(self) -> float:
         """The mean accuracy of the classes that have images."""
-        right, images, _ = self._counts()
+        right, images, _ = self.class_counts()
         return (right / images)[images > 0].mean().item()
 
     @property
     def macro_f1(self) -> float:
         """The mean over the classes of the harmonic mean of precision and recall."""
-        right, images, answers = self._counts()
+        right, images, answers = self.class_counts()
         both = images + answers
         return (2 * right / both)[both > 0].mean().item()
 
-    def _counts(self) -> list[Tensor]:
-        """The numbers of right answers, of images and of answers of each class."""
-        classes = int(torch.cat([self.labels, self.predictions]).max()) + 1
+    def class_counts(self, classes: int = 0) -> list[Tensor]:
+        """The numbers of right answers, of images and of answers of each class that occurs, or of so many."""
+        classes = max(classes, int(torch.cat([self.labels, self.predictions]).max()) + 1)
         right = self.labels[self.labels == self.predictions]
         return [torch.bincount(t, minlength=classes).double() for t in (right, self.labels, self.predictions)]
 
@@ -275,9 +311,9 @@ def evaluate(
     before = []
     with eval_mode(model):
         for images, targets in loader:
-            images, targets = to_device(images, device), to_device(targets, device)
+            targets = to_device(targets, device)
             with autocast(device, dtype):
-                logits = model(images)
+                logits = model(to_device(images, device))
             losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
             labels.append(targets)
             most_probable = logits.float().softmax(1).max(1)
@@ -286,8 +322,13 @@ def evaluate(
             if temperature != 1:
                 before.append((temperature * logits.float()).softmax(1).amax(1))
     loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
-    shares = (torch.cat(share) for share in (predictions, labels, confidences))
-    predictions, labels, confidences = (distributed.interleave(share).cpu() for share in shares)
-    accuracy = (predictions == labels).float().mean().item()
-    raw = distributed.interleave(torch.cat(before)).cpu() if before else None
-    return Evaluation(distributed.all_sum(loss)[0] / len(labels), accuracy, predictions, labels, confidences, raw)
+    labels = distributed.interleave(torch.cat(labels)).cpu()
+    predictions = distributed.interleave(torch.cat(predictions)).cpu()
+    return Evaluation(
+        loss=distributed.all_sum(loss)[0] / len(labels),
+        accuracy=(predictions == labels).float().mean().item(),
+        predictions=predictions,
+        labels=labels,
+        confidences=distributed.interleave(torch.cat(confidences)).cpu(),
+        before=distributed.interleave(torch.cat(before)).cpu() if before else None,
+    )

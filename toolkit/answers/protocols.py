@@ -12,12 +12,9 @@ from toolkit.answers.measures import share_interval
 from toolkit.answers.probe import fit_linear_probe
 from toolkit.images.splitting import some_of_each
 
-NEIGHBOURS = (
-    5,
-    200,
-)  # torchgeo-bench's k; that of instance discrimination (arXiv 1805.01978), MoCo's relatives and DINO
+KNN_SIZES = (5, 200)  # of torchgeo-bench; of instance discrimination (arXiv 1805.01978), MoCo's relatives and DINO
 SHOTS = (1, 5, 10)  # labels per class
-DRAWS = 5  # of them
+LABEL_DRAWS = 5  # of them
 
 
 class Measured(NamedTuple):
@@ -31,7 +28,7 @@ class Measured(NamedTuple):
     draws: int = 1
     spread: float | None = None  # their standard deviation
 
-    def told(self) -> str:
+    def reported(self) -> str:
         """For people."""
         if self.spread is None:
             return f"{self.accuracy:.2%} (95% interval {self.low:.1%} to {self.high:.1%})"
@@ -69,7 +66,7 @@ def measure(
     def of_one_fit(protocol: str, right: Tensor) -> Measured:
         return Measured(protocol, len(labels), _share(right), *share_interval(right, of_held_out))
 
-    for k in NEIGHBOURS:
+    for k in KNN_SIZES:
         if k <= len(labels):
             add(of_one_fit(f"k-NN, k = {k}", knn_answers(features, labels, held_out[0], k) == held_out[1]))
     add(of_one_fit("linear probe", _right_by_probe(train, held_out, len(class_names), of_train)))
@@ -78,14 +75,15 @@ def measure(
         if count > fewest:
             continue
         accuracies = []
-        for seed in range(DRAWS):
+        for seed in range(LABEL_DRAWS):
             chosen = some_of_each(labels.tolist(), count, class_names, seed)
             own = None if of_train is None else of_train[chosen]
             right = _right_by_probe((features[chosen], labels[chosen]), held_out, len(class_names), own)
             accuracies.append(_share(right))
         title = f"{count} label{'s' * (count > 1)} per class"
-        mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
-        add(Measured(title, count * len(class_names), mean, draws=DRAWS, spread=spread))
+        mean = statistics.mean(accuracies)
+        spread = statistics.stdev(accuracies)
+        add(Measured(title, count * len(class_names), mean, draws=LABEL_DRAWS, spread=spread))
     return found
 
 

@@ -1,0 +1,344 @@
+"""One class an image: softmax and cross-entropy, judged by the accuracy."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toolkit import InputError
+from toolkit.answers import evaluation, measures, probe
+from toolkit.answers.answer_reports import (
+    Report,
+    calibration_figures,
+    calibration_rows,
+    finite,
+    finite_interval,
+    reliability_section,
+    right_of,
+)
+from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.parts import UNSURE, Head, Objective, Task
+from toolkit.answers.report_page import drawn, html_picture, html_table
+from toolkit.files import open_atomically
+from toolkit.images.data import LabelledImages
+
+TOP = 5  # classes of each image in a table of predictions
+WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
+MOST_ROWS = 1_000  # of a confusion matrix
+CONFUSIONS = 30  # rows in the table of what is taken for what
+WRONG_SHOWN = 12  # pictures of mistakes.png
+UNCERTAIN_SHOWN = 6
+
+
+class ClassObjective(Objective):
+    """Cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed.
+
+    Args:
+        class_weights: (K,), how much each class's images count; None: 1.
+        mixing: mixup, CutMix, or both; None: nothing is mixed.
+    """
+
+    def __init__(self, class_weights: Tensor | None, label_smoothing: float, mixing: evaluation.BatchMixing | None):
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+        self.mixing = mixing
+
+    def to(self, device: torch.device) -> None:
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(
+            outputs, targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
+
+    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return evaluation.count_right(outputs, targets)
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixing is None:
+            return images, targets
+        return self.mixing(images, targets)
+
+    def counts(self, images: LabelledImages) -> Counter:
+        return Counter(images.labels)
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        loss = 0.0
+        for count in Counter(images.labels).values():
+            share = count / len(images)
+            loss -= share * math.log(share)
+        return loss
+
+
+class ClassHead(Head):
+    """Logits of K classes."""
+
+    def __init__(self, names: Sequence[str], objective: ClassObjective):
+        super().__init__(names)
+        self.objective = objective
+
+    def evaluate(self, model, loader, device, dtype=torch.float32) -> Evaluation:
+        return evaluation.evaluate(model, loader, device, dtype, self.temperature)
+
+    def score(self, model, features, targets) -> float:
+        return probe.head_accuracy(model, features, targets)
+
+    def knn_score(self, train_features, train_targets, features, targets) -> float:
+        return evaluation.knn_accuracy(train_features, train_targets, features, targets)
+
+    def constant_score(self, images: LabelledImages) -> float:
+        return max(Counter(images.labels).values()) / len(images)
+
+    def variance(self, score: float, images: int) -> float:
+        return score * (1 - score) / images
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        weights = "none" if self.objective.class_weights is None else "balanced"
+        return probe.init_head_from_probe(model, features, targets, views, weights, clusters)
+
+    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, targets, label_smoothing=self.objective.label_smoothing)
+
+        return probe.choose_temperature(model, features, loss, features_train)
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        def loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+        return measures.fit_temperature(outputs, loss)
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
+        probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
+        columns = ["class", "probability"]
+        for place in range(2, probabilities.shape[1] + 1):
+            columns += [f"class_{place}", f"probability_{place}"]
+        if abstain is not None:
+            columns.append("likeliest")
+
+        def rows() -> Iterator[list[str]]:
+            for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
+                cells = []
+                for share, number in zip(shares, numbers, strict=True):
+                    cells += [self.names[number], f"{share:.4f}"]
+                if abstain is not None:
+                    cells.append(cells[0])
+                    if shares[0] < abstain:
+                        cells[0] = UNSURE
+                yield cells
+
+        return columns, rows()
+
+    def check_abstain(self) -> None:
+        if UNSURE in self.names:
+            raise InputError(f"--abstain: the adapter has a class called {UNSURE}, which would mean two things")
+
+
+class ClassReport(Report):
+    """The report on an `Evaluation`."""
+
+    picture = "confusion_matrix.png"
+
+    def __init__(self, head: ClassHead, answers: Evaluation, clusters: Tensor | None = None):
+        super().__init__(head, answers, clusters)
+        self.interval = measures.share_interval(answers.labels == answers.predictions, clusters)
+
+    def figures(self) -> dict[str, Any]:
+        answers = self.answers
+        of_balanced, of_f1 = self._intervals()
+        return {
+            "accuracy": answers.accuracy,
+            "accuracy_interval": list(self.interval),
+            "accuracy_per_class": accuracy_per_class(answers, self.names),
+            "balanced_accuracy": answers.balanced_accuracy,
+            "macro_f1": answers.macro_f1,
+            **calibration_figures(self.head.temperature, answers),
+            "balanced_accuracy_interval": finite_interval(of_balanced),
+            "macro_f1_interval": finite_interval(of_f1),
+        }
+
+    def _intervals(self) -> list[tuple[float, float]]:
+        """The intervals of the means over classes: of the balanced accuracy and of macro F1."""
+        labels = self.answers.labels
+        predictions = self.answers.predictions
+        right = torch.where(labels == predictions, labels, -1)
+
+        def means(weights: Tensor) -> Tensor:
+            hits = _by_class(weights, right, len(self.names))
+            images = _by_class(weights, labels, len(self.names))
+            answers = _by_class(weights, predictions, len(self.names))
+            recalls = (hits / images).nanmean(-1)  # of the classes that are there
+            return torch.stack([recalls, (2 * hits / (images + answers)).nanmean(-1)], 1)
+
+        def measure(weights: Tensor) -> Tensor:
+            return measures.by_rows(means, weights, len(labels))
+
+        return measures.jackknife(measure, len(labels), self.clusters).intervals
+
+    def title(self) -> str:
+        return f"{self.answers.accuracy:.2%} of {len(self.answers.labels)} images right"
+
+    def headline(self) -> str:
+        return right_of(self.answers.accuracy, len(self.answers.labels), self.interval)
+
+    def rows(self) -> list[tuple[str, str]]:
+        answers = self.answers
+        return [
+            ("accuracy", self.headline()),
+            ("balanced over classes", f"{answers.balanced_accuracy:.2%}, macro F1 {answers.macro_f1:.2%}"),
+            *calibration_rows(self.head.temperature, answers),
+        ]
+
+    def printed(self) -> list[tuple[str, str]]:
+        rows = [(name, f"{right} of {images} right") for name, images, right, _ in by_class(self.answers, self.names)]
+        return self.shortened("by class", "the worst first:", rows)
+
+    def sections(self, picture: Path) -> list[str]:
+        confusions = most_confused(self.answers, self.names)
+        return [
+            "<h2>What is taken for what</h2>",
+            html_picture(picture.read_bytes(), "answers by true class"),
+            html_table(confusions, ("true class", "taken for", "images", "of the class")),
+            "<h2>By class</h2>",
+            html_table(by_class(self.answers, self.names), ("class", "images", "right", "share")),
+            *reliability_section(self.answers),
+        ]
+
+    def draw(self, path: Path) -> None:
+        plot_confusion_matrix(self.answers, self.names, path)
+
+    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+        """The wrong answers that were given with most confidence, and the right ones with least."""
+        answers = self.answers
+        wrong = answers.predictions != answers.labels
+        ranked = answers.confidences.argsort(descending=True, stable=True)
+
+        def described(images: Tensor) -> list[tuple[int, str]]:
+            found = []
+            for i in images.tolist():
+                name = self.names[answers.labels[i]]
+                if wrong[i]:
+                    name += f", taken for {self.names[answers.predictions[i]]}"
+                found.append((i, f"{name} {answers.confidences[i]:.0%}"))
+            return found
+
+        return {
+            "Wrong, most confident first": described(ranked[wrong[ranked]][:WRONG_SHOWN]),
+            "Right, least confident first": described(ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN]),
+        }
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        answers = self.answers
+        return {
+            "class": [self.names[i] for i in answers.labels.tolist()],
+            "answer": [self.names[i] for i in answers.predictions.tolist()],
+            "probability": [f"{share:.6f}" for share in answers.confidences.tolist()],
+        }
+
+
+def _by_class(weights: Tensor, classes: Tensor, number: int) -> Tensor:
+    """The sum of weights (n, N) over the images of each class, (n, number); -1 is none."""
+    sums = torch.zeros(len(weights), number + 1, dtype=torch.float64)
+    return sums.index_add_(1, classes % (number + 1), weights.double())[:, :number]
+
+
+def accuracy_per_class(answers: Evaluation, names: Sequence[str]) -> dict[str, float | None]:
+    """The share of each class's images that are right; None for a class without any (NaN would not be JSON)."""
+    right, images, _ = answers.class_counts(len(names))
+    shares = (right / images).tolist()
+    return {name: finite(share) for name, share in zip(names, shares, strict=True)}
+
+
+def by_class(answers: Evaluation, names: Sequence[str]) -> list[tuple[str, int, int, str]]:
+    """(class, images, right answers, their share), the worst first; classes without images last."""
+    right, images, _ = answers.class_counts(len(names))
+    shares = (right / images).nan_to_num(2.0)
+    rows = []
+    for i in shares.argsort(stable=True).tolist():
+        share = f"{shares[i]:.1%}" if images[i] else "no images"
+        rows.append((names[i], int(images[i]), int(right[i]), share))
+    return rows
+
+
+def most_confused(answers: Evaluation, names: Sequence[str]) -> list[tuple[str, str, int, str]]:
+    """The most frequent wrong answers: (true class, answer, images, share of the class)."""
+    wrong = answers.labels != answers.predictions
+    pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
+    found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
+    totals = answers.labels.bincount(minlength=len(names))
+    rows = []
+    for place in images.argsort(descending=True, stable=True)[:CONFUSIONS].tolist():
+        true, answer = found[place].tolist()
+        count = int(images[place])
+        rows.append((names[true], names[answer], count, f"{count / int(totals[true]):.1%}"))
+    return rows
+
+
+def plot_confusion_matrix(answers: Evaluation, names: Sequence[str], path: Path) -> None:
+    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes.
+
+    Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+    size = math.ceil(len(names) / MOST_ROWS)
+    groups = range(math.ceil(len(names) / size))
+    matrix = confusion_matrix(answers.labels // size, answers.predictions // size, labels=groups)
+    side = min(12, 3 + 0.4 * len(names))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    if len(names) <= WRITTEN_OUT:
+        rotation = 45 if max(map(len, names)) > 3 else "horizontal"
+        display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in names])
+        display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation)
+    else:
+        ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
+        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
+    counted = f", {size} classes per row" if size > 1 else ""
+    axes.set_title(f"{answers.accuracy:.1%} of {len(answers.labels)} images right{counted}")
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
+
+
+class Classification(Task):
+    """One class an image.
+
+    Args:
+        names: of the K classes.
+        class_weights, mixing: as for `ClassObjective`.
+    """
+
+    kind = "classification"
+    score = "accuracy"
+    score_title = "accuracy"
+    loss_title = "cross-entropy"
+    outputs_are = ("class", "classes")
+    measured = ("accuracy", "balanced_accuracy", "macro_f1")
+    best_by = evaluation.BEST_BY
+    Report = ClassReport
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        class_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        mixing: evaluation.BatchMixing | None = None,
+    ):
+        objective = ClassObjective(class_weights, label_smoothing, mixing)
+        super().__init__(objective, ClassHead(names, objective))
+
+    def record(self) -> None:
+        return None  # a file without a task is of this one

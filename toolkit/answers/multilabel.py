@@ -1,0 +1,450 @@
+"""Several labels an image: a sigmoid and a binary cross-entropy for each, judged by macro AP."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit import listed, printable
+from toolkit.answers import evaluation, measures, probe
+from toolkit.answers.answer_reports import (
+    PICTURES,
+    Report,
+    calibration_figures,
+    calibration_rows,
+    exact_cells,
+    figure_text,
+    finite,
+    finite_interval,
+    reliability_section,
+)
+from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
+from toolkit.answers.report_page import drawn, html_picture, html_table
+from toolkit.files import open_atomically
+from toolkit.images.data import LabelledImages
+from toolkit.images.lists import PROBABILITY
+
+THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
+CURVES = 10  # labels in the picture of precision by recall
+
+
+@dataclass
+class LabelAnswers:
+    """Answers to several questions of yes and no for each image.
+
+    Only images of which a label is known count for it. A label of which no image is a positive, or for AUROC all are,
+    has no figure (NaN) and no share in the mean.
+    """
+
+    loss: float  # binary cross-entropy, the mean over images and labels; unknown labels have none
+    probabilities: Tensor  # (N, K)
+    targets: Tensor  # (N, K): 1, 0, or NaN where unknown
+    before: Tensor | None = None  # (N, K), the probabilities before calibration, if there was one
+
+    @property
+    def score(self) -> float:
+        return self.macro()[0].item()
+
+    def measured(self) -> dict[str, float]:
+        macro_ap, macro_auroc = self.macro().tolist()
+        return {"macro_ap": macro_ap, "micro_ap": self.micro_average_precision().item(), "macro_auroc": macro_auroc}
+
+    def reliability(self, before: bool = False) -> Tensor:
+        """`toolkit.answers.measures.calibration` over all labels of all images, after calibration or before."""
+        known = ~self.targets.isnan()
+        probabilities = self.before if before else self.probabilities
+        return measures.calibration(probabilities[known], self.targets[known])
+
+    def by_label(self, weights: Tensor | None = None) -> Tensor:
+        """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
+        figures = []
+        for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
+            known = ~targets.isnan()
+            ranking = measures.Ranking(scores[known], targets[known], known.nonzero().flatten())
+            figures.append(ranking.figures(weights))
+        return torch.stack(figures, -1)
+
+    def macro(self, weights: Tensor | None = None) -> Tensor:
+        """The means of AP and AUROC over the labels that have one, (2,) or (n, 2)."""
+        return self.by_label(weights).nanmean(-1)
+
+    def micro_average_precision(self, weights: Tensor | None = None) -> Tensor:
+        """All labels of all images in one ranking."""
+        known = ~self.targets.isnan()
+        images = torch.arange(len(known))[:, None].expand_as(known)[known]
+        return measures.Ranking(self.probabilities[known], self.targets[known], images).figures(weights)[..., 0]
+
+    def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
+        positive = self.targets.nan_to_num()
+        found = measures.f1(self._said(thresholds), positive, weights)
+        return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
+
+    def macro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean over the labels that have positives."""
+        return self.f1(thresholds, weights).nanmean(-1)
+
+    def micro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Over all labels of all images."""
+        return measures.micro_f1(self._said(thresholds), self.targets.nan_to_num(), weights)
+
+    def _said(self, thresholds: Tensor) -> Tensor:
+        """Which labels are answers, of those that are known, (N, K)."""
+        return (self.probabilities > thresholds) & ~self.targets.isnan()
+
+    def best_thresholds(self) -> Tensor:
+        """The threshold of each label that has the highest F1 here, (K,)."""
+        thresholds = []
+        for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
+            known = ~targets.isnan()
+            thresholds.append(measures.best_threshold(scores[known], targets[known]))
+        return torch.tensor(thresholds)
+
+    def positives(self) -> Tensor:
+        """How many images have each label, (K,)."""
+        return self.targets.nansum(0).long()
+
+    def unknown(self) -> Tensor:
+        """How many images do not say whether they have each label, (K,)."""
+        return self.targets.isnan().sum(0)
+
+
+class LabelObjective(Objective):
+    """Binary cross-entropies, none where a label is unknown.
+
+    Args:
+        labels: K.
+        targets: of the training images, (N, K): 1, 0, or NaN where unknown.
+        balanced: of each label its positives count as much as its negatives, together as much as they all did.
+        mixup: alpha of mixup; 0: none. A label that one of the two images does not know is unknown.
+    """
+
+    def __init__(self, labels: int, targets: Tensor | None, balanced: bool, mixup: float):
+        if targets is None:
+            targets = torch.full((1, labels), math.nan)
+        self.mixup = mixup
+        self.balanced = balanced
+        known = (~targets.isnan()).sum(0)
+        self.positives = targets.nansum(0)  # (K,)
+        self.shares = self.positives / known.clamp_min(1)
+        both = torch.stack([known - self.positives, self.positives])
+        self.weights = torch.ones(2, labels)
+        if balanced:
+            self.weights = (known / (2 * both)).where(both.amin(0) > 0, 1.0)
+        odds = self.weights * (both + 0.5)
+        self.constant_logits = (odds[1] / odds[0]).log()
+
+    def to(self, device: torch.device) -> None:
+        self.weights = self.weights.to(device)
+        self.constant_logits = self.constant_logits.to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
+        # A share of a mixed image weighs as much of a positive as it is one.
+        weights = torch.lerp(self.weights[0], self.weights[1], targets.nan_to_num())
+        return self._summed(outputs, targets, weights)
+
+    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._summed(outputs, targets, None)
+
+    @staticmethod
+    def _summed(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        known = ~targets.isnan()
+        losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
+        return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return mixed(images, targets, self.mixup)
+
+    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+        return dict(enumerate(images.targets.nansum(0).long().tolist()))
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        targets = images.targets
+        known = (~targets.isnan()).sum(0)
+        share = targets.nansum(0) / known.clamp_min(1)
+        entropies = torch.special.entr(share) + torch.special.entr(1 - share)
+        return (known * entropies).sum().item() / targets.numel()
+
+
+class LabelHead(Head):
+    """Logits of K labels; those whose probability is above their threshold are answers.
+
+    Args:
+        thresholds: (K,).
+    """
+
+    output_name = "probabilities"
+
+    def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None):
+        super().__init__(names)
+        self.objective = objective
+        if thresholds is None:
+            thresholds = torch.full((len(names),), THRESHOLD)
+        self.thresholds = thresholds.float()
+
+    def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
+        outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
+        before = None
+        if self.temperature != 1:
+            before = self._tempered(outputs, 1 / self.temperature).sigmoid()
+        loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
+        return LabelAnswers(loss, outputs.sigmoid(), targets, before)
+
+    @torch.no_grad()
+    def score(self, model, features, targets) -> float:
+        return LabelAnswers(0.0, probe.head_outputs(model, features).cpu(), targets.cpu()).score
+
+    def knn_score(self, train_features, train_targets, features, targets) -> float:
+        answers = evaluation.knn_means(train_features, train_targets, features)
+        return LabelAnswers(0.0, answers.cpu(), targets.cpu()).score
+
+    def constant_score(self, images: LabelledImages) -> float:
+        targets = images.targets
+        return LabelAnswers(0.0, torch.zeros_like(targets), targets).score
+
+    def variance(self, score: float, images: int) -> float:
+        """Each label's AP is about as sure as a share of its positives, and the labels' are independent."""
+        seen = self.objective.shares[self.objective.positives > 0]
+        if not len(seen):
+            return math.inf
+        return score * (1 - score) * (1 / (images * seen).clamp_min(1)).mean().item() / len(seen)
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        weights = self.objective.weights if self.objective.balanced else None
+        return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
+
+    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
+        def loss(logits: Tensor) -> Tensor:
+            return self.objective.loss(logits, targets)
+
+        return probe.choose_temperature(model, features, loss, features_train, self.objective.constant_logits)
+
+    def soften(self, model: nn.Module, temperature: float) -> None:
+        probe.soften_head(model, temperature, self.objective.constant_logits)
+
+    def _tempered(self, outputs: Tensor, temperature: float) -> Tensor:
+        """The outputs of a head that is softened so."""
+        return torch.lerp(self.objective.constant_logits.to(outputs.device), outputs, 1 / temperature)
+
+    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
+        constant = self.objective.constant_logits.to(outputs.device)
+        smoothed = torch.lerp(targets, torch.full_like(targets, 0.5), smoothing).double()
+
+        def loss(distances: Tensor) -> Tensor:
+            return self.objective.plain_loss(distances + constant, smoothed) / len(targets)
+
+        return measures.fit_temperature(outputs - constant, loss)
+
+    def calibrate(self, outputs, targets, optimism) -> None:
+        """The thresholds are those with the highest F1 on these views."""
+        super().calibrate(outputs, targets, optimism)
+        probabilities = self._tempered(outputs, self.temperature).sigmoid()
+        self.thresholds = LabelAnswers(0.0, probabilities, targets).best_thresholds()
+
+    def record(self) -> dict[str, list[float]]:
+        return {"thresholds": self.thresholds.tolist()}
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[Sequence[str]]]:
+        """The labels whose probability is above their threshold, and the probability of each label.
+
+        With `abstain` a label is unsure, and in a column of its own, if the answer on it, yes or no, is less probable.
+        """
+        probabilities = outputs.sigmoid()
+        said = probabilities > self.thresholds
+        unsure = torch.where(said, probabilities, 1 - probabilities) < (abstain or 0.0)
+
+        def named(chosen: Tensor) -> list[str]:
+            return [",".join(itertools.compress(self.names, row)) for row in chosen.tolist()]
+
+        columns = {"labels": named(said & ~unsure)}
+        if abstain is not None:
+            columns[UNSURE] = named(unsure)
+        for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
+            columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
+        return list(columns), zip(*columns.values(), strict=True)
+
+    def output_layer(self) -> nn.Module:
+        return nn.Sigmoid()
+
+
+class LabelReport(Report):
+    """The report on `LabelAnswers`."""
+
+    picture = "precision_recall.png"
+    HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
+
+    def __init__(self, head: LabelHead, answers: LabelAnswers, clusters: Tensor | None = None):
+        super().__init__(head, answers, clusters)
+        found = measures.jackknife(self._headlines, len(answers.targets), clusters)
+        self.headlines = found.values.tolist()
+        self.intervals = found.intervals
+        self.average_precisions, self.aurocs = answers.by_label().tolist()
+        self.f1s = answers.f1(head.thresholds).tolist()
+        self.positives = answers.positives().tolist()
+        self.unknown = answers.unknown().tolist()
+
+    def _headlines(self, weights: Tensor) -> Tensor:
+        answers = self.answers
+        thresholds = self.head.thresholds
+        macro_ap, macro_auroc = answers.macro(weights).T
+        figures = [
+            macro_ap,
+            answers.micro_average_precision(weights),
+            macro_auroc,
+            answers.macro_f1(thresholds, weights),
+            answers.micro_f1(thresholds, weights),
+        ]
+        return torch.stack(figures, -1)
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+            found[name] = finite(value)
+            found[f"{name}_interval"] = finite_interval(interval)
+        found |= calibration_figures(self.head.temperature, self.answers)
+        found["labels"] = {name: self._label(i) for i, name in enumerate(self.names)}
+        return found
+
+    def _label(self, i: int) -> dict[str, Any]:
+        return {
+            "positives": self.positives[i],
+            "unknown": self.unknown[i],
+            "average_precision": finite(self.average_precisions[i]),
+            "auroc": finite(self.aurocs[i]),
+            "f1": finite(self.f1s[i]),
+            "threshold": self.head.thresholds[i].item(),
+        }
+
+    def title(self) -> str:
+        return f"macro AP {MultiLabel.reported(self.headlines[0])} on {len(self.answers.targets)} images"
+
+    def rows(self) -> list[tuple[str, str]]:
+        none = "no evaluation image has a label"
+        same = "no label has evaluation images with it and without"
+        texts = []
+        for value, interval, why in zip(self.headlines, self.intervals, (none, none, same, none, none), strict=True):
+            texts.append(figure_text(value, interval, why))
+        macro_ap, micro_ap, macro_auroc, macro_f1, _ = texts
+        rows = [("macro AP", macro_ap)]
+        missing = [name for name, value in zip(self.names, self.average_precisions, strict=True) if math.isnan(value)]
+        if missing:
+            rows.append(("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
+        rows += [("micro AP", micro_ap), ("macro AUROC", macro_auroc)]
+        rows.append(("macro F1", f"{macro_f1}, at thresholds chosen on training images"))
+        return rows + calibration_rows(self.head.temperature, self.answers)
+
+    def _order(self) -> list[int]:
+        """The labels, the lowest AP first; those without positives last."""
+        return torch.tensor(self.average_precisions).nan_to_num(2.0).argsort(stable=True).tolist()
+
+    def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
+        """(label, positives, unknown, AP, AUROC, F1, threshold), the worst first; labels without positives last."""
+        rows = []
+        for i in self._order():
+            threshold = f"{self.head.thresholds[i]:.2f}"
+            shares = (_share(self.average_precisions[i]), _share(self.aurocs[i]), _share(self.f1s[i]))
+            rows.append((self.names[i], self.positives[i], self.unknown[i], *shares, threshold))
+        return rows
+
+    def printed(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, positives, _, ap, *_ in self.by_label():
+            rows.append((name, f"AP {ap} of {positives} positives" if positives else "no positives"))
+        return self.shortened("by label", "the worst first:", rows)
+
+    def sections(self, picture: Path) -> list[str]:
+        titles = ("label", "images", "unknown", "AP", "AUROC", "F1", "threshold")
+        shown = html_picture(picture.read_bytes(), "precision by recall of the labels with the lowest AP")
+        table = html_table(self.by_label(), titles)
+        return ["<h2>By label</h2>", table, shown, *reliability_section(self.answers)]
+
+    def draw(self, path: Path) -> None:
+        """Precision by recall, of the ten labels with the lowest AP."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for i in self._order()[:CURVES]:
+            if self.positives[i]:
+                recall, precision = _precision_recall(self.answers.probabilities[:, i], self.answers.targets[:, i])
+                axes.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=self.title())
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        with open_atomically(path) as file:
+            figure.savefig(file, dpi=150)
+
+    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+        """The most confidently wrong labels, each image once."""
+        answers = self.answers
+        wrong = ((answers.probabilities > self.head.thresholds) != (answers.targets == 1)) & ~answers.targets.isnan()
+        distance = (answers.probabilities - answers.targets.nan_to_num()).abs() * wrong
+        found: dict[int, str] = {}
+        for place in distance.flatten().argsort(descending=True, stable=True).tolist():
+            image, label = divmod(place, len(self.names))
+            if not wrong[image, label] or len(found) == PICTURES:
+                break
+            is_there = "is there" if answers.targets[image, label] == 1 else "is not there"
+            found.setdefault(image, f"{self.names[label]} {is_there}: {answers.probabilities[image, label]:.0%}")
+        return {"Wrong, most confident first": list(found.items())}
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """The truth and the probability of each label."""
+        columns = {}
+        for name, truth, shares in zip(self.names, self.answers.targets.T, self.answers.probabilities.T, strict=True):
+            columns[name] = exact_cells(truth)
+            columns[name + PROBABILITY] = exact_cells(shares)
+        return columns
+
+
+def _share(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1%}"
+
+
+def _precision_recall(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    known = ~targets.isnan()
+    positive = targets[known][scores[known].argsort(descending=True)]
+    hits = positive.cumsum(0)
+    return hits / hits[-1], hits / torch.arange(1, len(hits) + 1)
+
+
+class MultiLabel(Task):
+    """Several labels an image.
+
+    Args:
+        names: of the K labels.
+        targets, balanced, mixup: as for `LabelObjective`.
+        thresholds: (K,), above which probabilities labels are answers.
+    """
+
+    kind = "multilabel"
+    score = "macro_ap"
+    score_title = "macro AP"
+    loss_title = "binary cross-entropy"
+    outputs_are = ("label", "labels")
+    measured = ("macro_ap", "micro_ap", "macro_auroc")
+    best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
+    Report = LabelReport
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        targets: Tensor | None = None,
+        balanced: bool = False,
+        mixup: float = 0.0,
+        thresholds: Tensor | None = None,
+    ):
+        objective = LabelObjective(len(names), targets, balanced, mixup)
+        super().__init__(objective, LabelHead(names, objective, thresholds))
+
+    @property
+    def thresholds(self) -> Tensor:
+        return self.head.thresholds

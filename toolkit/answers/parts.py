@@ -1,0 +1,243 @@
+"""The parts of a task: an objective that is minimised, a head whose outputs are answers, and a report on these.
+
+To add a task, derive a class from each of `Objective`, `Head` and `toolkit.answers.answer_reports.Report`, put them
+together in a class derived from `Task`, and name that in `toolkit.answers.tasks.TASKS`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.answers import probe
+from toolkit.answers.answer_reports import Report
+from toolkit.images.data import LabelledImages
+
+VIEW_SMOOTHING = 0.02  # of the targets of training images, most of which may be answered right
+UNSURE = "unsure"  # in a table of predictions, for what is too uncertain to be an answer
+
+
+class Answers(Protocol):
+    """The result of a task's `evaluate`."""
+
+    loss: float  # the mean plain loss of an image
+    targets: Tensor
+
+    @property
+    def score(self) -> float: ...
+
+    def measured(self) -> dict[str, float]:
+        """Figures by the names in the task's `measured`."""
+
+
+class Objective:
+    """What training minimises. Outputs are float32 (N, K); targets come from the loader beside the images."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is minimised, summed over images."""
+        raise NotImplementedError
+
+    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss without weights and smoothing, which is reported and which the guard watches."""
+        raise NotImplementedError
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The number of right answers, for a progress bar; 0 if answers are not right or wrong."""
+        return outputs.new_zeros(())
+
+    def progress(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The figures of a training batch: `plain_loss` and `hits`."""
+        return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixed images, and their targets; nothing is mixed by default."""
+        return images, targets
+
+    def counts(self, images: LabelledImages) -> Mapping[Any, int]:
+        """How many training images say something about each output: for `toolkit.run.optim.wise_ft_alpha`."""
+        raise NotImplementedError
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        """The plain loss of the best answer that is the same for all images, for one image."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> None:
+        """Put what the loss needs onto the device."""
+
+
+class Head:
+    """What the outputs of a classifier head mean, how it starts, and how good its answers are.
+
+    Args:
+        names: of the K outputs.
+    """
+
+    temperature = 1.0  # what the outputs were divided by at the end of the run
+    output_name = "logits"  # of what `output_layer` makes of the outputs
+
+    def __init__(self, names: Sequence[str]):
+        self.names = list(names)
+
+    def evaluate(
+        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Answers:
+        """The answers of a model over a loader."""
+        raise NotImplementedError
+
+    def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
+        """The score of the head's answers for features (N, D)."""
+        raise NotImplementedError
+
+    def knn_score(self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor) -> float:
+        """The score of answers taken from the most similar training images, by features (N, D)."""
+        raise NotImplementedError
+
+    def constant_score(self, images: LabelledImages) -> float:
+        """The score of the best answer that is the same for all images."""
+        raise NotImplementedError
+
+    def variance(self, score: float, images: int) -> float:
+        """The square of the standard error of a score that is measured on so many images."""
+        raise NotImplementedError
+
+    def start(
+        self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None
+    ) -> probe.Probe:
+        """Set the head to the linear probe of features (views * N, D), and return it.
+
+        Args:
+            clusters: as for `toolkit.answers.probe.fit_linear_probe`.
+        """
+        raise NotImplementedError
+
+    def first_temperature(
+        self, model: nn.Module, features: Tensor, targets: Tensor, features_train: bool
+    ) -> probe.HeadTemperature:
+        """The temperature of the head before training: `toolkit.answers.probe.choose_temperature`."""
+        raise NotImplementedError
+
+    def soften(self, model: nn.Module, temperature: float) -> None:
+        probe.soften_head(model, temperature)
+
+    def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
+        """What outputs are to be divided by for the smallest plain loss; None if they are no probabilities.
+
+        Args:
+            smoothing: what share of each target is spread over all answers. It bounds the confidence in images that
+                are all answered right.
+        """
+
+    def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
+        """Choose the temperature, and all that depends on it, by outputs for views of training images.
+
+        Args:
+            optimism: `HeadTemperature.optimism`; None: the temperature stays 1.
+        """
+        self.temperature = 1.0
+        if optimism is not None:
+            views = self.fitted_temperature(outputs, targets, VIEW_SMOOTHING)
+            self.temperature = 1.0 if views is None else optimism * views
+
+    def record(self) -> dict[str, list[float]]:
+        """What an adapter file has to say of the head: numbers for each output, by name."""
+        return {}
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
+        """The columns of a table of predictions, and for each image what stands in them.
+
+        Args:
+            abstain: an answer whose probability is below this is none, but unsure, if the task passes
+                `check_abstain`; None: all are answers.
+        """
+        raise NotImplementedError
+
+    def check_abstain(self) -> None:
+        """Raise InputError if answers have no probability, or the names no room for an unsure one."""
+
+    def output_layer(self) -> nn.Module:
+        """What an exported graph ends with, so that its outputs mean something by themselves."""
+        return nn.Identity()
+
+
+class Task:
+    """An objective, a head and a report, under one name. Its methods are those of its parts."""
+
+    kind: str
+    score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
+    score_title: str  # for people
+    measured: tuple[str, ...]  # the names in `Answers.measured`; columns of metrics.csv, with val_ before them
+    best_by: Mapping[str, str]  # the values of --keep-best, and the column that each means
+    loss_title: str
+    outputs_are: tuple[str, str]  # one of them, and several
+    axis: tuple[float, str] = (100.0, " (%)")  # what scores are multiplied by in a picture, and their unit
+    score_format = ".2%"
+    Report: type[Report]
+
+    def __init__(self, objective: Objective, head: Head):
+        self.objective = objective
+        self.head = head
+        self.names = head.names
+
+        self.loss = objective.loss
+        self.plain_loss = objective.plain_loss
+        self.progress = objective.progress
+        self.mix = objective.mix
+        self.counts = objective.counts
+        self.constant_loss = objective.constant_loss
+
+        self.evaluate = head.evaluate
+        self.head_score = head.score
+        self.knn_score = head.knn_score
+        self.constant_score = head.constant_score
+        self.variance = head.variance
+        self.start_head = head.start
+        self.head_temperature = head.first_temperature
+        self.soften_head = head.soften
+        self.fitted_temperature = head.fitted_temperature
+        self.calibrate = head.calibrate
+        self.table = head.table
+        self.check_abstain = head.check_abstain
+        self.output_layer = head.output_layer
+        self.output_name = head.output_name
+
+    @property
+    def temperature(self) -> float:
+        return self.head.temperature
+
+    def to(self, device: torch.device) -> "Task":
+        """Put what the loss needs onto the device; returns the task."""
+        self.objective.to(device)
+        return self
+
+    def record(self) -> dict[str, Any] | None:
+        """What an adapter file says of the task: what `from_record` reads; None: it is classification."""
+        return {"kind": self.kind, **self.head.record()}
+
+    def chosen(self) -> dict[str, Any]:
+        """What `calibrate` chose, for the metadata of an adapter file."""
+        chosen: dict[str, Any] = {"temperature": self.head.temperature}
+        record = self.record()
+        if record is not None:
+            chosen["task"] = record
+        return chosen
+
+    def report(self, answers: Answers, clusters: Tensor | None = None) -> Report:
+        """The report on answers, whose intervals are over clusters of images, as for `measures.share_interval`."""
+        return self.Report(self.head, answers, clusters)
+
+    @classmethod
+    def reported(cls, score: float) -> str:
+        """A score as people read it."""
+        return "not defined" if score != score else f"{score:{cls.score_format}}"  # NaN is not itself
+
+
+def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """mixup (arXiv 1710.09412) with targets (N, K): each image with the one before it, by one share for the batch.
+
+    A batch that stands in for a missing one, of which nothing is known, stays as it is.
+    """
+    if alpha == 0 or targets.isnan().all():
+        return images, targets
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    return torch.lerp(images.roll(1, 0), images, share), torch.lerp(targets.roll(1, 0), targets, share)

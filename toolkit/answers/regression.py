@@ -1,0 +1,336 @@
+"""Numbers: the squared error of what is left when the training images' mean and spread are taken out."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit import InputError, printable
+from toolkit.answers import evaluation, measures, probe
+from toolkit.answers.answer_reports import PICTURES, Report, exact_cells, figure_text, finite, finite_interval
+from toolkit.answers.parts import Head, Objective, Task, mixed
+from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table
+from toolkit.files import open_atomically
+from toolkit.images.data import LabelledImages
+from toolkit.images.lists import ANSWER
+
+MEASURES = {
+    "r2": measures.r2,
+    "mae": measures.mean_absolute_error,
+    "rmse": measures.root_mean_squared_error,
+    "spearman": measures.spearman,
+}
+PANELS = 6  # numbers that are drawn
+ROW = 3  # panels in a row
+FAR = 1e4  # standard deviations from zero, where float32 begins to blur what differs
+
+
+@dataclass
+class NumberAnswers:
+    """Answers that are K numbers for each image, in their own units; only known ones count."""
+
+    loss: float  # squared error, in units of the training images' standard deviations
+    answers: Tensor  # (N, K)
+    targets: Tensor  # (N, K), NaN where unknown
+
+    @property
+    def score(self) -> float:
+        return self.mean("r2").item()
+
+    def measured(self) -> dict[str, float]:
+        return {name: self.mean(name).item() for name in MEASURES}
+
+    def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
+        """One of MEASURES for each number, (K,), or (n, K) for weights of the images (n, N)."""
+        found = []
+        for answers, targets in zip(self.answers.T, self.targets.T, strict=True):
+            known = ~targets.isnan()
+            counts = None if weights is None else weights[:, known]
+            found.append(MEASURES[name](answers[known], targets[known], counts))
+        return torch.stack(found, -1)
+
+    def mean(self, name: str, weights: Tensor | None = None) -> Tensor:
+        """The mean over the numbers that have a figure."""
+        return self.by_number(name, weights).nanmean(-1)
+
+
+class NumberObjective(Objective):
+    """The squared error of standardised numbers, none where a number is unknown.
+
+    Args:
+        mean, std: of the training images, float64 (K,).
+        mixup: alpha of mixup; 0: none.
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, mixup: float):
+        self.mean = mean.double()
+        self.std = std.double()
+        self.mixup = mixup
+
+    def standardised(self, targets: Tensor) -> Tensor:
+        """In the targets' own precision: large numbers that differ by little need float64."""
+        return (targets - self.mean.to(targets)) / self.std.to(targets)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
+        wanted = self.standardised(targets).to(outputs.dtype)
+        errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
+        return errors.sum() / outputs.shape[1]
+
+    plain_loss = loss
+
+    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return mixed(images, targets, self.mixup)
+
+    def counts(self, images: LabelledImages) -> Mapping[int, int]:
+        return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
+
+    def constant_loss(self, images: LabelledImages) -> float:
+        targets = self.standardised(images.targets)
+        return self.loss(targets.nanmean(0).expand_as(targets), images.targets).item() / len(images)
+
+
+class NumberHead(Head):
+    """Standardised numbers."""
+
+    output_name = "numbers"
+
+    def __init__(self, names: Sequence[str], objective: NumberObjective):
+        super().__init__(names)
+        self.objective = objective
+
+    def in_units(self, outputs: Tensor) -> Tensor:
+        """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
+        return outputs.cpu().double() * self.objective.std + self.objective.mean
+
+    def evaluate(self, model, loader, device, dtype=torch.float32) -> NumberAnswers:
+        outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
+        loss = self.objective.loss(outputs, targets).item() / len(targets)
+        return NumberAnswers(loss, self.in_units(outputs), targets)
+
+    @torch.no_grad()
+    def score(self, model, features, targets) -> float:
+        answers = self.in_units(probe.head_outputs(model, features))
+        return NumberAnswers(0.0, answers, targets.cpu()).score
+
+    def knn_score(self, train_features, train_targets, features, targets) -> float:
+        answers = evaluation.knn_means(train_features, self.objective.standardised(train_targets), features)
+        return NumberAnswers(0.0, self.in_units(answers), targets.cpu()).score
+
+    def constant_score(self, images: LabelledImages) -> float:
+        return 0.0
+
+    def variance(self, score: float, images: int) -> float:
+        """Of R2 from many images (Olkin and Finn, Psychological Bulletin 118, 1995, table 1)."""
+        share = min(1.0, max(0.0, score))
+        return 4 * share * (1 - share) ** 2 / images
+
+    def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        return probe.set_head(model, probe.fit_ridge(features, self.objective.standardised(targets), views, clusters))
+
+    def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
+        return probe.HeadTemperature()  # a softer head would answer other numbers
+
+    def record(self) -> dict[str, list[float]]:
+        return {"mean": self.objective.mean.tolist(), "std": self.objective.std.tolist()}
+
+    def check_abstain(self) -> None:
+        raise InputError("--abstain: numbers have no probability that could be too low")
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+        """The numbers."""
+        spreads = self.objective.std.tolist()
+
+        def rows() -> Iterator[list[str]]:
+            for numbers in self.in_units(outputs).tolist():
+                yield [number_text(number, spread) for number, spread in zip(numbers, spreads, strict=True)]
+
+        return list(self.names), rows()
+
+    def output_layer(self) -> nn.Module:
+        return InUnits(self.objective.mean, self.objective.std)
+
+
+def number_text(number: float, spread: float, digits: int = 6) -> str:
+    """A number with so many significant digits, and as many more as it is larger than what numbers differ by."""
+    if spread > 0 and abs(number) > spread:
+        digits += math.floor(math.log10(abs(number) / spread))
+    return f"{number:.{min(digits, 17)}g}"  # float64 has no more
+
+
+class InUnits(nn.Module):
+    """Standardised outputs (N, K) -> numbers in their own units, in float32 if that can tell them from each other."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        if not (mean.abs() > FAR * std).any():
+            mean = mean.float()
+            std = std.float()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs * self.std + self.mean
+
+
+class NumberReport(Report):
+    """The report on `NumberAnswers`."""
+
+    picture = "scatter.png"
+    HEADLINES = tuple(MEASURES)
+    BOUNDS = (measures.BELOW_1, measures.POSITIVE, measures.POSITIVE, measures.CORRELATION)
+
+    def __init__(self, head: NumberHead, answers: NumberAnswers, clusters: Tensor | None = None):
+        super().__init__(head, answers, clusters)
+        found = measures.jackknife(self._headlines, len(answers.targets), clusters, self.BOUNDS)
+        self.headlines = found.values.tolist()
+        self.intervals = found.intervals
+        self.by = {name: answers.by_number(name).tolist() for name in MEASURES}
+        self.known = (~answers.targets.isnan()).sum(0).tolist()
+        self.spreads = head.objective.std.tolist()
+
+    def _headlines(self, weights: Tensor) -> Tensor:
+        return torch.stack([self.answers.mean(name, weights) for name in MEASURES], -1)
+
+    def figures(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+            found[name] = finite(value)
+            found[f"{name}_interval"] = finite_interval(interval)
+        numbers = {}
+        for i, name in enumerate(self.names):
+            numbers[name] = {"images": self.known[i]}
+            for measure, values in self.by.items():
+                numbers[name][measure] = finite(values[i])
+        return found | {"numbers": numbers}
+
+    def title(self) -> str:
+        return f"R2 {Regression.reported(self.headlines[0])} on {len(self.answers.targets)} images"
+
+    def rows(self) -> list[tuple[str, str]]:
+        titles = ("R2", "mean absolute error", "RMS error", "rank correlation")
+        mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
+        why = "nothing differs between the evaluation images"
+        rows = []
+        for title, value, interval in zip(titles, self.headlines, self.intervals, strict=True):
+            text = figure_text(value, interval, why, ".4g", ".4g")
+            rows.append((title, text + mean))
+        return rows
+
+    def by_number(self) -> list[tuple]:
+        """(number, images, R2, MAE, RMSE, Spearman)."""
+        columns = []
+        for values in self.by.values():
+            columns.append(["" if math.isnan(value) else f"{value:.4g}" for value in values])
+        return list(zip(self.names, self.known, *columns, strict=True))
+
+    def printed(self) -> list[tuple[str, str]]:
+        rows = []
+        for name, _, of_r2, mae, *_ in self.by_number():
+            rows.append((name, f"R2 {of_r2 or 'not defined'}, mean absolute error {mae or 'not defined'}"))
+        return self.shortened("by number", "in their own units:", rows) if len(rows) > 1 else []
+
+    def sections(self, picture: Path) -> list[str]:
+        titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
+        shown = html_picture(picture.read_bytes(), "the answer for each image by what is true")
+        return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
+
+    def draw(self, path: Path) -> None:
+        """The answer for each image by the truth, a panel for each of the first six numbers."""
+        from matplotlib.figure import Figure
+
+        shown = self.names[:PANELS]
+        columns = min(ROW, len(shown))
+        rows = math.ceil(len(shown) / columns)
+        figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        for place in places[len(shown) :]:
+            place.axis("off")
+        for i, (name, place) in enumerate(zip(shown, places, strict=False)):
+            known = ~self.answers.targets[:, i].isnan()
+            truth = self.answers.targets[known, i]
+            place.plot(truth, self.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
+            if len(truth):
+                ends = [truth.min().item(), truth.max().item()]
+                place.plot(ends, ends, "--", color=ORANGE)
+            title = f"{printable(name, 24)}: R2 {Regression.reported(self.by['r2'][i])}"
+            place.set(xlabel="true", ylabel="answer", title=drawn(title))
+            place.grid(alpha=0.3)
+        with open_atomically(path) as file:
+            figure.savefig(file, dpi=120)
+
+    def mistakes(self) -> dict[str, list[tuple[int, str]]]:
+        """The largest errors by the numbers' spread, each image once."""
+        answers = self.answers
+        errors = (answers.answers - answers.targets).abs() / self.head.objective.std
+        found: dict[int, str] = {}
+        for place in errors.nan_to_num().flatten().argsort(descending=True, stable=True)[:1000].tolist():
+            image, number = divmod(place, len(self.names))
+            if len(found) < PICTURES and not errors[image, number].isnan():
+                spread = self.spreads[number]
+                true = number_text(answers.targets[image, number].item(), spread, 4)
+                said = number_text(answers.answers[image, number].item(), spread, 4)
+                found.setdefault(image, f"{self.names[number]} {true}, answered {said}")
+        return {"The largest errors": list(found.items())}
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """The truth and the answer of each number."""
+        columns = {}
+        for name, truth, answers in zip(self.names, self.answers.targets.T, self.answers.answers.T, strict=True):
+            columns[name] = exact_cells(truth)
+            columns[name + ANSWER] = exact_cells(answers)
+        return columns
+
+
+class Regression(Task):
+    """Numbers.
+
+    Args:
+        names: of the K numbers.
+        targets: of the training images, (N, K), NaN where unknown; or give mean and std, (K,).
+        mixup: alpha of mixup; 0: none.
+
+    Raises:
+        InputError: a number is the same for all training images, or known of fewer than two.
+    """
+
+    kind = "regression"
+    score = "r2"
+    score_title = "R2"
+    loss_title = "squared error (standardised)"
+    axis = (1.0, "")
+    score_format = ".3f"
+    outputs_are = ("number", "numbers")
+    measured = ("r2", "mae", "rmse", "spearman")
+    best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
+    Report = NumberReport
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        targets: Tensor | None = None,
+        mixup: float = 0.0,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ):
+        if targets is not None:
+            mean, std = _mean_and_spread(names, targets)
+        objective = NumberObjective(mean, std, mixup)
+        super().__init__(objective, NumberHead(names, objective))
+
+
+def _mean_and_spread(names: Sequence[str], targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the known targets, float64 (K,) each."""
+    mean = []
+    std = []
+    for name, column in zip(names, targets.double().T, strict=True):
+        known = column[~column.isnan()]
+        if len(known) < 2 or known.min() == known.max():
+            raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
+        mean.append(known.mean())
+        std.append(known.std(correction=0))
+    return torch.stack(mean), torch.stack(std)
