@@ -40,7 +40,6 @@ from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, listed, printable
 from toolkit.answers import comparison, evaluation
-from toolkit.answers.answer_reports import REPORTS
 from toolkit.answers.protocols import Measured, measure
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
@@ -128,7 +127,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images, task = readable(images), _task_of(about)
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
-    report = REPORTS[task.kind](task, result, images.clusters())
+    report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
     if args.output is not None:
         write_text(json.dumps(results, indent=2), args.output)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from toolkit.answers import answer_reports, tasks
+from toolkit.answers import answer_reports, multilabel, regression, tasks
 from toolkit.answers.evaluation import Evaluation
 from toolkit.images.data import LabelledImages
 
@@ -19,7 +18,7 @@ NAMES = ["cat", "a $dog$", "eel"]
 
 
 @pytest.fixture
-def labels() -> answer_reports.LabelReport:
+def labels() -> multilabel.LabelReport:
     """The third label is on no image; one is unknown of the first."""
     generator = torch.Generator().manual_seed(0)
     targets = (torch.rand(30, 3, generator=generator) < torch.tensor([0.5, 0.3, 0.0])).float()
@@ -27,34 +26,35 @@ def labels() -> answer_reports.LabelReport:
     targets[0, 0] = math.nan
     probabilities[3], targets[3] = torch.tensor([0.99, 0.1, 0.1]), torch.tensor([0.0, 0.0, 0.0])
     task = tasks.MultiLabel(NAMES, targets, thresholds=torch.tensor([0.5, 0.4, 0.5]))
-    return answer_reports.LabelReport(task, tasks.LabelAnswers(0.1, probabilities, targets))
+    return task.report(multilabel.LabelAnswers(0.1, probabilities, targets))
 
 
 @pytest.fixture
-def numbers() -> answer_reports.NumberReport:
+def numbers() -> regression.NumberReport:
     truth = torch.arange(40.0).reshape(20, 2).clone()
     answers = truth + torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     truth[0, 0], answers[5, 1] = math.nan, 100.0
     task = tasks.Regression(["age", "weight"], truth)
-    return answer_reports.NumberReport(task, tasks.NumberAnswers(0.1, answers, truth))
+    return task.report(regression.NumberAnswers(0.1, answers, truth))
 
 
-def test_the_page_shows_how_far_probabilities_can_be_believed(labels):
+def test_the_page_shows_how_far_probabilities_can_be_believed(labels, tmp_path):
     """Answers that are right as often as they say; before, they said half as much."""
     shares = torch.linspace(0.05, 0.95, 400)
     right = torch.rand(400, generator=torch.Generator().manual_seed(0)) < shares
     result = Evaluation(0.5, 0.5, right.long(), torch.ones(400).long(), shares, before=shares / 2)
     task = tasks.Classification(["a", "b"])
-    task.temperature = 0.5
-    report = answer_reports.ClassReport(task, result)
+    task.head.temperature = 0.5
+    report = task.report(result)
     figures = report.figures()
     assert figures["calibration_error"] < 0.07 < 0.2 < figures["calibration_error_before"]
     assert figures["temperature"] == 0.5
-    report.result = result._replace(confidences=shares / 2, before=shares)
+    report.answers = result._replace(confidences=shares / 2, before=shares)
     was = f"before calibration {figures['calibration_error']:.1%}"
     assert was in dict(report.rows())["probabilities off by"]
     assert "temperature" not in labels.figures() and "before" not in dict(labels.rows())["probabilities off by"]
-    for sections in (report.sections(Path("unused")), answer_reports.reliability_section(labels.answers)):
+    report.draw(tmp_path / "matrix.png")
+    for sections in (report.sections(tmp_path / "matrix.png"), answer_reports.reliability_section(labels.answers)):
         page = "".join(sections)
         assert "Can the probabilities be believed?" in page and "data:image/png;base64,iVBOR" in page
 
@@ -80,7 +80,7 @@ def test_means_over_classes_have_intervals_around_them():
     labels = torch.from_numpy(random.choice(3, 200, p=[0.6, 0.3, 0.1]))
     said = torch.where(torch.from_numpy(random.rand(200) < 0.7), labels, torch.from_numpy(random.randint(0, 3, 200)))
     result = Evaluation(0.1, 0.0, said, labels, torch.full((200,), 0.5))
-    figures = answer_reports.ClassReport(tasks.Classification([*NAMES, "owl"]), result).figures()
+    figures = tasks.Classification([*NAMES, "owl"]).report(result).figures()
     for name in ("balanced_accuracy", "macro_f1"):
         low, high = figures[f"{name}_interval"]
         assert low < figures[name] < high < low + 0.3
@@ -99,13 +99,15 @@ def test_a_label_that_no_image_has_is_left_out_and_said(labels):
 
 
 def test_the_most_confidently_wrong_label_is_shown_first(labels):
-    assert labels.mistakes()[0] == (3, "cat is not there: 99%")
+    [mistakes] = labels.mistakes().values()
+    assert mistakes[0] == (3, "cat is not there: 99%")
 
 
 def test_the_largest_error_is_shown_first(numbers):
-    image, told = numbers.mistakes()[0]
+    [mistakes] = numbers.mistakes().values()
+    image, told = mistakes[0]
     assert image == 5 and told == "weight 11, answered 100"
-    assert all(math.isfinite(numbers.answers.targets[i, 0]) for i, told in numbers.mistakes() if "age" in told)
+    assert all(math.isfinite(numbers.answers.targets[i, 0]) for i, told in mistakes if "age" in told)
 
 
 def test_the_answers_of_each_image_are_columns(labels, numbers):
@@ -128,8 +130,8 @@ def test_pages_have_a_row_for_each_label_and_number(labels, numbers, tmp_path):
 def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path):
     for report, count in ((labels, 30), (numbers, 20)):
         report.draw(tmp_path / report.picture)
-        answer_reports.plot_worst_answers(report.mistakes(), images(count), tmp_path / "mistakes.png")
-        answer_reports.plot_worst_answers([], images(count), tmp_path / "none.png")
+        report.draw_mistakes(images(count), tmp_path / "mistakes.png")
+        answer_reports.plot_worst_answers({"Wrong": []}, images(count), tmp_path / "none.png")
         for name in (report.picture, "mistakes.png", "none.png"):
             assert Image.open(tmp_path / name).width > 300
 
@@ -137,7 +139,7 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
 def test_numbers_that_are_all_the_same_have_no_r2_and_are_told_nonetheless(numbers):
     """As of a few evaluation images."""
     truth = torch.tensor([[2.0, 3.0]] * 4)
-    report = answer_reports.NumberReport(numbers.task, tasks.NumberAnswers(0.1, truth + 1, truth))
+    report = regression.NumberReport(numbers.head, regression.NumberAnswers(0.1, truth + 1, truth))
     figures = report.figures()
     assert figures["r2"] is None and figures["r2_interval"] is None and figures["mae"] == pytest.approx(1)
     json.dumps(figures, allow_nan=False)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import deploy_lora
 from toolkit import InputError
-from toolkit.answers import answer_reports, comparison, measures, tasks
+from toolkit.answers import answer_reports, comparison, measures, multilabel, regression, tasks
 from toolkit.answers.evaluation import Evaluation
 from toolkit.images.data import LabelledImages
 
@@ -33,7 +33,7 @@ def classes(tmp_path):
     wrong = [torch.from_numpy(random.rand(300) < share) for share in (0.3, 0.15)]
     for name, flipped in zip("ab", wrong, strict=True):
         result = Evaluation(0.1, 0.0, labels ^ flipped, labels, torch.full((300,), 0.5))
-        report = answer_reports.ClassReport(tasks.Classification(["cat", "dog"]), result)
+        report = tasks.Classification(["cat", "dog"]).report(result)
         paths.append(write(report, tmp_path / name / "results.json", 300))
     return paths, wrong
 
@@ -76,12 +76,12 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind):
     for name, strength, of in zip("ab", (2.0, 0.7), noise, strict=True):
         answers = truth.nan_to_num() + strength * of
         if kind == "multilabel":
-            report = answer_reports.LabelReport(
-                tasks.MultiLabel(["cat", "dog"], truth), tasks.LabelAnswers(0.1, answers.sigmoid(), truth)
+            report = tasks.MultiLabel(["cat", "dog"], truth).report(
+                multilabel.LabelAnswers(0.1, answers.sigmoid(), truth)
             )
         else:
             task = tasks.Regression(["cat", "dog"], truth)
-            report = answer_reports.NumberReport(task, tasks.NumberAnswers(0.1, answers, truth))
+            report = task.report(regression.NumberAnswers(0.1, answers, truth))
         paths.append(write(report, tmp_path / name / "results.json", 200))
         if name == "b":
             best = report.figures()
@@ -91,10 +91,10 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind):
     assert found[measure].low > 0 and found[measure].p < 0.01
 
 
-def class_report(right: torch.Tensor) -> answer_reports.ClassReport:
+def class_report(right: torch.Tensor) -> answer_reports.Report:
     labels = torch.zeros(len(right), dtype=torch.long)
     result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))
-    return answer_reports.ClassReport(tasks.Classification(["cat", "dog"]), result)
+    return tasks.Classification(["cat", "dog"]).report(result)
 
 
 def test_copies_of_a_patients_image_are_no_more_evidence(tmp_path):
@@ -122,7 +122,7 @@ def test_labels_are_compared_over_patients_whatever_they_are_called(tmp_path, na
     paths = {None: [], "patients": []}
     for name, strength in zip("ab", (1.2, 1.0), strict=True):
         answers = (truth[:40] + strength * torch.randn(40, 2, generator=generator)).sigmoid().repeat(6, 1)
-        report = answer_reports.LabelReport(tasks.MultiLabel(names, truth), tasks.LabelAnswers(0.1, answers, truth))
+        report = tasks.MultiLabel(names, truth).report(multilabel.LabelAnswers(0.1, answers, truth))
         for of in paths:
             groups = None if of is None else patients.tolist()
             paths[of].append(write(report, tmp_path / name / f"{of}.json", 240, groups))
@@ -137,7 +137,7 @@ def test_numbers_may_be_called_as_columns_of_answers_end(tmp_path, names):
     truth = torch.tensor([[0.0, 1.0], [1.0, 3.0], [2.0, 5.0]])
     task = tasks.Regression(names, truth)
     for name, error in zip("ab", (0.5, 0.1), strict=True):
-        report = answer_reports.NumberReport(task, tasks.NumberAnswers(0.1, truth + error, truth))
+        report = task.report(regression.NumberAnswers(0.1, truth + error, truth))
         write(report, tmp_path / name / "results.json", 3)
     found = comparison.compare(tmp_path / "a/results.json", tmp_path / "b/results.json")
     assert [difference.measure for difference in found] == ["R2", "mean absolute error"]
@@ -146,7 +146,7 @@ def test_numbers_may_be_called_as_columns_of_answers_end(tmp_path, names):
 
 def test_labels_may_be_called_class_and_answer(tmp_path):
     truth = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    report = answer_reports.LabelReport(tasks.MultiLabel(["class", "answer"]), tasks.LabelAnswers(0.1, truth, truth))
+    report = tasks.MultiLabel(["class", "answer"]).report(multilabel.LabelAnswers(0.1, truth, truth))
     paths = [write(report, tmp_path / name / "results.json", 3) for name in "ab"]
     assert comparison.compare(*paths)[0][:3] == ("macro AP", 1.0, 1.0)
 

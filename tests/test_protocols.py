@@ -61,7 +61,8 @@ def test_the_command_measures_a_backbone_on_images(base, images, tmp_path, capsy
     assert [row.protocol for row in rows] == ["k-NN, k = 5", "linear probe", "1 label per class", "5 labels per class"]
     printed = capsys.readouterr().out
     assert (
-        "21 training images, 15 evaluation images" in printed and f"linear probe          {rows[1].told()}" in printed
+        "21 training images, 15 evaluation images" in printed
+        and f"linear probe          {rows[1].reported()}" in printed
     )
     with open(tmp_path / "protocols.csv", newline="") as file:
         table = list(csv.DictReader(file))

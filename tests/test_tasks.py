@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from toolkit import InputError
-from toolkit.answers import evaluation, measures, probe, tasks
+from toolkit.answers import evaluation, measures, multilabel, probe, regression, tasks
 from toolkit.images.data import LabelledImages
 
 CPU = torch.device("cpu")
@@ -64,19 +64,19 @@ def test_balanced_weights_are_positive_weights_and_leave_a_label_its_weight():
     task = tasks.MultiLabel(NAMES, targets, balanced=True)
     known, positive = ~targets.isnan(), targets == 1
     ratio = (known.sum(0) - positive.sum(0)) / positive.sum(0)
-    torch.testing.assert_close(task.weights[1] / task.weights[0], ratio)  # PyTorch's pos_weight
-    weights = torch.where(positive, task.weights[1], task.weights[0]) * known
+    torch.testing.assert_close(task.objective.weights[1] / task.objective.weights[0], ratio)  # PyTorch's pos_weight
+    weights = torch.where(positive, task.objective.weights[1], task.objective.weights[0]) * known
     torch.testing.assert_close(weights.sum(0), known.sum(0).float())
     stock = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="sum") / 3
     torch.testing.assert_close(task.loss(outputs, targets), stock)
     torch.testing.assert_close(task.plain_loss(outputs, targets), tasks.MultiLabel(NAMES).loss(outputs, targets))
     only = tasks.MultiLabel(["all", "none"], torch.tensor([[1.0, 0.0]] * 4), balanced=True)
-    assert only.weights.eq(1).all() and only.constant_logits.isfinite().all()
+    assert only.objective.weights.eq(1).all() and only.objective.constant_logits.isfinite().all()
 
 
 def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     outputs, targets = drawn(images=80)
-    answers = tasks.LabelAnswers(0.0, outputs.detach().sigmoid(), targets)
+    answers = multilabel.LabelAnswers(0.0, outputs.detach().sigmoid(), targets)
     columns = [(~targets[:, k].isnan()).numpy() for k in range(3)]
     pairs = [(targets[known, k].numpy(), answers.probabilities[known, k].numpy()) for k, known in enumerate(columns)]
     precisions = [metrics.average_precision_score(*pair) for pair in pairs]
@@ -96,8 +96,8 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
 
 def test_labels_without_positives_have_no_share_in_the_means():
     _, targets = drawn(unknown=0)
-    answers = tasks.LabelAnswers(0.0, torch.rand(40, 3), targets)
-    without = tasks.LabelAnswers(0.0, answers.probabilities, targets * torch.tensor([1.0, 1, 0]))
+    answers = multilabel.LabelAnswers(0.0, torch.rand(40, 3), targets)
+    without = multilabel.LabelAnswers(0.0, answers.probabilities, targets * torch.tensor([1.0, 1, 0]))
     assert without.by_label()[0, 2].isnan() and without.f1(torch.full((3,), 0.5))[2].isnan()
     assert without.score == pytest.approx(answers.by_label()[0, :2].mean().item())
     assert without.positives()[2] == 0 and answers.unknown().tolist() == [0, 0, 0]
@@ -110,7 +110,7 @@ def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_s
     assert task.constant_score(images) == pytest.approx(shares.mean().item())
     constant = shares.logit().expand(200, 3)
     assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
-    torch.testing.assert_close(task.constant_logits, shares.logit(), atol=0.1, rtol=0)
+    torch.testing.assert_close(task.objective.constant_logits, shares.logit(), atol=0.1, rtol=0)
     assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
 
 
@@ -119,7 +119,7 @@ def test_the_error_of_a_score_is_that_of_drawing_other_images():
     outputs, targets = drawn(images=3000)
     task, score = tasks.MultiLabel(NAMES, targets), []
     for part in torch.arange(3000).split(150):
-        score.append(tasks.LabelAnswers(0.0, outputs.detach()[part], targets[part]).score)
+        score.append(multilabel.LabelAnswers(0.0, outputs.detach()[part], targets[part]).score)
     assert 0.6 < math.sqrt(task.variance(np.mean(score), 150)) / np.std(score) < 1.7
 
 
@@ -154,7 +154,9 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     assert gradients[0][~known].eq(0).all()
     assert task.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
     assert task.constant_score(images_of(targets)) == 0
-    torch.testing.assert_close(task.in_units(task.standardised(targets)), targets, equal_nan=True)
+    torch.testing.assert_close(
+        task.head.in_units(task.objective.standardised(targets)).float(), targets, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("column", [[3.0, 3.0, 3.0], [1.0, math.nan, math.nan], [math.nan] * 3])
@@ -165,7 +167,7 @@ def test_a_number_that_is_always_the_same_teaches_nothing(column):
 
 def test_numbers_are_measured_in_their_own_units():
     truth = torch.tensor([[10.0, 1], [20, math.nan], [40, 3], [30, 5]])
-    answers = tasks.NumberAnswers(0.0, torch.tensor([[12.0, 2], [18, 9], [40, 3], [30, 4]]), truth)
+    answers = regression.NumberAnswers(0.0, torch.tensor([[12.0, 2], [18, 9], [40, 3], [30, 4]]), truth)
     assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3) / 2)
     assert answers.score == pytest.approx((1 - 8 / 500 + 1 - 2 / 8) / 2)
     assert answers.measured()["spearman"] == pytest.approx(1)

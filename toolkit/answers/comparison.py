@@ -1,7 +1,6 @@
 """Two runs over the same images: is the one better than the other by more than chance?"""
 
 import csv
-import math
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

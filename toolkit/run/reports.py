@@ -1,4 +1,4 @@
-"""What a run tells while it trains, and what it leaves: result files, pictures and the table printed at its end."""
+"""What a run prints while it trains, and what it leaves: result files, pictures and the table printed at its end."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import torch
 
 from toolkit import printable
 from toolkit.answers import comparison
-from toolkit.answers.answer_reports import REPORTS, Report, finite
+from toolkit.answers.answer_reports import Report, finite
 from toolkit.answers.measures import TITLES
 from toolkit.answers.report_page import BLUE, ORANGE, write_page
 from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
@@ -36,9 +36,18 @@ LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
 
 def duration(seconds: float) -> str:
     """A time as people say it."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 100:
-        return f"{seconds:.{1 if seconds < 9.95 else 0}f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, names: tuple[str, str]) -> str:
+    """A number with the singular or the plural behind it."""
+    return f"{number} {names[number != 1]}"
 
 
 def short_rate(rate: float) -> str:
@@ -59,18 +68,23 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
     elif args.eval_split == "validation":
         where = " (a part of the training images: --eval-split validation)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
-    groups = "" if args.group_by is None else f", in {splits.groups_told()} groups ({printable(args.group_by)})"
-    return f"data: {numbers}, {len(splits.class_names)} {TASKS[args.task].outputs_are}{groups}"
+    line = f"data: {numbers}, {counted(len(splits.class_names), TASKS[args.task].outputs_are)}"
+    if args.group_by is not None:
+        line += f", in {splits.groups_told()} groups ({printable(args.group_by)})"
+    return line
 
 
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
     """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
-    names = dict(zip(baseline_keys(task), ("k-NN", "linear probe"), strict=True))
-    known = [f"{name} {task.told(baseline[key])}" for key, name in names.items() if baseline[key] is not None]
-    told = f"before training: {', '.join(known)}{'' if task.kind == 'classification' else f' ({task.score_title})'}"
-    if task.kind == "classification" and baseline["probe_accuracy"] == 1:
-        told += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
-    return told
+    of_knn, of_probe = baseline_keys(task)
+    line = f"before training: k-NN {task.reported(baseline[of_knn])}"
+    if baseline[of_probe] is not None:
+        line += f", linear probe {task.reported(baseline[of_probe])}"
+    if task.kind != "classification":
+        line += f" ({task.score_title})"
+    elif baseline[of_probe] == 1:
+        line += f"\nthe linear probe gets all {images} evaluation images right: no training can do better on them"
+    return line
 
 
 def describe_rates(run: "FineTuned") -> str:
@@ -96,7 +110,7 @@ def describe_epoch(run: "FineTuned") -> str:
     """A line on the last finished epoch: losses, score, and the time that is left. A second one if not all is kept."""
     row = run.history[-1]
     losses = f"training loss {row['train_loss']:.3f}, evaluation {row['val_loss']:.3f}"
-    score = f"{run.task.score_title} {run.task.told(row[f'val_{run.task.score}'])}"
+    score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
     if run.wise_ft.share < run.wise_ft.alpha:
         lines += f"\n  {run.wise_ft.share:.0%} of the change is kept so far: with more, training images are answered "
@@ -107,7 +121,10 @@ def describe_epoch(run: "FineTuned") -> str:
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """How long the last finished epoch took, and what is left of the whole run."""
     left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
-    return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
+    line = duration(history[-1]["seconds"])
+    if left:
+        line += f", {duration(left)} left"
+    return line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,21 +156,24 @@ class FineTuned(Protocol):
 
 def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     """What `load_finetuned` needs of the file that a run saves, and what a reader of it would ask."""
-    args, stage1 = run.args, run.args.stage1_adapter
-    score, task = f"val_{run.task.score}", run.task.record()
+    stage1 = run.args.stage1_adapter
+    score = f"val_{run.task.score}"
     last = run.history[-1][score] if run.history else run.baseline[baseline_keys(run.task)[1]]
-    return {
-        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
+    metadata = {name: run.report[name] for name in ("arch", "image_size", "heads")}
+    metadata |= {
         "class_names": run.identity["class_names"],
         **recorded(run.plan.normalization, run.report),
-        "checkpoint": stored_checkpoint(args.checkpoint),
+        "checkpoint": stored_checkpoint(run.args.checkpoint),
         "stage1_adapter": None if stage1 is None else str(stored_path(stage1.absolute())),
-        "lora": lora_options(args),
+        "lora": lora_options(run.args),
         "epoch": len(run.history),
         score: last,
         "config": run.identity["config"],
-        **({} if task is None else {"task": task}),
     }
+    task = run.task.record()
+    if task is not None:
+        metadata["task"] = task
+    return metadata
 
 
 def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
@@ -163,8 +183,9 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
         counts: its parameters, as `count_parameters` gives them.
     """
-    config, normalization = run.identity["config"], run.plan.normalization
-    report = REPORTS[run.task.kind](run.task, result, run.splits.val.clusters())
+    config = run.identity["config"]
+    normalization = run.plan.normalization
+    report = run.task.report(result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept_epoch),
         **_rates(run),
@@ -192,22 +213,30 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
-    rows = summary(results, report, run.args.output_dir)
-    sections = report.sections(run.path(report.picture))
-    pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
-    write_page(run.path("report.html"), report.title(), rows, sections, run.path("lora.pth"), **pictures, config=config)
+    rows = summary(run, results, report)
+    write_page(
+        run.path("report.html"),
+        report.title(),
+        rows,
+        report.sections(run.path(report.picture)),
+        run.path("lora.pth"),
+        mistakes=run.path("mistakes.png"),
+        curves=run.path("training_curves.png"),
+        config=config,
+    )
     print(f"\n{table(rows)}")
     return results
 
 
 def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch: int) -> dict[str, Any]:
     """The scores of the saved adapter, and those before training."""
-    score, (of_knn, of_probe) = f"val_{run.task.score}", baseline_keys(run.task)
+    score = f"val_{run.task.score}"
+    of_knn, of_probe = baseline_keys(run.task)
     best = {"epoch": 0, score: run.baseline[of_probe]}  # where no epoch did well
     if run.history:
         best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
     interval = f"{run.task.score}_interval"
-    return {
+    scores = {
         "task": run.task.kind,
         score: figures[run.task.score],
         "val_loss": result.loss,
@@ -220,8 +249,11 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"best_{score}": finite(best[score]),
         f"{of_knn}_before": finite(run.baseline[of_knn]),
         f"{of_probe}_before": finite(run.baseline[of_probe]),
-        **{name: figure for name, figure in figures.items() if name not in (run.task.score, interval)},
     }
+    for name, figure in figures.items():
+        if name not in (run.task.score, interval):
+            scores[name] = figure
+    return scores
 
 
 def _rates(run: FineTuned) -> dict[str, float | None]:
@@ -237,9 +269,15 @@ def _chosen_by(run: FineTuned) -> dict[str, str]:
     chosen = {}
     if run.path("learning_rates.csv").exists():
         chosen["learning rate"] = "trials on a part of the training images"
-    if run.args.keep_best:
+    if run.args.keep_best and _can_choose(run):
         chosen["epoch"] = "the evaluation images"
     return chosen
+
+
+def _can_choose(run: FineTuned) -> bool:
+    """Is the figure by which --keep-best chooses defined for any epoch?"""
+    column = run.task.best_by[run.args.keep_best]
+    return any(not math.isnan(row[column]) for row in run.history)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -301,12 +339,19 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {"loss": "contrastive loss", **TITLES}
-    measured = {name: [row for row in history if row[name] is not None] for name in panels}
-    measured = {name: rows for name, rows in measured.items() if rows}
+    measured = {}
+    for name in panels:
+        rows = [row for row in history if row[name] is not None]
+        if rows:
+            measured[name] = rows
     figure = Figure(figsize=(3.6 * len(measured), 3.2), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
-        style, color = ("-", BLUE) if name == "loss" else ("o-", ORANGE)
-        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], style, color=color)
+        epochs = [row["epoch"] for row in rows]
+        values = [row[name] for row in rows]
+        if name == "loss":
+            axes.plot(epochs, values, "-", color=BLUE)
+        else:
+            axes.plot(epochs, values, "o-", color=ORANGE)
         axes.set(xlabel="epoch", title=panels[name])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -317,7 +362,8 @@ def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
 def against_the_probe(results: dict[str, Any]) -> str:
     """Advice for a run that ends near its linear probe, or below it; else an empty string."""
     score = TASKS[results["task"]].score
-    probe, interval = results[f"probe_{score}_before"], results[f"val_{score}_interval"]
+    probe = results[f"probe_{score}_before"]
+    interval = results[f"val_{score}_interval"]
     if probe is None or interval is None:
         return ""
     low, high = interval
@@ -328,35 +374,57 @@ def against_the_probe(results: dict[str, Any]) -> str:
     return ""
 
 
-def summary(results: dict[str, Any], report: Report, folder: Path) -> list[tuple[str, str]]:
+def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
-    task, told = report.task, against_the_probe(results)
-    knn, probe = (results[f"{key}_before"] for key in baseline_keys(task))
-    (title, headline), *rows = report.rows()
-    trained, total = results["trainable_parameters"], results["total_parameters"]
-    share, start = results["kept_share"], "start" if probe is None else "probe"
-    kept = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
-    whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
-    memory = results["peak_memory_bytes"]
-    memory = f"{memory / 1e6:,.0f} MB ({results['device']}{whole})" if memory else "not known on this system"
-    notes = [told] if told else []
-    for what, images in results["chosen_by"].items():
-        is_rate = what == "learning rate"
-        value = short_rate(results["learning_rate"]) if is_rate else f"{results['kept_epoch']} of {results['epochs']}"
-        notes.append(f"{what} {value} chosen by {images}")
+    task = run.task
+    of_knn, of_probe = baseline_keys(task)
+    folder = run.args.output_dir
+    (title, headline), *others = report.rows()
+    rows = [(f"k-NN {task.score_title} before", task.reported(run.baseline[of_knn]))]
+    if run.baseline[of_probe] is not None:
+        rows.append(("linear probe before", task.reported(run.baseline[of_probe])))
+    rows.append((f"{title} after", headline))
+    rows += [("", note) for note in _notes(run, results)]
+    rows += others
+    trained = results["trainable_parameters"]
+    total = results["total_parameters"]
+    rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
+    share = results["kept_share"]
+    if share < 1:
+        start = "start" if run.baseline[of_probe] is None else "probe"
+        kept = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
+        rows.append(("saved weights", kept))
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
+    merge = f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"
     return [
-        (f"k-NN {task.score_title} before", task.told(math.nan if knn is None else knn)),
-        *([("linear probe before", task.told(probe))] if probe is not None else []),
-        (f"{title} after", headline),
-        *(("", note) for note in notes),
         *rows,
-        ("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"),
-        *([("saved weights", kept)] if share < 1 else []),
         ("adapter file", sizes),
         ("training time", duration(results["seconds"])),
-        ("peak memory", memory),
+        ("peak memory", _memory_text(results["peak_memory_bytes"], results["device"])),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
-        ("merge it", f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"),
+        ("merge it", merge),
     ]
+
+
+def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
+    """What has to be said of the score: how it compares with the probe's, and which images chose what."""
+    notes = []
+    advice = against_the_probe(results)
+    if advice:
+        notes.append(advice)
+    for what, images in results["chosen_by"].items():
+        value = f"{results['kept_epoch']} of {results['epochs']}"
+        if what == "learning rate":
+            value = short_rate(results["learning_rate"])
+        notes.append(f"{what} {value} chosen by {images}")
+    if run.args.keep_best and "epoch" not in results["chosen_by"]:
+        notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
+    return notes
+
+
+def _memory_text(memory: int | None, device: str) -> str:
+    if not memory:
+        return "not known on this system"
+    whole = "" if device.startswith("cuda") else ", the whole process"  # with Python and PyTorch
+    return f"{memory / 1e6:,.0f} MB ({device}{whole})"

@@ -60,6 +60,11 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
     collapsed is never the best, though R2 may be below its 0.
     """
     trials = [trial for trial in trials if math.isfinite(trial.val_loss)] or trials
+    scored = [trial for trial in trials if not math.isnan(trial.val_score)]
+    if not scored:
+        print("the score is not defined on the validation part: the rate with the lowest loss is taken")
+        return min(trials, key=lambda trial: trial.val_loss).learning_rate
+    trials = scored
     best = max(trial.val_score for trial in trials)
     error = math.sqrt(variance(best))
     alike = [trial.learning_rate for trial in trials if trial.val_score >= best - error]
@@ -119,7 +124,7 @@ def choose_learning_rate(
 
     def tried(trials: list[Trial]) -> None:
         rate, score, loss = trials[-1]
-        print(f"  learning rate {rate:.0e}: {task.score_title} {task.told(score)}, loss {loss:.4f}")
+        print(f"  learning rate {rate:.0e}: {task.score_title} {task.reported(score)}, loss {loss:.4f}")
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,8 +149,9 @@ def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
 
 
 def best_epoch(history: Sequence[dict[str, float]], column: str) -> dict[str, float]:
-    """The row with the highest value in a column and, among equal ones, the lowest loss."""
-    return max(history, key=lambda row: (row[column], -row["val_loss"]))
+    """The row with the highest value in a column and, among equal ones, the lowest loss; the last if none has one."""
+    defined = [row for row in history if not math.isnan(row[column])]
+    return max(defined or history[-1:], key=lambda row: (row[column], -row["val_loss"]))
 
 
 def last_is_best(history: Sequence[dict[str, float]], column: str | None) -> bool:
