@@ -46,7 +46,7 @@ from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import headless, in_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
-from toolkit.run import guard, optim, options, output_folder, reports, runs, search, training
+from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders
@@ -748,6 +748,9 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     One message has the problems of both images and model.
     """
     dtype = devices.select_precision(args.precision, device)
+    arithmetic = args.arithmetic
+    if arithmetic == "int8":  # what a run has measured at its start counts for all of it
+        arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
     try:
         values = options.known_image_values(args, args.checkpoint)
         sources = options.image_sources(args, values.read)
@@ -758,7 +761,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
         except InputError as another:
             raise InputError("\n".join(dict.fromkeys((str(error), str(another))))) from None
         raise
-    model, report = build_model(args, dtype, len(splits.class_names))
+    model, report = build_model(args, dtype, len(splits.class_names), arithmetic)
     training.check_batches(model, len(splits.train), len(splits.val), args.batch_size)
     print(reports.describe_data(args, splits), describe_base(report), sep="\n")
     plan = Plan(
@@ -781,14 +784,13 @@ def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
 
 
 def build_model(
-    args: FineTuneOptions, dtype: torch.dtype, num_classes: int, arithmetic: str | None = None
+    args: FineTuneOptions, dtype: torch.dtype, num_classes: int, arithmetic: str | None = "float"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone of a checkpoint with adapters and a fresh head, frozen as the options say; and its report.
 
     Args:
         dtype: of products, by autocast; frozen weights are stored in it.
-        arithmetic: of products with frozen weights, if it is settled; None: as `--arithmetic` says, int8 only where
-            that is faster. The report has it.
+        arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster. The report has it.
     """
     model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **options.backbone_shape(args))
     frozen_dtype = frozen_weights_dtype(args, model, dtype, arithmetic)
@@ -813,7 +815,7 @@ def frozen_weights_dtype(
     """
     if not args.freeze_backbone or is_none(args.checkpoint):
         return None
-    if arithmetic == "int8" or (arithmetic is None and args.arithmetic == "int8" and int8.pays(model, dtype)):
+    if arithmetic == "int8" or (arithmetic is None and int8.pays(model, dtype)):
         return torch.int8
     return dtype if args.lora_rank > 0 else None
 

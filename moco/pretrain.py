@@ -61,7 +61,8 @@ FREE_TO_CHANGE = {
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
-KNN_BANK, KNN_QUERIES = 50_000, 10_000
+KNN_BANK = 50_000
+KNN_QUERIES = 10_000
 COLLAPSED_RANK = 2.0  # features of a lower effective rank do not tell images apart
 MEASURED_IMAGES = 2_048  # the images on which alignment, uniformity and effective rank are measured
 SAVES_MEMORY = "lower --batch-size (and --learning-rate in proportion) or --image-size, or use --precision bf16"
@@ -394,12 +395,12 @@ class Pretraining(RunState):
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint: all, or with adapters only those that change, in both encoders."""
-        state = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}  # readable without a GPU
-        if self.args.lora_rank == 0:
-            return state
-        changing = trained_state(self.model)
-        of_keys = {name.replace("encoder_q.", "encoder_k.", 1) for name in changing}
-        return {name: tensor for name, tensor in state.items() if name in changing.keys() | of_keys}
+        state = self.model.state_dict()
+        names = set(state)
+        if self.args.lora_rank > 0:
+            names = set(trained_state(self.model))
+            names |= {name.replace("encoder_q.", "encoder_k.", 1) for name in names}
+        return {name: tensor.cpu() for name, tensor in state.items() if name in names}  # readable without a GPU
 
     def about_images(self) -> dict[str, Any]:
         """The metadata on how images are normalised, for whoever uses the backbone."""
@@ -461,14 +462,18 @@ class Pretraining(RunState):
         }
 
     def loaders(self) -> list[DataLoader]:
-        return [loader for loader in (self.loader, *self.knn_loaders, self.view_loader) if loader is not None]
+        more = [] if self.view_loader is None else [self.view_loader]
+        return [self.loader, *self.knn_loaders, *more]
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
     """The measures of the features in words; empty if none was taken."""
-    shown = {name: row[name] for name in measures.TITLES if row.get(name) is not None}
-    numbers = {name: f"{value:.1%}" if name == "knn_accuracy" else f"{value:.2f}" for name, value in shown.items()}
-    return ", ".join(f"{measures.TITLES[name]} {number}" for name, number in numbers.items())
+    shown = []
+    for name, title in measures.TITLES.items():
+        if row.get(name) is not None:
+            decimals = ".1%" if name == "knn_accuracy" else ".2f"
+            shown.append(f"{title} {row[name]:{decimals}}")
+    return ", ".join(shown)
 
 
 def load_data(
@@ -492,10 +497,12 @@ def load_data(
     loader = data.build_loader(data.Transformed(images, views), **training_views)
     at_times = {"keep_workers": False}  # they would idle for many epochs
     transform = transforms.eval_transform(args.image_size, **values)
-    knn_images = [part.at_most(most) for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=False)]
-    if distributed.world_size() > min(map(len, knn_images), default=distributed.world_size()):
-        raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
-    knn_loaders = [data.build_loader(data.Transformed(part, transform), **common, **at_times) for part in knn_images]
+    knn_loaders = []
+    for part, most in zip(labelled, (KNN_BANK, KNN_QUERIES), strict=False):
+        if distributed.world_size() > len(part):
+            raise InputError("the k-NN accuracy has fewer images than there are processes: start fewer")
+        some = data.Transformed(part.at_most(most), transform)
+        knn_loaders.append(data.build_loader(some, **common, **at_times))
     if images.labels[0] != data.UNLABELLED:
         return values, loader, knn_loaders, None
     some = data.Transformed(images.at_most(max(MEASURED_IMAGES, args.batch_size)), views)
@@ -554,12 +561,17 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
         version, parts = checkpoints.load_contrast(args.checkpoint)
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    has_hidden_width = len(outputs) > 1 and version == 3
+    dim = 256
+    mlp_dim = 4096
+    if outputs:
+        dim = outputs[-1]
+    if len(outputs) > 1 and version == 3:
+        mlp_dim = outputs[0]
     args = replace(
         args,
         moco_version=args.moco_version or version or 3,
-        dim=args.dim or (outputs[-1] if outputs else 256),
-        mlp_dim=args.mlp_dim or (outputs[0] if has_hidden_width else 4096),
+        dim=args.dim or dim,
+        mlp_dim=args.mlp_dim or mlp_dim,
     )
     report: dict[str, Any] = {}
     if args.checkpoint:
@@ -571,9 +583,9 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
         freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
     model = contrast(devices.place(backbone, device), args).to(device)
     fuse(model.encoder_k)  # it gets no gradient
-    report["origin"] = "".join(
-        [checkpoints.describe_base(report) if args.checkpoint else "", *start_from(model, parts)]
-    )
+    report["origin"] = "".join(start_from(model, parts))
+    if args.checkpoint:
+        report["origin"] = checkpoints.describe_base(report) + report["origin"]
     return model, args, report
 
 
@@ -603,7 +615,8 @@ def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> I
     """Load projector and predictor from a checkpoint, if it has fitting ones; yield what became of each."""
     encoders = (model.encoder_q, model.encoder_k)
     modules = {"projector": [getattr(encoder, head_name(encoder)) for encoder in encoders]}
-    modules |= {"predictor": [model.predictor]} if hasattr(model, "predictor") else {}
+    if hasattr(model, "predictor"):
+        modules["predictor"] = [model.predictor]
     for part, tensors in parts.items():
         for module in modules.get(part, ()):
             fits = _shapes(module.state_dict()) == _shapes(tensors)
@@ -641,8 +654,11 @@ class LARS(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            matrices, plain = ([p for p in parameters if (p.ndim == 1) == flat] for flat in (False, True))
-            updates = (self.scaled(matrices, group) if matrices else []) + [p.grad for p in plain]
+            matrices = [p for p in parameters if p.ndim != 1]
+            plain = [p for p in parameters if p.ndim == 1]
+            updates = [p.grad for p in plain]
+            if matrices:
+                updates = self.scaled(matrices, group) + updates
             for p in parameters:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
@@ -656,7 +672,8 @@ class LARS(torch.optim.Optimizer):
     def scaled(parameters: list[torch.Tensor], group: dict[str, Any]) -> list[torch.Tensor]:
         """The update of each parameter, in the trust ratio to it."""
         updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
-        of_weights, of_updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, updates))
+        of_weights = torch.stack(torch._foreach_norm(parameters))
+        of_updates = torch.stack(torch._foreach_norm(updates))
         ratios = group["trust"] * of_weights / of_updates
         ratios = torch.where(torch.isfinite(ratios) & (ratios > 0), ratios, torch.ones_like(ratios))
         return list(torch._foreach_mul(updates, ratios.unbind()))

@@ -213,6 +213,17 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def recorded_setting(path: Path | None, section: str, name: str) -> Any:
+    """A setting of the run that wrote this `last.pth`; None if there is no such file, or nothing of it in the file."""
+    if path is None or not path.exists():
+        return None
+    state = read_checkpoint(path)
+    config = state.get("config") if isinstance(state, dict) else None
+    if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+        return None
+    return config[section].get(name)
+
+
 OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have
 
 
