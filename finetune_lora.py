@@ -30,7 +30,7 @@ from lora import adapted, attention, functional, initialization, int8
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
-from lora.followed_norms import folded_norm, follow_statistics, followers, write_statistics
+from lora.followed_norms import AdapterStatistics, folded_norm, follow_statistics, followers, settle
 from lora.fusion import fuse, is_hooked, set_gradient_checkpointing
 from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
@@ -81,7 +81,7 @@ class LoRALayer:
     _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
     _STATE = (
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
-        *("_int8_shapes", "lora_enabled", "_base_data", "weight_names", "stock_class"),
+        *("_int8_shapes", "lora_enabled", "_base_data", "weight_names", "stock_class", "followed"),
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -261,6 +261,29 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
 
     The update is ``(B A)`` reshaped to the kernel, with fan_in = in / groups * kh * kw.
     """
+
+    followed: AdapterStatistics | None = None  # what the BatchNorm behind it has with this adapter; None: the base's
+
+    def _init_adapters(self, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> None:
+        self.followed = None
+        super()._init_adapters(settings, base_dtype)
+
+    def merge(self) -> None:
+        """As in every layer, and the BatchNorm gets the statistics that belong to the adapter."""
+        if self.followed is not None and not self.merged:
+            self.followed.merge(self)
+        super().merge()
+
+    def unmerge(self) -> None:
+        if self.followed is not None and self.merged:
+            self.followed.unmerge()
+        super().unmerge()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.followed is not None:
+            self.followed.apply(fn)
+        return self
 
     def effective_weights(self) -> dict[str, Tensor]:
         return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
@@ -579,6 +602,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
 
     The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
     base. With `train_norms` the normalisation layers train too: their scales and shifts, and BatchNorm's statistics.
+    Those that followed the adapters go on from where these have brought them, and follow no more.
     Weights stored in 4 or 16 bits do not train in either case.
 
     Raises:
@@ -590,6 +614,9 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: b
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise InputError("the adapters are merged: call unmerge_lora_weights() before everything trains")
+    if train_norms or not freeze:
+        for conv in followers(model):
+            settle(conv)
     for name, module in model.named_modules():
         whole = not freeze or in_head(model, name) or (train_norms and isinstance(module, NORMS))
         rounded = getattr(module, "float_digests", ())
@@ -730,7 +757,7 @@ def main(
             plan = replace(plan, learning_rate=rate)
         run = FineTuning(args, plan, devices.place(model, device), report, splits, opened)
         print(reports.describe_rates(run))
-        if following := len(list(followers(model))):
+        if following := len(followers(model)):
             print(f"norms: {following} BatchNorms follow the adapters (--norms {run.plan.norms})")
         if resumed:
             run.go_on_from(resumed)
@@ -1005,7 +1032,7 @@ class FineTuning(RunState):
         if plan.norms not in ("auto", "follow") or not self.args.freeze_backbone:
             return plan
         follow_statistics(self.network, self.loaders.followed_batches(), required=plan.norms == "follow")
-        if any(followers(self.model)):
+        if followers(self.model):
             return replace(plan, norms="follow")  # what files are to say, since `auto` is another thing on a GPU
         return plan
 
@@ -1234,8 +1261,7 @@ class FineTuning(RunState):
             yield
 
     def estimate_statistics(self) -> bool:
-        """Give BatchNorms that train or follow adapters the statistics for the present weights. Does any train?"""
-        write_statistics(self.network)
+        """Give BatchNorms that train the statistics for the present weights. Does any train?"""
         if self.loaders.statistics is None:
             return False
         evaluation.estimate_statistics(self.network, self.loaders.statistics, self.device, self.dtype)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, is_adapted, recorded_in_4_bits
+from lora.adapted import NO_ADAPTER, AdaptedLayer, adapted_layers, adapter_parameters, is_adapted, recorded_in_4_bits
 from lora.adapter_set import Adapter, AdapterSet, LayerState
-from lora.followed_norms import remember_replaced, statistics_of_base, stop_following, write_statistics
-from lora.fusion import unfuse
+from lora.followed_norms import base_statistics, followers, named_statistics, read_statistics
+from lora.fusion import fuse, unfuse
 from lora.nf4 import dense_weight
 from toolkit import InputError, did_you_mean, dotted, listed, printable
 from toolkit.files import (
@@ -33,7 +33,15 @@ from toolkit.files import (
     save_atomically,
     write_safetensors,
 )
-from toolkit.models.backbones import build_backbone, default_heads, head_name, in_head, other_heads, unwrapped
+from toolkit.models.backbones import (
+    build_backbone,
+    default_heads,
+    head_name,
+    in_head,
+    name_head,
+    other_heads,
+    unwrapped,
+)
 from toolkit.models.checkpoints import CHANNEL_FITS, is_none, tensor_digest
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
@@ -49,7 +57,9 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     The digest of a weight in 4 or 16 bits is that of its values before rounding, and the digest of an interpolated
     position embedding is that of the checkpoint's: so digests are the same on every machine.
     """
-    digests = {name: known or tensor_digest(tensor) for name, tensor, known in _stock_tensors(model)}
+    digests = {}
+    for name, tensor, known in _stock_tensors(model):
+        digests[name] = known or tensor_digest(tensor)
     for name, resized in getattr(model, "resized_digests", {}).items():  # see toolkit.models.checkpoints.load_backbone
         if digests[name] == resized:
             digests[name] = model.base_digests[name]
@@ -71,18 +81,24 @@ def digests_follow(layer: nn.Module, state: dict[str, Tensor], prefix: str) -> I
     for name, numbers in before.items():
         if not torch.equal(stored(name), numbers):
             loaded = state[prefix + name]
-            is_packed = not loaded.is_floating_point()  # in 4 bits, whose bytes alone do not determine the values
+            if not loaded.is_floating_point():  # in 4 bits, whose bytes alone do not determine the values
+                loaded = stored(name)
             # Change the dictionary in place: adapters that share the base share it.
-            layer.float_digests[name] = tensor_digest(stored(name) if is_packed else loaded)
+            layer.float_digests[name] = tensor_digest(loaded)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by name in the model: trainable parameters, and unfrozen buffers."""
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = model.state_dict()
+    trained = {}
     for prefix, module in model.named_modules():
+        own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
         if not getattr(module, "frozen", False):
-            names.update(dotted(prefix, name) for name, _ in module.named_buffers(recurse=False))
-    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+            own += dict(module.named_buffers(recurse=False))
+        for name in own:
+            if dotted(prefix, name) in state:
+                trained[dotted(prefix, name)] = state[dotted(prefix, name)]
+    return trained
 
 
 def unused_adapters(model: nn.Module) -> list[str]:
@@ -93,8 +109,8 @@ def unused_adapters(model: nn.Module) -> list[str]:
     """
     unused = []
     for name, layer in adapted_layers(unwrapped(model)).items():
-        own = [p for key, p in layer.named_parameters(recurse=False) if _is_adapter(layer, key) and p.requires_grad]
-        if own and all(parameter.grad is None for parameter in own):
+        trains = [factor for factor in adapter_parameters(layer).values() if factor.requires_grad]
+        if trains and all(factor.grad is None for factor in trains):
             unused.append(name)
     return unused
 
@@ -102,9 +118,10 @@ def unused_adapters(model: nn.Module) -> list[str]:
 def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[str, Tensor, str | None]]:
     """Yield (name, tensor, digest before rounding or None) for all tensors but the adapters.
 
-    With `of_head` these are the classifier head's tensors, else all others. A merged weight is yielded as it was before
-    merging.
+    With `of_head` these are the classifier head's tensors, else all others. Merged weights, and the statistics merged
+    with them, are yielded as they were before merging.
     """
+    statistics = base_statistics(model)
     for prefix, module in model.named_modules():
         if of_head != in_head(model, prefix):
             continue
@@ -115,7 +132,7 @@ def _stock_tensors(model: nn.Module, of_head: bool = False) -> Iterator[tuple[st
             known = getattr(module, "float_digests", {}).get(name)
             if known is None and is_adapted(module) and module.merged:
                 tensor = module.base(name)
-            yield dotted(prefix, name), tensor, known
+            yield dotted(prefix, name), statistics.get(tensor, tensor), known
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -134,14 +151,20 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def _stock_shape(module: nn.Module, name: str, parameter: Tensor) -> torch.Size:
     """A parameter's shape; for a weight in 4 bits, its shape before quantisation."""
-    rounded = is_adapted(module) and name in module.float_digests
-    return module.base(name).shape if rounded else parameter.shape
+    if is_adapted(module) and name in module.float_digests:
+        return module.base(name).shape
+    return parameter.shape
 
 
 def full_rank(model: nn.Module) -> int:
     """The full rank of the largest layer. A higher rank only takes memory: a typing error could ask for terabytes."""
-    shapes = [_stock_shape(m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
-    return max((min(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1), default=0)
+    highest = 0
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            out, *fan_in = _stock_shape(module, name, parameter) or (0,)
+            if fan_in:
+                highest = max(highest, min(out, math.prod(fan_in)))
+    return highest
 
 
 def _is_adapter(module: nn.Module, name: str) -> bool:
@@ -156,10 +179,14 @@ class LoRAManager:
 
     `finetune_lora.add_lora_to_model` gives a model its adapter. The adapters of files that are loaded with a name stay
     in the model side by side, and `use` selects the one that computes.
+
+    Args:
+        head: the names of the classifier head's modules, if they are not found by name; see `add_lora_to_model`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, head: str | Sequence[str] | None = None):
         self.model = unwrapped(model)
+        name_head(self.model, head)
 
     def _layers(self) -> dict[str, AdaptedLayer]:
         return adapted_layers(self.model)
@@ -174,26 +201,26 @@ class LoRAManager:
     def _layers_to_merge(self) -> dict[str, AdaptedLayer]:
         """The layers that merging turns into dense floats: those with adapters, and rounded ones of rank 0."""
         layers = self._layers()
-        if not layers:
-            return {}
-        stored = {n: m for n, m in self.model.named_modules() if is_adapted(m) and m.base_bits < 32 and not m.r}
-        return layers | stored
+        if layers:
+            for name, module in self.model.named_modules():
+                if is_adapted(module) and module.base_bits < 32:
+                    layers[name] = module
+        return layers
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """The tensors that every adapter file of this model holds, by name: adapters and classifier head."""
-        tensors = {
-            dotted(prefix, name): parameter
-            for prefix, module in self._layers_in_file().items()
-            for name, parameter in module.named_parameters(recurse=False)
-            if _is_adapter(module, name)
-        }
-        return tensors | {name: tensor for name, tensor, _ in _stock_tensors(self.model, of_head=True)}
+        tensors = {}
+        for prefix, layer in self._layers_in_file().items():
+            for name, factor in adapter_parameters(layer).items():
+                tensors[dotted(prefix, name)] = factor
+        for name, tensor, _ in _stock_tensors(self.model, of_head=True):
+            tensors[name] = tensor
+        return tensors
 
     # ----------------------------------------------------------------------------------------- merge, switch, remove
 
     def merge_lora_weights(self) -> None:
         """Replace every adapted weight by ``W + s B A``; `state_dict()` then has the base model's own keys."""
-        write_statistics(self.model)
         for layer in self._layers_to_merge().values():
             layer.merge()
 
@@ -205,15 +232,20 @@ class LoRAManager:
     @contextlib.contextmanager
     def disable_lora(self) -> Iterator[None]:
         """Within the `with` block the model computes as if it had no adapters, merged or not."""
-        before = {layer: layer.lora_enabled for layer in self._layers().values()}
+        layers = self._layers().values()
+        before = [layer.lora_enabled for layer in layers]
+        merged = [conv for conv in followers(self.model) if conv.merged]
         try:
-            for layer in before:
+            for layer in layers:
                 layer.lora_enabled = False
-            with statistics_of_base(self.model):
-                yield
+            for conv in merged:
+                conv.followed.unmerge()
+            yield
         finally:
-            for layer, enabled in before.items():
+            for layer, enabled in zip(layers, before, strict=True):
                 layer.lora_enabled = enabled
+            for conv in merged:
+                conv.followed.merge(conv)
 
     def unload(self, merge: bool = False) -> nn.Module:
         """Remove all adapters, in use or not, and return the model with its stock layers and blocks.
@@ -231,21 +263,20 @@ class LoRAManager:
         """
         layers = self._layers()
         adapter_set = getattr(self.model, "adapter_set", None)
-        base = {name: LayerState.of(layer).without_adapter() for name, layer in layers.items()}
-        base |= adapter_set.base.layers if adapter_set else {}
-        rounded = [name for name, state in base.items() if state.base_bits < 32]
-        if rounded and not (merge and layers):
-            name = rounded[0]
-            how = "merge=True" if layers else "merge=True and an adapter in use"
-            raise InputError(
-                f"{name} is in {base[name].base_bits} bits, its float weight is gone: take the merged weights with "
-                f"{how}, or load the checkpoint again"
-            )
-        if adapter_set and not merge:
+        base = {name: LayerState.of(layer) for name, layer in layers.items()}
+        if adapter_set is not None:
+            base |= adapter_set.base.layers
+        for name, state in base.items():
+            if state.base_bits < 32 and not (merge and layers):
+                how = "merge=True" if layers else "merge=True and an adapter in use"
+                raise InputError(
+                    f"{name} is in {state.base_bits} bits, its float weight is gone: take the merged weights with "
+                    f"{how}, or load the checkpoint again"
+                )
+        if adapter_set is not None and not merge:
             self.unmerge_lora_weights()
             self.use(None)
         vars(self.model).pop("adapter_set", None)
-        stop_following(self.model, merge)
         for layer in self._layers_to_merge().values():
             if is_adapted(layer):  # attention removes its output projection's adapter with its own
                 layer.remove_lora(merge)
@@ -258,21 +289,23 @@ class LoRAManager:
         The digest of a merged weight (`base_digests`) is made from what it was computed from: the sum itself is rounded
         differently from one machine to the next.
         """
-        before = base_digests(self.model)
+        digests = base_digests(self.model)
+        for name, statistic in named_statistics(self.model).items():
+            digests[name] = tensor_digest(statistic)
         sources = {}
         for name, layer in self._layers_to_merge().items():
-            if in_head(self.model, name):  # the head is no part of the base
-                continue
-            factors = [f"{layer.scaling:.17g}", type(layer).__name__]
-            factors += [tensor_digest(p) for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)]
-            sources |= {dotted(name, weight): factors for weight in layer.weight_names}
+            if not in_head(self.model, name):  # the head is no part of the base
+                factors = [f"{layer.scaling:.17g}", type(layer).__name__]
+                factors += map(tensor_digest, adapter_parameters(layer).values())
+                for weight in layer.weight_names:
+                    sources[dotted(name, weight)] = factors
         self.unload(merge=True)
         state = self.model.state_dict()
         computed = dict(getattr(self.model, "resized_digests", {}))
         for name, factors in sources.items():
             computed[name] = tensor_digest(state[name])
-            before[name] = hashlib.sha256(" ".join([before[name], *factors]).encode()).hexdigest()
-        self.model.base_digests = before
+            digests[name] = hashlib.sha256(" ".join([digests[name], *factors]).encode()).hexdigest()
+        self.model.base_digests = digests
         self.model.resized_digests = computed
 
     def get_lora_info(self) -> dict[str, Any]:
@@ -281,12 +314,16 @@ class LoRAManager:
         A layer of rank 0 has no adapter, but is stored in 4 bits.
         """
         layers = {}
+        adapted = 0
+        parameters = 0
         for name, layer in self._layers_in_file().items():
-            own = {n: p for n, p in layer.named_parameters(recurse=False) if _is_adapter(layer, n)}
-            layers[name] = {**_layer_record(layer), "parameters": sum(p.numel() for p in own.values())}
+            own = sum(map(Tensor.numel, adapter_parameters(layer).values()))
+            layers[name] = {**_layer_record(layer), "parameters": own}
+            adapted += layer.r > 0
+            parameters += own
         return {
-            "num_layers": sum(record["r"] > 0 for record in layers.values()),
-            "lora_parameters": sum(record["parameters"] for record in layers.values()),
+            "num_layers": adapted,
+            "lora_parameters": parameters,
             "merged": any(layer.merged for layer in self._layers().values()),
             "layers": layers,
         }
@@ -302,13 +339,13 @@ class LoRAManager:
     def names(self) -> list[str]:
         """The names that `use` accepts, in the order in which the adapters were added."""
         adapter_set = getattr(self.model, "adapter_set", None)
-        return list(adapter_set.named) if adapter_set else []
+        return [] if adapter_set is None else list(adapter_set.named)
 
     @property
     def in_use(self) -> str | None:
         """The name of the adapter that computes. None: the base computes, or an adapter without a name."""
         adapter_set = getattr(self.model, "adapter_set", None)
-        return adapter_set.in_use if adapter_set else None
+        return None if adapter_set is None else adapter_set.in_use
 
     def use(self, name: str | None) -> dict[str, Any]:
         """Switch to the adapter of this name, or with None to the base; returns the adapter's metadata.
@@ -325,7 +362,19 @@ class LoRAManager:
             hint = f"{did_you_mean(name, self.names)} there are: {listed(self.names, 12) or 'none'}"
             raise InputError(f"no adapter is named {name!r}: {hint.lstrip()}")
         adapter_set.use(name, self.model)
-        return {} if name is None else adapter_set.named[name].metadata
+        return self._metadata() if name is not None else {}
+
+    def _metadata(self) -> dict[str, Any]:
+        """The metadata with which the adapter in use was loaded."""
+        if self.in_use is None:
+            return getattr(self.model, "adapter_metadata", {})
+        return self.model.adapter_set.named[self.in_use].metadata
+
+    def _set_metadata(self, metadata: dict[str, Any]) -> None:
+        if self.in_use is None:
+            self.model.adapter_metadata = metadata
+        else:
+            self.model.adapter_set.named[self.in_use].metadata = metadata
 
     def remove(self, name: str) -> None:
         """Remove an adapter and free its memory. If it is in use, switch to the base. Raises the errors of `use`."""
@@ -349,8 +398,8 @@ class LoRAManager:
         if not hasattr(self.model, "adapter_set"):
             now = base_digests(self.model)
             start = self.model.base_digests = getattr(self.model, "base_digests", now)
-            changed = [name for name in now if start and now[name] != start.get(name)]
-            if layers and changed:
+            changed = _changed(now, start)
+            if layers and start and changed:
                 raise InputError(
                     f"the base has trained with the adapter in use ({listed(changed)}), so others cannot share it: "
                     "save the adapter, load the checkpoint again, and then load the saved file with a name"
@@ -373,6 +422,7 @@ class LoRAManager:
             adapter.snapshot(self.model)
         finally:
             adapter_set.base.install(self.model)
+            fuse(self.model)
             self.use(before)
         adapter_set.named[name] = adapter
 
@@ -390,24 +440,23 @@ class LoRAManager:
         Raises:
             InputError: the file or the metadata cannot be written; an earlier file is unchanged.
         """
-        write_statistics(self.model)
         now = base_digests(self.model)
         start = getattr(self.model, "base_digests", {})
-        if metadata is None and self.in_use is None:
-            metadata = getattr(self.model, "adapter_metadata", {})
-        elif metadata is None:
-            metadata = self.model.adapter_set.named[self.in_use].metadata
-        tensors = self._own_tensors()
+        if metadata is None:
+            metadata = self._metadata()
         # Two-stage and full fine-tuning change the base itself, so its changed tensors belong to the file. A weight in
         # 4 bits cannot change, and without a record of the start every tensor counts as changed.
-        tensors |= {
-            name: tensor
-            for name, tensor, quantised in _stock_tensors(self.model)
-            if not quantised and now[name] != start.get(name)
-        }
+        changed = _changed(now, start)
+        tensors = self._own_tensors()
+        for name, tensor, quantised in _stock_tensors(self.model):
+            if name in changed and not quantised:
+                tensors[name] = tensor
+        tensors |= named_statistics(self.model)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.detach().cpu().clone().contiguous()
         content = {
             "format_version": 2 if "task" in metadata else 1,
-            "tensors": {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+            "tensors": tensors,
             "layers": {name: _layer_record(layer) for name, layer in self._layers_in_file().items()},
             "base_hash": _hash(now, without=tensors),
             "metadata": _plain_values(metadata),
@@ -433,10 +482,7 @@ class LoRAManager:
             self._add(name, content, path)
             return content["metadata"]
         self._read(content, path)
-        if self.in_use is None:
-            self.model.adapter_metadata = content["metadata"]
-        else:
-            self.model.adapter_set.named[self.in_use].metadata = content["metadata"]
+        self._set_metadata(content["metadata"])
         return content["metadata"]
 
     def _read(self, content: dict[str, Any], path: str | Path) -> None:
@@ -446,10 +492,10 @@ class LoRAManager:
         if broken:
             raise InputError(f"{path} has NaN or infinite numbers in {listed(broken)}; use that of an earlier epoch")
         state = {**self.model.state_dict(keep_vars=True), **self._own_tensors()}
-        remember_replaced(self.model, content["tensors"])
+        of_adapters = read_statistics(self.model, content)
         with torch.no_grad():
-            for name, tensor in content["tensors"].items():
-                state[name].copy_(tensor)
+            for name in content["tensors"].keys() - of_adapters:
+                state[name].copy_(content["tensors"][name])
         for name, layer in self._layers_in_file().items():
             record = content["layers"][name]
             for field in ("lora_alpha", "lora_dropout", "use_rslora", "scaling"):
@@ -457,39 +503,49 @@ class LoRAManager:
 
     def _differences(self, content: dict[str, Any]) -> list[str]:
         """The differences between a file and the adapter in use, one line each."""
-        layers = self._layers_in_file()
-        records = content["layers"]
-        if any(layer.merged for layer in layers.values()):
+        if any(layer.merged for layer in self._layers().values()):
             return ["its adapters are merged: call unmerge_lora_weights() first"]
-        problems = [f"{name} is adapted in the file but not here" for name in records if name not in layers]
-        surplus = {name: layer for name, layer in layers.items() if name not in records}
-        problems += [f"{name} is adapted here but not in the file" for name, layer in surplus.items() if layer.r]
-        frozen = [name for name, layer in surplus.items() if not layer.r]
-        problems += [f"{name} is frozen in 4 bits here but not in the file: use load_finetuned" for name in frozen]
-        for name in layers.keys() & records.keys():
-            here = _layer_record(layers[name])
-            for field in ("kind", "r"):
-                if here[field] != records[name][field]:
-                    problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
-        if problems:
-            return problems
+        problems = self._different_layers(content["layers"])
+        if not problems:
+            problems = self._different_tensors(content["tensors"])
+        if not problems and content["base_hash"] not in self._base_hashes(content["tensors"]):
+            problems.append("it was trained over another base: load the checkpoint that it names, with as many heads")
+        return problems
 
-        tensors = content["tensors"]
+    def _different_layers(self, records: dict[str, dict[str, Any]]) -> list[str]:
+        layers = self._layers_in_file()
+        problems = []
+        for name in records.keys() - layers.keys():
+            problems.append(f"{name} is adapted in the file but not here")
+        for name, layer in layers.items():
+            here = _layer_record(layer)
+            if name not in records and layer.r:
+                problems.append(f"{name} is adapted here but not in the file")
+            elif name not in records:
+                problems.append(f"{name} is frozen in 4 bits here but not in the file: use load_finetuned")
+            for field in ("kind", "r"):
+                if name in records and here[field] != records[name][field]:
+                    problems.append(f"{name} has {field} {records[name][field]} in the file, {here[field]} here")
+        return problems
+
+    def _different_tensors(self, tensors: dict[str, Tensor]) -> list[str]:
         own = self._own_tensors()
-        trained = {name: tensor for name, tensor in self.model.state_dict(keep_vars=True).items() if name in tensors}
-        here = {**trained, **own}
-        problems += [f"tensor {name} is missing in the file" for name in own if name not in tensors]
-        problems += [f"tensor {name} is unknown here" for name in tensors if name not in here]
-        rounded = [name for name, _, known in _stock_tensors(self.model) if known]
-        problems += [f"{n} has trained in the file, but is in fewer bits here" for n in rounded if n in tensors]
+        here = {**self.model.state_dict(keep_vars=True), **own}
+        problems = []
+        for name in own.keys() - tensors.keys():
+            problems.append(f"tensor {name} is missing in the file")
+        for name in tensors.keys() - here.keys():
+            problems.append(f"tensor {name} is unknown here")
+        for name, _, known in _stock_tensors(self.model):
+            if known and name in tensors:
+                problems.append(f"{name} has trained in the file, but is in fewer bits here")
         for name in tensors.keys() & here.keys():
-            theirs, ours = tensors[name], here[name]
+            theirs = tensors[name]
+            ours = here[name]
             if theirs.shape != ours.shape:
                 problems.append(f"{name} is {tuple(theirs.shape)} in the file, {tuple(ours.shape)} here")
             elif theirs.is_floating_point() != ours.is_floating_point():
                 problems.append(f"{name} is {theirs.dtype} in the file, {ours.dtype} here")
-        if not problems and content["base_hash"] not in self._base_hashes(tensors):
-            problems.append("it was trained over another base: load the checkpoint that it names, with as many heads")
         return problems
 
     def _base_hashes(self, without: Collection[str]) -> list[str]:
@@ -504,10 +560,16 @@ class LoRAManager:
 
 def _refuse(path: str | Path, problems: list[str]) -> None:
     """Raise InputError with the first few problems, if there are any."""
-    problems = [printable(problem) for problem in sorted(problems)]
-    more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
+    shown = sorted(map(printable, problems))
+    if len(shown) > 4:
+        shown[4:] = [f"and {len(shown) - 4} more"]
     if problems:
-        raise InputError(f"{path} does not fit this model: {'; '.join(problems[:4] + more)}")
+        raise InputError(f"{path} does not fit this model: {'; '.join(shown)}")
+
+
+def _changed(now: dict[str, str], start: dict[str, str]) -> list[str]:
+    """The names of the tensors whose digests are not those of the start."""
+    return [name for name in now if now[name] != start.get(name)]
 
 
 def _layer_record(layer: nn.Module) -> dict[str, Any]:
@@ -515,7 +577,10 @@ def _layer_record(layer: nn.Module) -> dict[str, Any]:
 
 
 def _hash(digests: dict[str, str], without: Collection[str]) -> str:
-    lines = [f"{name} {digest}" for name, digest in sorted(digests.items()) if name not in without]
+    lines = []
+    for name, digest in sorted(digests.items()):
+        if name not in without:
+            lines.append(f"{name} {digest}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -530,8 +595,9 @@ def _plain_values(metadata: dict[str, Any]) -> dict[str, Any]:
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
     """Write the content of an adapter file, see `read_adapter_file`, as `.safetensors` if the name ends so."""
     if is_safetensors(path):
-        described = json.dumps({key: value for key, value in content.items() if key != "tensors"})
-        write_safetensors(content["tensors"], path, {"adapter": described})
+        described = dict(content)
+        tensors = described.pop("tensors")
+        write_safetensors(tensors, path, {"adapter": json.dumps(described)})
     else:
         save_atomically(content, path)
 

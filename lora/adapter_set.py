@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora.adapted import ADAPTED, adapted_layers, base_bits, is_adapted, kind_named, recorded_settings, stock_class
+from lora.followed_norms import statistics_in_file
 from lora.fusion import fuse
-from toolkit import InputError
-from toolkit.models.backbones import head_name, in_head
+from toolkit import InputError, dotted
+from toolkit.models.backbones import head_names, in_head
 
 DEFAULT = "default"  # the name that an adapter without a name gets
 
@@ -49,7 +51,9 @@ class LayerState(NamedTuple):
     def without_adapter(self) -> "LayerState":
         parameters = {name: p for name, p in self.parameters.items() if not name.startswith("lora_")}
         if self.base_bits < 32:  # the float weight is gone, so the layer stays adapted and is switched off
-            return LayerState(self.kind, {**self.attributes, "lora_enabled": False}, parameters)
+            attributes = {**self.attributes, "lora_enabled": False}
+            attributes.pop("followed", None)  # the statistics of a BatchNorm go with the adapter
+            return LayerState(self.kind, attributes, parameters)
         return LayerState(self.attributes.get("stock_class", stock_class(self.kind)), {}, parameters)
 
 
@@ -62,16 +66,17 @@ class Adapter:
     """Everything one adapter owns. For the base: the original of everything an adapter replaces."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
-    head: nn.Module | None = None
-    layers: dict[str, LayerState] = field(default_factory=dict)  # outside the head
+    heads: dict[str, nn.Module] = field(default_factory=dict)
+    layers: dict[str, LayerState] = field(default_factory=dict)  # outside the heads
     tensors: dict[str, Tensor] = field(default_factory=dict)  # tensors of the base that training changed
 
     def snapshot(self, model: nn.Module) -> None:
         """Take everything that the adapter owns from the model as it is now: the objects themselves, not copies."""
-        head = head_name(model)
-        self.head = None if head is None else model.get_submodule(head)
-        layers = adapted_layers(model)
-        self.layers = {path: LayerState.of(layer) for path, layer in layers.items() if not in_head(model, path)}
+        self.heads = {name: model.get_submodule(name) for name in head_names(model)}
+        self.layers = {}
+        for path, layer in adapted_layers(model).items():
+            if not in_head(model, path):
+                self.layers[path] = LayerState.of(layer)
         for path in self.tensors:
             owner, leaf = _owner(model, path)
             self.tensors[path] = owner[leaf]
@@ -79,18 +84,15 @@ class Adapter:
     def install(self, model: nn.Module, above: "Adapter | None" = None) -> None:
         """Put everything into the model, except what `above` replaces with something of its own."""
         above = above or Adapter()
-        name = head_name(model)
-        head = above.head or self.head
-        if name is not None and head is not None:
+        for name, head in (self.heads | above.heads).items():
             _replace_head(model, name, head)
-        modules = dict(model.named_modules())
         for path, state in (self.layers | above.layers).items():
-            state.apply_to(modules[path])
+            state.apply_to(model.get_submodule(path))
         for path, tensor in (self.tensors | above.tensors).items():
-            module, _, leaf = path.rpartition(".")
-            if leaf in getattr(modules[module], "float_digests", ()):
-                continue  # the installed state stores this weight in fewer bits
             owner, leaf = _owner(model, path)
+            module = model.get_submodule(path.rpartition(".")[0])
+            if leaf in getattr(module, "float_digests", ()):
+                continue  # the installed state stores this weight in fewer bits
             if (tensor.device, tensor.dtype) != (owner[leaf].device, owner[leaf].dtype):
                 tensor.data = tensor.data.to(owner[leaf])
             owner[leaf] = tensor
@@ -100,8 +102,9 @@ class AdapterSet:
     """The adapters that share a model; it is `model.adapter_set`."""
 
     def __init__(self, model: nn.Module):
-        name = head_name(model)
-        self.base = Adapter(head=None if name is None else _stock_head(model.get_submodule(name)))
+        self.base = Adapter()
+        for name in head_names(model):
+            self.base.heads[name] = _stock_head(model.get_submodule(name))
         self.named: dict[str, Adapter] = {}
         self.in_use: str | None = None
 
@@ -123,7 +126,7 @@ class AdapterSet:
         if self.in_use is not None:
             self._remember(adapted_layers(model), model)  # more layers may have been adapted since
             self.named[self.in_use].snapshot(model)
-        self.base.install(model, None if name is None else self.named[name])
+        self.base.install(model, self.named.get(name))
         self.in_use = name
         fuse(model)
 
@@ -136,30 +139,37 @@ class AdapterSet:
         if not ADAPTED:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]
-        tensors = content["tensors"]
-        head = head_name(model)
         modules = dict(model.named_modules())
-        attached = {path.removesuffix(".out_proj") for path in modules if path.endswith(".out_proj")}
-        touched = [*records, *(f"{path}.out_proj" for path in records if path in attached)]
-        self._remember({path: modules[path] for path in touched if path in modules}, model)
-        if head is not None:
-            _replace_head(model, head, _resized_head(self.base.head, f"{head}.", tensors))
-        stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        changed = [path for path in tensors if path in stock and not in_head(model, path)]
-        for path in changed:
-            self.base.tensors.setdefault(path, stock[path])
-            owner, leaf = _owner(model, path)
-            adapter.tensors[path] = owner[leaf] = _copy(stock[path])
+        self._remember({path: modules[path] for path in _touched(records, modules)}, model)
+        for name, head in self.base.heads.items():
+            _replace_head(model, name, _resized_head(head, name, content["tensors"]))
+        self._copy_changed(adapter, content, model)
         self._share_4_bits(records, modules)
-        problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
+        problems = []
+        for path in records:
+            if path not in modules:
+                problems.append(f"{path} is adapted in the file but not here")
         for path in modules:  # in the model's order: attention comes before its output projection
             if path in records:
-                problems += _adapt(model.get_submodule(path), path, records[path], tensors)
-        absent = {path: state for path, state in self.base.layers.items() if path not in records}
-        rounded = {path: state for path, state in absent.items() if state.base_bits < 32}
-        # Files do not record that a rank-0 layer is stored in 16 bits.
-        lacking = [path for path, state in rounded.items() if state.attributes["r"] > 0 or state.base_bits == 4]
-        return problems + [f"{path} is stored in fewer bits here but is not in the file" for path in lacking]
+                problems += _adapt(model.get_submodule(path), path, records[path], content["tensors"])
+        for path, state in self.base.layers.items():
+            # Files do not record that a rank-0 layer is stored in 16 bits.
+            needs_record = state.base_bits == 4 or (state.base_bits < 32 and state.attributes["r"] > 0)
+            if path not in records and needs_record:
+                problems.append(f"{path} is stored in fewer bits here but is not in the file")
+        return problems
+
+    def _copy_changed(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> None:
+        """Give the adapter a tensor of its own for each tensor of the base that its file has, but for statistics."""
+        stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        followed = set()
+        for norm in statistics_in_file(model, content).values():
+            followed |= {dotted(norm, "running_mean"), dotted(norm, "running_var")}
+        for path in content["tensors"]:
+            if path in stock and path not in followed and not in_head(model, path):
+                self.base.tensors.setdefault(path, stock[path])
+                owner, leaf = _owner(model, path)
+                adapter.tensors[path] = owner[leaf] = _copy(stock[path])
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Note the state of these layers without an adapter, unless it is known already."""
@@ -169,15 +179,24 @@ class AdapterSet:
 
     def _share_4_bits(self, records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
         """Give these layers the 4-bit weights that an earlier 4-bit adapter made from the float base."""
-        for path, record in records.items():
-            states = (other.layers[path] for other in self.named.values() if path in other.layers)
-            shared = next((s for s in states if s.base_bits < 32 and s.kind.__name__ == record["kind"]), None)
-            if shared is not None:
-                state = shared.without_adapter()
-                stored = state.attributes.get("weight_names", state.kind.weight_names)
-                # The biases stay this file's: they may be among the tensors that training moved.
-                own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
-                state._replace(parameters=state.parameters | own).apply_to(modules[path])
+        for other in self.named.values():
+            for path, shared in other.layers.items():
+                if path in records and shared.base_bits < 32 and shared.kind.__name__ == records[path]["kind"]:
+                    state = shared.without_adapter()
+                    stored = state.attributes.get("weight_names", state.kind.weight_names)
+                    # The biases stay this file's: they may be among the tensors that training moved.
+                    own = {name: p for name, p in modules[path]._parameters.items() if name not in stored}
+                    state._replace(parameters=state.parameters | own).apply_to(modules[path])
+
+
+def _touched(records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The modules that the layers of a file are, with the output projections of attention."""
+    touched = []
+    for path in records:
+        for name in (path, dotted(path, "out_proj")):
+            if name in modules and (name == path or isinstance(modules[path], nn.MultiheadAttention)):
+                touched.append(name)
+    return touched
 
 
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -185,7 +204,10 @@ def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapp
     kind = kind_named(record["kind"])
     if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
-    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
+    ranks = set()
+    for name, tensor in tensors.items():
+        if name.startswith(f"{path}.lora_A"):
+            ranks.add(tensor.shape[:1])
     if ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
         return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
     try:
@@ -199,12 +221,16 @@ def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
     """The dictionary that holds a parameter or buffer, and its key there."""
     module, _, leaf = path.rpartition(".")
     owner = model.get_submodule(module)
-    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+    if leaf in owner._parameters:
+        return owner._parameters, leaf
+    return owner._buffers, leaf
 
 
 def _copy(tensor: Tensor) -> Tensor:
     copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, tensor.requires_grad)
+    return copied
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
@@ -213,9 +239,13 @@ def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = head
     head.train(former.training)
-    places = {(p.device, p.dtype) for p in former.parameters()}
-    if len(places) == 1 and places != {(p.device, p.dtype) for p in head.parameters()}:
+    places = _places(former)
+    if len(places) == 1 and places != _places(head):
         head.to(*places.pop())
+
+
+def _places(module: nn.Module) -> set[tuple[torch.device, torch.dtype]]:
+    return {(parameter.device, parameter.dtype) for parameter in module.parameters()}
 
 
 def _stock_head(head: nn.Module) -> nn.Module:
@@ -231,13 +261,16 @@ def _stock_head(head: nn.Module) -> nn.Module:
 def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a head whose layers have as many outputs as the file's tensors."""
     head = copy.deepcopy(head)
-    for path, module in head.named_modules(prefix=prefix.rstrip(".")):
+    for path, module in head.named_modules(prefix=prefix):
         for name, parameter in list(module.named_parameters(recurse=False)):
             found = tensors.get(f"{path}.{name}")
             if found is None or found.shape[1:] != parameter.shape[1:]:
                 continue
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                outputs = "out_features" if isinstance(module, nn.Linear) else "out_channels"
-                setattr(module, outputs, len(found))
-                module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)
+            if isinstance(module, nn.Linear):
+                module.out_features = len(found)
+            elif isinstance(module, nn.Conv2d):
+                module.out_channels = len(found)
+            else:
+                continue
+            module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)
     return head

@@ -12,30 +12,101 @@ With the inputs that the base network has on some training images, K = W + s B A
 
 C is held by its few principal components, so that this costs products of A with k rows. The gradient through it is that
 of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. Every step
-folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm. What is saved is an ordinary BatchNorm with
-the statistics of the trained adapters.
+folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm.
+
+The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm keeps
+those of the base, and has the adapter's only while this is merged. An adapter file has the statistics of the trained
+adapter under the BatchNorm's names.
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from lora.fusion import convs_and_norms, folds, scale_and_shift
+from lora.backends import compute_dtype
+from lora.fusion import STOCK, folds, is_hooked, scale_and_shift
 from lora.nf4 import dense_weight
-from toolkit import InputError
+from toolkit import InputError, dotted
 from toolkit.answers.evaluation import eval_mode
+from toolkit.models.norms import FreezableBatchNorm2d, constant_scale_and_shift
 
 PATCHES = 512  # how many patches C is estimated from
 COMPONENTS = 64  # how many principal components of C are kept
 STEADY = 0.01  # this share of var is added to v, which is near 0 in a channel that is dead on the images
+LEAST_RATIO = 1e-4  # of var' to var: above 0 in spite of rounding
+LEAST_SPREAD = 1e-20  # v(W) of a channel that is always 0, by which v(W + s B A) is divided
 
 
-class FollowedNorm:
+class AdapterStatistics:
+    """The statistics that a BatchNorm has with the adapter of the convolution before it, as a file gives them.
+
+    Args:
+        norm: the BatchNorm, with the statistics of the base.
+        mean, variance: (out,), those of the adapter.
+    """
+
+    _TENSORS = ("base_mean", "base_variance", "mean", "variance")
+    learns = False  # do the statistics depend on the adapter's factors, with a gradient?
+
+    def __init__(self, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor):
+        self.norm = norm
+        self.base_mean = norm.running_mean.clone()
+        self.base_variance = norm.running_var.clone()
+        self.mean = mean
+        self.variance = variance
+
+    def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Mean and variance (out,) of the convolution's output with its adapter."""
+        return self.mean, self.variance
+
+    def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The row scale of the kernel, its logarithm if it has a gradient, and the bias, (out,) each."""
+        mean, variance = self.statistics(conv)
+        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
+        return scale, None, shift.to(compute_dtype(mean))
+
+    def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
+        """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
+
+        A BatchNorm in training is the adapter's no more: it goes on from these statistics.
+        """
+        if self.norm.training:
+            settle(conv)
+            return self.norm(z)
+        with torch.no_grad():
+            mean, variance = self.statistics(conv)
+        if is_hooked(self.norm):  # a hook sees the module's call
+            with _statistics_in(self.norm, mean, variance):
+                return self.norm(z)
+        return F.batch_norm(z, mean, variance, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+
+    @torch.no_grad()
+    def merge(self, conv: nn.Conv2d) -> None:
+        """Give the BatchNorm itself the adapter's statistics."""
+        mean, variance = self.statistics(conv)
+        self.norm.running_mean.copy_(mean)
+        self.norm.running_var.copy_(variance)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the BatchNorm the base's statistics back, bit for bit."""
+        self.norm.running_mean.copy_(self.base_mean)
+        self.norm.running_var.copy_(self.base_variance)
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """As `nn.Module._apply`: this is no module, which would be moved with its model."""
+        for name in self._TENSORS:
+            setattr(self, name, fn(getattr(self, name)))
+
+
+class FollowedNorm(AdapterStatistics):
     """The statistics of a BatchNorm behind a convolution, as a function of the convolution's adapter.
 
     Args:
@@ -44,81 +115,59 @@ class FollowedNorm:
         patches: (P, fan_in), what the kernel is applied to.
     """
 
+    _TENSORS = ("base_mean", "base_variance", "mean", "variance", "centre", "inputs", "doubled", "spread")
+    learns = True
+
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
-        self.norm = norm
-        self.mean, self.variance = remember_base(norm)
+        super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
         self.centre = patches.mean(0)
         self.inputs = principal_components(patches - self.centre, COMPONENTS)  # (k, fan_in): C = inputs^T inputs
         outputs = self.inputs @ dense_weight(conv.base(), patches.dtype).flatten(1).T  # (k, out)
         self.doubled = 2 * outputs
-        self.spread = outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
+        spread = outputs.square().sum(0) + STEADY * self.variance  # v(W), (out,)
+        self.spread = spread.clamp_min(LEAST_SPREAD)
 
-    def statistics(self, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """Mean and variance (out,) of the convolution's output with an adapter, differentiable.
-
-        Args:
-            A: (r, fan_in).
-            B: (out, r).
-        """
-        self.like(A)
+    def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """As `AdapterStatistics.statistics`, differentiable."""
+        A = conv.lora_A  # (r, fan_in)
+        B = conv.lora_B  # (out, r)
         with torch.autocast(A.device.type, enabled=False):
-            change, shift = _changes(self.inputs, self.doubled, self.centre, A, scaling * B)
-            return self.mean + shift, self.variance * _ratio(change, self.spread)
+            sB = conv.scaling * B
+            h = self.inputs @ A.T  # (k, r)
+            change = (sB * (self.doubled.T @ h + sB @ (h.T @ h))).sum(1)  # of v, (out,)
+            shift = sB @ (A @ self.centre)  # of the mean, (out,)
+            ratio = (1 + change / self.spread).clamp_min(LEAST_RATIO)
+            return self.mean + shift, self.variance * ratio
 
-    def scale_and_shift(
-        self, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
         """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, and ``beta + (bias - mean') g``.
 
-        All are (out,). g is a number here: its logarithm takes the gradient.
+        g is a number here: its logarithm takes the gradient.
         """
-        statistics = self.statistics(A, B, scaling)
-        return _scale_and_shift(*statistics, self.norm.eps, self.norm.weight, self.norm.bias, bias)
-
-    @torch.no_grad()
-    def write(self, conv: nn.Conv2d) -> None:
-        """Give the BatchNorm itself the statistics for what the adapter is now."""
-        _set_statistics(self.norm, self.statistics(conv.lora_A, conv.lora_B, conv.scaling))
-
-    def like(self, like: Tensor) -> None:
-        """Move to where a tensor is, and into its dtype: this is no module, which would be moved with its model."""
-        if self.centre.device != like.device or self.centre.dtype != like.dtype:
-            for name in ("mean", "variance", "centre", "inputs", "doubled", "spread"):
-                setattr(self, name, getattr(self, name).to(like))
-
-
-def _changes(inputs: Tensor, doubled: Tensor, centre: Tensor, A: Tensor, sB: Tensor) -> tuple[Tensor, Tensor]:
-    """How far an adapter changes v and the mean, (out,) both.
-
-    Args:
-        inputs: (k, fan_in).
-        doubled: (k, out), twice what W makes of the inputs.
-        centre: (fan_in,).
-        A: (r, fan_in).
-        sB: (out, r).
-    """
-    h = inputs @ A.mT  # (k, r)
-    change = sB * (doubled.mT @ h + sB @ (h.mT @ h))
-    return change.sum(-1), (sB @ (A @ centre[..., None])).squeeze(-1)
+        if not torch.is_grad_enabled():
+            return super().folded(conv)
+        norm = self.norm
+        mean, variance = self.statistics(conv)
+        log_scale = -0.5 * (variance + norm.eps).log()
+        scale = log_scale.exp()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        shift = -mean if conv.bias is None else conv.bias - mean
+        shift = shift * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias
+        return scale.detach(), log_scale, shift
 
 
-def _ratio(change: Tensor, spread: Tensor) -> Tensor:
-    return (1 + change / spread).clamp_min(1e-4)  # above 0 in spite of rounding
-
-
-def _scale_and_shift(
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    beta: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    log_scale = -0.5 * (variance + eps).log()
-    scale = log_scale.exp()
-    scale = scale if weight is None else scale * weight
-    shift = (-mean if bias is None else bias - mean) * scale
-    return scale.detach(), log_scale, shift if beta is None else shift + beta
+@contextlib.contextmanager
+def _statistics_in(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Iterator[None]:
+    """Within this block the BatchNorm has these tensors as its statistics."""
+    before = dict(norm._buffers)
+    norm._buffers.update(running_mean=mean, running_var=variance)
+    try:
+        yield
+    finally:
+        norm._buffers.update(before)
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
@@ -137,31 +186,52 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
     return components
 
 
+def _places(conv: nn.Conv2d, padded: Tensor, axis: int) -> int:
+    """The size of the convolution's output along an axis, 0 or 1, of padded inputs."""
+    extent = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
+    return (padded.shape[2 + axis] - extent) // conv.stride[axis] + 1
+
+
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
     """Some patches of x (N, in, H, W) that the kernel is applied to: (number, in * kh * kw), always the same."""
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, (left, right, top, bottom), mode=mode)
-    extents = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    sizes = [(s - e) // t + 1 for s, e, t in zip(x.shape[2:], extents, conv.stride, strict=True)]
-    drawn = torch.randint(len(x) * sizes[0] * sizes[1], (number,), generator=torch.Generator().manual_seed(0))
-    drawn = drawn.to(x.device)
-    image, place = drawn // (sizes[0] * sizes[1]), drawn % (sizes[0] * sizes[1])
-    row, column = place // sizes[1] * conv.stride[0], place % sizes[1] * conv.stride[1]
-    taps = [
-        x[image, :, row + i * conv.dilation[0], column + j * conv.dilation[1]]
-        for i in range(conv.kernel_size[0])
-        for j in range(conv.kernel_size[1])
-    ]
+    height = _places(conv, x, 0)
+    width = _places(conv, x, 1)
+    drawn = torch.randint(len(x) * height * width, (number,), generator=torch.Generator().manual_seed(0)).to(x.device)
+    image = drawn // (height * width)
+    place = drawn % (height * width)
+    row = place // width * conv.stride[0]
+    column = place % width * conv.stride[1]
+    taps = []
+    for i in range(conv.kernel_size[0]):
+        for j in range(conv.kernel_size[1]):
+            taps.append(x[image, :, row + i * conv.dilation[0], column + j * conv.dilation[1]])
     return torch.stack(taps, -1).flatten(1)  # (number, in, kh * kw) in the kernel's order
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """The convolutions and BatchNorms in the blocks of torchvision's ResNets.
+
+    The first of a ResNet is left out: the largest output would have to be saved. So are those in blocks of other
+    libraries, which may change an output in place.
+    """
+    for block in model.modules():
+        if STOCK.get(type(block), type(block)) in (BasicBlock, Bottleneck):
+            layers = block._modules
+            found = [(layers[f"conv{n}"], layers[f"bn{n}"]) for n in "123" if f"conv{n}" in layers]
+            if isinstance(block.downsample, nn.Sequential):
+                found += itertools.pairwise(block.downsample)
+            for conv, norm in found:
+                known = type(norm) in (nn.BatchNorm2d, FreezableBatchNorm2d) and norm.running_mean is not None
+                if known and isinstance(conv, nn.Conv2d) and conv.groups == 1:
+                    yield conv, norm
 
 
 @torch.no_grad()
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
-
-    These are the ones in the blocks of torchvision's ResNets. The first of a ResNet stays as it is: the largest output
-    would have to be saved. So do all in blocks of other libraries, which may change an output in place.
 
     Args:
         batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
@@ -171,9 +241,7 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     Raises:
         InputError: there is none, and it is required.
     """
-    blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
-    pairs = [pair for block in blocks for part in (block, block.downsample) for pair in convs_and_norms(part)]
-    norm_of = {conv: norm for conv, norm in pairs if folds(conv, norm) and conv.groups == 1}
+    norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm)}
     if not norm_of and required:
         raise InputError("--norms follow: no adapted convolution of a ResNet has a frozen BatchNorm behind it; drop it")
     batches = list(batches) if norm_of else []
@@ -198,74 +266,84 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
             conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
 
 
-def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What makes a convolution compute its BatchNorm too: row scale, its logarithm if it has a gradient, and bias.
+def followers(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions whose adapters have statistics of their own."""
+    return [module for module in model.modules() if getattr(module, "followed", None) is not None]
 
-    Without gradients a BatchNorm that follows is as it was last written.
-    """
+
+def settle(conv: nn.Conv2d) -> None:
+    """Make the adapter's statistics those of the BatchNorm itself, which is to train: it follows no more."""
+    if not conv.merged:
+        conv.followed.merge(conv)
+    conv.followed = None
+
+
+def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What makes a convolution with its adapter compute its BatchNorm too: see `AdapterStatistics.folded`."""
     if norm is None:
         return None, None, conv.bias
-    followed = vars(conv).get("followed")
-    if followed is None or followed.norm is not norm or not torch.is_grad_enabled():
-        scale, shift = scale_and_shift(norm, conv.bias)
-        return scale, None, shift
-    return followed.scale_and_shift(conv.lora_A, conv.lora_B, conv.scaling, conv.bias)
+    if conv.followed is not None and conv.followed.norm is norm:
+        return conv.followed.folded(conv)
+    scale, shift = scale_and_shift(norm, conv.bias)
+    return scale, None, shift
 
 
-def followers(model: nn.Module) -> Iterator[nn.Conv2d]:
-    """The convolutions whose BatchNorms follow."""
-    return (module for module in model.modules() if "followed" in vars(module))
-
-
-def write_statistics(model: nn.Module) -> None:
-    """Give the BatchNorms that follow the statistics for what the adapters are now, to be evaluated or saved."""
+def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Those of the base, by the buffers in which a merged adapter has put its own."""
+    originals = {}
     for conv in followers(model):
-        conv.followed.write(conv)
+        if conv.merged:
+            originals[conv.followed.norm.running_mean] = conv.followed.base_mean
+            originals[conv.followed.norm.running_var] = conv.followed.base_variance
+    return originals
 
 
-def stop_following(model: nn.Module, merged: bool) -> None:
-    """Leave the BatchNorms with their statistics for the adapters, if these are to be merged, or with the base's."""
-    if merged:
-        write_statistics(model)
-    for module in model.modules():
-        vars(module).pop("followed", None)
-        of_base = vars(module).pop("of_base", None)
-        if of_base is not None and not merged:
-            _set_statistics(module, of_base)
-
-
-def remember_base(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Note the statistics of the base, before an adapter's take their place; returns mean and variance, (out,) both."""
-    if "of_base" not in vars(norm):
-        norm.of_base = norm.running_mean.clone(), norm.running_var.clone()
-    return norm.of_base
-
-
-def remember_replaced(model: nn.Module, tensors: Container[str]) -> None:
-    """`remember_base` of the BatchNorms of which an adapter file has the statistics and nothing else.
-
-    One that trained has scales and shifts of its own, and is the base's no more.
-    """
-    for name, module in model.named_modules():
-        if f"{name}.running_mean" in tensors and f"{name}.weight" not in tensors:
-            remember_base(module)
-
-
-@contextlib.contextmanager
-def statistics_of_base(model: nn.Module) -> Iterator[None]:
-    """Within this block BatchNorms whose statistics belong to an adapter have those of the base."""
-    norms = [module for module in model.modules() if "of_base" in vars(module)]
-    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    try:
-        for norm in norms:
-            _set_statistics(norm, norm.of_base)
-        yield
-    finally:
-        for norm, statistics in zip(norms, before, strict=True):
-            _set_statistics(norm, statistics)
+# ------------------------------------------------------------------------------------------------- in adapter files
 
 
 @torch.no_grad()
-def _set_statistics(norm: nn.BatchNorm2d, statistics: tuple[Tensor, Tensor]) -> None:
-    norm.running_mean.copy_(statistics[0])
-    norm.running_var.copy_(statistics[1])
+def named_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The statistics that belong to the adapters, by the names that they have in adapter files."""
+    names = {module: name for name, module in model.named_modules()}
+    tensors = {}
+    for conv in followers(model):
+        name = names.get(conv.followed.norm)
+        if name is not None:  # else the BatchNorm was replaced
+            mean, variance = conv.followed.statistics(conv)
+            tensors[dotted(name, "running_mean")] = mean
+            tensors[dotted(name, "running_var")] = variance
+    return tensors
+
+
+def statistics_in_file(model: nn.Module, content: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each convolution -> that of its BatchNorm, if an adapter file has the adapter's statistics for it.
+
+    A BatchNorm that trained has scales, shifts or a count of batches in the file too, and is the base's.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    tensors = content["tensors"]
+    found = {}
+    for conv, norm in _pairs(model):
+        record = content["layers"].get(names[conv])
+        trained = {dotted(names[norm], leaf) for leaf in ("weight", "bias", "num_batches_tracked")}
+        own = {dotted(names[norm], leaf) for leaf in ("running_mean", "running_var")}
+        if record is not None and record["r"] > 0 and not own.isdisjoint(tensors) and trained.isdisjoint(tensors):
+            found[names[conv]] = names[norm]
+    return found
+
+
+def read_statistics(model: nn.Module, content: Mapping[str, Any]) -> set[str]:
+    """Give the adapters in use the statistics that a file has of them. Returns the names of these tensors."""
+    for conv in followers(model):
+        conv.followed = None
+    read = set()
+    tensors = content["tensors"]
+    for conv_name, norm_name in statistics_in_file(model, content).items():
+        norm = model.get_submodule(norm_name)
+        mean_name = dotted(norm_name, "running_mean")
+        variance_name = dotted(norm_name, "running_var")
+        read |= {mean_name, variance_name}
+        mean = tensors.get(mean_name, norm.running_mean).to(norm.running_mean, copy=True)
+        variance = tensors.get(variance_name, norm.running_var).to(norm.running_var, copy=True)
+        model.get_submodule(conv_name).followed = AdapterStatistics(norm, mean, variance)
+    return read

@@ -20,7 +20,6 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `l
 
 import contextlib
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -111,7 +110,13 @@ def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, as one convolution if possible."""
-    return conv(x, batch_norm=norm) if folds(conv, norm) else norm(conv(x))
+    if folds(conv, norm):
+        return conv(x, batch_norm=norm)
+    z = conv(x)
+    followed = getattr(conv, "followed", None)  # the statistics that the adapter has of its own
+    if followed is None or followed.norm is not norm or conv.merged or not conv.lora_enabled:
+        return norm(z)
+    return followed.normalize(conv, z)
 
 
 def conv_bn_relu(
@@ -294,17 +299,11 @@ class FusedSequential(nn.Sequential):
         x, modules = input, list(self)
         while modules:
             module = modules.pop(0)
-            x = conv_bn(module, modules.pop(0), x) if modules and folds(module, modules[0]) else module(x)
+            if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
+                x = conv_bn(module, modules.pop(0), x)
+            else:
+                x = module(x)
         return x
-
-
-def convs_and_norms(module: nn.Module | None) -> list[tuple[nn.Module, nn.Module]]:
-    """The layers of a fused ResNet block, or of its shortcut, that `conv_bn` is given: a norm folds if it can."""
-    inside = {} if module is None else module._modules
-    if type(module) in (FusedBasicBlock, FusedBottleneck):
-        numbers = (n for n in "123" if f"conv{n}" in inside and f"bn{n}" in inside)
-        return [(inside[f"conv{n}"], inside[f"bn{n}"]) for n in numbers]
-    return list(itertools.pairwise(inside.values())) if type(module) is FusedSequential else []
 
 
 class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):

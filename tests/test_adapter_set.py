@@ -154,7 +154,7 @@ def test_switching_copies_no_weight(manager):
 def test_an_adapter_takes_the_memory_of_its_file(manager, tmp_path):
     for name in OPTIONS:
         adapter = manager.model.adapter_set.named[name]
-        own = [*adapter.head.parameters()]
+        own = [p for head in adapter.heads.values() for p in head.parameters()]
         own += [p for form in adapter.layers.values() for n, p in form.parameters.items() if n.startswith("lora_")]
         tensors = read_adapter_file(tmp_path / f"{name}.pth")["tensors"].values()
         assert sum(p.numel() for p in own) == sum(t.numel() for t in tensors) and not adapter.tensors

@@ -1,5 +1,7 @@
 """BatchNorms that follow the adapters, against PyTorch's own operations and automatic differentiation in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,10 @@ from lora.followed_norms import (
     followers,
     patches_of,
     principal_components,
-    write_statistics,
 )
 from lora.fusion import conv_bn, conv_bn_relu
 from lora.peft_format import obstacles
-from lora_utils import LoRAManager, read_adapter_file
+from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
 
 KINDS = {
@@ -31,7 +32,7 @@ KINDS = {
 
 def layers(kind: dict, dtype=torch.float64) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     torch.manual_seed(0)
-    conv, norm = nn.Conv2d(4, 6, **kind).to(dtype), nn.BatchNorm2d(6).to(dtype)
+    conv, norm = nn.Conv2d(4, 6, **kind).to(dtype), nn.BatchNorm2d(6, eps=0.1).to(dtype)
     model = nn.Sequential(conv, norm)
     nn.init.uniform_(norm.weight, -1, 1)  # a scale may be negative
     nn.init.normal_(norm.bias)
@@ -89,10 +90,58 @@ def test_outputs_and_gradients_are_those_of_automatic_differentiation(pair, has_
         torch.autograd.grad(y, wanted_of, gy), torch.autograd.grad(wanted, wanted_of, gy), strict=True
     ):
         torch.testing.assert_close(gradient, other)
+    with torch.no_grad():
+        torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x, residual), wanted)
     if not has_residual:  # without a ReLU too, as in a shortcut
         torch.testing.assert_close(F.relu(conv_bn(conv, norm, x)), wanted)
         [gradient] = torch.autograd.grad(conv_bn(conv, norm, x).square().sum(), conv.lora_A)
         assert gradient.abs().max() > 0
+
+
+def test_a_convolution_that_cannot_fold_its_norm_gives_it_the_same_statistics(pair):
+    """One that is hooked, or whose scale trains: the BatchNorm itself computes."""
+    conv, norm = pair
+    x = torch.randn(3, 4, 9, 7, dtype=torch.float64)
+    wanted = dense(conv, norm, x)
+    seen = []
+    hook = norm.register_forward_hook(lambda *call: seen.append(call[-1]))
+    torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x), wanted)
+    assert len(seen) == 1
+    hook.remove()
+    norm.weight.requires_grad_()
+    torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x), wanted)
+    base = norm.running_mean.clone()
+    assert torch.equal(norm.running_mean, conv.followed.base_mean)
+    norm.frozen = False
+    norm.train()(torch.randn(4, 6, 3, 3, dtype=torch.float64))
+    conv_bn(conv, norm, x)  # from now on its statistics are its own
+    assert conv.followed is None and not torch.equal(norm.running_mean, base)
+
+
+def test_statistics_move_with_the_model():
+    conv, norm = layers(KINDS["3x3"], torch.float32)
+    x = torch.randn(8, 4, 9, 7) + 0.5
+    conv.followed = FollowedNorm(conv, norm, patches_of(conv, x, 256))
+    nn.Sequential(with_adapter(conv), norm).double()
+    torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x.double()), dense(conv, norm, x.double()))
+    conv.float(), norm.float()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        _, _, bias = conv.followed.folded(conv)
+        assert bias.dtype == torch.bfloat16 and conv_bn(conv, norm, x).dtype == torch.bfloat16
+
+
+def test_a_variance_stays_positive_in_spite_of_rounding_and_of_channels_that_are_always_zero():
+    conv, norm = layers(KINDS["3x3"])
+    with torch.no_grad():
+        conv.weight[0] = 0
+        norm.running_var[0] = 0
+    conv.followed = FollowedNorm(conv, norm, torch.randn(64, 36, dtype=torch.float64))
+    _, variance = conv.followed.statistics(with_adapter(conv))
+    assert variance.isfinite().all() and (variance[1:] > 0).all()
+    conv.followed.spread /= 1e3  # as if v(W) had been rounded down
+    conv.lora_B.data *= -0.01
+    _, variance = conv.followed.statistics(conv)
+    assert (variance[1:] > 0).all()
 
 
 def test_a_sample_s_covariance_is_that_of_its_principal_components():
@@ -151,16 +200,15 @@ def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statist
     follow_statistics(model, [x])
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
     conv, norm = model.layer1[0].conv1, model.layer1[0].bn1
-    assert "followed" not in vars(model.conv1)  # the stem stays frozen
+    assert model.conv1.followed is None  # the stem stays frozen
     with torch.no_grad():
         x = model.stem(x)
         stock = [t.clone() for t in measured(conv, x)]
         conv.lora_B.normal_(std=0.2)
         changed = measured(conv, x)
-    write_statistics(model)
-    base = conv.followed
-    shifts = norm.running_mean - base.mean, changed[0] - stock[0]
-    ratios = norm.running_var / base.variance, changed[1] / stock[1]
+    mean, variance = conv.followed.statistics(conv)
+    shifts = mean - norm.running_mean, changed[0] - stock[0]
+    ratios = variance / norm.running_var, changed[1] / stock[1]
     assert (ratios[1] - 1).abs().mean() > 0.25  # there is something to follow
     assert (ratios[0] / ratios[1] - 1).abs().mean() < 0.1
     assert (shifts[0] - shifts[1]).abs().mean() < 0.2 * shifts[1].abs().mean()
@@ -192,7 +240,7 @@ def test_merged_saved_and_unloaded_it_computes_the_same(tmp_path):
     LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth")
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(x), wanted, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)  # without a gradient: as last written
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)  # without a gradient
         stock = manager.unload(merge=True)
         torch.testing.assert_close(stock.eval()(x), wanted, rtol=1e-4, atol=1e-4)
     assert not any(vars(module).get("followed") for module in stock.modules())
@@ -284,3 +332,134 @@ def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> list[torch.Te
         y = model.train()(x)
     y.float().square().sum().backward()
     return [y.detach().float(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
+
+
+# ---------------------------------------------------------------------------------------- what belongs to the adapter
+
+
+def statistics(tensors) -> set[str]:
+    return {name for name in tensors if name.rpartition(".")[2] in ("running_mean", "running_var")}
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randn(8, 3, 32, 32)
+
+
+def answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def assert_alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_that_is_replaced_takes_its_statistics_along(x, tmp_path):
+    model = adapted_resnet()
+    wanted = answers(model, x)
+    head = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
+    trained(model, x)
+    model.fc.load_state_dict(head)
+    add_lora_to_model(model, r=3)
+    assert_alike(answers(model, x), wanted)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "again.pth")
+    assert statistics(read_adapter_file(tmp_path / "again.pth")["tensors"]) == set()
+    freeze_backbone_params(model)
+    add_lora_to_model(trained(model, x), r=2, target_modules="layer1")
+    model.layer1[0].conv1.remove_lora()
+    model.fc.load_state_dict(head)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "fewer.pth")
+    assert statistics(read_adapter_file(tmp_path / "fewer.pth")["tensors"]) == set()
+    assert_alike(answers(model, x), wanted)
+
+
+@pytest.mark.parametrize("options", [{"train_norms": True}, {"freeze": False}], ids=str)
+def test_norms_that_train_after_they_followed_keep_what_they_learn(x, options, tmp_path):
+    model = trained(adapted_resnet(), x)
+    wanted = answers(model, x)
+    freeze_backbone_params(model, **options)
+    assert_alike(answers(model, x), wanted)  # they start where the adapters have brought them
+    for _ in range(3):
+        model.train()(2 * x + 1)
+    wanted = answers(model, x)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth")
+    loaded = adapted_resnet()
+    LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth")
+    assert_alike(answers(loaded, x), wanted)
+    LoRAManager(model).merge_lora_weights()
+    assert_alike(answers(model, x), wanted)
+
+
+def test_a_file_that_trains_without_being_frozen_goes_on_from_its_statistics(x, tmp_path):
+    """A loop of a user's own that calls train() on a loaded model."""
+    LoRAManager(trained(adapted_resnet(), x)).save_lora_checkpoint(tmp_path / "a.pth")
+    model = LoRAManager(adapted_resnet()).unload()
+    add_lora_to_model(model, r=2)
+    LoRAManager(model).load_lora_checkpoint(tmp_path / "a.pth")
+    for _ in range(60):
+        model.train()(x)
+    seen = model.layer1[0].bn1.running_mean
+    with torch.no_grad():
+        wanted, _ = measured(model.layer1[0].conv1, model.eval().stem(x))
+    torch.testing.assert_close(seen, wanted, rtol=0.05, atol=0.05)
+    assert not followers(model)
+
+
+@pytest.mark.parametrize("followed_first", [True, False])
+def test_an_adapter_that_follows_and_one_that_does_not_stand_on_one_base(x, followed_first, tmp_path):
+    """The one without a name, the other with one: in training and evaluation each computes what it does alone."""
+    frozen = adapted_resnet()
+    for name, parameter in frozen.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    alone = {True: trained(adapted_resnet(), x), False: frozen}
+    for follows, model in alone.items():
+        LoRAManager(model).save_lora_checkpoint(tmp_path / f"{follows}.pth", {})
+    model = alone[followed_first]
+    wanted = {follows: (answers(own, x), own(x).detach()) for follows, own in alone.items()}
+    manager = LoRAManager(model)
+    manager.load_lora_checkpoint(tmp_path / f"{not followed_first}.pth", name="other")
+    for name, follows in (("other", not followed_first), ("default", followed_first), ("other", not followed_first)):
+        manager.use(name)
+        assert_alike(answers(model, x), wanted[follows][0])
+        assert_alike(model.train()(x).detach(), wanted[follows][1])
+        manager.save_lora_checkpoint(tmp_path / "again.pth")
+        assert (statistics(read_adapter_file(tmp_path / "again.pth")["tensors"]) != set()) == follows
+    copied = copy.deepcopy(manager.model)
+    LoRAManager(copied).use("default")
+    assert_alike(answers(copied, x), wanted[followed_first][0])
+
+
+def test_a_file_read_into_an_adapter_that_follows_brings_its_own_statistics(x, tmp_path):
+    frozen = adapted_resnet()
+    for name, parameter in frozen.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    LoRAManager(frozen).save_lora_checkpoint(tmp_path / "frozen.pth")
+    model = trained(adapted_resnet(), x)
+    LoRAManager(model).load_lora_checkpoint(tmp_path / "frozen.pth")
+    assert_alike(answers(model, x), answers(frozen, x))
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "again.pth")
+    ours, theirs = (read_adapter_file(tmp_path / name)["tensors"] for name in ("again.pth", "frozen.pth"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_merged_and_switched_off_it_is_the_base(x):
+    model = adapted_resnet()
+    wanted = answers(LoRAManager(adapted_resnet()).unload(), x)
+    head = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
+    manager = LoRAManager(trained(model, x))
+    trained_answers = answers(model, x)
+    manager.merge_lora_weights()
+    digests = base_digests(model)
+    assert_alike(answers(model, x), trained_answers)
+    learned = {name: tensor.clone() for name, tensor in model.fc.state_dict().items()}
+    with manager.disable_lora():
+        model.fc.load_state_dict(head)
+        assert_alike(answers(model, x), wanted)
+    model.fc.load_state_dict(learned)
+    assert_alike(answers(model, x), trained_answers)
+    manager.unmerge_lora_weights()
+    assert base_digests(model) == digests == base_digests(adapted_resnet())

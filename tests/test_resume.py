@@ -9,7 +9,6 @@ import torch
 
 import finetune_lora
 from finetune_lora import FineTuning
-from lora.followed_norms import followers
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
 from toolkit import InputError
@@ -128,19 +127,3 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypa
     assert ours.keys() == theirs.keys() and "layer1.0.bn1.running_var" in ours
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-
-
-@pytest.mark.slow
-def test_the_last_evaluation_gives_norms_that_follow_their_statistics_itself(finetune, tmp_path):
-    """A process that goes on with a finished run has evaluated nothing before."""
-    torch.manual_seed(0)
-    torch.save(build_backbone("resnet18", 5).state_dict(), tmp_path / "resnet.pth")
-    options = f"--checkpoint {tmp_path / 'resnet.pth'} --image-size 32 --lora-rank 2 --norms follow --epochs 1"
-    options += " --learning-rate 1e-2 --wise-ft 1"
-
-    def forget(run):
-        for conv in followers(run.model):
-            conv.followed.norm.reset_running_stats()
-
-    usual, forgetful = (finetune(options, output=name, after_epoch=f) for name, f in (("a", None), ("b", forget)))
-    assert forgetful["temperature"] == usual["temperature"] and forgetful["val_loss"] == usual["val_loss"]

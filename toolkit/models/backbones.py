@@ -7,7 +7,7 @@ A model of timm is named by `timm:` and its name in `timm.list_models()`, with o
 import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -167,21 +167,62 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
     return model
 
 
-def head_name(model: nn.Module) -> str | None:
-    """The name of the classifier head: the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'.
+def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
+    """Record which modules of a model are its classifier head, by name. None leaves it as it is.
 
-    timm's models state it themselves, and it may be a layer within a child: 'head.fc'.
+    Raises InputError for a name that no module has.
     """
+    if head is None:
+        return
+    names = (head,) if isinstance(head, str) else tuple(head)
+    modules = dict(model.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            hint = did_you_mean(str(name), modules)
+            raise InputError(f"no module is named {name!r}, so it cannot be the classifier head: {hint}".rstrip(": "))
+    model.head_modules = names
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the modules that are the classifier head: those that `name_head` recorded, or `head_name`."""
+    if "head_modules" in vars(model):
+        return vars(model)["head_modules"]
+    name = _found_head(model)
+    return () if name is None else (name,)
+
+
+def head_name(model: nn.Module) -> str | None:
+    """The name of the classifier head, the last if there are several; None if it is not clear which module it is.
+
+    Without a recorded name it is the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'. timm's models state it
+    themselves, and it may be a layer within a child: 'head.fc'. In a model that is held by another module, as by one of
+    Lightning, it is the one module of such a name with which the parameters end.
+    """
+    names = head_names(model)
+    return names[-1] if names else None
+
+
+def _found_head(model: nn.Module) -> str | None:
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
         return name
-    return next(filter(dict(model.named_children()).get, HEAD_NAMES), None)
+    for name in HEAD_NAMES:
+        if name in model._modules:
+            return name
+    found = []
+    for name, module in model.named_modules():
+        inside = found and f"{name}.".startswith(f"{found[-1]}.")
+        if name.rpartition(".")[2] in HEAD_NAMES and not inside and any(True for _ in module.parameters()):
+            found.append(name)
+    if len(found) != 1:
+        return None
+    *_, (last, _) = model.named_parameters()
+    return found[0] if last.startswith(f"{found[0]}.") else None
 
 
 def in_head(model: nn.Module, name: str) -> bool:
     """Is this the name of the classifier head, or of a module, parameter or buffer in it?"""
-    head = head_name(model)
-    return head is not None and f"{name}.".startswith(f"{head}.")
+    return any(f"{name}.".startswith(f"{head}.") for head in head_names(model))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
