@@ -67,7 +67,7 @@ from toolkit.images.folders import (
     looked_for,
     tell_others,
 )
-from toolkit.images.lists import has_column, like, read_groups, read_list, read_targets
+from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -192,7 +192,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
     numbers. With --abstain what is less probable than that is unsure. If files have geotags, the rows also have `x` and
-    `y` of the image's centre, and the `epsg` code of these.
+    `y` of the image's centre, and the `epsg` code of these: as `image_x` and so on, if a number is called so.
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
@@ -204,8 +204,10 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     columns = ["path", *columns]
     rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
     if places := geotags.centres(images.name(i) for i in range(len(images))):
-        rows = [row | place for row, place in zip(rows, places, strict=True)]
-        columns += geotags.COLUMNS
+        prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
+        for row, place in zip(rows, places, strict=True):
+            row |= {prefix + name: value for name, value in place.items()}
+        columns += [prefix + name for name in geotags.COLUMNS]
     write_csv(rows, columns, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows
@@ -310,7 +312,14 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
 
 
 def _images_with_targets(path: Path, about: dict[str, Any]) -> LabelledImages:
-    targets = read_targets(path, path.parent, _task_of(about).kind, group_by=_group_column(path, about))
+    unknown = _recorded_data(about).get("unknown")
+    targets = read_targets(
+        path,
+        path.parent,
+        _task_of(about).kind,
+        unknown=unknown if unknown in UNKNOWN else "ignore",
+        group_by=_group_column(path, about),
+    )
     targets = like(targets, about["class_names"], path, "the adapter")
     files = ImageFiles(path.parent, targets.paths, [UNLABELLED] * len(targets.paths), about["transform"].bands)
     images = LabelledImages(files, files.labels, targets=targets.values)

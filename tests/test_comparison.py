@@ -91,6 +91,18 @@ def test_labels_and_numbers_are_compared_by_their_scores(tmp_path, kind):
     assert found[measure].low > 0 and found[measure].p < 0.01
 
 
+def test_probabilities_are_compared_as_they_were(tmp_path):
+    """Of a label that is hardly probable anywhere, six decimals would make one rank of all images."""
+    generator = torch.Generator().manual_seed(0)
+    truth = (torch.rand(200, 1, generator=generator) < 0.3).float()
+    shares = 1e-8 * (truth + torch.rand(200, 1, generator=generator) + 1)
+    report = tasks.MultiLabel(["rare"], truth).report(multilabel.LabelAnswers(0.1, shares, truth))
+    path = write(report, tmp_path / "a" / "results.json", 200)
+    found = {difference.measure: difference.first for difference in comparison.compare(path, path)}
+    figures = report.figures()
+    assert found["macro AUROC"] == figures["macro_auroc"] > 0.9 and found["macro AP"] == figures["macro_ap"]
+
+
 def class_report(right: torch.Tensor) -> answer_reports.Report:
     labels = torch.zeros(len(right), dtype=torch.long)
     result = Evaluation(0.1, 0.0, (~right).long(), labels, torch.full((len(right),), 0.5))

@@ -30,6 +30,7 @@ from toolkit.files import (
     read_safetensors,
     save_atomically,
     stored_path,
+    write_cells,
 )
 from toolkit.models.checkpoints import load_backbone
 
@@ -417,3 +418,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         child.join()
         content = read_checkpoint(path)
         assert (content["w"] == content["epoch"]).all()
+
+
+def test_cells_are_text_whatever_they_are_called(tmp_path):
+    """A spreadsheet computes what begins as a formula does; and half a pair of UTF-16 cannot be written."""
+    rows = [["=cmd|' /C calc'!A0", "-1.5", 2.5], ["@home", "+x", "caf\udce9"]]
+    write_cells(rows, ["=1+1", "b", "c"], tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_bytes().decode(errors="surrogateescape")
+    assert text.splitlines() == ["'=1+1,b,c", "'=cmd|' /C calc'!A0,-1.5,2.5", "'@home,'+x,caf\udce9"]
+    write_cells([["half \ud800"]], ["name"], tmp_path / "b.csv")
+    assert (tmp_path / "b.csv").read_text().splitlines() == ["name", "half ?"]

@@ -95,8 +95,6 @@ def test_a_run_leaves_its_files_and_every_door_tells_the_same(trained, lists, ki
     assert f"{kind}_val.csv" in capsys.readouterr().out
     same = comparison.compare(folder / "results.json", tmp_path / "again.json")
     assert all(of.first == pytest.approx(of.second, abs=1e-4) for of in same)
-    only = finetune_lora.main(["--eval-only", str(folder / "lora.pth"), "--config", str(folder / "config.yaml")])
-    assert only[f"val_{score}"] == pytest.approx(evaluated[score], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +149,7 @@ def test_a_graph_answers_in_probabilities_or_in_units(trained, lists, kind, tmp_
     expected = (
         outputs.sigmoid()
         if kind == "multilabel"
-        else from_record(info["task"], info["class_names"], "").in_units(outputs)
+        else from_record(info["task"], info["class_names"], "").head.in_units(outputs)
     )
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     name = {"multilabel": "probabilities", "regression": "numbers"}[kind]
@@ -201,6 +199,56 @@ def test_unknown_labels_are_left_out_of_the_loss_or_taken_for_no(trained, run):
     assert ignored["labels"]["up"]["unknown"] == negative["labels"]["up"]["unknown"] == 0  # of evaluation images
     assert ignored["val_macro_ap"] != negative["val_macro_ap"]
     assert read_checkpoint(folder / "last.pth")["config"]["data"]["unknown"] == "negative"
+
+
+def changed_adapter(folder, path, change):
+    """A copy of an adapter file whose metadata are changed."""
+    content = read_adapter_file(folder / "lora.pth")
+    change(content["metadata"])
+    torch.save(content, path)
+    return str(path)
+
+
+def test_unknown_labels_of_a_list_are_what_the_run_took_them_for(trained, lists, tmp_path):
+    _, folder = trained["multilabel"]
+    listed = str(lists / "multilabel_train.csv")  # where every eighth image does not say what is up
+    as_trained = deploy_lora.main(["evaluate", str(folder / "lora.pth"), listed, "--output", str(tmp_path / "a.json")])
+    assert as_trained["labels"]["up"]["unknown"] == 3
+
+    def say_no(metadata):
+        metadata["config"]["data"]["unknown"] = "negative"
+
+    adapter = changed_adapter(folder, tmp_path / "negative.pth", say_no)
+    found = deploy_lora.main(["evaluate", adapter, listed, "--output", str(tmp_path / "b.json")])
+    assert found["labels"]["up"]["unknown"] == 0
+
+
+def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeypatch):
+    _, folder = trained["regression"]
+
+    def call_x(metadata):
+        metadata["class_names"][0] = "x"
+
+    adapter = changed_adapter(folder, tmp_path / "x.pth", call_x)
+    place = {"x": 500_000, "y": 4_000_000, "epsg": 32632}
+    monkeypatch.setattr(deploy_lora.geotags, "centres", lambda paths: [place for _ in paths])
+    table = deploy_lora.main(["predict", adapter, str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")])
+    assert float(table[0]["x"]) < 1000 and table[0]["image_x"] == 500_000
+    assert list(rows_of(tmp_path / "p.csv")[0]) == ["path", "x", "left light", "image_x", "image_y", "image_epsg"]
+
+
+def test_a_label_that_no_image_knows_is_trained_and_evaluated_nonetheless(base, lists, tmp_path):
+    """In all parts of a run: training, evaluation, and a list that is evaluated."""
+    for part in ("train", "val"):
+        lines = (lists / f"multilabel_{part}.csv").read_text().splitlines()
+        rows = ["path,up,left,never", *(f"{line},-1" for line in lines[1:])]
+        (lists / f"unknown_{part}.csv").write_text("\n".join(rows) + "\n")
+    data = f"--task multilabel --data-list {lists}/unknown_train.csv {lists}/unknown_val.csv"
+    argv = f"--checkpoint {base} {data} --output-dir {tmp_path} --device cpu --augmentation none --batch-size 8"
+    results = finetune_lora.main([*argv.split(), "--epochs", "1", "--workers", "0"])
+    assert results["labels"]["never"]["average_precision"] is None and math.isfinite(results["val_macro_ap"])
+    found = deploy_lora.main(["evaluate", str(tmp_path / "lora.pth"), str(lists / "unknown_train.csv")])
+    assert found["labels"]["never"]["unknown"] == 24
 
 
 def test_cached_features_know_their_targets(run):

@@ -165,6 +165,23 @@ def test_a_number_that_is_always_the_same_teaches_nothing(column):
         tasks.Regression(["age"], torch.tensor(column)[:, None])
 
 
+def test_numbers_far_from_zero_are_told_from_each_other():
+    """Seconds since 1970, some minutes apart: float32 knows two minutes, and six digits ten days."""
+    truth = 1.7e9 + 300 * torch.arange(20, dtype=torch.float64)[:, None]
+    task = tasks.Regression(["time"], truth)
+    outputs = task.objective.standardised(truth).float()
+    assert task.loss(outputs, truth) < 1e-9
+    answers = regression.NumberAnswers(0.0, task.head.in_units(outputs), truth)
+    assert answers.score == pytest.approx(1)
+    _, rows = task.table(outputs)
+    assert [float(row[0]) for row in rows] == pytest.approx(truth[:, 0].tolist(), abs=0.1)
+    assert task.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
+    again = tasks.from_record(task.record(), ["time"], "lora.pth")
+    assert torch.equal(again.head.in_units(outputs), task.head.in_units(outputs))
+    cells = task.report(answers).answer_columns()
+    assert [float(cell) for cell in cells["time"]] == truth[:, 0].tolist()
+
+
 def test_numbers_are_measured_in_their_own_units():
     truth = torch.tensor([[10.0, 1], [20, math.nan], [40, 3], [30, 5]])
     answers = regression.NumberAnswers(0.0, torch.tensor([[12.0, 2], [18, 9], [40, 3], [30, 4]]), truth)

@@ -114,10 +114,27 @@ def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str 
     """`write_csv` of rows of cells, for titles of which two may be the same."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(titles)
-    writer.writerows(rows)
+    writer.writerow(map(_no_formula, titles))
+    for row in rows:
+        writer.writerow(map(_no_formula, row))
+    written = text.getvalue()
+    try:
+        content = written.encode(errors="surrogateescape")  # names of files need not be UTF-8
+    except UnicodeEncodeError:  # nor need names of classes be text: a half of a pair of UTF-16 is no character
+        content = written.encode(errors="replace")
     with open_atomically(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))  # names of files need not be UTF-8
+        file.write(content)
+
+
+def _no_formula(cell: Any) -> Any:
+    """The cell; text that a spreadsheet would compute is quoted, so that it stays text."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
