@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from toolkit.run.collapse import Collapsed
 from tqdm import tqdm
 
 import finetune_lora
@@ -42,6 +41,7 @@ from lora.adapted import choose_layers
 from toolkit import InputError
 from toolkit.config import positive_int
 from toolkit.models.backbones import head_name
+from toolkit.run.guard import Collapsed
 from toolkit.run.runs import run_script
 
 PROBE = ["--lora-rank", "0"]
@@ -64,7 +64,7 @@ METHODS = {
     "lora_8_norms": ("LoRA r=8, norms", [*adapters(8), "--norms", "train"], 1e-4),
     "lora_8_frozen": ("LoRA r=8, norms frozen", [*adapters(8), "--norms", "frozen"], 1e-4),
     "full": ("full fine-tuning", FULL, 3e-4),
-    "scratch": ("from scratch", [*FULL, "--from-scratch"], 1e-3),
+    "scratch": ("from scratch", [*FULL, "--checkpoint", "none", "--arch", "vit_mini"], 1e-3),
     "peft": ("PEFT r=8", [*adapters(8), "--head-init", "random"], 3e-3),  # see `_peft_layers`
 }
 TUNING_SEED = 1000

@@ -26,7 +26,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.run.collapse import Collapsed
 from tqdm import tqdm
 
 import deploy_lora
@@ -36,6 +35,7 @@ from benchmarks.quality import METHODS, Log, Run, quiet
 from toolkit import InputError, listed
 from toolkit.images import transforms
 from toolkit.images.lists import read_list
+from toolkit.run.guard import Collapsed
 from toolkit.run.runs import run_script
 
 GROUPS = {

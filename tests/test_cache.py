@@ -160,15 +160,15 @@ def test_cached_views_are_of_what_augmentation_makes_of_the_images(finetune):
     found = []
 
     def look(run) -> None:
-        plain = transforms.eval_transform(16, **run.args.normalization)
-        drawn = transforms.train_transform(16, "crop", **run.args.normalization)
+        plain = transforms.eval_transform(16, **run.plan.normalization)
+        drawn = transforms.train_transform(16, "crop", **run.plan.normalization)
         loaders = [data.build_loader(data.Transformed(run.splits.train, view), 21) for view in (plain, drawn)]
         loaders += loaders[1:] * 3
         with evaluation.eval_mode(run.model), torch.no_grad():
             below = split_model(run.model, 1)[0]
             expected = [below(images) for loader in loaders for images, _ in loader]
-        found.append((run.feed.images.train.source.tensors[0], torch.stack(expected, 1)))
-        taken = next(iter(run.feed.train_loader))[0]
+        found.append((run.loaders.images.train.source.tensors[0], torch.stack(expected, 1)))
+        taken = next(iter(run.loaders.train))[0]
         found.append((taken, expected))
 
     finetune("--adapt-last 1 --augmentation crop --cache-features ram --epochs 1", after_epoch=look)

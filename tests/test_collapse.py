@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toolkit.run.collapse import Collapsed, CollapseGuard
-from toolkit.run.evaluator import Evaluator
 from torch import nn
 
 from finetune_lora import FineTuning, load_finetuned
@@ -19,7 +17,9 @@ from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
-from toolkit.run import collapse, runs, training
+from toolkit.run import guard as guard_module
+from toolkit.run import runs, training
+from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 CPU = torch.device("cpu")
 
@@ -51,13 +51,13 @@ def test_the_last_adapter_is_kept_and_its_accuracy_is_the_headline(finetune, mon
 
 def with_evaluations(monkeypatch, changed: Callable[[nn.Module, Evaluation], Evaluation]) -> None:
     """Runs get other results on the evaluation images: what `changed` makes of the network and the real ones."""
-    real = Evaluator.evaluate
+    real = FineTuning.evaluate
 
-    def evaluate(evaluator: Evaluator, batches) -> Evaluation:
-        result = real(evaluator, batches)
-        return result if batches is evaluator.feed.watched_loader else changed(evaluator.network, result)
+    def evaluate(run: FineTuning, batches) -> Evaluation:
+        result = real(run, batches)
+        return result if batches is run.loaders.watched else changed(run.network, result)
 
-    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
+    monkeypatch.setattr(FineTuning, "evaluate", evaluate)
 
 
 @pytest.fixture
@@ -67,22 +67,22 @@ def watched(monkeypatch):
     The runs keep their usual share of the change.
     """
 
-    real = Evaluator.watch
+    real = FineTuning.evaluate_watched
 
     def script(accuracies: list[float]) -> None:
         left = iter(accuracies)
-        monkeypatch.setattr(Evaluator, "watch", lambda evaluator: real(evaluator)._replace(accuracy=next(left)))
-        monkeypatch.setattr(Evaluator, "shrink_to_sound_share", lambda *_: None)
+        monkeypatch.setattr(FineTuning, "evaluate_watched", lambda run: real(run)._replace(accuracy=next(left)))
+        monkeypatch.setattr(Guard, "may_shrink", property(lambda _: False, lambda *_: None), raising=False)
 
     return script
 
 
-def guard(images: int, accuracies: list[float], classes: int = 10, all_train: bool = False) -> CollapseGuard:
+def guard(images: int, accuracies: list[float], classes: int = 10, all_train: bool = False) -> Guard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
     watched = LabelledImages([None] * images, [i % classes for i in range(images)])
-    judge = CollapseGuard(Classification([str(i) for i in range(classes)]), watched, watched, all_train)
-    judge.accuracies = accuracies
-    return judge
+    made = Guard(Classification([str(i) for i in range(classes)]), watched, watched, all_train, may_shrink=True)
+    made.scores = accuracies
+    return made
 
 
 @pytest.mark.parametrize(("all_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
@@ -97,8 +97,8 @@ def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good()
     """On few images a collapse must be clear. A state to go back to must be as good as the best one."""
     judge = guard(100, [0.3])
     assert judge.has_collapsed(0.15, loss=1.0) and not judge.has_collapsed(0.2, loss=1.0)
-    assert judge.is_recoverable()  # the start always is
-    assert not guard(1000, [0.3, 0.24]).is_recoverable() and guard(1000, [0.3, 0.285]).is_recoverable()
+    assert judge.is_recoverable  # the start always is
+    assert not guard(1000, [0.3, 0.24]).is_recoverable and guard(1000, [0.3, 0.285]).is_recoverable
 
 
 def test_four_images_tell_a_constant_answer_by_its_loss():
@@ -109,11 +109,16 @@ def test_four_images_tell_a_constant_answer_by_its_loss():
 
 def test_a_loss_that_explodes_is_seen_within_the_epoch():
     """One step that is worse than a constant answer is not; nor is a start that was worse."""
+
+    def explodes(judge: Guard, loss: float) -> bool:
+        judge.note_step(loss)
+        return isinstance(judge.after_step(), GoBack)
+
     judge = guard(100, [0.9])
-    assert not any(judge.explodes(loss) for loss in (2.0, 1.8, 6.0, 1.5))
-    assert judge.explodes(40.0) and guard(100, [0.9]).explodes(math.nan)
+    assert not any(explodes(judge, loss) for loss in (2.0, 1.8, 6.0, 1.5))
+    assert explodes(judge, 40.0) and explodes(guard(100, [0.9]), math.nan)
     bad_start = guard(100, [0.1])
-    assert not any(bad_start.explodes(loss) for loss in (9.0, 8.0, 15.0))
+    assert not any(explodes(bad_start, loss) for loss in (9.0, 8.0, 15.0))
 
 
 def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
@@ -127,10 +132,10 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
 
 
 def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
-    monkeypatch.setattr(collapse, "WATCHED_VIEWS", 128)
+    monkeypatch.setattr(guard_module, "WATCHED_VIEWS", 128)
     run = start()
-    assert len(run.splits.train) == 21 and run.guard.images == len(run.feed.watched_loader.dataset) == 126
-    first, second = run.evaluator.watch(), run.evaluator.watch()
+    assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched.dataset) == 126
+    first, second = run.evaluate_watched(), run.evaluate_watched()
     assert first.loss == second.loss  # the same views
 
 
@@ -141,62 +146,81 @@ def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypat
     head = run.model.heads.head.weight
     with torch.no_grad():
         head.neg_()  # every answer is wrong, until the start weighs more
-    run.evaluator.shrink_to_sound_share(run.guard, run.evaluator.watch().accuracy)
-    assert 0 < run.average.share <= run.average.wise_ft_alpha / 2
-    assert run.evaluator.watch().accuracy >= run.guard.accuracies[0]
-    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.1, *[None] * 3))
-    run.evaluator.shrink_to_sound_share(run.guard, 0.1)
-    assert run.average.share == 0
+    kept, divisor = run.evaluate_watched(), 1
+    assert kept.accuracy < 0.5
+    trained = kept._replace(loss=1.0, accuracy=run.guard.scores[0])  # else it would be a collapse
+    while isinstance(verdict := run.guard.after_epoch(trained, kept, divisor), ShrinkTo):
+        divisor = verdict.divisor
+        kept = run.evaluate_watched(divisor)
+    assert isinstance(verdict, Keep) and 0 < run.wise_ft.share <= run.wise_ft.alpha / 2
+    assert kept.accuracy >= run.guard.scores[0]
+    wrong, asked = trained._replace(accuracy=0.1), 1
+    while isinstance(verdict := run.guard.after_epoch(trained, wrong, asked), ShrinkTo):
+        asked = verdict.divisor
+    assert asked == math.inf
 
 
 def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(finetune, monkeypatch, capsys):
     """As adapters that die: no share of their change is kept, and the loss rises. It is no reason to stop the run."""
 
-    def a_little_worse(evaluator: Evaluator) -> Evaluation:
-        trained = any(p.any() for name, p in evaluator.network.named_parameters() if "lora_B" in name)
+    def a_little_worse(run: FineTuning, divisor: float = 1) -> Evaluation:
+        run.wise_ft.share = run.wise_ft.alpha / divisor
+        trained = any(p.any() for name, p in run.network.named_parameters() if "lora_B" in name)
         return Evaluation(1.01 if trained else 1.0, 0.79 if trained else 0.8, *[None] * 3)
 
-    monkeypatch.setattr(Evaluator, "watch", a_little_worse)
+    monkeypatch.setattr(FineTuning, "evaluate_watched", a_little_worse)
     results = finetune("--epochs 3 --wise-ft auto")
     assert [went["epoch"] for went in results["retreats"]] == [2, 2, 2] and results["epochs"] == 3
     assert "epoch 2: training gains nothing; back to epoch 0, learning rate" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("share", "loss"), [pytest.param(0.1, 1.1, id="a little is kept"), pytest.param(0.0, 0.9, id="the loss falls")]
-)
-def test_what_gains_anything_is_left_alone(share, loss):
+def answers(loss: float) -> Evaluation:
+    """Those of the guard's images: fewer right than the 0.8 at the start."""
+    return Evaluation(loss, 0.79, *[None] * 3)
+
+
+def begun() -> Guard:
     judge = guard(100, [])
-    judge.begin(None, Evaluation(1.0, 0.8, *[None] * 3))
+    judge.note_start(None, Evaluation(1.0, 0.8, *[None] * 3))
+    return judge
 
-    def learns_nothing(share: float, loss: float) -> bool:
-        found = judge.learns_nothing(share, loss)
-        judge.end_epoch(0.8)
-        return found
 
-    assert not learns_nothing(0.0, 1.1)
-    assert not learns_nothing(share, loss)
-    assert not learns_nothing(0.0, 1.1) and learns_nothing(0.0, 1.1)
+def went_back(judge: Guard, loss: float, divisor: float) -> bool:
+    verdict = judge.after_epoch(answers(loss), answers(loss)._replace(accuracy=0.8), divisor)
+    if isinstance(verdict, Keep):
+        judge.note_epoch(answers(loss), divisor)
+    return isinstance(verdict, GoBack)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "loss"), [pytest.param(8, 1.1, id="a little is kept"), pytest.param(math.inf, 0.9, id="the loss falls")]
+)
+def test_what_gains_anything_is_left_alone(divisor, loss):
+    judge = begun()
+    assert not went_back(judge, 1.1, math.inf)
+    assert not went_back(judge, loss, divisor)
+    assert not went_back(judge, 1.1, math.inf) and went_back(judge, 1.1, math.inf)
 
 
 def test_an_epoch_that_gains_nothing_counts_once_however_often_it_is_judged():
     """It is judged again when a run goes on that was stopped within the evaluation."""
-    judge = guard(100, [])
-    judge.begin(None, Evaluation(1.0, 0.8, *[None] * 3))
-    assert not judge.learns_nothing(0.0, 1.1) and not judge.learns_nothing(0.0, 1.1)
-    judge.end_epoch(0.8)
-    assert judge.learns_nothing(0.0, 1.1)
+    judge = begun()
+    for _ in range(2):
+        assert isinstance(judge.after_epoch(answers(1.1), answers(1.1), math.inf), Keep)
+    judge.note_epoch(answers(1.1), math.inf)
+    assert isinstance(judge.after_epoch(answers(1.1), answers(1.1), math.inf), GoBack)
 
 
 @pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
-def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
+def test_a_share_that_was_typed_stays(finetune, monkeypatch, typed, kept):
     """Also if the training images are answered a little worse than at the start."""
-    run = start(f"--wise-ft {typed}")
-    run.start()
-    run.guard.accuracies = [1.0]
-    monkeypatch.setattr(Evaluator, "watch", lambda _: Evaluation(0.0, 0.99, *[None] * 3))
-    run.train_epoch()
-    assert run.average.share == kept
+
+    def worse(run: FineTuning, divisor: float = 1) -> Evaluation:
+        run.wise_ft.share = run.wise_ft.alpha / divisor
+        return Evaluation(0.5, 0.99 if run.progress else 1.0, *[None] * 3)
+
+    monkeypatch.setattr(FineTuning, "evaluate_watched", worse)
+    assert finetune(f"--epochs 1 --wise-ft {typed}")["kept_share"] == kept
 
 
 @pytest.mark.slow
@@ -219,13 +243,14 @@ def test_no_process_of_a_run_or_of_its_trials_outlives_it(finetune):
 def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_rate(finetune, watched, capsys):
     # The third epoch is neither good nor a collapse: the run goes on, but it will not come back to there.
     watched([1.0, 1.0, 0.4, 1.0, 0.87, 0.4, 1.0, 1.0, 1.0])
-    results = finetune("--schedule constant --epochs 4 --warmup-epochs 0")
+    results = finetune("--epochs 4 --warmup-epochs 0")
     assert [(retreat["epoch"], retreat["learning_rate"]) for retreat in results["retreats"]] == [
         (2, 1e-3),
         (4, pytest.approx(1e-3 / 8)),
     ]
     rates = [row["learning_rate"] for row in metrics(results["folder"])]
-    assert rates == pytest.approx([1e-3, 1e-3 / 8, 1e-3 / 64, 1e-3 / 64])
+    cosine = [0.5 + 0.5 * math.cos(math.pi * epoch / 4) for epoch in range(4)]
+    assert rates == pytest.approx([1e-3 * c / divisor for c, divisor in zip(cosine, (1, 8, 64, 64), strict=True)])
     told = capsys.readouterr().out
     assert "epoch 2: training collapsed; back to epoch 1, learning rate 1.3e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
@@ -235,13 +260,13 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
 def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkeypatch):
     """Each evaluation of the guard takes ten seconds here, and nothing else any time."""
     watched([1.0, 1.0, 0.87, 0.4, 1.0, 1.0])
-    scripted_watch, now = Evaluator.watch, [0.0]
+    scripted_watch, now = FineTuning.evaluate_watched, [0.0]
 
-    def ten_seconds(evaluator):
+    def ten_seconds(run):
         now[0] += 10
-        return scripted_watch(evaluator)
+        return scripted_watch(run)
 
-    monkeypatch.setattr(Evaluator, "watch", ten_seconds)
+    monkeypatch.setattr(FineTuning, "evaluate_watched", ten_seconds)
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
     results = finetune("--epochs 3")
     assert [retreat["epoch"] for retreat in results["retreats"]] == [3]
@@ -251,7 +276,7 @@ def test_the_time_that_a_collapse_has_undone_was_spent(finetune, watched, monkey
 
 def test_what_a_collapse_did_is_undone(finetune, watched):
     """Back at the start, the run is one that had the lower rate from the first, its softer head included."""
-    dropout = "--epochs 2 --schedule constant --lora-dropout 0.2 --ema 0.9"
+    dropout = "--epochs 2 --lora-dropout 0.2"
     watched([1.0, 0.87, 0.4, 1.0, 1.0, 1.0])  # the last three once it is back at the start
     repeated = finetune(f"{dropout} --learning-rate 8e-3", output="repeated")
     watched([1.0] * 3)
@@ -271,15 +296,15 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     watched(whole_run)
     whole = finetune("--epochs 2", output="whole")
     watched(whole_run[:3])
-    steps, real_step = [], FineTuning.step
+    steps, real_note = [], FineTuning.note_steps
 
-    def step(run, micro_batches):
+    def note(run, *given):
         steps.append(None)
         if len(steps) == 8:  # the second step of the repeated second epoch
             run.stop.signum = 2
-        return real_step(run, micro_batches)
+        return real_note(run, *given)
 
-    monkeypatch.setattr(FineTuning, "step", step)
+    monkeypatch.setattr(FineTuning, "note_steps", note)
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
     watched(whole_run[3:])
@@ -301,11 +326,11 @@ def test_a_stop_within_the_evaluation_leaves_the_guard_as_it_was_before_the_epoc
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
     state = read_checkpoint(whole["folder"].parent / "stopped/last.pth")
-    assert state["history"] == [] and len(state["guard"]["accuracies"]) == 1
+    assert state["history"] == [] and len(state["guard"]["scores"]) == 1
     monkeypatch.undo()
     resumed = finetune("--epochs 2 --resume", output="stopped")
     states = [read_checkpoint(results["folder"] / "last.pth") for results in (whole, resumed)]
-    assert states[0]["guard"]["accuracies"] == states[1]["guard"]["accuracies"]
+    assert states[0]["guard"]["scores"] == states[1]["guard"]["scores"]
 
 
 @pytest.mark.slow
@@ -357,17 +382,17 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
-    real_loss, calls = FineTuning.loss, []
+    real_loss, calls = Classification.loss, []
 
-    def loss(run, logits, labels):
+    def loss(task, logits, labels):
         calls.append(None)
-        return real_loss(run, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
+        return real_loss(task, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
 
-    monkeypatch.setattr(FineTuning, "loss", loss)
+    monkeypatch.setattr(Classification, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
-    # The step that was under way is undone with it; before each start, three batches give the gradient.
-    assert len(calls) == (3 + 3) + (3 + 3)
+    # Before each start, three batches give the gradient; after the second step the run goes back.
+    assert len(calls) == (3 + 2) + (3 + 3)
 
 
 @pytest.mark.slow
@@ -401,15 +426,15 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
 
 def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
     """The last step of an epoch has a finite loss and leaves NaN: every answer is then the first class."""
-    real, done = FineTuning.step, []
+    real, done = FineTuning.note_steps, []
 
-    def step(self, micro_batches):
-        result = real(self, micro_batches)
-        if not done and self.schedule.last_epoch == self.steps_per_epoch:
+    def note(run, *given):
+        verdict = real(run, *given)
+        if not done and run.schedule.last_epoch == run.loaders.steps_per_epoch:
             done.append(1)
-            list(self.model.parameters())[-1].data.fill_(math.nan)  # the head's bias
-        return result
+            list(run.model.parameters())[-1].data.fill_(math.nan)  # the head's bias
+        return verdict
 
-    monkeypatch.setattr(FineTuning, "step", step)
+    monkeypatch.setattr(FineTuning, "note_steps", note)
     results = finetune("--head-init random")
     assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])

@@ -20,7 +20,7 @@ from moco import pretrain
 from toolkit import distributed
 from toolkit.files import read_checkpoint
 from toolkit.models.backbones import build_backbone
-from toolkit.run import collapse, optim, output_folder
+from toolkit.run import guard, optim, output_folder
 
 # 21 images in batches of 5: the last has one, so that a process is without; steps of 2 and, at the end, of 1 batch.
 TUNING = "--epochs 2 --batch-size 5 --accumulation-steps 2 --learning-rate 1e-4 --lora-rank 2 --clip-grad-norm 1"
@@ -64,7 +64,7 @@ def with_sgd() -> None:
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03, momentum=0.9)
 
     optim.build_optimizer = build_optimizer
-    collapse.WATCHED_VIEWS = 21  # as in this process
+    guard.WATCHED_VIEWS = 21  # as in this process
 
 
 @pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])

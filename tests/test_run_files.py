@@ -18,12 +18,12 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, count_parameters, load_finetuned, read_options
 from lora_utils import LoRAManager, read_adapter_file
-from tests.run_folders import metrics, tensors
+from tests.run_folders import metrics, stop, tensors
 from toolkit import InputError, files
 from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
 from toolkit.models.backbones import build_backbone
-from toolkit.run import feeding, optim, runs
+from toolkit.run import optim, runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,11 +130,9 @@ def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path
     assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("cifar10", "config", "command line")
 
 
-def test_resume_and_eval_only_look_into_the_output_folder(tmp_path):
+def test_resume_looks_into_the_output_folder(tmp_path):
     args, _ = read_options(["--resume", "--output-dir", str(tmp_path)])
     assert args.resume == tmp_path / "last.pth"
-    args, _ = read_options(["--eval-only", "--output-dir", str(tmp_path)])
-    assert args.eval_only == tmp_path / "lora.pth"
     (tmp_path / "elsewhere.pth").touch()
     args, _ = read_options(["--resume", str(tmp_path / "elsewhere.pth"), "--output-dir", "other"])
     assert args.resume == tmp_path / "elsewhere.pth"
@@ -291,14 +289,6 @@ def test_three_lines_predict(finished, images):
     assert right / 15 == pytest.approx(results["val_accuracy"])
 
 
-def test_crop_min_reaches_the_crops(finetune, monkeypatch):
-    made, real = [], feeding.train_transform
-    monkeypatch.setattr(feeding, "train_transform", lambda *a, **given: made.append(given) or real(*a, **given))
-    finetune("--augmentation crop --epochs 1")
-    finetune("--augmentation crop --epochs 1 --crop-min 0.4", output="other")
-    assert [given["crop_min"] for given in made] == [0.75, 0.4]
-
-
 def test_the_curves_show_losses_that_can_be_compared(finetune):
     """Label smoothing raises the loss that is minimised, even of a perfect classifier; the table has the plain one."""
     results = finetune("--label-smoothing 0.5 --epochs 6 --learning-rate 3e-2 --head-init random")
@@ -309,7 +299,7 @@ def test_a_run_makes_its_folder_its_own(finetune, monkeypatch):
     """Files of an earlier run beside this one's config.yaml would pass for its own."""
     folder = finetune("--epochs 1")["folder"]
     (folder / "notes.txt").touch()
-    monkeypatch.setattr(FineTuning, "train_epoch", lambda run: (_ for _ in ()).throw(runs.Stopped(2)))
+    monkeypatch.setattr(FineTuning, "begin_epoch", stop)
     with pytest.raises(runs.Stopped):
         finetune("--epochs 1 --lora-rank 2")
     begun = ["config.yaml", "last.pth", "lora.pth", "metrics.csv", "notes.txt"]
@@ -365,17 +355,13 @@ def test_few_labels(finetune, capsys):
         finetune("--labels-per-class 8")
 
 
-def test_eval_only_writes_nothing_and_wants_the_same_classes(finished, images, tmp_path):
+def test_evaluation_writes_nothing(finished, images):
     results, folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    argv = ["--eval-only", "--output-dir", str(folder), "--device", "cpu"]
-    assert finetune_lora.main([*argv, "--data-dir", str(images)])["val_accuracy"] == results["val_accuracy"]
-    # As the run's last line has it: the run's own configuration says where its images are.
-    again = finetune_lora.main(["--config", str(folder / "config.yaml"), *argv])
-    assert again["val_accuracy"] == results["val_accuracy"]
+    for where in ([str(images / "val")], []):  # the run's own configuration says where its images are
+        found = deploy_lora.main(["evaluate", str(folder / "lora.pth"), *where, "--device", "cpu"])
+        assert found["accuracy"] == results["val_accuracy"]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    with pytest.raises(InputError, match=r"knows the classes bright, dark, striped, the data has 0, 1.*--data-dir"):
-        finetune_lora.main([*argv, "--dataset", "digits"])
 
 
 # ------------------------------------------------------------------------------------------------- the guide's commands

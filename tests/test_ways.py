@@ -1,5 +1,7 @@
 """Every way to fine-tune: what trains, what the file holds, and what merging makes of it."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -7,10 +9,10 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import FineTuning, load_finetuned
 from lora_utils import read_adapter_file
-from tests.run_folders import tensors
-from toolkit import InputError
+from tests.run_folders import stop, tensors
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
+from toolkit.run import runs
 
 # --------------------------------------------------------------------------------------------------- ways to fine-tune
 
@@ -18,12 +20,12 @@ from toolkit.models.checkpoints import load_backbone
 WAYS = {
     "lora": "--lora-rank 2",
     "qlora": "--lora-rank 2 --use-qlora",
-    "rslora": "--lora-rank 4 --use-rslora --lora-dropout 0.1",
+    "dropout": "--lora-rank 4 --lora-alpha 16 --lora-dropout 0.1",
     "norms": "--lora-rank 2 --norms train",
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
-    "from scratch": "--from-scratch --lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
+    "from scratch": "--checkpoint none --arch vit_mini --image-size 16 --lora-rank 0 --no-freeze-backbone",
 }
 
 
@@ -65,18 +67,15 @@ def test_from_scratch_starts_elsewhere_and_is_saved_whole(ways, base):
 
 
 def test_what_random_weights_start_with_comes_back_from_its_file(finetune, tmp_path, monkeypatch):
-    def killed(_):
-        raise InputError("killed in the first epoch")
-
-    monkeypatch.setattr(FineTuning, "train_epoch", killed)
-    with pytest.raises(InputError, match="killed"):
-        finetune("--from-scratch --lora-rank 2 --no-freeze-backbone")
+    monkeypatch.setattr(FineTuning, "begin_epoch", stop)
+    with pytest.raises(runs.Stopped):
+        finetune("--checkpoint none --arch vit_mini --image-size 16 --lora-rank 2 --no-freeze-backbone")
     state = load_finetuned(tmp_path / "out/lora.pth")[0].state_dict()
     saved = tensors(tmp_path / "out/lora.pth")
     assert saved.keys() == state.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
 
 
-@pytest.mark.parametrize("way", ["lora", "qlora", "rslora"])
+@pytest.mark.parametrize("way", ["lora", "qlora", "dropout"])
 def test_adapters_train_and_the_base_does_not(ways, way):
     results = ways[way]
     trained = tensors(results["folder"] / "lora.pth")
@@ -88,11 +87,9 @@ def test_adapters_train_and_the_base_does_not(ways, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_comes_back_from_its_file(ways, way, images):
     results = ways[way]
-    again = finetune_lora.main(
-        ["--eval-only", str(results["folder"] / "lora.pth"), "--data-dir", str(images), "--device", "cpu"]
-    )
-    assert again["val_accuracy"] == results["val_accuracy"]
-    assert again["val_loss"] == pytest.approx(results["val_loss"], rel=1e-5)
+    again = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), str(images / "val"), "--device", "cpu"])
+    assert again["accuracy"] == results["val_accuracy"]
+    assert again["loss"] == pytest.approx(results["val_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -144,18 +141,13 @@ def test_a_resnet_goes_the_same_way(norms, images, tmp_path, capsys):
     assert (again["val_accuracy"], again["val_loss"]) == kept
 
 
-def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(start):
-    feed = start().feed
-    for norms, device, settled in (
-        ("auto", "cpu", "auto"),
-        ("auto", "cuda", "frozen"),
-        ("follow", "cuda", "follow"),
-        ("frozen", "cpu", "frozen"),
-    ):
-        feed.args.norms = norms
-        finetune_lora.options.settle_norms(feed.args, torch.device(device))
-        assert feed.args.norms == settled  # which config.yaml has, and a resumed run compares
-        assert bool(list(feed.followed_batches())) is (settled != "frozen")
+@pytest.mark.parametrize(
+    ("norms", "device", "settled"),
+    [("auto", "cpu", "auto"), ("auto", "cuda", "frozen"), ("follow", "cuda", "follow"), ("frozen", "cpu", "frozen")],
+)
+def test_norms_follow_on_a_cpu_unless_they_are_asked_to_elsewhere(norms, device, settled):
+    args = argparse.Namespace(norms=norms, freeze_backbone=True)
+    assert finetune_lora.settled_norms(args, torch.device(device)) == settled
 
 
 def test_targets_choose_the_layers(finetune):
@@ -171,8 +163,8 @@ def test_targets_choose_the_layers(finetune):
 
 
 def test_adapters_that_do_nothing_are_named_once(finetune, monkeypatch, capsys):
-    def build(args, num_classes):
-        model, report = build_model(args, num_classes)
+    def build(*args, **more):
+        model, report = build_model(*args, **more)
         model.spare = finetune_lora.LoRALinear(4, 4)
         return model, report
 
