@@ -779,8 +779,8 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     if arithmetic == "int8":  # what a run has measured at its start counts for all of it
         arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
     try:
-        values = options.known_image_values(args, args.checkpoint)
-        sources = options.image_sources(args, values.read)
+        known, read = options.known_image_values(args, args.checkpoint)
+        sources = options.image_sources(args, read)
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     except InputError as error:
         try:
@@ -794,8 +794,8 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     plan = Plan(
         device=device,
         dtype=dtype,
-        image_values={name: getattr(values, name) for name in options.IMAGE_VALUES},
-        normalization=bands.settle(values, report["arch"], report["channels"], splits.train),
+        image_values=vars(known),
+        normalization=bands.settle(known, report["arch"], report["channels"], splits.train),
         learning_rate=args.learning_rate,
         arithmetic=report["arithmetic"],
         norms=settled_norms(args, device),

@@ -256,11 +256,11 @@ class Pretraining(RunState):
 
     def __init__(self, args: PretrainOptions, device: torch.device, dtype: torch.dtype):
         model, args, self.report = build_model(args, device)
-        values = options.known_image_values(args, args.checkpoint)
-        args = replace(args, **{name: getattr(values, name) for name in options.IMAGE_VALUES})
+        known, read = options.known_image_values(args, args.checkpoint)
+        args = replace(args, **vars(known))
         super().__init__(args, device, dtype)
         self.model = model
-        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, values, device)
+        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, known, read, device)
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
@@ -477,7 +477,7 @@ def describe_measures(row: dict[str, float | None]) -> str:
 
 
 def load_data(
-    args: PretrainOptions, known: argparse.Namespace, device: torch.device
+    args: PretrainOptions, known: bands.Scaling, read: bands.Bands | None, device: torch.device
 ) -> tuple[dict[str, Any], DataLoader, list[DataLoader], DataLoader | None]:
     """The normalisation (`bands.settle`), the loader of two views of each image, and the loaders for measuring.
 
@@ -485,9 +485,9 @@ def load_data(
     loads two views of some training images if these have no labels, and is None otherwise.
 
     Args:
-        known: `options.known_image_values`.
+        known, read: `options.known_image_values`.
     """
-    images, labelled = load_images(args, known.read)
+    images, labelled = load_images(args, read)
     check_batch_size(args, len(images))
     values = bands.settle(known, args.arch, args.channels or 3, images)
     views = transforms.two_crops(args.image_size, args.two_crops, args.crop_min, **values)

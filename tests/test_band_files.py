@@ -19,6 +19,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.images.data import load_splits
+from toolkit.images.folders import image_names
 from toolkit.images.geotags import centre
 from toolkit.models.backbones import build_backbone
 
@@ -67,6 +68,24 @@ def test_an_image_is_its_band_files_in_the_order_chosen(band_files, capsys):
             assert np.array_equal(image[..., 2], other["B02"])
             enlarged = Image.fromarray(other["B8A"].astype(np.float32)).resize((16, 16), Image.Resampling.BILINEAR)
             assert np.array_equal(image[..., 3], np.asarray(enlarged))
+
+
+def test_a_band_may_have_its_resolution_in_its_name(tmp_path):
+    """As in a Sentinel-2 product of level 2A, of whose bands some come in several resolutions, as JPEG 2000."""
+    rng = np.random.RandomState(0)
+    names = ("T32_B02_10m", "T32_B02_20m", "T32_B05_20m", "T32_B05_60m", "T32_B09_60m")
+    for name in names:
+        size = {"10m": 24, "20m": 12, "60m": 4}[name[-3:]]
+        levels = rng.randint(0, 4000, (size, size)).astype(np.uint16)
+        Image.fromarray(levels).save(tmp_path / f"{name}.jp2", irreversible=False)
+    bands = Bands(3, ("B05", "B09", "B02"))
+    assert bands.one_for_each_image([f"{name}.jp2" for name in names]) == (["T32_B05_20m.jp2"], 0)
+    assert image_names(tmp_path, bands=bands) == ["T32_B05_20m.jp2"]
+    image = bands.read_path(tmp_path / "T32_B05_20m.jp2")
+    assert np.array_equal(image[..., 2], np.asarray(Image.open(tmp_path / "T32_B02_10m.jp2")))
+    assert image.shape == (24, 24, 3) and image[..., 0].std() > 100
+    assert bands.files("T32_B05_20m.jp2")["B09"] == "T32_B09_20m.jp2"  # which is then said to lack
+    assert Bands(1, ("B02_20m",)).read_path(tmp_path / "T32_B02_20m.jp2").shape == (12, 12, 1)
 
 
 def test_numbers_are_bands_of_one_file_also_where_files_end_in_numbers():

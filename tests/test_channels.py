@@ -5,7 +5,9 @@ Digits on 13 bands stand for Sentinel-2's images: three bands carry the class, t
 
 import io
 import json
+import os
 import shutil
+import struct
 import tarfile
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import finetune_lora
 from finetune_lora import add_lora_to_model, freeze_backbone_params, load_finetuned
 from moco import pretrain
 from toolkit import InputError
-from toolkit.images.bands import Bands, decoded, measured, settle
+from toolkit.images import folders
+from toolkit.images.bands import Bands, Scaling, decoded, measured, settle
 from toolkit.images.data import LabelledImages, load_splits
 from toolkit.images.transforms import GaussianBlur, eval_transform, train_transform, two_crops
 from toolkit.models.backbones import build_backbone, first_convolution, input_channels
@@ -301,10 +304,24 @@ def tiff_that_says_it_is_huge() -> bytes:
     return bytes(content)
 
 
+def npz_of_zeros(count: int) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, np.zeros(count).reshape(-1, 2**13))
+    return file.getvalue()
+
+
+def tiff_of_many_pages(count: int) -> bytes:
+    """Each has one tag, of no type that there is."""
+    content = bytearray(b"II*\0\x08\0\0\0")
+    for number in range(1, count + 1):
+        following = 8 + 18 * number if number < count else 0
+        content += struct.pack("<HHHIII", 1, 256, 99, 1, 1, following)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (saved_by(np.save, np.zeros((8, 8, 4))), r"it has 4 bands, and the network takes 13 \(training"),
         (saved_by(np.save, np.zeros((8, 8, 13)))[:200], ""),
         (saved_by(np.save, np.zeros((8, 8, 13), complex)), "complex128"),
         (saved_by(np.save, np.zeros((2, 8, 8, 13))), r"\(2, 8, 8, 13\)"),
@@ -313,6 +330,9 @@ def tiff_that_says_it_is_huge() -> bytes:
         (saved_by(tifffile.imwrite, np.zeros((8, 8, 13), np.uint16))[:150], ""),
         (b"II*\0 and nothing more", ""),
         (tiff_that_says_it_is_huge(), "more than its bytes can hold"),
+        (npz_of_zeros(2**26), "more than its bytes can hold"),
+        (tiff_of_many_pages(5000), "it has 5000 pages"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot identify"),
         (b"no image at all", "cannot identify"),
     ],
 )
@@ -326,6 +346,59 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(content, reason, ti
     assert len(load_splits("imagefolder", folder, bands=Bands(13), skip_unreadable=True).train) == 15
     assert "1 of 16 images cannot be read" in (told := capsys.readouterr().out)
     assert "broken.npy: not a readable image" in told
+
+
+@pytest.mark.parametrize(
+    ("bands", "shape", "reason"),
+    [
+        (Bands(13), (8, 8, 4), r"it has 4 bands, and the network takes 13 \(training chooses by --bands\)"),
+        (
+            Bands(3, scale=4095.0),
+            (8, 8),
+            r"it has 1 band, and the network takes 3 \(training chooses by --bands 1,1,1\)",
+        ),
+        (Bands(2, ("1", "7")), (8, 8, 2), "it has no band 7, but 1, 2"),
+    ],
+)
+def test_a_file_with_other_bands_is_not_called_unreadable(bands, shape, reason, tmp_path):
+    np.save(tmp_path / "image.npy", np.zeros(shape))
+    with pytest.raises(InputError, match=rf"image\.npy: {reason}$"):
+        folders.ImageFiles(tmp_path, ["image.npy"], [0], bands)[0]
+
+
+def test_a_damaged_tiff_prints_nothing(capfd):
+    """tifffile would write a line for each of its tags."""
+    with pytest.raises(Exception):  # noqa: B017
+        decoded(tiff_of_many_pages(3))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "pipe.npy"])
+def test_what_is_no_file_is_refused_at_once(name, tmp_path):
+    """Reading a pipe would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    for bands in (None, Bands(3)):
+        with pytest.raises(InputError, match=rf"{name}: not a readable image \(not a file\)"):
+            folders.ImageFiles(tmp_path, [name], [0], bands)[0]
+
+
+@pytest.mark.parametrize(
+    ("top", "flags", "told"),
+    [(4095, "", True), (4096, "", False), (4095, "--scale 4095 --bands 1,1,1", False)],
+)
+def test_grey_images_of_12_bits_are_reported_with_a_remedy_that_works(top, flags, told, base, tmp_path, capsys):
+    rng = np.random.RandomState(0)
+    for name, low in (("dark", 0), ("light", 2000)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            levels = rng.randint(low, 4095, (16, 16)).astype(np.uint16)
+            levels[0, 0] = top
+            Image.fromarray(levels).save(tmp_path / "images" / name / f"{i}.png")
+    argv = (
+        f"--checkpoint {base} --data-dir {tmp_path / 'images'} --output-dir {tmp_path / 'out'} --device cpu --epochs 1"
+    )
+    finetune_lora.main([*argv.split(), "--workers", "0", "--lora-rank", "2", *flags.split()])
+    assert capsys.readouterr().out.count("give --scale 4095 --bands 1,1,1") == told
 
 
 def test_the_message_says_how_to_get_tifffile(monkeypatch):
@@ -396,8 +469,7 @@ def test_a_single_channel_that_hardly_varies_is_told(tiffs, capsys):
     images = [tifffile.imread(path).astype(np.float32) for path in sorted((tiffs / "train").rglob("*.tif"))]
     for image in images:
         image[..., 10] //= 400
-    args = pretrain.make_parser().parse_args(["--scale", "10000"])
-    settle(args, "vit_mini", 13, LabelledImages([(image, 0) for image in images], [0] * len(images)))
+    settle(Scaling(scale=10000.0), "vit_mini", 13, LabelledImages([(image, 0) for image in images], [0] * len(images)))
     assert "channel 11 hardly varies: its standard deviation is 0.00014" in capsys.readouterr().out
 
 

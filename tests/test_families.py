@@ -1,25 +1,19 @@
 """What a checkpoint's images were is taken from its file or its name, and said; what is typed counts more."""
 
-from argparse import Namespace
-
+import numpy as np
 import pytest
 import torch
 
 import finetune_lora
 from toolkit import InputError
-from toolkit.images.bands import option_problems
-from toolkit.images.families import FAMILIES, take_known_values
-from toolkit.models.backbones import build_backbone
+from toolkit.images.bands import Scaling, option_problems
+from toolkit.images.families import FAMILIES, known_scaling
+from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD, build_backbone
 from toolkit.models.checkpoints import find_images
 
 
-def options(**given) -> Namespace:
-    nothing = dict.fromkeys(("scale", "mean", "std", "normalise", "bands", "channels", "channel_fit"))
-    return Namespace(**nothing | given)
-
-
-def values(args: Namespace) -> tuple:
-    return args.scale, args.mean, args.std, args.bands
+def values(scaling: Scaling) -> tuple:
+    return scaling.scale, scaling.mean, scaling.std, scaling.bands
 
 
 PUBLISHED = {  # names under which torchgeo and SSL4EO-S12 publish files
@@ -35,15 +29,18 @@ PUBLISHED = {  # names under which torchgeo and SSL4EO-S12 publish files
     "resnet18_landsat_etm_sr_moco-4f078acd.pth": (6, "ssl4eo-l"),
     "resnet18_landsat_oli_tirs_toa_moco-a3002f51.pth": (11, "ssl4eo-l"),
     "cem500k_mocov2_resnet50_200ep.pth.tar": (1, "cem500k"),
+    "resnet50_sentinel2_rgb_seco-018bf397.pth": (3, "seco"),
+    "seco_resnet18_100k.ckpt": (3, "seco"),
+    "resnet50_caco_geo_1m_200.pth": (3, "seco"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_name_of_a_published_file_tells_its_family(name, capsys):
     channels, family = PUBLISHED[name]
-    args, known = options(), FAMILIES[family]
-    take_known_values(args, channels, {}, f"downloads/{name}")
-    assert values(args) == (known.scale, list(known.mean), list(known.std), None)
+    known = FAMILIES[family]
+    found = known_scaling(Scaling(), channels, {}, f"downloads/{name}")
+    assert values(found) == (known.scale, list(known.mean), list(known.std), None)
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and f"of {family} (" in told and f"which the name of {name} says" in told
 
@@ -59,21 +56,18 @@ def test_the_name_of_a_published_file_tells_its_family(name, capsys):
     ],
 )
 def test_what_is_not_known_or_was_typed_stays(channels, name, given, capsys):
-    args = options(**given)
-    take_known_values(args, channels, {}, name)
-    assert args == options(**given)
+    assert known_scaling(Scaling(**given), channels, {}, name) == Scaling(**given)
     assert not capsys.readouterr().out
 
 
 def test_a_family_goes_by_its_name(capsys):
-    args = options(normalise="ssl4eo-s12")
-    take_known_values(args, 13, {}, "mine.pth")
-    assert values(args) == (10000, [0], [1], None)
-    assert args.normalise is None  # config.yaml then holds the numbers
+    found = known_scaling(Scaling(normalise="ssl4eo-s12"), 13, {}, "mine.pth")
+    assert values(found) == (10000, [0], [1], None)
+    assert found.normalise is None  # config.yaml then holds the numbers
     assert "of ssl4eo-s12 (torchgeo" in capsys.readouterr().out
     with pytest.raises(InputError, match="ssl4eo-l is for images of 6, 7, 9, 11 channels, and the network takes 13"):
-        take_known_values(options(normalise="ssl4eo-l"), 13, {}, "mine.pth")
-    [problem] = option_problems(options(normalise="cem500k", scale=1.0))
+        known_scaling(Scaling(normalise="ssl4eo-l"), 13, {}, "mine.pth")
+    [problem] = option_problems(Scaling(normalise="cem500k", scale=1.0), None)
     assert "cem500k brings its own --scale, --mean and --std" in problem
 
 
@@ -83,9 +77,8 @@ def test_cem500k_says_its_own_mean_and_std(tmp_path, capsys):
     state = {f"module.encoder_q.{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
     torch.save({"arch": "resnet18", "epoch": 200, "norms": [0.583, 0.0997], "state_dict": state}, path)
     channels, told = find_images(path)
-    args = options()
-    take_known_values(args, channels, told, path)
-    assert (channels, *values(args)) == (1, 255, [0.583], [0.0997], None)
+    found = known_scaling(Scaling(), channels, told, path)
+    assert (channels, *values(found)) == (1, 255, [0.583], [0.0997], None)
     assert "as in the pretraining, which any.pth.tar says" in capsys.readouterr().out
 
 
@@ -94,25 +87,31 @@ TOLD = {"arch": "vit_mini", "channels": 2, "mean": [1.0, 2.0], "std": [3.0, 4.0]
 
 def test_bands_that_are_typed_go_before_those_of_the_file():
     for typed, expected in ((None, ["4", "2"]), (["B04", "B02"], ["B04", "B02"])):
-        args = options(bands=typed)
-        take_known_values(args, 2, TOLD | {"bands": ["4", "2"]}, "stage1.pth")
-        assert values(args) == (5, [1, 2], [3, 4], expected)
+        found = known_scaling(Scaling(bands=typed), 2, TOLD | {"bands": ["4", "2"]}, "stage1.pth")
+        assert values(found) == (5, [1, 2], [3, 4], expected)
 
 
 def test_photographs_normalised_as_ever_need_no_word_and_others_do(capsys):
     usual = {"arch": "vit_mini", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    args = options()
-    take_known_values(args, 3, usual, "stage1.pth")
-    assert args == options() and not capsys.readouterr().out
-    take_known_values(args, 3, usual | {"mean": [0.5, 0.5, 0.5]}, "stage1.pth")
-    assert values(args) == (None, [0.5] * 3, usual["std"], None)
+    assert known_scaling(Scaling(), 3, usual, "stage1.pth") == Scaling() and not capsys.readouterr().out
+    found = known_scaling(Scaling(), 3, usual | {"mean": [0.5, 0.5, 0.5]}, "stage1.pth")
+    assert values(found) == (None, [0.5] * 3, usual["std"], None)
     assert "as in the pretraining" in capsys.readouterr().out
+
+
+def test_seco_s_values_are_its_quantiles_and_imagenets():
+    seco = FAMILIES["seco"]
+    levels = np.array([1000.0, 2000.0, 900.0])  # of B4, B3, B2
+    low, high = np.array([0, 2, 3]), np.array([129, 103, 88])
+    between = (levels / 10000 * 255 - low) / (high - low)
+    expected = (between - IMAGENET_MEAN) / IMAGENET_STD
+    assert (levels / seco.scale - seco.mean) / seco.std == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("damage", [{"std": [0.0, 1.0]}, {"mean": "x"}, {"channels": -1}, {"bands": 3}, {"scale": -1}])
 def test_a_file_that_is_damaged_there_is_one_line(damage):
     with pytest.raises(InputError, match=r"^stage1\.pth: "):
-        take_known_values(options(), 2, TOLD | {"bands": []} | damage, "stage1.pth")
+        known_scaling(Scaling(), 2, TOLD | {"bands": []} | damage, "stage1.pth")
 
 
 def test_photographs_for_a_backbone_of_reflectances_are_refused_with_the_likely_scale(resnet, images, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,24 @@ from PIL import Image
 
 from toolkit import InputError
 from toolkit.images import folders
+from toolkit.images.shards import read_shards
 
 
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+
+
+def test_an_eps_that_is_called_a_photograph_does_not_start_ghostscript(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as archive:
+        archive.add(tmp_path / "a.jpg", "a.jpg")
+    archived, _ = read_shards(tmp_path / "shards")
+    for files in (folders.ImageFiles(tmp_path, ["a.jpg"], [0]), archived):
+        with pytest.raises(InputError, match=r"a\.jpg: not a readable image \(cannot identify"):
+            files[0]
 
 
 def test_images_are_found_in_nested_folders_and_through_links(tmp_path):

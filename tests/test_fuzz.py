@@ -30,8 +30,8 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.config import parse_args
 from toolkit.files import read_checkpoint
-from toolkit.images.bands import Bands
-from toolkit.images.families import take_known_values
+from toolkit.images.bands import Bands, Scaling
+from toolkit.images.families import known_scaling
 from toolkit.images.folders import ImageFiles
 from toolkit.images.geotags import centre, centres
 from toolkit.models.backbones import build_backbone
@@ -194,7 +194,7 @@ def test_content_of_a_checkpoint(pretrained, tmp_path_factory, changes):
         warnings.simplefilter("ignore")
         model, _ = load_backbone(path, num_classes=2)
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-        take_known_values(pretrain.make_parser().parse_args([]), *find_images(path), path)
+        known_scaling(Scaling(), *find_images(path), path)
 
 
 # -------------------------------------------------------------------------------------------------------------- images

@@ -1,7 +1,5 @@
 """toolkit/images/transforms.py: any image becomes RGB; views are torchvision's, from fewer pixels."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -97,21 +95,10 @@ def test_a_file_is_upright_over_white_and_of_8_bits(tmp_path):
     assert (np.asarray(seen["transparent palette.png"])[np.asarray(files["palette.png"][0]) == 3] == 255).all()
 
 
-def test_levels_of_12_bits_in_a_16_bit_file_are_told_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(transforms, "_warned_of_12_bits", False)
-    for name, top in (("dark", 4095), ("bright", 4096)):
-        Image.fromarray(np.array([[0, top]], dtype=np.uint16)).save(tmp_path / f"{name}.png")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        transforms.to_rgb(Image.open(tmp_path / "bright.png"))
-        transforms.to_rgb(Image.new("I", (2, 2), 200))  # of 8 bits
-        assert caught == []
-        for _ in range(2):
-            transforms.to_rgb(Image.open(tmp_path / "dark.png"))
-        assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)  # the type tells the width
-        assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
-    [message] = [str(warning.message) for warning in caught]
-    assert str(tmp_path / "dark.png") in message and "multiply them by 16" in message and "\n" not in message
+def test_the_type_tells_the_width_of_grey_levels():
+    assert pixel(Image.fromarray(np.full((3, 2), 257, dtype=np.uint16))) == (1, 1, 1)
+    assert pixel(Image.fromarray(np.full((3, 2), 250, dtype=np.uint16))) == (1, 1, 1)
+    assert pixel(Image.new("I", (2, 2), 200)) == (200, 200, 200)
 
 
 def all_transforms(size: int):

@@ -4,14 +4,17 @@ Such an image is an array (H, W, bands) of float32 with the unchanged numbers of
 ``(numbers / scale - mean) / std``. This module measures, checks and records scale, mean and std.
 """
 
-import argparse
 import io
+import logging
 import math
 import os
+import stat
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +26,26 @@ from toolkit.models.backbones import check_channels, normalization
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 ZEROS = "0"  # in --bands: a band of zeros, for one that the network was trained with and the files lack
-# Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
-MOST_COMPRESSED = 1100
 _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels without data
+# Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
+_RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
+
+
+class WrongBands(ValueError):
+    """A file that can be read, but has other bands than the network takes."""
+
+
+class BandFile(NamedTuple):
+    """The name of a file with one band, in parts: `tile_B02_10m.tif` is `tile_`, the place of B02, `_10m` and `.tif`.
+
+    `place` is the band's position among the chosen ones.
+    """
+
+    begin: str
+    place: int
+    resolution: str
+    end: str
 
 
 @dataclass(frozen=True)
@@ -52,23 +72,37 @@ class Bands:
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
-        files = self.files(path)
-        if len(files) == 1 and self._place(os.path.basename(path)) is None:
-            return self.read(Path(path).read_bytes())
-        found = {name: _single(file) for name, file in files.items()}
+        if self._parts_of_name(os.path.basename(path)) is None:
+            return self.read(read_file(path))
+        found = {}
+        for name, file in self.files(path).items():
+            found[name] = _single(file)
         size = max((band.shape for band in found.values()), key=math.prod)
-        enlarged = {name: _enlarged(band, size, name) for name, band in found.items()}
-        return np.stack([enlarged.get(name, np.zeros(size, np.float32)) for name in self.chosen], axis=-1)
+        channels = []
+        for name in self.chosen:
+            if name == ZEROS:
+                channels.append(np.zeros(size, np.float32))
+            else:
+                channels.append(_enlarged(found[name], size, name))
+        return np.stack(channels, axis=-1)
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
         folder, name = os.path.split(os.fspath(path))
-        place = self._place(name)
-        if place is None:
+        parts = self._parts_of_name(name)
+        if parts is None:
             return {"": os.fspath(path)}
-        begin, end, _ = place
-        bands = [band for band in self.chosen if band != ZEROS]
-        return {band: os.path.join(folder, f"{begin}{band}{end}") for band in bands}
+        found = {}
+        for band in self.chosen:
+            if band == ZEROS:
+                continue
+            plain = os.path.join(folder, parts.begin + band)
+            found[band] = plain + parts.resolution + parts.end
+            if parts.resolution:  # other bands may have another one: the finest that exists
+                for resolution in reversed(_RESOLUTIONS):
+                    if os.path.exists(plain + resolution + parts.end):
+                        found[band] = plain + resolution + parts.end
+        return found
 
     def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
         """Select one file for each image of a folder, and count the files of bands that were not chosen.
@@ -76,27 +110,33 @@ class Bands:
         If each band has its own file, the file of the first chosen band that exists represents the image. In a folder
         without such files, each file is an image.
         """
-        places = {name: place for name in names if (place := self._place(name)) is not None}
-        if not places:
+        files = []
+        for name in names:
+            parts = self._parts_of_name(name)
+            if parts is not None:
+                files.append((parts.place, parts.resolution, name, (parts.begin, parts.end)))
+        if not files:
             return list(names), 0
         found: dict[tuple[str, str], str] = {}
-        for name, (begin, end, _) in sorted(places.items(), key=lambda item: item[1][2]):
-            found.setdefault((begin, end), name)
-        return list(found.values()), len(names) - len(places)
+        for _, _, name, image in sorted(files):
+            found.setdefault(image, name)
+        return list(found.values()), len(names) - len(files)
 
-    def _place(self, name: str) -> tuple[str, str, int] | None:
-        """Split the name of a one-band file: the text before the band, the text after it, the band's place in `chosen`.
+    def _parts_of_name(self, name: str) -> BandFile | None:
+        """Split the name of a file that has one of the chosen bands; None for other files.
 
-        `S2A_32UQD_B02.tif` is such a file if B02 is chosen. None for other files, and if all chosen bands are numbers:
-        these count the bands within one file.
+        `S2A_32UQD_B02.tif` is such a file if B02 is chosen, and none is if all chosen bands are numbers: these count
+        the bands within one file.
         """
         if all(band.isdigit() for band in self.chosen):
             return None
         stem, end = os.path.splitext(name)
-        for position, band in enumerate(self.chosen):
-            begin = stem.removesuffix(band)
-            if band != ZEROS and stem.endswith(band) and begin[-1:] in ("", "_", "-", "."):
-                return begin, end, position
+        for resolution in ("", *_RESOLUTIONS):
+            before = stem.removesuffix(resolution)
+            for place, band in enumerate(self.chosen):
+                begin = before.removesuffix(band)
+                if band != ZEROS and stem == begin + band + resolution and begin[-1:] in ("", "_", "-", "."):
+                    return BandFile(begin, place, resolution, end)
         return None
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
@@ -104,31 +144,42 @@ class Bands:
 
         Raises InputError if the number of bands is not the network's, or the file is not an image.
         """
+        name = ""
         try:
             if isinstance(image, str | os.PathLike):
+                name = image
                 return self.read_path(image)
-            levels = _pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
-            return self._checked(_floats(levels))
+            if isinstance(image, Image.Image):
+                name = getattr(image, "filename", "")
+                image = _pixels(image)
+            return self._checked(_floats(np.asarray(image)))
         except InputError:
             raise
         except (ValueError, OSError) as error:
-            name = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
             raise InputError(f"{name or 'an image'}: {printable(error)}") from None
 
     def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
         if not self.chosen:
             return array
-        missing = [name for name in self.chosen if name != ZEROS and name not in names]
+        missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
         if missing:
-            raise ValueError(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-        zeros = np.zeros(array.shape[:2], np.float32)
-        picked = [zeros if name == ZEROS else array[..., names.index(name)] for name in self.chosen]
-        return np.stack(picked, axis=-1)
+            raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
+        channels = []
+        for name in self.chosen:
+            if name == ZEROS:
+                channels.append(np.zeros(array.shape[:2], np.float32))
+            else:
+                channels.append(array[..., names.index(name)])
+        return np.stack(channels, axis=-1)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
-        if array.shape[2] != self.channels:
-            raise ValueError(
-                f"{_counted(array.shape[2])}, and the network takes {self.channels} (training chooses by --bands)"
+        count = array.shape[2]
+        if count != self.channels:
+            chosen = "--bands"
+            if count == 1:
+                chosen += " " + ",".join("1" * self.channels)
+            raise WrongBands(
+                f"it has {_counted(count)}, and the network takes {self.channels} (training chooses by {chosen})"
             )
         return array
 
@@ -145,14 +196,14 @@ class Bands:
 
 
 def _counted(bands: int) -> str:
-    return f"it has {bands} band{'s' if bands > 1 else ''}"
+    return "1 band" if bands == 1 else f"{bands} bands"
 
 
 def _single(path: str) -> np.ndarray:
     """The file of one band: (H, W)."""
     name = os.path.basename(path)
     try:
-        array, _ = decoded(Path(path).read_bytes())
+        array, _ = decoded(read_file(path))
     except FileNotFoundError:
         raise ValueError(f"there is no {name} beside it") from None
     except InputError:
@@ -160,7 +211,7 @@ def _single(path: str) -> np.ndarray:
     except Exception as error:
         raise ValueError(f"{name}: {error}") from None
     if array.shape[2] != 1:
-        raise ValueError(f"{name} is to be one band, and {_counted(array.shape[2])}")
+        raise ValueError(f"{name} is to be one band, and it has {_counted(array.shape[2])}")
     return array[..., 0]
 
 
@@ -183,6 +234,39 @@ def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
+# Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
+MOST_COMPRESSED = 1100
+# A file of zeros is as small; so beyond this size in bytes an image is compressed by less.
+LARGE_IMAGE = 2**28
+MOST_COMPRESSED_IF_LARGE = 100
+MOST_PAGES = 1024
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Open an image file with Pillow, without decoding it. Raises OSError."""
+    check_is_file(path)
+    return Image.open(path, formats=FORMATS)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The content of a file. Raises OSError."""
+    check_is_file(path)
+    return Path(path).read_bytes()
+
+
+def check_is_file(path: str | os.PathLike) -> None:
+    """Raise OSError for what is no file: reading a pipe waits for ever, and a device may never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a file")
+
+
+def import_tifffile() -> ModuleType:
+    """The package tifffile, silenced: it would write a line for each damaged tag. Raises ImportError."""
+    import tifffile
+
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+    return tifffile
+
 
 def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The content of an image file as (H, W, bands), float32, and the names of its bands, or their numbers from 1.
@@ -200,10 +284,14 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
     else:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             array = _pixels(image)
-    array = _floats(array)
-    return array, [str(number) for number in range(1, array.shape[2] + 1)]
+    return _numbered(_floats(array))
+
+
+def _numbered(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """An array (H, W, bands) and the numbers of its bands, from 1."""
+    return array, list(map(str, range(1, array.shape[2] + 1)))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -214,38 +302,52 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L" if image.mode in ("1", "LA") else "RGB"))
 
 
+def _check_size(size: int, content: bytes) -> None:
+    """Raise ValueError for an image of more bytes than the content of its file can mean."""
+    most = MOST_COMPRESSED * len(content)
+    if size > LARGE_IMAGE:
+        most = MOST_COMPRESSED_IF_LARGE * len(content)
+    if size > most:
+        raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
+
+
 def _from_tiff(content: bytes) -> np.ndarray:
     try:
-        import tifffile
+        tifffile = import_tifffile()
     except ImportError as error:
         raise InputError(f"TIFF files need tifffile ({error}): pip install tifffile imagecodecs") from None
     with tifffile.TiffFile(io.BytesIO(content)) as file:
+        if len(file.pages) > MOST_PAGES:
+            raise ValueError(f"it has {len(file.pages)} pages, and at most {MOST_PAGES} are read")
         series = file.series[0]
-        if series.nbytes > MOST_COMPRESSED * len(content):
-            raise ValueError(f"its header says that it is {series.shape}, which is more than its bytes can hold")
-        array, axes = series.asarray(), series.axes
+        _check_size(series.nbytes, content)
+        array = series.asarray()
+        axes = series.axes
     if array.ndim == 3 and axes.count("Y") == axes.count("X") == 1:  # the third axis is samples or pages
-        [other] = [place for place, name in enumerate(axes) if name not in "YX"]
-        return np.moveaxis(array, other, -1)
+        other = axes.replace("Y", "").replace("X", "")
+        return np.moveaxis(array, axes.index(other), -1)
     return _bands_last(array)
 
 
 def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
-    with _load(content) as archive:
-        names = list(archive.files)
-        arrays = [archive[name] for name in names]
-    if len(arrays) == 1:
-        array = _floats(_bands_last(arrays[0]))
-        return array, [str(number) for number in range(1, array.shape[2] + 1)]
-    if not arrays or any(array.ndim != 2 or array.shape != arrays[0].shape for array in arrays):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        _check_size(sum(member.file_size for member in archive.infolist()), content)
+    arrays = _load(content)
+    names = list(arrays)
+    if len(names) == 1:
+        return _numbered(_floats(_bands_last(arrays[names[0]])))
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) != 1 or len(*shapes) != 2:
         raise ValueError(f"its arrays ({listed(names)}) are neither one image nor bands of one size, (H, W) each")
-    return _floats(np.stack(arrays, axis=-1)), names
+    return _floats(np.stack(list(arrays.values()), axis=-1)), names
 
 
 def _load(content: bytes) -> Any:
+    """The array of an .npy file, or a dictionary with those of an .npz."""
     try:
-        return np.load(io.BytesIO(content), allow_pickle=False)
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
     except MemoryError:
         raise ValueError("its header says that it is larger than it can be") from None
 
@@ -269,48 +371,66 @@ def _floats(array: np.ndarray) -> np.ndarray:
 # What the options say
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What the options, or a checkpoint, say of the numbers in image files; None where they say nothing.
+
+    Args:
+        scale: the number by which all values are divided.
+        mean, std: of each channel after that, or one number for all.
+        bands: the bands that become the channels, as for `Bands`.
+        normalise: 'data' to measure mean and std, or the name of a family of checkpoints.
+    """
+
+    scale: float | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    bands: Sequence[str] | None = None
+    normalise: str | None = None
+
+
 def split_names(entries: Iterable[str] | None) -> list[str] | None:
     """The names of bands typed as `4,3,2` or `4 3 2`."""
     if not entries:
         return None
-    return [name for entry in entries for name in entry.split(",") if name]
+    return list(filter(None, ",".join(entries).split(",")))
 
 
-def option_problems(args: argparse.Namespace) -> list[str]:
+def option_problems(scaling: Scaling, channels: int | None) -> list[str]:
     """The contradictions among the options of the channels, one line each."""
     problems = []
-    if args.normalise == "data" and (args.mean or args.std):
+    normalise = scaling.normalise
+    if normalise == "data" and (scaling.mean or scaling.std):
         problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
-    elif args.normalise and args.normalise != "data" and (args.mean or args.std or args.scale):
-        problems.append(f"--normalise {args.normalise} brings its own --scale, --mean and --std: drop one of them")
-    if bool(args.mean) != bool(args.std):
+    elif normalise and normalise != "data" and (scaling.mean or scaling.std or scaling.scale):
+        problems.append(f"--normalise {normalise} brings its own --scale, --mean and --std: drop one of them")
+    if bool(scaling.mean) != bool(scaling.std):
         problems.append("--mean and --std belong together: give both, one number or one for each channel")
-    if any(value <= 0 for value in args.std or ()):
+    if min(scaling.std or (1.0,)) <= 0:
         problems.append("--std: a standard deviation is above 0")
-    if args.channels is not None:
+    if channels is not None:
         try:
-            check_channels(args.channels)
+            check_channels(channels)
         except InputError as error:
             problems.append(f"--channels: {error}")
     return problems
 
 
-def bands_of(args: argparse.Namespace, channels: int) -> Bands | None:
-    """The `Bands` that the options name, for a network of so many channels; None: the images are RGB photographs.
+def bands_of(scaling: Scaling, channels: int) -> Bands | None:
+    """The `Bands` that are read for a network of so many channels; None: the images are RGB photographs.
 
     Three channels without --bands and --scale are RGB photographs. Raises InputError if an option does not have one
     value for each channel.
     """
-    for name in ("mean", "std"):
-        numbers = getattr(args, name)
+    for name, numbers in (("mean", scaling.mean), ("std", scaling.std)):
         if numbers and len(numbers) not in (1, channels):
             raise InputError(f"--{name}: {len(numbers)} numbers; give one, or one for each of {channels}")
-    if channels == 3 and not args.bands and args.scale is None:
+    chosen = tuple(scaling.bands or ())
+    if channels == 3 and not chosen and scaling.scale is None:
         return None
-    if args.bands and len(args.bands) != channels:
-        raise InputError(f"--bands names {len(args.bands)} bands, and the network takes {channels}")
-    chosen = tuple(args.bands or ())
-    return Bands(channels, chosen, args.scale or 1.0, _likely_colours(channels, chosen))
+    if chosen and len(chosen) != channels:
+        raise InputError(f"--bands names {len(chosen)} bands, and the network takes {channels}")
+    return Bands(channels, chosen, scaling.scale or 1.0, _likely_colours(channels, chosen))
 
 
 # The names of red, green and blue: Sentinel-2's, and plain ones.
@@ -334,10 +454,11 @@ def _likely_colours(channels: int, chosen: tuple[str, ...]) -> tuple[int, ...]:
 
 MEASURED_IMAGES = 256
 # Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
-SMALLEST_STD, LARGEST_STD = 0.01, 30.0
+SMALLEST_STD = 0.01
+LARGEST_STD = 30.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Statistics:
     """Statistics of each channel over all pixels, (channels,) each."""
 
@@ -351,7 +472,8 @@ def measured(images: Iterable[np.ndarray]) -> Statistics:
     """The statistics of images (H, W, channels)."""
     count = 0
     total = squares = 0.0
-    low, high = math.inf, -math.inf
+    low = math.inf
+    high = -math.inf
     for image in images:
         pixels = image.reshape(-1, image.shape[2]).astype(np.float64)
         count += len(pixels)
@@ -363,46 +485,76 @@ def measured(images: Iterable[np.ndarray]) -> Statistics:
     return Statistics(mean, np.sqrt(np.maximum(squares / count - mean**2, 0)), low, high)
 
 
-def settle(args: argparse.Namespace, arch: str, channels: int, images: Any) -> dict[str, Any]:
+def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str, Any]:
     """Decide how the images of a run are normalised: `mean` and `std` of each channel, and `bands` (None: photographs).
 
     Measures some training images and prints the result. Raises InputError if their values after normalisation are far
     from any that networks are trained on.
 
     Args:
-        args: the options; `--mean`, `--std` and `--normalise` take precedence over the values of the arch.
+        scaling: its mean, std and `normalise` take precedence over the values of the arch.
         images: the training images, a `LabelledImages`.
     """
-    bands = bands_of(args, channels)
-    mean, std = args.mean, args.std
-    known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
-    if bands is None and not args.normalise:
-        return {**_each(mean or known["mean"], std or known["std"], channels), "bands": None}
-    scale = 255.0 if bands is None else bands.scale
-    as_array = _numbers if bands is None else bands.array
+    bands = bands_of(scaling, channels)
+    known = {"mean": (0.0,), "std": (1.0,)}
+    if channels == 3:
+        known = normalization(arch)
+    mean = scaling.mean or known["mean"]
+    std = scaling.std or known["std"]
+    if bands is None:
+        _report_12_bits(images)
+    if bands is None and not scaling.normalise:
+        return {"mean": _each(mean, channels), "std": _each(std, channels), "bands": None}
     images = images.at_most(MEASURED_IMAGES)
+    scale = 255.0
+    as_array = _numbers
+    if bands is not None:
+        scale = bands.scale
+        as_array = bands.array
     found = measured(as_array(images[i][0]) for i in range(len(images)))
-    if args.normalise:
+    if scaling.normalise:
         varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
         mean = (found.mean / scale).tolist()
         std = np.where(varies, found.std / scale, 1).tolist()
-    values = _each(mean or known["mean"], std or known["std"], channels)
+    values = {"mean": _each(mean, channels), "std": _each(std, channels), "bands": bands}
     if bands is not None:
-        print(_described(bands, values, len(images) if args.normalise else 0))
-        _check_values(found, bands, values)
-    return {**values, "bands": bands}
+        print(_described(bands, values, len(images) if scaling.normalise else 0))
+        _check_values(found, bands, values["std"])
+    return values
+
+
+EXAMINED_FOR_12_BITS = 16  # images
+
+
+def _report_12_bits(images: Any) -> None:
+    """Print the remedy if some images are grey ones of 16 bits and none of them has a level above 4095."""
+    name = ""
+    some = images.at_most(EXAMINED_FOR_12_BITS)
+    for i in range(len(some)):
+        image, _ = some.undecoded(i)
+        if not getattr(image, "mode", "").startswith("I;16"):
+            continue
+        if np.asarray(image).max() > 4095:
+            return
+        name = some.name(i)
+    if name:
+        print(
+            f"images: no level of {printable(name)}, of 16 bits, is above 4095, so it will be nearly black; "
+            "if its levels have 12 bits, give --scale 4095 --bands 1,1,1"
+        )
 
 
 def _numbers(photograph: Image.Image) -> np.ndarray:
     return np.asarray(photograph, dtype=np.float32)
 
 
-def _each(mean: Sequence[float], std: Sequence[float], channels: int) -> dict[str, tuple[float, ...]]:
-    values = {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
-    return {name: numbers * channels if len(numbers) == 1 else numbers for name, numbers in values.items()}
+def _each(numbers: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A number for each channel."""
+    values = tuple(map(float, numbers))
+    return values * channels if len(values) == 1 else values
 
 
-def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) -> str:
+def _described(bands: Bands, values: dict[str, Any], images: int) -> str:
     chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
     source = f", measured on {images} training images" if images else ""
     return (
@@ -412,21 +564,23 @@ def _described(bands: Bands, values: dict[str, tuple[float, ...]], images: int) 
 
 
 def _distinct(numbers: Sequence[float]) -> str:
-    return ", ".join(f"{number:.4g}" for number in dict.fromkeys(numbers))
+    return ", ".join(map("{:.4g}".format, dict.fromkeys(numbers)))
 
 
-def _check_values(found: Statistics, bands: Bands, values: dict[str, tuple[float, ...]]) -> None:
+def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None:
     """Raise InputError if the network would see values far from any that networks are trained on.
 
     One channel that varies too much is enough, or most channels varying too little. Only a warning is printed for few
     channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
     """
-    seen = found.std / (bands.scale * np.asarray(values["std"]))
-    read = [i for i in range(bands.channels) if not bands.chosen or bands.chosen[i] != ZEROS]
-    weak = [i for i in read if seen[i] < SMALLEST_STD]
-    strong = [i for i in read if seen[i] > LARGEST_STD]
-    if strong or 2 * len(weak) > len(read):
-        worst = strong[0] if strong else weak[0]
+    seen = found.std / (bands.scale * np.asarray(std))
+    is_read = np.ones(bands.channels, dtype=bool)
+    if bands.chosen:
+        is_read = np.array(bands.chosen) != ZEROS
+    weak = np.flatnonzero(is_read & (seen < SMALLEST_STD)).tolist()
+    strong = np.flatnonzero(is_read & (seen > LARGEST_STD)).tolist()
+    if strong or 2 * len(weak) > is_read.sum():
+        worst = [*strong, *weak][0]
         raise InputError(
             f"channel {worst + 1} has a standard deviation of {seen[worst]:.3g} after normalisation, and networks are "
             f"trained on about 1: in the files its numbers go from {found.low[worst]:.4g} to {found.high[worst]:.4g} "
@@ -475,19 +629,20 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     channels = metadata.get("channels") or 3
     check_channels(channels)
     known = normalization(metadata["arch"])
-    values = {name: metadata.get(name, list(known[name])) for name in ("mean", "std")}
-    for name, numbers in values.items():
+    values = {}
+    for name in ("mean", "std"):
+        numbers = metadata.get(name, list(known[name]))
         if not _are_numbers(numbers, channels):
             raise InputError(f"the file is damaged: its {name} is not {channels} numbers")
-    values = {name: tuple(numbers) for name, numbers in values.items()}
-    if not all(number > 0 for number in values["std"]):
+        values[name] = tuple(numbers)
+    if min(values["std"]) <= 0:
         raise InputError("the file is damaged: its std has numbers that are not above 0")
     if "scale" not in metadata:
         return {**values, "bands": None}
     chosen = metadata.get("bands")
     shown = metadata.get("show_bands")
     scale = metadata["scale"]
-    are_names = type(chosen) is list and len(chosen) in (0, channels) and all(type(name) is str for name in chosen)
+    are_names = type(chosen) is list and len(chosen) in (0, channels) and set(map(type, chosen)) <= {str}
     is_scale = _are_numbers([scale], 1) and scale > 0
     if not are_names or not _are_places(shown, channels) or not is_scale:
         raise InputError("the file is damaged: its bands, scale or show_bands are of no image")

@@ -382,7 +382,7 @@ def readable(images: LabelledImages) -> LabelledImages:
 
 def _without_remedy(error: UnreadableImage) -> str:
     """Its remedy is to skip such images, which is being done."""
-    return str(error).rpartition("; repair")[0]
+    return str(error).partition("; repair")[0]
 
 
 def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:

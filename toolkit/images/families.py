@@ -5,15 +5,15 @@ file tells its family, or `--normalise` names the family. Wrong units are this f
 whatever values are taken are printed.
 """
 
-import argparse
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit import InputError, printable
-from toolkit.images.bands import from_metadata
+from toolkit.images.bands import Scaling, from_metadata
 from toolkit.models.backbones import normalization
 
 
@@ -46,17 +46,23 @@ FAMILIES = {
     "ssl4eo-l": Family((6, 7, 9, 11), 255.0, (0.0,), (1.0,), r"landsat_\w+_moco", _TORCHGEO),
     "cem500k": Family((1,), 255.0, (0.57287007,), (0.12740536,), r"cem500k", "cem-dataset, mocov2_config.yaml"),
     "moco-cxr": Family((3,), None, (0.502,), (0.085585,), "", "MoCo-CXR, by its aug_setting"),
+    # Their 2% quantiles of bytes of B4, B3, B2, then ImageNet's mean and std. What is beyond the quantiles is not cut.
+    "seco": Family(
+        (3,),
+        10000.0,
+        (0.245353, 0.188455, 0.147098),
+        (0.115847, 0.088722, 0.075),
+        r"sentinel2_rgb_seco-|^seco_resnet\d+_1(00k|m)|^resnet\d+_(moco|seco|teco|caco)_geo_",
+        "torchgeo, models/resnet.py; SeCo's and CACo's seco_dataset.py",
+    ),
 }
-_GIVEN = ("scale", "mean", "std", "normalise")
 
 
-def take_known_values(
-    args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path | None
-) -> None:
-    """Fill in the values of the checkpoint's pretraining where the options give none, and print them.
+def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path | None) -> Scaling:
+    """The values of the checkpoint's pretraining, which are printed, where the options give none; else `given`.
 
     Args:
-        args: `scale`, `mean`, `std` and `bands` are filled in. They also replace a family's name in `normalise`.
+        given: what the options say. A family's name in `normalise` is replaced by the family's values.
         channels: the network's.
         metadata: the file's, as `toolkit.images.bands.recorded` writes them, and its `arch`; empty if it has none.
         file: the checkpoint or adapter file, whose name may tell its family.
@@ -64,38 +70,32 @@ def take_known_values(
     Raises:
         InputError: the family that `normalise` names is for other channels, or the metadata are damaged.
     """
-    if args.normalise in FAMILIES:
-        family = FAMILIES[args.normalise]
-        if channels not in family.channels:
-            counts = ", ".join(map(str, family.channels))
+    if given.normalise in FAMILIES:
+        expected = FAMILIES[given.normalise].channels
+        if channels not in expected:
             raise InputError(
-                f"--normalise {args.normalise} is for images of {counts} channels, and the network takes {channels}: "
-                "give --scale, --mean and --std instead"
+                f"--normalise {given.normalise} is for images of {', '.join(map(str, expected))} channels, and the "
+                f"network takes {channels}: give --scale, --mean and --std instead"
             )
-        _take_family(args, args.normalise, "")
-        args.normalise = None
-        return
-    if file is None or any(getattr(args, name) is not None for name in _GIVEN):
-        return
+        return _of_family(given.normalise, given.bands, "")
+    if file is None or any((given.scale, given.mean, given.std, given.normalise)):
+        return given
     if metadata:
-        _take_recorded(args, channels, metadata, file)
-        return
+        return _as_recorded(given, channels, metadata, file)
     file_name = Path(file).name
     for name, family in FAMILIES.items():
         if family.file and channels in family.channels and re.search(family.file, file_name):
-            _take_family(args, name, f", which the name of {printable(file_name)} says: else give --scale")
-            return
+            return _of_family(name, given.bands, f", which the name of {printable(file_name)} says: else give --scale")
+    return given
 
 
-def _take_family(args: argparse.Namespace, name: str, reason: str) -> None:
+def _of_family(name: str, bands: Sequence[str] | None, reason: str) -> Scaling:
     family = FAMILIES[name]
-    args.scale = family.scale
-    args.mean = list(family.mean)
-    args.std = list(family.std)
     print(f"images: the scale, mean and std of {name} ({family.source}){reason}")
+    return Scaling(family.scale, list(family.mean), list(family.std), bands)
 
 
-def _take_recorded(args: argparse.Namespace, channels: int, metadata: Mapping[str, Any], file: str | Path) -> None:
+def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], file: str | Path) -> Scaling:
     try:
         values = from_metadata(dict(metadata))
     except InputError as error:
@@ -105,10 +105,9 @@ def _take_recorded(args: argparse.Namespace, channels: int, metadata: Mapping[st
     are_usual = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
     recorded_channels = 3 if bands is None else bands.channels
     if are_usual or channels != recorded_channels:
-        return
-    args.mean = list(values["mean"])
-    args.std = list(values["std"])
+        return given
+    known = Scaling(None, list(values["mean"]), list(values["std"]), given.bands)
     if bands is not None:
-        args.scale = bands.scale
-        args.bands = args.bands or list(bands.chosen) or None
+        known = dataclasses.replace(known, scale=bands.scale, bands=given.bands or list(bands.chosen) or None)
     print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")
+    return known

@@ -14,10 +14,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from toolkit import InputError, listed, printable
-from toolkit.images.bands import ARRAY_SUFFIXES, Bands
+from toolkit.images.bands import ARRAY_SUFFIXES, Bands, WrongBands, open_image, read_file
 
 # The first frame of an animated file is the image.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 # What network drives, archivers and systems put among images: thumbnails, deleted files.
 _OF_SYSTEMS = {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 EVALUATION_NAMES = ("val", "valid", "validation")  # or else test
@@ -46,7 +46,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         try:
-            image = Image.open(self.path(i)) if self.bands is None else self._read(i)
+            image = open_image(self.path(i)) if self.bands is None else self._read(i)
             return image, self.labels[i]
         except (MemoryError, InputError):
             raise
@@ -69,7 +69,7 @@ class ImageFiles(Dataset):
         return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
 
     def content(self, i: int) -> bytes:
-        return b"".join(Path(path).read_bytes() for path in self.parts(i))
+        return b"".join(map(read_file, self.parts(i)))
 
 
 class UnreadableImage(InputError):
@@ -78,6 +78,8 @@ class UnreadableImage(InputError):
 
 def unreadable(path: str, error: Exception) -> UnreadableImage:
     """What to raise for such a file."""
+    if isinstance(error, WrongBands):
+        return UnreadableImage(f"{path}: {printable(error)}")
     return UnreadableImage(
         f"{path}: not a readable image ({printable(error)}); repair or remove it, or use --skip-unreadable"
     )

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from toolkit.images.bands import import_tifffile
+
 COLUMNS = ("x", "y", "epsg")
 _SCALE = "ModelPixelScale"
 _TIEPOINT = "ModelTiepoint"
@@ -25,9 +27,8 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
     x is the longitude and y the latitude in degrees, or both are in the units of the projection. `epsg` is the code of
     the reference system, or empty if it has none.
     """
-    import tifffile
-
     try:
+        tifffile = import_tifffile()
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
             tags = page.geotiff_tags or {}
@@ -59,7 +60,7 @@ def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
     if not any(tiffs):
         return []
     try:
-        import tifffile  # noqa: F401
+        import_tifffile()
     except ImportError:
         print("the geotags of TIFFs are not read: pip install tifffile")
         return []

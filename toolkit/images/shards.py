@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, listed, printable
-from toolkit.images.bands import Bands
+from toolkit.images.bands import FORMATS, Bands
 from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, unreadable
 
 
@@ -59,7 +59,7 @@ class ShardedImages(ImageFiles):
         if self.bands is not None:
             return super().__getitem__(i)
         try:
-            image = Image.open(io.BytesIO(self.content(i)))
+            image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
         except MemoryError:
             raise
         except Exception as error:  # as in ImageFiles

@@ -2,13 +2,11 @@
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from torch.utils.data import get_worker_info
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
@@ -26,7 +24,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded.
     """
-    name = _name(image)
     with _named_if_unreadable(image):
         image.load()
         if _orientation(image) != 1:
@@ -34,7 +31,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):  # convert() would clip these at 255
-        image = _to_8_bits(image, name)
+        image = _to_8_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -62,33 +59,15 @@ def _name(image: Image.Image) -> str:
     return getattr(image, "filename", "") or "an image"
 
 
-_warned_of_12_bits = False
-
-
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; NaN and infinity become black."""
     levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
     scale = 1
     if image.mode.startswith("I;16") or levels.max() > 255:
         scale = 1 / 257
-        if levels.max() < 2**12:
-            _warn_of_12_bits(name)
     elif image.mode == "F" and levels.max() <= 1:
         scale = 255
     return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
-
-
-def _warn_of_12_bits(name: str) -> None:
-    """Warn once per run: among the loading processes only the first one does."""
-    global _warned_of_12_bits
-    worker = get_worker_info()
-    if not _warned_of_12_bits and (worker is None or worker.id == 0):
-        warnings.warn(
-            f"{name}: no level of this 16-bit image is above 4095, so it will be nearly black; if its levels have "
-            "12 bits, multiply them by 16 in all such files",
-            stacklevel=2,
-        )
-    _warned_of_12_bits = True
 
 
 # ----------------------------------------------------------------------------------------------------------------------

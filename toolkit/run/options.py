@@ -37,7 +37,7 @@ from toolkit.files import SHIPPED, found_path, read_checkpoint
 from toolkit.images import bands, splitting
 from toolkit.images.cache import CACHES
 from toolkit.images.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
-from toolkit.images.families import FAMILIES, take_known_values
+from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.images.lists import UNKNOWN
 from toolkit.images.transforms import AUGMENTATIONS
 from toolkit.models.backbones import ARCHS, TIMM
@@ -325,7 +325,7 @@ def complete_data(args: argparse.Namespace, sources: dict[str, str]) -> list[str
 
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the options of the images together, one line each."""
-    problems = bands.option_problems(args)
+    problems = bands.option_problems(scaling_of(args), args.channels)
     if args.val_dir and args.data_list:
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
     elif args.val_dir and not args.data_dir:
@@ -578,18 +578,20 @@ def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[s
     return sources
 
 
-IMAGE_VALUES = ("bands", "scale", "mean", "std", "normalise")
+def scaling_of(args: Any) -> bands.Scaling:
+    """What the options say of the numbers in image files."""
+    return bands.Scaling(args.scale, args.mean, args.std, args.bands, args.normalise)
 
 
-def known_image_values(args: Any, checkpoint: Path | None) -> argparse.Namespace:
-    """The values of IMAGE_VALUES, where the options give none those of the checkpoint's pretraining if they are known.
+def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scaling, bands.Bands | None]:
+    """What the options say of the numbers in image files or else, where it is known, the checkpoint's pretraining.
 
     Args:
         args: `ImageOptions` and `ShapeOptions`.
 
     Returns:
-        These values, and `read`: the bands that are read of a user's images, as many as the first layer takes; None:
-        they are RGB photographs.
+        These values, and the bands that are read of a user's images, as many as the first layer takes; None: they are
+        RGB photographs.
     """
     channels = 3
     metadata: dict[str, Any] = {}
@@ -605,7 +607,5 @@ def known_image_values(args: Any, checkpoint: Path | None) -> argparse.Namespace
                 metadata = about
                 file = adapter
     channels = args.channels or channels
-    values = argparse.Namespace(**{name: getattr(args, name) for name in IMAGE_VALUES})
-    take_known_values(values, channels, metadata, file)
-    values.read = bands.bands_of(values, channels)
-    return values
+    known = known_scaling(scaling_of(args), channels, metadata, file)
+    return known, bands.bands_of(known, channels)
