@@ -80,14 +80,16 @@ from toolkit.run.runs import faults_explained, progress_bar, run_script
 def info(args: argparse.Namespace) -> dict[str, Any]:
     """Print the content of an adapter file and return it."""
     content = read_adapter_file(args.adapter)
-    numel = sum(tensor.numel() for tensor in content["tensors"].values())
+    numel = sum(map(torch.numel, content["tensors"].values()))
     size = args.adapter.stat().st_size / 1e6
     adapted = sum(record["r"] > 0 for record in content["layers"].values())
     print(f"{args.adapter}: {adapted} adapted layers, {numel:,} parameters, {size:.2f} MB")
     for key, value in content["metadata"].items():
         print("\n".join(_described(key, value)))
     for name, record in content["layers"].items():
-        how = f"r={record['r']}, scaling={record['scaling']:g}" if record["r"] else "frozen in 4 bits"
+        how = "frozen in 4 bits"
+        if record["r"]:
+            how = f"r={record['r']}, scaling={record['scaling']:g}"
         print(f"  {printable(name)}: {printable(record['kind'])}, {how}")
     return content
 
@@ -104,8 +106,13 @@ def _described(key: Any, value: Any, indent: str = "  ") -> Iterator[str]:
     if isinstance(value, dict):
         entries = itertools.islice(value.items(), _SHORT.maxlist)
         shown = ", ".join(f"{name} {_SHORT.repr(entry)}" for name, entry in entries)
-    how = {"initial_indent": indent, "subsequent_indent": f"{indent}    ", "break_on_hyphens": False}
-    yield textwrap.fill(f"{printable(key)}: {printable(shown, 2000)}", 100, **how)
+    yield textwrap.fill(
+        f"{printable(key)}: {printable(shown, 2000)}",
+        width=100,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_on_hyphens=False,
+    )
 
 
 # A list may contain the same list many times: a few hundred bytes, written out in full, could fill the memory.
@@ -125,7 +132,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     with _model_on_device(args) as (model, about, make_loader):
         images, where = _labelled_images(args.images, about)
-        images, task = readable(images), _task_of(about)
+        images = readable(images)
+        task = _task_of(about)
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
@@ -134,15 +142,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         comparison.write_answers(report.answer_columns(), images, args.output)
     beside = args.adapter.with_name(f"{args.adapter.stem}_evaluation")
     page = (args.output or beside).with_suffix(".html")
-    rows = [
-        ("adapter", str(args.adapter)),
-        ("images", where),
-        *report.rows(),
-        ("loss", f"{result.loss:.4f}"),
-    ]
+    rows = [("adapter", str(args.adapter)), ("images", where), *report.rows(), ("loss", f"{result.loss:.4f}")]
     print(reports.table([*rows, *report.printed()]))
     with tempfile.TemporaryDirectory() as folder:
-        mistakes, picture = Path(folder) / "mistakes.png", Path(folder) / report.picture
+        mistakes = Path(folder) / "mistakes.png"
+        picture = Path(folder) / report.picture
         report.draw(picture)
         report.draw_mistakes(images, mistakes, about["transform"].bands)
         write_page(page, report.title(), rows, report.sections(picture), args.adapter, mistakes)
@@ -169,18 +173,22 @@ def protocols(args: argparse.Namespace) -> list[Measured]:
     with faults_explained(device, "lower --batch-size") as loaders:
         splits, model, report, plan = prepare(own, device)
         transform = eval_transform(report["image_size"], **plan.normalization)
-        model, features = devices.place(model, device), []
-        for images in (splits.train, splits.val):
+        model = devices.place(model, device)
+
+        def features(images: LabelledImages) -> tuple[Tensor, Tensor]:
             loader = build_loader(Transformed(images, transform), own.batch_size, workers=own.workers, device=device)
             loaders.append(loader)
-            found = evaluation.extract_features(model, progress_bar(loader, "features"), device, plan.dtype)
-            features.append(tuple(tensor.cpu() for tensor in found))
-    clusters = splits.train.clusters(), splits.val.clusters()
+            found, labels = evaluation.extract_features(model, progress_bar(loader, "features"), device, plan.dtype)
+            return found.cpu(), labels.cpu()
 
-    def tell(row: Measured) -> None:
+        train = features(splits.train)
+        val = features(splits.val)
+    clusters = (splits.train.clusters(), splits.val.clusters())
+
+    def report_row(row: Measured) -> None:
         print(reports.table([(row.protocol, row.reported())]))
 
-    rows = measure(*features, splits.class_names, tell, clusters)
+    rows = measure(train, val, splits.class_names, report_row, clusters)
     if args.output is not None:
         write_csv([row._asdict() for row in rows], Measured._fields, args.output)
         print(f"wrote {args.output}")
@@ -201,12 +209,15 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         images = readable(_images(args.images, about["transform"].bands))
         outputs = _outputs(args, model, make_loader(images), "predict")
     columns, answers = task.table(outputs, args.abstain)
+    names = [images.name(i) for i in range(len(images))]
+    rows = []
+    for name, cells in zip(names, answers, strict=True):
+        rows.append({"path": name, **dict(zip(columns, cells, strict=True))})
     columns = ["path", *columns]
-    rows = [dict(zip(columns, (images.name(i), *cells), strict=True)) for i, cells in enumerate(answers)]
-    if places := geotags.centres(images.name(i) for i in range(len(images))):
+    if places := geotags.centres(names):
         prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
         for row, place in zip(rows, places, strict=True):
-            row |= {prefix + name: value for name, value in place.items()}
+            row.update({prefix + name: value for name, value in place.items()})
         columns += [prefix + name for name in geotags.COLUMNS]
     write_csv(rows, columns, args.output)
     print(f"wrote {args.output}: {len(rows)} images")
@@ -379,17 +390,8 @@ def _groups(images: LabelledImages, place: Path, about: dict[str, Any]) -> np.nd
         return None
 
 
-# What `load_splits` takes of a run's settings, with its type there.
-_DATA_OF_RUN = {
-    "dataset": str,
-    "data_dir": str,
-    "eval_split": str,
-    "val_dir": str,
-    "data_list": list,
-    "unknown": str,
-    "group_by": str,
-    "folds": str,
-}
+# What `load_splits` takes of a run's settings: texts, and the list `data_list`.
+_DATA_OF_RUN = ("dataset", "data_dir", "eval_split", "val_dir", "data_list", "unknown", "group_by", "folds")
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
@@ -399,23 +401,22 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
     """
     recorded = _recorded_data(about)
     data = {key: recorded[key] for key in _DATA_OF_RUN if recorded.get(key) is not None}
-    lists = data.get("data_list", [])
-    is_usable = data.get("dataset") in DATASETS and all(type(data[key]) is _DATA_OF_RUN[key] for key in data)
-    if not is_usable or not all(isinstance(path, str) for path in lists) or not _is_one_fold(data.get("folds")):
+    lists = data.pop("data_list", [])
+    texts = [*data.values(), *lists] if isinstance(lists, list) else [None]
+    is_text = all(isinstance(text, str) for text in texts)
+    if not is_text or data.get("dataset") not in DATASETS or not _is_one_fold(data.get("folds", "1/2")):
         raise InputError("the file does not say which images it was evaluated on: give a folder with class folders")
     for key in {"data_dir", "val_dir"} & data.keys():
         data[key] = found_path(data[key])
     if lists:
-        data["data_list"] = [found_path(path) for path in lists]
-    for path in data.get("data_list", []):
-        check_file(path)
+        data["data_list"] = list(map(found_path, lists))
+        for path in data["data_list"]:
+            check_file(path)
     return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
 
 
-def _is_one_fold(text: str | None) -> bool:
-    """Is this one part of several, as 2/5, or nothing?"""
-    if text is None:
-        return True
+def _is_one_fold(text: str) -> bool:
+    """Is this one part of several, as 2/5?"""
     try:
         return "/" in folds(text)
     except argparse.ArgumentTypeError:
@@ -441,12 +442,15 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         save_atomically(state, args.output)
     _write_usage(args.output, usage(metadata))
     arch = metadata["arch"]
-    classes = len(metadata["class_names"])
-    owner = f"timm's {arch.removeprefix(TIMM)}" if arch.startswith(TIMM) else f"torchvision's {arch}"
-    heads = "".join(f"{number} heads and " for number in other_heads(model).values())
-    channels = input_channels(model)
-    images = f" and images of {channels} channels" if channels != 3 else ""
-    print(f"wrote {args.output}: a state_dict for {owner} with {heads}{classes} classes{images}")
+    owner = f"torchvision's {arch}"
+    if arch.startswith(TIMM):
+        owner = f"timm's {arch.removeprefix(TIMM)}"
+    of_heads = other_heads(model)
+    shape = [f"{of_heads['heads']} heads"] if of_heads else []
+    shape.append(f"{len(metadata['class_names'])} classes")
+    if input_channels(model) != 3:
+        shape.append(f"images of {input_channels(model)} channels")
+    print(f"wrote {args.output}: a state_dict for {owner} with {' and '.join(shape)}")
     return metadata
 
 
@@ -589,8 +593,15 @@ def convert(args: argparse.Namespace) -> None:
     if args.to is not None:
         error = to_peft(args.adapter, args.output, args.checkpoint)
     else:
-        shape = args.class_names, args.image_size, args.arch, args.heads
-        error = from_peft(args.adapter, args.output, args.checkpoint, *shape)
+        error = from_peft(
+            args.adapter,
+            args.output,
+            args.checkpoint,
+            class_names=args.class_names,
+            image_size=args.image_size,
+            arch=args.arch,
+            heads=args.heads,
+        )
     print(f"wrote {args.output}; on random images PEFT's logits and these differ by {error:.1e} of their size")
 
 
@@ -601,16 +612,13 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     from the folder (`modules_to_save`). For a 4-bit adapter it is the float model, whose answers differ by the
     rounding.
 
+    Returns the largest difference of the two models' logits for random images, relative to the largest logit. Raises
+    InputError if PEFT is missing, the file has no adapters, or something in it has no counterpart in PEFT's format.
+
     Args:
         adapter: a file that `finetune_lora.py` or `LoRAManager.save_lora_checkpoint` wrote.
         folder: is made if it does not exist; the two files in it are replaced.
         checkpoint: the base, if it was moved since training.
-
-    Returns:
-        The largest difference of the two models' logits for random images, relative to the largest logit.
-
-    Raises:
-        InputError: PEFT is missing, the file has no adapters, or something in it has no counterpart in PEFT's format.
     """
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(adapter, checkpoint)
@@ -627,10 +635,11 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
             "finetune_lora.load_base(checkpoint, stage1_adapter, num_classes) returns, not on the bare checkpoint"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        values, record = recorded(from_metadata(metadata), metadata), _task_of(metadata).record()
-        peft_format.write_peft(model, Path(scratch), values, record)
+        values = recorded(from_metadata(metadata), metadata)
+        peft_format.write_peft(model, Path(scratch), values, _task_of(metadata).record())
         theirs = peft.PeftModel.from_pretrained(base, scratch).eval()
-        error = _difference(theirs, model, metadata["image_size"], torch.inf if four_bits else ROUNDING)
+        tolerance = torch.inf if four_bits else ROUNDING
+        error = _difference(theirs, model, metadata["image_size"], tolerance)
         _write_folder(folder, {name: Path(scratch, name).read_bytes() for name in PEFT_FILES})
     return error
 
@@ -646,6 +655,9 @@ def from_peft(
 ) -> float:
     """Write the LoRA adapter in a folder of PEFT as an adapter file, which `load_finetuned` reads.
 
+    Returns what `to_peft` does. Raises InputError if PEFT is missing, the folder or the checkpoint cannot be read, or
+    the adapter has something that this toolkit's adapters lack.
+
     Args:
         folder: written by `PeftModel.save_pretrained`, with the classifier head in it (`modules_to_save`).
         output: `.pth` or `.safetensors`.
@@ -654,20 +666,15 @@ def from_peft(
         image_size: pixels along each side; None: the checkpoint's own.
         arch: such as 'timm:resnet50'; None: the one that the checkpoint names.
         heads: attention heads of a ViT; None: the number that the checkpoint's layout implies.
-
-    Returns:
-        The largest difference of the two models' logits for random images, relative to the largest logit.
-
-    Raises:
-        InputError: PEFT is missing, the folder or the checkpoint cannot be read, or the adapter has something that this
-            toolkit's adapters lack.
     """
     peft = peft_format.import_peft()
     tensors = peft_format.read_peft(folder)
-    rows = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and n.endswith(".weight") and t.dim() == 2]
+    head = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
+    rows = [len(tensor) for name, tensor in head.items() if name.endswith(".weight") and tensor.dim() == 2]
     if not rows:
         raise InputError(f"{folder} has no classifier head: train it with PEFT's modules_to_save, as ['fc']")
-    class_names = [str(number) for number in range(rows[-1])] if class_names is None else class_names
+    if class_names is None:
+        class_names = list(map(str, range(rows[-1])))
     if len(class_names) != rows[-1]:
         raise InputError(f"--class-names: {len(class_names)} names for the {rows[-1]} outputs of the head in {folder}")
     model, report = load_backbone(checkpoint, len(class_names), arch, image_size, heads)
@@ -677,15 +684,15 @@ def from_peft(
         raise InputError(f"PEFT cannot put {folder} on {checkpoint}: {printable(error, 300)}") from None
     settings, factors = peft_format.adapters_in(theirs, tensors, folder)
     adapt_layers(model, settings)
-    state = {n.removeprefix(peft_format.PREFIX): tensor for n, tensor in tensors.items() if ".lora_" not in n}
-    unknown = model.load_state_dict(state | factors, strict=False).unexpected_keys
+    unknown = model.load_state_dict(head | factors, strict=False).unexpected_keys
     if unknown:
         raise InputError(f"{folder} has tensors that {report['arch']} lacks: {listed(unknown)}")
     error = _difference(theirs, model.eval(), report["image_size"], ROUNDING)
     about = {"class_names": class_names} | {name: report[name] for name in ("arch", "image_size", "heads")}
     about |= recorded(peft_format.values_of(folder, report), report)
     task = from_record(peft_format.task_of(folder), class_names, folder).record()
-    about |= {} if task is None else {"task": task}
+    if task is not None:
+        about["task"] = task
     about["checkpoint"] = stored_checkpoint(checkpoint)
     LoRAManager(model).save_lora_checkpoint(output, about)
     return error
@@ -782,21 +789,10 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
 }
 
 
-class CommandParser(argparse.ArgumentParser):
-    """Shows `--output` as required in the help, but parses without it: `check_output` reports all problems at once."""
-
-    needs_output = False
-
-    def format_help(self) -> str:
-        for action in self._actions:
-            action.required |= action.dest == "output" and self.needs_output
-        return super().format_help()
-
-
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and the parser of each command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subparsers = parser.add_subparsers(dest="command", required=True, parser_class=CommandParser)
+    subparsers = parser.add_subparsers(dest="command", required=True)
     parsers = {}
     for name, (*_, text) in COMMANDS.items():
         parsers[name] = command = subparsers.add_parser(name, help=text, allow_abbrev=False)
@@ -811,22 +807,23 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
-            command.needs_output = name != "evaluate"
-            what = "the file to write" if command.needs_output else "the numbers as .json; the page lies beside it"
-            command.add_argument("--output", type=Path, help=what)
+            what = "the file to write (required)"
+            if name == "evaluate":
+                what = "the numbers as .json; the page lies beside it"
+            command.add_argument("--output", type=Path, help=what)  # `check_output` reports all problems at once
             command.add_argument("--checkpoint", type=checkpoint_path, help="the base, if it was moved since training")
         if name in ON_IMAGES:
             command.add_argument("--batch-size", type=positive_int, default=32, help="images at a time")
             command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
             command.add_argument("--workers", type=worker_count, default="auto", help="processes that load images")
-            helped = "int8: multiply in 8 bits; for a large ViT on a CPU"
-            command.add_argument("--arithmetic", choices=devices.ARITHMETICS, default="float", help=helped)
-    parsers["evaluate"].add_argument(
-        "images",
-        type=Path,
-        nargs="?",
-        help="folder with a folder of images per class, or a list",
-    )
+            command.add_argument(
+                "--arithmetic",
+                choices=devices.ARITHMETICS,
+                default="float",
+                help="int8: multiply in 8 bits; for a large ViT on a CPU",
+            )
+    what = "folder with a folder of images per class, or a list"
+    parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
     parsers["predict"].add_argument(
@@ -850,8 +847,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
     run, check, _ = COMMANDS[args.command]
-    args.rest = rest if args.command == "protocols" else []
-    problems = check(args) + ([] if args.rest else unknown_words(parsers[args.command], rest))
+    args.rest = rest
+    problems = check(args)
+    if args.command != "protocols":
+        problems += unknown_words(parsers[args.command], rest)
     if problems:
         raise InputError("\n".join(problems))
     return run(args)
