@@ -32,7 +32,7 @@ def test_checkpoints_and_inference_agree_with_what_was_trained(trained, capsys):
 
 @pytest.mark.slow
 def test_serving_answers_for_each_task(trained, capsys):
-    examples.example_6_serving(trained)
+    examples.example_5_serving(trained)
     right, of = map(
         int, re.search(r"(\d+) of (\d+) answers right for digits and parity", capsys.readouterr().out).groups()
     )
@@ -46,36 +46,24 @@ def test_an_example_that_finds_something_wrong_raises():
 
 
 @pytest.mark.slow
-def test_the_sizes_are_those_of_files(capsys):
-    examples.main(["--only", "5"])
-    for line in capsys.readouterr().out.splitlines():
-        if line.strip().startswith(("resnet50", "vit_b_16")):
-            full, lora, qlora, merged, in_memory, four_bit = map(float, line.split()[1:])
-            assert lora == pytest.approx(qlora, abs=0.02) and lora < full / 20
-            assert merged == pytest.approx(full, rel=0.01) and four_bit < in_memory / 4
-
-
-@pytest.mark.slow
 def test_several_labels_are_found_and_answered(capsys):
-    examples.main(["--only", "7"])
+    examples.main(["--only", "6"])
     printed = capsys.readouterr().out
     figures = re.findall(
-        r"(disc|frame|stripes) +AP ([\d.]+)%, AUROC ([\d.]+)%; an answer above probability 0\.\d+", printed
+        r"(even|round|large) +AP ([\d.]+)%, AUROC ([\d.]+)%; an answer above probability 0\.\d+", printed
     )
-    assert [name for name, *_ in figures] == ["disc", "frame", "stripes"]
+    assert [name for name, *_ in figures] == ["even", "round", "large"]
     assert all(float(ap) > 80 and float(roc) > 90 for _, ap, roc in figures)
-    answers = re.findall(r"answered ([a-z,]+); true: disc (\w+), frame (\w+), stripes (\w+)", printed)
-    assert len(answers) == 3 and "unknown" in str(answers)
-    known = [
-        (true == "yes") == (name in said.split(","))
-        for said, *truth in answers
-        for name, true in zip(("disc", "frame", "stripes"), truth, strict=True)
-        if true != "unknown"
-    ]
-    assert sum(known) >= len(known) - 1
+    answers = re.findall(r"(\d) is ([a-z,]+)", printed)
+    assert len(answers) == 3
+    right = 0
+    for digit, labels in answers:
+        for name, which in examples.LABELS.items():
+            right += (int(digit) in which) == (name in labels.split(","))
+    assert right >= 8
 
 
 def test_an_unknown_number_is_refused():
     with pytest.raises(SystemExit) as stopped:
-        examples.main(["--only", "8"])
+        examples.main(["--only", "7"])
     assert stopped.value.code == 2
