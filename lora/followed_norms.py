@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lora.backends import compute_dtype
-from lora.fusion import STOCK, folds, is_hooked, scale_and_shift
+from lora.fusion import STOCK, folds, is_hooked
 from lora.nf4 import dense_weight
 from toolkit import InputError, dotted
 from toolkit.answers.evaluation import eval_mode
@@ -284,7 +284,7 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
         return None, None, conv.bias
     if conv.followed is not None and conv.followed.norm is norm:
         return conv.followed.folded(conv)
-    scale, shift = scale_and_shift(norm, conv.bias)
+    scale, shift = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, conv.bias)
     return scale, None, shift
 
 

@@ -454,7 +454,7 @@ class _LoRAConv2d(torch.autograd.Function):
 
         bias = None if bias is None else bias.to(dtype)
         given, A = (A, B), A.to(dtype)
-        row_scales = _times(row_scale, scaling)  # s g
+        row_scales = _scaled(row_scale, scaling)  # s g
         row_B = _scale_rows(B, scaling, row_scales)
         sB, kernel = row_B.to(dtype), None
         if not ctx.side_path:
@@ -488,7 +488,7 @@ class _LoRAConv2d(torch.autograd.Function):
             g_log_scale, g_bias = _scale_gradients(gy, y, *followed)
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
-        row_scales = _times(row_scale, ctx.scaling)
+        row_scales = _scaled(row_scale, ctx.scaling)
         row_B = _scale_rows(B, ctx.scaling, row_scales)
         A, sB = precise_A.to(ctx.dtype), row_B.to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
@@ -567,18 +567,8 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
     return backends.product(gradients.T, pixels)
 
 
-def _times(row_scale: Tensor | None, scaling: float) -> Tensor | None:
-    """``s g``. It is kept as an attribute of g, which `fusion.scale_and_shift` keeps as well."""
-    if row_scale is None or scaling == 1:
-        return row_scale
-    if backends.is_traced():
-        return row_scale * scaling
-    known = vars(row_scale).get("times")
-    if known is None or known[0] != scaling:
-        known = scaling, row_scale * scaling
-        if not torch.is_inference_mode_enabled():  # a tensor made there cannot be saved for a backward pass
-            row_scale.times = known
-    return known[1]
+def _scaled(row_scale: Tensor | None, scaling: float) -> Tensor | None:
+    return row_scale if row_scale is None or scaling == 1 else row_scale * scaling
 
 
 def _scale_rows(matrix: Tensor, scaling: float, row_scales: Tensor | None) -> Tensor:

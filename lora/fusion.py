@@ -20,7 +20,6 @@ This file knows the layers of `finetune_lora.py` only by what they offer: see `l
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,13 +37,12 @@ from lora.attention import SelfAttention, attend, attend_heads
 from lora.backends import is_traced
 from lora.functional import (
     RecomputedNorm,
-    compute_dtype,
     frozen_linear,
     max_pool2d_relu,
 )
 from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
-from toolkit.models.norms import Freezable, FreezableBatchNorm2d, constant_scale_and_shift, stock_norm
+from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
 # --------------------------------------------------------------------------------------------- what goes together
 
@@ -76,36 +74,6 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
         and norm.running_mean is not None
         and not _trains(norm)
     )
-
-
-# Each BatchNorm's scale and shift, and what they were computed from.
-_FOLDED: weakref.WeakKeyDictionary[nn.Module, tuple[list, list[Tensor], tuple[Tensor, Tensor]]]
-_FOLDED = weakref.WeakKeyDictionary()
-
-
-def scale_and_shift(norm: nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The row scale g of the kernel and the bias that make a convolution compute this BatchNorm too, both (out,).
-
-    In eval mode BatchNorm computes ``g x + (beta - mean g)`` with ``g = gamma / sqrt(var + eps)``. They are kept as
-    long as all that they depend on stays where it is and, as its version tells, what it is.
-    """
-    trains = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    if trains or is_traced() or torch.is_inference_mode_enabled():
-        return constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
-    # PyTorch counts the batch where it changes the statistics, but not their versions.
-    sources = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked, bias
-    tensors = [t for t in sources if t is not None]
-    if any(map(torch.is_inference, tensors)):  # they have no versions
-        return constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
-    dtype = compute_dtype(norm.running_mean)
-    state = [norm.eps, dtype, *((t.data_ptr(), t._version) for t in tensors)]
-    known = _FOLDED.get(norm)
-    if known is None or known[0] != state:
-        with torch.no_grad():
-            scale, shift = constant_scale_and_shift(norm, norm.running_mean, norm.running_var, bias)
-            # The aliases keep the memory from being used again for other numbers.
-            known = _FOLDED[norm] = state, [t.detach() for t in tensors], (scale, shift.to(dtype))
-    return known[2]
 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:

@@ -29,7 +29,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import ConvStemConfig
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
-from lora.fusion import scale_and_shift
 from lora_utils import LoRAManager
 from toolkit.models.norms import NORMS
 
@@ -289,31 +288,27 @@ def test_other_stems_stay_as_they_are(name, module):
 
 CHANGES = {
     "another scale": lambda norm: nn.init.constant_(norm.weight, 3.0),
-    "statistics in training": lambda norm: norm.train()(torch.randn(4, 3, 5, 5)),
-    "a state that is loaded": lambda norm: norm.load_state_dict({**norm.state_dict(), "running_var": torch.ones(3)}),
-    "another dtype and back": lambda norm: norm.half().float(),
+    "statistics in training": lambda norm: norm.train()(torch.randn(4, 4, 5, 5)),
+    "a state that is loaded": lambda norm: norm.load_state_dict({**norm.state_dict(), "running_var": torch.ones(4)}),
+    "statistics behind autograd's back": lambda norm: norm.running_mean.data.copy_(torch.ones(4)),
     "another epsilon": lambda norm: setattr(norm, "eps", 0.5),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_scale_and_shift_follow_what_they_are_made_of(change):
-    norm = nn.BatchNorm2d(3).requires_grad_(False).eval()
-    norm.running_var.uniform_(0.5, 2), norm.running_mean.normal_(), nn.init.normal_(norm.bias)
-    x = torch.randn(2, 3, 4, 4)
-
-    def computed():
-        scale, shift = (t[:, None, None] for t in scale_and_shift(norm, None))
-        return x * scale + shift
-
-    known = scale_and_shift(norm, None)
-    assert scale_and_shift(norm, None) is known  # as long as nothing changes
-    assert_close(computed(), norm(x), FP32)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_folded_batch_norm_is_what_it_is_at_each_call(change, mode):
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    stock[1].running_var.uniform_(0.5, 2), stock[1].running_mean.normal_(), nn.init.normal_(stock[1].bias)
+    model = frozen(copy.deepcopy(stock)).eval()
+    x = images(8)
+    with mode():
+        model(x)
     with torch.no_grad():
-        CHANGES[change](norm)
-    norm.eval()
-    assert scale_and_shift(norm, None) is not known
-    assert_close(computed(), norm(x), FP32)
-    with torch.inference_mode():
-        scale_and_shift(norm, torch.ones(3))
-    assert not any(t.is_inference() for t in scale_and_shift(norm, None))
+        CHANGES[change](model[1])
+    model.eval()
+    twin = dense_twin(stock, model).eval()
+    twin[1].load_state_dict(model[1].state_dict())
+    twin[1].eps = model[1].eps
+    with mode():
+        assert_close(model(x), twin(x.double()), FP32)
