@@ -1,1 +1,1 @@
-"""What outputs mean, how good they are, and what is told of them."""
+"""What outputs mean, how good they are, and what is reported of them."""

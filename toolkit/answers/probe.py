@@ -24,7 +24,8 @@ TEMPERATURES = [2 ** (i / 2) for i in range(9)]  # 1 to 16
 # Measured, see benchmarks/RESULTS.md: how far weights that move by the learning rate in each of so many steps may
 # change logits of standard deviation 1. A shorter run needs the same: where the probe is sure of its training images
 # there is nothing but noise in their gradient, and Adam makes full steps of that.
-LOGIT_DRIFT, DRIFT_STEPS = 0.3, 500
+LOGIT_DRIFT = 0.3
+DRIFT_STEPS = 500
 
 
 class Probe(NamedTuple):
@@ -158,55 +159,74 @@ def fit_linear_probe(
     The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100
     classes.
     """
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import cross_validate
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     weights = None if class_weights == "none" else class_weights
-    X, y = features.detach().cpu().float().numpy(), labels.cpu().numpy()
+    X = features.detach().cpu().float().numpy()
+    y = labels.cpu().numpy()
     splits = _class_parts(y[: len(y) // views], views, clusters)
-    best = 1.0
+    strength = 1.0
     held_out = None
-
-    def loss_of(fitted, X: np.ndarray, y: np.ndarray) -> float:
-        return log_loss(y, fitted.predict_proba(X), labels=fitted.classes_)
-
     # With few classes several threads wait for each other, up to 16 times as long: one computes the products.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
         if splits:
-            smallest, found = np.inf, ()
-            for strength in STRENGTHS:
-                how = {"cv": splits, "scoring": loss_of, "return_estimator": True}
-                tried = cross_validate(_regression(strength, weights), X, y, **how)
-                loss = tried["test_score"].mean()
-                if loss >= smallest:
-                    break
-                smallest = loss
-                best = float(strength)
-                found = tried["estimator"]
-            held_out = torch.full((len(y), num_classes), torch.nan)
-            for (_, part), fitted in zip(splits, found, strict=True):
-                weight, bias = _as_linear(fitted, num_classes)
-                answers = torch.from_numpy(X[part]) @ weight.T + bias
-                lacking = np.setdiff1d(y, fitted.classes_)  # a class that the whole set has is the last to be answered
-                answers[:, lacking] = answers[:, fitted.classes_].amin(1, keepdim=True)
-                held_out[part] = answers
-        weight, bias = _as_linear(_regression(best, weights).fit(X, y), num_classes)
-    return Probe(weight, bias, best, held_out)
+            strength, fitted = _best_strength(X, y, splits, weights)
+            held_out = _held_out(X, y, splits, fitted, num_classes)
+        weight, bias = _as_linear(_regression(strength, weights).fit(X, y), num_classes)
+    return Probe(weight, bias, strength, held_out)
 
 
-def _class_parts(labels: np.ndarray, views: int, clusters: Tensor | None) -> list[tuple[np.ndarray, np.ndarray]]:
+Split = tuple[np.ndarray, np.ndarray]  # the rows (rest, part) of one part of a cross-validation
+
+
+def _best_strength(X: np.ndarray, y: np.ndarray, splits: Sequence[Split], weights: str | None) -> tuple[float, list]:
+    """The C with the smallest cross-validated loss, and the regressions fitted to the rest of each part with it."""
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import cross_validate
+
+    def loss_of(fitted, X: np.ndarray, y: np.ndarray) -> float:
+        return log_loss(y, fitted.predict_proba(X), labels=fitted.classes_)
+
+    smallest = np.inf
+    best = 1.0
+    found = []
+    for strength in STRENGTHS:
+        tried = cross_validate(_regression(strength, weights), X, y, cv=splits, scoring=loss_of, return_estimator=True)
+        loss = tried["test_score"].mean()
+        if loss >= smallest:
+            break
+        smallest = loss
+        best = float(strength)
+        found = tried["estimator"]
+    return best, found
+
+
+def _held_out(X: np.ndarray, y: np.ndarray, splits: Sequence[Split], fitted: Sequence, num_classes: int) -> Tensor:
+    """`Probe.held_out` of regressions fitted to the rest of each part."""
+    held_out = torch.full((len(y), num_classes), torch.nan)
+    for (_, part), regression in zip(splits, fitted, strict=True):
+        weight, bias = _as_linear(regression, num_classes)
+        answers = torch.from_numpy(X[part]) @ weight.T + bias
+        lacking = np.setdiff1d(y, regression.classes_)  # a class that the whole set has is the last to be answered
+        answers[:, lacking] = answers[:, regression.classes_].amin(1, keepdim=True)
+        held_out[part] = answers
+    return held_out
+
+
+def _class_parts(labels: np.ndarray, views: int, clusters: Tensor | None) -> list[Split]:
     """The rows (rest, part) of each part of a cross-validation that has its share of each of the labels (N,)."""
     from sklearn.model_selection import StratifiedKFold
 
-    if clusters is None:
-        folds = min(FOLDS, np.bincount(labels)[np.unique(labels)].min())
-        chosen = StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels) if folds > 1 else ()
-    else:
+    folds = min(FOLDS, np.bincount(labels)[np.unique(labels)].min())
+    if clusters is not None:
         chosen = _known_classes(labels, _folds(labels, clusters))
+    elif folds > 1:
+        chosen = StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels)
+    else:
+        return []
     offsets = len(labels) * np.arange(views)[:, None]
-    return [tuple((positions + offsets).ravel() for positions in pair) for pair in chosen]
+    return [((rest + offsets).ravel(), (part + offsets).ravel()) for rest, part in chosen]
 
 
 def _known_classes(labels: np.ndarray, fold: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -227,14 +247,17 @@ def _folds(alike: Sequence[int], clusters: Tensor) -> np.ndarray:
 
 def _as_linear(fitted, num_classes: int) -> tuple[Tensor, Tensor]:
     """Weight (K, D) and bias (K,) on features that are not standardised."""
-    scaler, regression = (step for _, step in fitted.steps)
+    (_, scaler), (_, regression) = fitted.steps
     # w (x - mean) / std + b  =  (w / std) x + (b - (w / std) mean)
     rows = regression.coef_ / scaler.scale_
     shifts = regression.intercept_ - rows @ scaler.mean_
     if len(rows) == 1:  # for two classes scikit-learn gives the difference
-        rows, shifts = np.concatenate([-rows, rows]) / 2, np.concatenate([-shifts, shifts]) / 2
-    weight, bias = torch.zeros(num_classes, rows.shape[1]), torch.zeros(num_classes)
-    weight[regression.classes_], bias[regression.classes_] = torch.tensor(rows).float(), torch.tensor(shifts).float()
+        rows = np.concatenate([-rows, rows]) / 2
+        shifts = np.concatenate([-shifts, shifts]) / 2
+    weight = torch.zeros(num_classes, rows.shape[1])
+    bias = torch.zeros(num_classes)
+    weight[regression.classes_] = torch.tensor(rows).float()
+    bias[regression.classes_] = torch.tensor(shifts).float()
     return weight, bias
 
 
@@ -270,8 +293,10 @@ def fit_one_vs_rest(
     """
     X, mean, scale = _standardised(features)
     Y = targets.detach().cpu().double()
-    weight_of = torch.ones(2, Y.shape[1]) if weights is None else weights.cpu()
-    counts = torch.where(Y > 0.5, weight_of[1], weight_of[0]).double().masked_fill(Y.isnan(), 0)
+    counts = torch.ones_like(Y)
+    if weights is not None:
+        counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
+    counts.masked_fill_(Y.isnan(), 0)
     count = len(Y) // views
     parts = list(_parts(count, views, strata(Y[:count]).tolist(), clusters))
     Y = Y.nan_to_num()
@@ -279,8 +304,11 @@ def fit_one_vs_rest(
     smallest = np.inf
     best = 1.0
     held_out = None
-    for strength in STRENGTHS if parts else ():
-        loss, answers = 0.0, torch.zeros(Y.shape)
+    for strength in STRENGTHS:
+        if not parts:
+            break
+        loss = 0.0
+        answers = torch.zeros(Y.shape)
         for i, (rest, part) in enumerate(parts):
             starts[i] = _logistic(X[rest], Y[rest], counts[rest], strength, starts[i])
             loss += _logistic_loss(X[part], Y[part], counts[part], starts[i]).item()
@@ -305,7 +333,8 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     `fit_linear_probe`.
     """
     X, mean, scale = _standardised(features)
-    X, Y = X.double(), targets.detach().cpu().double()
+    X = X.double()
+    Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
     count = len(Y) // views
     for rest, part in _parts(count, views, [0] * count, clusters):
@@ -318,7 +347,8 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
 
 def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     X = features.detach().cpu().float()
-    mean, scale = X.mean(0), X.std(0, correction=0)
+    mean = X.mean(0)
+    scale = X.std(0, correction=0)
     scale[scale <= 1e-6 * mean.abs()] = 1.0  # constant but for rounding
     scale[scale == 0] = 1.0
     return (X - mean) / scale, mean, scale
@@ -338,9 +368,11 @@ def _parts(count: int, views: int, alike: Sequence[int], clusters: Tensor | None
         fold = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(FOLDS, count)
     else:
         fold = torch.from_numpy(_folds(alike, clusters))
-    number_of_parts = int(fold.max()) + 1
+    parts = int(fold.max()) + 1
     fold = fold.repeat(views)
-    for number in range(number_of_parts if number_of_parts > 1 else 0):
+    if parts < 2:
+        return
+    for number in range(parts):
         yield (fold != number).nonzero().flatten(), (fold == number).nonzero().flatten()
 
 
@@ -348,7 +380,7 @@ def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tens
     """Weights and, in the last column, biases (K, D + 1) with the smallest penalised loss."""
     from scipy.optimize import minimize
 
-    shape = Y.shape[1], X.shape[1] + 1
+    shape = (Y.shape[1], X.shape[1] + 1)
     penalty = 1 / (strength * len(X))
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -360,8 +392,8 @@ def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tens
         value += penalty / 2 * weights[:, :-1].square().sum()
         return value.item(), gradient.numpy().ravel()
 
-    start = np.zeros(shape) if start is None else start.numpy()
-    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200, "gtol": 1e-4})
+    begin = np.zeros(shape) if start is None else start.numpy()
+    found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200, "gtol": 1e-4})
     return torch.from_numpy(found.x).view(shape)
 
 
@@ -382,10 +414,12 @@ def _ridges(X: Tensor, Y: Tensor, penalties) -> list[tuple[Tensor, Tensor]]:
         if not known.any():
             continue
         columns = (which == number).nonzero().flatten()
-        rows, truth = X[known], Y[known][:, columns]
-        centre, mean = rows.mean(0), truth.mean(0)
-        rows, truth = rows - centre, truth - mean
-        wide = rows.shape[1] > rows.shape[0]
+        centre = X[known].mean(0)
+        rows = X[known] - centre
+        truth = Y[known][:, columns]
+        mean = truth.mean(0)
+        truth = truth - mean
+        wide = rows.shape[1] > rows.shape[0]  # then the smaller problem is that of the images
         values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
         turned = vectors.T @ (truth if wide else rows.T @ truth)
         for (weight, bias), penalty in zip(found, penalties, strict=True):
