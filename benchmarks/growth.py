@@ -3,6 +3,7 @@
     pip install -r benchmarks/requirements.txt
     python -m benchmarks.growth                                       # an hour on two cores
     python -m benchmarks.growth --device cuda --precision bf16 --batches 16 32 64 128 --fits-into 24
+    python -m benchmarks.growth --answers 10000x20 100000x20 10000x1000    # what a run ends with: its reports, minutes
 
 One thing varies at a time, from a ViT-B/16 with the second of --batches and the second of --ranks: 8 and 8. Each point
 is a run of `benchmarks.compare_peers`, with all variants side by side; see there for what is measured. A finished point
@@ -14,7 +15,9 @@ are left to CUDA itself, which is assumed.
 import argparse
 import json
 import math
+import multiprocessing
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,12 @@ from tqdm import tqdm
 from benchmarks import MEASURED, compare_peers
 from benchmarks.compare_peers import VARIANTS
 from lora.backends import PREFERS_ONEDNN_LINEAR
+from toolkit.answers.evaluation import Evaluation
+from toolkit.answers.multilabel import LabelAnswers
+from toolkit.answers.regression import NumberAnswers
+from toolkit.answers.tasks import TASKS
 from toolkit.config import positive_float, positive_int
-from toolkit.devices import CUDA_CONTEXT_BYTES
+from toolkit.devices import CUDA_CONTEXT_BYTES, peak_memory_bytes
 from toolkit.run.runs import run_script
 
 MODELS = ("vit_small", "vit_b_16", "vit_l_16")
@@ -41,6 +48,8 @@ Point = tuple[str, int, int]  # model, batch size, rank
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure what is missing, then write `growth.json` and `growth.png` and print the tables."""
     args = parse(argv)
+    if args.answers:
+        return measure_answers(args.answers)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     middle = "vit_b_16", args.batches[:2][-1], args.ranks[:2][-1]
     sweeps = {
@@ -73,6 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=positive_int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: peers by the same products, and LoRA")
+    parser.add_argument("--answers", nargs="+", metavar="IMAGESxOUTPUTS", help="measure the reports on these instead")
     parser.add_argument("--steps", type=positive_int, default=3, help="rounds that are timed")
     parser.add_argument("--fits-into", type=positive_float, default=8.0, help="GB, for the largest batch")
     parser.add_argument("--image-size", type=positive_int, default=224)
@@ -116,6 +126,47 @@ def largest_batch(sweep: dict[str, Any], variant: str, gigabytes: float) -> int:
         return 0
     slope, start = np.polyfit(*zip(*measured, strict=True), 1)
     return max(0, int((gigabytes * 1e9 - start) / slope))
+
+
+def measure_answers(sizes: list[str]) -> dict[str, Any]:
+    """Seconds and memory of the reports on answers of each task and size, each in a process of its own."""
+    result = {}
+    print("| images x outputs | task | seconds | memory beside the answers, MB |\n|---|---|---|---|")
+    for size in sizes:
+        images, outputs = map(int, size.split("x"))
+        for kind in TASKS:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                seconds, memory = pool.apply(report_on_answers, (kind, images, outputs))
+            result[f"{kind} {size}"] = {"seconds": seconds, "memory_bytes": memory}
+            print(f"| {size} | {kind} | {seconds:.1f} | {memory / 1e6:,.0f} |", flush=True)
+    return result
+
+
+def report_on_answers(kind: str, images: int, outputs: int) -> tuple[float, int]:
+    """The seconds and bytes that the figures of a report take, with intervals: the answers are random."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    names = [str(i) for i in range(outputs)]
+    if kind == "classification":
+        labels = torch.randint(outputs, (images,), generator=generator)
+        said = labels.where(torch.rand(images, generator=generator) < 0.7, labels.flip(0))
+        answers = Evaluation(0.5, (said == labels).float().mean().item(), said, labels, torch.rand(images))
+        task = TASKS[kind](names)
+    else:
+        truth = torch.randn(images, outputs, generator=generator)
+        scores = truth + torch.randn(images, outputs, generator=generator)
+        if kind == "multilabel":
+            task = TASKS[kind](names)
+            answers = LabelAnswers(0.5, scores.sigmoid(), (truth > 1).float())
+        else:
+            task = TASKS[kind](names, truth)
+            answers = NumberAnswers(0.5, scores, truth)
+    before = peak_memory_bytes(torch.device("cpu"))
+    started = time.perf_counter()
+    report = task.report(answers)
+    report.figures()
+    report.printed()
+    return time.perf_counter() - started, peak_memory_bytes(torch.device("cpu")) - before
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -69,6 +69,12 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+def test_what_reports_take_is_measured_for_each_task(capsys):
+    found = growth.main(["--answers", "60x3"])
+    assert list(found) == ["classification 60x3", "multilabel 60x3", "regression 60x3"]
+    assert all(entry["seconds"] > 0 for entry in found.values()) and "| 60x3 | regression |" in capsys.readouterr().out
+
+
 def test_each_loader_makes_the_same_views_of_each_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "PHOTOGRAPHS", {"small": ((130, 90), 4)})
     rows = loading.main(["--only", "views", "--images", "3", "--output-dir", str(tmp_path)])["views"]

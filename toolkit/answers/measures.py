@@ -245,32 +245,39 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
+    one = _Ranks(answers)
+    other = _Ranks(truth)
 
     def measure(weights: Tensor) -> Tensor:
         counts = weights.double()
-        total = counts.sum(1, keepdim=True)
-        first = _mean_ranks(answers, counts)
-        second = _mean_ranks(truth, counts)
-        first -= (first * counts).sum(1, keepdim=True) / total
-        second -= (second * counts).sum(1, keepdim=True) / total
-        together = (first * second * counts).sum(1)
-        return together / ((first.square() * counts).sum(1) * (second.square() * counts).sum(1)).sqrt()
+        first = one.centred(counts)
+        second = other.centred(counts)
+        weighted = first * counts
+        together = (weighted * second).sum(1)
+        spread = (weighted * first).sum(1)
+        return together / (spread * second.square_().mul_(counts).sum(1)).sqrt()
 
     if weights is None:
         return measure(torch.ones(1, len(truth)))[0]
     return by_rows(measure, weights, 4 * len(truth))
 
 
-def _mean_ranks(values: Tensor, counts: Tensor) -> Tensor:
-    """Each image's rank, weighted by `counts`; equal values share their mean rank."""
-    order = values.argsort(stable=True)
-    ends = _ends_of_runs(values[order])
-    until = counts[:, order].cumsum(1)[:, ends]
-    of_run = until.diff(dim=1, prepend=torch.zeros_like(until[:, :1]))
-    run = torch.searchsorted(ends, torch.arange(len(values)))
-    ranks = torch.empty(counts.shape, dtype=torch.float64)
-    ranks[:, order] = (until - of_run / 2)[:, run]
-    return ranks
+class _Ranks:
+    """The ranks of values (N,), which are sorted once. Equal values share their mean rank."""
+
+    def __init__(self, values: Tensor):
+        self.order = values.argsort(stable=True)
+        self.ends = _ends_of_runs(values[self.order])
+        self.run = torch.searchsorted(self.ends, torch.arange(len(values)))
+        self.place = torch.empty_like(self.order)  # in the order
+        self.place[self.order] = torch.arange(len(values))
+
+    def centred(self, counts: Tensor) -> Tensor:
+        """The ranks, (n, N), of images that count so often, less their mean."""
+        until = counts[:, self.order].cumsum(1)[:, self.ends]
+        until = until - until.diff(dim=1, prepend=torch.zeros_like(until[:, :1])) / 2
+        ranks = until[:, self.run[self.place]]
+        return ranks - (ranks * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
