@@ -1,5 +1,6 @@
 """What a run does when training harms the network, and which epoch it keeps."""
 
+import copy
 import gc
 import json
 import math
@@ -10,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_lora import FineTuning, load_finetuned
+import finetune_lora
+from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
-from toolkit.run import guard as guard_module
-from toolkit.run import runs, training
+from toolkit.run import guard, optim, runs, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 
 CPU = torch.device("cpu")
@@ -72,53 +73,125 @@ def watched(monkeypatch):
     def script(accuracies: list[float]) -> None:
         left = iter(accuracies)
         monkeypatch.setattr(FineTuning, "evaluate_watched", lambda run: real(run)._replace(accuracy=next(left)))
-        monkeypatch.setattr(Guard, "may_shrink", property(lambda _: False, lambda *_: None), raising=False)
 
+    monkeypatch.setattr(finetune_lora, "Guard", lambda *given, **how: Guard(*given, **how | {"may_shrink": False}))
     return script
 
 
-def guard(images: int, accuracies: list[float], classes: int = 10, all_train: bool = False) -> Guard:
+def answers(score: float, loss: float) -> Evaluation:
+    return Evaluation(loss, score, *[None] * 3)
+
+
+def guard_of(
+    images: int, scores: list[float], classes: int = 10, all_train: bool = False, may_shrink: bool = False
+) -> Guard:
     """One that watches so many images, of classes that are equally frequent, and has seen these accuracies."""
     watched = LabelledImages([None] * images, [i % classes for i in range(images)])
-    made = Guard(Classification([str(i) for i in range(classes)]), watched, watched, all_train, may_shrink=True)
-    made.scores = accuracies
-    return made
+    judge = Guard(Classification([str(i) for i in range(classes)]), watched, watched, all_train, may_shrink)
+    judge.scores = scores
+    return judge
+
+
+def guard_that_may_shrink() -> Guard:
+    """One of a run that began with an accuracy of 0.8 and a loss of 1, and whose first step had that loss too."""
+    judge = guard_of(100, [], may_shrink=True)
+    judge.note_start(None, answers(0.8, loss=1.0))
+    judge.note_step(1.0)
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("trained", "kept", "divisor", "verdict"),
+    [
+        (answers(0.9, 0.5), answers(0.9, 0.5), 1, Keep()),
+        (answers(0.8, 1.5), answers(0.8, 1.5), 1, Keep()),  # a higher loss alone is no harm
+        (answers(0.5, 0.9), answers(0.5, 0.9), 1, GoBack("training collapsed")),
+        (answers(0.9, math.nan), answers(0.9, math.nan), 1, GoBack("training collapsed")),
+        (answers(0.79, 1.1), answers(0.79, 1.1), 1, ShrinkTo(2)),
+        (answers(0.79, 1.1), answers(0.79, 1.1), 2, ShrinkTo(4)),
+        (answers(0.79, 1.1), answers(0.79, 1.1), 4, ShrinkTo(8)),
+        (answers(0.79, 1.1), answers(0.79, 1.1), 8, ShrinkTo(math.inf)),
+        (answers(0.79, 1.1), answers(0.79, 1.1), math.inf, Keep()),  # nothing is left to shrink
+        (answers(0.79, 1.1), answers(0.81, 1.0), 2, Keep()),  # with half of the change
+    ],
+)
+def test_what_becomes_of_an_epoch(trained, kept, divisor, verdict):
+    """Asked once or twice, the guard answers the same and is the same."""
+    judge = guard_that_may_shrink()
+    before = copy.deepcopy(judge.state_dict())
+    assert judge.after_epoch(trained, kept, divisor) == judge.after_epoch(trained, kept, divisor) == verdict
+    assert judge.state_dict() == before
+
+
+def test_an_epoch_is_kept_whole_where_nothing_may_shrink():
+    judge = guard_of(100, [0.8])
+    worse = answers(0.79, 1.1)
+    assert judge.after_epoch(worse, worse, 1) == Keep()
+    judge.note_epoch(worse, 1)
+    assert judge.scores == [0.8, 0.79] and judge.barren_epochs == 0
+
+
+def test_the_state_of_a_guard_comes_back():
+    judge = guard_that_may_shrink()
+    judge.note_epoch(answers(0.7, 1.2), math.inf)
+    judge.note_retreat(2, 1e-3, good_epochs=1, seconds=5.0)
+    other = guard_of(100, [], may_shrink=True)
+    other.load_state_dict(copy.deepcopy(judge.state_dict()))
+    assert vars(other).keys() == vars(judge).keys()
+    assert all(vars(other)[name] == value for name, value in vars(judge).items() if name != "variance")
+    assert other.rate_divisor == 8 and other.lost_seconds == 5.0 and other.scores == [0.8, 0.7]
+
+
+def test_a_run_goes_back_three_times_and_fails_the_fourth():
+    judge = guard_that_may_shrink()
+    divisors = []
+    for _ in range(4):
+        assert not judge.has_failed
+        judge.note_retreat(1, 1e-3, good_epochs=0, seconds=1.0)
+        divisors.append(judge.rate_divisor)
+    assert judge.has_failed and divisors == [8, 64, 512, 512]  # the last one lowers nothing
+    assert judge.recent_loss == judge.first_loss == 1.0
 
 
 @pytest.mark.parametrize(("all_train", "share"), [(False, 1 / 4), (True, 1 / 3)])
 def test_how_much_may_be_lost(all_train, share):
     """Of 30 points above a constant answer, on so many images that chance hardly counts."""
-    judge = guard(100_000, [0.4, 0.35], all_train=all_train)
+    judge = guard_of(100_000, [0.4, 0.35], all_train=all_train)
     assert judge.has_collapsed(0.4 - 0.3 * share - 0.01, loss=1.0)
     assert not judge.has_collapsed(0.4 - 0.3 * share + 0.01, loss=1.0)
 
 
 def test_what_is_lost_by_chance_alone_is_no_collapse_but_not_all_of_it_is_good():
     """On few images a collapse must be clear. A state to go back to must be as good as the best one."""
-    judge = guard(100, [0.3])
+    judge = guard_of(100, [0.3])
     assert judge.has_collapsed(0.15, loss=1.0) and not judge.has_collapsed(0.2, loss=1.0)
     assert judge.is_recoverable  # the start always is
-    assert not guard(1000, [0.3, 0.24]).is_recoverable and guard(1000, [0.3, 0.285]).is_recoverable
+    assert not guard_of(1000, [0.3, 0.24]).is_recoverable and guard_of(1000, [0.3, 0.285]).is_recoverable
 
 
 def test_four_images_tell_a_constant_answer_by_its_loss():
     """Half of two classes' images right is what a constant answer has, and no chance on so few."""
-    judge = guard(4, [1.0], classes=2)
+    judge = guard_of(4, [1.0], classes=2)
     assert judge.has_collapsed(0.5, loss=0.70) and not judge.has_collapsed(0.5, loss=0.68)
 
 
 def test_a_loss_that_explodes_is_seen_within_the_epoch():
     """One step that is worse than a constant answer is not; nor is a start that was worse."""
 
-    def explodes(judge: Guard, loss: float) -> bool:
-        judge.note_step(loss)
-        return isinstance(judge.after_step(), GoBack)
+    def verdicts(judge: Guard, *losses: float) -> list[Keep | GoBack]:
+        found = []
+        for loss in losses:
+            judge.note_step(loss)
+            before = repr(judge.state_dict())  # NaN is not equal to itself
+            assert judge.after_step() == judge.after_step() and repr(judge.state_dict()) == before
+            found.append(judge.after_step())
+        return found
 
-    judge = guard(100, [0.9])
-    assert not any(explodes(judge, loss) for loss in (2.0, 1.8, 6.0, 1.5))
-    assert explodes(judge, 40.0) and explodes(guard(100, [0.9]), math.nan)
-    bad_start = guard(100, [0.1])
-    assert not any(explodes(bad_start, loss) for loss in (9.0, 8.0, 15.0))
+    judge = guard_of(100, [0.9])
+    assert verdicts(judge, 2.0, 1.8, 6.0, 1.5) == [Keep()] * 4
+    assert verdicts(judge, 40.0) == [GoBack("training collapsed")]
+    assert verdicts(guard_of(100, [0.9]), math.nan) == [GoBack("training collapsed")]
+    assert verdicts(guard_of(100, [0.1]), 9.0, 8.0, 15.0) == [Keep()] * 3
 
 
 def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
@@ -132,7 +205,7 @@ def test_the_guard_sees_training_images_alone(finetune, monkeypatch):
 
 
 def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
-    monkeypatch.setattr(guard_module, "WATCHED_VIEWS", 128)
+    monkeypatch.setattr(guard, "WATCHED_VIEWS", 128)
     run = start()
     assert len(run.splits.train) == 21 and run.guard.images == len(run.loaders.watched.dataset) == 126
     first, second = run.evaluate_watched(), run.evaluate_watched()
@@ -140,33 +213,33 @@ def test_few_training_images_are_watched_in_several_views(start, monkeypatch):
 
 
 def test_training_that_harms_the_probe_keeps_less_of_its_change(start, monkeypatch):
-    """The largest share that answers the training images as well as the start; in the end nothing of the change."""
-    run = start("--wise-ft auto")
+    """The largest share that answers the training images as well as the start."""
+    run = start("--wise-ft auto --epochs 1")
+    run.is_trial = True  # which writes no files
     run.start()
-    head = run.model.heads.head.weight
-    with torch.no_grad():
-        head.neg_()  # every answer is wrong, until the start weighs more
-    kept, divisor = run.evaluate_watched(), 1
-    assert kept.accuracy < 0.5
-    trained = kept._replace(loss=1.0, accuracy=run.guard.scores[0])  # else it would be a collapse
-    while isinstance(verdict := run.guard.after_epoch(trained, kept, divisor), ShrinkTo):
-        divisor = verdict.divisor
-        kept = run.evaluate_watched(divisor)
-    assert isinstance(verdict, Keep) and 0 < run.wise_ft.share <= run.wise_ft.alpha / 2
-    assert kept.accuracy >= run.guard.scores[0]
-    wrong, asked = trained._replace(accuracy=0.1), 1
-    while isinstance(verdict := run.guard.after_epoch(trained, wrong, asked), ShrinkTo):
-        asked = verdict.divisor
-    assert asked == math.inf
+
+    def harm(scaler, optimizer) -> bool:
+        with torch.no_grad():
+            run.model.heads.head.weight.neg_()  # every answer is wrong, until the start weighs more
+        return False
+
+    monkeypatch.setattr(optim, "stepped", harm)
+    monkeypatch.setattr(Guard, "has_collapsed", lambda *_: False)
+    train(run)
+    assert 0 < run.wise_ft.share <= run.wise_ft.alpha / 2
+    divisor = run.wise_ft.alpha / run.wise_ft.share
+    assert run.evaluate_watched(divisor).score >= run.guard.scores[0] > run.evaluate_watched(divisor / 2).score
+    assert run.guard.scores[1] == run.evaluate_watched().score  # with all of the change
 
 
 def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(finetune, monkeypatch, capsys):
     """As adapters that die: no share of their change is kept, and the loss rises. It is no reason to stop the run."""
+    real = FineTuning.evaluate_watched
 
     def a_little_worse(run: FineTuning, divisor: float = 1) -> Evaluation:
-        run.wise_ft.share = run.wise_ft.alpha / divisor
         trained = any(p.any() for name, p in run.network.named_parameters() if "lora_B" in name)
-        return Evaluation(1.01 if trained else 1.0, 0.79 if trained else 0.8, *[None] * 3)
+        result = answers(0.79, 1.01) if trained else answers(0.8, 1.0)
+        return real(run, divisor)._replace(accuracy=result.accuracy, loss=result.loss)
 
     monkeypatch.setattr(FineTuning, "evaluate_watched", a_little_worse)
     results = finetune("--epochs 3 --wise-ft auto")
@@ -174,53 +247,55 @@ def test_training_that_gains_nothing_in_two_epochs_goes_back_at_a_lower_rate(fin
     assert "epoch 2: training gains nothing; back to epoch 0, learning rate" in capsys.readouterr().out
 
 
-def answers(loss: float) -> Evaluation:
-    """Those of the guard's images: fewer right than the 0.8 at the start."""
-    return Evaluation(loss, 0.79, *[None] * 3)
-
-
-def begun() -> Guard:
-    judge = guard(100, [])
-    judge.note_start(None, Evaluation(1.0, 0.8, *[None] * 3))
-    return judge
-
-
-def went_back(judge: Guard, loss: float, divisor: float) -> bool:
-    verdict = judge.after_epoch(answers(loss), answers(loss)._replace(accuracy=0.8), divisor)
-    if isinstance(verdict, Keep):
-        judge.note_epoch(answers(loss), divisor)
-    return isinstance(verdict, GoBack)
+def verdict_on(judge: Guard, loss: float, divisor: float) -> Keep | GoBack:
+    """The verdict on an epoch that answers a little worse and keeps a part of its change, which stays if it may."""
+    epoch = answers(0.79, loss)
+    verdict = judge.after_epoch(epoch, answers(0.8, loss), divisor)
+    if verdict == Keep():
+        judge.note_epoch(epoch, divisor)
+    return verdict
 
 
 @pytest.mark.parametrize(
     ("divisor", "loss"), [pytest.param(8, 1.1, id="a little is kept"), pytest.param(math.inf, 0.9, id="the loss falls")]
 )
 def test_what_gains_anything_is_left_alone(divisor, loss):
-    judge = begun()
-    assert not went_back(judge, 1.1, math.inf)
-    assert not went_back(judge, loss, divisor)
-    assert not went_back(judge, 1.1, math.inf) and went_back(judge, 1.1, math.inf)
+    judge = guard_that_may_shrink()
+    assert verdict_on(judge, 1.1, math.inf) == Keep()
+    assert verdict_on(judge, loss, divisor) == Keep()
+    assert verdict_on(judge, 1.1, math.inf) == Keep()
+    assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
 
 
 def test_an_epoch_that_gains_nothing_counts_once_however_often_it_is_judged():
     """It is judged again when a run goes on that was stopped within the evaluation."""
-    judge = begun()
-    for _ in range(2):
-        assert isinstance(judge.after_epoch(answers(1.1), answers(1.1), math.inf), Keep)
-    judge.note_epoch(answers(1.1), math.inf)
-    assert isinstance(judge.after_epoch(answers(1.1), answers(1.1), math.inf), GoBack)
+    judge = guard_that_may_shrink()
+    epoch = answers(0.79, 1.1)
+    assert [judge.after_epoch(epoch, epoch, math.inf) for _ in range(2)] == [Keep()] * 2
+    judge.note_epoch(epoch, math.inf)
+    assert judge.after_epoch(epoch, epoch, math.inf) == GoBack("training gains nothing")
+
+
+def test_a_run_that_may_not_go_back_again_goes_on_without_a_gain():
+    judge = guard_that_may_shrink()
+    for _ in range(3):
+        assert verdict_on(judge, 1.1, math.inf) == Keep()
+        assert verdict_on(judge, 1.1, math.inf) == GoBack("training gains nothing")
+        judge.note_retreat(2, 1e-3, good_epochs=0, seconds=1.0)
+    assert [verdict_on(judge, 1.1, math.inf) for _ in range(4)] == [Keep()] * 4
 
 
 @pytest.mark.parametrize(("typed", "kept"), [("auto", 0.0), ("0.9", 0.9)])
-def test_a_share_that_was_typed_stays(finetune, monkeypatch, typed, kept):
-    """Also if the training images are answered a little worse than at the start."""
-
-    def worse(run: FineTuning, divisor: float = 1) -> Evaluation:
-        run.wise_ft.share = run.wise_ft.alpha / divisor
-        return Evaluation(0.5, 0.99 if run.progress else 1.0, *[None] * 3)
-
-    monkeypatch.setattr(FineTuning, "evaluate_watched", worse)
-    assert finetune(f"--epochs 1 --wise-ft {typed}")["kept_share"] == kept
+def test_a_share_that_was_typed_stays(start, monkeypatch, typed, kept):
+    """Also if the training images are answered a little worse than at the start, whatever is kept."""
+    run = start(f"--wise-ft {typed} --epochs 1")
+    run.is_trial = True  # which writes no files
+    run.start()
+    run.guard.scores = [1.0]
+    real = FineTuning.evaluate_watched
+    monkeypatch.setattr(FineTuning, "evaluate_watched", lambda *given: real(*given)._replace(accuracy=0.99))
+    train(run)
+    assert run.wise_ft.share == kept and run.guard.scores == [1.0, 0.99]
 
 
 @pytest.mark.slow
@@ -248,9 +323,10 @@ def test_a_collapsed_run_goes_back_to_the_last_good_epoch_with_an_eighth_of_the_
         (2, 1e-3),
         (4, pytest.approx(1e-3 / 8)),
     ]
-    rates = [row["learning_rate"] for row in metrics(results["folder"])]
-    cosine = [0.5 + 0.5 * math.cos(math.pi * epoch / 4) for epoch in range(4)]
-    assert rates == pytest.approx([1e-3 * c / divisor for c, divisor in zip(cosine, (1, 8, 64, 64), strict=True)])
+    rates = []
+    for epoch, row in enumerate(metrics(results["folder"])):
+        rates.append(row["learning_rate"] / (0.5 + 0.5 * math.cos(math.pi * epoch / 4)))
+    assert rates == pytest.approx([1e-3, 1e-3 / 8, 1e-3 / 64, 1e-3 / 64])
     told = capsys.readouterr().out
     assert "epoch 2: training collapsed; back to epoch 1, learning rate 1.3e-04" in told
     assert "epoch 4: training collapsed; back to epoch 2, learning rate" in told
@@ -296,15 +372,15 @@ def test_a_run_stopped_after_a_retreat_goes_on_to_the_same_end(finetune, watched
     watched(whole_run)
     whole = finetune("--epochs 2", output="whole")
     watched(whole_run[:3])
-    steps, real_note = [], FineTuning.note_steps
+    steps, real_note_steps = [], FineTuning.note_steps
 
-    def note(run, *given):
+    def note_steps(run, *given):
         steps.append(None)
         if len(steps) == 8:  # the second step of the repeated second epoch
             run.stop.signum = 2
-        return real_note(run, *given)
+        return real_note_steps(run, *given)
 
-    monkeypatch.setattr(FineTuning, "note_steps", note)
+    monkeypatch.setattr(FineTuning, "note_steps", note_steps)
     with pytest.raises(runs.Stopped):
         finetune("--epochs 2", output="stopped")
     watched(whole_run[3:])
@@ -391,8 +467,7 @@ def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
     monkeypatch.setattr(Classification, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
-    # Before each start, three batches give the gradient; after the second step the run goes back.
-    assert len(calls) == (3 + 2) + (3 + 3)
+    assert len(calls) == (3 + 2) + (3 + 3)  # before each start, three batches give the gradient
 
 
 @pytest.mark.slow
@@ -426,15 +501,17 @@ def test_the_best_epoch_is_kept(finetune, images, monkeypatch, capsys, by, kept)
 
 def test_weights_that_are_no_numbers_are_a_collapse(finetune, monkeypatch):
     """The last step of an epoch has a finite loss and leaves NaN: every answer is then the first class."""
-    real, done = FineTuning.note_steps, []
+    real, calls = optim.stepped, []
 
-    def note(run, *given):
-        verdict = real(run, *given)
-        if not done and run.schedule.last_epoch == run.loaders.steps_per_epoch:
-            done.append(1)
-            list(run.model.parameters())[-1].data.fill_(math.nan)  # the head's bias
-        return verdict
+    def stepped(scaler, optimizer):
+        result = real(scaler, optimizer)
+        calls.append(None)
+        if len(calls) == 3:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            [bias] = [p for p in parameters if p.shape == (3,)]  # the head's
+            bias.data.fill_(math.nan)
+        return result
 
-    monkeypatch.setattr(FineTuning, "note_steps", note)
+    monkeypatch.setattr(optim, "stepped", stepped)
     results = finetune("--head-init random")
     assert len(results["retreats"]) == 1 and results["epochs"] == 2 and math.isfinite(results["val_loss"])
