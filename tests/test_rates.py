@@ -1,6 +1,5 @@
 """The learning rates of a run: the default, the schedule, and the search for one."""
 
-import argparse
 import csv
 import shutil
 
@@ -14,6 +13,7 @@ from tests.run_folders import metrics, tensors
 from toolkit import InputError
 from toolkit.answers.tasks import Classification
 from toolkit.run import optim, training
+from toolkit.run.options import TuneOptions
 
 # ------------------------------------------------------------------------------------- the start, the rate, no collapse
 
@@ -32,12 +32,12 @@ def test_more_passes_over_few_images_do_not_raise_the_rate():
     """Of an epoch of n steps, 5 n passes count."""
 
     def divisor(epochs: int, steps_per_epoch: int) -> float:
-        args = argparse.Namespace(epochs=epochs, head_init="probe")
-        return optim.run_divisor(args, 1e-4, steps_per_epoch)
+        return optim.run_divisor(TuneOptions(epochs=epochs), rate=1e-4, steps_per_epoch=steps_per_epoch)
 
     assert divisor(5, 2) > divisor(10, 2) == divisor(50, 2) == optim.rate_divisor(1e-4, 20)
     assert divisor(10, 4) > divisor(20, 4) == divisor(50, 4) == optim.rate_divisor(1e-4, 80)
     assert divisor(25, 8) == divisor(5, 40) == 1
+    assert optim.run_divisor(TuneOptions(epochs=1, head_init="random"), rate=1e-4, steps_per_epoch=2) == 1
 
 
 def test_a_run_without_a_probe_trains_at_the_rate_that_it_is_given(finetune, monkeypatch):
@@ -116,11 +116,11 @@ def test_a_search_goes_on_elsewhere_and_with_other_workers(finetune, monkeypatch
     monkeypatch.setattr(finetune_lora.search, "RATES", (1e-4, 1e-3))
     columns = training.metrics_columns(Classification.measured)
 
-    def train(run, after_epoch=None):
+    def no_steps(run, after_epoch=None):
         run.save_start()
-        run.history += [dict.fromkeys(columns, 0.5)] * 2
+        run.history.append(dict.fromkeys(columns, 0.5))
 
-    monkeypatch.setattr(finetune_lora, "train", train)
+    monkeypatch.setattr(finetune_lora, "train", no_steps)
     with pytest.raises(InputError, match=r"of a search with other settings \(finetune\.batch_size was 8, is 4\)"):
         finetune(f"{command} --batch-size 4", output="elsewhere")
     results = finetune(f"{command} --data-dir {moved} --workers 1", output="elsewhere")
@@ -169,7 +169,7 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
     assert (
         {rate for name, rate in rates.items() if "lora_" in name} == {results["adapter_learning_rate"]} == {24 * 1e-4}
     )
-    assert {rate for name, rate in rates.items() if "heads" in name} == {1e-4}
+    assert {rate for name, rate in rates.items() if "heads" in name} == {results["head_learning_rate"]} == {1e-4}
     [row] = metrics(results["folder"])
     assert [row["learning_rate"], row["adapter_learning_rate"]] == pytest.approx([1e-4, 24e-4])
 
