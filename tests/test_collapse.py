@@ -15,6 +15,7 @@ import finetune_lora
 from finetune_lora import FineTuning, load_finetuned, train
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
+from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
@@ -458,13 +459,13 @@ def test_the_best_epoch_is_forgotten_if_it_is_one_of_those_that_are_undone(finet
 
 
 def test_a_loss_that_is_not_finite_is_a_collapse(finetune, monkeypatch):
-    real_loss, calls = Classification.loss, []
+    real_loss, calls = ClassObjective.loss, []
 
-    def loss(task, logits, labels):
+    def loss(objective, logits, labels):
         calls.append(None)
-        return real_loss(task, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
+        return real_loss(objective, logits, labels) * (math.nan if len(calls) == 3 + 2 else 1)
 
-    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(ClassObjective, "loss", loss)
     results = finetune("--epochs 1")
     assert len(results["retreats"]) == 1 and math.isfinite(metrics(results["folder"])[0]["train_loss"])
     assert len(calls) == (3 + 2) + (3 + 3)  # before each start, three batches give the gradient

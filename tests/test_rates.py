@@ -177,7 +177,7 @@ def test_the_rates_that_are_told_are_those_of_the_optimizer(finetune, capsys):
 def test_rare_classes_can_count_as_much_as_frequent_ones(start):
     run = start("--class-weights balanced")
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert run.task.class_weights.tolist() == pytest.approx([1, 1, 1])  # as many of each here
-    run.task.class_weights = torch.tensor([1.0, 2.0, 3.0])
+    assert run.task.objective.class_weights.tolist() == pytest.approx([1, 1, 1])  # as many of each here
+    run.task.objective.class_weights = torch.tensor([1.0, 2.0, 3.0])
     expected = F.cross_entropy(logits, labels, torch.tensor([1.0, 2.0, 3.0]), reduction="sum")
     torch.testing.assert_close(run.task.loss(logits, labels), expected)
