@@ -324,14 +324,11 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
 
 def _images_with_targets(path: Path, about: dict[str, Any]) -> LabelledImages:
     unknown = _recorded_data(about).get("unknown")
-    targets = read_targets(
-        path,
-        path.parent,
-        _task_of(about).kind,
-        unknown=unknown if unknown in UNKNOWN else "ignore",
-        group_by=_group_column(path, about),
-    )
-    targets = like(targets, about["class_names"], path, "the adapter")
+    if unknown not in UNKNOWN:
+        unknown = "ignore"
+    by = _group_column(path, about)
+    targets = read_targets(path, path.parent, _task_of(about).kind, unknown=unknown, group_by=by)
+    targets = like(targets, about["class_names"], path, "the adapter", unknown)
     files = ImageFiles(path.parent, targets.paths, [UNLABELLED] * len(targets.paths), about["transform"].bands)
     images = LabelledImages(files, files.labels, targets=targets.values)
     images.groups = _groups(images, path, about)

@@ -1,6 +1,7 @@
 """toolkit/images/lists.py: what is read of a line, and what is said of one that cannot be read."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,67 @@ def test_lists_of_numbers(tmp_path, text, names, values):
     (tmp_path / "list.csv").write_text(text)
     targets = lists.read_number_list(tmp_path / "list.csv", tmp_path)
     assert targets.names == names
+    torch.testing.assert_close(targets.values, torch.tensor(values).double(), equal_nan=True)
+
+
+def test_numbers_are_read_in_double_precision(tmp_path):
+    """In single precision these are one number, and infinity."""
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("path,seconds,size\na.png,1700000003,1e39\nb.png,1700000006,2e39\n")
+    values = lists.read_number_list(tmp_path / "list.csv", tmp_path).values
+    assert values.tolist() == [[1700000003, 1e39], [1700000006, 2e39]]
+
+
+CHEXPERT = """Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema,Fracture
+a.png,Female,68,Frontal,AP,1.0,,
+b.png,Male,87,Lateral,,,-1.0,1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "values"),
+    [
+        (["No Finding..Fracture"], ["No Finding", "Edema", "Fracture"], [[1, NAN, NAN], [NAN, NAN, 1]]),
+        (["fracture", "No Finding"], ["Fracture", "No Finding"], [[NAN, 1], [1, NAN]]),
+        (["Fracture"], ["Fracture"], [[NAN], [1]]),
+    ],
+)
+def test_a_list_with_other_columns_says_which_are_labels(tmp_path, columns, names, values):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text(CHEXPERT)
+    targets = lists.read_label_list(tmp_path / "list.csv", tmp_path, group_by="Sex", label_columns=columns)
+    assert targets.names == names
     torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
+    assert lists.read_list(tmp_path / "list.csv", tmp_path, label_columns=["Sex"])[1] == ["Female", "Male"]
+    assert lists.read_number_list(tmp_path / "list.csv", tmp_path, label_columns=["Age"]).values.tolist() == [
+        [68],
+        [87],
+    ]
+    with pytest.raises(InputError, match=r"--label-columns Edma: no such column in .*did you mean Edema"):
+        lists.read_label_list(tmp_path / "list.csv", tmp_path, label_columns=["Edma"])
+
+
+@pytest.mark.parametrize("title", ["image_name", "id", "ID"])
+def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text(f"{title},cat\na.png,1\nb.png,0\n")
+    assert lists.read_label_list(tmp_path / "list.csv", tmp_path).names == ["cat"]
+
+
+@pytest.mark.parametrize("text", ["a.png,1,0\n", "path,age\na.png,3\nb.png,4\nb.png,4\n", 'a.png,"cat,dog"\n'])
+def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text(text)
+    paths = lists.read_paths(tmp_path / "list.csv", tmp_path)
+    assert set(paths) <= {"a.png", "b.png"}
+    assert lists.list_has_labels(tmp_path / "list.csv") == text.startswith("path")  # ages that repeat may be classes
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_a_list_that_is_no_file_is_refused_at_once(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="cannot read it: not a file"):
+        lists.read_list(tmp_path / path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +184,13 @@ def test_lists_of_numbers(tmp_path, text, names, values):
     [
         (lists.read_label_list, "a.png,cat,dog\n", "the line 'a.png,cat,dog' is not `path,\"a,b\"`; put the labels"),
         (lists.read_label_list, "a.png\n", "the line 'a.png' is not"),
+        (
+            lists.read_label_list,
+            "a.png,cat;dog\n",
+            "';' stands between the labels of an image, as it seems: put commas",
+        ),
+        (lists.read_label_list, "path,label\na.png,A|B\n", "'|' stands between the labels"),
+        (lists.read_label_list, "path,cat\na.png,yes\n", "the column cat says yes: write 1 for yes and 0 for no"),
         (lists.read_label_list, "a.png,\n", "no image has a label"),
         (lists.read_label_list, "Path,Sex,Edema\na.png,Male,1\n", "'Male' in the column Sex is not 1, 0, or -1"),
         (lists.read_label_list, "path,cat,dog\na.png,1\n", "the line 'a.png,1' has 2 columns and not 3"),
@@ -167,7 +235,14 @@ def test_labels_that_tell_how_much_are_no_classes(labels, numbers):
 
 def test_a_second_list_follows_the_names_of_the_first():
     second = lists.Targets(["a.png"], ["dog", "cat"], torch.tensor([[1.0, NAN]]))
-    found = lists.like(second, ["cat", "dog", "eel"], Path("val.csv"), Path("train.csv"))
+    names = ["cat", "dog", "eel"]
+    for unknown, value in (("ignore", NAN), ("negative", 0.0), ("positive", 1.0)):  # of a column that lacks
+        found = lists.like(second, names, Path("val.csv"), Path("train.csv"), unknown)
+        torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, value]]), equal_nan=True)
+    found = lists.like(second._replace(in_columns=False), names, Path("val.csv"), Path("train.csv"))
     torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, 0]]), equal_nan=True)
+    numbers = second._replace(values=second.values.double())
+    with pytest.raises(InputError, match=r"val\.csv has no column eel, which train\.csv has; add it"):
+        lists.like(numbers, names, Path("val.csv"), Path("train.csv"))
     with pytest.raises(InputError, match=r"val.csv has dog, which train.csv lacks"):
         lists.like(second, ["cat"], Path("val.csv"), Path("train.csv"))

@@ -158,6 +158,18 @@ def test_an_archive_that_is_damaged_in_its_middle_is_not_taken_for_a_short_one(t
         data.load_unlabelled(tmp_path)
 
 
+@pytest.mark.parametrize("target", ["gone.cls", "0.cls"])
+def test_a_label_that_links_to_nothing_or_to_itself_is_one_line(tmp_path, target):
+    write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        link = tarfile.TarInfo("0.cls")
+        link.type = tarfile.SYMTYPE
+        link.linkname = target
+        archive.addfile(link)
+    with pytest.raises(InputError, match=r"a\.tar: not a tar archive that can be read"):
+        shards.read_shards(tmp_path)
+
+
 def test_a_damaged_image_is_named_with_its_archive(tmp_path):
     write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
     images = data.load_unlabelled(tmp_path)

@@ -44,6 +44,7 @@ from toolkit.images.lists import (
     look_like_numbers,
     read_groups,
     read_list,
+    read_paths,
     read_targets,
 )
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
@@ -186,6 +187,7 @@ def load_splits(
     group_by: str | None = None,
     folds: str | None = None,
     download: bool = True,
+    label_columns: Sequence[str] | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -209,6 +211,7 @@ def load_splits(
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
         download: fetch a set of torchvision's that is not there.
+        label_columns: the columns of lists that are labels or numbers, `A..B` for all from A to B; None: all.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
@@ -216,10 +219,10 @@ def load_splits(
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     if task != "classification":
-        train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by)
+        train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by, label_columns)
     else:
         train, val, class_names = _images_of(
-            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, download
+            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, download, label_columns
         )
     if group_by is not None:
         _group(train, val, data_list, group_by, needs_val)
@@ -270,13 +273,14 @@ def _images_of(
     bands: Bands | None,
     group_by: str | None,
     download: bool,
+    label_columns: Sequence[str] | None,
 ) -> Undivided:
     """All images of a data set with one class an image. The arguments are `load_splits`'s."""
     if dataset == "digits":
         return _digits(data_dir)
     if dataset == "imagefolder":
         if data_list:
-            return _image_lists(data_list, data_dir, bands, group_by)
+            return _image_lists(data_list, data_dir, bands, group_by, label_columns)
         return _image_folder(data_dir, val_dir, needs_val, bands)
     if dataset in _TORCHVISION:
         return _torchvision(dataset, Path(data_dir or "data"), download)
@@ -304,7 +308,7 @@ def load_unlabelled(
     if data_list:
         path = Path(data_list[0])
         folder = _existing("--data-dir", data_dir) if data_dir else path.parent
-        source = ImageFiles(folder, read_list(path, folder)[0], (), bands)
+        source = ImageFiles(folder, read_paths(path, folder), (), bands)
     else:
         folder = _folder_of_images(data_dir, UNLABELLED_SET)
         if os.path.isdir(folder / "train"):
@@ -475,13 +479,17 @@ def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, ev
 
 
 def _image_lists(
-    lists: Sequence[str | Path], data_dir: str | Path | None, bands: Bands | None, group_by: str | None
+    lists: Sequence[str | Path],
+    data_dir: str | Path | None,
+    bands: Bands | None,
+    group_by: str | None,
+    label_columns: Sequence[str] | None,
 ) -> Undivided:
     """The images of one list or of two."""
     paths, contents = [], []
     for path, folder in _places_of_lists(lists, data_dir):
         paths.append(path)
-        names, labels = read_list(path, folder, group_by)
+        names, labels = read_list(path, folder, group_by, label_columns)
         if not labels:
             raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
         if look_like_numbers(labels):
@@ -510,6 +518,7 @@ def _target_lists(
     task: str,
     unknown: str,
     group_by: str | None,
+    label_columns: Sequence[str] | None,
 ) -> Undivided:
     """The images of one list or of two, with several labels or with numbers."""
     if not lists:
@@ -519,9 +528,9 @@ def _target_lists(
         )
     found = []
     for path, folder in _places_of_lists(lists, data_dir):
-        targets = read_targets(path, folder, task, unknown, group_by)
+        targets = read_targets(path, folder, task, unknown, group_by, label_columns)
         if found:
-            targets = like(targets, found[0][1].names, path, Path(lists[0]))
+            targets = like(targets, found[0][1].names, path, Path(lists[0]), unknown)
         found.append((folder, targets))
     parts = []
     for folder, targets in found:

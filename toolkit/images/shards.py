@@ -27,7 +27,10 @@ def shard_names(folder: Path) -> list[str]:
         names = os.listdir(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
-    shards = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
+    shards = []
+    for name in sorted(names):
+        if name.endswith(".tar") and not name.startswith(".") and os.path.isfile(folder / name):
+            shards.append(name)
     image = first_image(folder) if shards else None
     if image is not None:
         raise InputError(
@@ -122,7 +125,7 @@ def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int,
             archive.fileobj.seek(archive.offset)
             if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # an archive ends in zeros, or in nothing
                 raise tarfile.ReadError("it is damaged after its first members")
-    except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError) as error:
+    except (OSError, tarfile.TarError, UnicodeDecodeError, AttributeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path}: not a tar archive that can be read ({printable(error)}); compressed ones must be unpacked to .tar"
         ) from None
