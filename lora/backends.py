@@ -93,11 +93,6 @@ def first_derivative(backward):
     return run
 
 
-def clear_saved_tensors(ctx) -> None:
-    """Within backward, let go of what forward saved, unless the graph is to be kept: it lives as long as its names."""
-    ctx.maybe_clear_saved_tensors()
-
-
 # ---------------------------------------------------------------------------------------------------------- products
 
 

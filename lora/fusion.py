@@ -33,14 +33,12 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
-from lora.attention import SelfAttention, attend, attend_heads
-from lora.backends import is_traced
+from lora.attention import SelfAttention, attend
 from lora.functional import (
     RecomputedNorm,
     frozen_linear,
     max_pool2d_relu,
 )
-from lora.vit_block import queries_keys_values, rest_of_block
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
@@ -106,42 +104,20 @@ def conv_bn_relu(
 
 
 def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
-    """Is ``layer(operation(x))`` to be ``layer(x, prologue=operation)``, which does not save the operation's output?"""
-    return joins(operation, layer) and not getattr(operation, "kept", False)  # see `set_gradient_checkpointing`
-
-
-def joins(operation: nn.Module, layer: nn.Module) -> bool:
-    """May the layer compute the operation before it too?
+    """Is ``layer(operation(x))`` to be ``layer(x, prologue=operation)``, which does not save the operation's output?
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
+    works_by_rows = type(operation) is nn.GELU or (
+        type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1
+    )
     return (
-        (type(operation) is nn.GELU or (type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1))
+        works_by_rows
         and is_adapted(layer)
         and not _trains(operation)
+        and not getattr(operation, "kept", False)  # see `set_gradient_checkpointing`
         and not is_hooked(operation, layer)
     )
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Is this an adapted layer that computes with its adapter and nothing else: frozen, nothing dropped, no hook?"""
-    drops = layer.training and layer.lora_dropout > 0
-    if not layer.lora_enabled or layer.merged or layer.r == 0 or drops or _has_hook(layer):
-        return False
-    for name, parameter in layer._parameters.items():
-        if parameter is not None and parameter.requires_grad and not name.startswith("lora_"):
-            return False
-    return True
-
-
-def packs_heads(attention: nn.MultiheadAttention) -> bool:
-    """Are q, k and v of this adapted attention one product, with nothing appended?"""
-    packed = attention.batch_first and attention.weight_names == ("in_proj_weight",)
-    return packed and attention.bias_k is None and not attention.add_zero_attn
-
-
-def does_nothing(dropout: nn.Module) -> bool:
-    return type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training) and not _has_hook(dropout)
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
@@ -327,13 +303,6 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention, mlp = self.self_attention, self.mlp
         residual = input if tokens is None else input[:, :tokens]
-        # With selective checkpointing the heads' output is not saved, but for that of a few tokens.
-        if (tokens is not None or not getattr(attention, "recomputed", False)) and self.is_two_operations():
-            keep = getattr(self.ln_1, "kept", False)
-            heads = queries_keys_values(input, self.ln_1, attention, tokens, keep)
-            attended, _ = attend_heads(*heads, keep_weights=attention.keeps_weights)
-            first, gelu, _, second, _ = mlp._modules.values()
-            return rest_of_block(attended, residual, attention.out_proj, self.ln_2, first, gelu, second, keep)
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
@@ -354,24 +323,6 @@ class FusedEncoderBlock(EncoderBlock):
         # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
         again = RecomputedNorm(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
         return x + mlp(x, prologue=again)
-
-    def is_two_operations(self) -> bool:
-        """May the block be that of `lora.vit_block`? Yes if each part is of a known kind, frozen and without hooks."""
-        attention, mlp = self.self_attention, self.mlp
-        known = type(mlp) is FusedMLPBlock and len(mlp) == 5 and is_adapted(attention)
-        if not known or is_traced() or is_hooked(mlp):
-            return False
-        first, gelu, dropout, second, last = mlp._modules.values()
-        drops = attention.dropout > 0 and attention.training
-        return (
-            joins(self.ln_1, attention)
-            and joins(self.ln_2, first)
-            and joins(gelu, second)
-            and packs_heads(attention)
-            and all(map(is_plain, (attention, attention.out_proj, first, second)))
-            and all(map(does_nothing, (self.dropout, dropout, last)))
-            and not drops
-        )
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
