@@ -14,8 +14,8 @@ from lora.initialization import adapter_pairs, start_at_gradient
 from lora_utils import read_adapter_file
 from tests.run_folders import stop, tensors, train_on
 from toolkit import InputError
+from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import evaluate
-from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
 from toolkit.images.data import Transformed, build_loader, load_splits
 from toolkit.models.backbones import build_backbone
@@ -287,7 +287,7 @@ def test_adapters_start_at_the_gradient_that_the_first_images_have(start, option
 
 def test_adapters_start_alike_in_float16_where_the_gradient_is_small(start, monkeypatch):
     """Of a loss so small float16 would hold no gradient, were it not scaled."""
-    monkeypatch.setattr(Classification, "loss", lambda task, *batch: 1e-5 * F.cross_entropy(*batch, reduction="sum"))
+    monkeypatch.setattr(ClassObjective, "loss", lambda task, *batch: 1e-5 * F.cross_entropy(*batch, reduction="sum"))
     precise, low = start("--learning-rate 1e-4"), start("--learning-rate 1e-4")
     low.dtype, low.scaler = torch.float16, torch.amp.GradScaler("cpu")
     for run in (precise, low):
