@@ -47,6 +47,7 @@ from toolkit.models.backbones import headless, in_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
+from toolkit.run.arithmetic import pays_in_8_bits
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 from toolkit.run.loaders import Loaders
@@ -590,8 +591,27 @@ def multiply_in_8_bits(model: nn.Module, precision: torch.dtype) -> nn.Module:
     It is then for answers and features. The other numbers are in `precision`, which 8 bits have to beat.
     Raises InputError for a model whose head is its only linear layer, such as a ResNet.
     """
-    layers = dict.fromkeys(adapted.choose_layers(LoRAManager(model).unload(merge=True)))
-    return adapt_layers(model, layers, base_dtype=torch.int8) if int8.pays(model, precision) else model
+    if int8.widest_layer(model) is None:
+        raise InputError("8 bits are for linear layers and attention, and the model has none: use --arithmetic float")
+    model = LoRAManager(model).unload(merge=True)
+    if not int8_pays(model, precision):
+        return model
+    return adapt_layers(model, dict.fromkeys(adapted.choose_layers(model)), base_dtype=torch.int8)
+
+
+def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
+    """Are the model's products exact in 8 bits on this CPU, and faster than in this precision? Prints what it finds.
+
+    Measured on the widest linear layer. Rounding passes over the activations: in narrow layers that takes as long as
+    the products.
+    """
+    shape = int8.widest_layer(model)
+    if shape is None:
+        return True  # `adapt_layers` refuses 8 bits without such layers
+    if not int8.multiplies_exactly("cpu", *shape):
+        print("products in 8 bits overflow on this CPU, which has neither VNNI nor AMX: --arithmetic float is used")
+        return False
+    return pays_in_8_bits(*shape, precision, int8.multiplier)
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -842,7 +862,7 @@ def frozen_weights_dtype(
     """
     if not args.freeze_backbone or is_none(args.checkpoint):
         return None
-    if arithmetic == "int8" or (arithmetic is None and int8.pays(model, dtype)):
+    if arithmetic == "int8" or (arithmetic is None and int8_pays(model, dtype)):
         return torch.int8
     return dtype if args.lora_rank > 0 else None
 

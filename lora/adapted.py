@@ -335,6 +335,11 @@ def check_stored_bits(
         raise InputError(
             "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
         )
+    for name, layer in chosen.items():
+        if base_dtype == torch.int8 and rounds(layer, base_dtype) and not (is_adapted(layer) and layer.base_bits < 32):
+            for parameter in layer.parameters():
+                if parameter.dtype != torch.float32:
+                    raise InputError(f"{name} is in {parameter.dtype}, 8 bits are made of float32: call model.float()")
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):

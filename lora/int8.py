@@ -10,27 +10,23 @@ and gy, and sums in int32, which 130,000 columns cannot overflow:
     gx = gy W   = ((gy d)q Wq) s            (N, in)
 
 gy is multiplied by the scales d before it is rounded, so both products read the same codes: W is stored once. Rows are
-rounded some at a time, as many as stay in the cache. What an adapter adds is not rounded. Only CPUs multiply in 8 bits;
-on other devices the weight is made dense for each product.
+rounded some at a time, as many as stay in the cache. What an adapter adds is not rounded. Only CPUs multiply in 8 bits,
+and only those that do it exactly; on other devices the weight is made dense for each product.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import backends
-from toolkit import devices, distributed
 from toolkit.models.backbones import in_head
-from toolkit.run import training
 
 LARGEST = 127  # -128 has no counterpart
-# Numbers in a block of rows: when rounding it stays in a core's cache, in a product it is worth reading W for.
-ROUNDED_AT_ONCE, MULTIPLIED_AT_ONCE = 2**17, 2**20
-MEASURED_TOKENS = 512  # as many as keep a processor busy
-WORTH_ROUNDING = 1.5  # times as fast: less is lost in the rest of a step
+ROUNDED_AT_ONCE = 2**17  # numbers in a block of rows, which when rounding stays in a core's cache
+MULTIPLIED_AT_ONCE = 2**20  # numbers in a block of a product's rows: worth reading W for
 NO_ROW = 1e-30  # the least that counts as a row's largest number: all rows have a scale, those of zeros too
 ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
@@ -75,11 +71,43 @@ class Int8Weight:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-        return _multiplied(x.dtype, *quantize_rows(x), self.codes.T, self.scale, bias)
+        if not multiplies_exactly(self.codes.device.type, *self.shape):
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        codes, scale = quantize_rows(x)
+        return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
 
     def input_gradient(self, gy: Tensor) -> Tensor:
         """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-        return _multiplied(gy.dtype, *quantize_rows(gy, self.scale), self.codes)
+        if not multiplies_exactly(self.codes.device.type, *self.shape):
+            return gy @ self.dequantize(gy.dtype)
+        codes, scale = quantize_rows(gy, self.scale)
+        return _multiplied(gy.dtype, codes, scale, self.codes)
+
+
+@torch.compiler.assume_constant_result
+def multiplies_exactly(device: str, out: int, columns: int) -> bool:
+    """Does a device of this type multiply by codes (out, columns) exactly, forward and to the input?"""
+    return device == "cpu" and _is_exact(columns) and _is_exact(out)
+
+
+@functools.cache
+def _is_exact(columns: int) -> bool:
+    """Does this CPU add up so many products of the largest codes exactly?
+
+    Without VNNI or AMX oneDNN adds in 16 bits, which saturate.
+    """
+    largest = torch.full((32, columns), LARGEST, dtype=torch.int8)
+    sums = columns * LARGEST**2
+    by_columns = _product(largest, largest.T)
+    by_rows = _product(largest, -largest.T.contiguous())
+    return bool((by_columns == sums).all() and (by_rows == -sums).all())
+
+
+def _product(codes: Tensor, matrix: Tensor) -> Tensor:
+    """``codes matrix`` in int32. codes: (N, k), matrix: (k, n), int8."""
+    if matrix.shape[0] == 1:  # a transposed column, of which oneDNN reads other numbers
+        matrix = matrix.flatten()[None]
+    return torch._int_mm(codes, matrix)
 
 
 @torch.no_grad()
@@ -91,7 +119,9 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
-        rows = (rows if columns is None else rows * columns).to(torch.float32)
+        if columns is not None:
+            rows = rows * columns
+        rows = rows.to(torch.float32)
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
         its_codes.copy_((rows * (LARGEST / largest)).round_())
         torch.mul(largest, 1 / LARGEST, out=its_scale)
@@ -110,11 +140,16 @@ def _multiplied(
     """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
     y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
-        floats = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
-        sums = floats.copy_(torch._int_mm(its_codes, matrix))
+        sums = part
+        if dtype != torch.float32:
+            sums = torch.empty_like(part, dtype=torch.float32)
+        sums.copy_(_product(its_codes, matrix))
         if columns is not None:
             sums.mul_(columns)
-        torch.mul(sums, its_scale, out=part) if bias is None else torch.addcmul(bias, sums, its_scale, out=part)
+        if bias is None:
+            torch.mul(sums, its_scale, out=part)
+        else:
+            torch.addcmul(bias, sums, its_scale, out=part)
     return y
 
 
@@ -142,49 +177,17 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
     return W.input_gradient(gy) if isinstance(W, Int8Weight) else backends.linear(gy, W.T)
 
 
-# ------------------------------------------------------------------------------------------------- whether it pays
+def widest_layer(model: nn.Module) -> torch.Size | None:
+    """The shape of the widest linear layer outside the classifier head; None: there is none."""
+    widest = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or in_head(model, name):
+            continue
+        if widest is None or module.weight.numel() > widest.numel():
+            widest = module.weight.shape
+    return widest
 
 
-def base_dtype(args, model: nn.Module) -> torch.dtype | None:
-    """In which dtype a run stores its frozen weights: `training.base_dtype`, but in 8 bits only if that pays."""
-    dtype = training.base_dtype(args)
-    if dtype != torch.int8:
-        return dtype
-    precision = devices.select_precision(args.precision, devices.CPU)
-    return dtype if pays(model, precision) else precision
-
-
-def pays(model: nn.Module, precision: torch.dtype) -> bool:
-    """Are the model's products faster in 8 bits on this CPU? Measured on its widest linear layer, and told.
-
-    Rounding passes over the activations: in narrow layers that takes as long as the products.
-    """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not in_head(model, name)}
-    if not layers:
-        return True  # `adapt_layers` refuses 8 bits without such layers
-    widest = max((layer.weight for layer in layers.values()), key=Tensor.numel)
-    return speedups(*widest.shape)[precision] >= WORTH_ROUNDING
-
-
-@functools.cache
-def speedups(out: int, width: int) -> dict[torch.dtype, float]:
-    """How many times as fast as in floats a CPU multiplies by a weight (out, width) in 8 bits, by the floats' dtype.
-
-    Measured once, and told. Several processes get one answer.
-    """
-    precisions = torch.float32, torch.bfloat16
-    weight = torch.ones(out, width)
-    tokens = torch.ones(MEASURED_TOKENS, width)
-    stored = Int8Weight.quantize(weight)
-    ways = [functools.partial(F.linear, tokens.to(dtype), weight.to(dtype)) for dtype in precisions]
-    ways.append(functools.partial(stored.linear, tokens))
-    seconds = [devices.shortest_seconds(way) for way in ways]
-    *in_floats, in_8_bits = distributed.all_sum(*seconds)
-    times = {dtype: own / in_8_bits for dtype, own in zip(precisions, in_floats, strict=True)}
-    names = {dtype: name for name, dtype in devices.DTYPES.items()}
-    told = [f"{ratio:.1f} times the speed of {names[dtype]}" for dtype, ratio in times.items()]
-    print(
-        f"products in 8 bits ({width} to {out}): {', '.join(told)}; used from {WORTH_ROUNDING} times on, else "
-        "--arithmetic float"
-    )
-    return times
+def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """The product in 8 bits with a float weight."""
+    return Int8Weight.quantize(weight).linear

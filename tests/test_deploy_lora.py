@@ -24,13 +24,13 @@ from torch import nn
 
 import deploy_lora
 from finetune_lora import add_lora_to_model, load_finetuned
-from lora import int8
 from lora_utils import LoRAManager
 from toolkit import InputError
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import transforms
 from toolkit.models.backbones import build_backbone, forward_features
 from toolkit.models.checkpoints import load_backbone
+from toolkit.run import arithmetic as run_arithmetic
 from toolkit.run.runs import run_script
 
 FIELDS = {"format_version": 1, "tensors": {}, "layers": {}, "base_hash": "", "metadata": {}}
@@ -222,7 +222,7 @@ def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
     """Near those in floats where 8 bits are faster, and else the same."""
     output, found = tmp_path / "f.npy", {}
     for times in (2.0, 1.0):
-        monkeypatch.setattr(int8, "speedups", lambda *layer, times=times: {torch.float32: times})
+        monkeypatch.setattr(run_arithmetic, "speedups", lambda *layer, times=times: {torch.float32: times})
         for arithmetic in ("float", "int8"):
             options = f"--device cpu --arithmetic {arithmetic}"
             features = run(f"embed {options}", trained, images / "val", "--output", output)
