@@ -17,7 +17,7 @@ from PIL import Image
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from tests.checkpoint_files import without_head
-from toolkit.answers import answer_reports
+from toolkit.answers import answer_reports, classification, multilabel, regression
 from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages, load_splits
 from toolkit.models.backbones import build_backbone
@@ -129,7 +129,7 @@ def start(base, images, tmp_path):
 
 PICTURES = {
     (module, name): getattr(module, name)
-    for module in (reports, answer_reports)
+    for module in (reports, answer_reports, classification, multilabel, regression)
     for name in dir(module)
     if name.startswith("plot_")
 }

@@ -111,6 +111,17 @@ def finite_interval(interval: tuple[float, float]) -> list[float] | None:
     return None if math.isnan(interval[0]) else list(interval)
 
 
+def headline_figures(
+    names: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
+    """Figures and their intervals by name, for `results.json`."""
+    figures: dict[str, Any] = {}
+    for name, value, interval in zip(names, values, intervals, strict=True):
+        figures[name] = finite(value)
+        figures[f"{name}_interval"] = finite_interval(interval)
+    return figures
+
+
 def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str:
     """An accuracy as counted images, per cent, and how far chance reaches."""
     digits = 0 if images < 200 else 1  # more would be chance's own

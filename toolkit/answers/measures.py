@@ -96,7 +96,7 @@ def _on_sphere(features: Tensor) -> Tensor:
 # Several labels an image. `positive` is 1 where an image has the label and 0 where not.
 # `weights`, (n, images), say in whole numbers how often each image counts: a row for each set of images.
 
-NUMBERS_AT_ONCE = 5_000_000  # of an intermediate result of a measure: 20 to 40 MB
+NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB, which a cache may hold
 
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:

@@ -21,7 +21,7 @@ from toolkit.answers.answer_reports import (
     exact_cells,
     figure_text,
     finite,
-    finite_interval,
+    headline_figures,
     reliability_section,
 )
 from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
@@ -304,10 +304,7 @@ class LabelReport(Report):
         return torch.stack(figures, -1)
 
     def figures(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
-            found[name] = finite(value)
-            found[f"{name}_interval"] = finite_interval(interval)
+        found = headline_figures(self.HEADLINES, self.headlines, self.intervals)
         found |= calibration_figures(self.head.temperature, self.answers)
         found["labels"] = {name: self._label(i) for i, name in enumerate(self.names)}
         return found
@@ -340,14 +337,14 @@ class LabelReport(Report):
         rows.append(("macro F1", f"{macro_f1}, at thresholds chosen on training images"))
         return rows + calibration_rows(self.head.temperature, self.answers)
 
-    def _order(self) -> list[int]:
+    def order(self) -> list[int]:
         """The labels, the lowest AP first; those without positives last."""
         return torch.tensor(self.average_precisions).nan_to_num(2.0).argsort(stable=True).tolist()
 
     def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
         """(label, positives, unknown, AP, AUROC, F1, threshold), the worst first; labels without positives last."""
         rows = []
-        for i in self._order():
+        for i in self.order():
             threshold = f"{self.head.thresholds[i]:.2f}"
             shares = (_share(self.average_precisions[i]), _share(self.aurocs[i]), _share(self.f1s[i]))
             rows.append((self.names[i], self.positives[i], self.unknown[i], *shares, threshold))
@@ -366,21 +363,7 @@ class LabelReport(Report):
         return ["<h2>By label</h2>", table, shown, *reliability_section(self.answers)]
 
     def draw(self, path: Path) -> None:
-        """Precision by recall, of the ten labels with the lowest AP."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for i in self._order()[:CURVES]:
-            if self.positives[i]:
-                recall, precision = _precision_recall(self.answers.probabilities[:, i], self.answers.targets[:, i])
-                axes.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=self.title())
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=8)
-        with open_atomically(path) as file:
-            figure.savefig(file, dpi=150)
+        plot_precision_recall(self, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The most confidently wrong labels, each image once."""
@@ -403,6 +386,24 @@ class LabelReport(Report):
             columns[name] = exact_cells(truth)
             columns[name + PROBABILITY] = exact_cells(shares)
         return columns
+
+
+def plot_precision_recall(report: LabelReport, path: Path) -> None:
+    """Precision by recall, of the ten labels with the lowest AP."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i in report.order()[:CURVES]:
+        if report.positives[i]:
+            recall, precision = _precision_recall(report.answers.probabilities[:, i], report.answers.targets[:, i])
+            axes.plot(recall, precision, label=drawn(printable(report.names[i], 24)), drawstyle="steps-post")
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=report.title())
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def _share(value: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from toolkit import InputError, printable
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import PICTURES, Report, exact_cells, figure_text, finite, finite_interval
+from toolkit.answers.answer_reports import PICTURES, Report, exact_cells, figure_text, finite, headline_figures
 from toolkit.answers.parts import Head, Objective, Task, mixed
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table
 from toolkit.files import open_atomically
@@ -49,7 +49,9 @@ class NumberAnswers:
         found = []
         for answers, targets in zip(self.answers.T, self.targets.T, strict=True):
             known = ~targets.isnan()
-            counts = None if weights is None else weights[:, known]
+            counts = weights
+            if weights is not None and not known.all():
+                counts = weights[:, known]
             found.append(MEASURES[name](answers[known], targets[known], counts))
         return torch.stack(found, -1)
 
@@ -197,10 +199,7 @@ class NumberReport(Report):
         return torch.stack([self.answers.mean(name, weights) for name in MEASURES], -1)
 
     def figures(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
-            found[name] = finite(value)
-            found[f"{name}_interval"] = finite_interval(interval)
+        found = headline_figures(self.HEADLINES, self.headlines, self.intervals)
         numbers = {}
         for i, name in enumerate(self.names):
             numbers[name] = {"images": self.known[i]}
@@ -240,28 +239,7 @@ class NumberReport(Report):
         return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
 
     def draw(self, path: Path) -> None:
-        """The answer for each image by the truth, a panel for each of the first six numbers."""
-        from matplotlib.figure import Figure
-
-        shown = self.names[:PANELS]
-        columns = min(ROW, len(shown))
-        rows = math.ceil(len(shown) / columns)
-        figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
-        places = figure.subplots(rows, columns, squeeze=False).ravel()
-        for place in places[len(shown) :]:
-            place.axis("off")
-        for i, (name, place) in enumerate(zip(shown, places, strict=False)):
-            known = ~self.answers.targets[:, i].isnan()
-            truth = self.answers.targets[known, i]
-            place.plot(truth, self.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
-            if len(truth):
-                ends = [truth.min().item(), truth.max().item()]
-                place.plot(ends, ends, "--", color=ORANGE)
-            title = f"{printable(name, 24)}: R2 {Regression.reported(self.by['r2'][i])}"
-            place.set(xlabel="true", ylabel="answer", title=drawn(title))
-            place.grid(alpha=0.3)
-        with open_atomically(path) as file:
-            figure.savefig(file, dpi=120)
+        plot_scatter(self, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The largest errors by the numbers' spread, each image once."""
@@ -284,6 +262,31 @@ class NumberReport(Report):
             columns[name] = exact_cells(truth)
             columns[name + ANSWER] = exact_cells(answers)
         return columns
+
+
+def plot_scatter(report: NumberReport, path: Path) -> None:
+    """The answer for each image by the truth, a panel for each of the first six numbers."""
+    from matplotlib.figure import Figure
+
+    shown = report.names[:PANELS]
+    columns = min(ROW, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place in places[len(shown) :]:
+        place.axis("off")
+    for i, (name, place) in enumerate(zip(shown, places, strict=False)):
+        known = ~report.answers.targets[:, i].isnan()
+        truth = report.answers.targets[known, i]
+        place.plot(truth, report.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
+        if len(truth):
+            ends = [truth.min().item(), truth.max().item()]
+            place.plot(ends, ends, "--", color=ORANGE)
+        title = f"{printable(name, 24)}: R2 {Regression.reported(report.by['r2'][i])}"
+        place.set(xlabel="true", ylabel="answer", title=drawn(title))
+        place.grid(alpha=0.3)
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 class Regression(Task):
