@@ -307,7 +307,7 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
         *(
             ("finetune_lora.prepare", ""),
             ("finetune_lora.FineTuning.__init__", ""),
-            ("finetune_lora.FineTuning.step", ""),
+            ("finetune_lora.FineTuning.note_steps", ""),
         ),
         ("toolkit.answers.evaluation.evaluate", f"--eval-only {tmp_path / 'trained/lora.pth'}"),
     ):
@@ -316,7 +316,7 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
             finetune_lora.main(f"--checkpoint {base} {common} {flags}".split())
         helps = "$" if flags else " .* --gradient-checkpointing full"
         assert re.match(f"out of memory on cpu: lower --batch-size{helps}", str(caught.value))
-    monkeypatch.setattr(pretrain.Pretraining, "step", full)
+    monkeypatch.setattr(pretrain.Pretraining, "note_steps", full)
     with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
         pretrain.main(
             f"--image-size 8 --batch-size 8 --two-crops digits {common} --output-dir {tmp_path / 'new'}".split()

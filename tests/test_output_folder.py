@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def problems(**given) -> list[str]:
-    usual = {"dataset": "imagefolder", "data_dir": None, "output_dir": Path("out")}
+    usual = {"dataset": "imagefolder", "data_dir": None, "data_list": None, "val_dir": None, "output_dir": Path("out")}
     return list(output_folder.problems(argparse.Namespace(**usual | given)))
 
 
@@ -57,10 +57,6 @@ def test_results_may_not_lie_among_images_of_another_folder(tmp_path, option):
     [problem] = problems(**given, output_dir=tmp_path / "more" / "out")
     assert problem == f"--output-dir {tmp_path}/more/out is among the images in {tmp_path}/more: name a folder outside"
     assert problems(**given, output_dir=tmp_path / "out") == []
-
-
-def test_an_evaluation_writes_nothing(tmp_path):
-    assert problems(data_dir=tmp_path, output_dir=tmp_path / "out", eval_only=Path("lora.pth")) == []
 
 
 # ------------------------------------------------------------------------------------------------------ files of a run
@@ -124,7 +120,7 @@ def stopped(images, tmp_path, monkeypatch) -> Path:
 
     flags = f"--data-dir {images} --output-dir {tmp_path / 'out'} --device cpu --image-size 16 --batch-size 8 --dim 8"
     with monkeypatch.context() as patch, pytest.raises(InputError, match="no more memory"):
-        patch.setattr(pretrain.Pretraining, "step", full)
+        patch.setattr(pretrain.Pretraining, "note_steps", full)
         pretrain.main([*flags.split(), "--mlp-dim", "8"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["last.pth"]
     return tmp_path / "out"

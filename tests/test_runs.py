@@ -37,8 +37,8 @@ def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
     """In a newcomer's environment Python buffers what it prints into a file."""
     code = """
 import sys
-from toolkit import InputError, runs
-from toolkit.run.run_state import changed_settings
+from toolkit import InputError
+from toolkit.run import runs
 def main():
     print("epoch 1")
     print("a warning", file=sys.stderr)
@@ -109,21 +109,8 @@ def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):
 @pytest.mark.parametrize(("dataset", "problems"), [("cifar10", 0), ("imagefolder", 1)])
 def test_a_set_that_is_downloaded_needs_no_folder_yet(tmp_path, dataset, problems):
     given = {"dataset": dataset, "data_dir": tmp_path / "new", "output_dir": tmp_path}
-    args = argparse.Namespace(device="cpu", precision="fp32", tensorboard=False, **given)
+    args = argparse.Namespace(device="cpu", precision="fp32", data_list=None, val_dir=None, **given)
     assert len(list(runs.environment_problems(args))) == problems
-
-
-@pytest.mark.parametrize(
-    "unused", [{"eval_only": Path("lora.pth")}, {"freeze_backbone": False}, {"lora_rank": 0}, {"checkpoint": "none"}]
-)
-def test_a_precision_of_the_base_that_nothing_uses_is_no_problem(tmp_path, unused):
-    run = {"dataset": "digits", "data_dir": None, "output_dir": tmp_path, "tensorboard": False, "device": "cpu"}
-    used = {"eval_only": None, "freeze_backbone": True, "lora_rank": 8, "checkpoint": "base.pth"}
-    args = argparse.Namespace(**run, precision="fp32", base_dtype="fp16", arithmetic="float", **used)
-    assert list(runs.environment_problems(args)) == [
-        "--base-dtype fp16 needs a GPU; on the CPU use --base-dtype bf16 or fp32"
-    ]
-    assert list(runs.environment_problems(argparse.Namespace(**vars(args) | unused))) == []
 
 
 def test_a_run_goes_on_under_a_version_with_more_options_unless_they_are_used():

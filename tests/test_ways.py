@@ -25,7 +25,7 @@ WAYS = {
     "linear probe": "--lora-rank 0",
     "full fine-tuning": "--lora-rank 0 --no-freeze-backbone --learning-rate 1e-3",
     "lora and base": "--lora-rank 2 --no-freeze-backbone --learning-rate 1e-3",
-    "from scratch": "--checkpoint none --arch vit_mini --image-size 16 --lora-rank 0 --no-freeze-backbone",
+    "from scratch": "--checkpoint none --arch vit_mini --image-size 16 --seed 1 --lora-rank 0 --no-freeze-backbone",
 }
 
 
