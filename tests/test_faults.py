@@ -302,20 +302,11 @@ def test_out_of_memory_says_what_saves_it(base, images, tmp_path, monkeypatch, e
         raise error
 
     common = f"--data-dir {images} --output-dir {tmp_path} --device cpu"
-    finetune_lora.main(f"--checkpoint {base} {common} --output-dir {tmp_path / 'trained'} --epochs 1".split())
-    for place, flags in (
-        *(
-            ("finetune_lora.prepare", ""),
-            ("finetune_lora.FineTuning.__init__", ""),
-            ("finetune_lora.FineTuning.note_steps", ""),
-        ),
-        ("toolkit.answers.evaluation.evaluate", f"--eval-only {tmp_path / 'trained/lora.pth'}"),
-    ):
+    for place in ("prepare", "FineTuning.__init__", "FineTuning.note_steps"):
         with monkeypatch.context() as patch, pytest.raises(InputError) as caught:
-            patch.setattr(f"{place}", full)
-            finetune_lora.main(f"--checkpoint {base} {common} {flags}".split())
-        helps = "$" if flags else " .* --gradient-checkpointing full"
-        assert re.match(f"out of memory on cpu: lower --batch-size{helps}", str(caught.value))
+            patch.setattr(f"finetune_lora.{place}", full)
+            finetune_lora.main(f"--checkpoint {base} {common}".split())
+        assert re.match("out of memory on cpu: lower --batch-size .* --gradient-checkpointing full", str(caught.value))
     monkeypatch.setattr(pretrain.Pretraining, "note_steps", full)
     with pytest.raises(InputError, match=r"^out of memory on cpu: lower --batch-size .* --precision bf16"):
         pretrain.main(

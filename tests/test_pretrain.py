@@ -253,8 +253,8 @@ def test_more_processes_than_the_k_nn_accuracy_has_images(run, monkeypatch):
 
 def test_the_momentum_encoder_computes_its_attention_batch_first(run, monkeypatch):
     """It is frozen. Both encoders are the same backbone, and answer alike."""
-    seen, real = [], pretrain.Pretraining.train
-    monkeypatch.setattr(pretrain.Pretraining, "train", lambda self: (seen.append(self.model), real(self)))
+    seen, real = [], pretrain.train
+    monkeypatch.setattr(pretrain, "train", lambda run: (seen.append(run.model), real(run)))
     run("--epochs 1")
     queries, keys = seen[0].encoder_q.eval(), seen[0].encoder_k.eval()
     assert {type(block) for block in keys.encoder.layers} == {FusedEncoderBlock}
@@ -510,14 +510,14 @@ def _weights(content, model):
 
 @pytest.mark.parametrize("options", ["", "--use-qlora --lora-dropout 0.2", "--moco-version 2"])
 def test_adapters_resume_to_the_same_bits(adapt, tmp_path, monkeypatch, options):
-    finish = pretrain.Pretraining.finish_epoch
+    finish = pretrain.Pretraining.end_epoch
 
     def keep(self):
         finish(self)
         if self.epoch == 1:
             shutil.copy(self.path("last.pth"), tmp_path / "first.pth")
 
-    monkeypatch.setattr(pretrain.Pretraining, "finish_epoch", keep)
+    monkeypatch.setattr(pretrain.Pretraining, "end_epoch", keep)
     straight = adapt(options, "straight")
     resumed = adapt(f"{options} --resume {tmp_path / 'first.pth'}", "resumed")
     state = torch.load(tmp_path / "first.pth")["model"]
@@ -532,7 +532,7 @@ def test_adapters_resume_to_the_same_bits(adapt, tmp_path, monkeypatch, options)
 
 
 def test_adapters_are_not_resumed_over_another_base(adapt, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain.Pretraining, "finish_epoch", lambda self: None)
+    monkeypatch.setattr(pretrain, "train", lambda run: run.begin())
     monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # last.pth of the beginning stays
     monkeypatch.setattr(pretrain.Pretraining, "results", lambda self: {})
     monkeypatch.setattr(pretrain.reports, "plot_pretraining", lambda *_: None)
