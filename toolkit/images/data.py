@@ -93,9 +93,13 @@ class LabelledImages(Dataset):
         targets: torch.Tensor | None = None,
     ):
         self.source = source
-        self.indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
+        if indices is None:
+            indices = range(len(labels))
+        self.indices = np.array(indices, dtype=int)
         self.labels = [int(labels[i]) for i in self.indices]
-        self.targets = None if targets is None else targets[self.indices]
+        self.targets = targets
+        if targets is not None:
+            self.targets = targets[self.indices]
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
 
@@ -104,22 +108,30 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
-        return image if isinstance(image, np.ndarray) else to_rgb(image), label
+        if not isinstance(image, np.ndarray):
+            image = to_rgb(image)
+        return image, label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
         try:
-            return self.source[int(self.indices[i])][0], (self.labels if self.targets is None else self.targets)[i]
+            image = self.source[int(self.indices[i])][0]
         except (OSError, SyntaxError) as error:  # torchvision's sets decode their files themselves
             raise unreadable(self.name(i), error) from None
+        if self.targets is not None:
+            return image, self.targets[i]
+        return image, self.labels[i]
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
+        positions = np.array(positions, dtype=int)
         images = type(self)(self.source, [])
         images.indices = self.indices[positions]
         images.labels = [self.labels[i] for i in positions]
-        images.targets = None if self.targets is None else self.targets[np.asarray(positions, dtype=int)]
-        images.groups = None if self.groups is None else self.groups[np.asarray(positions, dtype=int)]
+        if self.targets is not None:
+            images.targets = self.targets[positions]
+        if self.groups is not None:
+            images.groups = self.groups[positions]
         images.times_split = self.times_split
         return images
 
@@ -134,16 +146,22 @@ class LabelledImages(Dataset):
 
     def clusters(self) -> torch.Tensor | None:
         """The number of each image's group, (N,), counted from 0; None where images have none."""
-        return None if self.groups is None else torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
+        if self.groups is None:
+            return None
+        return torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
 
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
         position = self.indices[i]
-        return self.source.path(position) if isinstance(self.source, ImageFiles) else f"image {position}"
+        if isinstance(self.source, ImageFiles):
+            return self.source.path(position)
+        return f"image {position}"
 
     def relative_names(self) -> Iterator[str]:
         """What tells each image from the others wherever the set lies: a path within its folder, or an index."""
-        return map(self.source.names.__getitem__ if isinstance(self.source, ImageFiles) else str, self.indices)
+        if isinstance(self.source, ImageFiles):
+            return map(self.source.names.__getitem__, self.indices)
+        return map(str, self.indices)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -231,7 +249,11 @@ def load_splits(
     elif val is None:
         train, val = validation_part(train)
     if skip_unreadable:
-        train, val = _readable_splits(train, val, class_names if task == "classification" else [])
+        labels = set(train.labels)
+        train = readable(train)
+        val = readable(val)
+        if task == "classification":
+            _check_each_is_left(labels, train, class_names)
     if eval_split == "validation" or folds is not None:
         left_alone = val_dir or (data_list or [])[1:]
         if left_alone and not for_training_only:
@@ -247,17 +269,12 @@ def load_splits(
     return Splits(train, val, class_names)
 
 
-def _readable_splits(
-    train: LabelledImages, val: LabelledImages, class_names: Sequence[str]
-) -> tuple[LabelledImages, LabelledImages]:
-    """Both without images that cannot be read. Raises InputError if one of the classes has no training image left."""
-    labels = set(train.labels)
-    train, val = readable(train), readable(val)
-    gone = sorted(labels - set(train.labels)) if class_names else []
+def _check_each_is_left(labels: set[int], train: LabelledImages, class_names: Sequence[str]) -> None:
+    """Raise InputError if one of the classes has no training image that can be read."""
+    gone = sorted(labels - set(train.labels))
     if gone:
         names = listed(class_names[label] for label in gone)
         raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
-    return train, val
 
 
 # Training images, evaluation images (None: they are a part of the training images yet) and the names of the classes.
@@ -307,16 +324,19 @@ def load_unlabelled(
     """
     if data_list:
         path = Path(data_list[0])
-        folder = _existing("--data-dir", data_dir) if data_dir else path.parent
+        folder = _folder_of_list(path, data_dir)
         source = ImageFiles(folder, read_paths(path, folder), (), bands)
     else:
-        folder = _folder_of_images(data_dir, UNLABELLED_SET)
-        if os.path.isdir(folder / "train"):
-            folder = folder / "train"
-        source = read_shards(folder, bands)[0] if shard_names(folder) else _all_images(folder, bands)
+        folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
+        if shard_names(folder):
+            source, _ = read_shards(folder, bands)
+        else:
+            source = _all_images(folder, bands)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)
-    return readable(images) if skip_unreadable else images
+    if skip_unreadable:
+        return readable(images)
+    return images
 
 
 def _all_images(folder: Path, bands: Bands | None) -> ImageFiles:
@@ -333,9 +353,17 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     """Does the folder have class folders, or archives with labels, or the list labels?"""
     if data_list:
         return list_has_labels(Path(data_list[0]))
-    root = _folder_of_images(data_dir)
-    root = root / "train" if os.path.isdir(root / "train") else root
-    return bool(read_shards(root)[1]) if shard_names(root) else has_class_folders(root)
+    folder = _train_folder(_folder_of_images(data_dir))
+    if shard_names(folder):
+        return bool(read_shards(folder)[1])
+    return has_class_folders(folder)
+
+
+def _train_folder(root: Path) -> Path:
+    """The train/ in a folder, or else the folder."""
+    if os.path.isdir(root / "train"):
+        return root / "train"
+    return root
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,11 +456,12 @@ def _image_folder(
 ) -> Undivided:
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
-    train = root / "train" if os.path.isdir(root / "train") else root
+    train = _train_folder(root)
+    held_out = None
     if val_dir is not None:
         held_out = _existing("--val-dir", val_dir)
-    else:
-        held_out = evaluation_folder(root) if needs_val and train != root else None
+    elif needs_val and train != root:
+        held_out = evaluation_folder(root)
         if held_out is not None and held_out.name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
     if held_out is None and needs_val and train != root:
@@ -441,9 +470,13 @@ def _image_folder(
             "put the class folders straight into --data-dir"
         )
     if shard_names(train):
-        folders = [train] if held_out is None else [train, held_out]
+        folders = [train]
+        if held_out is not None:
+            folders.append(held_out)
         images, val, class_names = _by_label(folders, [_labelled_shards(folder, bands) for folder in folders])
-        return images, (images.subset([]) if val is None and train != root else val), class_names
+        if val is None and train != root:
+            val = images.subset([])
+        return images, val, class_names
     class_names = class_folders(train)
     if held_out is None and train == root:
         return _folder_images(root, class_names, bands), None, class_names
@@ -467,10 +500,11 @@ def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder")
 
 
 def _existing(option: str, folder: str | Path) -> Path:
-    if not os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
-        what = "a file; give the folder with the images" if os.path.exists(folder) else "no such folder"
-        raise InputError(f"{option} {folder}: {what}")
-    return Path(folder)
+    if os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
+        return Path(folder)
+    if os.path.exists(folder):
+        raise InputError(f"{option} {folder}: a file; give the folder with the images")
+    raise InputError(f"{option} {folder}: no such folder")
 
 
 def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, every: bool = True) -> LabelledImages:
@@ -508,7 +542,14 @@ def _places_of_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -
             f"--data-list: expected one list, or one for training and one for evaluation, got {len(lists)}"
         )
     for path in map(Path, lists):
-        yield path, _existing("--data-dir", data_dir) if data_dir else path.parent
+        yield path, _folder_of_list(path, data_dir)
+
+
+def _folder_of_list(path: Path, data_dir: str | Path | None) -> Path:
+    """The folder that the paths in a list are relative to."""
+    if data_dir:
+        return _existing("--data-dir", data_dir)
+    return path.parent
 
 
 def _target_lists(
@@ -522,9 +563,10 @@ def _target_lists(
 ) -> Undivided:
     """The images of one list or of two, with several labels or with numbers."""
     if not lists:
+        forms = {"multilabel": 'several labels, as `path,"a,b"`', "regression": "numbers, as `path,3.5`"}
         raise InputError(
             f"--task {task} needs --data-list: a folder or an archive says one class for each image, a list says "
-            + ('several labels, as `path,"a,b"`' if task == "multilabel" else "numbers, as `path,3.5`")
+            f"{forms[task]}"
         )
     found = []
     for path, folder in _places_of_lists(lists, data_dir):
@@ -534,10 +576,13 @@ def _target_lists(
         found.append((folder, targets))
     parts = []
     for folder, targets in found:
-        labels = strata(targets.values).tolist() if task == "multilabel" else [0] * len(targets.paths)
+        labels = [0] * len(targets.paths)
+        if task == "multilabel":
+            labels = strata(targets.values).tolist()
         files = ImageFiles(folder, targets.paths, labels, bands)
         parts.append(LabelledImages(files, labels, targets=targets.values))
-    return parts[0], (parts[1] if len(parts) > 1 else None), found[0][1].names
+    train, val = [*parts, None][:2]
+    return train, val, found[0][1].names
 
 
 def strata(values: torch.Tensor) -> torch.Tensor:
@@ -561,8 +606,9 @@ def _group(
     val_is_used: bool,
 ) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
-    parts = [train] if val is None else [train, val]
-    for number, images in enumerate(parts):
+    for number, images in enumerate((train, val)):
+        if images is None:
+            continue
         if not isinstance(images.source, ImageFiles):
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
         if lists and not by.isdecimal():
@@ -594,11 +640,13 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     if len(class_names) < 2:
         raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
     _check_classes(places[-1], contents[-1][1], places[0], class_names)
-    numbers, parts = {name: number for number, name in enumerate(class_names)}, []
+    numbers = {name: number for number, name in enumerate(class_names)}
+    parts = []
     for files, labels in contents:
         files.labels = [numbers[label] for label in labels]
         parts.append(LabelledImages(files, files.labels))
-    return parts[0], (parts[1] if len(parts) > 1 else None), class_names
+    train, val = [*parts, None][:2]
+    return train, val, class_names
 
 
 def _torchvision(name: str, root: Path, download: bool) -> Undivided:
@@ -666,7 +714,9 @@ def fold_part(images: LabelledImages, number: int, count: int) -> tuple[Labelled
     Raises:
         InputError: there are fewer images, or groups, than parts.
     """
-    keys = images.relative_names() if images.groups is None else images.groups
+    keys = images.groups
+    if keys is None:
+        keys = images.relative_names()
     in_part = splitting.folds(_alike(images), keys, count, images.times_split) == number - 1
     return _apart(images, np.flatnonzero(~in_part), np.flatnonzero(in_part))
 
@@ -705,16 +755,19 @@ class Transformed(Dataset):
         self.transform = transform
         # Views decode files themselves, at the size that they need.
         undecoded = isinstance(dataset, LabelledImages) and isinstance(transform, View | TwoCrops)
-        self.read = dataset.undecoded if undecoded else dataset.__getitem__
+        self.read = dataset.__getitem__
+        if undecoded:
+            self.read = dataset.undecoded
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
-        i, seed = index if isinstance(index, tuple) else (index, None)
-        image, label = self.read(i)
-        if seed is None:
+        if not isinstance(index, tuple):
+            image, label = self.read(index)
             return self.transform(image), label
+        i, seed = index
+        image, label = self.read(i)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
             return self.transform(image), label
@@ -749,8 +802,11 @@ class Batches(Sampler):
         self.shuffle = shuffle
         self.seed = seed
         self.archives = archives  # the number of each image's archive, if the images are in archives
-        self.epoch = self.start = 0
-        self.number = count // batch_size if drop_last else -(-count // batch_size)
+        self.epoch = 0
+        self.start = 0
+        self.number = count // batch_size
+        if not drop_last and count % batch_size:
+            self.number += 1
 
     def __len__(self) -> int:
         return self.number
@@ -760,9 +816,13 @@ class Batches(Sampler):
         return min(self.batch_size, self.count - number * self.batch_size) > distributed.rank()
 
     def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
-        epoch, start = self.epoch, self.start
-        self.epoch, self.start = epoch + 1, 0
-        order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
+        epoch = self.epoch
+        start = self.start
+        self.epoch += 1
+        self.start = 0
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = self.shuffled(epoch)
         for number in range(start, self.number):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch[distributed.rank() :: distributed.world_size()]
@@ -800,7 +860,8 @@ class LoadingMeter:
         before = self.seconds
         for batch in loader:
             received = time.perf_counter()
-            self.waited, self.seconds = self.waited + received - asked, before + received - started
+            self.waited += received - asked
+            self.seconds = before + received - started
             yield batch
             asked = time.perf_counter()
             self.images += len(batch[1]) * distributed.world_size()
@@ -814,28 +875,38 @@ class LoadingMeter:
     def shown(self) -> dict[str, str]:
         """For a progress bar: the share of waiting, where it is worth more loading processes."""
         share = self.results()["waiting_share"]
-        return {"waiting for images": f"{share:.0%}"} if share >= WORTH_TELLING else {}
+        if share < WORTH_TELLING:
+            return {}
+        return {"waiting for images": f"{share:.0%}"}
 
 
 WORTH_TELLING = 0.1  # of the time
 
 
-SMALL_DATASET_IMAGES = 2_000  # images in memory, or 500 files, are read before a loading process has started
+# So many images in memory, or in files, are read before a loading process has started.
+SMALL_DATASET_IMAGES = 2_000
+SMALL_DATASET_FILES = 500
 MOST_WORKERS = 16
 
 
 def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
     """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
-    in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
-    if len(dataset) < (SMALL_DATASET_IMAGES // 4 if in_files else SMALL_DATASET_IMAGES):
+    smallest = SMALL_DATASET_IMAGES
+    if isinstance(getattr(dataset.dataset, "source", None), ImageFiles):
+        smallest = SMALL_DATASET_FILES
+    if len(dataset) < smallest:
         return 0
-    cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(MOST_WORKERS, max(1, cores // (4 if device is None or device.type == "cpu" else 1)))
+    workers = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device is None or device.type == "cpu":
+        workers //= 4
+    return min(MOST_WORKERS, max(1, workers))
 
 
 def usable_cores() -> int:
     """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def fixed_order_batch(batch_size: int) -> int:
@@ -870,8 +941,9 @@ def build_loader(
     if workers == "auto":
         workers = _helpful_workers(dataset, device)
     images = dataset.dataset
-    in_archives = isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages)
-    archives = images.source.places[images.indices, 0] if in_archives and shuffle else None
+    archives = None
+    if shuffle and isinstance(images, LabelledImages) and isinstance(images.source, ShardedImages):
+        archives = images.source.places[images.indices, 0]
     return DataLoader(
         dataset,
         batch_sampler=Batches(len(dataset), batch_size, shuffle, seed, drop_last, archives),

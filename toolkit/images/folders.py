@@ -46,8 +46,9 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         try:
-            image = open_image(self.path(i)) if self.bands is None else self._read(i)
-            return image, self.labels[i]
+            if self.bands is None:
+                return open_image(self.path(i)), self.labels[i]
+            return self._read(i), self.labels[i]
         except (MemoryError, InputError):
             raise
         except Exception as error:  # a damaged file fails in a hundred places of Pillow
@@ -61,12 +62,17 @@ class ImageFiles(Dataset):
 
     def parts(self, i: int) -> list[str]:
         """The paths of all that an image is read of: one, or one for each of its bands."""
-        return [self.path(i)] if self.bands is None else list(self.bands.files(self.path(i)).values())
+        if self.bands is None:
+            return [self.path(i)]
+        return list(self.bands.files(self.path(i)).values())
 
     def size(self, i: int) -> int:
         """In bytes; -1 for what cannot be read, which is found out when it is."""
         paths = self.parts(i)
-        return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
+        for path in paths:
+            if not os.access(path, os.R_OK):
+                return -1
+        return sum(map(os.path.getsize, paths))
 
     def content(self, i: int) -> bytes:
         return b"".join(map(read_file, self.parts(i)))
@@ -97,10 +103,15 @@ def evaluation_folder(root: Path) -> Path | None:
     found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
     if len(found) > 1:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
-    if os.path.isdir(root / "test"):
-        print(f"evaluating on {found[0]}; {root / 'test'} is left alone" if found else f"evaluating on {root / 'test'}")
-        return found[0] if found else root / "test"
-    return found[0] if found else None
+    test = root / "test"
+    if not found and os.path.isdir(test):
+        print(f"evaluating on {test}")
+        return test
+    if not found:
+        return None
+    if os.path.isdir(test):
+        print(f"evaluating on {found[0]}; {test} is left alone")
+    return found[0]
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
@@ -168,7 +179,9 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
 
 def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
     """The suffixes of image files. Arrays count only where bands are read: elsewhere they may be stored features."""
-    return IMAGE_SUFFIXES if bands is None else (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
+    if bands is None:
+        return IMAGE_SUFFIXES
+    return (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
 
 
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
@@ -200,7 +213,8 @@ def _image_folders(
     here = os.stat(folder / within)
     if any(os.path.samestat(here, other) for other in above):
         return  # a link to a folder around it
-    names, folders = [], []
+    names = []
+    folders = []
     with os.scandir(folder / within) as entries:
         for entry in entries:
             if _is_hidden(entry.name):
@@ -213,7 +227,8 @@ def _image_folders(
                 others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
     if bands is not None:
         names, apart = bands.one_for_each_image(names)
-        others.update({"of other bands": apart} if apart else {})
+        if apart:
+            others["of other bands"] += apart
     yield within, names
     for inner in folders:
         yield from _image_folders(folder, inner, (*above, here), others, bands)

@@ -45,8 +45,10 @@ def at_random(labels: Sequence[int], share: float) -> tuple[list[int], list[int]
 
     It has at least one image of each class and never all of it; a class of a single image stays in `rest`.
     """
-    rng, labels = np.random.RandomState(SPLIT_SEED), np.asarray(labels)
-    rest, part = [], []
+    rng = np.random.RandomState(SPLIT_SEED)
+    labels = np.asarray(labels)
+    rest = []
+    part = []
     for label in np.unique(labels):
         positions = rng.permutation(np.flatnonzero(labels == label))
         count = min(max(1, round(share * len(positions))), len(positions) - 1)
@@ -57,7 +59,8 @@ def at_random(labels: Sequence[int], share: float) -> tuple[list[int], list[int]
 
 def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], seed: int) -> list[int]:
     """Positions of `count` random images of each class. Raises InputError for a class with fewer."""
-    rng, labels = np.random.RandomState(seed), np.asarray(labels)
+    rng = np.random.RandomState(seed)
+    labels = np.asarray(labels)
     chosen = []
     for label, name in enumerate(class_names):
         positions = rng.permutation(np.flatnonzero(labels == label))
@@ -108,7 +111,8 @@ def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0)
         return number
     images = np.bincount(label)
     members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
-    held, part_of = np.zeros((count, len(images))), np.empty(len(names), dtype=int)
+    held = np.zeros((count, len(images)))
+    part_of = np.empty(len(names), dtype=int)
     for place in np.lexsort((drawn, -np.bincount(group, 1 / images[label]).round(9))):
         brings = np.bincount(label[members[place]], minlength=len(images)) / images  # its share of each label
         part = np.lexsort((held.sum(1).round(9), (held @ brings).round(9)))[0]  # rounded: alike on all machines
