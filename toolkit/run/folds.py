@@ -102,9 +102,9 @@ def _finished(path: Path) -> dict[str, Any]:
 def _identity(args: FineTuneOptions) -> dict[str, Any]:
     """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
     with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
-        values = known_image_values(args, args.checkpoint)
+        _, read = known_image_values(args, args.checkpoint)
         one = replace(args, folds=f"1/{read_folds(args.folds)[1]}")
-        sources = image_sources(one, values.read)
+        sources = image_sources(one, read)
         splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     files = [path for path in (args.checkpoint, args.stage1_adapter) if path is not None and not is_none(path)]
     return {
