@@ -816,9 +816,15 @@ def test_titles_are_distinct():
             *("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
             marks=pytest.mark.slow,
         ),
-        ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
+        pytest.param(
+            *("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
+            marks=pytest.mark.slow,
+        ),
         ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
-        ("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
+        pytest.param(
+            *("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_scripts_themselves(script, options, names, tmp_path):

@@ -104,9 +104,6 @@ def test_a_folder_of_13_band_tiffs_goes_through_every_command(trained, tiffs, tm
     argv = f"embed {trained} {image.parent} --output {tmp_path / 'f.npy'} --device cpu --workers 0"
     assert deploy_lora.main(argv.split()).shape == (3, 192)
 
-    only = finetune_lora.main(f"--data-dir {tiffs} --eval-only {trained} --device cpu --workers 0".split())
-    assert only["val_accuracy"] == evaluated["accuracy"]
-
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, base13, tiffs, tmp_path):
     class Interrupted(Exception):
@@ -201,15 +198,14 @@ def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_pa
 
 
 def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
-    with pytest.raises(InputError, match=r"for images of 3 channels, not 13.*--channel-fit timm"):
-        run(base, tiffs, tmp_path, "--channels 13")
-    results = run(base, tiffs, tmp_path, "--channels 13 --channel-fit timm --epochs 1")
+    results = run(base, tiffs, tmp_path, "--channels 13 --epochs 1")
     evaluated = deploy_lora.main(f"evaluate {tmp_path / 'lora.pth'} --device cpu --workers 0".split())
     assert evaluated["accuracy"] == results["val_accuracy"]
 
 
 def test_random_weights_are_for_any_number_of_channels_and_what_is_measured_is_kept(base13, tiffs, tmp_path, capsys):
-    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --from-scratch --epochs 1 --normalise data"
+    options = "--channels 2 --bands 4,2 --lora-rank 0 --no-freeze-backbone --checkpoint none --epochs 1"
+    options += " --normalise data --arch vit_mini --image-size 16"
     run(base13, tiffs, tmp_path, options, scale="")
     assert "measured on 15 training images" in capsys.readouterr().out
     model, about = load_finetuned(tmp_path / "lora.pth")

@@ -252,14 +252,13 @@ VIT_FILES = {
 }
 
 
-@pytest.mark.parametrize("heads", [12, 6])
 @pytest.mark.parametrize(
-    "family, arch, depth",
+    "family, arch, depth, heads",
     [
-        ("moco_v3", "vit_small", 12),
-        ("moco_v3", "vit_conv_small", 11),
-        ("deit", "vit_small", 12),
-        ("linear_probe", "vit_conv_small", 11),
+        ("moco_v3", "vit_small", 12, 12),
+        ("moco_v3", "vit_conv_small", 11, 6),
+        ("deit", "vit_small", 12, 6),
+        ("linear_probe", "vit_conv_small", 11, 12),
     ],
 )
 @pytest.mark.filterwarnings("error")  # nothing is guessed

@@ -512,9 +512,8 @@ def unnormalised(images: torch.Tensor) -> torch.Tensor:
     return images * std + mean
 
 
-@pytest.mark.parametrize(
-    "trained, normalise", [("lora", True), pytest.param("full", False, marks=pytest.mark.slow)], indirect=["trained"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trained, normalise", [("lora", True), ("full", False)], indirect=["trained"])
 def test_onnxruntime_answers_as_the_model(trained, normalise, tmp_path):
     """For any number of images; the file says what it wants and what its outputs mean."""
     onnxruntime = pytest.importorskip("onnxruntime")

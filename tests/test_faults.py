@@ -108,7 +108,7 @@ def test_a_run_killed_twice_ends_in_the_same_bits(start, way):
     [
         pytest.param("lora", signal.SIGTERM, 1, marks=pytest.mark.slow),
         pytest.param("full", signal.SIGINT, 0, marks=pytest.mark.slow),
-        ("pretrain", signal.SIGINT, 0),
+        pytest.param("pretrain", signal.SIGINT, 0, marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_saves_where_it_is_and_goes_on(start, way, signum, workers):
@@ -220,6 +220,7 @@ def test_a_full_disk(start, tmp_path, way, size):
         assert len(outcome(child.folder)["metrics"]) == 2
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only(start, tmp_path):
     with file_system(tmp_path / "out", "64m"):
         child = start()

@@ -9,7 +9,7 @@ from dense import FP32, assert_close, randomize_adapters
 from torch import nn
 
 import deploy_lora
-from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned, main
+from finetune_lora import add_lora_to_model, count_parameters, freeze_backbone_params, load_finetuned
 from lora.fusion import set_gradient_checkpointing
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
@@ -259,8 +259,8 @@ def test_from_a_checkpoint_of_timm_s_to_a_file_for_plain_timm(name, checkpoint, 
     assert [list(info["transform"].steps.transforms[-1].mean)] == [[0.5, 0.5, 0.5]]
     x = images()
     assert_close(model(x), plain.eval()(x), FP32)
-    argv = f"--eval-only {results['folder'] / 'lora.pth'} --config {results['folder'] / 'config.yaml'} --device cpu"
-    assert main(argv.split())["val_accuracy"] == results["val_accuracy"]
+    evaluated = deploy_lora.main(["evaluate", str(results["folder"] / "lora.pth"), "--device", "cpu"])
+    assert evaluated["accuracy"] == results["val_accuracy"]
 
 
 @pytest.mark.slow
