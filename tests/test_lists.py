@@ -163,6 +163,12 @@ def test_a_first_line_without_an_image_names_the_columns(tmp_path, title):
     assert lists.read_label_list(tmp_path / "list.csv", tmp_path).names == ["cat"]
 
 
+def test_a_first_image_with_another_suffix_is_not_taken_for_titles(tmp_path):
+    touch(tmp_path, "a.dcm", "b.png")
+    (tmp_path / "list.csv").write_text("a.dcm,cat\nb.png,dog\n")
+    assert lists.read_list(tmp_path / "list.csv", tmp_path)[0] == ["a.dcm", "b.png"]
+
+
 @pytest.mark.parametrize("text", ["a.png,1,0\n", "path,age\na.png,3\nb.png,4\nb.png,4\n", 'a.png,"cat,dog"\n'])
 def test_pretraining_takes_the_paths_of_any_list(tmp_path, text):
     touch(tmp_path, "a.png", "b.png")

@@ -141,15 +141,13 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _are_titles(rows: Sequence[Sequence[str]]) -> bool:
-    """Does the first line name the columns: by a usual word, or because the second line alone begins with an image?"""
+    """Does the first line name the columns: by a usual word, or by one that is no file, and the second is an image?"""
     first = rows[0][0]
     if first.lower() in TITLES:
         return True
-    return len(rows) > 1 and not _is_image(first) and _is_image(rows[1][0])
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+    if len(rows) < 2 or "." in first or "/" in first:
+        return False
+    return rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
 
 
 def read_groups(path: Path, column: str) -> np.ndarray:
