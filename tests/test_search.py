@@ -42,6 +42,15 @@ def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rat
     assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
 
 
+def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
+    """As of numbers that do not differ on the validation part; the trials are paid for."""
+    trials = [Trial(rate, math.nan, abs(math.log(rate / 1e-3))) for rate in RATES]
+    assert choose(trials, variance_on(100)) == 1e-3
+    assert "the score is not defined on the validation part" in capsys.readouterr().out
+    trials[0] = Trial(RATES[0], 0.5, 9.0)
+    assert choose(trials, variance_on(100)) == RATES[0]
+
+
 def test_an_interrupted_search_goes_on_with_what_it_knows():
     """To the same rate; no trial is made twice."""
     saved, made = [], []
