@@ -303,13 +303,18 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     """
     if place is None:
         return _images_of_run(about)
-    if _task_of(about).kind != "classification":
-        images = _images_with_targets(place, about)
-    elif os.path.isfile(place):
+    where = f"in {place}"
+    if os.path.isfile(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
-        return _images_in_folder(place, about)
-    return images, f"in {place}"
+        if not any(os.path.isdir(place / name) for name in about["class_names"]):  # a class may be called test
+            place = evaluation_folder(place) or place
+        where = f"all in {place}"
+        _check_classes(set(class_folders(place, at_least=1)) - set(about["class_names"]), place)
+        files = labelled_files(place, about["class_names"], every=False, bands=about["transform"].bands)
+        images = LabelledImages(files, files.labels)
+    images.groups = _groups(images, place, about)
+    return images, where
 
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -322,41 +327,25 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     return splits.val, f"of {shown}, evaluated on in training"
 
 
-def _images_with_targets(path: Path, about: dict[str, Any]) -> LabelledImages:
-    unknown = _recorded_data(about).get("unknown")
-    if unknown not in UNKNOWN:
-        unknown = "ignore"
-    by = _group_column(path, about)
-    targets = read_targets(path, path.parent, _task_of(about).kind, unknown=unknown, group_by=by)
-    targets = like(targets, about["class_names"], path, "the adapter", unknown)
-    files = ImageFiles(path.parent, targets.paths, [UNLABELLED] * len(targets.paths), about["transform"].bands)
-    images = LabelledImages(files, files.labels, targets=targets.values)
-    images.groups = _groups(images, path, about)
-    return images
-
-
 def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
-    names, labels = read_list(path, path.parent, _group_column(path, about))
-    if not labels:
-        raise InputError(f"{path}: its images have no labels; write `path,label` lines")
     known = about["class_names"]
-    _check_classes(set(labels) - set(known), path)
-    numbers = [known.index(label) for label in labels]
-    files = ImageFiles(path.parent, names, numbers, about["transform"].bands)
-    images = LabelledImages(files, files.labels)
-    images.groups = _groups(images, path, about)
-    return images
-
-
-def _images_in_folder(folder: Path, about: dict[str, Any]) -> tuple[LabelledImages, str]:
-    known = about["class_names"]
-    if not any(os.path.isdir(folder / name) for name in known):  # a class may be called test
-        folder = evaluation_folder(folder) or folder
-    _check_classes(set(class_folders(folder, at_least=1)) - set(known), folder)
-    files = labelled_files(folder, known, every=False, bands=about["transform"].bands)
-    images = LabelledImages(files, files.labels)
-    images.groups = _groups(images, folder, about)
-    return images, f"all in {folder}"
+    kind = _task_of(about).kind
+    column = _group_column(path, about)
+    values = None
+    if kind == "classification":
+        names, labels = read_list(path, path.parent, column)
+        if not labels:
+            raise InputError(f"{path}: its images have no labels; write `path,label` lines")
+        _check_classes(set(labels) - set(known), path)
+        numbers = list(map(known.index, labels))
+    else:
+        unknown = _recorded_data(about).get("unknown")
+        if unknown not in UNKNOWN:
+            unknown = "ignore"
+        targets = read_targets(path, path.parent, kind, unknown=unknown, group_by=column)
+        names, _, values = like(targets, known, path, "the adapter", unknown)
+        numbers = [UNLABELLED] * len(names)
+    return LabelledImages(ImageFiles(path.parent, names, numbers, about["transform"].bands), numbers, targets=values)
 
 
 def _check_classes(unknown: set[str], place: Any) -> None:
@@ -725,6 +714,7 @@ SUFFIXES = {  # allowed for --output
     "protocols": (".csv",),
     "predict": (".csv",),
     "embed": (".npy",),
+    "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
 }
 
@@ -735,13 +725,13 @@ def check_output(args: argparse.Namespace) -> list[str]:
         return []
     if args.output is None:
         return ["--output: expected a value, the file to write"]
+    if os.path.isdir(args.output) and args.command != "convert":
+        return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
         return [f"--output {args.output}: the name must end in {' or '.join(suffixes)}"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
-    if os.path.isdir(args.output) and args.command != "convert":
-        return [f"--output {args.output}: a folder; name a file"]
     read = [args.adapter, args.checkpoint]
     if args.command in ("predict", "embed"):
         read += args.images

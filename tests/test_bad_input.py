@@ -649,6 +649,7 @@ ADAPTERS = [
     case("a misspelt flag of merge", "deploy_lora merge lora.pth --outptu m.pth", "--outptu", "did you mean --output?",
          "--output: expected a value"),
     case("merge without output", "deploy_lora merge lora.pth", "--output: expected a value"),
+    case("merge into a description", "deploy_lora merge lora.pth --output m.json", "must end in .pth or .pt or .bin"),
     case("merge of a checkpoint", "deploy_lora merge base.pth --output m.pth", "base.pth is not an adapter file"),
     case("merge onto the adapter itself", "deploy_lora merge lora.pth --output ./lora.pth", "name another file"),
     case("merge onto the base", "deploy_lora merge lora.pth --checkpoint base.pth --output base.pth", "another file"),

@@ -107,11 +107,6 @@ def all_sum(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def sum_in_place(figures: Tensor) -> None:
-    """Add up a tensor over the processes. On a GPU its kernels wait for the others, and the CPU does not."""
-    dist.all_reduce(figures)
-
-
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """The first process runs this block before the others enter it, so that they find what it downloads.
