@@ -343,7 +343,9 @@ def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
         if unknown not in UNKNOWN:
             unknown = "ignore"
         targets = read_targets(path, path.parent, kind, unknown=unknown, group_by=column)
-        names, _, values = like(targets, known, path, "the adapter", unknown)
+        targets = like(targets, known, path, "the adapter", unknown)
+        names = targets.paths
+        values = targets.values
         numbers = [UNLABELLED] * len(names)
     return LabelledImages(ImageFiles(path.parent, names, numbers, about["transform"].bands), numbers, targets=values)
 
