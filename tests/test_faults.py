@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from children import Child
+from torch.utils.data import get_worker_info
 
 import finetune_lora
 from lora_utils import read_adapter_file
 from moco import pretrain
 from toolkit import InputError
 from toolkit.files import read_checkpoint
+from toolkit.images import folders
 
 WAYS = {
     "lora": "--lora-rank 2 --lora-dropout 0.1 --accumulation-steps 2",
@@ -268,28 +270,21 @@ def test_an_unreadable_image_is_named(start, own_images, workers):
     assert_one_line(child, f"{broken}: not a readable image", "repair or remove it")
 
 
+def kill_a_worker_at_an_image() -> None:
+    """As the kernel does where memory runs out."""
+    real = folders.open_image
+
+    def kills_its_process(path):
+        if get_worker_info() is not None and str(path).endswith("dark/3.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path)
+
+    folders.open_image = kills_its_process
+
+
 @pytest.mark.parametrize("way", ["lora", "pretrain"])
 def test_a_killed_worker_is_one_line(start, own_images, way):
-    stuck = own_images / "train" / "dark" / "3.png"
-    stuck.unlink()
-    os.mkfifo(stuck)  # whoever reads it waits
-    child = start(way, f"--data-dir {own_images} --workers 1")
-
-    def readers() -> set[int]:
-        found = set()
-        for fd in Path("/proc").glob("[0-9]*/fd/*"):
-            with contextlib.suppress(OSError):  # a process that has ended meanwhile, or is not ours
-                found |= {int(fd.parts[2])} if os.readlink(fd) == str(stuck) else set()
-        return found - {os.getpid()}
-
-    def opened() -> int | None:
-        with contextlib.suppress(OSError):  # nobody reads it yet
-            return os.open(stuck, os.O_WRONLY | os.O_NONBLOCK)
-
-    child.wait_for(opened)
-    child.wait_for(readers)  # its open() returns a moment after ours
-    [worker] = readers()
-    os.kill(worker, signal.SIGKILL)
+    child = start(way, f"--data-dir {own_images} --workers 1", before=kill_a_worker_at_an_image)
     assert_one_line(child, "a process that loads images was killed", "--workers 0")
 
 
