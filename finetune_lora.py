@@ -979,7 +979,9 @@ def finish(run: "FineTuning") -> dict[str, Any]:
     with run.kept_weights():
         if run.args.keep_best:
             kept = manager.load_lora_checkpoint(path)
-        if run.calibrate(kept.get("temperature", 1.0)) and distributed.is_main():
+        if "temperature" in kept:  # a run that was killed behind this had calibrated it
+            run.task.take_chosen(kept)
+        elif run.calibrate() and distributed.is_main():
             manager.save_lora_checkpoint(path, read_adapter_file(path)["metadata"] | run.task.chosen())
         result = run.evaluate(run.loaders.val)
     if not distributed.is_main():
@@ -1313,19 +1315,15 @@ class FineTuning(RunState):
         loss = self.task.plain_loss
         return evaluation.worst_batch_loss(self.network, self.loaders.watched, self.device, self.dtype, loss)
 
-    def calibrate(self, divided_by: float = 1.0) -> bool:
+    def calibrate(self) -> bool:
         """Make the probabilities believable, by training images: divide the head's outputs by a temperature.
 
         For several labels it also chooses the thresholds above which they are answers. False where there is nothing
         to do: for numbers, and for classes if the head did not start as a probe.
-
-        Args:
-            divided_by: the temperature of an earlier calibration, which is undone first.
         """
         optimism = self.head_temperature.optimism
         if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
             return False
-        self.task.soften_head(self.model, 1 / divided_by)
         outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)
         self.task.soften_head(self.model, self.task.temperature)

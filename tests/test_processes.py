@@ -28,6 +28,7 @@ WAYS = {
     "lora": "--label-smoothing 0.1",
     "qlora": "--use-qlora --target-modules mlp.0 --gradient-checkpointing full",
     "features": "--adapt-last 1 --cache-features disk --use-qlora",
+    "mixup": "--mixup 0.4",
 }
 PRETRAINING = "--image-size 8 --batch-size 6 --epochs 2 --dim 8 --queue-size 16 --two-crops digits --moco-version 2"
 PRETRAINING += " --optimizer sgd --learning-rate 0.03"  # AdamW would blow up the rounding of gradients that are zero
@@ -67,7 +68,9 @@ def with_sgd() -> None:
     guard.WATCHED_VIEWS = 21  # as in this process
 
 
-@pytest.mark.parametrize("way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features"))])
+@pytest.mark.parametrize(
+    "way", ["lora", *(pytest.param(way, marks=pytest.mark.slow) for way in ("qlora", "features", "mixup"))]
+)
 def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco import pretrain
 from toolkit import InputError, devices
-from toolkit.answers import evaluation
+from toolkit.answers import evaluation, tasks
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 
@@ -129,18 +129,37 @@ def test_autocast_computes_in_its_dtype():
 def test_mixed_images_are_mixed_as_their_labels_are():
     """Image i is all i: what is mixed of it and the one before shows in its mean."""
     torch.manual_seed(0)
+    task = tasks.Classification(list("abcd"), mixup=0.5)
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 32, 32)
     for _ in range(5):
-        mixed, shares = evaluation.BatchMixing(0.5, 4)(images.clone(), torch.arange(4))
+        mixed, shares = task.mix(images.clone(), torch.arange(4))
         torch.testing.assert_close(shares.sum(1), torch.ones(4))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_mixed_unless_asked_for_and_never_images_that_stand_in_for_missing_ones():
-    images, labels = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
-    assert evaluation.BatchMixing(0.0, 2)(images, labels) == (images, labels)
-    missing = torch.full_like(labels, evaluation.NO_LABEL)
-    assert evaluation.BatchMixing(0.5, 2)(images, missing) == (images, missing)
+def test_nothing_is_mixed_without_mixup_or_labels():
+    images, labels, missing = torch.randn(2, 3, 4, 4), torch.tensor([1, 0]), torch.full((2,), evaluation.NO_LABEL)
+    assert tasks.Classification(list("ab")).mix(images, labels) == (images, labels)
+    assert tasks.Classification(list("ab"), mixup=0.5).mix(images, missing) == (images, missing)
+
+
+def test_an_average_gives_the_weights_back():
+    model = nn.BatchNorm1d(2)
+    average = optim.WeightAverage(dict(model.named_parameters()), 0.9)
+    with average.in_place():  # before the first step it is the weights
+        assert torch.equal(model.weight, torch.ones(2))
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight += 1
+        average.update()
+    state = copy.deepcopy(average.state_dict())
+    with average.in_place():
+        assert 2 < model.weight[0] < 4  # between the first step's weight and the last one's
+    assert torch.equal(model.weight, torch.full((2,), 4.0))
+    average.update()
+    average.load_state_dict(state)
+    assert average.steps == 3 and average.share == 1
+    assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
 
 
 def test_statistics_are_those_of_the_loaders_images():

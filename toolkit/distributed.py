@@ -68,8 +68,8 @@ def claim_report() -> bool:
         return os.environ["LOCAL_RANK"] == "0"
     try:
         return _store.add("faults", 1) == 1
-    except RuntimeError:  # the store is gone, with the process that ran it
-        return False
+    except RuntimeError:  # the store is gone, with the first process: it may have been killed without a word
+        return rank() == 1
 
 
 def is_lost_peer(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from toolkit.answers.answer_reports import (
     right_of,
 )
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import UNSURE, Head, Objective, Task
+from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
 from toolkit.answers.report_page import drawn, html_picture, html_table
 from toolkit.files import open_atomically
 from toolkit.images.data import LabelledImages
@@ -40,13 +40,14 @@ class ClassObjective(Objective):
 
     Args:
         class_weights: (K,), how much each class's images count; None: 1.
-        mixing: mixup, CutMix, or both; None: nothing is mixed.
+        mixup: alpha of mixup; 0: nothing is mixed.
     """
 
-    def __init__(self, class_weights: Tensor | None, label_smoothing: float, mixing: evaluation.BatchMixing | None):
+    def __init__(self, classes: int, class_weights: Tensor | None, label_smoothing: float, mixup: float):
+        self.classes = classes
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
-        self.mixing = mixing
+        self.mixup = mixup
 
     def to(self, device: torch.device) -> None:
         if self.class_weights is not None:
@@ -64,9 +65,12 @@ class ClassObjective(Objective):
         return evaluation.count_right(outputs, targets)
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mixing is None:
+        shares = F.one_hot(targets.clamp_min(0), self.classes).float()
+        shares[targets == evaluation.NO_LABEL] = torch.nan
+        mixed_images, mixed_shares = mixed(images, shares, self.mixup)
+        if mixed_shares is shares:  # nothing is mixed
             return images, targets
-        return self.mixing(images, targets)
+        return mixed_images, mixed_shares
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
@@ -318,7 +322,7 @@ class Classification(Task):
 
     Args:
         names: of the K classes.
-        class_weights, mixing: as for `ClassObjective`.
+        class_weights, label_smoothing, mixup: as for `ClassObjective`.
     """
 
     kind = "classification"
@@ -335,9 +339,9 @@ class Classification(Task):
         names: Sequence[str],
         class_weights: Tensor | None = None,
         label_smoothing: float = 0.0,
-        mixing: evaluation.BatchMixing | None = None,
+        mixup: float = 0.0,
     ):
-        objective = ClassObjective(class_weights, label_smoothing, mixing)
+        objective = ClassObjective(len(names), class_weights, label_smoothing, mixup)
         super().__init__(objective, ClassHead(names, objective))
 
     def record(self) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.transforms import v2
 
 from toolkit import distributed
 from toolkit.answers import measures
@@ -42,25 +41,6 @@ NO_LABEL = -100  # the label of an image that stands in for a missing one: cross
 def no_labels(like: Tensor) -> Tensor:
     """Labels or targets that no loss counts, for images that stand in for missing ones."""
     return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
-
-
-class BatchMixing:
-    """torchvision's mixup (arXiv 1710.09412).
-
-    Takes images (N, 3, S, S) and labels (N,), and returns mixed images and the shares of the classes, (N, classes).
-    Without it, and for images without labels, it returns what it gets.
-
-    Args:
-        alpha: of the Beta distribution that the shares are drawn from; 0: without it.
-    """
-
-    def __init__(self, alpha: float, classes: int):
-        self.mix = v2.MixUp(alpha=alpha, num_classes=classes) if alpha > 0 else None
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mix is None or NO_LABEL in labels:
-            return images, labels
-        return self.mix(images, labels)
 
 
 def count_right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -248,6 +248,9 @@ class LabelHead(Head):
         probabilities = self._tempered(outputs, self.temperature).sigmoid()
         self.thresholds = LabelAnswers(0.0, probabilities, targets).best_thresholds()
 
+    def restore(self, record) -> None:
+        self.thresholds = torch.tensor(record["thresholds"], dtype=self.thresholds.dtype)
+
     def record(self) -> dict[str, list[float]]:
         return {"thresholds": self.thresholds.tolist()}
 

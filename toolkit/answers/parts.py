@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from toolkit import distributed
 from toolkit.answers import probe
 from toolkit.answers.answer_reports import Report
 from toolkit.images.data import LabelledImages
@@ -143,6 +144,9 @@ class Head:
         """What an adapter file has to say of the head: numbers for each output, by name."""
         return {}
 
+    def restore(self, record: Mapping[str, list[float]]) -> None:
+        """Take what `record` once said of choices."""
+
     def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions, and for each image what stands in them.
 
@@ -222,6 +226,11 @@ class Task:
             chosen["task"] = record
         return chosen
 
+    def take_chosen(self, metadata: Mapping[str, Any]) -> None:
+        """Take what `calibrate` once chose, from the metadata of an adapter file."""
+        self.head.temperature = metadata["temperature"]
+        self.head.restore(metadata.get("task") or {})
+
     def report(self, answers: Answers, clusters: Tensor | None = None) -> Report:
         """The report on answers, whose intervals are over clusters of images, as for `measures.share_interval`."""
         return self.Report(self.head, answers, clusters)
@@ -235,9 +244,16 @@ class Task:
 def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """mixup (arXiv 1710.09412) with targets (N, K): each image with the one before it, by one share for the batch.
 
-    A batch that stands in for a missing one, of which nothing is known, stays as it is.
+    Several processes mix their shares of a batch as if it were one. A batch that is smaller than there are processes,
+    which some lack a share of, stays as it is.
     """
-    if alpha == 0 or targets.isnan().all():
+    if alpha == 0:
         return images, targets
-    share = torch.distributions.Beta(alpha, alpha).sample().item()
-    return torch.lerp(images.roll(1, 0), images, share), torch.lerp(targets.roll(1, 0), targets, share)
+    lacking, *_ = distributed.all_sum(float(targets.isnan().all()))
+    if lacking:
+        return images, targets
+    share = distributed.gather(torch.distributions.Beta(alpha, alpha).sample().item())[0]
+    own = slice(distributed.rank(), None, distributed.world_size())
+    before = distributed.interleave(images).roll(1, 0)[own]
+    targets_before = distributed.interleave(targets).roll(1, 0)[own]
+    return torch.lerp(before, images, share), torch.lerp(targets_before, targets, share)

@@ -97,8 +97,7 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
     if args.task == "regression":
         return Regression(names, train.targets, args.mixup).to(device)
     weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
-    mixing = evaluation.BatchMixing(args.mixup, len(names))
-    return Classification(names, weights, args.label_smoothing, mixing).to(device)
+    return Classification(names, weights, args.label_smoothing, args.mixup).to(device)
 
 
 RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name

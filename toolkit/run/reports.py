@@ -208,7 +208,6 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         "normalization": recorded(normalization, run.report),
         "config": config,
     }
-    write_text(json.dumps(results, indent=2), run.path("results.json"))
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
@@ -224,6 +223,7 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         curves=run.path("training_curves.png"),
         config=config,
     )
+    write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     print(f"\n{table(rows)}")
     return results
 
