@@ -143,25 +143,6 @@ def test_nothing_is_mixed_without_mixup_or_labels():
     assert tasks.Classification(list("ab"), mixup=0.5).mix(images, missing) == (images, missing)
 
 
-def test_an_average_gives_the_weights_back():
-    model = nn.BatchNorm1d(2)
-    average = optim.WeightAverage(dict(model.named_parameters()), 0.9)
-    with average.in_place():  # before the first step it is the weights
-        assert torch.equal(model.weight, torch.ones(2))
-    for _ in range(3):
-        with torch.no_grad():
-            model.weight += 1
-        average.update()
-    state = copy.deepcopy(average.state_dict())
-    with average.in_place():
-        assert 2 < model.weight[0] < 4  # between the first step's weight and the last one's
-    assert torch.equal(model.weight, torch.full((2,), 4.0))
-    average.update()
-    average.load_state_dict(state)
-    assert average.steps == 3 and average.share == 1
-    assert all(torch.equal(tensor, state["averages"][name]) for name, tensor in average.averages.items())
-
-
 def test_statistics_are_those_of_the_loaders_images():
     """Of all batches alike, whatever the momentum; a frozen BatchNorm, dropout and the mode stay as they are."""
     torch.manual_seed(0)

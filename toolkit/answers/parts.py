@@ -249,10 +249,10 @@ def mixed(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor
     """
     if alpha == 0:
         return images, targets
+    share = distributed.gather(torch.distributions.Beta(alpha, alpha).sample().item())[0]
     lacking, *_ = distributed.all_sum(float(targets.isnan().all()))
     if lacking:
         return images, targets
-    share = distributed.gather(torch.distributions.Beta(alpha, alpha).sample().item())[0]
     own = slice(distributed.rank(), None, distributed.world_size())
     before = distributed.interleave(images).roll(1, 0)[own]
     targets_before = distributed.interleave(targets).roll(1, 0)[own]
