@@ -13,6 +13,7 @@ its command line. The arithmetic under the layers is in `lora/functional.py`, ad
 import argparse
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import Splits, end_workers, load_splits
 from toolkit.images.transforms import eval_transform
-from toolkit.models.backbones import headless, in_head
+from toolkit.models.backbones import head_names, headless, in_head, name_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
@@ -502,6 +503,7 @@ def add_lora_to_model(
     rank_pattern: Mapping[str, int] | None = None,
     base_dtype: torch.dtype | None = None,
     adapt_last: int | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> nn.Module:
     """Put adapters on a model's layers, in place. Adapters that it has are replaced.
 
@@ -519,6 +521,8 @@ def add_lora_to_model(
             attention in 8 bits, and on CPUs multiply in 8 bits (`lora.int8`). The classifier head, which
             trains, stays as it is. None: all as they are.
         adapt_last: adapt so many of a ViT's last blocks or a ResNet's last stages only. Below there is no backward.
+        head: the names of the modules that no checkpoint has, such as a classifier: they train and are saved whole.
+            None: the module called fc, heads, head or classifier, see `toolkit.models.backbones.head_name`.
 
     Returns:
         The same model. Nothing is frozen yet: see `freeze_backbone_params`.
@@ -528,10 +532,25 @@ def add_lora_to_model(
             a weight that two layers share, or layers in fewer bits that would become float. The model is as it was.
     """
     settings = LoRASettings(r, lora_alpha, lora_dropout, use_rslora)
+    name_head(adapted.unwrap_for_editing(model), head)
+    if target_modules is None:
+        warn_of_unknown_head(model)
     chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
     by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
     below = adapted.layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
     return adapt_layers(model, dict.fromkeys(below) | by_layer, use_qlora, base_dtype)
+
+
+def warn_of_unknown_head(model: nn.Module) -> None:
+    """Warn that the last layer, which may be a new classifier, gets an adapter and is frozen, if no head is found."""
+    model = adapted.unwrap_for_editing(model)
+    layers = list(adapted.adaptable_layers(model))
+    if layers and layers[-1] and not head_names(model) and isinstance(model.get_submodule(layers[-1]), nn.Linear):
+        warnings.warn(
+            f"no classifier head is found, so the last layer, {layers[-1]}, is adapted and frozen: if it is new, give "
+            f"head={layers[-1]!r}",
+            stacklevel=3,
+        )
 
 
 def adapt_layers(
@@ -551,16 +570,17 @@ def adapt_layers(
     Raises:
         InputError: as `add_lora_to_model`, or a name that is no layer to adapt. The model is then as it was.
     """
-    wrapped, model = model, adapted.unwrap_for_editing(model)
+    wrapped = model
+    model = adapted.unwrap_for_editing(model)
     candidates = adapted.adaptable_layers(model)
-    if not use_qlora:
-        rounds = {name for name in settings if adapted.rounds(candidates.get(name), base_dtype)}
-        settings = {name: own for name, own in settings.items() if own is not None or name in rounds}
-    chosen = {name: layer for name, layer in candidates.items() if name in settings}
-    projections = {
-        dotted(name, "out_proj"): name for name, layer in chosen.items() if isinstance(layer, nn.MultiheadAttention)
-    }
-    unknown = settings.keys() - chosen.keys() - projections.keys()
+    chosen = {}
+    projections = {}  # of attention: name -> the attention's
+    for name, layer in candidates.items():
+        if name in settings and (settings[name] is not None or use_qlora or adapted.rounds(layer, base_dtype)):
+            chosen[name] = layer
+            if isinstance(layer, nn.MultiheadAttention):
+                projections[dotted(name, "out_proj")] = name
+    unknown = settings.keys() - candidates.keys() - projections.keys()
     if unknown:
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
     adapted.check_ranks(settings, full_rank(model))
@@ -575,8 +595,11 @@ def adapt_layers(
         if layer.base_bits == 32:
             layer.remove_lora()
     for name, layer in chosen.items():
-        kinds = ADAPTED.get(type(layer), (type(layer),) * 2)  # a layer in fewer bits keeps its kind
-        kinds[use_qlora].adapt(layer, settings[name], None if in_head(model, name) else base_dtype)
+        kind = type(layer)  # a layer in fewer bits keeps its kind
+        if kind in ADAPTED:
+            kind = ADAPTED[kind][use_qlora]
+        stored = None if in_head(model, name) else base_dtype
+        kind.adapt(layer, settings[name], stored)
     for projection, name in projections.items():
         if settings.get(projection, settings[name]) != settings[name]:
             layer = chosen[name].out_proj
@@ -617,19 +640,22 @@ def int8_pays(model: nn.Module, precision: torch.dtype) -> bool:
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
-def freeze_backbone_params(model: nn.Module, freeze: bool = True, train_norms: bool = False) -> None:
+def freeze_backbone_params(
+    model: nn.Module, freeze: bool = True, train_norms: bool = False, head: str | Sequence[str] | None = None
+) -> None:
     """Freeze all but the adapters and the classifier head, or let everything train again.
 
     The BatchNorms of a frozen backbone stay in eval mode whatever `model.train()` says: their statistics belong to the
     base. With `train_norms` the normalisation layers train too: their scales and shifts, and BatchNorm's statistics.
     Those that followed the adapters go on from where these have brought them, and follow no more.
-    Weights stored in 4 or 16 bits do not train in either case.
+    Weights stored in 4 or 16 bits do not train in either case. `head`: see `add_lora_to_model`.
 
     Raises:
         InputError: all is to train but the adapters are merged: unmerging would discard what the weights learn. Or the
             base, or its norms, are to train, and several adapters share it.
     """
     model = adapted.unwrap_for_editing(model)
+    name_head(model, head)
     if (train_norms or not freeze) and LoRAManager(model).names:
         raise InputError("several adapters share this base, so it cannot train: load one alone, with load_finetuned")
     if not freeze and any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):

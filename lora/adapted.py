@@ -210,10 +210,14 @@ def settings_by_layer(
     """
     chosen = dict.fromkeys(layers, settings)
     for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
-        matched = [name for name in chosen if matches_layer(name, target)]
-        if not matched:
+        own = replace(settings, r=rank)
+        is_used = False
+        for name in chosen:
+            if matches_layer(name, target):
+                chosen[name] = own
+                is_used = True
+        if not is_used:
             raise InputError(f"no adapted layer matches {target!r}; there are: {listed(list(chosen), 12)}")
-        chosen.update(dict.fromkeys(matched, replace(settings, r=rank)))
     return chosen
 
 

@@ -30,7 +30,7 @@ from lora.adapted import AdaptedLayer, LoRASettings, is_adapted, outermost_layer
 from toolkit import InputError, listed, printable
 from toolkit.files import read_safetensors
 from toolkit.images.bands import from_metadata
-from toolkit.models.backbones import head_name
+from toolkit.models.backbones import head_names, in_head
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -59,13 +59,12 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     `tensors` are those of the adapter file from which the model was loaded.
     """
     layers = _adapted_layers(model)
-    head = f"{head_name(model)}."
     if not layers:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
         reason = _obstacle(layer)
-        if f"{name}.".startswith(head):
+        if in_head(model, name):
             reason = "an adapter on the head, which PEFT saves whole"
         if reason:
             yield f"{name} ({reason})"
@@ -73,7 +72,7 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
     trained = []
     for name in tensors:
         leaf = name.rpartition(".")[2]
-        if name.startswith(head) or leaf.startswith("lora_"):
+        if in_head(model, name) or leaf.startswith("lora_"):
             continue
         kind = statistics if leaf.startswith("running_") else trained
         kind.append(name)
@@ -106,7 +105,6 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     written into the file's header, for a conversion back. `obstacles` must have found none.
     """
     layers = _adapted_layers(model)
-    head = head_name(model)
     times_projected = _times_projected()
     ranks = {}
     alphas = {}
@@ -121,11 +119,12 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
         **_by_layer("r", "rank_pattern", ranks),
         **_by_layer("lora_alpha", "alpha_pattern", alphas),
         target_modules="|".join(map(re.escape, layers)),  # a list would match the ends of names
-        modules_to_save=[head],
+        modules_to_save=list(head_names(model)),
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         inference_mode=True,
     )
-    tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
+    for head in head_names(model):
+        tensors |= model.get_submodule(head).state_dict(prefix=f"{head}.")
     tensors = {PREFIX + name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     config.save_pretrained(folder)
     header = {"format": "pt", IMAGES: json.dumps(about)}

@@ -815,3 +815,60 @@ def test_the_statistics_of_batch_norm_s_subclasses_freeze_as_well(tmp_path):
         freeze_backbone_params(frozen_model, freeze=False)
         assert frozen_model[1].training and isinstance(frozen_model[1], BatchNormAct)
     assert bare(LoRAManager(model).unload(), "1") is BatchNormAct
+
+
+# ------------------------------------------------------------------------------------------------------------ the head
+
+
+class WithOwnHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.cls = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.cls(self.body(x))
+
+
+def with_own_head() -> nn.Module:
+    """The same body each time, and another head, as no checkpoint has one."""
+    torch.manual_seed(0)
+    model = WithOwnHead()
+    model.cls = nn.Linear(8, 3)
+    torch.seed()
+    nn.init.normal_(model.cls.weight)
+    return model
+
+
+@pytest.mark.parametrize("head", ["cls", ["cls"]])
+def test_a_head_of_any_name_trains_and_is_saved_whole(head, tmp_path):
+    model, x = add_lora_to_model(with_own_head(), r=2, head=head), torch.randn(4, 6)
+    freeze_backbone_params(model)
+    assert type(model.cls) is nn.Linear and model.cls.weight.requires_grad and not model.body[0].weight.requires_grad
+    randomize_adapters(model)
+    LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth")
+    again = add_lora_to_model(with_own_head(), r=2, head=head)
+    LoRAManager(again).load_lora_checkpoint(tmp_path / "a.pth")
+    torch.testing.assert_close(again(x), model(x))
+    manager = LoRAManager(with_own_head(), head=head)
+    manager.load_lora_checkpoint(tmp_path / "a.pth", name="a")
+    manager.use("a")
+    torch.testing.assert_close(manager.model(x), model(x))
+    freeze_backbone_params(plain := with_own_head(), head=head)
+    assert [name for name, p in plain.named_parameters() if p.requires_grad] == ["cls.weight", "cls.bias"]
+
+
+def test_a_head_that_is_not_found_is_reported():
+    with pytest.warns(UserWarning, match="the last layer, cls, is adapted and frozen: if it is new, give head='cls'"):
+        add_lora_to_model(with_own_head(), r=2)
+    with pytest.raises(InputError, match=r"no module is named 'clss', so it cannot be the classifier head: did you"):
+        add_lora_to_model(with_own_head(), r=2, head="clss")
+
+
+def test_the_head_of_a_model_that_another_module_holds_is_found():
+    holder = nn.Module()
+    holder.model = resnet()
+    add_lora_to_model(holder, r=2)
+    freeze_backbone_params(holder)
+    assert type(holder.model.fc) is nn.Linear and holder.model.fc.weight.requires_grad
+    assert not holder.model.conv1.weight.requires_grad

@@ -326,6 +326,8 @@ def test_it_is_exported_for_batches_of_any_size():
 @pytest.fixture
 def fast_processor(monkeypatch):
     """A processor that multiplies fast in 8 bits, whatever this one does."""
+    if not int8.multiplies_exactly("cpu", 64, 64):
+        pytest.skip("products in 8 bits overflow on this CPU")
     monkeypatch.setattr(arithmetic, "speedups", lambda *layer: {torch.float32: 2.0})
 
 
