@@ -8,6 +8,7 @@ import pytest
 import finetune_lora
 from moco import pretrain
 from toolkit import InputError, config
+from toolkit.run import options
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,7 +83,8 @@ def test_null_is_allowed_where_it_is_the_default(parse):
 
 def test_the_other_scripts_section_is_passed_over(parse):
     assert parse("", "moco:\n  anything: 1\nmodel:\nfinetune: {epochs: 2}")[0].epochs == 2
-    assert parse("", "model: {checkpoint: moco.pth, arch: resnet18}")[0].arch == "resnet18"
+    both = "model: {checkpoint: moco.pth, arch: resnet18}"
+    assert parse("", both, ignored={"model": ["checkpoint"]})[0].arch == "resnet18"
     assert parse("", "")[0].epochs == 10  # an empty file is a file without settings
 
 
@@ -91,8 +93,8 @@ def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
 
     fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
-    for section in config.SECTIONS.keys() & fine_tuning.keys() & stage1.keys():
-        assert fine_tuning[section] - stage1[section] <= {*config.SECTIONS[section]}, section
+    for section in {*config.SECTIONS} & fine_tuning.keys() & stage1.keys():
+        assert fine_tuning[section] - stage1[section] <= {*options.OF_FINE_TUNING[section]}, section
 
 
 def test_the_default_config_is_used_unless_another_is_named_or_it_does_not_apply(parse, tmp_path):

@@ -126,7 +126,7 @@ def test_features_that_have_collapsed_show(run, folder, flat, monkeypatch, capsy
     def collapsed(model, x):
         return torch.ones(len(x), 8) + 1e-6 * x.flatten(1)[:, :1]
 
-    monkeypatch.setattr(pretrain.training, "forward_features", collapsed)
+    monkeypatch.setattr(pretrain.evaluation, "forward_features", collapsed)
     results = run(f"--data-dir {folder if labels else flat}")
     assert results["effective_rank"] == pytest.approx(1, abs=0.1)
     assert results["uniformity"] is None if labels else results["uniformity"] == pytest.approx(0, abs=0.1)
@@ -200,7 +200,7 @@ def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkey
     def too_large(*_):
         raise MemoryError
 
-    monkeypatch.setattr(pretrain.training, "extract_features", too_large)
+    monkeypatch.setattr(pretrain.evaluation, "extract_features", too_large)
     with pytest.raises(InputError, match="out of memory"):
         run("--knn-every 2")
     assert read_checkpoint(tmp_path / "out/moco_stage1_epoch_2.pth")["epoch"] == 2
@@ -210,8 +210,8 @@ def test_an_epoch_is_saved_before_its_accuracy_is_measured(run, tmp_path, monkey
 def test_the_images_of_the_accuracy_are_bounded(run, monkeypatch):
     monkeypatch.setattr(pretrain, "KNN_BANK", 6)
     monkeypatch.setattr(pretrain, "KNN_QUERIES", 2)
-    seen, measure = [], pretrain.training.knn_accuracy
-    monkeypatch.setattr(pretrain.training, "knn_accuracy", lambda *x: seen.append([len(t) for t in x]) or measure(*x))
+    seen, measure = [], pretrain.evaluation.knn_accuracy
+    monkeypatch.setattr(pretrain.evaluation, "knn_accuracy", lambda *x: seen.append([len(t) for t in x]) or measure(*x))
     run("--epochs 1")
     assert seen == [[6, 6, 2, 2]]
 
@@ -352,7 +352,7 @@ def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folde
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path):
-    args, sources = config.parse_args(pretrain.make_parser(), ["--config", str(path)])
+    args, sources = pretrain.read_options(["--config", str(path)])
     assert sources["moco_version"] == "config"
     if path.stem != "stage1":
         assert f"v{args.moco_version}" in path.stem and args.dataset == "imagefolder"
@@ -399,8 +399,9 @@ def test_lars_is_for_all_weights_at_once_what_it_is_for_each():
 
 
 def test_without_adapters_it_goes_on_in_all_weights(run, base):
-    args = config.parse_args(pretrain.make_parser(), ["--checkpoint", str(base)], check=pretrain.complete)[0]
-    start = pretrain.build_model(args, torch.device("cpu"))[0].encoder_q.state_dict()
+    args, _ = pretrain.read_options(["--checkpoint", str(base)])
+    model, args, _ = pretrain.build_model(args, torch.device("cpu"))
+    start = model.encoder_q.state_dict()
     assert (args.arch, args.image_size, args.moco_version) == ("vit_mini", 16, 3)
     for name, tensor in load_backbone(base, 1)[0].state_dict().items():
         assert name.startswith("heads.") or torch.equal(start[name], tensor), name
@@ -415,7 +416,7 @@ def test_without_adapters_it_goes_on_in_all_weights(run, base):
 def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, arch, capsys):
     """Version and widths come from the file as well."""
     flags = f"--moco-version {version} --arch {arch} --image-size 32 --dim 6 --mlp-dim 10 --queue-size 256"
-    args = config.parse_args(pretrain.make_parser(), flags.split(), check=pretrain.complete)[0]
+    args = pretrain.read_options(flags.split())[0]
     theirs = pretrain.build_model(args, torch.device("cpu"))[0]
     names = ("encoder_q", "encoder_k") if version < 3 else ("base_encoder", "momentum_encoder")
     state = {}
@@ -425,15 +426,15 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
         state[f"module.{name}"] = tensor
     torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
     flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
-    args = config.parse_args(pretrain.make_parser(), flags, check=pretrain.complete)[0]
-    ours, told = pretrain.build_model(args, torch.device("cpu"))
+    args = pretrain.read_options(flags)[0]
+    ours, args, told = pretrain.build_model(args, torch.device("cpu"))
     assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
     state = ours.state_dict()
     for name in state:
         if "fc." in name or "heads." in name or name.startswith("predictor."):
             source = name.replace("encoder_k.", "encoder_q.")  # both start from the queries' own
             assert torch.equal(state[name], theirs.state_dict()[source]), name
-    assert "projector taken over" in told and ("predictor taken over" in told) == (version == 3)
+    assert "projector taken over" in told["origin"] and ("predictor taken over" in told) == (version == 3)
 
 
 def test_a_projector_that_is_not_there_or_does_not_fit_is_fresh(run, base, capsys):
@@ -490,7 +491,7 @@ def test_stage_1_goes_on_from_its_own_checkpoint(run, capsys, version):
     run(f"--checkpoint {whole} --epochs 1", "on")
     told = capsys.readouterr().out
     assert f"MoCo v{version}\n" in told
-    assert "projector taken over" in told and ("predictor taken over" in told) == (version == 3)
+    assert "projector taken over" in told["origin"] and ("predictor taken over" in told) == (version == 3)
     if version == 2:  # which the checkpoint says
         with pytest.raises(InputError, match="--queue-size 4 is smaller than --batch-size 8; raise it"):
             run(f"--checkpoint {whole} --queue-size 4", "short")
