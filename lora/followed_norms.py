@@ -80,12 +80,21 @@ class AdapterStatistics:
         if self.norm.training:
             settle(conv)
             return self.norm(z)
-        with torch.no_grad():
-            mean, variance = self.statistics(conv)
+        mean, variance = self.statistics(conv)
+        if mean.requires_grad:
+            z = z + self._gradient_of_statistics(z.detach(), mean, variance)
+        mean, variance = mean.detach(), variance.detach()
         if is_hooked(self.norm):  # a hook sees the module's call
             with _statistics_in(self.norm, mean, variance):
                 return self.norm(z)
         return F.batch_norm(z, mean, variance, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+
+    def _gradient_of_statistics(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """Zeros, (N, out, H, W). Added to a BatchNorm's input z they take the gradient of its statistics."""
+        log_scale = -0.5 * (variance + self.norm.eps).log()
+        centred = z - mean.detach()[:, None, None]
+        carrier = centred * log_scale[:, None, None] - mean[:, None, None]
+        return carrier - carrier.detach()
 
     @torch.no_grad()
     def merge(self, conv: nn.Conv2d) -> None:

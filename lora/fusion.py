@@ -74,12 +74,19 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
     )
 
 
-def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``, as one convolution if possible."""
-    if folds(conv, norm):
-        return conv(x, batch_norm=norm)
-    z = conv(x)
+def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) -> Tensor:
+    """``norm(conv(x))``, as one convolution if possible.
+
+    Args:
+        changes: may what comes next change the output in place?
+    """
     followed = getattr(conv, "followed", None)  # the statistics that the adapter has of its own
+    if folds(conv, norm):
+        y = conv(x, batch_norm=norm)
+        if changes and followed is not None and y.requires_grad:  # backward reads the output
+            y = y.clone()
+        return y
+    z = conv(x)
     if followed is None or followed.norm is not norm or conv.merged or not conv.lora_enabled:
         return norm(z)
     return followed.normalize(conv, z)
@@ -97,7 +104,7 @@ def conv_bn_relu(
     shortcut = (lambda t: t) if downsample is None else downsample
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
         return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
-    out = conv_bn(conv, norm, x)
+    out = conv_bn(conv, norm, x, changes=True)
     if input is not None:
         out += shortcut(input)
     return relu(out)
@@ -244,7 +251,8 @@ class FusedSequential(nn.Sequential):
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
-                x = conv_bn(module, modules.pop(0), x)
+                norm = modules.pop(0)
+                x = conv_bn(module, norm, x, changes=bool(modules) or is_hooked(self))
             else:
                 x = module(x)
         return x

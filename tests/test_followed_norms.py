@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import EXACT, assert_close, randomize_adapters
 from torch import nn
 from torchvision.models import resnet18
 
@@ -16,7 +17,7 @@ from lora.followed_norms import (
     patches_of,
     principal_components,
 )
-from lora.fusion import conv_bn, conv_bn_relu
+from lora.fusion import conv_bn, conv_bn_relu, set_gradient_checkpointing
 from lora.peft_format import obstacles
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError
@@ -189,6 +190,60 @@ def adapted_resnet(**options) -> nn.Module:
     add_lora_to_model(model, r=2, **options)
     freeze_backbone_params(model)
     return model
+
+
+def precise_step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """`step` in float64."""
+    model.zero_grad()
+    y = model.train()(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for name, p in model.named_parameters() if "lora_" in name)]
+
+
+HOOKED = ("conv1", "bn1", "conv2", "bn2", "relu", "downsample", "downsample.0", "downsample.1", "every module")
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_hook_changes_neither_outputs_nor_gradients(name, mode):
+    """Where it sees a part of a fused block, the parts are computed one by one, with the same statistics."""
+    model, x = adapted_resnet().double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    follow_statistics(model, [x])
+    randomize_adapters(model, std=0.02)
+    set_gradient_checkpointing(model, mode)
+    expected = precise_step(model, x)
+    seen = []
+
+    def hook(module, inputs, output):
+        seen.append(type(module))
+
+    if name == "every module":
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    else:
+        handle = model.layer2[0].get_submodule(name).register_forward_hook(hook)
+    try:
+        hooked = precise_step(model, x)
+    finally:
+        handle.remove()
+    assert seen
+    for own, wanted in zip(hooked, expected, strict=True):
+        assert_close(own, wanted, EXACT)
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.Hardswish])
+def test_outputs_that_follow_may_be_changed_in_place(kind):
+    """Behind a shortcut, and by another activation than ReLU."""
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for in_place in (False, True):
+        model = adapted_resnet().double()
+        model.layer2[0].downsample.append(kind(inplace=in_place))
+        model.layer3[0].relu = nn.Hardswish(inplace=in_place)
+        follow_statistics(model, [x])
+        randomize_adapters(model, std=0.02)
+        found.append(precise_step(model, x))
+    for own, wanted in zip(*found, strict=True):
+        assert_close(own, wanted, EXACT)
 
 
 def test_a_model_that_follows_begins_as_its_base_and_has_batch_norms_own_statistics_later():
