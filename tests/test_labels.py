@@ -251,6 +251,24 @@ def test_a_label_that_no_image_knows_is_trained_and_evaluated_nonetheless(base, 
     assert found["labels"]["never"]["unknown"] == 24
 
 
+def test_seconds_since_1970_are_learned_and_predicted(base, lists, tmp_path):
+    """Minutes apart: float32 would round them to two minutes, and their R2 to nothing."""
+    for part in ("train", "val"):
+        lines = (lists / f"regression_{part}.csv").read_text().splitlines()[1:]
+        rows = [f"{path},{1_700_000_000 + 3 * int(light)}" for path, light, _ in (line.split(",") for line in lines)]
+        (lists / f"time_{part}.csv").write_text("\n".join(["path,time", *rows]) + "\n")
+    data = f"--task regression --data-list {lists}/time_train.csv {lists}/time_val.csv --cache-features none"
+    argv = f"--checkpoint {base} {data} --output-dir {tmp_path} --device cpu --augmentation none --batch-size 8"
+    results = finetune_lora.main([*argv.split(), "--epochs", "1", "--workers", "0", "--mixup", "0.2"])
+    assert math.isfinite(results["val_r2"]) and results["mae"] < 360
+    answers = rows_of(tmp_path / "results_answers.csv")
+    assert all(int(row["time"]) % 3 == 1_700_000_000 % 3 for row in answers)
+    command = ["predict", str(tmp_path / "lora.pth"), str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")]
+    [row] = deploy_lora.main(command)
+    said = {row["image"]: float(row["time answer"]) for row in answers}["val0.png"]
+    assert float(row["time"]) == pytest.approx(said, abs=0.5)
+
+
 def test_cached_features_know_their_targets(run):
     results, _ = run("multilabel", "--adapt-last 1 --cache-features disk")
     assert math.isfinite(results["val_macro_ap"])
