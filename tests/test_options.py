@@ -1,14 +1,18 @@
 """toolkit/config.py: defaults, YAML and command line; types, choices and nearest names."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import finetune_lora
 from moco import pretrain
 from toolkit import InputError, config
-from toolkit.run import options
+from toolkit.run.options import OF_FINE_TUNING, FineTuneOptions
+from toolkit.run.plan import YAML_SECTIONS, Plan
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,8 +87,8 @@ def test_null_is_allowed_where_it_is_the_default(parse):
 
 def test_the_other_scripts_section_is_passed_over(parse):
     assert parse("", "moco:\n  anything: 1\nmodel:\nfinetune: {epochs: 2}")[0].epochs == 2
-    both = "model: {checkpoint: moco.pth, arch: resnet18}"
-    assert parse("", both, ignored={"model": ["checkpoint"]})[0].arch == "resnet18"
+    ignored = {"model": {"checkpoint"}}
+    assert parse("", "model: {checkpoint: moco.pth, arch: resnet18}", ignored=ignored)[0].arch == "resnet18"
     assert parse("", "")[0].epochs == 10  # an empty file is a file without settings
 
 
@@ -93,8 +97,18 @@ def test_stage_1_passes_over_the_keys_that_only_fine_tuning_has():
         return {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
 
     fine_tuning, stage1 = keys(finetune_lora.make_parser()), keys(pretrain.make_parser())
-    for section in {*config.SECTIONS} & fine_tuning.keys() & stage1.keys():
-        assert fine_tuning[section] - stage1[section] <= {*options.OF_FINE_TUNING[section]}, section
+    shared = {*config.SECTIONS} & fine_tuning.keys() & stage1.keys()
+    assert shared == {"model", "data"} == OF_FINE_TUNING.keys()
+    for section in shared:
+        assert fine_tuning[section] - stage1[section] == OF_FINE_TUNING[section], section
+
+
+def test_stage_1_reads_the_config_of_a_fine_tuning(tmp_path):
+    settings = config.stored_sections(YAML_SECTIONS, finetune_lora.read_options([])[0])
+    settings["model"]["arch"] = "vit_mini"  # stage 1 cannot leave it to a checkpoint
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    args, _ = pretrain.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert args.arch == "vit_mini" and args.dataset == "digits" and args.checkpoint is None
 
 
 def test_the_default_config_is_used_unless_another_is_named_or_it_does_not_apply(parse, tmp_path):
@@ -184,3 +198,122 @@ def test_option_types(convert, good, bad):
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError):
             convert(text)
+
+
+# ----------------------------------------------------------------------------------------- options that nobody changes
+
+
+@pytest.mark.parametrize("script", [finetune_lora, pretrain])
+def test_options_that_were_read_cannot_be_changed(script):
+    args, _ = script.read_options([])
+    assert dataclasses.replace(args, epochs=3).epochs == 3 != args.epochs
+    for name in ("epochs", "learning_rate", "a_new_one"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(args, name, 1)
+    args, _ = script.read_options(["--mean", "0.5", "--std", "0.25"])
+    assert (args.mean, args.std) == ((0.5,), (0.25,))  # lists could be
+
+
+def settled(args: FineTuneOptions, **changes) -> Plan:
+    values = {"bands": ("4", "3", "2"), "scale": 10000.0, "mean": (0.5,), "std": (0.25,), "normalise": None}
+    plan = Plan(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        image_values=values,
+        normalization={},
+        learning_rate=3e-4,
+        arithmetic="int8",
+        norms="follow",
+    )
+    return dataclasses.replace(plan, **changes)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "--lora-rank 16 --target-modules mlp.0 mlp.3 --rank-pattern encoder_layer_4=3 --adapt-last 2",
+        "--learning-rate auto --norms auto --arithmetic float --wise-ft 0.5 --mixup 0.2 --keep-best f1",
+        "--checkpoint none --arch vit_mini --no-freeze-backbone --lora-rank 0",
+    ],
+)
+def test_the_settings_of_a_plan_are_a_config_that_gives_the_same_options(base, tmp_path, typed):
+    """With what was settled in place of what was left open."""
+    args, _ = finetune_lora.read_options(["--checkpoint", str(base), *typed.split()])
+    plan = settled(args, norms=args.norms if args.lora_rank == 0 else "follow")
+    plan = plan if args.freeze_backbone else dataclasses.replace(plan, arithmetic="float")
+    settings = plan.settings(args)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    again, sources = finetune_lora.read_options(["--config", str(tmp_path / "config.yaml")])
+    assert plan.settings(again) == settings
+    expected = dataclasses.replace(
+        args,
+        config=tmp_path / "config.yaml",
+        learning_rate=plan.learning_rate,
+        arithmetic=plan.arithmetic,
+        norms=plan.norms,
+        **plan.image_values,
+    )
+    assert again == expected
+    in_file = {name for section in settings.values() for name in section}
+    assert {name for name, source in sources.items() if source == "config"} == in_file
+
+
+# --------------------------------------------------------------------------------------- configurations of old versions
+
+REMOVED_AT = [(name, value) for name, values in config.REMOVED.items() for value in values]
+
+
+@pytest.mark.parametrize("section", ["model", "data", "finetune"])
+@pytest.mark.parametrize(("name", "value"), REMOVED_AT, ids=str)
+def test_an_old_configuration_may_have_a_removed_option_at_its_default(parse, section, name, value):
+    args, _ = parse("", yaml.safe_dump({section: {name: value}, "finetune": {"epochs": 2} | {name: value}}))
+    assert args.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("cached_views: 8", "finetune.cached_views was removed, and 8 cannot be had any more; delete the line"),
+        ("show_bands: [4]", "finetune.show_bands was removed, and [4] cannot be had any more; delete the line"),
+        ("head_learning_rate: 0.1", "finetune.head_learning_rate was removed, and 0.1 cannot be had any more; delete"),
+        ("cutmix: 1.0", "finetune.cutmix was removed, and 1.0 cannot be had any more; delete the line"),
+        ("ema: 0.99", "finetune.ema was removed, and 0.99 cannot be had any more; delete the line"),
+        ("schedule: constant", "finetune.schedule was removed, and constant cannot be had any more; delete the line"),
+        ("base_dtype: bf16", "finetune.base_dtype was removed, and bf16 cannot be had any more; delete the line"),
+        ("crop_min: 0.5", "finetune.crop_min was removed, and 0.5 cannot be had any more; delete the line"),
+        ("tensorboard: true", "finetune.tensorboard was removed, and True cannot be had any more; delete the line"),
+        ("alpha_pattern: [a=1]", "finetune.alpha_pattern was removed, and ['a=1'] cannot be had any more; delete"),
+        ("cache_images: uint8", "finetune.cache_images was removed, and uint8 cannot be had any more; delete the line"),
+        ("channel_fit: mean", "finetune.channel_fit was removed, and mean cannot be had any more; delete the line"),
+        ("from_scratch: true", "finetune.from_scratch was replaced: write checkpoint: none, with an arch, or delete"),
+        ("use_rslora: true", "finetune.use_rslora was replaced: write lora_alpha: as much times the square root of"),
+        ("train_norms: true", "finetune.train_norms was replaced: write norms: train, or delete the line"),
+    ],
+)
+def test_another_value_of_a_removed_option_is_one_line(parse, line, problem):
+    [found] = problems(parse, "", f"finetune: {{{line}}}")
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("typed", "problem"),
+    [
+        ("--ema 0.9", "--ema: the option was removed; leave it out"),
+        ("--cutmix=1", "--cutmix=1: the option was removed; leave it out"),
+        ("--no-tensorboard", "--no-tensorboard: the option was removed; leave it out"),
+        ("--from-scratch", "--from-scratch: the option was replaced; see checkpoint: none, with an arch in"),
+        ("--use-rslora", "--use-rslora: the option was replaced; see lora_alpha: as much times the square root"),
+    ],
+)
+def test_a_removed_option_that_is_typed_is_one_line(parse, typed, problem):
+    [found] = problems(parse, typed)
+    assert found.startswith(problem)
+
+
+def test_no_option_is_among_the_removed_ones_of_its_script():
+    """Stage 1 has still a schedule and the smallest share of a crop."""
+    fields = {field.name for field in dataclasses.fields(FineTuneOptions)}
+    assert not fields & config.REMOVED.keys() and not fields & config.REPLACED.keys()
+    (args, _), (again, _) = (pretrain.read_options(typed) for typed in ([], ["--schedule", "constant"]))
+    assert (args.schedule, again.schedule, args.crop_min) == ("cosine", "constant", 0.2)

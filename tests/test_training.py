@@ -1,9 +1,9 @@
 """toolkit/run/training.py: randomness, device, precision, schedule, features, k-NN accuracy, evaluation."""
 
-import argparse
 import copy
 import math
 import random
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,11 +16,14 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from finetune_lora import LoRALinear
 from moco import pretrain
 from toolkit import InputError, devices
 from toolkit.answers import evaluation, tasks
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
+from toolkit.run.options import TuneOptions
+from toolkit.run.runs import Stopped, StopRequests
 
 
 def draw() -> tuple:
@@ -98,13 +101,24 @@ def test_cudnn_looks_for_its_fastest_convolutions_on_a_gpu_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
-def test_adamw_is_fused_on_a_gpu_alone(device, fused):
-    args = argparse.Namespace(learning_rate=1e-3, weight_decay=0.1, optimizer="adamw")
+@pytest.mark.parametrize("script", ["finetune_lora.py", "moco.pretrain"])
+def test_adamw_is_fused_on_a_gpu_alone(device, fused, script):
     model = nn.Sequential(nn.Linear(2, 2))
     with FakeTensorMode():  # tensors of a GPU that need none
         model._apply(lambda tensor: torch.empty(tensor.shape, device=device))
-        assert optim.build_optimizer(model, 1e-3).defaults["fused"] is fused
-        assert pretrain.build_optimizer(model, args).defaults["fused"] is fused
+        if script == "moco.pretrain":
+            optimizer = pretrain.build_optimizer(model, pretrain.PretrainOptions())
+        else:
+            optimizer = optim.build_optimizer(model, rate=1e-3)
+    assert optimizer.defaults["fused"] is fused
+
+
+def test_adapters_have_a_rate_of_their_own_and_biases_no_decay():
+    model = nn.Sequential(LoRALinear(3, 2, r=1))
+    model[0].weight.requires_grad_(False)
+    groups = optim.build_optimizer(model, 0.1, adapter_lr_factor=24.0, weight_decay=0.5).param_groups
+    found = {(group["lr"], group["weight_decay"], *(tuple(p.shape) for p in group["params"])) for group in groups}
+    assert found == {(0.1 * 24.0, 0.5, (1, 3), (2, 1)), (0.1, 0.0, (2,))}
 
 
 def test_a_step_whose_gradients_overflow_is_none():
@@ -159,22 +173,103 @@ def test_statistics_are_those_of_the_loaders_images():
 
 
 def test_a_share_of_the_change_is_kept():
-    """Weights lie on the line from where training began to where it is, and training goes on from there."""
+    """Weights lie on the line from where training began to where it is. Statistics are not interpolated."""
     model = nn.BatchNorm1d(2)
-    kept = optim.WiseFT(model, alpha=0.25)
+    wise_ft = optim.WiseFT(model, alpha=0.25)
     with torch.no_grad():
         model.weight.fill_(3.0)
-    kept.begin()
-    with kept.in_place():
+    wise_ft.begin()
+    with wise_ft.in_place():
         assert torch.equal(model.weight, torch.full((2,), 3.0))
     with torch.no_grad():
         model.weight.fill_(5.0)
+    model(torch.rand(4, 2))
+    trained = copy.deepcopy(model.state_dict())
+    with wise_ft.in_place():
+        torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
+        torch.testing.assert_close(model.running_mean, trained["running_mean"])
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    wise_ft.share = 0.0
+    with wise_ft.in_place():
+        assert torch.equal(model.weight, torch.full((2,), 3.0))
+    wise_ft.share = 0.125
     resumed = optim.WiseFT(model, alpha=0.25)
-    resumed.load_state_dict(copy.deepcopy(kept.state_dict()))
-    for each in (kept, resumed):
-        with each.in_place():
-            torch.testing.assert_close(model.weight, torch.full((2,), 3.5))
-        assert torch.equal(model.weight, torch.full((2,), 5.0))
+    resumed.load_state_dict(copy.deepcopy(wise_ft.state_dict()))
+    with resumed.in_place():
+        torch.testing.assert_close(model.weight, torch.full((2,), 3.25))
+    assert resumed.alpha == 0.25
+
+
+def test_weights_come_back_after_a_failure_and_a_as_it_trains():
+    model = LoRALinear(2, 2, r=1)
+    model.weight.requires_grad_(False)
+    wise_ft = optim.WiseFT(model, alpha=0.5)
+    wise_ft.begin()
+    with torch.no_grad():
+        model.lora_A.fill_(4.0)
+        model.lora_B.fill_(4.0)
+    with pytest.raises(KeyError), wise_ft.in_place():
+        assert (model.lora_A == 4).all() and (model.lora_B == 2).all()
+        raise KeyError
+    assert (model.lora_A == 4).all() and (model.lora_B == 4).all()
+
+
+def test_nothing_is_remembered_of_the_start_where_all_of_the_change_is_kept():
+    model = nn.Linear(2, 2)
+    wise_ft = optim.WiseFT(model, alpha=1.0)
+    wise_ft.begin()
+    assert wise_ft.start == {} and wise_ft.state_dict() == {"share": 1.0, "start": {}}
+
+
+def step_figures(number: int) -> training.StepFigures:
+    """Of a step of two batches."""
+    batches = [torch.tensor([1.5, 2.0, 1.0]) + number, torch.tensor([0.25, 1.0, 0.0])]
+    return training.StepFigures(images=10 + number, sums=batches)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_figures_that_are_read_together_are_those_of_each_step(monkeypatch, processes):
+    """Summed over batches and processes, in one exchange; none is read twice."""
+    exchanges = []
+
+    def all_sum(*figures: float) -> list[float]:
+        exchanges.append(figures)
+        return [processes * figure for figure in figures]
+
+    monkeypatch.setattr(training.distributed, "world_size", lambda: processes)
+    monkeypatch.setattr(training.distributed, "all_sum", all_sum)
+    stop = StopRequests()
+    alone = []
+    for number in range(3):
+        alone += training.read_figures([step_figures(number)], stop)
+    exchanges.clear()
+    steps = [step_figures(number) for number in range(3)]
+    assert training.read_figures(steps, stop) == alone and steps == []
+    assert len(exchanges) == processes - 1
+    factor = float(processes)
+    assert alone[0] == (10, [1.75 * factor, 3.0 * factor, 1.0 * factor])
+    assert [images for images, _ in alone] == [10, 11, 12]
+    assert not stop.is_due
+
+
+def test_processes_stop_at_the_steps_by_which_all_know_of_it(monkeypatch):
+    """That one was asked to stop travels with the figures of a step."""
+    others = [0.0]
+    monkeypatch.setattr(training.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(training.distributed, "all_sum", lambda *figures: [*figures[:-1], figures[-1] + others[0]])
+    stop = StopRequests()
+    training.read_figures([step_figures(0)], stop)
+    assert not stop.is_due
+    stop.signum = signal.SIGINT
+    assert not stop.is_due  # the others have not heard of it
+    training.read_figures([step_figures(1)], stop)
+    assert stop.is_due
+    other = StopRequests()
+    others[0] = 1.0
+    training.read_figures([step_figures(1)], other)
+    assert other.is_due and other.signum == 0
+    with pytest.raises(Stopped):
+        other.check()
 
 
 @pytest.mark.parametrize(
@@ -189,8 +284,7 @@ def test_a_share_of_the_change_is_kept():
     ids=str,
 )
 def test_how_much_of_the_change_is_kept(options, share):
-    args = argparse.Namespace(**{"wise_ft": "auto", "head_init": "probe", "freeze_backbone": True} | options)
-    assert optim.wise_ft_alpha(args, {0: 2, 1: 8}) == share
+    assert optim.wise_ft_alpha(TuneOptions(**options), {0: 2, 1: 8}) == share
 
 
 def test_the_best_epoch_by_each_measure():
