@@ -33,7 +33,8 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
     def __enter__(self):
         super().__enter__()
-        self._attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self._attend
+        self._attention = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._attend
 
     def __exit__(self, *args):
         F.scaled_dot_product_attention = self._attention

@@ -91,7 +91,8 @@ def append_keys(
         k = torch.cat([k, bias_k.expand(N, 1, E).to(k.dtype)], 1)
         v = torch.cat([v, bias_v.expand(N, 1, E).to(v.dtype)], 1)
     if add_zero:
-        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        k = F.pad(k, (0, 0, 0, 1))
+        v = F.pad(v, (0, 0, 0, 1))
     return k, v, None if mask is None else F.pad(mask, (0, k.shape[1] - S))
 
 
@@ -242,7 +243,8 @@ class SelfAttention:
 
     def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the output of a separate graph: the one that `replay` kept, or a new one."""
-        replayed, self._replayed = self._replayed, None
+        replayed = self._replayed
+        self._replayed = None
         return replayed or self._with_graph(qkv)
 
     @torch.enable_grad()

@@ -191,7 +191,8 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
 
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
     """The input's gradient from the output's; the statistics are those of `layer_norm`."""
-    weights, of_input = norm._parameters, [True, False, False]
+    weights = norm._parameters
+    of_input = [True, False, False]
     settings = norm.normalized_shape, mean, deviation, weights["weight"], weights["bias"], of_input
     return torch.ops.aten.native_layer_norm_backward(gy, x, *settings)[0]
 

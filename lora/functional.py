@@ -38,7 +38,8 @@ from lora.int8 import Int8Weight
 from lora.nf4 import NF4Weight, dense_weight
 
 # The gradient through a recomputed LayerNorm is computed in at most PARTS parts, of PART_NUMEL numbers or more.
-PARTS, PART_NUMEL = 8, 2**17
+PARTS = 8
+PART_NUMEL = 2**17
 
 
 def _is_trainable(weight: Tensor | NF4Weight) -> bool:
@@ -208,13 +209,17 @@ class _LoRALinear(torch.autograd.Function):
         rows = x if prologue is None else _evaluate(prologue, x)[0]
         rows = rows.to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
         adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.groups, ctx.dtype = groups, dtype
+        ctx.weight = weight
+        ctx.scaling = scaling
+        ctx.groups = groups
+        ctx.dtype = dtype
         ctx.prologue = prologue
-        ctx.shape, ctx.has_adapter_x = x.shape, adapter_x is not None
+        ctx.shape = x.shape
+        ctx.has_adapter_x = adapter_x is not None
 
         if A.dtype != dtype or B.dtype != dtype:  # a call that changes nothing takes time as well
-            A, B = A.to(dtype), B.to(dtype)
+            A = A.to(dtype)
+            B = B.to(dtype)
         bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
         seen = None if adapter_x is None else adapter_rows
         y, h = adapted_product(rows, weight, A, B, bias, scaling, groups, seen)
@@ -351,10 +356,12 @@ def lora_linear(
     if adapter_x is not None and prologue is not None:
         raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
     dtype = compute_dtype(x)
-    A, B = _stacked(A), _stacked(B)
+    A = _stacked(A)
+    B = _stacked(B)
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
     if prologue is not None and (_is_trainable(weight) or backends.is_traced()):
-        x, prologue = prologue(x), None
+        x = prologue(x)
+        prologue = None
     if _is_trainable(weight):
         if adapter_x is None and dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
@@ -448,15 +455,18 @@ class _LoRAConv2d(torch.autograd.Function):
         x = x.to(dtype)
         ctx.has_adapter_x = adapter_x is not None
         adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.geometry, ctx.dtype = geometry, dtype
+        ctx.weight = weight
+        ctx.scaling = scaling
+        ctx.geometry = geometry
+        ctx.dtype = dtype
         ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
 
         bias = None if bias is None else bias.to(dtype)
         given, A = (A, B), A.to(dtype)
         row_scales = _scaled(row_scale, scaling)  # s g
         row_B = _scale_rows(B, scaling, row_scales)
-        sB, kernel = row_B.to(dtype), None
+        sB = row_B.to(dtype)
+        kernel = None
         if not ctx.side_path:
             kernel = _folded_kernel(weight, given[0], row_B, row_scale, dtype)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
@@ -470,7 +480,8 @@ class _LoRAConv2d(torch.autograd.Function):
             y = y if residual is None else y.add_(residual)
             y = y.relu_() if relu else y
         # Backward builds the kernel again: saved, those of all layers would be in memory at once.
-        ctx.relu, ctx.follows = relu, log_scale is not None
+        ctx.relu = relu
+        ctx.follows = log_scale is not None
         followed = (bias, residual) if ctx.follows else ()
         kept = y if relu or ctx.follows else None, row_scale, *given, *followed
         ctx.save_for_backward(adapter_x, *kept)
@@ -483,14 +494,16 @@ class _LoRAConv2d(torch.autograd.Function):
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(ctx.dtype)
         gy = backends.relu_gradient(gy, y) if ctx.relu else gy  # through the ReLU
-        g_bias, g_log_scale = None, None
+        g_bias = None
+        g_log_scale = None
         if ctx.follows:
             g_log_scale, g_bias = _scale_gradients(gy, y, *followed)
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
         row_scales = _scaled(row_scale, ctx.scaling)
         row_B = _scale_rows(B, ctx.scaling, row_scales)
-        A, sB = precise_A.to(ctx.dtype), row_B.to(ctx.dtype)
+        A = precise_A.to(ctx.dtype)
+        sB = row_B.to(ctx.dtype)
         adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
         gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
@@ -502,7 +515,8 @@ class _LoRAConv2d(torch.autograd.Function):
                 kernel = _folded_kernel(ctx.weight, precise_A, row_B, row_scale, ctx.dtype)
             gx = backends.conv2d_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.has_adapter_x:
-                gx, g_adapter_x = gx.add_(g_adapter_x), None
+                gx = gx.add_(g_adapter_x)
+                g_adapter_x = None
         gB = _scale_rows(gB, ctx.scaling, row_scales)
         return gx, g_adapter_x, gA, gB, g_bias, gy if need_residual else None, g_log_scale, None
 
@@ -560,7 +574,8 @@ def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
 
 def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
     """The kernel's gradient (r, in) from that of the output, (N, r, H, W), and the input, (N, in, H, W)."""
-    gradients, pixels = backends.pixels(gh), backends.pixels(x)
+    gradients = backends.pixels(gh)
+    pixels = backends.pixels(x)
     if gradients is None or pixels is None:
         matrix = x.new_empty(gh.shape[1], x.shape[1], 1, 1)  # only its shape is looked at
         return backends.conv2d_gradient(gh, x, matrix, PLAIN, of_weight=True).flatten(1)

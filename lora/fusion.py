@@ -212,12 +212,14 @@ def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
     """Let BatchNorms in training normalise by the batch again, in the second run, without counting it twice."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        norm.num_batches_tracked = None
     try:
         yield
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
 
 
 class FusedBasicBlock(BasicBlock):
@@ -247,7 +249,8 @@ class FusedSequential(nn.Sequential):
     """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, modules = input, list(self)
+        x = input
+        modules = list(self)
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
@@ -270,7 +273,8 @@ class FusedResNet(ResNet):
 
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
-        relu, pool = self.relu, self.maxpool
+        relu = self.relu
+        pool = self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
@@ -294,7 +298,8 @@ class FusedMLPBlock(MLPBlock):
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
             if does_nothing and recomputes(gelu, linear):
-                x, rest = linear(x, prologue=gelu), after
+                x = linear(x, prologue=gelu)
+                rest = after
         for module in rest:
             x = apply_layer(module, x)
         return x
@@ -309,7 +314,8 @@ class FusedEncoderBlock(EncoderBlock):
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
         """The block's output (N, L, E), or only its first ``tokens`` tokens, if `by_rows` allows that."""
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
-        attention, mlp = self.self_attention, self.mlp
+        attention = self.self_attention
+        mlp = self.mlp
         residual = input if tokens is None else input[:, :tokens]
         takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
@@ -430,11 +436,14 @@ def _set_fast_paths(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            flag, value = "activation_relu_or_gelu", False
+            flag = "activation_relu_or_gelu"
+            value = False
         elif isinstance(module, nn.TransformerEncoder):
-            flag, value = "use_nested_tensor", False
+            flag = "use_nested_tensor"
+            value = False
         elif "qkv_bias_separate" in vars(module):
-            flag, value = "qkv_bias_separate", True
+            flag = "qkv_bias_separate"
+            value = True
         else:
             continue
         if any(is_adapted(m) for m in module.modules()):

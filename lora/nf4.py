@@ -30,7 +30,8 @@ class NF4Weight:
     BLOCK = 64
 
     def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = ALL_ROWS):
-        self.packed, self.state = packed, state
+        self.packed = packed
+        self.state = state
         self._full_shape = tuple(shape)
         self._rows = rows
 
