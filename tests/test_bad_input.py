@@ -180,7 +180,7 @@ def checkpoint(title: str, content, *names: str, options: str = "") -> Case:
     return case(title, f"finetune --checkpoint theirs.pth {options}", *names, files={"theirs.pth": content})
 
 
-def adapter(title: str, content, *names: str, command: str = "finetune --eval-only theirs.pth") -> Case:
+def adapter(title: str, content, *names: str, command: str = "deploy_lora evaluate theirs.pth images") -> Case:
     return case(title, command, *names, files={"theirs.pth": content})
 
 
@@ -194,7 +194,7 @@ FLAGS = [
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
     case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
     case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
-    case("an earlier name", "finetune --train-norms", "--train-norms: write --norms train"),
+    case("an earlier name", "finetune --train-norms", "--train-norms: the option was replaced; see norms: train in"),
     case("one dash", "finetune -epochs 3", "-epochs: no such option"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
@@ -246,33 +246,29 @@ FLAGS = [
     case("upper blocks of no adapters", "finetune --adapt-last 2 --lora-rank 0", "--adapt-last with --lora-rank 0"),
     case(
         "settings of no adapters",
-        "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --use-rslora --target-modules mlp --exclude-modules"
-        " heads --lora-init random --base-dtype bf16",
-        *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout", "use-rslora",
-          "target-modules", "exclude-modules", "lora-init", "base-dtype")),
+        "finetune --lora-rank 0 --lora-alpha 8 --lora-dropout 0.1 --target-modules mlp --exclude-modules heads"
+        " --lora-init random",
+        *(f"--{name} with --lora-rank 0: there are no adapters" for name in ("lora-alpha", "lora-dropout",
+          "target-modules", "exclude-modules", "lora-init")),
     ),
     case("settings of no adapters in stage 1", "pretrain --lora-alpha 8", "--lora-alpha with --lora-rank 0"),
-    case("16 bits for weights that train", "finetune --no-freeze-backbone --base-dtype bf16", "nothing is frozen"),
     case("8 bits for weights that train", "finetune --no-freeze-backbone --arithmetic int8", "nothing is frozen"),
     case("8 bits for all of full fine-tuning", "finetune --lora-rank 0 --no-freeze-backbone --arithmetic int8",
          "nothing is frozen"),
     case("8 bits and 4", "finetune --arithmetic int8 --use-qlora", "--arithmetic int8 with --use-qlora", "drop one of"),
-    case("8 bits and 16", "finetune --arithmetic int8 --base-dtype bf16", "int8 with --base-dtype", "drop one of"),
     case("8 bits for convolutions", "finetune --arithmetic int8 --checkpoint theirs.pth", "use --arithmetic float",
          files={"theirs.pth": resnet()}),
-    case("the smallest of no crops", "finetune --augmentation affine --crop-min 0.5", "--crop-min with --augmentation"),
-    case("the smallest of no crops, with the shipped file", "plain-finetune --crop-min 0.5", "affine, which crops"),
+    case("the smallest of no crops", "finetune --augmentation affine --crop-min 0.5", "--crop-min: the option was"),
     case("the smallest of no crops in stage 1", "pretrain --two-crops digits --crop-min 0.5", "--two-crops digits"),
     case("no labels", "finetune --labels-per-class 0", "--labels-per-class: expected a whole number above 0"),
     case("more labels than images", "finetune --labels-per-class 8", "class bright has only 7 training images"),
     case("a negative seed", "finetune --seed -1", "--seed: expected a whole number, 0"),
     case("a seed too large for the generators", f"finetune --seed {2**64}", "--seed: 18446744073709551616 is too"),
     case("more workers than any machine has", "finetune --workers 100000", "--workers: expected a whole number from 0"),
-    case("a misspelt schedule", "finetune --schedule cosin", "'cosin' is none of", "did you mean cosine?"),
-    case("a choice in capitals", "finetune --schedule Cosine", "'Cosine' is none of cosine, step, constant"),
+    case("a misspelt schedule", "pretrain --schedule cosin", "'cosin' is none of", "did you mean cosine?"),
+    case("a choice in capitals", "pretrain --schedule Cosine", "'Cosine' is none of cosine, step, constant"),
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
     case("random weights in 4 bits", "finetune --checkpoint none --arch resnet18 --use-qlora", "drop one of the two"),
-    case("random weights in 16 bits", "finetune --checkpoint none --arch resnet18 --base-dtype bf16", "drop one of"),
     case("random weights in 8 bits", "finetune --checkpoint none --arch resnet18 --arithmetic int8", "drop one of"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
     case("a misspelt arch", "finetune --arch resnet51", "--arch resnet51: unknown arch", "did you mean resnet50?"),
@@ -280,14 +276,12 @@ FLAGS = [
     case("a misspelt augmentation", "finetune --augmentation flips", "'flips' is none of crop, trivial, affine, none"),
     case("a misspelt precision", "finetune --precision float16", "'float16' is none of auto, fp32, bf16, fp16"),
     case("fp16 without a GPU", "finetune --precision fp16", "fp16 needs a GPU", "--precision bf16 or fp32"),
-    case("a base in fp16 without a GPU", "finetune --base-dtype fp16", "fp16 needs a GPU", "--base-dtype bf16 or fp32"),
     case("a device that is absent", "finetune --device cuda:99", "'cuda:99' is not available", "--device cpu"),
     case("a device that does not exist", "finetune --device gpu", "'gpu' is not available", "--device cpu"),
     case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
-    case("a random backbone that is frozen", "finetune --from-scratch", "add --no-freeze-backbone"),
-    case("two tasks", "finetune --resume last.pth --eval-only lora.pth", "--resume with --eval-only", "drop one"),
+    case("random weights as they were asked for", "finetune --from-scratch", "see checkpoint: none, with an arch"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
     case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
@@ -310,10 +304,10 @@ FLAGS = [
 
 CONFIGS = [
     config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
-    config("an earlier key", "finetune: {follow_norms: true}", "was replaced: write norms: follow, or norms: frozen"),
-    config("a key of an earlier version", "finetune: {patch_dropout: 0.0}", "patch_dropout was removed; delete"),
+    config("an earlier key", "finetune: {follow_norms: true}", "was replaced: write norms: follow, or delete"),
+    config("a key of an earlier version", "finetune: {patch_dropout: 0.5}", "and 0.5 cannot be had any more; delete"),
     config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
-           "moco.noise was removed; delete the line", script="pretrain"),
+           "moco.noise was removed, and 0.05 cannot be had", script="pretrain"),
     config("a key with dashes", "finetune: {lora-rank: 3}", "finetune.lora-rank", "did you mean lora_rank?"),
     config("a misspelt section", "finetuning: {epochs: 3}", "finetuning: no such section", "did you mean finetune?"),
     config("no sections", "epochs: 3", "epochs: no such section", "belongs in the section finetune"),
@@ -329,7 +323,8 @@ CONFIGS = [
     config("a number for a switch", "finetune: {use_qlora: 1}", "finetune.use_qlora: expected true or false, got 1"),
     config("one target instead of a list", "finetune: {target_modules: mlp}", "target_modules: expected a list"),
     config("null", "finetune: {epochs: null}", "finetune.epochs: expected a value, got none"),
-    config("a misspelt choice", "finetune: {schedule: cosin}", "finetune.schedule: 'cosin'", "did you mean cosine?"),
+    config("a misspelt choice", "moco: {schedule: cosin}", "moco.schedule: 'cosin'", "did you mean cosine?",
+           script="pretrain"),
     config("a key twice", "finetune: {epochs: 3, epochs: 4}", "my.yaml", "the key epochs is there twice"),
     config("a section twice", "finetune: {epochs: 3}\nfinetune: {lora_rank: 4}", "the key finetune is there twice"),
     config("tabs", "finetune:\n\tepochs: 3", "my.yaml: not valid YAML", "line 2"),
@@ -448,7 +443,6 @@ IMAGES = [
     case("a part that is not there", "plain-finetune --folds 6/5", "or one, as 2/5, got '6/5'"),
     case("more parts than images", "finetune --folds 30", "21 images or groups are too few for 30 parts"),
     case("two evaluation parts", "finetune --folds 5 --eval-split validation", "--folds with --eval-split validation"),
-    case("all parts of a file", "finetune --folds 5 --eval-only lora.pth", "say which part, as --folds 1/5"),
     case("parts from elsewhere", "finetune --folds 5 --resume last.pth", "give --resume alone, and"),
     case("labels that are numbers", "plain-finetune --data-list l.csv", "l.csv: the labels are numbers, as 3.5",
          "use --task regression", files=classes("cat", count=4) | {
@@ -457,8 +451,8 @@ IMAGES = [
          files=classes("cat") | {"l.csv": "path,cat,dog\nmine/cat/0.png,1,0\nmine/cat/1.png,0,1\n"}),
     case("several labels in folders", "finetune --task multilabel", "--task multilabel needs --data-list with `path,"),
     case("numbers in folders", "finetune --task regression", "--task regression needs --data-list with `path,3.5`"),
-    case("what several labels have not", "plain-finetune --task multilabel --data-list l.csv --cutmix 1 "
-         "--labels-per-class 3 --label-smoothing 0.1 --keep-best accuracy", "--cutmix with --task multilabel",
+    case("what several labels have not", "plain-finetune --task multilabel --data-list l.csv "
+         "--labels-per-class 3 --label-smoothing 0.1 --keep-best accuracy",
          "--labels-per-class with", "--label-smoothing with", "--keep-best accuracy with --task multilabel"),
     case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced "
          "--unknown negative", "--class-weights balanced with --task regression", "--unknown with --task regression"),
@@ -554,7 +548,7 @@ CHECKPOINTS = [
     case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow", "not with --lora-rank 0"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
     case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),
-    case("an average that forgets nothing", "finetune --ema 1", "--ema", "from 0 to below 1"),
+    case("an average over time", "finetune --ema 0.9", "--ema: the option was removed; leave it out"),
     case("a negative mixup", "finetune --mixup -0.2", "--mixup", "0 or more"),
 ]  # fmt: skip
 
@@ -588,10 +582,9 @@ def list_bomb() -> bytes:
 
 
 ADAPTERS = [
-    case("a checkpoint for an adapter", "finetune --eval-only base.pth", "base.pth is not an adapter file"),
-    case("a missing adapter", "finetune --eval-only gone.pth", "gone.pth: file not found"),
-    case("no adapter in the output folder yet", "finetune --eval-only", "out/lora.pth: file not found"),
-    case("no run to resume yet", "finetune --resume", "out/last.pth: file not found"),
+    case("a checkpoint for an adapter", "deploy_lora evaluate base.pth images", "base.pth is not an adapter file"),
+    case("a missing adapter", "deploy_lora evaluate gone.pth images", "gone.pth: file not found"),
+    case("no run to resume yet", "finetune --resume", "--resume out/last.pth: no such file", "start without --resume"),
     case("an adapter to resume", "finetune --resume lora.pth", "lora.pth is not a last.pth of this version"),
     case("a checkpoint to resume", "finetune --resume base.pth", "base.pth is not a last.pth of this version"),
     case("another run to resume", "finetune --resume last.pth", "last.pth belongs to a run with other settings",
@@ -599,15 +592,14 @@ ADAPTERS = [
     case("pretraining resumes an adapter", "pretrain --resume lora.pth", "not a checkpoint of python -m moco.pretrain"),
     case("pretraining resumes a list", "pretrain --resume theirs.pth", "not a checkpoint of python -m moco.pretrain",
          files={"theirs.pth": torch_file([1])}),
-    case("pretraining resumes nothing", "pretrain --resume gone.pth", "gone.pth: file not found"),
-    case("an adapter over another base", "finetune --eval-only lora.pth --checkpoint o.pth", "over another base",
+    case("pretraining resumes nothing", "pretrain --resume gone.pth", "--resume out/gone.pth: no such file"),
+    case("an adapter over another base", "deploy_lora evaluate lora.pth images --checkpoint o.pth", "over another base",
          files={"o.pth": other_base}),
     case("an adapter over another arch", "deploy_lora merge lora.pth --output m.pth --checkpoint r.pth",
          "r.pth", "does not hold a vit_mini", files={"r.pth": resnet}),
-    case("an adapter of other classes", "finetune --eval-only lora.pth --data-dir mine", "knows the classes",
-         "bright", "cat", files=classes("cat", "dog")),
-    adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth",
-            command="bare-finetune --data-dir images --eval-only theirs.pth"),
+    case("an adapter of other classes", "deploy_lora evaluate lora.pth mine", "mine has classes",
+         "that the adapter does not know: cat, dog", files=classes("cat", "dog")),
+    adapter("an adapter whose base is gone", described(checkpoint="gone.pth"), "theirs.pth: its base", "gone.pth"),
     adapter("half an adapter", lambda: Path("lora.pth").read_bytes()[:-900], "theirs.pth", "cut short"),
     adapter("a rank that disagrees with its tensors", recorded(r=4), "theirs.pth does not fit", "lora_A is"),
     adapter("a rank for no memory", recorded(r=10**9), "theirs.pth does not fit", "rank 1000000000 of", "is above 192"),
@@ -728,8 +720,8 @@ OUTPUTS = [
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
     case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
     case("a fine-tuned adapter as stage-1 adapter", "finetune --stage1-adapter lora.pth", "lora.pth does not fit"),
-    case("a stage-1 adapter over chance", "finetune --from-scratch --no-freeze-backbone --stage1-adapter lora.pth",
-         "--from-scratch with --stage1-adapter"),
+    case("a stage-1 adapter over chance", "finetune --checkpoint none --arch vit_mini --stage1-adapter lora.pth",
+         "lora.pth does not fit"),
     case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
 ]  # fmt: skip
 
@@ -756,8 +748,8 @@ CHANNELS = [
     case("bands that the files lack", "finetune --bands 1,2,4 --scale 255", "it has no band 4, but 1, 2, 3"),
     case("names for bands without any", f"finetune {BAND_FILES}", "it has no band B2, B3, B4, but 1, 2, 3"),
     case("the scale of other files", "finetune --bands 3,2,1 --scale 1", "--scale 255 is likely"),
-    case("other channels than the checkpoint's", "finetune --channels 5", "of 3 channels, not 5", "--channel-fit timm"),
-    case("a fit to nothing", "finetune --channel-fit timm", "--channel-fit timm needs --channels"),
+    case("other channels than the checkpoint's", "finetune --channels 5", "it has 3 bands, and the network takes 5"),
+    case("another fit", "finetune --channel-fit average", "--channel-fit: the option was removed"),
     images("a band that lacks", tiles(B3=None), "cat/0/B2.png: not a readable image (there is no B3.png beside it)",
            options=BAND_FILES),
     images("a band of another size", tiles(B4=picture("L", (8, 6))), "its band B4 is 8x6 and another 8x8: a smaller",
@@ -923,7 +915,7 @@ def test_more_accumulation_than_batches_and_a_batch_larger_than_the_data(workpla
 
 def test_an_adapter_whose_base_has_moved_is_evaluated_with_the_base_that_is_named(workplace):
     write(workplace, {"moved.pth": described(checkpoint="gone.pth")})
-    assert 0 <= finetune("--eval-only moved.pth --checkpoint base.pth")["val_accuracy"] <= 1
+    assert 0 <= deploy_lora.main(["evaluate", "moved.pth", "images", "--checkpoint", "base.pth"])["accuracy"] <= 1
 
 
 def test_info_shows_no_control_codes_of_a_stranger(workplace, capsys):
@@ -949,7 +941,7 @@ def hostile(content, legacy: bool = False) -> bytes:
 
 HOSTILE = {
     "checkpoint": ("finetune --checkpoint theirs.pth", {"state_dict": {"w": torch.zeros(1)}, "x": RunsCode()}),
-    "adapter": ("finetune --eval-only theirs.pth", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
+    "adapter": ("deploy_lora evaluate theirs.pth images", {"layers": {}, "tensors": {}, "metadata": RunsCode()}),
     "adapter, info": ("deploy_lora info theirs.pth", {"layers": RunsCode(), "tensors": {}}),
     "adapter, merge": ("deploy_lora merge theirs.pth --output m.pth", {"layers": {}, "tensors": RunsCode()}),
     "base of an adapter": ("deploy_lora merge lora.pth --output m.pth --checkpoint theirs.pth", RunsCode()),
