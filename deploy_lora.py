@@ -3,7 +3,6 @@
     python deploy_lora.py info checkpoints/lora/lora.pth                        # what is in the file
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
-    python deploy_lora.py protocols --checkpoint moco.pth --data-dir my_images  # before training: k-NN, probe
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
@@ -34,13 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits, prepare, read_options
+from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, listed, printable
 from toolkit.answers import comparison, evaluation
-from toolkit.answers.protocols import Measured, measure
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
@@ -68,10 +66,9 @@ from toolkit.images.folders import (
     tell_others,
 )
 from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
-from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
-from toolkit.run import options, reports
+from toolkit.run import reports
 from toolkit.run.runs import faults_explained, progress_bar, run_script
 
 # ------------------------------------------------------------------------------------------------- what is in a file
@@ -159,40 +156,6 @@ def compare(args: argparse.Namespace) -> list[comparison.Difference]:
     differences = comparison.compare(args.first, args.second)
     print(reports.table(comparison.table(differences, args.first, args.second)))
     return differences
-
-
-def protocols(args: argparse.Namespace) -> list[Measured]:
-    """Print how good a backbone's features are by `toolkit.answers.protocols`; with --output as a table, too.
-
-    What is not this command's are options of `finetune_lora.py`: they say which backbone, and which images.
-    """
-    own, _ = read_options([*args.rest, "--lora-rank", "0"])
-    if own.task != "classification" or options.all_folds(own):
-        raise InputError("protocols are for images of one class each, and for one division: no --task, no --folds 5")
-    device = devices.select_device(own.device)
-    with faults_explained(device, "lower --batch-size") as loaders:
-        splits, model, report, plan = prepare(own, device)
-        transform = eval_transform(report["image_size"], **plan.normalization)
-        model = devices.place(model, device)
-
-        def features(images: LabelledImages) -> tuple[Tensor, Tensor]:
-            loader = build_loader(Transformed(images, transform), own.batch_size, workers=own.workers, device=device)
-            loaders.append(loader)
-            found, labels = evaluation.extract_features(model, progress_bar(loader, "features"), device, plan.dtype)
-            return found.cpu(), labels.cpu()
-
-        train = features(splits.train)
-        val = features(splits.val)
-    clusters = (splits.train.clusters(), splits.val.clusters())
-
-    def report_row(row: Measured) -> None:
-        print(reports.table([(row.protocol, row.reported())]))
-
-    rows = measure(train, val, splits.class_names, report_row, clusters)
-    if args.output is not None:
-        write_csv([row._asdict() for row in rows], Measured._fields, args.output)
-        print(f"wrote {args.output}")
-    return rows
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -713,7 +676,6 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
 SUFFIXES = {  # allowed for --output
     "evaluate": (".json",),
-    "protocols": (".csv",),
     "predict": (".csv",),
     "embed": (".npy",),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
@@ -723,7 +685,7 @@ SUFFIXES = {  # allowed for --output
 
 def check_output(args: argparse.Namespace) -> list[str]:
     """What is wrong with --output, before anything is computed."""
-    if args.output is None and args.command in ("evaluate", "protocols"):
+    if args.output is None and args.command == "evaluate":
         return []
     if args.output is None:
         return ["--output: expected a value, the file to write"]
@@ -769,7 +731,6 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
     "compare": (compare, lambda args: [], "two results over the same images: is one better by more than chance?"),
-    "protocols": (protocols, check_output, "a backbone's k-NN and linear probes on labelled images, before training"),
     "predict": (predict, check_output, "the most probable classes of images, as a table"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
@@ -788,11 +749,6 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         if name == "compare":
             command.add_argument("first", type=Path, help="results.json of a run, or of evaluate --output")
             command.add_argument("second", type=Path, help="another, over the same images")
-            continue
-        if name == "protocols":
-            command.description = "Takes the options of finetune_lora.py as well: --checkpoint, --data-dir, ..."
-            command.add_argument("--output", type=Path, help="the figures as .csv")
-            command.set_defaults(adapter=None, checkpoint=None)
             continue
         command.add_argument("adapter", type=Path, help="adapter file, .pth or .safetensors")
         if name != "info":
@@ -836,10 +792,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     parser, parsers = make_parser()
     args, rest = parser.parse_known_args(argv)
     run, check, _ = COMMANDS[args.command]
-    args.rest = rest
-    problems = check(args)
-    if args.command != "protocols":
-        problems += unknown_words(parsers[args.command], rest)
+    problems = check(args) + unknown_words(parsers[args.command], rest)
     if problems:
         raise InputError("\n".join(problems))
     return run(args)

@@ -5,14 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline, vtab
+from benchmarks import compare_peers, domain, growth, loading, model_zoo, quality, roofline
 from lora_utils import read_adapter_file
-from toolkit.images import transforms
 from toolkit.run import optim
 
 
@@ -140,45 +137,6 @@ def test_each_method_is_compared_at_its_best_rate(base, images, two_rates, tmp_p
     assert result["rows"][0]["share_of_full"] == 1 and (tmp_path / "quality.png").stat().st_size > 10_000
     monkeypatch.setattr(quality, "apart", None)
     assert quality.main(command.split()) == result  # nothing is trained twice
-
-
-@pytest.fixture
-def vtab_root(tmp_path) -> Path:
-    """One of the 19 data sets, of three classes that can be told apart and a fourth that its tests alone have."""
-    folder, rng = tmp_path / "vtab", np.random.RandomState(0)
-    lists = {}
-    for part, count in {"train800": 12, "val200": 6, "test": 10}.items():
-        (folder / "eurosat/images" / part).mkdir(parents=True)
-        lists[part] = ""
-        for i in range(count):
-            pixels = rng.randint(0, 60, (16, 24, 3)) + 80 * (i % 3)
-            path = f"images/{part}/{i:06}.png"
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / "eurosat" / path)
-            lists[part] += f"{path} {7 if part == 'test' and i >= 8 else i % 3}\n"
-    lists["train800val200"] = lists["train800"] + lists["val200"]
-    for part, text in lists.items():
-        (folder / f"eurosat/{part}.txt").write_text(text)
-    return folder
-
-
-def test_vtab_is_run_by_its_protocol_and_once(vtab_root, base, two_rates, tmp_path, monkeypatch, capsys):
-    command = f"--root {vtab_root} --checkpoint {base} --methods lora_8 --epochs 1 --batch-size 6 --device cpu"
-    command = [*command.split(), "--output-dir", str(tmp_path / "out")]
-    result = vtab.main(command)
-    printed = capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
-    [row] = result["rows"]
-    tried = [(record["run"][2], record["run"][4], record["images"]) for record in records]
-    chosen = row["learning_rates"]["eurosat"], "test", 10
-    assert tried == [(1e-4, "validation", 6), (3e-4, "validation", 6), chosen]
-    assert records[2]["accuracy"] <= 0.8  # two of the ten are of a class of which nothing was known
-    accuracy = pytest.approx(100 * records[2]["accuracy"])
-    assert row["accuracy"] == {"eurosat": accuracy} and row["groups"] == {"specialized": accuracy}
-    assert (row["mean"], row["mean_of_groups"]) == (accuracy, accuracy)
-    assert "| mean of groups (incomplete) | mean (1 of 19) | natural (0 of 7) | specialized (1 of 4) |" in printed
-    assert "| published: LoRA-8 | 44.3 |" in printed and len(result["missing"]) == 18
-    monkeypatch.setattr(vtab, "train", None)
-    assert vtab.main(command) == result and transforms.SEEN_WHOLE == 64
 
 
 FAST = [

@@ -584,5 +584,5 @@ def test_help_says_what_each_command_does(command, capsys):
         assert command or f"{name} {text}" in printed
     if command:
         assert ("[--output OUTPUT]" in printed) == (command not in (["info"], ["compare"]))
-        needless = (["info"], ["compare"], ["evaluate"], ["protocols"])
+        needless = (["info"], ["compare"], ["evaluate"])
         assert ("the file to write (required)" in printed) == (command not in needless)

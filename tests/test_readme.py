@@ -162,8 +162,8 @@ def test_every_fine_tuning_command_runs(command, newcomer, first_run, monkeypatc
 
 @pytest.mark.parametrize("command", commands_of("python deploy_lora.py"))
 def test_every_adapter_command_runs(command, newcomer, first_run, monkeypatch, capsys):
-    if command in commands(AFTER_TRAINING) or "compare" in command or "protocols" in command:
-        return  # see below, tests/test_comparison.py and tests/test_protocols.py
+    if command in commands(AFTER_TRAINING) or "compare" in command:
+        return  # see below, and tests/test_comparison.py
     monkeypatch.chdir(newcomer)
     deploy_lora.main(shlex.split(command)[2:])
     assert "wrote merged.pth" in capsys.readouterr().out

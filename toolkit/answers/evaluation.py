@@ -156,21 +156,12 @@ def knn_accuracy(
     k: int = NEIGHBOURS,
     temperature: float = NEIGHBOUR_TEMPERATURE,
 ) -> float:
-    """Accuracy (0 to 1) of `knn_answers` for features (N, D) whose labels are (N,)."""
-    answers = knn_answers(train_features, train_labels, features, k, temperature)
-    return int((answers == labels).sum()) / len(labels)
-
-
-def knn_answers(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    k: int = NEIGHBOURS,
-    temperature: float = NEIGHBOUR_TEMPERATURE,
-) -> Tensor:
-    """The classes (N,) by the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
+    """The accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
     Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
+
+    Args:
+        features: (N, D), whose labels are (N,).
     """
     classes = int(train_labels.max()) + 1
     answers = []
@@ -178,11 +169,11 @@ def knn_answers(
         votes = torch.zeros(len(similarity), classes, device=similarity.device)
         votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
         answers.append(votes.argmax(1))
-    return torch.cat(answers)
+    return int((torch.cat(answers) == labels).sum()) / len(labels)
 
 
 def knn_means(train_features: Tensor, train_targets: Tensor, features: Tensor) -> Tensor:
-    """The mean targets (N, K) of the nearest training images, weighted as in `knn_answers`; unknown ones left out.
+    """The mean targets (N, K) of the nearest training images, weighted as in `knn_accuracy`; unknown ones left out.
 
     Where all are unknown it is the mean of all training images.
     """

@@ -232,7 +232,7 @@ def _tensor(
     return [bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
-SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle; benchmarks/vtab.py cuts none
+SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle
 
 
 def eval_transform(
