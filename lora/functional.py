@@ -83,7 +83,9 @@ def effective_weight(
         in_place: add to ``weight``, which then has to be a temporary.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
-    W = W if in_place else W.clone()  # autocast would round the operands of a product that is not in place
+    if not in_place:
+        W = W.clone()
+    # In place, since autocast would round the operands of any other product.
     return W.baddbmm_(B, A, alpha=scaling).flatten(0, 1)
 
 
@@ -97,193 +99,191 @@ def merged_weight(
     return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
 
 
-def _rounded(merged: Tensor, base: Tensor | NF4Weight) -> Tensor:
-    return merged.to(base.dtype) if isinstance(base, Tensor) else merged
+def _rounded(merged: Tensor, base: Tensor | NF4Weight | Int8Weight) -> Tensor:
+    if isinstance(base, Tensor):
+        return merged.to(base.dtype)
+    return merged
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: on a CPU in 8 bits as it is, else dense in ``dtype``."""
-    in_8_bits = isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu"
-    return weight if in_8_bits else dense_weight(weight, dtype)
+    if isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu":
+        return weight
+    return dense_weight(weight, dtype)
 
 
-def adapted_product(
-    rows: Tensor,
-    weight: Tensor | NF4Weight | Int8Weight,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    groups: int = 1,
-    adapter_rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``rows (W + s B A)^T + b``, (N, out), and h, (N, groups r), if it was needed. No gradient of its own.
-
-    Args:
-        rows: (N, in), in the dtype of A, B and b.
-        weight: (out, in), of any dtype.
-        adapter_rows: what the adapter sees in place of rows.
-    """
-    W = _operand(weight, rows.dtype)
-    if adapter_rows is None:
-        if _merge_pays(W, rows.shape[0] * W.shape[0]):
-            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
-            return backends.linear(rows, merged, bias), None
-        adapter_rows = rows
-    h = backends.linear(adapter_rows, A)  # (N, in) -> (N, groups r)
-    return add_side_path(rows, W, bias, h, B, scaling, groups), h
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) as (N, in) in this dtype."""
+    if x.dtype != dtype:  # a call that changes nothing takes time as well
+        x = x.to(dtype)
+    if x.dim() == 1:
+        return x[None]
+    return x.flatten(0, -2)
 
 
-def adapted_input_gradient(
-    gy: Tensor,
-    gh: Tensor,
-    weight: Tensor | NF4Weight | Int8Weight,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    groups: int = 1,
-) -> Tensor:
-    """``gy (W + s B A)``, (N, in); gh (N, groups r) is s gy B."""
-    W = _operand(weight, gy.dtype)
-    if _merge_pays(W, gy.shape[0] * W.shape[1]):
-        merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
-        return backends.linear(gy, merged.T)
-    return int8.input_gradient(gy, W).addmm_(gh, A)  # (N, out) -> (N, in)
-
-
-def add_side_path(
-    rows: Tensor, W: Tensor | Int8Weight, bias: Tensor | None, h: Tensor, B: Tensor, scaling: float, groups: int
-) -> Tensor:
-    """``rows W^T + b + s h B^T``, (N, out).
-
-    Args:
-        rows: (N, in).
-        W: (out, in), the weights of ``groups`` layers stacked by rows.
-        h: (N, groups r).
-        B: (out, r).
-    """
-    y = int8.linear(rows, W, bias)
+def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
+    """``y += s h B^T``, in place. y: (N, out), h: (N, groups r), B: (out, r)."""
     if h.shape[1] == 0:  # a layer of rank 0: adding nothing would read and write y as well
         return y
-    width = W.shape[0] // groups
+    width = y.shape[1] // groups
     for g, (h_g, B_g) in enumerate(zip(h.chunk(groups, 1), B.chunk(groups), strict=True)):
-        # (N, r) -> (N, out / groups), in place: in a slice, as torch.export lets no chunk be changed.
+        # (N, r) -> (N, out / groups), in a slice, since torch.export lets no chunk be changed.
         y[:, g * width : (g + 1) * width].addmm_(h_g, B_g.T, alpha=scaling)
     return y
 
 
-def adapter_gradients(
-    gy: Tensor, rows: Tensor, h: Tensor | None, A: Tensor, B: Tensor, scaling: float, groups: int, need_A, need_B
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute gh (N, groups r) and, where needed, gA (groups r, in) and gB (out, r). h is computed if it is None."""
+def _adapter_gradients(
+    gy: Tensor, rows: Tensor, h: Tensor | None, A: Tensor, B: Tensor, scaling: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gh (N, groups r), gA (groups r, in) and gB (out, r). h is computed if it is None."""
     # The thin matrices lie transposed, with the long dimension contiguous: up to six times faster.
-    gy_groups = gy.chunk(groups, 1)
-    pairs = zip(B.chunk(groups), gy_groups, strict=True)
-    gh = [backends.product(B_g.T.contiguous(), gy_g.T) for B_g, gy_g in pairs]
-    gh = _stacked(gh).mul_(scaling)  # (groups r, N)
-    gA = backends.product(gh, rows) if need_A else None
-    gB = None
-    if need_B:
-        h = backends.product(A, rows.T) if h is None else h.T.contiguous()  # (groups r, N)
-        pairs = zip(h.chunk(groups), gy_groups, strict=True)
-        gB = [backends.product(h_g, gy_g).T for h_g, gy_g in pairs]
-        gB = _stacked(gB).mul_(scaling)
-    return gh.T, gA, gB
+    h = backends.product(A, rows.T) if h is None else h.T.contiguous()  # (groups r, N)
+    gh_groups = []
+    gB_groups = []
+    for gy_g, h_g, B_g in zip(gy.chunk(groups, 1), h.chunk(groups), B.chunk(groups), strict=True):
+        gh_groups.append(backends.product(B_g.T.contiguous(), gy_g.T))  # (r, N)
+        gB_groups.append(backends.product(h_g, gy_g).T)  # (out / groups, r)
+    gh = _stacked(gh_groups).mul_(scaling)
+    gB = _stacked(gB_groups).mul_(scaling)
+    return gh.T, backends.product(gh, rows), gB
 
 
 def _stacked(parts: Tensor | Sequence[Tensor]) -> Tensor:
     """`torch.cat` that does not copy a single tensor."""
     if isinstance(parts, Tensor):
         return parts
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)
+
+
+class _LinearConstants(NamedTuple):
+    """The arguments of `_LoRALinear` without a gradient, in one: each argument of `apply` takes time."""
+
+    weight: Tensor | NF4Weight | Int8Weight
+    scaling: float
+    groups: int
+    prologue: "Prologue | None"
+    dtype: torch.dtype
+
+
+class _SavedOfLinear(NamedTuple):
+    """What the backward pass of `_LoRALinear` reads. W is frozen, so only the adapter's gradients need the input."""
+
+    x: Tensor | None  # what the prologue read or, without one, the adapter; None where a RecomputedNorm rebuilds it
+    A: Tensor
+    B: Tensor
+    h: Tensor | None  # thin, and saved if it was computed
+    left: Tensor | None = None  # of a RecomputedNorm
+    right: Tensor | None = None
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, bias, settings):  # each argument of `apply` takes time: the constants are one
-        weight, scaling, groups, prologue, dtype = settings
-        ctx.rebuild, parts = None, ()
-        if isinstance(prologue, RecomputedNorm):
-            prologue, ctx.rebuild, parts = prologue
-            parts = [part.detach() for part in parts]
-        rows = x if prologue is None else _evaluate(prologue, x)[0]
-        rows = rows.to(dtype).flatten(0, -2)  # (..., in) -> (N, in)
-        adapter_rows = rows if adapter_x is None else adapter_x.to(dtype).flatten(0, -2)  # what the adapter sees
-        ctx.weight = weight
-        ctx.scaling = scaling
-        ctx.groups = groups
-        ctx.dtype = dtype
-        ctx.prologue = prologue
+    def forward(ctx, x, adapter_x, A, B, bias, constants):
+        weight, scaling, groups, prologue, dtype = constants
+        ctx.constants = constants
         ctx.shape = x.shape
-        ctx.has_adapter_x = adapter_x is not None
-
-        if A.dtype != dtype or B.dtype != dtype:  # a call that changes nothing takes time as well
+        ctx.drops = adapter_x is not None
+        rows = x
+        if prologue is not None:
+            rows, _ = _evaluate(prologue, x)
+        rows = _rows(rows, dtype)
+        adapter_rows = rows
+        if ctx.drops:
+            adapter_rows = _rows(adapter_x, dtype)
+        if A.dtype != dtype or B.dtype != dtype:
             A = A.to(dtype)
             B = B.to(dtype)
-        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-        seen = None if adapter_x is None else adapter_rows
-        y, h = adapted_product(rows, weight, A, B, bias, scaling, groups, seen)
-        # W is frozen, so that only the adapter's gradients need the input. h is thin and is saved if it was computed.
-        kept = x if prologue is not None else adapter_rows.view(x.shape)
-        ctx.save_for_backward(kept if ctx.rebuild is None else None, A, B, h, *parts)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+
+        h = None
+        W = _operand(weight, dtype)
+        if not ctx.drops and _merge_pays(W, rows.shape[0] * W.shape[0]):
+            merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)  # W + s B A
+            y = backends.linear(rows, merged, bias)  # x (W + s B A)^T + b
+        else:
+            h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
+            y = _add_update_(int8.linear(rows, W, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
+
+        saved = _SavedOfLinear(x=x, A=A, B=B, h=h)
+        ctx.rebuild = None
+        if prologue is None:
+            saved = saved._replace(x=adapter_rows.view(x.shape))
+        elif isinstance(prologue, RecomputedNorm):
+            saved = saved._replace(x=None, left=prologue.left.detach(), right=prologue.right.detach())
+            ctx.rebuild = prologue.rebuild
+            ctx.constants = constants._replace(prologue=prologue.norm)
+        ctx.save_for_backward(*saved)
         # Like F.linear's output this is no view, which nn.ReLU(inplace=True) could not modify.
         return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        saved, A, B, h, *parts = ctx.saved_tensors
-        need_x, need_adapter_x, need_A, need_B, need_bias, _ = ctx.needs_input_grad
+        saved = _SavedOfLinear(*ctx.saved_tensors)
+        weight, scaling, groups, prologue, dtype = ctx.constants
+        need_x, need_adapter_x, _, _, need_bias, _ = ctx.needs_input_grad
+        x = saved.x
         if ctx.rebuild is not None:
-            saved = ctx.rebuild(*parts)
-        gy = (gy if gy.dtype == ctx.dtype else gy.to(ctx.dtype)).flatten(0, -2)  # (N, out)
-        saved, adapter_rows, statistics = _rows_of_the_adapter(ctx, saved)
-        gh, gA, gB = adapter_gradients(gy, adapter_rows, h, A, B, ctx.scaling, ctx.groups, need_A, need_B)
+            x = ctx.rebuild(saved.left, saved.right)
+        x, adapter_rows, statistics = _rows_in_backward(prologue, x, dtype)
+        gy = _rows(gy, dtype)  # (N, out)
+        gh, gA, gB = _adapter_gradients(gy, adapter_rows, saved.h, saved.A, saved.B, scaling, groups)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = None
         if need_x:
-            if ctx.has_adapter_x:  # the adapter's share reaches x through the dropout
-                gx = int8.input_gradient(gy, _operand(ctx.weight, ctx.dtype))
+            W = _operand(weight, dtype)
+            if ctx.drops:  # the adapter's share reaches x through the dropout
+                gx = int8.input_gradient(gy, W)
+            elif _merge_pays(W, gy.shape[0] * W.shape[1]):
+                merged = effective_weight(W, saved.A, saved.B, scaling, groups, in_place=W is not weight)
+                gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                gx = adapted_input_gradient(gy, gh, ctx.weight, A, B, ctx.scaling, ctx.groups)
-            gx = pull_back(ctx.prologue, gx, saved, statistics).view(ctx.shape)
-        return (
-            gx,
-            (gh @ A).view(ctx.shape) if need_adapter_x else None,
-            gA,
-            gB,
-            gy.sum(0) if need_bias else None,
-            None,
-        )
+                gx = int8.input_gradient(gy, W).addmm_(gh, saved.A)  # gy W + (s gy B) A
+            gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
+        g_adapter_x = None
+        if need_adapter_x:
+            g_adapter_x = (gh @ saved.A).view(ctx.shape)
+        g_bias = None
+        if need_bias:
+            g_bias = gy.sum(0)
+        return gx, g_adapter_x, gA, gB, g_bias, None
 
 
-def _rows_of_the_adapter(ctx, saved: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """In backward: the saved input, the rows (N, in) that the adapter read, and what `pull_back` needs beside them."""
-    if not isinstance(ctx.prologue, SelfAttention):  # which does not work row by row
-        saved = saved.flatten(0, -2)
-    if ctx.prologue is None:
-        return saved, saved, []
-    rows, statistics = _evaluate(ctx.prologue, saved, in_backward=True)
-    return saved, rows.to(ctx.dtype).flatten(0, -2), statistics
+# ------------------------------------------------------------------------------------------------------- prologues
 
 
 class RecomputedNorm(NamedTuple):
     """A LayerNorm as the `prologue` of a layer, whose input is computed again in backward instead of saved.
 
-    ``rebuild(*parts)`` is that input, to the last bit. The parts are saved, so it pays where others save them anyway.
+    ``rebuild(left, right)`` is that input, to the last bit. Both are saved, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
-    rebuild: Callable[..., Tensor]
-    parts: tuple[Tensor, ...]
+    rebuild: Callable[[Tensor, Tensor], Tensor]
+    left: Tensor
+    right: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
 
-def _evaluate(
-    prologue: nn.LayerNorm | nn.GELU | SelfAttention, x: Tensor, in_backward: bool = False
-) -> tuple[Tensor, list[Tensor]]:
+Prologue = nn.LayerNorm | nn.GELU | SelfAttention | RecomputedNorm
+
+
+def _rows_in_backward(prologue: Prologue | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The input in rows, what the adapter read of it (N, in), and what `_pull_back` needs beside them."""
+    if not isinstance(prologue, SelfAttention):  # which does not work row by row
+        x = _rows(x, x.dtype)
+    if prologue is None:
+        return x, x, []
+    rows, statistics = _evaluate(prologue, x, in_backward=True)
+    return x, _rows(rows, dtype), statistics
+
+
+def _evaluate(prologue: Prologue, x: Tensor, in_backward: bool = False) -> tuple[Tensor, list[Tensor]]:
     """``prologue(x)`` and what its derivative needs beside x.
 
     A LayerNorm needs each row's mean and reciprocal deviation. Attention needs input and output of a graph of its own,
@@ -292,16 +292,19 @@ def _evaluate(
     if isinstance(prologue, nn.GELU):
         return F.gelu(x, approximate=prologue.approximate), []
     if isinstance(prologue, SelfAttention):
-        graph = prologue.graph(x) if in_backward else (x, prologue(x))
+        if not in_backward:
+            return prologue(x).detach(), []
+        graph = prologue.graph(x)
         return graph[1].detach(), list(graph)
-    x = x if prologue.weight is None else x.to(prologue.weight.dtype)
+    if isinstance(prologue, RecomputedNorm):
+        prologue = prologue.norm
+    if prologue.weight is not None:
+        x = x.to(prologue.weight.dtype)
     y, *statistics = backends.layer_norm(x, prologue)
     return y, statistics
 
 
-def pull_back(
-    prologue: nn.LayerNorm | nn.GELU | SelfAttention | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]
-) -> Tensor:
+def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistics: list[Tensor]) -> Tensor:
     """The gradient of x from that of ``prologue(x)``, (N, in), in the same memory if it fits.
 
     A LayerNorm takes some of the rows at a time: all at once would be the peak of a ViT's memory.
@@ -311,19 +314,20 @@ def pull_back(
     if isinstance(prologue, SelfAttention):
         qkv, attended = statistics
         return torch.autograd.grad(attended, qkv, gradient.to(x.dtype).view_as(attended))[0]
+    result = gradient
+    if gradient.dtype != x.dtype:
+        result = torch.empty_like(x)
     if isinstance(prologue, nn.GELU):
-        result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
         return backends.gelu_gradient(gradient.to(x.dtype), x, prologue.approximate, out=result)
-    result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
+    dtype = x.dtype
+    if prologue.weight is not None:
+        dtype = prologue.weight.dtype
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
-    for part, *in_part in zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True):
-        part.copy_(_pull_back_norm(prologue, *in_part))
+    pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
+    for of_result, of_gradient, of_x, mean, deviation in pieces:
+        of_gradient = of_gradient.to(dtype)
+        of_result.copy_(backends.layer_norm_gradient(of_gradient, of_x.to(dtype), prologue, mean, deviation))
     return result
-
-
-def _pull_back_norm(norm: nn.LayerNorm, gradient: Tensor, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    dtype = x.dtype if norm.weight is None else norm.weight.dtype
-    return backends.layer_norm_gradient(gradient.to(dtype), x.to(dtype), norm, mean, deviation)
 
 
 def lora_linear(
@@ -335,7 +339,7 @@ def lora_linear(
     scaling: float = 1.0,
     groups: int = 1,
     adapter_x: Tensor | None = None,
-    prologue: nn.LayerNorm | nn.GELU | SelfAttention | RecomputedNorm | None = None,
+    prologue: Prologue | None = None,
 ) -> Tensor:
     """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
 
@@ -358,31 +362,29 @@ def lora_linear(
     dtype = compute_dtype(x)
     A = _stacked(A)
     B = _stacked(B)
+    trains = _is_trainable(weight)
     # The compiler decides by itself what to recompute, pointwise operations first; it cannot trace how it is done here.
-    if prologue is not None and (_is_trainable(weight) or backends.is_traced()):
+    if prologue is not None and (trains or backends.is_traced()):
         x = prologue(x)
         prologue = None
-    if _is_trainable(weight):
-        if adapter_x is None and dtype not in LOW_PRECISION:
+    if not trains:
+        backends.refuse_jit()
+        constants = _LinearConstants(weight, scaling, groups, prologue, dtype)
+        return _LoRALinear.apply(x, adapter_x, A, B, bias, constants)
+    if adapter_x is None:
+        if dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
-        h = F.linear((x if adapter_x is None else adapter_x).to(dtype), A.to(dtype))  # (..., groups r)
-        h = h.unflatten(-1, (groups, -1))
-        B = B.to(dtype).unflatten(0, (groups, -1))
-        delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
-        return F.linear(x, weight, bias) + scaling * delta
-    if x.dim() == 1:
-        adapter_x = None if adapter_x is None else adapter_x[None]
-        return lora_linear(x[None], weight, A, B, bias, scaling, groups, adapter_x, prologue)[0]
-    backends.refuse_jit()
-    return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
+        adapter_x = x
+    h = F.linear(adapter_x.to(dtype), A.to(dtype)).unflatten(-1, (groups, -1))  # (..., groups, r)
+    B = B.to(dtype).unflatten(0, (groups, -1))
+    delta = torch.einsum("...gr,gor->...go", h, B).flatten(-2)  # (..., out)
+    return F.linear(x, weight, bias) + scaling * delta
 
 
 # ----------------------------------------------------------------------------------------------------- convolution
 
 
-def effective_kernel(
-    weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None, in_place: bool = False
-) -> Tensor:
+def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None) -> Tensor:
     """``g (W + s B A)`` for a convolution, differentiable, as a fresh tensor in the memory format of ``weight``.
 
     Args:
@@ -390,14 +392,11 @@ def effective_kernel(
         A: (r, in / groups * kh * kw).
         B: (out, r).
         row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
-        in_place: add to ``weight``, a temporary that nobody else needs.
     """
-    if row_scale is not None:
-        scale = row_scale[:, None, None, None]
-        weight = weight.mul_(scale) if in_place else weight * scale
-        B = B * row_scale[:, None]
-        in_place = True
-    return _plus_low_rank(weight, A, B, scaling, in_place)
+    if row_scale is None:
+        return _plus_low_rank(weight, A, B, scaling, in_place=False)
+    scaled = weight * row_scale[:, None, None, None]
+    return _plus_low_rank(scaled, A, B * row_scale[:, None], scaling, in_place=True)
 
 
 def _plus_low_rank(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
@@ -407,7 +406,9 @@ def _plus_low_rank(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_plac
         A = A.view(len(A), *weight.shape[1:]).permute(0, 2, 3, 1).flatten(1)
     else:
         W = weight.flatten(1)
-    W = (W if in_place else W.clone()).addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
+    if not in_place:
+        W = W.clone()
+    W = W.addmm_(B, A, alpha=scaling)  # in place, as in `effective_weight`
     if channels_last:
         out, channels, kh, kw = weight.shape
         return W.view(out, kh, kw, channels).permute(0, 3, 1, 2)
@@ -428,12 +429,14 @@ def pad_for_conv2d(
         padding, mode: `padding` and `padding_mode` of `nn.Conv2d`.
         explicit: the same padding as (left, right, top, bottom).
     """
-    if mode == "zeros" and not isinstance(padding, str):
-        return x, padding
     left, right, top, bottom = explicit
-    if mode == "zeros" and left == right and top == bottom:
-        return x, (top, left)
-    return F.pad(x, (left, right, top, bottom), mode="constant" if mode == "zeros" else mode), (0, 0)
+    if mode == "zeros":
+        if not isinstance(padding, str):
+            return x, padding
+        if left == right and top == bottom:
+            return x, (top, left)
+        mode = "constant"
+    return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
 class Geometry(NamedTuple):
@@ -448,84 +451,111 @@ class Geometry(NamedTuple):
 PLAIN = Geometry()
 
 
+class _ConvConstants(NamedTuple):
+    """As `_LinearConstants`."""
+
+    weight: Tensor | NF4Weight
+    scaling: float
+    geometry: Geometry
+    relu: bool
+    dtype: torch.dtype
+
+
+class _SavedOfConv(NamedTuple):
+    """What the backward pass of `_LoRAConv2d` reads.
+
+    It builds the kernel again: saved, those of all layers would be in memory at once.
+    """
+
+    adapter_x: Tensor
+    A: Tensor
+    B: Tensor
+    row_scale: Tensor | None
+    y: Tensor | None  # for the derivatives of the ReLU and of log g, as the next two
+    bias: Tensor | None
+    residual: Tensor | None
+
+
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, adapter_x, A, B, bias, residual, log_scale, settings):
-        weight, row_scale, scaling, geometry, relu, dtype = settings
-        x = x.to(dtype)
-        ctx.has_adapter_x = adapter_x is not None
-        adapter_x = adapter_x.to(dtype) if ctx.has_adapter_x else x
-        ctx.weight = weight
-        ctx.scaling = scaling
-        ctx.geometry = geometry
-        ctx.dtype = dtype
-        ctx.side_path = ctx.has_adapter_x or not _kernel_merges(weight, row_scale, dtype)
-
-        bias = None if bias is None else bias.to(dtype)
-        given, A = (A, B), A.to(dtype)
-        row_scales = _scaled(row_scale, scaling)  # s g
-        row_B = _scale_rows(B, scaling, row_scales)
-        sB = row_B.to(dtype)
-        kernel = None
-        if not ctx.side_path:
-            kernel = _folded_kernel(weight, given[0], row_B, row_scale, dtype)
-            y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
-        else:
-            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)
-            if geometry.groups > 1:
-                y.add_(F.conv2d(adapter_x, (sB @ A).view(weight.shape), None, *geometry))
-            else:
-                h = F.conv2d(adapter_x, A.view(len(A), *weight.shape[1:]), None, *geometry)  # (N, r, H', W')
-                _add_pointwise_(y, h, sB)
-            y = y if residual is None else y.add_(residual)
-            y = y.relu_() if relu else y
-        # Backward builds the kernel again: saved, those of all layers would be in memory at once.
-        ctx.relu = relu
+    def forward(ctx, x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants):
+        weight, scaling, geometry, relu, dtype = constants
+        ctx.constants = constants
         ctx.follows = log_scale is not None
-        followed = (bias, residual) if ctx.follows else ()
-        kept = y if relu or ctx.follows else None, row_scale, *given, *followed
-        ctx.save_for_backward(adapter_x, *kept)
+        ctx.drops = adapter_x is not None
+        ctx.side_path = ctx.drops or not _kernel_merges(weight, row_scale, dtype)
+        x = x.to(dtype)
+        adapter_x = adapter_x.to(dtype) if ctx.drops else x
+        if bias is not None:
+            bias = bias.to(dtype)
+
+        sB = _scale_rows(B, scaling, row_scale)
+        if ctx.side_path:
+            y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)  # g W x + b
+            _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
+            if residual is not None:
+                y.add_(residual)
+            if relu:
+                y.relu_()
+        else:
+            kernel = _folded_kernel(weight, A, sB, row_scale, dtype)  # g (W + s B A)
+            y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
+
+        saved = _SavedOfConv(adapter_x=adapter_x, A=A, B=B, row_scale=row_scale, y=None, bias=None, residual=None)
+        if ctx.follows:
+            saved = saved._replace(y=y, bias=bias, residual=residual)
+        elif relu:
+            saved = saved._replace(y=y)
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        adapter_x, y, row_scale, precise_A, B, *followed = ctx.saved_tensors
+        saved = _SavedOfConv(*ctx.saved_tensors)
+        weight, scaling, geometry, relu, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
-        gy = gy.to(ctx.dtype)
-        gy = backends.relu_gradient(gy, y) if ctx.relu else gy  # through the ReLU
+        gy = gy.to(dtype)
+        if relu:
+            gy = backends.relu_gradient(gy, saved.y)
         g_bias = None
         g_log_scale = None
         if ctx.follows:
-            g_log_scale, g_bias = _scale_gradients(gy, y, *followed)
+            g_log_scale, g_bias = _scale_gradients(gy, saved.y, saved.bias, saved.residual)
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
-        row_scales = _scaled(row_scale, ctx.scaling)
-        row_B = _scale_rows(B, ctx.scaling, row_scales)
-        A = precise_A.to(ctx.dtype)
-        sB = row_B.to(ctx.dtype)
-        adapter_gradients = _adapter_gradients if ctx.geometry.groups == 1 else _grouped_adapter_gradients
-        need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.has_adapter_x)
-        gA, gB, g_adapter_x = adapter_gradients(gy, adapter_x, A, sB, ctx.weight.shape, ctx.geometry, need_input)
+
+        sB = _scale_rows(saved.B, scaling, saved.row_scale)
+        A = saved.A.to(dtype)
+        adapter_gradients = _grouped_conv_gradients if geometry.groups > 1 else _conv_gradients
+        need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
+        gA, gB, g_adapter_x = adapter_gradients(
+            gy, saved.adapter_x, A, sB.to(dtype), weight.shape, geometry, need_input
+        )
+        gB = _scale_rows(gB, scaling, saved.row_scale)
         gx = None
         if need_x:
             if ctx.side_path:
-                kernel = _scaled_kernel(ctx.weight, row_scale, ctx.dtype)
+                kernel = _scaled_kernel(weight, saved.row_scale, dtype)
             else:
-                kernel = _folded_kernel(ctx.weight, precise_A, row_B, row_scale, ctx.dtype)
-            gx = backends.conv2d_gradient(gy, adapter_x, kernel, ctx.geometry, of_weight=False)
-            if g_adapter_x is not None and not ctx.has_adapter_x:
+                kernel = _folded_kernel(weight, saved.A, sB, saved.row_scale, dtype)
+            gx = backends.conv2d_gradient(gy, saved.adapter_x, kernel, geometry, of_weight=False)
+            if g_adapter_x is not None and not ctx.drops:
                 gx = gx.add_(g_adapter_x)
                 g_adapter_x = None
-        gB = _scale_rows(gB, ctx.scaling, row_scales)
-        return gx, g_adapter_x, gA, gB, g_bias, gy if need_residual else None, g_log_scale, None
+        g_residual = None
+        if need_residual:
+            g_residual = gy
+        return gx, g_adapter_x, gA, gB, g_bias, g_residual, None, g_log_scale, None
 
 
 def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
     of_scale, of_bias = backends.channel_sums(gy, y)
     of_scale = of_scale.addcmul_(bias, of_bias, value=-1)
-    return of_scale if residual is None else of_scale - backends.channel_sums(gy, residual)[0], of_bias
+    if residual is not None:
+        of_scale = of_scale - backends.channel_sums(gy, residual)[0]
+    return of_scale, of_bias
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -538,10 +568,49 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     return dtype not in LOW_PRECISION or not on_the_grid
 
 
-def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
+def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Tensor:
+    """``s g matrix``. If g is float32, so is the product of any matrix with it."""
+    if row_scale is None:
+        return matrix * scaling
+    return matrix * (row_scale * scaling)[:, None]
+
+
+def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``g W``, rounded once to ``dtype``: W itself if that is the same, else a temporary."""
+    if row_scale is None:
+        return dense_weight(weight, dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    if not isinstance(weight, Tensor):
+        weight = weight.dequantize(precise)
+    return (weight * row_scale.to(precise)[:, None, None, None]).to(dtype)  # 16 bits times 32, in one pass
+
+
+def _folded_kernel(
+    weight: Tensor | NF4Weight, A: Tensor, sB: Tensor, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
+    precise = torch.promote_types(dtype, torch.float32)
+    W = _scaled_kernel(weight, row_scale, precise)
+    return _plus_low_rank(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
+
+
+def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape: torch.Size, geometry: Geometry):
+    """``y += conv2d(adapter_x, sB A)``, in place: through r channels, or in groups with the kernel of this shape."""
+    if geometry.groups > 1:
+        y.add_(F.conv2d(adapter_x, (sB @ A).view(shape), None, *geometry))
+        return
+    h = F.conv2d(adapter_x, A.view(len(A), *shape[1:]), None, *geometry)  # (N, r, H', W')
+    pixels = backends.pixels(y)
+    if pixels is None:
+        y.flatten(2).baddbmm_(sB.expand(len(y), -1, -1), h.flatten(2))
+    else:
+        pixels.addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
+
+
+def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
     """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    is_pointwise = kernel_shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
-    A4 = A.view(len(A), *kernel_shape[1:])
+    is_pointwise = shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
+    A4 = A.view(len(A), *shape[1:])
     gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
     if is_pointwise:
         gA = _pointwise_gradient(gh, adapter_x)
@@ -550,15 +619,19 @@ def _adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input)
         gA = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
         h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
     gB = _pointwise_gradient(h, gy).T
-    g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
+    g_adapter_x = None
+    if need_input:
+        g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False)
     return gA, gB, g_adapter_x
 
 
-def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, need_input):
-    """`_adapter_gradients` for groups > 1, where h would have groups * r channels: the dense gradient is smaller."""
-    delta = (sB @ A).view(kernel_shape)
+def _grouped_conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
+    """`_conv_gradients` for groups > 1, where h would have groups * r channels: the dense gradient is smaller."""
+    delta = (sB @ A).view(shape)
     dense = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
-    g_adapter_x = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=False) if need_input else None
+    g_adapter_x = None
+    if need_input:
+        g_adapter_x = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=False)
     return sB.T @ dense, dense @ A.T, g_adapter_x
 
 
@@ -567,7 +640,8 @@ def _grouped_adapter_gradients(gy, adapter_x, A, sB, kernel_shape, geometry, nee
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
     """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
-    if (pixels := backends.pixels(x)) is None:
+    pixels = backends.pixels(x)
+    if pixels is None:
         return F.conv2d(x, matrix[:, :, None, None])
     return backends.linear(pixels, matrix).view(len(x), *x.shape[2:], len(matrix)).permute(0, 3, 1, 2)
 
@@ -580,47 +654,6 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
         matrix = x.new_empty(gh.shape[1], x.shape[1], 1, 1)  # only its shape is looked at
         return backends.conv2d_gradient(gh, x, matrix, PLAIN, of_weight=True).flatten(1)
     return backends.product(gradients.T, pixels)
-
-
-def _scaled(row_scale: Tensor | None, scaling: float) -> Tensor | None:
-    return row_scale if row_scale is None or scaling == 1 else row_scale * scaling
-
-
-def _scale_rows(matrix: Tensor, scaling: float, row_scales: Tensor | None) -> Tensor:
-    """``s g matrix``. The scales hold s already; if they are float32, so is the product of any matrix with them."""
-    if row_scales is not None:
-        return matrix * row_scales[:, None]
-    return matrix if scaling == 1 else matrix * scaling
-
-
-def _folded_kernel(
-    weight: Tensor | NF4Weight, A: Tensor, row_B: Tensor, row_scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``g W + (s g B) A``, rounded once to ``dtype``; `row_B` is s g B."""
-    precise = torch.promote_types(dtype, torch.float32)
-    if row_scale is not None and isinstance(weight, Tensor):
-        W, in_place = weight * row_scale.to(precise)[:, None, None, None], True  # 16 bits times 32, in one pass
-    else:
-        W = dense_weight(weight, precise)
-        in_place = W is not weight
-        W = W if row_scale is None else W.mul_(row_scale[:, None, None, None])
-    return _plus_low_rank(W, A.to(precise), row_B.to(precise), 1.0, in_place).to(dtype)
-
-
-def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if row_scale is None:
-        return dense_weight(weight, dtype)
-    precise = torch.promote_types(dtype, torch.float32)
-    return (dense_weight(weight, precise) * row_scale[:, None, None, None]).to(dtype)
-
-
-def _add_pointwise_(y: Tensor, h: Tensor, sB: Tensor) -> Tensor:
-    """``y += conv2d(h, sB)`` for a 1x1 kernel, in place. y: (N, out, H, W); h: (N, r, H, W); sB: (out, r)."""
-    if (pixels := backends.pixels(y)) is not None:
-        pixels.addmm_(h.permute(0, 2, 3, 1).flatten(0, 2), sB.T)
-    else:
-        y.flatten(2).baddbmm_(sB.expand(len(y), -1, -1), h.flatten(2))
-    return y
 
 
 def lora_conv2d(
@@ -655,18 +688,23 @@ def lora_conv2d(
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
         backends.refuse_jit()
-        settings = weight, row_scale, scaling, geometry, relu, dtype
-        return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, log_scale, settings)
+        constants = _ConvConstants(weight, scaling, geometry, relu, dtype)
+        return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants)
     if log_scale is not None:  # its gradient, for automatic differentiation
         row_scale = row_scale * (log_scale - log_scale.detach()).exp()
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:
+        if adapter_x is None:
+            adapter_x = x
         delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
-        y = y + F.conv2d((x if adapter_x is None else adapter_x).to(dtype), delta, None, *geometry)
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
+        y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = F.relu(y)
+    return y
 
 
 # --------------------------------------------------------------------------------------------------------- pooling
@@ -674,13 +712,13 @@ def lora_conv2d(
 
 class _MaxPool2dReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel_size, stride, padding, dilation, ceil_mode):
-        ctx.options = kernel_size, stride, padding, dilation, ceil_mode
-        y, indices = backends.max_pool2d(x, ctx.options)
+    def forward(ctx, x, options):
+        ctx.options = options
+        ctx.shape = x.shape
+        y, indices = backends.max_pool2d(x, options)
         y.relu_()
         # 32 bits hold the positions in a channel of an image, for which PyTorch uses 64.
         ctx.save_for_backward(y, indices.to(torch.int32))
-        ctx.shape = x.shape
         return y
 
     @staticmethod
@@ -688,15 +726,10 @@ class _MaxPool2dReLU(torch.autograd.Function):
     def backward(ctx, gy):
         y, indices = ctx.saved_tensors
         gy = backends.relu_gradient(gy, y)
-        channels_last = y.is_contiguous(memory_format=torch.channels_last)
-        x = torch.empty(  # only its shape and its memory format are looked at
-            ctx.shape,
-            dtype=y.dtype,
-            device=y.device,
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-        )
-        gx = backends.max_pool2d_gradient(gy, x, ctx.options, indices.long())
-        return gx, *[None] * 5
+        x = y.new_empty(ctx.shape)  # only its shape and its memory format are looked at
+        if y.is_contiguous(memory_format=torch.channels_last):
+            x = torch.empty_like(x, memory_format=torch.channels_last)
+        return backends.max_pool2d_gradient(gy, x, ctx.options, indices.long()), None
 
 
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
@@ -708,4 +741,4 @@ def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_
     """
     if backends.is_traced():
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
-    return _MaxPool2dReLU.apply(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return _MaxPool2dReLU.apply(x, (kernel_size, stride, padding, dilation, ceil_mode))

@@ -321,7 +321,7 @@ class FusedEncoderBlock(EncoderBlock):
         if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
             heads = SelfAttention(attention.num_heads)
             x = attention.out_proj(qkv, prologue=heads) + input
-            again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, (qkv, input))
+            again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, qkv, input)
             return x + mlp(x, prologue=again)
         if recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
@@ -335,7 +335,7 @@ class FusedEncoderBlock(EncoderBlock):
         if not takes_norm:
             return x + mlp(self.ln_2(x))
         # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-        again = RecomputedNorm(self.ln_2, torch.add, (attended, residual)) if attended.dtype != x.dtype else self.ln_2
+        again = RecomputedNorm(self.ln_2, torch.add, attended, residual) if attended.dtype != x.dtype else self.ln_2
         return x + mlp(x, prologue=again)
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
