@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora_utils
-from lora import adapted, attention, functional, initialization, int8
+from lora import adapted, adapter_file, attention, functional, initialization, int8
 from lora.activations import saved_in
 from lora.adapted import ADAPTED, NO_ADAPTER, LoRASettings, is_adapted, recorded_in_4_bits, recorded_settings
 from lora.adapter_set import LayerState
@@ -43,9 +43,11 @@ from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import Splits, end_workers, load_splits
+from toolkit.images.masks import load_pairs, read_classes
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import head_names, headless, in_head, name_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
+from toolkit.models.dense import DenseModel
 from toolkit.models.norms import NORMS, freeze_statistics, share_statistics
 from toolkit.run import guard, optim, options, output_folder, reports, run_state, runs, search, training
 from toolkit.run.arithmetic import pays_in_8_bits
@@ -700,7 +702,8 @@ def load_finetuned(
     metadata = content["metadata"]
     lora_utils.check_metadata(adapter_path, metadata, content["tensors"])
     base, stage1 = lora_utils.find_base(adapter_path, metadata, checkpoint, stage1_adapter)
-    model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata))
+    per_pixel = adapter_file.is_per_pixel(metadata)
+    model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
     transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
@@ -716,13 +719,19 @@ def load_base(
     heads: int | None = None,
     channels: int | None = None,
     channel_fit: str | None = None,
+    per_pixel: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads."""
+    """`load_backbone`, into which the stage-1 adapter of `moco.pretrain`, if any, is merged; that knows its heads.
+
+    With `per_pixel` it is a `DenseModel`, which answers for every pixel.
+    """
     heads = heads or lora_utils.heads_in_file(stage1_adapter)
     model, report = load_backbone(checkpoint, num_classes, arch, image_size, heads, channels, channel_fit)
     if stage1_adapter is not None:
         load_adapters(headless(model), stage1_adapter, checkpoint)
         LoRAManager(model).merge_into_base()
+    if per_pixel:
+        model = DenseModel(model, num_classes, report["image_size"], report["channels"])
     return model, report
 
 
@@ -826,8 +835,7 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
         arithmetic = run_state.recorded_setting(args.resume, "finetune", "arithmetic")
     try:
         known, read = options.known_image_values(args, args.checkpoint)
-        sources = options.image_sources(args, read)
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
+        splits = load_images(args, read)
     except InputError as error:
         try:
             build_model(args, dtype, num_classes=2)
@@ -849,6 +857,20 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
     return splits, model, report, plan
 
 
+def load_images(args: FineTuneOptions, read: bands.Bands | None) -> Splits:
+    """The training and the evaluation images, with their labels or masks."""
+    sources = options.image_sources(args, read)
+    if args.task != "segmentation":
+        return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
+    for name in ("task", "unknown"):
+        del sources[name]
+    unknown = [value for value in args.unknown_value if value != "none"]
+    lists = sources.pop("data_list")
+    return load_pairs(
+        args.data_dir, lists, args.eval_split, classes=read_classes(args.classes), unknown=unknown, **sources
+    )
+
+
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:
     """`--norms`, with `auto` as frozen on a GPU: no GPU has run norms that follow, which are predicted to be slow."""
     if args.norms == "auto" and args.freeze_backbone and device.type != "cpu":
@@ -865,7 +887,9 @@ def build_model(
         dtype: of products, by autocast; frozen weights are stored in it.
         arithmetic: of products with frozen weights: float or int8; None: int8 where that is faster. The report has it.
     """
-    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **options.backbone_shape(args))
+    per_pixel = args.task == "segmentation"
+    shape = options.backbone_shape(args)
+    model, report = load_base(args.checkpoint, args.stage1_adapter, num_classes, **shape, per_pixel=per_pixel)
     frozen_dtype = frozen_weights_dtype(args, model, dtype, arithmetic)
     report["arithmetic"] = "int8" if frozen_dtype == torch.int8 else "float"
     if args.lora_rank > 0:
@@ -1130,12 +1154,17 @@ class FineTuning(RunState):
     def start(self, features: list[tuple[Tensor, Tensor]] | None = None) -> list[tuple[Tensor, Tensor]]:
         """Start the head from what the backbone knows, then the adapters. Takes and returns `Loaders.features`."""
         if features is None:
-            features = self.loaders.features(self.network, self.dtype)
+            features = self.loaders.features(self.network, self.task, self.dtype)
         clusters = self.loaders.probe_images.clusters()
+        if clusters is None and self.loaders.has_masks:  # the pixels of an image belong together
+            clusters = torch.arange(len(self.loaders.probe_images))
         self.baseline, self.head_temperature = tasks.start_head(self.task, self.model, features, self.args, clusters)
         if self.estimate_statistics():  # the head is to fit what BatchNorm gives it in training
-            trained_on = self.loaders.features(self.network, self.dtype)
+            trained_on = self.loaders.features(self.network, self.task, self.dtype)
             _, self.head_temperature = tasks.start_head(self.task, self.model, trained_on, self.args, clusters)
+        _, of_probe = tasks.baseline_keys(self.task)
+        if self.baseline[of_probe] is None and self.args.head_init == "probe":
+            self.baseline[of_probe] = self.evaluate(self.loaders.val).score
         self.task.soften_head(self.model, self.temperature)
         self.start_adapters()
         return features
@@ -1350,7 +1379,7 @@ class FineTuning(RunState):
         optimism = self.head_temperature.optimism
         if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
             return False
-        outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+        outputs, targets = self.task.outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)
         self.task.soften_head(self.model, self.task.temperature)
         return True

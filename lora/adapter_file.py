@@ -24,6 +24,7 @@ from toolkit.files import (
 )
 from toolkit.models.backbones import build_backbone, default_heads, head_name
 from toolkit.models.checkpoints import CHANNEL_FITS, is_none
+from toolkit.models.dense import DenseModel
 
 FORMAT_VERSION = 2  # the latest; adapters whose outputs are classes get 1, which every version reads
 _FIELDS = {"format_version": int, "tensors": dict, "layers": dict, "base_hash": str, "metadata": dict}
@@ -143,6 +144,12 @@ def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, in
     )
 
 
+def is_per_pixel(metadata: dict[str, Any]) -> bool:
+    """Is an adapter file's model one that answers for every pixel?"""
+    task = metadata.get("task")
+    return isinstance(task, dict) and task.get("kind") == "segmentation"
+
+
 def heads_in_file(adapter: str | Path | None) -> int | None:
     """The attention heads of the ViT under an adapter file; None: there is no file, or no torchvision ViT."""
     if adapter is None:
@@ -176,6 +183,8 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     classes, arch, *shape, _ = model_shape(metadata)
     with torch.device("meta"):  # takes no memory, whatever a file asks for
         model = build_backbone(arch, classes, *shape)
+        if is_per_pixel(metadata):
+            model = DenseModel(model, classes, metadata["image_size"], metadata.get("channels") or 3)
     head = head_name(model)
     for name, wanted in model.get_submodule(head).state_dict(prefix=f"{head}.").items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"

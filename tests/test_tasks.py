@@ -302,7 +302,7 @@ def test_a_record_is_read_as_it_was_written(kind):
     "record",
     [
         "multilabel",
-        {"kind": "segmentation"},
+        {"kind": "detection"},
         {"kind": ["multilabel"]},
         {"kind": "multilabel"},
         {"kind": "multilabel", "thresholds": [0.5]},

@@ -198,7 +198,7 @@ def cpp_compiler() -> str | None:
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device, in place, and a ResNet into the memory format of the images from `to_device`."""
-    if isinstance(model, ResNet) and device.type != "mps":
+    if any(isinstance(module, ResNet) for module in model.modules()) and device.type != "mps":
         return model.to(device, memory_format=torch.channels_last)
     return model.to(device)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit import distributed
-from toolkit.answers import probe
+from toolkit.answers import evaluation, probe
 from toolkit.answers.answer_reports import Report
 from toolkit.images.data import LabelledImages
 
@@ -86,12 +86,26 @@ class Head:
         """The answers of a model over a loader."""
         raise NotImplementedError
 
-    def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float:
-        """The score of the head's answers for features (N, D)."""
+    def features(
+        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, images: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the head of `model` receives over a loader of so many images, (N, D), and the targets."""
+        return evaluation.extract_features(model, loader, device, dtype)
+
+    def outputs(
+        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs (N, K) of a model over a loader, and the targets: what `calibrate` takes."""
+        return evaluation.all_outputs(model, loader, device, dtype)
+
+    def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
+        """The score of the head's answers for features (N, D); None: `evaluate` has to say."""
         raise NotImplementedError
 
-    def knn_score(self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor) -> float:
-        """The score of answers taken from the most similar training images, by features (N, D)."""
+    def knn_score(
+        self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor
+    ) -> float | None:
+        """The score of answers taken from the most similar training images, by features (N, D); None: there is none."""
         raise NotImplementedError
 
     def constant_score(self, images: LabelledImages) -> float:
@@ -191,6 +205,8 @@ class Task:
         self.constant_loss = objective.constant_loss
 
         self.evaluate = head.evaluate
+        self.features = head.features
+        self.outputs = head.outputs
         self.head_score = head.score
         self.knn_score = head.knn_score
         self.constant_score = head.constant_score

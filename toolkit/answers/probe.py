@@ -126,7 +126,7 @@ def _linear_head(model: nn.Module) -> nn.Linear:
 @torch.no_grad()
 def head_outputs(model: nn.Module, features: Tensor) -> Tensor:
     """The outputs (N, K) of the head of `model` for features (N, D)."""
-    return model.get_submodule(head_name(model))(features)
+    return _linear_head(model)(features)
 
 
 def head_accuracy(model: nn.Module, features: Tensor, labels: Tensor) -> float:

@@ -18,11 +18,14 @@ from toolkit.answers.classification import Classification
 from toolkit.answers.multilabel import MultiLabel
 from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
+from toolkit.answers.segmentation import Segmentation, rare_class_weights
 from toolkit.images.data import Splits
+from toolkit.images.masks import MaskReader
+from toolkit.images.masks import from_record as masks_from_record
 
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 
-TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression)}
+TASKS: Mapping[str, type[Task]] = {task.kind: task for task in (Classification, MultiLabel, Regression, Segmentation)}
 SURE_IMAGES = 500  # from so many on a temperature fitted in cross-validation says more than that it should be 1
 
 
@@ -96,11 +99,17 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
         return MultiLabel(names, train.targets, balanced, args.mixup).to(device)
     if args.task == "regression":
         return Regression(names, train.targets, args.mixup).to(device)
+    if args.task == "segmentation":
+        pixel_weights = rare_class_weights(train.targets) if balanced else None
+        return Segmentation(names, pixel_weights, args.label_smoothing, train.source.read.record).to(device)
     weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
     return Classification(names, weights, args.label_smoothing, args.mixup).to(device)
 
 
-RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name
+RECORDED = {
+    "multilabel": ("thresholds",),
+    "regression": ("mean", "std"),
+}  # numbers for each output, by name
 
 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
@@ -108,6 +117,8 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
     if record is None:
         return Classification(names)
     kind = record.get("kind") if isinstance(record, dict) else None
+    if kind == "segmentation":
+        return _segmentation(record, names, path)
     fields = RECORDED.get(str(kind))
     if fields is None:
         raise InputError(f"{path} is of another version of the toolkit, or damaged: its task is none of this one's")
@@ -119,3 +130,12 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
             raise InputError(f"{path} is damaged: {' or '.join(fields)} of its task is not a number for each output")
         recorded[field] = torch.tensor(values, dtype=torch.float64)
     return TASKS[kind](names, **recorded)
+
+
+def _segmentation(record: dict[str, Any], names: Sequence[str], path: Any) -> Segmentation:
+    masks = {name: value for name, value in record.items() if name != "kind"}
+    try:
+        MaskReader(*masks_from_record(masks, names))
+    except (InputError, TypeError, ValueError, IndexError, OverflowError):
+        raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
+    return Segmentation(names, masks=masks)

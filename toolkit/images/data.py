@@ -924,6 +924,7 @@ def build_loader(
     drop_last: bool = False,
     device: torch.device | None = None,
     keep_workers: bool = True,
+    collate: Callable[[list], Any] | None = None,
 ) -> DataLoader:
     """A DataLoader over `Batches`, which is its `batch_sampler`: what it yields depends on `seed` and the epoch alone.
 
@@ -935,6 +936,7 @@ def build_loader(
         device: what the batches are for: on the way to a GPU they wait in pinned memory.
         keep_workers: they wait for the next pass, instead of ending with each. They take seconds to start where
             processes do not fork (macOS, Windows).
+        collate: makes a batch of its items; None: PyTorch's own way.
     """
     if not shuffle:
         batch_size = fixed_order_batch(batch_size)
@@ -951,6 +953,7 @@ def build_loader(
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device is not None and device.type == "cuda",
         worker_init_fn=_leave_stopping_to_the_main_process,
+        collate_fn=collate,
         generator=torch.Generator(),  # an iterator draws a number nobody needs: not from the global generator
     )
 

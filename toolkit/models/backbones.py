@@ -257,6 +257,8 @@ def block_names(model: nn.Module) -> list[str]:
 
     In other models: the modules of the first `Sequential` or `ModuleList` that has several, all of one type.
     """
+    if isinstance(model._modules.get("backbone"), nn.Module):  # a head of another kind is put on it
+        return [f"backbone.{name}" for name in block_names(model.backbone)]
     stages = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
     if stages:
         return stages

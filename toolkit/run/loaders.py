@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
+from toolkit.answers.parts import Task
 from toolkit.images import data
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
+from toolkit.images.masks import MaskedImages, TransformedPairs, collate_pairs, pair_transforms
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
 from toolkit.run.options import FineTuneOptions
@@ -52,9 +54,15 @@ class Loaders:
         self.device = device
         self.opened = opened
         self.meter = meter
-        self.eval_transform = eval_transform(image_size, **normalization)
-        self.augmentation = train_transform(image_size, args.augmentation, **normalization)
         self.images = splits
+        self.has_masks = isinstance(splits.train, MaskedImages)
+        if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
+            self.augmentation, self.eval_transform = pair_transforms(image_size, args.augmentation, **normalization)
+            self.plain_view: Callable = self.augmentation
+        else:
+            self.eval_transform = eval_transform(image_size, **normalization)
+            self.augmentation = train_transform(image_size, args.augmentation, **normalization)
+            self.plain_view = self.eval_transform
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: run the frozen blocks once on each image and view, and cache the results.
@@ -70,7 +78,7 @@ class Loaders:
         def cached(images: LabelledImages, views: int = 0) -> CachedFeatures:
             if isinstance(images, CachedFeatures):
                 return images
-            plain = self.add_loader(images, self.eval_transform, keep_workers=False)
+            plain = self.add_loader(images, self.plain_view, keep_workers=False)
             # Each pass over this loader draws new views.
             augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
             batches = [features(loader) for loader in (plain, *[augmented] * views)]
@@ -80,6 +88,7 @@ class Loaders:
         train = cached(self.images.train, views)
         self.images = self.images._replace(train=train, val=cached(self.images.val))
         self.eval_transform = plain_view
+        self.plain_view = plain_view
         self.augmentation = drawn_view
 
     def open(self, norms_train: bool) -> None:
@@ -98,10 +107,10 @@ class Loaders:
         if norms_train:
             self.watched_images = self.without_small_rest(self.watched_images)
         self._watched = self.add_loader(self.watched_images, self.augmentation, seed=self.args.seed, keep_workers=False)
-        self.statistics = None
+        self._statistics = None
         if norms_train:
             some = self.without_small_rest(self.images.train.at_most(STATISTICS_IMAGES))
-            self.statistics = self.add_loader(some, self.eval_transform, keep_workers=False)
+            self._statistics = self.add_loader(some, self.plain_view, seed=self.args.seed, keep_workers=False)
 
     def has_small_rest(self, images: LabelledImages, batch_size: int) -> bool:
         """Would the last batch be too small for BatchNorm: of one image, or of fewer than there are processes?"""
@@ -120,8 +129,14 @@ class Loaders:
         if isinstance(images, CachedFeatures) and not workers_help:
             workers = 0
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
-        self.opened.append(build_loader(Transformed(images, transform), **loading))
+        if self.has_masks:
+            loading["collate"] = collate_pairs
+        self.opened.append(build_loader(self.transformed(images, transform), **loading))
         return self.opened[-1]
+
+    def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
+        """A transform of images, or of images and masks."""
+        return TransformedPairs(images, transform) if self.has_masks else Transformed(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
@@ -137,6 +152,13 @@ class Loaders:
         return math.ceil(len(self.train) / self.args.accumulation_steps)
 
     @property
+    def statistics(self) -> DataLoader | None:
+        """The training images from which statistics of BatchNorms that train are estimated; None if none does."""
+        if self._statistics is not None:
+            self._statistics.batch_sampler.epoch = 0  # the same views each time
+        return self._statistics
+
+    @property
     def watched(self) -> DataLoader:
         """Augmented views of the training images that the guard sees: the same ones each time."""
         self._watched.batch_sampler.epoch = 0
@@ -149,8 +171,8 @@ class Loaders:
 
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
-        some = Transformed(self.images.train.at_most(FOLLOWED_IMAGES), self.eval_transform)
-        loader = DataLoader(some, self.args.batch_size, generator=torch.Generator())
+        some = self.images.train.at_most(FOLLOWED_IMAGES)
+        loader = DataLoader(self.transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
@@ -158,14 +180,22 @@ class Loaders:
         """The training images for k-NN and the linear probe."""
         return self.images.train.at_most(KNN_IMAGES)
 
-    def features(self, network: nn.Module, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """Features (N, D) and labels (N,) of `probe_images`, of the evaluation images and, for a probe, of views.
+    def features(self, network: nn.Module, task: Task, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """Features (N, D) and targets of `probe_images`, of the evaluation images and, for a probe, of views.
 
-        The views are augmented ones of the `probe_images`.
+        The views are augmented ones of the `probe_images`. Of masks the evaluation images are left out: their scores
+        are of whole masks.
         """
         train = self.probe_images
-        loaders = [self.add_loader(train, self.eval_transform, keep_workers=False), self.val]
+        loaders = [self.add_loader(train, self.plain_view, keep_workers=False)]
+        if not self.has_masks:
+            loaders.append(self.val)
         if self.args.head_init == "probe":
             loaders.append(self.add_loader(train, self.augmentation, keep_workers=False))
-        bars = (runs.progress_bar(loader, "features") for loader in loaders)
-        return [evaluation.extract_features(network, bar, self.device, dtype) for bar in bars]
+        found = []
+        for loader in loaders:
+            bar = runs.progress_bar(loader, "features")
+            found.append(task.features(network, bar, self.device, dtype, len(train)))
+        if self.has_masks:
+            found.insert(1, (found[0][0][:0], found[0][1][:0]))
+        return found

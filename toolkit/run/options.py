@@ -17,6 +17,7 @@ from toolkit import InputError
 from toolkit.answers.tasks import TASKS
 from toolkit.config import (
     any_float,
+    any_int,
     by_layer,
     flag,
     folds,
@@ -25,6 +26,7 @@ from toolkit.config import (
     non_negative_int,
     option,
     or_auto,
+    or_none,
     positive_float,
     positive_int,
     positive_share,
@@ -167,7 +169,7 @@ class DataOptions(ImageOptions):
 
     task: str = option(
         "classification",
-        "one class an image; multilabel: several labels; regression: numbers; the last two in --data-list",
+        "one class an image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
         choices=tuple(TASKS),
     )
     unknown: str = option("ignore", "what an unknown label counts as, with --task multilabel", choices=UNKNOWN)
@@ -176,6 +178,12 @@ class DataOptions(ImageOptions):
     )
     folds: str | None = option(
         None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=folds
+    )
+    classes: tuple[str, ...] | None = several(
+        None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
+    )
+    unknown_value: tuple[int | str, ...] = several(
+        (255,), "values of pixels in masks that are unknown; none: all are known", type=or_none(any_int)
     )
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
@@ -365,6 +373,8 @@ def complete_fine_tuning(args: argparse.Namespace, sources: dict[str, str]) -> l
             f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
         )
     complete_adapters(args)
+    if args.task == "segmentation" and sources["augmentation"] == "config":
+        args.augmentation = "crop"  # the shipped backbone's file has that of digits
     if is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
     if args.lora_init is None:  # over a random head the gradient is random too
@@ -462,6 +472,12 @@ def _task_problems(args: Any, typed: Container[str]) -> list[str]:
         problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
     if "unknown" in typed and args.task != "multilabel":
         problems.append(f"--unknown with --task {args.task}: only labels of --task multilabel may be unknown; drop it")
+    if args.task != "segmentation":
+        for name in ("classes", "unknown_value"):
+            if name in typed:
+                problems.append(f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation")
+    if args.task == "segmentation":
+        return problems + _mask_problems(args)
     if args.task == "classification":
         return problems
     if not args.data_list:
@@ -478,6 +494,19 @@ def _task_problems(args: Any, typed: Container[str]) -> list[str]:
         if given:
             problems.append(f"{name} with --task {args.task}: it is for images of one class; drop it")
     return problems
+
+
+def _mask_problems(args: Any) -> list[str]:
+    """What is not possible with masks, one line each."""
+    refused = {
+        f"--augmentation {args.augmentation}": args.augmentation not in ("crop", "none"),
+        f"--mixup {args.mixup:g}": args.mixup > 0,
+        f"--cache-features {args.cache_features}": args.cache_features != "none",
+        "--labels-per-class": args.labels_per_class is not None,
+        f"--dataset {args.dataset}": args.dataset != "imagefolder",
+    }
+    wrong = [name for name, applies in refused.items() if applies]
+    return [f"{name} with --task segmentation: not possible with masks; drop it" for name in wrong]
 
 
 def _norm_problems(args: Any) -> list[str]:

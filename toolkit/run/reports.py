@@ -77,9 +77,11 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
     """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
     of_knn, of_probe = baseline_keys(task)
-    line = f"before training: k-NN {task.reported(baseline[of_knn])}"
-    if baseline[of_probe] is not None:
-        line += f", linear probe {task.reported(baseline[of_probe])}"
+    measured = []
+    for title, name in (("k-NN", of_knn), ("linear probe", of_probe)):
+        if baseline[name] is not None:
+            measured.append(f"{title} {task.reported(baseline[name])}")
+    line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if task.kind != "classification":
         line += f" ({task.score_title})"
     elif baseline[of_probe] == 1:
@@ -380,7 +382,9 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
     of_knn, of_probe = baseline_keys(task)
     folder = run.args.output_dir
     (title, headline), *others = report.rows()
-    rows = [(f"k-NN {task.score_title} before", task.reported(run.baseline[of_knn]))]
+    rows = []
+    if run.baseline[of_knn] is not None:
+        rows.append((f"k-NN {task.score_title} before", task.reported(run.baseline[of_knn])))
     if run.baseline[of_probe] is not None:
         rows.append(("linear probe before", task.reported(run.baseline[of_probe])))
     rows.append((f"{title} after", headline))

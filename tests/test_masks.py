@@ -1,0 +1,613 @@
+"""toolkit/images/masks.py: formats and faults of masks, where pairs lie, how they are split, one draw for both."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from toolkit import InputError
+from toolkit.images import masks
+from toolkit.images.bands import Bands
+from toolkit.images.data import build_loader
+from toolkit.images.masks import (
+    UNKNOWN,
+    Classes,
+    MaskReader,
+    TransformedPairs,
+    coloured,
+    load_pairs,
+    pair_transforms,
+    pairs_in,
+    palette,
+    read_classes,
+)
+
+tifffile = pytest.importorskip("tifffile")
+
+LEVELS = np.array([[0, 1, 2, 255], [2, 2, 0, 1], [1, 255, 0, 0]], np.uint8)
+EXPECTED = np.where(LEVELS == 255, UNKNOWN, LEVELS.astype(int))
+THREE = Classes(("sea", "land", "ice"))
+COLOURS = ((0, 0, 255), (0, 200, 0), (255, 255, 255))
+IN_COLOURS = Classes(("sea", "land", "ice"), colours=COLOURS, unknown=((9, 9, 9),))
+
+
+def write_image(path: Path, size: tuple[int, int] = (4, 3), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+def write_mask(path: Path, levels: np.ndarray = LEVELS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(levels).save(path)
+    return path
+
+
+def rgb(levels: np.ndarray = LEVELS) -> np.ndarray:
+    table = np.full((256, 3), 9, np.uint8)
+    table[:3] = COLOURS
+    return table[levels]
+
+
+def pal(colours: np.ndarray) -> Image.Image:
+    image = Image.fromarray(LEVELS)
+    image.putpalette(colours.astype(np.uint8).ravel().tolist())
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------------- formats
+
+FORMATS = {
+    "l.png": lambda path: Image.fromarray(LEVELS).save(path),
+    "l.tif": lambda path: Image.fromarray(LEVELS).save(path),
+    "l.bmp": lambda path: Image.fromarray(LEVELS).save(path),
+    "p.png": lambda path: pal(np.random.RandomState(0).randint(0, 256, (256, 3))).save(path),
+    "16.png": lambda path: Image.fromarray(LEVELS.astype(np.uint16)).save(path),
+    "16.tif": lambda path: Image.fromarray(LEVELS.astype(np.uint16)).save(path),
+    "signed.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int16)),
+    "32.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int32)),
+    "64.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.int64)),
+    "float.tif": lambda path: tifffile.imwrite(path, LEVELS.astype(np.float32)),
+    "one_band.tif": lambda path: tifffile.imwrite(path, LEVELS[None]),
+    "la.png": lambda path: Image.fromarray(LEVELS).convert("LA").save(path),
+    "8.npy": lambda path: np.save(path, LEVELS),
+    "64.npy": lambda path: np.save(path, LEVELS.astype(np.int64)),
+    "last.npy": lambda path: np.save(path, LEVELS[..., None]),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_masks_of_all_formats(name, tmp_path):
+    path = tmp_path / name
+    FORMATS[name](path)
+    for classes in (None, THREE):
+        found = MaskReader(classes, [255])(str(path))
+        assert np.array_equal(found, EXPECTED)
+
+
+def test_a_mask_of_one_bit(tmp_path):
+    Image.fromarray(LEVELS == 2).save(tmp_path / "1.png")
+    assert np.array_equal(MaskReader(None, [255])(str(tmp_path / "1.png")), LEVELS == 2)
+
+
+@pytest.mark.parametrize("make", [rgb, lambda: np.dstack([rgb(), np.full((3, 4), 255, np.uint8)])])
+def test_colours_of_rgb_masks(make, tmp_path):
+    Image.fromarray(make()).save(tmp_path / "m.png")
+    assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(tmp_path / "m.png")), EXPECTED)
+
+
+def test_colours_of_palettes(tmp_path):
+    """The colour says the class, whatever its number; a number that is unknown may have any other colour."""
+    colours = np.full((256, 3), 77)
+    colours[:3] = COLOURS
+    pal(colours).save(tmp_path / "voc.png")
+    assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(tmp_path / "voc.png")), EXPECTED)
+    Image.fromarray(rgb()).quantize(8).save(tmp_path / "quantised.png")
+    assert np.array_equal(MaskReader(IN_COLOURS, [])(str(tmp_path / "quantised.png")), EXPECTED)
+    # One band has numbers also where colours are known.
+    assert np.array_equal(MaskReader(IN_COLOURS, [255])(str(write_mask(tmp_path / "l.png"))), EXPECTED)
+
+
+def test_values_that_are_no_numbers_of_classes(tmp_path):
+    levels = np.array([[-1, 30000], [7, -9999]], np.int32)
+    tifffile.imwrite(tmp_path / "m.tif", levels)
+    classes = Classes(("a", "b"), values=(7, 30000))
+    found = MaskReader(classes, [-1, -9999])(str(tmp_path / "m.tif"))
+    assert found.tolist() == [[UNKNOWN, 1], [0, UNKNOWN]]
+    tifffile.imwrite(tmp_path / "f.tif", np.array([[7, -3.4e38]], np.float32))
+    assert MaskReader(classes, [-(10**38)])(str(tmp_path / "f.tif")).tolist() == [[0, UNKNOWN]]
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def save_jpeg(path: Path) -> None:
+    Image.fromarray(LEVELS).save(path, format="JPEG")
+
+
+# What the mask is, the classes, and what the message says besides the name of the mask.
+FAULTS = {
+    "jpeg": (save_jpeg, None, "format JPEG"),
+    "rgb": (lambda path: Image.fromarray(rgb()).save(path), THREE, "`name r g b`"),
+    "rgb without classes": (lambda path: Image.fromarray(rgb()).save(path), None, "`name r g b`"),
+    "colour": (lambda path: Image.fromarray(rgb() // 2).save(path), IN_COLOURS, "colour 0 0 127, which is no class's"),
+    "value": (lambda path: write_mask(path, LEVELS % 254 + 5), THREE, "value 5, which is no class's"),
+    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "--unknown-value -1"),
+    "large": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.int64(999)), None, "`NAME 999`"),
+    "decimals": (lambda path: np.save(path.with_suffix(".npy"), LEVELS / 2), THREE, "decimals"),
+    "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
+    "two": (lambda path: np.save(path.with_suffix(".npy"), np.zeros((3, 4, 2), int)), THREE, "whole numbers"),
+    "bands": (lambda path: np.save(path.with_suffix(".npy"), np.zeros((3, 4, 5))), THREE, "whole numbers"),
+    "text": (lambda path: path.write_text("no image"), THREE, "not a readable image"),
+    "cut": (lambda path: path.write_bytes(write_mask(path).read_bytes()[:50]), THREE, "not a readable image"),
+    "size": (lambda path: write_mask(path, LEVELS[:2]), THREE, "the mask is 4x2, and its image (upright) 4x3"),
+    "unknown": (lambda path: write_mask(path, LEVELS * 0 + 255), THREE, "all pixels are unknown"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_mask_is_one_line(fault, tmp_path, capsys):
+    make, classes, message = FAULTS[fault]
+    for i in range(3):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+        if i == 1:
+            (tmp_path / "masks").mkdir(exist_ok=True)
+            make(tmp_path / "masks" / "1.png")
+        elif classes is IN_COLOURS:
+            write_mask(tmp_path / "masks" / f"{i}.png", rgb())
+        else:
+            write_mask(tmp_path / "masks" / f"{i}.png")
+    with pytest.raises(InputError, match=r"masks.1\.(png|npy): ") as raised:
+        load_pairs(tmp_path, classes=classes)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    splits = load_pairs(tmp_path, classes=classes, skip_unreadable=True)
+    assert {Path(images.name(0)).name for images in splits[:2]} == {"0.png", "2.png"}
+    assert message in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read(tmp_path):
+    pair_folder(tmp_path)
+    (tmp_path / "images" / "3.png").write_text("nothing")
+    with pytest.raises(InputError, match=r"3\.png: not a readable image"):
+        load_pairs(tmp_path)
+    splits = load_pairs(tmp_path, skip_unreadable=True)
+    assert len(splits.train) + len(splits.val) == 9
+
+
+def test_without_a_mask_or_an_image(tmp_path, capsys):
+    pair_folder(tmp_path)
+    write_image(tmp_path / "images" / "alone.png")
+    with pytest.raises(InputError, match=r"images.alone\.png: there is no mask alone\.png or alone_mask\.png"):
+        load_pairs(tmp_path)
+    os.rename(tmp_path / "images" / "alone.png", tmp_path / "masks" / "lone.png")
+    with pytest.raises(InputError, match=r"masks.lone\.png: there is no image"):
+        load_pairs(tmp_path)
+    splits = load_pairs(tmp_path, skip_unreadable=True)
+    assert len(splits.train) + len(splits.val) == 10
+    assert "lone.png" in capsys.readouterr().out
+
+
+def test_two_of_one_name(tmp_path):
+    pair_folder(tmp_path)
+    np.save(tmp_path / "masks" / "3.npy", LEVELS)
+    with pytest.raises(InputError, match=r"3\.(png|npy).* has the same name"):
+        load_pairs(tmp_path)
+
+
+def test_no_pairs(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="masks/"):
+            load_pairs(folder)
+    for name in ("a", "b"):
+        write_image(tmp_path / f"{name}.png")
+    with pytest.raises(InputError, match="no pairs of images and masks"):
+        load_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("classes", [None, Classes(("ground", "house"))])
+def test_masks_of_0_and_255(classes, tmp_path):
+    for i in range(6):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+        levels = np.where(LEVELS == 1, 255, 0).astype(np.uint8)
+        write_mask(tmp_path / "masks" / f"{i}.png", levels + (255 - levels) * (i == 2))
+    with pytest.raises(InputError, match=r"`NAME 255`, and add --unknown-value none"):
+        load_pairs(tmp_path, classes=classes)
+    if classes is None:
+        with pytest.raises(InputError, match=r"0 and 255 alone; .* add --unknown-value none"):
+            load_pairs(tmp_path, unknown=())
+    with pytest.raises(InputError, match=r"house the value 255, which counts as unknown; add --unknown-value none"):
+        load_pairs(tmp_path, classes=Classes(("ground", "house"), values=(0, 255)))
+    splits = load_pairs(tmp_path, classes=Classes(("ground", "house"), values=(0, 255)), unknown=())
+    assert splits.train.targets.sum(0).gt(0).all()
+
+
+def test_one_class_only(tmp_path):
+    for i in range(4):
+        write_image(tmp_path / "images" / f"{i}.png", seed=i)
+        write_mask(tmp_path / "masks" / f"{i}.png", LEVELS * 0 + 1)
+    with pytest.raises(InputError, match="all known pixels are of one class, land"):
+        load_pairs(tmp_path, classes=THREE)
+    assert len(pairs_in(tmp_path, None, THREE, [255])) == 4
+
+
+def test_an_image_that_its_exif_data_turn(tmp_path):
+    for i in range(4):
+        write_mask(tmp_path / "masks" / f"{i}.png")
+        image = Image.fromarray(np.zeros((4, 3, 3), np.uint8))  # lies on its side
+        (tmp_path / "images").mkdir(exist_ok=True)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "images" / f"{i}.jpg", exif=exif)
+    images = load_pairs(tmp_path).train
+    image, mask = images[0]
+    assert image.size == mask.shape[::-1] == (4, 3)
+    whole = pair_transforms(2, "none", (0,) * 3, (1,) * 3)[1]
+    assert whole(image, mask)[0].shape == (3, 3, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ classes
+
+CLASS_FILES = {
+    "sea\nland\nice\n": Classes(("sea", "land", "ice")),
+    "open sea\npaved area": Classes(("open sea", "paved area")),
+    "name,value\nsea,7\nopen land,-1\n": Classes(("sea", "open land"), values=(7, -1)),
+    "sea 1\nland\t2\nunknown 0": Classes(("sea", "land"), values=(1, 2), unknown=(0,)),
+    "name,r,g,b\nsea,0,0,255\nland,0, 200, 0\nUnknown,9,9,9": Classes(
+        ("sea", "land"), colours=((0, 0, 255), (0, 200, 0)), unknown=((9, 9, 9),)
+    ),
+    'sea #0000ff\n"open land" #00C800': Classes(("sea", "open land"), colours=((0, 0, 255), (0, 200, 0))),
+    "\ufeffclass A\nclass B\n": Classes(("class A", "class B")),
+}
+
+
+@pytest.mark.parametrize("text", CLASS_FILES)
+def test_files_of_classes(text, tmp_path):
+    (tmp_path / "classes.csv").write_text(text, encoding="utf-8")
+    assert read_classes([str(tmp_path / "classes.csv")]) == CLASS_FILES[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sea\n", "1 classes"),
+        ("", "0 classes"),
+        ("sea 1\nland", "mixed"),
+        ("sea 1\nland 1 2 3", "mixed"),
+        ("sea 1\nland 1", "2 lines have the value or colour"),
+        ("sea\nsea", "2 lines have the name sea"),
+        ("sea 1 2 300\nland 1 2 3", "sea 1 2 300"),
+        ("a,1,2,3,4\nb,1,2,3,4", "is not `name`"),
+        ("sea 1\nland 99999", "land 99999"),
+        ("sea 1\nland " + "9" * 5000, "mixed"),
+        ("\0", "1 classes"),
+    ],
+)
+def test_files_that_name_no_classes(text, message, tmp_path):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_classes([str(tmp_path / "classes.txt")])
+
+
+def test_names_of_classes():
+    assert read_classes(None) is None
+    assert read_classes(["sea", "land"]) == read_classes(["sea,land"]) == Classes(("sea", "land"))
+    with pytest.raises(InputError, match="a file that exists"):
+        read_classes(["missing.txt"])
+
+
+def test_colours_of_classes_are_fixed_and_differ():
+    many = palette(256)
+    assert many.shape == (256, 3) and many.min() >= 0 and many.max() <= 1
+    assert np.array_equal(palette(9), many[:9])
+    distances = np.linalg.norm(many[:, None] - many[None], axis=2) + np.eye(256)
+    assert distances.min() > 0.07
+    picture = coloured(torch.tensor([[0, UNKNOWN, 2]]), palette(3))
+    assert picture.shape == (1, 3, 3)
+    assert np.array_equal(picture[0, 2], many[2])
+    assert len(set(picture[0, 1])) == 1  # grey
+    assert np.array_equal(palette(2, [(255, 0, 0), (0, 0, 51)]), [[1, 0, 0], [0, 0, 0.2]])
+
+
+# ---------------------------------------------------------------------------------------------------- where pairs lie
+
+
+def write_pair(root: Path, image: str, mask: str, seed: int, rare: bool = False) -> None:
+    write_image(root / image, (8, 6), seed)
+    levels = np.random.RandomState(seed).randint(0, 2, (6, 8)).astype(np.uint8)
+    if rare:
+        levels[0, 0] = 2
+    levels[5, 7] = 255
+    write_mask(root / mask, levels)
+
+
+def pair_folder(root: Path, count: int = 10) -> Path:
+    for i in range(count):
+        write_pair(root, f"images/{i}.png", f"masks/{i}.png", i)
+    return root
+
+
+LAYOUTS = {
+    "parts": ("train/images/{}.jpg", "train/masks/{}.png", "val/images/{}.jpg", "val/masks/{}.png"),
+    "valid": ("train/images/{}.jpg", "train/labels/{}_label.png", "valid/images/{}.png", "valid/mask/{}.png"),
+    "ADE20K": ("images/training/{}.jpg", "annotations/training/{}.png", "images/validation/{}.jpg",
+               "annotations/validation/{}.png"),
+    "nested": ("images/train/a/{}.jpg", "masks/train/a/{}_gt.png", "images/test/b/{}.jpg", "masks/test/b/{}_seg.png"),
+    "suffixes": ("train/{}_image.png", "train/{}_mask.png", "val/a/{}.png", "val/a/{}_labels.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_in_two_parts(layout, tmp_path):
+    image, mask, val_image, val_mask = LAYOUTS[layout]
+    for i in range(6):
+        write_pair(tmp_path, image.format(i), mask.format(i), i)
+        write_pair(tmp_path, val_image.format(i + 9), val_mask.format(i + 9), i)
+    splits = load_pairs(tmp_path, classes=THREE)
+    assert [Path(splits.val.name(i)).stem[:2].strip("_") for i in range(6)] == ["10", "11", "12", "13", "14", "9"]
+    assert len(splits.train) == 6 and splits.class_names == ["sea", "land", "ice"]
+    for images in splits[:2]:
+        for i in range(len(images)):
+            number = int(Path(images.name(i)).stem.split("_")[0]) % 9
+            levels = np.random.RandomState(number).randint(0, 2, (6, 8))
+            assert np.array_equal(images.mask(i).numpy().ravel()[:-1], levels.ravel()[:-1])
+    validation = load_pairs(tmp_path, classes=THREE, eval_split="validation")
+    assert len(validation.train) + len(validation.val) == 6
+
+
+@pytest.mark.parametrize(("image", "mask"), [("images/{}.png", "masks/{}.png"), ("{}_img.png", "{}_seg.png")])
+def test_one_set_is_split_by_the_rarest_class(image, mask, tmp_path):
+    for i in range(60):
+        write_pair(tmp_path, image.format(i), mask.format(i), i, rare=i % 12 == 0)
+    splits = load_pairs(tmp_path)
+    assert splits.class_names == ["class 0", "class 1", "class 2"]
+    assert splits.train.targets.shape[1] == 3
+    for images in splits[:2]:
+        assert (images.targets[:, 2] > 0).any()
+        assert [label == 2 for label in images.labels] == (images.targets[:, 2] > 0).tolist()
+    assert not set(splits.train.relative_names()) & set(splits.val.relative_names())
+    assert 5 <= len(splits.val) <= 20
+    inner = load_pairs(tmp_path, eval_split="validation")
+    assert set(inner.train.relative_names()) | set(inner.val.relative_names()) == set(splits.train.relative_names())
+    held_out = [set(load_pairs(tmp_path, folds=f"{part}/5").val.relative_names()) for part in range(1, 6)]
+    assert sorted(map(len, held_out)) == [12] * 5 and len(set.union(*held_out)) == 60
+    few = splits.train.at_most(7)
+    assert len(few) == 7 and (few.targets[:, 2] > 0).any()
+
+
+def test_lists_and_groups(tmp_path, capsys):
+    rows = []
+    for i in range(20):
+        write_pair(tmp_path, f"x/f{i % 5}/{i}.png", f"y/{i}.tif", i)
+        rows.append(f"x/f{i % 5}/{i}.png,y/{i}.tif,field{i % 4}\n")
+    (tmp_path / "all.csv").write_text("image,mask,field\n" + "".join(rows))
+    splits = load_pairs(None, [tmp_path / "all.csv"], group_by="field")
+    assert len(splits.train) + len(splits.val) == 20
+    assert not set(splits.train.groups) & set(splits.val.groups)
+    by_folder = load_pairs(tmp_path, [without_groups(tmp_path, "all", rows)], group_by="2")
+    assert set(by_folder.train.groups) | set(by_folder.val.groups) == {f"f{i}" for i in range(5)}
+    lists = [without_groups(tmp_path, "train", rows[:15]), without_groups(tmp_path, "val", rows[15:])]
+    splits = load_pairs(None, lists)
+    assert (len(splits.train), len(splits.val)) == (15, 5)
+    assert len(pairs_in(lists[1], None, None, [255])) == 5
+    with pytest.raises(InputError, match="on both sides"):
+        load_pairs(None, lists, group_by="2")
+    splits = load_pairs(None, lists, eval_split="validation")
+    assert len(splits.train) + len(splits.val) == 15
+    assert "is left alone" in capsys.readouterr().out
+    for text in ("x/f0/0.png,y/missing.png\n", "x/f0/0.png\n"):
+        (tmp_path / "wrong.csv").write_text(text)
+        with pytest.raises(InputError, match="`image,mask`"):
+            load_pairs(None, [tmp_path / "wrong.csv"])
+
+
+def without_groups(folder: Path, name: str, rows: list[str]) -> Path:
+    path = folder / f"{name}.txt"
+    path.write_text("".join(row.rpartition(",")[0] + "\n" for row in rows))
+    return path
+
+
+def test_a_folder_for_evaluation_elsewhere(tmp_path):
+    pair_folder(tmp_path / "a")
+    pair_folder(tmp_path / "b", 4)
+    splits = load_pairs(tmp_path / "a", val_dir=tmp_path / "b")
+    assert (len(splits.train), len(splits.val)) == (10, 4)
+    validation = load_pairs(tmp_path / "a", val_dir=tmp_path / "b", eval_split="validation")
+    assert len(validation.train) + len(validation.val) == 10
+    os.rename(tmp_path / "a", tmp_path / "train")
+    with pytest.raises(InputError, match="has train/, but no val/"):
+        load_pairs(tmp_path)
+    assert len(load_pairs(tmp_path, folds="1/5").val) == 2
+
+
+def test_groups_of_folders(tmp_path):
+    for i in range(12):
+        write_pair(tmp_path, f"images/p{i % 4}/{i}.png", f"masks/p{i % 4}/{i}.png", i)
+    splits = load_pairs(tmp_path, group_by="1")
+    assert len(splits.train) + len(splits.val) == 12
+    assert not set(splits.train.groups) & set(splits.val.groups)
+
+
+def test_bands_and_their_masks(tmp_path):
+    """Arrays of five bands, and a file for each band."""
+    rng = np.random.RandomState(0)
+    for i in range(6):
+        for place in ("arrays/images", "arrays/masks", "files/images", f"folders/images/{i}", "folders/masks"):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(tmp_path / f"arrays/images/{i}.tif", rng.randint(0, 99, (5, 6, 8)).astype(np.uint16))
+        np.save(tmp_path / f"arrays/masks/{i}.npy", rng.randint(0, 3, (6, 8)))
+        for band in ("B02", "B03"):
+            tifffile.imwrite(tmp_path / f"files/images/t{i}_{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
+            tifffile.imwrite(tmp_path / f"folders/images/{i}/{band}.tif", rng.randint(0, 9, (6, 8)).astype(np.uint16))
+        write_mask(tmp_path / f"files/masks/t{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
+        write_mask(tmp_path / f"folders/masks/{i}.png", rng.randint(0, 3, (6, 8)).astype(np.uint8))
+    for name, bands in (
+        ("arrays", Bands(5)),
+        ("files", Bands(2, ("B02", "B03"))),
+        ("folders", Bands(2, ("B03", "B02"))),
+    ):
+        images = load_pairs(tmp_path / name, bands=bands).train
+        image, mask = images[1]
+        assert image.shape == (6, 8, bands.channels) and mask.shape == (6, 8)
+        assert images.picture(1, bands).shape == (6, 8, 3)
+    (tmp_path / "arrays/masks/3.npy").unlink()
+    write_mask(tmp_path / "arrays/masks/3.png", LEVELS)
+    with pytest.raises(InputError, match=r"the mask is 4x3, and its image \(upright\) 8x6"):
+        load_pairs(tmp_path / "arrays", bands=Bands(5))
+
+
+# --------------------------------------------------------------------------------------------------- sets and digests
+
+
+def test_digests_follow_names_and_pixels(tmp_path):
+    pair_folder(tmp_path / "a")
+    pair_folder(tmp_path / "b")
+    assert load_pairs(tmp_path / "a").digest() == load_pairs(tmp_path / "b").digest()
+    levels = np.asarray(Image.open(tmp_path / "b/masks/3.png")).copy()
+    levels[0, 0] = 1 - levels[0, 0]
+    write_mask(tmp_path / "b/masks/3.png", levels)
+    assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "b").digest()
+    pair_folder(tmp_path / "c")
+    os.rename(tmp_path / "c/masks/3.png", tmp_path / "c/masks/3_mask.png")
+    assert load_pairs(tmp_path / "a").digest() != load_pairs(tmp_path / "c").digest()
+
+
+def test_a_part_of_a_set(tmp_path):
+    images = load_pairs(pair_folder(tmp_path)).train
+    part = images.subset([3, 1])
+    assert isinstance(part, masks.MaskedImages)
+    assert torch.equal(part.mask(0), images.mask(3)) and torch.equal(part[1][1], images.mask(1))
+    assert torch.equal(part.targets, images.targets[[3, 1]])
+    assert part.digest != images.subset([1, 3]).digest
+    assert part.picture(0, None).shape == (6, 8, 3) and 0.5 < part.picture(0, None).max() <= 1
+    assert part.palette.shape == (2, 3)
+
+
+def test_several_processes_look_at_a_share_each(tmp_path, monkeypatch):
+    files = load_pairs(pair_folder(tmp_path, 7)).train.source
+    alone = masks._looked_at(files)
+    shares = []
+    monkeypatch.setattr(masks.distributed, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(masks.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(masks.distributed, "gather", lambda share: [*shares, share, share[:3]][:2])
+        together = masks._looked_at(files)
+        shares.append(together[::2])
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
+    images = load_pairs(pair_folder(tmp_path), classes=THREE).train
+    whole = TransformedPairs(images, pair_transforms(4, "crop", (0.5,) * 3, (0.5,) * 3)[1])
+    for i in range(len(images)):
+        image, mask = whole[i]
+        levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
+        torch.testing.assert_close(image, levels / 127.5 - 1)
+        known = mask[mask != UNKNOWN]
+        assert torch.equal(torch.bincount(known, minlength=3).float(), images.targets[i])
+
+
+# ------------------------------------------------------------------------------------------------- one draw for both
+
+
+def ramp(height: int, width: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Levels that rise by 1 from pixel to pixel, to the right and downwards, and a mask of the same numbers."""
+    mask = np.add.outer(np.arange(height), np.arange(width))
+    return mask.astype(np.float32), torch.from_numpy(mask)
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "none"])
+@pytest.mark.parametrize(("height", "width"), [(100, 120), (40, 130), (20, 17)])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_image_and_mask_stay_together(channels, height, width, augmentation):
+    """The image is made of its own mask; each known pixel still has its level, to half a pixel of the original."""
+    levels, mask = ramp(height, width)
+    bands = None
+    if channels == 3:
+        image = Image.fromarray(np.stack([levels.astype(np.uint8)] * 3, axis=2))
+        scale = 255
+    else:
+        bands = Bands(5, scale=10.0)
+        image = np.stack([levels] * 5, axis=2)
+        scale = 10
+    crop = pair_transforms(32, augmentation, (0.1,) * channels, (0.25,) * channels, bands)[0]
+    flipped = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        found, classes = crop(image, mask)
+        assert found.shape == (channels, 32, 32) and classes.shape == (32, 32) and found.dtype == torch.float32
+        found = (found * 0.25 + 0.1) * scale
+        inner = torch.zeros(32, 32, dtype=torch.bool)
+        inner[2:-2, 2:-2] = True  # at the border of the window its pixels are repeated
+        known = classes != UNKNOWN
+        whole = known & inner
+        for shift in (-2, -1, 1, 2):
+            whole &= known.roll(shift, 0) & known.roll(shift, 1)
+        assert (found[:, whole] - classes[whole]).abs().max() <= (0.01 if augmentation == "none" else 1.6)
+        steps = classes[:, 1:] - classes[:, :-1]
+        flipped.add(bool(steps[known[:, 1:] & known[:, :-1]].float().mean() < 0))
+        if augmentation == "none" and min(height, width) > 32:
+            assert known.all()
+        if max(height, width) < 32 and augmentation == "none":
+            assert known.sum() == height * width
+            assert found.amax() <= height + width  # the border is repeated
+    assert flipped == ({True, False} if augmentation == "crop" else {False})
+
+
+def test_an_image_of_one_pixel():
+    found, classes = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)[0](
+        Image.new("RGB", (1, 1), "red"), torch.ones(1, 1)
+    )
+    torch.testing.assert_close(found, torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 8, 8))
+    assert set(classes.unique().tolist()) <= {1, UNKNOWN}
+
+
+def test_places_and_zooms_vary():
+    _, mask = ramp(100, 120)
+    image = np.stack([mask.numpy().astype(np.float32)] * 2, axis=2)
+    crop = pair_transforms(32, "crop", (0,) * 2, (1,) * 2, Bands(2))[0]
+    spans = []
+    corners = []
+    torch.manual_seed(0)
+    for _ in range(200):
+        _, classes = crop(image, mask)
+        spans.append((classes[-1, 0] - classes[0, 0]).item() / 31)  # pixels of the image for one of the crop
+        corners.append(classes[0].min().item())
+    assert 0.45 < min(spans) < 0.55 and 1.9 < max(spans) < 2.1
+    assert abs(np.mean(np.log2(spans))) < 0.1  # as often smaller as larger
+    assert min(corners) < 15 and max(corners) > 150
+
+
+def test_only_two_augmentations_keep_masks():
+    for name in ("trivial", "affine"):
+        with pytest.raises(InputError, match=f"--augmentation {name}"):
+            pair_transforms(32, name, (0,) * 3, (1,) * 3)
+
+
+def test_batches_repeat_whatever_was_drawn_between(tmp_path):
+    splits = load_pairs(pair_folder(tmp_path, 12))
+    crop, whole = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)
+    pairs = pickle.loads(pickle.dumps(TransformedPairs(splits.train, crop)))  # as for a loading process
+
+    def epoch(noise: int) -> list[torch.Tensor]:
+        loader = build_loader(pairs, 4, shuffle=True, seed=3)
+        found = []
+        for images, classes in loader:
+            torch.rand(noise)
+            found += [images, classes]
+        return found
+
+    first, second = epoch(1), epoch(5)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    before = torch.get_rng_state()
+    a, b = pairs[0, 7], pairs[0, 7]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    images, classes = masks.collate_pairs([TransformedPairs(splits.train, whole)[i] for i in range(3)])
+    assert images.shape == (3, 3, 6, 8) and classes.shape == (3, 6, 8)
+    images, classes = masks.collate_pairs([(images[0], classes[0]), (images[0, :, 1:], classes[0, 1:])])
+    assert [len(classes[0]), len(classes[1]), len(images)] == [6, 5, 2]

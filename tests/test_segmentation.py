@@ -1,0 +1,251 @@
+"""--task segmentation: losses, figures and intervals against plain computations, and whole runs on small masks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.metrics import f1_score, jaccard_score
+
+import finetune_lora
+from finetune_lora import FineTuning, load_finetuned, prepare, read_options
+from lora_utils import LoRAManager, read_adapter_file
+from toolkit import InputError
+from toolkit.answers.evaluation import NO_LABEL
+from toolkit.answers.segmentation import Segmentation, pixel_figures, rare_class_weights
+from toolkit.devices import seed_everything
+from toolkit.models.dense import DenseModel, answers_for
+from toolkit.run import optim
+
+CPU = torch.device("cpu")
+NAMES = ["sky", "wall", "tree"]
+
+
+def masks(shape: tuple[int, ...], classes: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random classes, a tenth of them unknown."""
+    draws = torch.Generator().manual_seed(seed)
+    found = torch.randint(0, classes, shape, generator=draws)
+    return found.where(torch.rand(shape, generator=draws) > 0.1, NO_LABEL)
+
+
+class Fixed(torch.nn.Module):
+    """Answers with given logits, whatever it is shown: one image after the other."""
+
+    window = 8
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = logits
+        self.taken = 0
+
+    def forward(self, images):
+        self.taken += len(images)
+        return self.logits[self.taken - len(images) : self.taken]
+
+
+def answered(logits: torch.Tensor, truth: torch.Tensor, task: Segmentation):
+    batches = [(torch.zeros(4, 3, 8, 8), truth[:4]), (torch.zeros(2, 3, 8, 8), truth[4:])]
+    return task.evaluate(Fixed(logits), batches, CPU)
+
+
+def test_figures_are_scikit_learns_over_all_known_pixels():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(6, 3, 8, 8), masks((6, 8, 8))
+    found = answered(logits, truth, Segmentation(NAMES))
+    known = truth != NO_LABEL
+    true, answer = truth[known].numpy(), logits.argmax(1)[known].numpy()
+    measured = found.measured()
+    assert measured["miou"] == pytest.approx(jaccard_score(true, answer, average="macro"))
+    assert measured["macro_dice"] == pytest.approx(f1_score(true, answer, average="macro"))
+    assert measured["pixel_accuracy"] == pytest.approx((true == answer).mean())
+    figures = Segmentation(NAMES).report(found).figures()
+    expected = jaccard_score(true, answer, average=None)
+    assert list(figures["iou_per_class"].values()) == pytest.approx(expected.tolist())
+    low, high = figures["miou_interval"]
+    assert low < measured["miou"] < high
+    losses = [F.cross_entropy(logits[i : i + 1], truth[i : i + 1], ignore_index=NO_LABEL).item() for i in range(6)]
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_class_that_is_nowhere_counts_in_no_mean():
+    matrices = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]])
+    figures = pixel_figures(matrices)
+    assert figures["miou"].item() == pytest.approx((3 / 4 + 4 / 5) / 2) and figures["iou"][0, 2].isnan()
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 2.0, 1.0])])
+def test_the_loss_is_the_mean_over_an_images_known_pixels(weights):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    truth = masks((4, 5, 5))
+    truth[3] = NO_LABEL  # an image of which nothing is known
+    dtype_weights = None if weights is None else weights.double()
+    loss = Segmentation(NAMES, dtype_weights).loss(logits, truth)
+    expected = 0.0
+    for image, mask in zip(logits, truth, strict=True):
+        known = mask != NO_LABEL
+        if known.any():
+            losses = F.cross_entropy(image[:, known].T, mask[known], dtype_weights, reduction="none")
+            expected = expected + losses.sum() / known.sum()
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(of, logits, retain_graph=True)[0] for of in (loss, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert not ours[3].any()
+
+
+def test_calibration_counts_every_pixel_once():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(6, 3, 8, 8), masks((6, 8, 8))
+    task = Segmentation(NAMES)
+    task.head.temperature = 2.0
+    found = answered(logits, truth, task)
+    known = truth != NO_LABEL
+    confidences = logits.softmax(1).amax(1)[known].double()
+    bins = found.reliability()
+    assert bins[:, 2].sum() == known.sum()
+    assert (bins[:, 0] * bins[:, 2]).sum() == pytest.approx(confidences.sum().item(), rel=1e-5)
+    before = found.reliability(before=True)
+    raw = (2 * logits).softmax(1).amax(1)[known].double()
+    assert (before[:, 0] * before[:, 2]).sum() == pytest.approx(raw.sum().item(), rel=1e-5)
+
+
+def test_rare_classes_count_by_the_root_of_their_frequency():
+    pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
+    weights = rare_class_weights(pixels)
+    assert weights[1] / weights[0] == pytest.approx(3.0)
+    assert (weights * pixels.sum(0)).sum() / pixels.sum() == pytest.approx(1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Twelve images of 20 x 28 pixels to train on, six to evaluate: the mask is where they are bright."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.RandomState(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True)
+        for number in range(count):
+            mask = np.zeros((20, 28), np.uint8)
+            left, top = rng.randint(2, 16), rng.randint(2, 10)
+            mask[top : top + 8, left : left + 10] = 1
+            mask[rng.randint(0, 19), :] = 255
+            image = rng.randint(0, 120, (20, 28, 3)) + 130 * (mask == 1)[..., None]
+            Image.fromarray(image.astype(np.uint8)).save(folder / part / "images" / f"{number}.png")
+            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def segment(base, pairs, tmp_path, monkeypatch):
+    """segment("--epochs 1", "out") trains on the pairs; its results, with the folder as `folder`."""
+    monkeypatch.setattr(optim, "STEPS_TO_TRAIN", 1)
+
+    def run(options: str = "", output: str = "out", **more) -> dict:
+        argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path / output}"
+        argv += " --device cpu --workers 0 --batch-size 4 --epochs 2 --learning-rate 1e-3"
+        return finetune_lora.main([*argv.split(), *options.split()], **more) | {"folder": tmp_path / output}
+
+    return run
+
+
+def test_a_run_leaves_its_figures_and_an_adapter_that_answers_for_every_pixel(segment, pairs):
+    results = segment()
+    for name in (
+        "val_miou",
+        "probe_miou_before",
+        "val_miou_interval",
+        "iou_per_class",
+        "dice_per_class",
+        "pixel_accuracy",
+    ):
+        assert name in results
+    assert results["task"] == "segmentation" and list(results["iou_per_class"]) == ["class 0", "class 1"]
+    assert json.loads((results["folder"] / "results.json").read_text())["val_miou"] == results["val_miou"]
+    model, info = load_finetuned(results["folder"] / "lora.pth")
+    assert isinstance(model, DenseModel) and info["task"]["kind"] == "segmentation"
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "head"}
+
+    image = torch.randn(3, 20, 28)
+    with torch.no_grad():
+        adapted = answers_for(image, model.window, model)
+        LoRAManager(model).merge_lora_weights()
+        merged = answers_for(image, model.window, model)
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    assert adapted.shape == (2, 20, 28)
+
+
+def test_a_run_starts_as_the_probe_of_pixels(base, pairs, tmp_path):
+    argv = f"--task segmentation --checkpoint {base} --data-dir {pairs} --output-dir {tmp_path} --device cpu"
+    args, _ = read_options([*argv.split(), "--workers", "0", "--batch-size", "4"])
+    seed_everything(0)
+    splits, model, report, plan = prepare(args, CPU)
+    run = FineTuning(args, plan, model, report, splits, [])
+    run.start()
+    assert run.evaluate(run.loaders.val).score == pytest.approx(run.baseline["probe_miou"], abs=1e-5)
+    assert run.baseline["knn_miou"] is None and run.baseline["probe_miou"] > 0.3
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(segment, monkeypatch):
+    whole = segment("--epochs 3", output="whole")
+    stopped = []
+
+    def stop(run):
+        if not stopped and len(run.history) == 1:
+            stopped.append(True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment("--epochs 3", output="parts", after_epoch=stop)
+    resumed = segment("--epochs 3 --resume", output="parts")
+    ours, theirs = (read_adapter_file(of["folder"] / "lora.pth")["tensors"] for of in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--use-qlora",
+        "--lora-rank 0",
+        "--lora-rank 0 --no-freeze-backbone",
+        "--adapt-last 1",
+        "--precision bf16",
+        "--gradient-checkpointing full",
+        "--class-weights balanced --keep-best miou",
+        "--wise-ft 0.5 --augmentation none",
+        "--arithmetic int8",
+        "--activation-precision 16",
+        "--learning-rate auto",
+        "--folds 2",
+        "--classes dark bright --unknown-value 255 7",
+    ],
+)
+def test_what_other_tasks_can_do_masks_can_too(segment, options):
+    results = segment(f"{options} --epochs 1")
+    assert 0 <= results["val_miou"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("--augmentation trivial", "--augmentation trivial with --task segmentation"),
+        ("--mixup 0.2", "--mixup 0.2 with --task segmentation"),
+        ("--cache-features ram --adapt-last 1", "--cache-features ram with --task segmentation"),
+        ("--labels-per-class 3", "--labels-per-class with --task segmentation"),
+        ("--keep-best accuracy", "--keep-best accuracy with --task segmentation: use miou or dice or pixels"),
+    ],
+)
+def test_what_is_not_possible_with_masks_is_refused_by_name(segment, options, named):
+    with pytest.raises(InputError, match=named):
+        segment(options)
+
+
+def test_options_of_masks_are_refused_elsewhere():
+    with pytest.raises(InputError, match="--unknown-value with --task classification: only masks have it"):
+        read_options(["--unknown-value", "0"])

@@ -1,0 +1,836 @@
+"""Images with masks, a class for every pixel: finding the pairs, checking all masks, and one draw of a crop for both.
+
+The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that do not count.
+"""
+
+import functools
+import hashlib
+import itertools
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision import transforms as T
+from tqdm import tqdm
+
+from toolkit import InputError, distributed, listed, printable
+from toolkit.images import splitting
+from toolkit.images.bands import (
+    MOST_COMPRESSED,
+    Bands,
+    check_is_file,
+    import_tifffile,
+    open_image,
+    read_file,
+    split_names,
+)
+from toolkit.images.data import (
+    LabelledImages,
+    Splits,
+    Transformed,
+    fold_part,
+    readable,
+    strata,
+    usable_cores,
+    validation_part,
+)
+from toolkit.images.folders import (
+    EVALUATION_NAMES,
+    ImageFiles,
+    evaluation_folder,
+    image_names,
+    one_spelling,
+    tell_others,
+    unreadable,
+)
+from toolkit.images.lists import read_groups, read_list
+from toolkit.images.transforms import to_rgb, to_tensor
+
+UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
+MOST_CLASSES = 256
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes and their colours
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of masks.
+
+    Args:
+        values: the value of each in the files of masks, where these are not 0, 1, 2, ...
+        colours: the colour of each in RGB masks, 0 to 255.
+        unknown: the values, or colours, of pixels that do not count.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...] | None = None
+    colours: tuple[tuple[int, ...], ...] | None = None
+    unknown: tuple[Any, ...] = ()
+
+
+_TITLES = {"name", "class", "label", "value", "id", "r", "g", "b", "red", "green", "blue", "color", "colour"}
+_LINE = re.compile(r"(.+?)((?:[\s,;]+\d{1,9}){3}|[\s,;]+(?:-?\d{1,9}|#[0-9a-f]{6}))?", re.IGNORECASE)
+_VALUES = range(-(2**15), 2**16)
+
+
+def read_classes(given: Sequence[str] | None) -> Classes | None:
+    """The classes of --classes: names, or the path of a text or CSV file with a line for each class.
+
+    A line is `name`, `name value`, `name r g b` or `name #rrggbb`, with spaces, tabs or commas between. A value or
+    colour that is called `unknown` is no class: its pixels do not count.
+
+    Raises:
+        InputError: a file that is none of this, fewer than two classes, or two with one name, value or colour.
+    """
+    if not given:
+        return None
+    where = f"--classes {printable(' '.join(given))}"
+    if len(given) == 1 and os.path.isfile(given[0]):
+        lines = _lines_of(given[0], where)
+    else:
+        lines = [(name, ()) for name in split_names(given)]
+    names = []
+    marks = []
+    unknown = []
+    for name, mark in lines:
+        if mark and name.lower() == "unknown":
+            unknown.append(mark)
+        else:
+            names.append(name)
+            marks.append(mark)
+    if not 2 <= len(names) <= MOST_CLASSES:
+        raise InputError(f"{where}: {len(names)} classes; give 2 to {MOST_CLASSES} names, or a file that exists")
+    kinds = set(map(len, marks + unknown))
+    if len(kinds) > 1:
+        raise InputError(f"{where}: a value for each class, a colour for each, or neither; here they are mixed")
+    for what, values in (("name", names), ("value or colour", [mark for mark in marks + unknown if mark])):
+        [(value, count)] = Counter(values).most_common(1) or [("", 1)]
+        if count > 1:
+            raise InputError(f"{where}: {count} lines have the {what} {printable(value)}; each class has its own")
+    if kinds == {0}:
+        return Classes(tuple(names))
+    if kinds == {1}:
+        return Classes(tuple(names), values=tuple(sum(marks, ())), unknown=tuple(sum(unknown, ())))
+    return Classes(tuple(names), colours=tuple(marks), unknown=tuple(unknown))
+
+
+def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The name in each line of a file, and behind it the value (v,), the colour (r, g, b), or nothing, ()."""
+    try:
+        text = read_file(path).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where}: cannot read it as text: {printable(error)}") from None
+    lines = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if not lines and set(re.split(r"[\s,;]+", line.lower())) <= _TITLES:
+            continue
+        name, behind = _LINE.fullmatch(line).groups("")
+        allowed = _VALUES
+        mark = tuple(map(int, re.findall(r"-?\d+", behind)))
+        if "#" in behind:
+            mark = tuple(bytes.fromhex(behind.partition("#")[2]))
+        if len(mark) == 3:
+            allowed = range(256)
+        if "," in name or not all(number in allowed for number in mark):
+            raise InputError(
+                f"{where}: the line '{printable(line)}' is not `name`, `name value` or `name r g b` (0 to 255)"
+            )
+        lines.append((one_spelling(name.strip('"')), mark))
+    return lines
+
+
+# Okabe and Ito's colours, which colour-blind readers tell apart: jfly.uni-koeln.de/color
+_OKABE_ITO = ("000000", "e69f00", "56b4e9", "009e73", "f0e442", "0072b2", "d55e00", "cc79a7")
+_GREY = 0.6
+
+
+def palette(count: int, colours: Sequence[tuple[int, ...]] | None = None) -> np.ndarray:
+    """The colours of so many classes, (count, 3) from 0 to 1: those given, or fixed ones for each number."""
+    if colours is not None:
+        return np.array(colours, dtype=float) / 255
+    first = np.array([tuple(bytes.fromhex(colour)) for colour in _OKABE_ITO]) / 255
+    # Then a sequence that fills the cube of colours evenly: of 256 no two are closer than 0.07, and none is grey.
+    others = (0.55 + np.arange(len(first), max(count, len(first)))[:, None] * [0.8191725, 0.6710436, 0.5497005]) % 1
+    return np.concatenate([first, others])[:count]
+
+
+def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
+    """The class numbers (H, W) as a picture (H, W, 3) from 0 to 1; UNKNOWN is grey."""
+    colours = np.concatenate([palette, np.full((1, 3), _GREY)])
+    numbers = classes.long()
+    return colours[numbers.where(numbers != UNKNOWN, len(palette)).numpy()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading masks
+
+_FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_MISSING = -1  # the class of a value or colour that no class has
+_BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
+
+
+def _record(classes: Classes | None, unknown: Sequence[int]) -> dict[str, Any]:
+    """How masks are read, as an adapter file has it: see `from_record`."""
+    record: dict[str, Any] = {"unknown": list(unknown), "values": None, "colours": None, "unknown_marks": []}
+    if classes is not None:
+        record["values"] = None if classes.values is None else list(classes.values)
+        record["colours"] = None if classes.colours is None else [list(colour) for colour in classes.colours]
+        record["unknown_marks"] = [list(mark) if isinstance(mark, tuple) else mark for mark in classes.unknown]
+    return record
+
+
+def from_record(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Classes, list[int]]:
+    """The classes and the unknown values of the masks that an adapter was trained on, from its file."""
+    values = record.get("values")
+    colours = record.get("colours")
+    marks = [tuple(mark) if isinstance(mark, list) else mark for mark in record.get("unknown_marks", [])]
+    classes = Classes(
+        tuple(names),
+        values=None if values is None else tuple(values),
+        colours=None if colours is None else tuple(map(tuple, colours)),
+        unknown=tuple(marks),
+    )
+    return classes, list(record.get("unknown", [255]))
+
+
+class MaskReader:
+    """Reads the file of a mask as class numbers, (H, W) int16.
+
+    Args:
+        classes: None: a pixel's class is its value.
+        unknown: the values of pixels that do not count.
+
+    Raises:
+        InputError: a class has an unknown value.
+    """
+
+    def __init__(self, classes: Classes | None, unknown: Sequence[int]):
+        self.values: Sequence[int] = range(MOST_CLASSES)
+        self.colours = None
+        self.unknown = list(unknown)
+        self.is_named = classes is not None
+        self.record = _record(classes, unknown)
+        if classes is not None:
+            self.values = classes.values or range(len(classes.names))
+            self.colours = classes.colours
+        if classes is not None and classes.values and set(unknown) & set(classes.values):
+            value = min(set(unknown) & set(classes.values))
+            raise InputError(
+                f"--classes gives {printable(classes.names[classes.values.index(value)])} the value {value}, which "
+                "counts as unknown; add --unknown-value none, or another value"
+            )
+        self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
+        self.of_values[np.array(self.values) - _BEYOND[0]] = range(len(self.values))
+        if self.colours is not None:
+            self.of_colours = np.full(2**24, _MISSING, np.int16)
+            self.of_colours[_codes(np.array(self.colours))] = range(len(self.colours))
+            self.of_colours[_codes(np.array(classes.unknown, int).reshape(-1, 3))] = UNKNOWN
+        elif classes is not None:
+            self.unknown += classes.unknown
+        self.of_values[np.clip(self.unknown, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
+
+    def __call__(self, path: str) -> np.ndarray:
+        """Raises InputError for a file that is no mask of these classes."""
+        try:
+            levels, colours = _decoded(path)
+        except (MemoryError, InputError):
+            raise
+        except Exception as error:  # a damaged file fails in a hundred places of Pillow
+            raise unreadable(path, error) from None
+        if levels.ndim == 2 and (colours is None or self.colours is None):
+            found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
+        elif self.colours is None:
+            raise InputError(
+                f"{path}: an RGB mask, and the colours of the classes are not known; give --classes a file with a line "
+                "`name r g b` for each class"
+            )
+        elif levels.ndim == 3:
+            found = self.of_colours[_codes(levels)]
+        else:  # numbers of colours, of which those that are no class's may be unknown by their number
+            of_numbers = self.of_colours[_codes(colours)]
+            of_numbers[(of_numbers == _MISSING) & (self.of_values[-_BEYOND[0] :][:256] == UNKNOWN)] = UNKNOWN
+            found = of_numbers[levels]
+            levels = colours[levels]
+        missing = found == _MISSING
+        if missing.any():
+            raise InputError(f"{path}: {self._problem(levels[missing][0])}")
+        return found
+
+    def _problem(self, level: np.ndarray) -> str:
+        """What is wrong with a value or colour that no class has."""
+        if level.ndim:
+            colour = " ".join(map(str, level.tolist()))
+            return (
+                f"a pixel has the colour {colour}, which is no class's; add a line `NAME {colour}` to the file of "
+                f"--classes, or `unknown {colour}` if such pixels do not count"
+            )
+        return (
+            f"a pixel has the value {level:.0f}, which is no class's; name it in the file of --classes, as `NAME "
+            f"{level:.0f}`, or add --unknown-value {level:.0f} if such pixels do not count"
+        )
+
+
+def _codes(colours: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) as one number each."""
+    return colours.astype(np.int64) @ np.array([2**16, 2**8, 1])
+
+
+def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers."""
+    check_is_file(path)
+    colours = None
+    if path.lower().endswith(".npy"):
+        levels = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+        try:
+            with open_image(path) as image:
+                if image.format not in _FORMATS:
+                    raise InputError(
+                        f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from "
+                        "where it was made, as PNG, TIFF or .npy"
+                    )
+                if image.mode not in _MODES:
+                    raise ValueError(f"its colours are of the kind {image.mode}")
+                if image.mode == "P":
+                    colours = np.zeros((256, 3), np.uint8)
+                    given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+                    colours[: len(given)] = given
+                levels = np.asarray(image)
+                if image.mode == "LA":
+                    levels = levels[..., 0]
+        except UnidentifiedImageError:
+            if not path.lower().endswith((".tif", ".tiff")):
+                raise
+            levels = _of_other_tiff(path)
+    if levels.ndim == 3 and levels.shape[2] == 1:
+        levels = levels[..., 0]
+    elif levels.ndim == 3 and levels.shape[0] == 1:
+        levels = levels[0]
+    elif levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
+        return levels[..., :3], None
+    if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
+        raise ValueError(f"it has {levels.dtype} {levels.shape}, and a mask has whole numbers (H, W)")
+    if levels.dtype.kind == "f" and not np.array_equal(levels, np.round(levels)):
+        raise ValueError("it has numbers with decimals, or NaN")
+    if levels.dtype.kind != "f":
+        levels = levels.astype(np.int64)
+    return levels, colours
+
+
+def _of_other_tiff(path: str) -> np.ndarray:
+    """The numbers in a TIFF file that Pillow does not read, such as one of 64 bits."""
+    with import_tifffile().TiffFile(path) as file:
+        series = file.series[0]
+        if series.nbytes > MOST_COMPRESSED * os.path.getsize(path):
+            raise ValueError(f"it says that it is an image of {series.nbytes:,} bytes, more than its bytes can hold")
+        return series.asarray()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images with masks
+
+
+class PairFiles(ImageFiles):
+    """The files of images, and of the mask of each.
+
+    Args:
+        folder, mask_folder: where they are.
+        pairs: the paths of an image and of its mask, relative to these.
+        bands: as for `ImageFiles`.
+        groups: (N,), the name of each image's group, if there are groups.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mask_folder: Path,
+        pairs: Sequence[tuple[str, str]],
+        bands: Bands | None,
+        read: MaskReader,
+        groups: np.ndarray | None = None,
+    ):
+        names, self.masks = zip(*pairs, strict=True)
+        super().__init__(folder, names, [0] * len(names), bands)
+        self.mask_folder = str(mask_folder)
+        self.read = read
+        self.groups = groups
+
+    def mask_path(self, i: int) -> str:
+        return os.path.join(self.mask_folder, self.masks[i])
+
+    def pixels(self, i: int) -> np.ndarray | str:
+        """How many pixels of a mask are unknown, and of each class; or what is wrong with the pair."""
+        path = self.mask_path(i)
+        try:
+            mask = self.read(path)
+            height, width = self._upright_size(i)
+        except MemoryError:
+            raise
+        except InputError as error:
+            return str(error)
+        except Exception as error:  # of a damaged header
+            return str(unreadable(self.path(i), error))
+        if mask.shape != (height, width):
+            return (
+                f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}; save "
+                "the mask at the size of the image, each pixel with the class of the nearest one"
+            )
+        return np.bincount(mask.ravel().clip(-1) + 1)
+
+    def _upright_size(self, i: int) -> tuple[int, int]:
+        """(height, width) of an image as it is read. Its pixels are decoded only if its header does not say that."""
+        path = self.path(i)
+        if self.bands is not None and path.lower().endswith((".tif", ".tiff")) and len(self.parts(i)) == 1:
+            with import_tifffile().TiffFile(path) as file:
+                return file.pages[0].imagelength, file.pages[0].imagewidth
+        image, _ = self[i]
+        if isinstance(image, np.ndarray):
+            return image.shape[:2]
+        # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        if has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = to_rgb(image)
+        return image.height, image.width
+
+
+class MaskedImages(LabelledImages):
+    """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`.
+
+    `targets` (N, K) are the numbers of known pixels of each class.
+    """
+
+    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
+        image, _ = super().__getitem__(i)
+        return image, self.mask(i)
+
+    def mask(self, i: int) -> Tensor:
+        path = self.source.mask_path(self.indices[i])
+        return torch.from_numpy(self.source.read(path).astype(np.int64))
+
+    def picture(self, i: int, bands: Bands | None) -> np.ndarray:
+        """The image as a picture (H, W, 3) from 0 to 1."""
+        image, _ = super().__getitem__(i)
+        if bands is None:
+            return np.asarray(image) / 255
+        return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
+
+    @property
+    def palette(self) -> np.ndarray:
+        """The colours of the classes, (K, 3) from 0 to 1."""
+        return palette(self.targets.shape[1], self.source.read.colours)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Equal for sets of the same files with the same masks, by name and by numbers of pixels, in the same order."""
+        hashed = hashlib.sha256(super().digest.encode())
+        for i in self.indices:
+            hashed.update(os.fsencode(f"{self.source.masks[i]}\n"))
+        return hashed.hexdigest()
+
+
+def load_pairs(
+    data_dir: str | Path | None = None,
+    data_list: Sequence[str | Path] | None = None,
+    eval_split: str = "held-out",
+    *,
+    val_dir: str | Path | None = None,
+    skip_unreadable: bool = False,
+    bands: Bands | None = None,
+    classes: Classes | None = None,
+    unknown: Sequence[int] = (255,),
+    group_by: str | None = None,
+    folds: str | None = None,
+) -> Splits:
+    """The training and evaluation images of a folder or of lists, with their masks, all of which are read once.
+
+    Args:
+        data_dir: a folder with train/images, train/masks, val/images, val/masks; with images/train, masks/train, ...;
+            with images/ and masks/, which are split; or with files x.jpg and x_mask.png.
+        data_list: lists of `image,mask` lines, one to be split, or two of which the second is for evaluation.
+        eval_split, val_dir, skip_unreadable, bands, group_by, folds: as for `data.load_splits`.
+        classes: None: as many as the largest value says.
+        unknown: the values of pixels that do not count.
+
+    Raises:
+        InputError: no pairs, or one that cannot be used; only one class; a group on both sides.
+    """
+    read = MaskReader(classes, unknown)
+    needs_val = eval_split == "held-out" and folds is None
+    if data_list:
+        if len(data_list) > 2:
+            raise InputError(f"--data-list: expected one list, or one for training and one for evaluation: {data_list}")
+        parts = [_listed(Path(path), data_dir, bands, read, group_by) for path in data_list]
+        divided = len(parts) > 1
+    else:
+        places, divided = _places(data_dir, val_dir, needs_val)
+        parts = [_in_folders(*place, bands, read, group_by, skip_unreadable) for place in places]
+    if not needs_val:
+        parts = parts[:1]
+        left_alone = val_dir or (data_list or [])[1:]
+        if left_alone:
+            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
+    images, names = _masked(parts, classes, skip_unreadable)
+    _check_values(images, names, read)
+    train, val = images[0], images[-1]
+    if group_by is not None and len(images) > 1:
+        splitting.check_apart(train.groups, val.groups, group_by)
+    if folds is not None:
+        train, val = fold_part(train, *splitting.read_folds(folds))
+    elif not divided:
+        train, val = validation_part(train)
+    if eval_split == "validation":
+        train, val = validation_part(train)
+    gone = [name for name, pixels in zip(names, train.targets.sum(0).tolist(), strict=True) if not pixels]
+    if gone:
+        print(f"no training mask has pixels of {listed(gone)}")
+    return Splits(train, val, names)
+
+
+def pairs_in(path: str | Path, bands: Bands | None, classes: Classes | None, unknown: Sequence[int]) -> MaskedImages:
+    """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
+    read = MaskReader(classes, unknown)
+    if os.path.isfile(path):
+        files = _listed(Path(path), None, bands, read)
+    else:
+        files = _in_folders(*_pair_folders(Path(path)), bands, read)
+    [images], _ = _masked([files], classes, skip_unreadable=False)
+    return images
+
+
+def _looked_at(files: PairFiles) -> list[np.ndarray | str]:
+    """`PairFiles.pixels` of all pairs. Each process looks at its share of them."""
+    share = range(distributed.rank(), len(files), distributed.world_size())
+    shown = {"unit": "mask", "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
+    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
+        bar = tqdm(pool.imap(files.pixels, share, chunksize=16), "masks", len(share), **shown)
+        shares = distributed.gather(list(bar))
+    found: list[np.ndarray | str] = [""] * len(files)
+    for rank, part in enumerate(shares):
+        found[rank :: len(shares)] = part
+    return found
+
+
+def _masked(
+    parts: Sequence[PairFiles], classes: Classes | None, skip_unreadable: bool
+) -> tuple[list[MaskedImages], list[str]]:
+    """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
+    found = [_looked_at(files) for files in parts]
+    largest = max((len(pixels) for pixels in itertools.chain(*found) if not isinstance(pixels, str)), default=1) - 1
+    names = [f"class {number}" for number in range(largest)]
+    if classes is not None:
+        names = list(classes.names)
+    images = []
+    problems = []
+    for files, looked_at in zip(parts, found, strict=True):
+        targets = torch.zeros(len(files), len(names))
+        usable = []
+        for i, pixels in enumerate(looked_at):
+            if isinstance(pixels, str):
+                problems.append(pixels)
+            elif len(pixels) == 1:
+                problems.append(f"{files.mask_path(i)}: all pixels are unknown; remove it{_remedy(files.read)}")
+            else:
+                targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
+                usable.append(i)
+        masked = MaskedImages(files, strata((targets > 0).float()).tolist(), targets=targets)
+        masked.groups = files.groups
+        images.append(masked.subset(usable))
+    _tell(problems, skip_unreadable)
+    for masked in images:
+        if not len(masked):
+            raise InputError(f"none of the pairs can be used, such as {problems[0]}")
+    if skip_unreadable:
+        images = [readable(masked) for masked in images]
+    return images, names
+
+
+def _check_values(images: Sequence[MaskedImages], names: Sequence[str], read: MaskReader) -> None:
+    """Raise InputError for masks with one class alone, or with 0 and 255 alone as two of 256 classes."""
+    seen = torch.cat([part.targets for part in images]).sum(0).nonzero().flatten().tolist()
+    where = images[0].source.mask_folder
+    if len(seen) == 1:
+        raise InputError(f"{where}: all known pixels are of one class, {printable(names[seen[0]])}{_remedy(read)}")
+    if seen == [0, 255] and not read.is_named:
+        raise InputError(f"{where}: the masks have the values 0 and 255 alone{_remedy(read)}")
+
+
+def _remedy(read: MaskReader) -> str:
+    if read.colours is not None:
+        return ""
+    return (
+        "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` and "
+        "`NAME 255`, and add --unknown-value none"
+    )
+
+
+def _tell(problems: Sequence[str], skip_unreadable: bool) -> None:
+    """Say what is left out. Raises InputError if nothing is to be left out."""
+    if problems and not skip_unreadable:
+        raise InputError(f"{problems[0]} (--skip-unreadable leaves out such pairs, {len(problems)} here)")
+    if problems:
+        print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
+    for problem in problems:
+        print(f"  {problem}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding pairs
+
+_IMAGE_FOLDERS = ("images", "image")
+_MASK_FOLDERS = ("masks", "mask", "labels", "annotations")
+_TRAINING_NAMES = ("train", "training")
+_IMAGE_ENDS = ("_image", "_img")  # of names without the suffix
+_MASK_ENDS = ("_mask", "_label", "_labels", "_seg", "_gt")
+_WITH_ARRAYS = Bands(1)  # masks may be .npy where images are photographs
+_LAYOUTS = (
+    "expected images/ and masks/ (or in train/ and val/ each; or images/train and masks/train), or files as x.jpg and "
+    "x_mask.png; else name them in --data-list, a line `image,mask` each"
+)
+
+
+def _pair_folders(folder: Path) -> tuple[Path, Path]:
+    """Where the images and the masks of a folder are: in two folders within it, or both in itself."""
+    for images, masks in itertools.product(_IMAGE_FOLDERS, _MASK_FOLDERS):
+        if os.path.isdir(folder / images) and os.path.isdir(folder / masks):
+            return folder / images, folder / masks
+    return folder, folder
+
+
+def _places(
+    data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool
+) -> tuple[list[tuple[Path, Path]], bool]:
+    """The folders of images and masks for training, and for evaluation if there are some; and: is the set divided?"""
+    if data_dir is None or not os.path.isdir(data_dir):
+        raise InputError(f"--data-dir {data_dir}: no such folder; {_LAYOUTS}")
+    images, masks = _pair_folders(Path(data_dir))
+
+    def part(name: str) -> tuple[Path, Path]:
+        if images == masks:
+            return _pair_folders(images / name)
+        return images / name, masks / name
+
+    places = [(images, masks)]
+    for name in _TRAINING_NAMES:
+        if os.path.isdir(images / name):
+            places = [part(name)]
+    divided = val_dir is not None or places[0] != (images, masks)
+    if val_dir is not None and needs_val:
+        places.append(_pair_folders(Path(val_dir)))
+    elif divided and needs_val:
+        held_out = evaluation_folder(images)
+        if held_out is None:
+            raise InputError(f"{images} has train/, but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one")
+        places.append(part(held_out.name))
+    return places, divided
+
+
+def _in_folders(
+    folder: Path,
+    mask_folder: Path,
+    bands: Bands | None,
+    read: MaskReader,
+    group_by: str | None = None,
+    skip_unreadable: bool = False,
+) -> PairFiles:
+    """The pairs of two folders, or of one. Raises InputError for an image or a mask without the other."""
+    others: Counter = Counter()
+    names = image_names(folder, others=others, bands=bands)
+    masks = image_names(mask_folder, bands=_WITH_ARRAYS)
+    if folder == mask_folder:
+        masks = [name for name in masks if _stem(name).endswith(_MASK_ENDS)]
+        names = sorted(set(names) - set(masks))
+    else:
+        tell_others(folder, others)
+    mask_of = _by_stem(mask_folder, masks)
+    pairs = []
+    problems = []
+    for stem, name in _by_stem(folder, names).items():
+        known = [possible for possible in _stems_of_masks(stem, bands) if possible in mask_of]
+        if known:
+            pairs.append((name, mask_of.pop(known[0])))
+        else:
+            problems.append(f"{folder / name}: there is no mask {stem}.png or {stem}_mask.png in {mask_folder}; add it")
+    if not pairs:
+        raise InputError(f"{folder}: no pairs of images and masks; {_LAYOUTS}")
+    for name in mask_of.values():
+        problems.append(f"{mask_folder / name}: there is no image of its name in {folder}; remove it")
+    _tell(problems, skip_unreadable)
+    groups = None
+    if group_by is not None:
+        groups = splitting.folder_level((name for name, _ in pairs), group_by)
+    return PairFiles(folder, mask_folder, pairs, bands, read, groups)
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The names by what they are without their suffix. Raises InputError for two that differ in it alone."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(_stem(name), name)
+        if other != name:
+            raise InputError(f"{folder / name}: {printable(other)} has the same name; remove one of them")
+    return found
+
+
+def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
+    """What the mask of an image may be called. An image that lies in a file for each band is x_B02 or x/B02."""
+    ends = ["", *_IMAGE_ENDS]
+    if bands is not None:
+        for band in bands.chosen:
+            ends += [f"_{band}", f"/{band}"]
+    for end, mask_end in itertools.product(ends, ("", *_MASK_ENDS)):
+        if stem.endswith(end):
+            yield stem.removesuffix(end) + mask_end
+
+
+def _listed(
+    path: Path, data_dir: str | Path | None, bands: Bands | None, read: MaskReader, group_by: str | None = None
+) -> PairFiles:
+    """The pairs of a list of `image,mask` lines."""
+    folder = Path(data_dir or path.parent)
+    names, masks = read_list(path, folder, group_by)
+    if not masks:
+        raise InputError(f"--data-list {path}: its images have no masks; write `image,mask` lines")
+    missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
+    if missing:
+        raise InputError(
+            f"--data-list {path}: {len(missing)} masks are not in {folder}: {listed(missing)}; write `image,mask` lines"
+        )
+    groups = None
+    if group_by is not None and group_by.isdecimal():
+        groups = splitting.folder_level(names, group_by)
+    elif group_by is not None:
+        groups = read_groups(path, group_by)
+    return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read, groups)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transforms
+
+
+class TransformedPairs(Transformed):
+    """transform(image, mask) of `MaskedImages`; an index may come with a seed, as for `Transformed`."""
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        i, seed = index if isinstance(index, tuple) else (index, None)
+        image, mask = self.read(i)
+        if seed is None:
+            return self.transform(image, mask)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image, mask)
+
+
+def _upright(image: Image.Image | np.ndarray, bands: Bands | None) -> Image.Image | np.ndarray:
+    """The image as it lies under its mask: RGB, or an array (H, W, C) of its bands."""
+    if bands is None:
+        return to_rgb(image)
+    if isinstance(image, np.ndarray):
+        return image
+    return bands.array(image)
+
+
+def _cut(image: Image.Image | np.ndarray, box: tuple[int, ...]) -> Image.Image | np.ndarray:
+    left, top, right, bottom = box
+    if isinstance(image, np.ndarray):
+        return image[top:bottom, left:right]
+    return image.crop(box)
+
+
+class WholePair:
+    """For evaluation: (image, mask (H, W)) -> ((C, H, W), normalised, at the image's own pixels; the mask as it is)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
+        self.normalize = T.Normalize(mean, std, inplace=True)
+        self.bands = bands
+
+    def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
+        image = _upright(image, self.bands)
+        if self.bands is None:
+            return self.normalize(to_tensor(image)), mask
+        levels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return self.normalize(self.bands.scaled(levels)), mask
+
+
+LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse
+
+
+class PairCrop:
+    """For training: (image, mask (H, W)) -> ((C, S, S), normalised; (S, S)), one draw of a square for both.
+
+    The square is S pixels wide, or with `varied` S / zoom, and then it is flipped every second time. Where it is larger
+    than the image, the image's border is repeated, and the mask is UNKNOWN.
+    """
+
+    def __init__(self, size: int, varied: bool, whole: WholePair):
+        self.size = size
+        self.varied = varied
+        self.whole = whole
+
+    def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
+        zoom = 1.0
+        flipped = False
+        if self.varied:
+            zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1)
+            flipped = torch.rand(()).item() < 0.5
+        side = max(1, round(self.size / zoom))
+        top, bottom = _drawn(mask.shape[0], side)
+        left, right = _drawn(mask.shape[1], side)
+        box = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
+        image = _cut(_upright(image, self.whole.bands), box)
+        image, mask = self.whole(image, mask[box[1] : box[3], box[0] : box[2]])
+        outside = (box[0] - left, right - box[2], box[1] - top, bottom - box[3])
+        image = F.pad(image[None], outside, mode="replicate")
+        mask = F.pad(mask, outside, value=UNKNOWN)
+        if side != self.size:
+            image = F.interpolate(image, size=(self.size, self.size), mode="bilinear", antialias=True)
+            nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()
+            mask = mask[nearest][:, nearest]
+        if flipped:
+            return image[0].flip(-1), mask.flip(-1)
+        return image[0], mask
+
+
+def _drawn(length: int, side: int) -> tuple[int, int]:
+    """Where a random window begins and ends along a side of an image: within it, or around it if it is larger."""
+    start = torch.randint(min(0, length - side), max(0, length - side) + 1, ()).item()
+    return start, start + side
+
+
+def pair_transforms(
+    image_size: int, augmentation: str, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None
+) -> tuple[PairCrop, WholePair]:
+    """The transforms for training and for evaluation.
+
+    Args:
+        augmentation: 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
+        mean, std, bands: as for `transforms.eval_transform`.
+    """
+    if augmentation not in ("crop", "none"):
+        raise InputError(f"--augmentation {augmentation} is for classes of whole images; use crop or none")
+    whole = WholePair(mean, std, bands)
+    return PairCrop(image_size, augmentation == "crop", whole), whole
+
+
+def collate_pairs(batch: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any]:
+    """A batch of images and one of masks; as two lists where their sizes differ."""
+    images, masks = zip(*batch, strict=True)
+    if len({mask.shape for mask in masks}) > 1:
+        return list(images), list(masks)
+    return torch.stack(images), torch.stack(masks)

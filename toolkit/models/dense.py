@@ -1,0 +1,222 @@
+"""A class for every pixel: the maps of a backbone, a linear head over all of them, and images that are read in windows.
+
+The head is linear in the features of a pixel: those of several stages, each enlarged to the finest. A 1x1 product and
+bilinear enlargement commute, so that each stage's answers are enlarged and added, and no wide map is ever made. The
+head can therefore start as the linear probe of pixels, fitted as that of images is.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+from torchvision.models.vision_transformer import VisionTransformer
+
+from toolkit import InputError
+from toolkit.models.backbones import head_name
+
+MAPS = 4  # that the head reads: of a ResNet's stages, of as many of a ViT's blocks
+OVERLAP = 0.25  # of a window with the next, as a share of its side
+WINDOWS_AT_ONCE = 8
+
+
+class DenseHead(nn.Module):
+    """Maps (N, D_i, h_i, w_i) -> logits (N, K, h, w) of the finest map's size."""
+
+    def __init__(self, widths: Sequence[int], classes: int):
+        super().__init__()
+        self.widths = list(widths)
+        self.linear = nn.Linear(sum(widths), classes)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        size = finest(maps)
+        logits = self.linear.bias[:, None, None]
+        for features, weight in zip(maps, self.linear.weight.split(self.widths, 1), strict=True):
+            logits = logits + enlarged(F.conv2d(features, weight[..., None, None]), size)
+        return logits
+
+
+class DenseModel(nn.Module):
+    """A backbone that answers for every pixel: images (N, C, S, S) -> logits (N, K, S, S).
+
+    Args:
+        backbone: a ResNet or ViT of torchvision's class, or a model of timm with `forward_intermediates`. Its
+            classifier head becomes an identity.
+        classes: K.
+        image_size: S, in pixels.
+        channels: C.
+
+    Raises:
+        InputError: the backbone has no maps that can be read.
+    """
+
+    def __init__(self, backbone: nn.Module, classes: int, image_size: int, channels: int = 3):
+        super().__init__()
+        backbone.set_submodule(head_name(backbone), nn.Identity())
+        if hasattr(backbone, "prune_intermediate_layers"):  # timm's: what comes after the last map goes
+            backbone.prune_intermediate_layers(_read(backbone), prune_norm=False, prune_head=True)
+        self.backbone = backbone
+        was_training = backbone.training
+        with torch.no_grad():
+            maps = feature_maps(backbone.eval(), torch.zeros(1, channels, image_size, image_size))
+        backbone.train(was_training)
+        self.window = image_size
+        self.head = DenseHead([features.shape[1] for features in maps], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.head(feature_maps(self.backbone, images))
+        return enlarged(logits.float(), images.shape[2:])
+
+
+def finest(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """Height and width of the largest map."""
+    return max((tuple(features.shape[2:]) for features in maps), key=math.prod)
+
+
+def enlarged(features: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (N, D, h, w) at another size, bilinearly."""
+    if tuple(features.shape[2:]) == tuple(size):
+        return features
+    return F.interpolate(features, size=tuple(size), mode="bilinear")
+
+
+def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
+    """Images (N, C, H, W) -> the maps (N, D, h, w) of a ResNet's stages, or of as many of a ViT's blocks."""
+    if isinstance(backbone, ResNet):
+        return _of_resnet(backbone, images)
+    if isinstance(backbone, VisionTransformer):
+        return _of_vit(backbone, images)
+    if hasattr(backbone, "forward_intermediates"):  # timm's
+        return backbone.forward_intermediates(images, indices=_read(backbone), norm=True, intermediates_only=True)
+    raise InputError(
+        f"a {type(backbone).__name__} has no maps for a class of every pixel: take a ResNet, a ViT, or one of timm's "
+        "models that has forward_intermediates"
+    )
+
+
+def _read(backbone: nn.Module) -> list[int]:
+    """Which of the maps of a model of timm are read: the last of its stages, or some of its many blocks."""
+    number = len(backbone.feature_info)
+    if number <= 2 * MAPS:
+        return list(range(number))[-MAPS:]
+    return [round(number * (i + 1) / MAPS) - 1 for i in range(MAPS)]
+
+
+def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
+    if hasattr(backbone, "stem"):  # with adapters, in which BatchNorm is folded
+        x = backbone.stem(images)
+    else:
+        x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
+    maps = []
+    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def _of_vit(backbone: VisionTransformer, images: Tensor) -> list[Tensor]:
+    rows, columns = (side // backbone.patch_size for side in images.shape[2:])
+    x = backbone._process_input(images)
+    x = torch.cat([backbone.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, D)
+    encoder = backbone.encoder
+    x = encoder.dropout(x + encoder.pos_embedding)
+    blocks = len(encoder.layers)
+    read = {round(blocks * (i + 1) / MAPS) for i in range(MAPS)}
+    maps = []
+    for number, block in enumerate(encoder.layers, 1):
+        x = block(x)
+        if number in read:
+            maps.append(encoder.ln(x)[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)))
+    return maps
+
+
+def features_at(maps: Sequence[Tensor], points: Tensor) -> Tensor:
+    """The features of some pixels of one image, (P, D): those that the head is linear in.
+
+    Args:
+        maps: of the image alone, (1, D_i, h_i, w_i).
+        points: (P, 2), the pixels' columns and rows as shares of the image, from 0 to 1 at their centres.
+    """
+    size = finest(maps)
+    whole = torch.cat([enlarged(features, size) for features in maps], 1)  # (1, D, h, w)
+    grid = (2 * points - 1)[None, :, None]  # (1, P, 1, 2)
+    # The interpolation of `enlarged`: at the border the outermost cells count alone.
+    taken = F.grid_sample(whole.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return taken[0, :, :, 0].T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images of any size, in windows
+
+
+def window_starts(length: int, size: int) -> list[int]:
+    """Where windows of a size begin that cover a side, evenly spaced; the last one ends where the side does."""
+    if length <= size:
+        return [0]
+    step = size - round(OVERLAP * size)
+    number = math.ceil((length - size) / step) + 1
+    return [round(i * (length - size) / (number - 1)) for i in range(number)]
+
+
+def window_weights(size: int) -> Tensor:
+    """(size, size): how much a window counts at each of its pixels, along half a cosine towards its borders."""
+    side = torch.sin(torch.pi * (torch.arange(size) + 0.5) / size)
+    return side[:, None] * side
+
+
+def answers_by_rows(
+    read: Callable[[int, int], Tensor],
+    height: int,
+    width: int,
+    size: int,
+    answer: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[int, Tensor]]:
+    """The answers for an image of any size, from its top downwards. Memory grows with its width alone.
+
+    Args:
+        read: of a first and a last row, exclusive, the normalised image, (C, rows, width).
+        size: of the windows, in pixels.
+        answer: windows (n, C, size, size) -> logits (n, K, size, size). Where windows overlap, their weighted mean
+            counts.
+
+    Yields:
+        The first row of a part, and its logits (K, rows, width).
+    """
+    tops = window_starts(height, size)
+    lefts = window_starts(width, size)
+    weights = window_weights(size)
+    sums = torch.zeros(0)
+    for number, top in enumerate(tops):
+        band = _padded(read(top, min(top + size, height)), size)
+        windows = torch.stack([band[:, :, left : left + size] for left in lefts])
+        logits = torch.cat([answer(part).float().cpu() for part in windows.split(WINDOWS_AT_ONCE)])
+        if number == 0:
+            sums = torch.zeros(logits.shape[1], size, band.shape[2])
+            counts = torch.zeros(size, band.shape[2])
+        for left, window in zip(lefts, logits, strict=True):
+            sums[:, :, left : left + size] += window * weights
+            counts[:, left : left + size] += weights
+        is_last = number + 1 == len(tops)
+        done = height - top if is_last else tops[number + 1] - top
+        yield top, (sums[:, :done] / counts[:done])[:, :, :width]
+        if not is_last:
+            sums = F.pad(sums[:, done:], (0, 0, 0, done))
+            counts = F.pad(counts[done:], (0, 0, 0, done))
+
+
+def answers_for(image: Tensor, size: int, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits (K, H, W) for an image (C, H, W) of any size: see `answers_by_rows`."""
+    height, width = image.shape[1:]
+    parts = answers_by_rows(lambda first, last: image[:, first:last], height, width, size, answer)
+    return torch.cat([part for _, part in parts], 1)
+
+
+def _padded(band: Tensor, size: int) -> Tensor:
+    """Rows (C, h, w) of an image, at least (C, size, size): its border is repeated where it is too small."""
+    below = max(0, size - band.shape[1])
+    right = max(0, size - band.shape[2])
+    if not below and not right:
+        return band
+    return F.pad(band[None], (0, right, 0, below), mode="replicate")[0]
