@@ -74,6 +74,25 @@ def hospital(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Twelve images of 20 x 28 pixels to train on, six to evaluate: the mask is where they are bright."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.RandomState(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True)
+        for number in range(count):
+            mask = np.zeros((20, 28), np.uint8)
+            left, top = rng.randint(2, 16), rng.randint(2, 10)
+            mask[top : top + 8, left : left + 10] = 1
+            mask[rng.randint(0, 19), :] = 255
+            image = rng.randint(0, 120, (20, 28, 3)) + 130 * (mask == 1)[..., None]
+            Image.fromarray(image.astype(np.uint8)).save(folder / part / "images" / f"{number}.png")
+            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def resnet() -> dict[str, torch.Tensor]:
     """The state_dict of a ResNet-18 without its head, with statistics as after training."""
     with torch.random.fork_rng(devices=[]):

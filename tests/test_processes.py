@@ -94,6 +94,21 @@ def test_two_processes_fine_tune_as_one(options, tmp_path, monkeypatch, way):
 
 
 @pytest.mark.slow
+def test_two_processes_answer_for_every_pixel_as_one(base, pairs, tmp_path, monkeypatch):
+    argv = f"--task segmentation --data-dir {pairs} --checkpoint {base} {TUNING} --device cpu --output-dir {tmp_path}"
+    monkeypatch.setattr(optim, "build_optimizer", optim.build_optimizer)  # to be put back
+    children = together("finetune_lora", f"{argv}/out", tmp_path / "log", before=with_sgd)
+    assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
+    with_sgd()
+    alone = finetune_lora.main(f"{argv}/alone".split())
+    ours, theirs = (read_adapter_file(tmp_path / name / "lora.pth")["tensors"] for name in ("out", "alone"))
+    assert_close(ours, theirs)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("val_miou", "probe_miou_before", "val_loss", "calibration_error", "pixel_accuracy"):
+        assert results[name] == pytest.approx(alone[name], abs=1e-3)
+
+
+@pytest.mark.slow
 def test_two_processes_train_several_labels_as_one(base, images, tmp_path, monkeypatch):
     """Some labels are unknown, and the last batch of 21 images is of one: weights, thresholds and figures are one's."""
     for part in ("train", "val"):

@@ -1,13 +1,11 @@
 """--task segmentation: losses, figures and intervals against plain computations, and whole runs on small masks."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 
 import finetune_lora
@@ -120,25 +118,6 @@ def test_rare_classes_count_by_the_root_of_their_frequency():
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory) -> Path:
-    """Twelve images of 20 x 28 pixels to train on, six to evaluate: the mask is where they are bright."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.RandomState(0)
-    for part, count in (("train", 12), ("val", 6)):
-        for kind in ("images", "masks"):
-            (folder / part / kind).mkdir(parents=True)
-        for number in range(count):
-            mask = np.zeros((20, 28), np.uint8)
-            left, top = rng.randint(2, 16), rng.randint(2, 10)
-            mask[top : top + 8, left : left + 10] = 1
-            mask[rng.randint(0, 19), :] = 255
-            image = rng.randint(0, 120, (20, 28, 3)) + 130 * (mask == 1)[..., None]
-            Image.fromarray(image.astype(np.uint8)).save(folder / part / "images" / f"{number}.png")
-            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
-    return folder
 
 
 @pytest.fixture

@@ -193,7 +193,6 @@ class PixelHead(Head):
         With several processes, each computes its share and all of them return the whole.
         """
         pixels = max(LEAST_PIXELS, PROBE_ROWS // (2 * images))
-        draws = torch.Generator().manual_seed(0)
         rows = []
         classes = []
         with evaluation.eval_mode(model):
@@ -201,17 +200,21 @@ class PixelHead(Head):
                 for image, mask in zip(batch, masks, strict=True):
                     with autocast(device, dtype):
                         maps = feature_maps(model.backbone, to_device(image[None], device))
-                    places = self._drawn(mask, pixels, draws)
-                    points = (torch.stack([places % mask.shape[1], places // mask.shape[1]], 1) + 0.5) / torch.tensor(
-                        [mask.shape[1], mask.shape[0]]
-                    )
+                    places = self._drawn(mask, pixels, len(rows))
+                    height, width = mask.shape
+                    points = torch.stack([(places % width + 0.5) / width, (places // width + 0.5) / height], 1)
                     rows.append(features_at(maps, points.to(device)))
                     classes.append(mask.flatten()[places].to(device))
-        shared = distributed.interleave(torch.stack(rows)), distributed.interleave(torch.stack(classes))
-        return shared[0].flatten(0, 1), shared[1].flatten()
+        features = distributed.interleave(torch.stack(rows))
+        return features.flatten(0, 1), distributed.interleave(torch.stack(classes)).flatten()
 
-    def _drawn(self, mask: Tensor, number: int, draws: torch.Generator) -> Tensor:
-        """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones."""
+    def _drawn(self, mask: Tensor, pixels: int, number: int) -> Tensor:
+        """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones.
+
+        Args:
+            number: of the image among those of this process. The draws depend on its number among all.
+        """
+        draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
         flat = mask.flatten().cpu()
         known = flat != NO_LABEL
         weights = known.float()
@@ -219,7 +222,7 @@ class PixelHead(Head):
             weights = weights * self.pixel_weights.cpu()[flat.clamp_min(0)]
         if not known.any():
             weights = torch.ones(len(flat))
-        return torch.multinomial(weights, number, replacement=True, generator=draws)
+        return torch.multinomial(weights, pixels, replacement=True, generator=draws)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         per_image = len(targets) // views // len(clusters)
@@ -253,13 +256,12 @@ class PixelHead(Head):
     @torch.no_grad()
     def outputs(self, model, loader, device, dtype) -> tuple[Tensor, Tensor]:
         """Logits (P, K) and classes (P,) of random known pixels of a loader's crops, for `calibrate`."""
-        draws = torch.Generator().manual_seed(0)
         found = []
         classes = []
         with evaluation.eval_mode(model):
             for images, masks in loader:
                 for logits, mask in self._answered(model, images, masks, device, dtype):
-                    places = self._drawn(mask, CALIBRATION_PIXELS, draws)
+                    places = self._drawn(mask, CALIBRATION_PIXELS, len(found))
                     found.append(logits.flatten(1)[:, places].T)
                     classes.append(mask.flatten()[places])
         outputs = distributed.interleave(torch.stack(found)).flatten(0, 1).cpu()
