@@ -194,7 +194,7 @@ FLAGS = [
     case("a flag that nothing resembles", "finetune --qqq", "--qqq: no such option", "--help"),
     case("a flag of another script", "finetune --queue-size 9", "--queue-size: no such option"),
     case("a flag of an earlier version", "finetune --patch-dropout 0.5", "--patch-dropout: the option was removed"),
-    case("an earlier name", "finetune --train-norms", "--train-norms: the option was replaced; see norms: train in"),
+    case("an earlier name", "finetune --train-norms", "--train-norms: replaced; write --norms train"),
     case("one dash", "finetune -epochs 3", "-epochs: no such option"),
     case("a dash of a word processor", "finetune \N{EN DASH}epochs 3", "\N{EN DASH}epochs: unexpected argument"),
     case("a word without a flag", "finetune digits", "digits: unexpected argument"),
@@ -268,6 +268,8 @@ FLAGS = [
     case("a misspelt schedule", "pretrain --schedule cosin", "'cosin' is none of", "did you mean cosine?"),
     case("a choice in capitals", "pretrain --schedule Cosine", "'Cosine' is none of cosine, step, constant"),
     case("random weights of no architecture", "finetune --checkpoint none", "--checkpoint none", "with --arch"),
+    case("a random backbone that is frozen", "finetune --checkpoint none --arch vit_mini", "--checkpoint none with a",
+         "add --no-freeze-backbone"),
     case("random weights in 4 bits", "finetune --checkpoint none --arch resnet18 --use-qlora", "drop one of the two"),
     case("random weights in 8 bits", "finetune --checkpoint none --arch resnet18 --arithmetic int8", "drop one of"),
     case("a model that timm lacks", "finetune --arch timm:resnet1", "--arch timm:resnet1"),
@@ -281,7 +283,7 @@ FLAGS = [
     case("a device that computes nothing", "finetune --device meta", "'meta' is not available"),
     case("4 bits that train", "finetune --use-qlora --no-freeze-backbone", "4 bits cannot train", "drop one"),
     case("4 bits without adapters", "finetune --use-qlora --lora-rank 0", "raise the rank"),
-    case("random weights as they were asked for", "finetune --from-scratch", "see checkpoint: none, with an arch"),
+    case("random weights as they were asked for", "finetune --from-scratch", "write --checkpoint none, with an --arch"),
     case("a target that matches nothing", "finetune --target-modules nothing", "no layer matches nothing", "there are"),
     case("a target that is no pattern", "finetune --target-modules (", "'(' is neither a layer nor a regular expr"),
     case("a pattern of too many parts", "finetune --target-modules a{99999999999}", "neither a layer nor"),
@@ -304,7 +306,7 @@ FLAGS = [
 
 CONFIGS = [
     config("a misspelt key of a file", "finetune: {epoch: 3}", "finetune.epoch: no such key", "did you mean epochs?"),
-    config("an earlier key", "finetune: {follow_norms: true}", "was replaced: write norms: follow, or delete"),
+    config("an earlier key", "finetune: {follow_norms: true}", "replaced; delete the line, and write --norms follow"),
     config("a key of an earlier version", "finetune: {patch_dropout: 0.5}", "and 0.5 cannot be had any more; delete"),
     config("pretraining's keys of an earlier version", "moco: {rotation: 10, noise: 0.05}", "moco.rotation was removed",
            "moco.noise was removed, and 0.05 cannot be had", script="pretrain"),
@@ -543,7 +545,7 @@ CHECKPOINTS = [
     case("checkpointing of a network without blocks", "finetune --checkpoint r.pth --image-size 32 "
          "--gradient-checkpointing selective", "finds nothing to recompute", files={"r.pth": resnet}),
     case("selective checkpointing of a ResNet", "finetune --checkpoint none --arch resnet18 --image-size 32 "
-         "--gradient-checkpointing selective", "gradient checkpointing selective", "finds nothing to recompute"),
+         "--no-freeze-backbone --gradient-checkpointing selective", "selective finds nothing to recompute"),
     case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
     case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow", "not with --lora-rank 0"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
@@ -720,8 +722,8 @@ OUTPUTS = [
     case("no stage-1 adapter", "finetune --stage1-adapter gone.pth", "--stage1-adapter gone.pth: file not found"),
     case("a checkpoint as stage-1 adapter", "finetune --stage1-adapter base.pth", "base.pth is not an adapter file"),
     case("a fine-tuned adapter as stage-1 adapter", "finetune --stage1-adapter lora.pth", "lora.pth does not fit"),
-    case("a stage-1 adapter over chance", "finetune --checkpoint none --arch vit_mini --stage1-adapter lora.pth",
-         "lora.pth does not fit"),
+    case("a stage-1 adapter over chance", "finetune --checkpoint none --arch vit_mini --stage1-adapter lora.pth "
+         "--no-freeze-backbone", "--checkpoint none with --stage1-adapter: there is no base"),
     case("an image size between patches, pretraining", "pretrain --image-size 17", "17 is not a multiple"),
 ]  # fmt: skip
 
@@ -802,22 +804,14 @@ def test_titles_are_distinct():
 # -------------------------------------------------------------------------------------------- as a user's shell sees it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, options, names",
     [
-        pytest.param(
-            *("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            *("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
-            marks=pytest.mark.slow,
-        ),
+        ("finetune_lora.py", "--epochs 0 --epoch 3 --device gpu", ["--epochs: expected", "--epochs?", "'gpu'"]),
+        ("-m moco.pretrain", "--device cpu --optimizer adam", ["'adam' is none of", "did you mean adamw?"]),
         ("deploy_lora.py", "info gone.pth", ["gone.pth: file not found"]),
-        pytest.param(
-            *("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
-            marks=pytest.mark.slow,
-        ),
+        ("finetune_lora.py", "--config my.yaml --device cpu", ["my.yaml: not valid YAML", "the tag", "os.mkdir"]),
     ],
 )
 def test_the_scripts_themselves(script, options, names, tmp_path):

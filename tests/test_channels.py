@@ -450,8 +450,7 @@ def test_workers_change_nothing(trained, base13, tiffs, tmp_path):
         ("--scale 10000 --bands 1,2,3", "--bands names 3 bands, and the network takes 13"),
         ("--scale 10000 --bands 1,2,3,4,5,6,7,8,9,10,11,12,14", "it has no band 14, but 1, 2,"),
         ("--scale 10000 --augmentation trivial", "trivial is for RGB photographs"),
-        ("--scale 10000 --channel-fit timm", "needs --channels"),
-        ("--channels 5000 --channel-fit timm", "5000 channels; give a whole number from 1 to 1024"),
+        ("--channels 5000", "5000 channels; give a whole number from 1 to 1024"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(options, told, base13, tiffs, tmp_path):

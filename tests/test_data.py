@@ -596,13 +596,13 @@ def test_the_number_of_loading_processes_that_help(tmp_path, monkeypatch):
     assert [chosen(files[1], 8, device) for device in ("cuda", "cpu")] == [2, 1]
 
 
-@pytest.mark.slow
 def transforms_of_all_kinds():
     yield transforms.eval_transform(32)
     yield from (transforms.train_transform(32, name) for name in transforms.AUGMENTATIONS)
     yield from (transforms.two_crops(32, name) for name in transforms.TWO_CROPS)
 
 
+@pytest.mark.slow
 def test_what_workers_receive_and_import_is_little(digits):
     """Where processes do not fork, each gets all of this by pickle and imports the scripts anew."""
     for transform in transforms_of_all_kinds():

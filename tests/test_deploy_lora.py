@@ -220,18 +220,16 @@ def test_features_are_what_the_head_receives(trained, images, tmp_path):
 
 def test_answers_and_features_in_8_bits(trained, images, tmp_path, monkeypatch):
     """Near those in floats where 8 bits are faster, and else the same."""
-    output, found = tmp_path / "f.npy", {}
-    for times in (2.0, 1.0):
+    found = []
+    for times, arithmetic in ((2.0, "float"), (2.0, "int8"), (1.0, "int8")):
         monkeypatch.setattr(run_arithmetic, "speedups", lambda *layer, times=times: {torch.float32: times})
-        for arithmetic in ("float", "int8"):
-            options = f"--device cpu --arithmetic {arithmetic}"
-            features = run(f"embed {options}", trained, images / "val", "--output", output)
-            rows = run(f"predict {options}", trained, images / "val", "--output", tmp_path / "p.csv")
-            loss = run(f"evaluate {options}", trained, images / "val")["loss"]
-            found[times, arithmetic] = features, torch.tensor([float(row["probability"]) for row in rows]), loss
-    for floats, in_8_bits in zip(found[2.0, "float"], found[2.0, "int8"], strict=True):
+        options = f"--device cpu --arithmetic {arithmetic}"
+        features = run(f"embed {options}", trained, images / "val", "--output", tmp_path / "f.npy")
+        rows = run(f"predict {options}", trained, images / "val", "--output", tmp_path / "p.csv")
+        loss = run(f"evaluate {options}", trained, images / "val")["loss"]
+        found.append((features, torch.tensor([float(row["probability"]) for row in rows]), loss))
+    for floats, in_8_bits, as_floats in zip(*found, strict=True):
         assert 1e-4 < relative_error(torch.as_tensor(in_8_bits), torch.as_tensor(floats)) < 5e-2
-    for floats, as_floats in zip(found[1.0, "float"], found[1.0, "int8"], strict=True):
         assert_close(torch.as_tensor(as_floats), torch.as_tensor(floats), FP32)
 
 

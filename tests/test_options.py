@@ -286,9 +286,9 @@ def test_an_old_configuration_may_have_a_removed_option_at_its_default(parse, se
         ("alpha_pattern: [a=1]", "finetune.alpha_pattern was removed, and ['a=1'] cannot be had any more; delete"),
         ("cache_images: uint8", "finetune.cache_images was removed, and uint8 cannot be had any more; delete the line"),
         ("channel_fit: mean", "finetune.channel_fit was removed, and mean cannot be had any more; delete the line"),
-        ("from_scratch: true", "finetune.from_scratch was replaced: write checkpoint: none, with an arch, or delete"),
-        ("use_rslora: true", "finetune.use_rslora was replaced: write lora_alpha: as much times the square root of"),
-        ("train_norms: true", "finetune.train_norms was replaced: write norms: train, or delete the line"),
+        ("from_scratch: true", "finetune.from_scratch: replaced; delete the line, and write --checkpoint none, with"),
+        ("use_rslora: true", "finetune.use_rslora: replaced; delete the line, and write --lora-alpha with as much"),
+        ("train_norms: true", "finetune.train_norms: replaced; delete the line, and write --norms train"),
     ],
 )
 def test_another_value_of_a_removed_option_is_one_line(parse, line, problem):
@@ -302,8 +302,13 @@ def test_another_value_of_a_removed_option_is_one_line(parse, line, problem):
         ("--ema 0.9", "--ema: the option was removed; leave it out"),
         ("--cutmix=1", "--cutmix=1: the option was removed; leave it out"),
         ("--no-tensorboard", "--no-tensorboard: the option was removed; leave it out"),
-        ("--from-scratch", "--from-scratch: the option was replaced; see checkpoint: none, with an arch in"),
-        ("--use-rslora", "--use-rslora: the option was replaced; see lora_alpha: as much times the square root"),
+        ("--no-use-rslora", "--no-use-rslora: the option was removed; leave it out"),
+        ("--from-scratch", "--from-scratch: replaced; write --checkpoint none, with an --arch"),
+        (
+            "--use-rslora",
+            "--use-rslora: replaced; write --lora-alpha with as much times the square root of the rank",
+        ),
+        ("--eval-only lora.pth", "--eval-only: replaced; use deploy_lora.py evaluate"),
     ],
 )
 def test_a_removed_option_that_is_typed_is_one_line(parse, typed, problem):

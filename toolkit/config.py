@@ -46,12 +46,16 @@ REMOVED = {
     "ema": (0, 0.0),
     "base_dtype": ("auto",),
     "tensorboard": (False,),
+    "train_norms": (False,),
+    "follow_norms": (False,),
 }
+# What does what an option of earlier versions did.
 REPLACED = {
-    "train_norms": "norms: train",
-    "follow_norms": "norms: follow",
-    "from_scratch": "checkpoint: none, with an arch",
-    "use_rslora": "lora_alpha: as much times the square root of the rank",
+    "train_norms": "write --norms train",
+    "follow_norms": "write --norms follow",
+    "from_scratch": "write --checkpoint none, with an --arch",
+    "use_rslora": "write --lora-alpha with as much times the square root of the rank",
+    "eval_only": "use deploy_lora.py evaluate",
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,9 +292,8 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     see = "--help-all" if "--help-all" in known else "--help"
     for before, word in zip(["", *rest], rest, strict=False):
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
-        if name.removeprefix("no_") in REPLACED:
-            replacement = REPLACED[name.removeprefix("no_")]
-            problems.append(f"{printable(word)}: the option was replaced; see {replacement} in docs/options.md")
+        if name in REPLACED:
+            problems.append(f"{printable(word)}: replaced; {REPLACED[name]}")
         elif name.removeprefix("no_") in REMOVED:
             problems.append(f"{printable(word)}: the option was removed; leave it out")
         elif word.startswith("-"):
@@ -374,7 +377,7 @@ def _key_problems(section: str, key: Any, value: Any, own: dict[str, list[str]],
     if key in REMOVED and value in REMOVED[key]:
         return []
     if key in REPLACED:
-        return [f"{section}.{key} was replaced: write {REPLACED[key]}, or delete the line"]
+        return [f"{section}.{key}: replaced; delete the line, and {REPLACED[key]}"]
     if key in REMOVED:
         return [f"{section}.{key} was removed, and {printable(value)} cannot be had any more; delete the line"]
     hint = _right_section(key, own) or _hint(key, own[section])

@@ -98,8 +98,8 @@ def load_backbone(
         channel_fit = None
     elif channel_fit is None:
         raise InputError(
-            f"{path} is for images of {own_channels} channels, not {channels}: leave --channels out and choose as many "
-            "--bands, or, if it must be, fit its first layer with --channel-fit timm"
+            f"{path} is for images of {own_channels} channels, not {channels}: read as many bands, or fit its "
+            "first layer with channel_fit='timm'"
         )
     model = build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)

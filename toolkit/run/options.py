@@ -415,6 +415,7 @@ def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
         problems.append(
             f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
         )
+    problems += _random_weight_problems(args)
     problems += adapter_problems(args, typed)
     problems += _cache_problems(args)
     problems += _task_problems(args, typed)
@@ -436,6 +437,16 @@ def resume_problems(args: Any) -> list[str]:
     if args.resume is None or os.path.exists(args.resume):
         return []
     return [f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"]
+
+
+def _random_weight_problems(args: Any) -> list[str]:
+    """What does not go together with --checkpoint none, one line each."""
+    problems = []
+    if is_none(args.checkpoint) and args.freeze_backbone:
+        problems.append("--checkpoint none with a frozen backbone trains nothing useful; add --no-freeze-backbone")
+    if is_none(args.checkpoint) and args.stage1_adapter is not None:
+        problems.append("--checkpoint none with --stage1-adapter: there is no base for it to be merged into; drop one")
+    return problems
 
 
 def _in_fewer_bits(args: Any) -> str | None:
