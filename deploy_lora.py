@@ -284,7 +284,7 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
     bands = about["transform"].bands
-    splits = load_splits(**data, bands=bands, task=_task_of(about).kind, download=False)
+    splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
     _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
@@ -294,9 +294,10 @@ def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
     known = about["class_names"]
     kind = _task_of(about).kind
     column = _group_column(path, about)
+    columns = _label_columns(about)
     values = None
     if kind == "classification":
-        names, labels = read_list(path, path.parent, column)
+        names, labels = read_list(path, path.parent, column, columns)
         if not labels:
             raise InputError(f"{path}: its images have no labels; write `path,label` lines")
         _check_classes(set(labels) - set(known), path)
@@ -305,7 +306,7 @@ def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
         unknown = _recorded_data(about).get("unknown")
         if unknown not in UNKNOWN:
             unknown = "ignore"
-        targets = read_targets(path, path.parent, kind, unknown=unknown, group_by=column)
+        targets = read_targets(path, path.parent, kind, unknown=unknown, group_by=column, label_columns=columns)
         targets = like(targets, known, path, "the adapter", unknown)
         names = targets.paths
         values = targets.values
@@ -323,6 +324,14 @@ def _recorded_data(about: dict[str, Any]) -> dict[str, Any]:
     config = about.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     return data if isinstance(data, dict) else {}
+
+
+def _label_columns(about: dict[str, Any]) -> list[str] | None:
+    """The run's --label-columns."""
+    columns = _recorded_data(about).get("label_columns")
+    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        return None
+    return columns
 
 
 def _group_column(path: Path, about: dict[str, Any]) -> str | None:
@@ -363,7 +372,10 @@ def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:
         data["data_list"] = list(map(found_path, lists))
         for path in data["data_list"]:
             check_file(path)
-    return data | {"skip_unreadable": bool(recorded.get("skip_unreadable"))}
+    return data | {
+        "skip_unreadable": bool(recorded.get("skip_unreadable")),
+        "label_columns": _label_columns(about),
+    }
 
 
 def _is_one_fold(text: str) -> bool:

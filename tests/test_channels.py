@@ -378,25 +378,6 @@ def test_what_is_no_file_is_refused_at_once(name, tmp_path):
             folders.ImageFiles(tmp_path, [name], [0], bands)[0]
 
 
-@pytest.mark.parametrize(
-    ("top", "flags", "told"),
-    [(4095, "", True), (4096, "", False), (4095, "--scale 4095 --bands 1,1,1", False)],
-)
-def test_grey_images_of_12_bits_are_reported_with_a_remedy_that_works(top, flags, told, base, tmp_path, capsys):
-    rng = np.random.RandomState(0)
-    for name, low in (("dark", 0), ("light", 2000)):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(5):
-            levels = rng.randint(low, 4095, (16, 16)).astype(np.uint16)
-            levels[0, 0] = top
-            Image.fromarray(levels).save(tmp_path / "images" / name / f"{i}.png")
-    argv = (
-        f"--checkpoint {base} --data-dir {tmp_path / 'images'} --output-dir {tmp_path / 'out'} --device cpu --epochs 1"
-    )
-    finetune_lora.main([*argv.split(), "--workers", "0", "--lora-rank", "2", *flags.split()])
-    assert capsys.readouterr().out.count("give --scale 4095 --bands 1,1,1") == told
-
-
 def test_the_message_says_how_to_get_tifffile(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
     with pytest.raises(InputError, match=r"TIFF files need tifffile .*: pip install tifffile"):

@@ -334,14 +334,6 @@ def test_a_file_that_does_not_say_where_its_images_are(adapter_for_images, data)
         run("evaluate --device cpu", with_settings(adapter_for_images, data))
 
 
-def test_a_file_starts_no_download(adapter_for_images, tmp_path):
-    """Anybody may have written it, and said where to."""
-    adapter = with_settings(adapter_for_images, {"dataset": "cifar10", "data_dir": str(tmp_path / "home")})
-    with pytest.raises(InputError, match=r"cifar10 is not in .*home: put it there, or name other images"):
-        run("evaluate --device cpu", adapter)
-    assert not (tmp_path / "home").exists()
-
-
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.parametrize("kind", ["endless", "pipe"])
 def test_a_file_cannot_have_something_read_that_never_ends(adapter_for_images, kind, tmp_path):

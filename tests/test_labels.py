@@ -13,6 +13,7 @@ import deploy_lora
 import finetune_lora
 from finetune_lora import load_finetuned
 from lora_utils import LoRAManager, read_adapter_file
+from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import from_record
 from toolkit.files import read_checkpoint
@@ -221,6 +222,33 @@ def test_unknown_labels_of_a_list_are_what_the_run_took_them_for(trained, lists,
     adapter = changed_adapter(folder, tmp_path / "negative.pth", say_no)
     found = deploy_lora.main(["evaluate", adapter, listed, "--output", str(tmp_path / "b.json")])
     assert found["labels"]["up"]["unknown"] == 0
+
+
+def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(base, lists, tmp_path):
+    for part in ("train", "val"):
+        lines = (lists / f"multilabel_{part}.csv").read_text().splitlines()[1:]
+        rows = ["Path,Sex,Age,patient,No Finding,Pleural Effusion"]
+        for i, line in enumerate(lines):
+            path, up, left = line.split(",")
+            rows.append(f"{path},Female,{40 + i},{part}{i // 2},{up},{left if i else ''}")
+        (lists / f"chexpert_{part}.csv").write_text("\n".join(rows) + "\n")
+    data = f"--task multilabel --data-list {lists}/chexpert_train.csv {lists}/chexpert_val.csv --group-by patient"
+    argv = f"--checkpoint {base} {data} --output-dir {tmp_path} --device cpu --augmentation none --batch-size 8"
+    command = [*argv.split(), "--label-columns", "No Finding..Pleural Effusion", "--epochs", "1", "--workers", "0"]
+    results = finetune_lora.main(command)
+    assert list(results["labels"]) == ["No Finding", "Pleural Effusion"]
+    adapter = str(tmp_path / "lora.pth")
+    again = deploy_lora.main(["evaluate", adapter])
+    assert again["macro_ap"] == pytest.approx(results["val_macro_ap"])
+    elsewhere = deploy_lora.main(["evaluate", adapter, str(lists / "chexpert_train.csv")])
+    assert elsewhere["labels"]["Pleural Effusion"]["unknown"] == 1
+
+    def damage(metadata):
+        metadata["config"]["data"]["label_columns"] = [3]
+
+    damaged = changed_adapter(tmp_path, tmp_path / "damaged.pth", damage)
+    with pytest.raises(InputError, match=r"in the column Sex is not 1, 0, .* name those that are with --label-columns"):
+        deploy_lora.main(["evaluate", damaged, str(lists / "chexpert_train.csv")])
 
 
 def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeypatch):

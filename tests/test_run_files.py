@@ -123,10 +123,10 @@ def test_the_help_has_the_options_that_people_need_with_their_defaults(capsys, m
 def test_a_data_dir_means_your_own_images_unless_a_set_is_named(images, tmp_path):
     own = ["--checkpoint", "shipped", "--data-dir", str(images)]
     assert read_options(own)[0].dataset == "imagefolder"
-    assert read_options([*own, "--dataset", "cifar10"])[0].dataset == "cifar10"
-    (tmp_path / "my.yaml").write_text("data: {dataset: cifar10}")
+    assert read_options([*own, "--dataset", "digits"])[0].dataset == "digits"
+    (tmp_path / "my.yaml").write_text("data: {dataset: digits}")
     args, sources = read_options([*own, "--config", str(tmp_path / "my.yaml")])
-    assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("cifar10", "config", "command line")
+    assert (args.dataset, sources["dataset"], sources["data_dir"]) == ("digits", "config", "command line")
 
 
 def test_resume_looks_into_the_output_folder(tmp_path):

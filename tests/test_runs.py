@@ -1,6 +1,5 @@
 """toolkit/run/runs.py: how a run begins, stops and fails."""
 
-import argparse
 import os
 import platform
 import subprocess
@@ -104,13 +103,6 @@ def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
 def test_what_libraries_say_becomes_a_line_with_a_remedy(told, remedy):
     with pytest.raises(InputError, match=remedy), runs.faults_explained(torch.device("meta"), "lower it"):
         raise RuntimeError(told)
-
-
-@pytest.mark.parametrize(("dataset", "problems"), [("cifar10", 0), ("imagefolder", 1)])
-def test_a_set_that_is_downloaded_needs_no_folder_yet(tmp_path, dataset, problems):
-    given = {"dataset": dataset, "data_dir": tmp_path / "new", "output_dir": tmp_path}
-    args = argparse.Namespace(device="cpu", precision="fp32", data_list=None, val_dir=None, **given)
-    assert len(list(runs.environment_problems(args))) == problems
 
 
 def test_a_run_goes_on_under_a_version_with_more_options_unless_they_are_used():

@@ -7,12 +7,10 @@ function here leaves things as they are.
 """
 
 import contextlib
-import datetime
-import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,10 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from toolkit import InputError
 
-LONGEST_WAIT = datetime.timedelta(days=1)  # while the first process downloads a data set
-
 _store: dist.Store | None = None  # torchrun's, in which processes leave each other messages
-_blocks = itertools.count()  # numbers the blocks of `main_first`
 
 
 def launched() -> bool:
@@ -105,22 +100,6 @@ def all_sum(*values: float) -> list[float]:
         sums = sums.cuda()
     dist.all_reduce(sums)
     return sums.tolist()
-
-
-@contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """The first process runs this block before the others enter it, so that they find what it downloads.
-
-    They wait at the store and not in an exchange, which has a time limit (10 minutes with NCCL).
-    """
-    through = f"first through block {next(_blocks)}"
-    if not is_main():
-        _store.wait([through], LONGEST_WAIT)
-    try:
-        yield
-    finally:
-        if is_main() and world_size() > 1:
-            _store.set(through, "yes")
 
 
 def gather(value: Any) -> list[Any]:

@@ -501,8 +501,6 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         known = normalization(arch)
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
-    if bands is None:
-        _report_12_bits(images)
     if bands is None and not scaling.normalise:
         return {"mean": _each(mean, channels), "std": _each(std, channels), "bands": None}
     images = images.at_most(MEASURED_IMAGES)
@@ -521,27 +519,6 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         print(_described(bands, values, len(images) if scaling.normalise else 0))
         _check_values(found, bands, values["std"])
     return values
-
-
-EXAMINED_FOR_12_BITS = 16  # images
-
-
-def _report_12_bits(images: Any) -> None:
-    """Print the remedy if some images are grey ones of 16 bits and none of them has a level above 4095."""
-    name = ""
-    some = images.at_most(EXAMINED_FOR_12_BITS)
-    for i in range(len(some)):
-        image, _ = some.undecoded(i)
-        if not getattr(image, "mode", "").startswith("I;16"):
-            continue
-        if np.asarray(image).max() > 4095:
-            return
-        name = some.name(i)
-    if name:
-        print(
-            f"images: no level of {printable(name)}, of 16 bits, is above 4095, so it will be nearly black; "
-            "if its levels have 12 bits, give --scale 4095 --bands 1,1,1"
-        )
 
 
 def _numbers(photograph: Image.Image) -> np.ndarray:

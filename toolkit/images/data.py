@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision import datasets
 
 from toolkit import InputError, distributed, listed, printable
 from toolkit.images import splitting
@@ -35,7 +34,6 @@ from toolkit.images.folders import (
     labelled_files,
     looked_for,
     tell_others,
-    unreadable,
 )
 from toolkit.images.lists import (
     in_order,
@@ -50,24 +48,8 @@ from toolkit.images.lists import (
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import TwoCrops, View, to_rgb
 
-# torchvision's sets: class, the arguments of its training part, those of its held-out part (None: it has none, so the
-# images are split here).
-_TORCHVISION = {
-    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
-    "mnist": (datasets.MNIST, {"train": True}, {"train": False}),
-    "fashion_mnist": (datasets.FashionMNIST, {"train": True}, {"train": False}),
-    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
-    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
-    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
-    "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
-    "oxford_iiit_pet": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
-    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
-    "eurosat": (datasets.EuroSAT, {}, None),
-}
 UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
-DOWNLOADED = tuple(_TORCHVISION)
-DATASETS = ("digits", "imagefolder", UNLABELLED_SET, *DOWNLOADED)
+DATASETS = ("digits", "imagefolder", UNLABELLED_SET)
 EVAL_SPLITS = ("held-out", "validation")
 HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
 
@@ -114,10 +96,7 @@ class LabelledImages(Dataset):
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
-        try:
-            image = self.source[int(self.indices[i])][0]
-        except (OSError, SyntaxError) as error:  # torchvision's sets decode their files themselves
-            raise unreadable(self.name(i), error) from None
+        image = self.source[int(self.indices[i])][0]
         if self.targets is not None:
             return image, self.targets[i]
         return image, self.labels[i]
@@ -204,7 +183,6 @@ def load_splits(
     unknown: str = "ignore",
     group_by: str | None = None,
     folds: str | None = None,
-    download: bool = True,
     label_columns: Sequence[str] | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
@@ -212,7 +190,7 @@ def load_splits(
     Args:
         dataset: one of DATASETS.
         data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
-            folders of one set, which is split. Of torchvision's sets: where they are kept (default `data`).
+            folders of one set, which is split.
         eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
             choosing hyperparameters without a look at the held-out images.
         labels_per_class: keep only so many random training images of each class.
@@ -228,7 +206,6 @@ def load_splits(
         group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
-        download: fetch a set of torchvision's that is not there.
         label_columns: the columns of lists that are labels or numbers, `A..B` for all from A to B; None: all.
 
     Raises:
@@ -240,7 +217,7 @@ def load_splits(
         train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by, label_columns)
     else:
         train, val, class_names = _images_of(
-            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, download, label_columns
+            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, label_columns
         )
     if group_by is not None:
         _group(train, val, data_list, group_by, needs_val)
@@ -269,6 +246,14 @@ def load_splits(
     return Splits(train, val, class_names)
 
 
+def unknown_dataset(name: str) -> str:
+    """What to say of a data set that there is not."""
+    return (
+        f"'{printable(name)}' is none of {', '.join(DATASETS)}; no set is downloaded: get a public one yourself, and "
+        "name its folder with --data-dir"
+    )
+
+
 def _check_each_is_left(labels: set[int], train: LabelledImages, class_names: Sequence[str]) -> None:
     """Raise InputError if one of the classes has no training image that can be read."""
     gone = sorted(labels - set(train.labels))
@@ -289,7 +274,6 @@ def _images_of(
     needs_val: bool,
     bands: Bands | None,
     group_by: str | None,
-    download: bool,
     label_columns: Sequence[str] | None,
 ) -> Undivided:
     """All images of a data set with one class an image. The arguments are `load_splits`'s."""
@@ -299,13 +283,11 @@ def _images_of(
         if data_list:
             return _image_lists(data_list, data_dir, bands, group_by, label_columns)
         return _image_folder(data_dir, val_dir, needs_val, bands)
-    if dataset in _TORCHVISION:
-        return _torchvision(dataset, Path(data_dir or "data"), download)
     if dataset == UNLABELLED_SET:
         raise InputError(
             f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
         )
-    raise InputError(f"dataset {dataset!r} is none of {', '.join(DATASETS)}")
+    raise InputError(unknown_dataset(dataset))
 
 
 UNLABELLED = -1  # the label of an image without one
@@ -647,39 +629,6 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
         parts.append(LabelledImages(files, files.labels))
     train, val = [*parts, None][:2]
     return train, val, class_names
-
-
-def _torchvision(name: str, root: Path, download: bool) -> Undivided:
-    make, train_part, held_out_part = _TORCHVISION[name]
-    source = _present_or_downloaded(name, make, root, train_part, download)
-    class_names = [str(c) for c in getattr(source, "classes", range(1 + max(_labels_of(source))))]
-    train = LabelledImages(source, _labels_of(source))
-    if held_out_part is None:
-        return train, None, class_names
-    held_out = _present_or_downloaded(name, make, root, held_out_part, download)
-    return train, LabelledImages(held_out, _labels_of(held_out)), class_names
-
-
-@distributed.main_first()
-def _present_or_downloaded(
-    name: str, make: Callable[..., Dataset], root: Path, part: dict[str, Any], download: bool
-) -> Dataset:
-    try:
-        return make(str(root), **part)
-    except RuntimeError:  # torchvision's way to say that it is not there
-        if not download:
-            raise InputError(f"{name} is not in {printable(root)}: put it there, or name other images") from None
-        print(f"{name} is not in {root}: downloading it")
-    try:
-        return make(str(root), **part, download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{name} is not in {root} and could not be downloaded: {error}") from None
-
-
-def _labels_of(source: Dataset) -> list[int]:
-    """torchvision's sets keep their labels under one of three names."""
-    labels = next(getattr(source, name) for name in ("targets", "labels", "_labels") if hasattr(source, name))
-    return [int(label) for label in labels]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from toolkit.devices import ARITHMETICS, PRECISIONS
 from toolkit.files import SHIPPED, found_path, read_checkpoint
 from toolkit.images import bands, splitting
 from toolkit.images.cache import CACHES
-from toolkit.images.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET
+from toolkit.images.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET, unknown_dataset
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.images.lists import UNKNOWN
 from toolkit.images.transforms import AUGMENTATIONS
@@ -81,6 +81,13 @@ SAVES_MEMORY = (
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The options, by section
+
+
+def data_set(name: str) -> str:
+    """A converter for the name of a data set."""
+    if name not in DATASETS:
+        raise argparse.ArgumentTypeError(unknown_dataset(name))
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +141,7 @@ class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
     dataset: str | None = option(
-        None, "default: imagefolder if you name images of your own, else digits", choices=DATASETS
+        None, "default: imagefolder if you name images of your own, else digits", type=data_set, choices=DATASETS
     )
     data_dir: Path | None = option(
         None, "folder with train/ and val/, or a folder per class; default: digits", type=Path
@@ -173,6 +180,9 @@ class DataOptions(ImageOptions):
         choices=tuple(TASKS),
     )
     unknown: str = option("ignore", "what an unknown label counts as, with --task multilabel", choices=UNKNOWN)
+    label_columns: tuple[str, ...] | None = several(
+        None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
+    )
     group_by: str | None = option(
         None, "a list's column, or a folder's level, that names the patient or field: none is on two sides"
     )
@@ -340,6 +350,8 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
+    if getattr(args, "label_columns", None) and not args.data_list:
+        problems.append("--label-columns without --data-list: only lists have columns; drop it")
     if args.dataset == UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
@@ -365,6 +377,7 @@ def complete_adapters(args: argparse.Namespace) -> None:
 
 def complete_fine_tuning(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; return the problems with the data options, one line each."""
+    args.label_columns = bands.split_names(args.label_columns)
     problems = complete_data(args, sources)
     if sources["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
@@ -614,7 +627,8 @@ def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[s
         "bands": read,
     }
     if isinstance(args, DataOptions):
-        sources |= {"task": args.task, "unknown": args.unknown, "group_by": args.group_by, "folds": args.folds}
+        for name in ("task", "unknown", "label_columns", "group_by", "folds"):
+            sources[name] = getattr(args, name)
     return sources
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from toolkit import InputError, distributed, printable
 from toolkit.devices import check_arithmetic, select_device, select_precision
-from toolkit.images.data import DOWNLOADED, end_workers
+from toolkit.images.data import end_workers
 from toolkit.images.folders import UnreadableImage
 from toolkit.run import output_folder
 
@@ -39,7 +39,7 @@ def environment_problems(args: Any, written: Iterable[str] = ()) -> Iterator[str
         check_arithmetic(getattr(args, "arithmetic", "float"), device)  # an option of fine-tuning alone
     except InputError as error:
         yield str(error)
-    if args.data_dir is not None and args.dataset not in DOWNLOADED and not os.path.exists(args.data_dir):
+    if args.data_dir is not None and not os.path.exists(args.data_dir):
         yield f"--data-dir {args.data_dir}: no such folder"
     yield from output_folder.problems(args, written)
 
