@@ -55,7 +55,7 @@ from toolkit.files import (
 )
 from toolkit.images import geotags, splitting
 from toolkit.images.bands import Bands, from_metadata, recorded
-from toolkit.images.data import DATASETS, UNLABELLED, LabelledImages, Transformed, build_loader, load_splits, readable
+from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
 from toolkit.images.folders import (
     ImageFiles,
     class_folders,
@@ -66,6 +66,7 @@ from toolkit.images.folders import (
     tell_others,
 )
 from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
+from toolkit.images.sources import DATASETS, load_splits, readable
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
 from toolkit.run import reports

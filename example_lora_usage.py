@@ -26,7 +26,8 @@ from lora_utils import LoRAManager
 from toolkit.answers.evaluation import all_outputs, evaluate, extract_features
 from toolkit.answers.tasks import MultiLabel
 from toolkit.devices import select_device
-from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
+from toolkit.images.data import LabelledImages, Transformed, build_loader
+from toolkit.images.sources import load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone

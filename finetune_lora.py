@@ -42,8 +42,9 @@ from toolkit.answers import evaluation, tasks
 from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
-from toolkit.images.data import Splits, end_workers, load_splits
+from toolkit.images.data import end_workers
 from toolkit.images.masks import load_pairs, read_classes
+from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import head_names, headless, in_head, name_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest

@@ -40,7 +40,8 @@ from toolkit import InputError, devices
 from toolkit.answers import evaluation
 from toolkit.answers.probe import head_accuracy, init_head_from_probe
 from toolkit.config import positive_int
-from toolkit.images.data import Transformed, build_loader, load_splits
+from toolkit.images.data import Transformed, build_loader
+from toolkit.images.sources import load_splits
 from toolkit.images.transforms import eval_transform
 from toolkit.run import options
 from toolkit.run.runs import run_script

@@ -42,7 +42,7 @@ from benchmarks import MEASURED
 from benchmarks.compare_peers import current_commit
 from toolkit import InputError
 from toolkit.config import positive_int
-from toolkit.images import data, transforms
+from toolkit.images import data, sources, transforms
 from toolkit.images.bands import Bands
 from toolkit.models.backbones import build_backbone
 from toolkit.run.runs import run_script
@@ -321,7 +321,7 @@ def start(folder: str) -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     before, started = resident(), time.perf_counter()
-    splits = data.load_splits("imagefolder", folder)
+    splits = sources.load_splits("imagefolder", folder)
     digest_of = time.perf_counter()
     splits.digest()
     ready, batches = time.perf_counter(), data.Batches(len(splits.train), 256, shuffle=True)
@@ -345,7 +345,7 @@ def start(folder: str) -> None:
 
 def measure_training(args: argparse.Namespace) -> list[dict]:
     """Rows of a ResNet-18 with adapters on these photographs at 224 pixels, by number of loading processes."""
-    splits = data.load_splits("imagefolder", args.data_dir)
+    splits = sources.load_splits("imagefolder", args.data_dir)
     model = build_backbone("resnet18", len(splits.class_names), PIXELS)
     finetune_lora.add_lora_to_model(model, r=8, lora_alpha=16)
     finetune_lora.freeze_backbone_params(model)

@@ -38,6 +38,7 @@ from toolkit.answers import evaluation, measures
 from toolkit.config import fraction, non_negative_float, non_negative_int, option, positive_float, positive_int
 from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
+from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
 from toolkit.models.norms import share_statistics
@@ -532,19 +533,19 @@ def load_images(
         read: what is read of a user's images.
     """
     is_own = args.dataset == "imagefolder"
-    if args.dataset == data.UNLABELLED_SET or (is_own and not data.has_labels(args.data_dir, args.data_list)):
+    if args.dataset == UNLABELLED_SET or (is_own and not has_labels(args.data_dir, args.data_list)):
         if problems := options.unlabelled_problems(args):  # only now it may be known that there are no labels
             raise InputError("\n".join(problems))
-        images = data.load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
+        images = load_unlabelled(args.data_dir, args.data_list, args.skip_unreadable, read)
         labelled = ()
     else:
-        sources = options.image_sources(args, read)
-        splits = data.load_splits(args.dataset, args.data_dir, args.eval_split, **sources, for_training_only=True)
+        where = options.image_sources(args, read)
+        splits = load_splits(args.dataset, args.data_dir, args.eval_split, **where, for_training_only=True)
         images = splits.train
-        labelled = splits[:2] if args.eval_split == "validation" else data.validation_part(images)
+        labelled = splits[:2] if args.eval_split == "validation" else validation_part(images)
     if args.knn_dir:
         how = {"skip_unreadable": args.skip_unreadable, "bands": read}
-        labelled = data.load_splits("imagefolder", args.knn_dir, **how)[:2]
+        labelled = load_splits("imagefolder", args.knn_dir, **how)[:2]
     return images, labelled
 
 

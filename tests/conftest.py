@@ -19,7 +19,8 @@ from finetune_lora import FineTuning, prepare, read_options
 from tests.checkpoint_files import without_head
 from toolkit.answers import answer_reports, classification, multilabel, regression
 from toolkit.devices import seed_everything
-from toolkit.images.data import LabelledImages, load_splits
+from toolkit.images.data import LabelledImages
+from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, optim, reports
 

@@ -18,9 +18,9 @@ from finetune_lora import load_finetuned
 from moco import pretrain
 from toolkit import InputError
 from toolkit.images.bands import Bands
-from toolkit.images.data import load_splits
 from toolkit.images.folders import image_names
 from toolkit.images.geotags import centre
+from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 
 tifffile = pytest.importorskip("tifffile")

@@ -24,7 +24,8 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.images import folders
 from toolkit.images.bands import Bands, Scaling, decoded, measured, settle
-from toolkit.images.data import LabelledImages, load_splits
+from toolkit.images.data import LabelledImages
+from toolkit.images.sources import load_splits
 from toolkit.images.transforms import GaussianBlur, eval_transform, train_transform, two_crops
 from toolkit.models.backbones import build_backbone, first_convolution, input_channels
 from toolkit.models.checkpoints import load_backbone

@@ -19,7 +19,8 @@ from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import Evaluation, evaluate
 from toolkit.answers.tasks import Classification
 from toolkit.files import read_checkpoint
-from toolkit.images.data import LabelledImages, Transformed, build_loader, load_splits
+from toolkit.images.data import LabelledImages, Transformed, build_loader
+from toolkit.images.sources import load_splits
 from toolkit.run import guard, optim, runs, training
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
 

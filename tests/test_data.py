@@ -1,4 +1,4 @@
-"""toolkit/images/data.py: data sets, splits, loaders."""
+"""toolkit/images/sources.py and data.py: data sets, splits, loaders."""
 
 import math
 import os
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from toolkit import InputError
-from toolkit.images import data, transforms
+from toolkit.images import data, sources, transforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def write_images(folder, names="abc", colour=(200, 100, 50), size=(6, 5)) -> Non
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load_splits("digits"), data.load_splits("digits", eval_split="validation")
+    return sources.load_splits("digits"), sources.load_splits("digits", eval_split="validation")
 
 
 def indices(images) -> set[int]:
@@ -55,25 +55,25 @@ def test_the_validation_part_comes_out_of_the_training_split(digits):
 
 
 def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
-    few = [data.load_splits("digits", labels_per_class=3, seed=seed) for seed in (0, 0, 1)]
+    few = [sources.load_splits("digits", labels_per_class=3, seed=seed) for seed in (0, 0, 1)]
     assert all(indices(splits.val) == indices(digits[0].val) for splits in few)
     assert indices(few[0].train) == indices(few[1].train) != indices(few[2].train)
     assert np.bincount(few[0].train.labels).tolist() == [3] * 10
     assert indices(few[2].train) <= indices(digits[0].train)
     with pytest.raises(InputError, match="class 0 has only"):
-        data.load_splits("digits", labels_per_class=1000)
+        sources.load_splits("digits", labels_per_class=1000)
 
 
 def test_digits_refuse_a_data_dir(tmp_path):
     with pytest.raises(InputError, match="use --dataset imagefolder"):
-        data.load_splits("digits", data_dir=tmp_path)
+        sources.load_splits("digits", data_dir=tmp_path)
 
 
 def test_a_folder_with_train_and_val(tmp_path):
     for part, names in (("train", "abc"), ("val", "d")):
         for label in ("dog", "cat"):
             write_images(tmp_path / part / label / "deeper", names)
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     assert splits.class_names == ["cat", "dog"]
     assert (splits.train.labels, splits.val.labels) == ([0, 0, 0, 1, 1, 1], [0, 1])
     assert splits.train[5][0].getpixel((0, 0)) == (200, 100, 50)
@@ -82,7 +82,7 @@ def test_a_folder_with_train_and_val(tmp_path):
 def test_one_set_of_class_folders_is_split_the_same_each_time(tmp_path):
     for label in ("cat", "dog"):
         write_images(tmp_path / label, [str(i) for i in range(50)])
-    first, second = (data.load_splits("imagefolder", tmp_path, seed=seed) for seed in (0, 1))
+    first, second = (sources.load_splits("imagefolder", tmp_path, seed=seed) for seed in (0, 1))
     assert list(first.val.relative_names()) == list(second.val.relative_names()) and first.digest() == second.digest()
     assert set(first.train.relative_names()) | set(first.val.relative_names()) == {
         f"{c}/{i}.png" for c in ("cat", "dog") for i in range(50)
@@ -94,10 +94,10 @@ def test_one_set_of_class_folders_is_split_the_same_each_time(tmp_path):
 def test_an_added_image_moves_no_other(tmp_path):
     for label in ("cat", "dog"):
         write_images(tmp_path / label, [str(i) for i in range(20)])
-    before = data.load_splits("imagefolder", tmp_path)
+    before = sources.load_splits("imagefolder", tmp_path)
     write_images(tmp_path / "cat", ["0a", "more", "zz"])
     write_images(tmp_path / "ant", "abcdef")  # the other classes have other numbers now
-    after = data.load_splits("imagefolder", tmp_path)
+    after = sources.load_splits("imagefolder", tmp_path)
     for part in ("train", "val"):
         assert set(getattr(before, part).relative_names()) <= set(getattr(after, part).relative_names())
     assert after.digest() != before.digest()
@@ -108,7 +108,7 @@ def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, letters in files.items():
             write_images(folder / name.replace("_", "/"), letters)
-        return data.load_splits("imagefolder", folder).digest()
+        return sources.load_splits("imagefolder", folder).digest()
 
     one = {"train_cat": "ab", "train_dog": "cd", "val_cat": "ef"}
     assert digest(**one) == digest(**one)
@@ -125,27 +125,27 @@ def test_the_digest_knows_files_labels_and_parts_but_not_the_place(tmp_path):
 
 def test_the_digest_of_a_set_without_files_is_that_of_its_indices(digits):
     splits, validation = digits
-    assert splits.digest() == data.load_splits("digits").digest() != validation.digest()
+    assert splits.digest() == sources.load_splits("digits").digest() != validation.digest()
     two = [("image", 0), ("image", 0)]
     sets = [([0, 0], [0]), ([0, 0], [1]), ([1, 0], [0]), ([0, 0], [0, 1]), ([0, 0], [1, 0])]
-    assert len({data.LabelledImages(two, labels, indices).digest for labels, indices in sets}) == len(sets)
+    assert len({data.LabelledImages(two, labels).subset(indices).digest for labels, indices in sets}) == len(sets)
 
 
 def test_a_class_may_lack_validation_images_but_not_training_images(tmp_path):
     write_images(tmp_path / "train" / "cat")
     write_images(tmp_path / "train" / "dog")
     write_images(tmp_path / "val" / "dog")
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     assert splits.class_names == ["cat", "dog"] and set(splits.val.labels) == {1}
     (tmp_path / "train" / "eel").mkdir()
     with pytest.raises(InputError, match="no images in eel"):
-        data.load_splits("imagefolder", tmp_path)
+        sources.load_splits("imagefolder", tmp_path)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     def problem(data_dir) -> str:
         with pytest.raises(InputError) as error:
-            data.load_splits("imagefolder", data_dir)
+            sources.load_splits("imagefolder", data_dir)
         return str(error.value)
 
     assert "needs --data-dir" in problem(None)
@@ -187,7 +187,7 @@ def hash_of(text: str) -> int:
 )
 def test_the_names_that_people_use(tmp_path, capsys, parts, taken, told):
     two_classes(tmp_path, *parts)
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     assert splits.val.name(0) == str(tmp_path / taken / "cat" / "a.png") and len(splits.val) == len(splits.train) == 6
     assert capsys.readouterr().out == told.format(tmp_path)
 
@@ -195,34 +195,34 @@ def test_the_names_that_people_use(tmp_path, capsys, parts, taken, told):
 def test_evaluation_images_elsewhere(tmp_path, capsys):
     two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
     for folder, train in (("mine", "mine/train"), ("plain", "plain")):
-        splits = data.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
+        splits = sources.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
         assert {splits.train.name(0), splits.val.name(0)} == {
             str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")
         }
     two_classes(tmp_path, "mine/valid")
     with pytest.raises(InputError, match="mine has val and valid: name one of them with --val-dir"):
-        data.load_splits("imagefolder", tmp_path / "mine")
+        sources.load_splits("imagefolder", tmp_path / "mine")
     with pytest.raises(InputError, match=r"--val-dir .*/gone: no such folder"):
-        data.load_splits("imagefolder", tmp_path / "mine", val_dir=tmp_path / "gone")
+        sources.load_splits("imagefolder", tmp_path / "mine", val_dir=tmp_path / "gone")
     write_images(tmp_path / "theirs" / "eel")
     with pytest.raises(InputError, match=r"theirs has classes that .*/plain lacks: eel"):
-        data.load_splits("imagefolder", tmp_path / "plain", val_dir=tmp_path / "theirs")
+        sources.load_splits("imagefolder", tmp_path / "plain", val_dir=tmp_path / "theirs")
 
 
 def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
     two_classes(tmp_path, "train")
     with pytest.raises(InputError, match="but no val/, valid/, validation/ or test/: add one, name it with --val-dir"):
-        data.load_splits("imagefolder", tmp_path)
-    assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
-    splits = data.load_splits("imagefolder", tmp_path, for_training_only=True)
+        sources.load_splits("imagefolder", tmp_path)
+    assert len(sources.load_splits("imagefolder", tmp_path, eval_split="validation").val) == 2
+    splits = sources.load_splits("imagefolder", tmp_path, for_training_only=True)
     assert (len(splits.train), len(splits.val)) == (6, 0)
     write_images(tmp_path / "val" / "eel")  # which is nobody's business then
-    assert len(data.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
+    assert len(sources.load_splits("imagefolder", tmp_path, eval_split="validation").train) == 4
 
 
 def test_evaluation_images_that_a_validation_part_leaves_alone_are_named(tmp_path, capsys):
     two_classes(tmp_path, "train", "elsewhere")
-    data.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
+    sources.load_splits("imagefolder", tmp_path, "validation", val_dir=tmp_path / "elsewhere")
     told = f"evaluating on a part of the training images; {tmp_path / 'elsewhere'} is left alone"
     assert told in capsys.readouterr().out
 
@@ -231,25 +231,25 @@ def test_one_list_is_split_and_two_are_not(tmp_path):
     two_classes(tmp_path, "shoot one", names=[str(i) for i in range(20)])
     rows = [f"shoot one/{folder}/{i}.png" for folder in ("cat", "dog") for i in range(20)]
     (tmp_path / "all.csv").write_text("path,label\n" + "".join(f"{row},{10 if 'cat' in row else 9}\n" for row in rows))
-    splits = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"])
+    splits = sources.load_splits("imagefolder", data_list=[tmp_path / "all.csv"])
     assert splits.class_names == ["9", "10"]  # by value
     assert {name for part in splits[:2] for name in part.relative_names()} == set(rows)
     assert splits.train.name(0) == str(tmp_path / rows[0]) and splits.train.labels[0] == 1
     assert splits.train[0][0].getpixel((0, 0)) == (9, 0, hash_of("shoot one"))
     (tmp_path / "a.txt").write_text("shoot one/cat/1.png\tcat\nshoot one/dog/1.png\tdog\n")
     (tmp_path / "b.txt").write_text("shoot one/dog/2.png\tdog\n")
-    splits = data.load_splits("imagefolder", data_list=[tmp_path / "a.txt", tmp_path / "b.txt"])
+    splits = sources.load_splits("imagefolder", data_list=[tmp_path / "a.txt", tmp_path / "b.txt"])
     assert (splits.class_names, splits.train.labels, splits.val.labels) == (["cat", "dog"], [0, 1], [1])
     (tmp_path / "elsewhere").mkdir()
     moved = (tmp_path / "a.txt").rename(tmp_path / "elsewhere" / "a.txt")
     with pytest.raises(InputError, match="2 of its files are not in"):
-        data.load_splits("imagefolder", data_list=[moved])
-    assert len(data.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "b.txt"]).train) == 2
+        sources.load_splits("imagefolder", data_list=[moved])
+    assert len(sources.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "b.txt"]).train) == 2
     with pytest.raises(InputError, match=r"b\.txt: expected at least two classes, found only dog"):
-        data.load_splits("imagefolder", tmp_path, data_list=[tmp_path / "b.txt", moved])
+        sources.load_splits("imagefolder", tmp_path, data_list=[tmp_path / "b.txt", moved])
     (tmp_path / "c.txt").write_text("shoot one/dog/2.png\teel\n")
     with pytest.raises(InputError, match=r"c\.txt has classes that .*a\.txt lacks: eel"):
-        data.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "c.txt"])
+        sources.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "c.txt"])
 
 
 def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
@@ -258,7 +258,7 @@ def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
     labels = [["tall"] * (i % 2) + ["rare"] * (i % 10 == 0) for i in range(80)]
     text = "".join(f'{row},"{",".join(own)}"\n' for row, own in zip(rows, labels, strict=True))
     (tmp_path / "all.csv").write_text(text)
-    splits = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="multilabel")
+    splits = sources.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="multilabel")
     assert splits.class_names == ["rare", "tall"]
     of_row = dict(zip(rows, labels, strict=True))
     for part in splits[:2]:
@@ -269,7 +269,7 @@ def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
     few = splits.train.at_most(3)
     assert {tuple(row) for row in few.targets.tolist()} == {(0, 0), (0, 1), (1, 0)}
     assert few.digest != few.subset([1, 0, 2]).digest
-    relabelled = data.LabelledImages(few.source, few.source.labels, few.indices, torch.zeros(80, 2))
+    relabelled = data.LabelledImages(few.source, few.source.labels, torch.zeros(80, 2)).subset(few.indices)
     assert few.digest != relabelled.digest
 
 
@@ -278,10 +278,10 @@ def test_a_second_list_of_several_labels_is_for_evaluation(tmp_path):
     (tmp_path / "a.csv").write_text("path,cat,dog\none/cat/a.png,1,0\none/dog/a.png,-1,1\n")
     (tmp_path / "b.csv").write_text("path,dog,cat\none/cat/b.png,1,0\n")
     lists = [tmp_path / "a.csv", tmp_path / "b.csv"]
-    splits = data.load_splits("imagefolder", data_list=lists, task="multilabel")
+    splits = sources.load_splits("imagefolder", data_list=lists, task="multilabel")
     torch.testing.assert_close(splits.train.targets, torch.tensor([[1, 0], [math.nan, 1]]), equal_nan=True)
     assert splits.val.targets.tolist() == [[0, 1]]
-    positive = data.load_splits("imagefolder", data_list=lists, task="multilabel", unknown="positive")
+    positive = sources.load_splits("imagefolder", data_list=lists, task="multilabel", unknown="positive")
     assert positive.train.targets.tolist() == [[1, 0], [1, 1]]
     assert splits.train.digest != positive.train.digest
 
@@ -290,7 +290,7 @@ def test_a_list_of_numbers_is_split(tmp_path):
     two_classes(tmp_path, "one", names=[str(i) for i in range(20)])
     rows = [f"one/{folder}/{i}.png,{i},{i / 2}\n" for folder in ("cat", "dog") for i in range(20)]
     (tmp_path / "all.csv").write_text("path,age,weight\n" + "".join(rows))
-    train, val, names = data.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="regression")
+    train, val, names = sources.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="regression")
     assert names == ["age", "weight"] and len(train) + len(val) == 40 and len(val)
     assert all(part[i][1].tolist() == part.targets[i].tolist() for part in (train, val) for i in range(len(part)))
 
@@ -299,14 +299,14 @@ def test_a_list_of_numbers_is_split(tmp_path):
 def test_folders_cannot_say_several_labels(tmp_path, task, form):
     two_classes(tmp_path, "one")
     with pytest.raises(InputError, match=f"--task {task} needs --data-list: .*{form}"):
-        data.load_splits("imagefolder", tmp_path / "one", task=task)
+        sources.load_splits("imagefolder", tmp_path / "one", task=task)
 
 
 def test_the_place_of_a_list_of_absolute_paths_is_its_own(tmp_path):
     two_classes(tmp_path, "images")
     paths = sorted((tmp_path / "images").rglob("*.png"))
     (tmp_path / "list.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in paths))
-    splits = data.load_splits("imagefolder", data_list=[tmp_path / "list.csv"])
+    splits = sources.load_splits("imagefolder", data_list=[tmp_path / "list.csv"])
     assert {part.name(i) for part in splits[:2] for i in range(len(part))} == set(map(str, paths))
 
 
@@ -315,41 +315,41 @@ def test_images_without_labels(tmp_path):
     two_classes(tmp_path, "parted/train", "parted/test")
     write_images(tmp_path / "flat" / "deeper" / "still", "d")
     (tmp_path / "list.txt").write_text("flat/a.png\nflat/b.png\n")
-    flat = data.load_unlabelled(tmp_path / "flat")
+    flat = sources.load_unlabelled(tmp_path / "flat")
     assert list(flat.relative_names()) == ["a.png", "b.png", "c.png", "deeper/still/d.png"]
     assert set(flat.labels) == {data.UNLABELLED}
-    parted = data.load_unlabelled(tmp_path / "parted")
+    parted = sources.load_unlabelled(tmp_path / "parted")
     assert parted.name(0) == str(tmp_path / "parted/train/cat/a.png") and len(parted) == 6  # none of test/
-    listed = data.load_unlabelled(data_list=[tmp_path / "list.txt"])
+    listed = sources.load_unlabelled(data_list=[tmp_path / "list.txt"])
     assert list(listed.relative_names()) == ["flat/a.png", "flat/b.png"]
-    assert [data.has_labels(tmp_path / name) for name in ("flat", "parted", ".")] == [False, True, True]
-    assert not data.has_labels(None, [tmp_path / "list.txt"])
+    assert [sources.has_labels(tmp_path / name) for name in ("flat", "parted", ".")] == [False, True, True]
+    assert not sources.has_labels(None, [tmp_path / "list.txt"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: no images \(looked for"):
-        data.load_unlabelled(tmp_path / "empty")
+        sources.load_unlabelled(tmp_path / "empty")
     with pytest.raises(InputError, match="dataset unlabelled needs --data-dir"):
-        data.load_unlabelled()
+        sources.load_unlabelled()
     with pytest.raises(InputError, match="--dataset unlabelled is for pretraining"):
-        data.load_splits("unlabelled", tmp_path / "flat")
+        sources.load_splits("unlabelled", tmp_path / "flat")
 
 
 def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
-    data.load_splits("imagefolder", tmp_path)
+    sources.load_splits("imagefolder", tmp_path)
     assert capsys.readouterr().out.startswith("6 of 6 evaluation images are copies of training images")
     for number, path in enumerate(sorted((tmp_path / "val").rglob("*.png"))):
         Image.new("RGB", (6, 5), (number, 1, 2)).save(path)
-    data.load_splits("imagefolder", tmp_path)
+    sources.load_splits("imagefolder", tmp_path)
     assert capsys.readouterr().out == ""
     (tmp_path / "val" / "cat" / "b.png").write_bytes((tmp_path / "train" / "dog" / "c.png").read_bytes())
-    data.load_splits("imagefolder", tmp_path)
+    sources.load_splits("imagefolder", tmp_path)
     copied = capsys.readouterr().out
     assert copied.startswith(
         f"1 of 6 evaluation images are copies of training images, such as {tmp_path}/val/cat/b.png of"
     )
     (tmp_path / "val" / "cat" / "b.png").rename(tmp_path / "val" / "cat" / "\x1b[31mb.png")
-    data.load_splits("imagefolder", tmp_path)
+    sources.load_splits("imagefolder", tmp_path)
     assert capsys.readouterr().out.strip().isprintable()
 
 
@@ -358,7 +358,7 @@ def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 6 images can be read, such as .*a\.png: not a readable"):
-        data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+        sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
 def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
@@ -366,7 +366,7 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
     for path in (tmp_path / "train/dog").iterdir():
         path.write_bytes(b"")
     with pytest.raises(InputError, match="no training image of dog can be read"):
-        data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+        sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
 def test_a_drawn_part_has_every_class(tmp_path):
@@ -380,8 +380,8 @@ def test_a_drawn_part_has_every_class(tmp_path):
 def test_among_too_many_images_copies_are_not_looked_for_which_is_told(tmp_path, monkeypatch, capsys):
     two_classes(tmp_path, "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
-    monkeypatch.setattr(data, "MOST_COMPARED", 11)
-    data.load_splits("imagefolder", tmp_path)
+    monkeypatch.setattr(sources, "MOST_COMPARED", 11)
+    sources.load_splits("imagefolder", tmp_path)
     assert "may be copies of training images: more than 11 are not compared" in capsys.readouterr().out
 
 
@@ -394,7 +394,7 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
             (tmp_path / name).read_bytes() if name.endswith("png") else (tmp_path / "train/cat/good.jpg").read_bytes()
         )
         (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
-    splits = data.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+    splits = sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
     told = capsys.readouterr().out
     assert "3 of 14 images cannot be read and are left out:" in told and "1 of 12 images cannot" in told
     for name in broken:
@@ -403,12 +403,12 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
     assert len(names) == 22 and names.isdisjoint(broken) and "train/cat/good.jpg" in names
     assert len([image for part in splits[:2] for image, _ in part]) == 22
     with pytest.raises(InputError, match=r"a\.png: not a readable image .* or use --skip-unreadable"):
-        list(data.load_splits("imagefolder", tmp_path).train)
+        list(sources.load_splits("imagefolder", tmp_path).train)
 
 
 def test_an_unknown_data_set():
     with pytest.raises(InputError, match=r"'digit' is none of digits, imagefolder, unlabelled; .* --data-dir"):
-        data.load_splits("digit")
+        sources.load_splits("digit")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "half"])
@@ -417,7 +417,7 @@ def test_an_unreadable_image_is_named(tmp_path, content):
     write_images(tmp_path / "dog", "ab")
     broken = tmp_path / "cat" / "a.png"
     broken.write_bytes(broken.read_bytes()[:60] if content == "half" else content)
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     with pytest.raises(InputError, match=r"a\.png: not a readable image"):
         for images in (splits.train, splits.val):
             for _ in images:
@@ -438,7 +438,7 @@ def set_of(folder, **classes: int) -> data.LabelledImages:
 def test_a_validation_part_has_some_of_each_class_and_never_all(make, tmp_path):
     images = make(tmp_path, many=1000, few=4, two=2, one=1)
     for share in (1e-9, 0.2, 0.7, 1 - 1e-9):
-        rest, part = data.validation_part(images, share)
+        rest, part = sources.validation_part(images, share)
         assert indices(rest) | indices(part) == set(range(1007)) and indices(rest).isdisjoint(indices(part))
         counts = np.bincount(part.labels, minlength=4)
         assert counts[0] == pytest.approx(1000 * share, abs=40) and 0 < counts[0] < 1000
@@ -450,17 +450,17 @@ def test_a_part_is_taken_off_again_and_again(tmp_path):
     images, seen = set_of(tmp_path, many=2000, more=2000), set()
     for turn in range(3):
         expected = len(images) / 5
-        images, part = data.validation_part(images)
+        images, part = sources.validation_part(images)
         assert len(part) == pytest.approx(expected, rel=0.15), turn
         assert seen.isdisjoint(indices(part))
         seen |= indices(part)
-    _, part = data.validation_part(images.subset(range(100)))  # which remembers what was taken off before
+    _, part = sources.validation_part(images.subset(range(100)))  # which remembers what was taken off before
     assert 10 < len(part) < 30
 
 
 def test_a_set_of_lone_images_has_no_validation_part(tmp_path):
     with pytest.raises(InputError, match="every class has only one"):
-        data.validation_part(set_of(tmp_path, cat=1, dog=1))
+        sources.validation_part(set_of(tmp_path, cat=1, dog=1))
 
 
 def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
@@ -612,5 +612,5 @@ def test_an_image_knows_its_file(tmp_path):
         (tmp_path / label).mkdir()
         for name in "abc":
             Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
-    images = data.load_splits("imagefolder", tmp_path).train
+    images = sources.load_splits("imagefolder", tmp_path).train
     assert [images.name(i) for i in range(4)] == [f"{tmp_path}/{key}" for key in images.relative_names()]

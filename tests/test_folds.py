@@ -13,7 +13,7 @@ import finetune_lora
 from tests.test_splitting import patients
 from toolkit import InputError
 from toolkit.files import SHIPPED, read_checkpoint
-from toolkit.images.data import load_splits
+from toolkit.images.sources import load_splits
 from toolkit.run import folds
 from toolkit.run.guard import Collapsed
 

@@ -30,7 +30,8 @@ from lora.int8 import LARGEST, Int8Weight
 from lora_utils import LoRAManager, base_digests, read_adapter_file
 from toolkit import InputError, devices
 from toolkit.devices import ARITHMETICS
-from toolkit.images.data import Transformed, load_splits
+from toolkit.images.data import Transformed
+from toolkit.images.sources import load_splits
 from toolkit.run import arithmetic, runs
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from lora_utils import read_adapter_file
 from moco import pretrain
 from toolkit import InputError, config
 from toolkit.files import read_checkpoint
-from toolkit.images import data
+from toolkit.images import data, sources
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import optim
 
@@ -336,8 +336,8 @@ def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
 
 def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
     asked, loaders = [], []
-    load, build = data.load_splits, data.build_loader
-    monkeypatch.setattr(data, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
+    load, build = sources.load_splits, data.build_loader
+    monkeypatch.setattr(sources, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
     monkeypatch.setattr(data, "build_loader", lambda *args, **kw: loaders.append(args[0].dataset) or build(*args, **kw))
     run("--epochs 1")
     run("--epochs 1 --eval-split validation --batch-size 4")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from moco import pretrain
 from toolkit import InputError
-from toolkit.images import data, shards, transforms
+from toolkit.images import data, shards, sources, transforms
 
 
 def write_shard(path, samples: dict[str, bytes]) -> None:
@@ -43,7 +43,7 @@ def level(image) -> int:
 
 def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
     write_set(tmp_path, 20)
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     assert splits.class_names == ["8", "9", "10"] and len(splits.train) + len(splits.val) == 20
     for part in splits[:2]:
         for i in range(len(part)):
@@ -57,15 +57,15 @@ def test_images_and_their_labels_are_read_from_where_they_lie(tmp_path):
 def test_archives_of_training_and_evaluation_lie_in_folders_of_their_own(tmp_path):
     write_set(tmp_path / "train", 12)
     write_set(tmp_path / "validation", 3)
-    splits = data.load_splits("imagefolder", tmp_path)
+    splits = sources.load_splits("imagefolder", tmp_path)
     assert (len(splits.train), len(splits.val)) == (12, 3)
-    assert len(data.load_splits("imagefolder", tmp_path, for_training_only=True).train) == 12
+    assert len(sources.load_splits("imagefolder", tmp_path, for_training_only=True).train) == 12
 
 
 def test_copies_in_archives_are_told(tmp_path, capsys):
     write_set(tmp_path / "train", 12)
     write_set(tmp_path / "val", 3)
-    data.load_splits("imagefolder", tmp_path)
+    sources.load_splits("imagefolder", tmp_path)
     example = f"{tmp_path}/val/shard-000.tar/0000.jpg of {tmp_path}/train/shard-000.tar/0000.jpg"
     assert f"3 of 3 evaluation images are copies of training images, such as {example}" in capsys.readouterr().out
 
@@ -79,7 +79,7 @@ def test_any_image_format_and_names_in_folders_will_do(tmp_path):
 
 def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
     write_set(tmp_path, 120)
-    images = data.load_unlabelled(tmp_path)
+    images = sources.load_unlabelled(tmp_path)
     assert set(images.labels) == {images[0][1]} == {data.UNLABELLED}  # though the archives have labels
     loader = data.build_loader(data.Transformed(images, level), 8, shuffle=True, seed=1)
     batches = loader.batch_sampler
@@ -97,7 +97,7 @@ def test_an_epoch_takes_a_few_archives_at_a_time_and_every_image_once(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_is_loaded_does_not_depend_on_the_workers(tmp_path, workers):
     write_set(tmp_path, 24)
-    images, transform = data.load_unlabelled(tmp_path), transforms.train_transform(8, "crop")
+    images, transform = sources.load_unlabelled(tmp_path), transforms.train_transform(8, "crop")
     loaded = [
         torch.cat([x for x, _ in data.build_loader(data.Transformed(images, transform), 6, shuffle=True, workers=w)])
         for w in (0, workers)
@@ -107,7 +107,7 @@ def test_what_is_loaded_does_not_depend_on_the_workers(tmp_path, workers):
 
 def test_archives_without_labels_pretrain_a_backbone(tmp_path, capsys):
     write_set(tmp_path / "set", 16, labels=False)
-    assert not data.has_labels(tmp_path / "set")
+    assert not sources.has_labels(tmp_path / "set")
     flags = f"--data-dir {tmp_path / 'set'} --output-dir {tmp_path / 'out'} --epochs 1 --batch-size 8 --dim 8"
     results = pretrain.main([*flags.split(), "--mlp-dim", "8"])
     assert results["knn_accuracy"] is None and results["effective_rank"] > 0
@@ -155,7 +155,7 @@ def test_an_archive_that_is_damaged_in_its_middle_is_not_taken_for_a_short_one(t
     content[content.index(b"0003.jpg") + 4] ^= 1  # in a header: its checksum no longer fits
     (tmp_path / "shard-000.tar").write_bytes(content)
     with pytest.raises(InputError, match=r"shard-000\.tar: not a tar archive that can be read \(it is damaged"):
-        data.load_unlabelled(tmp_path)
+        sources.load_unlabelled(tmp_path)
 
 
 @pytest.mark.parametrize("target", ["gone.cls", "0.cls"])
@@ -172,17 +172,17 @@ def test_a_label_that_links_to_nothing_or_to_itself_is_one_line(tmp_path, target
 
 def test_a_damaged_image_is_named_with_its_archive(tmp_path):
     write_shard(tmp_path / "a.tar", {"0.jpg": jpeg(9)[:40], "1.jpg": b"nothing", "2.jpg": jpeg(7)})
-    images = data.load_unlabelled(tmp_path)
+    images = sources.load_unlabelled(tmp_path)
     for i in (0, 1):
         with pytest.raises(InputError, match=rf"a\.tar/{i}\.jpg: not a readable image"):
             images[i]
-    assert len(data.readable(images)) == len(data.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
+    assert len(sources.readable(images)) == len(sources.load_unlabelled(tmp_path, skip_unreadable=True)) == 1
 
 
 def test_archives_without_labels_cannot_be_learnt_from(tmp_path):
     write_set(tmp_path, 6, labels=False)
     with pytest.raises(InputError, match=r"have no labels, a \.cls beside each.* If each archive is a class, "):
-        data.load_splits("imagefolder", tmp_path)
+        sources.load_splits("imagefolder", tmp_path)
 
 
 def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tmp_path):
@@ -191,10 +191,10 @@ def test_neither_archives_nor_the_image_files_beside_them_are_used_in_silence(tm
     (tmp_path / "val" / "0").mkdir()
     (tmp_path / "val" / "0" / "a.jpg").write_bytes(jpeg(0))
     with pytest.raises(InputError, match=r"val has both archives, as shard-000\.tar, and image files, as 0/a\.jpg"):
-        data.load_splits("imagefolder", tmp_path)
-    assert len(data.load_unlabelled(tmp_path)) == 6
+        sources.load_splits("imagefolder", tmp_path)
+    assert len(sources.load_unlabelled(tmp_path)) == 6
     (tmp_path / "val" / "0").rename(tmp_path / "train" / "@eaDir")  # thumbnails are no images
-    assert len(data.load_splits("imagefolder", tmp_path).train) == 6
+    assert len(sources.load_splits("imagefolder", tmp_path).train) == 6
 
 
 def test_two_spellings_of_a_label_are_one_class(tmp_path):

@@ -11,7 +11,7 @@ from toolkit import InputError
 from toolkit.answers import probe
 from toolkit.answers.measures import wilson_interval
 from toolkit.images import splitting
-from toolkit.images.data import load_splits, validation_part
+from toolkit.images.sources import load_splits, validation_part
 from toolkit.run import search
 
 

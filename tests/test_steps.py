@@ -17,7 +17,8 @@ from toolkit import InputError
 from toolkit.answers.classification import ClassObjective
 from toolkit.answers.evaluation import evaluate
 from toolkit.files import read_checkpoint
-from toolkit.images.data import Transformed, build_loader, load_splits
+from toolkit.images.data import Transformed, build_loader
+from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 from toolkit.run import runs
 from toolkit.run.training import MicroBatches

@@ -7,7 +7,7 @@ from PIL import Image, JpegImagePlugin
 from torchvision import transforms as T
 
 from benchmarks import loading
-from toolkit.images import data, transforms
+from toolkit.images import data, sources, transforms
 
 
 def pixel(image: Image.Image) -> tuple[int, int, int]:
@@ -73,7 +73,7 @@ def test_a_transform_takes_what_image_open_returns(tmp_path, size):
         odd_files(tmp_path / "train" / label)
         odd_files(tmp_path / "val" / label)
         photograph(tmp_path / "val" / label / "large.jpg")
-    images, transform = data.load_splits("imagefolder", tmp_path).val, transforms.eval_transform(size)
+    images, transform = sources.load_splits("imagefolder", tmp_path).val, transforms.eval_transform(size)
     for i, (evaluated, _) in enumerate(data.Transformed(images, transform)):
         assert torch.equal(transform(Image.open(images.name(i))), evaluated), images.name(i)
 
@@ -263,7 +263,7 @@ def test_a_transform_of_ones_own_gets_decoded_rgb_images(tmp_path):
 
 
 def a_digit() -> Image.Image:
-    return data.load_splits("digits").train[0][0]
+    return sources.load_splits("digits").train[0][0]
 
 
 def test_two_crops_differ_from_each_other_and_repeat_with_the_seed():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from toolkit import distributed
 from toolkit.images import splitting
-from toolkit.images.data import strata
+from toolkit.images.splitting import strata
 from toolkit.models.backbones import head_name
 
 STRENGTHS = 10.0 ** np.arange(-4, 2)  # of scikit-learn's C: from strong regularisation to weak

@@ -19,9 +19,9 @@ from toolkit.answers.multilabel import MultiLabel
 from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation, rare_class_weights
-from toolkit.images.data import Splits
 from toolkit.images.masks import MaskReader
 from toolkit.images.masks import from_record as masks_from_record
+from toolkit.images.sources import Splits
 
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
 

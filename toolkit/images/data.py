@@ -1,4 +1,4 @@
-"""Labelled images, their splits, augmentations and loaders, for pretraining and for fine-tuning."""
+"""Images with their labels, and the loaders that make batches of them."""
 
 import functools
 import hashlib
@@ -7,51 +7,21 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from toolkit import InputError, distributed, listed, printable
-from toolkit.images import splitting
-from toolkit.images.bands import Bands
-from toolkit.images.folders import (
-    EVALUATION_NAMES,
-    ImageFiles,
-    UnreadableImage,
-    class_folders,
-    copies,
-    evaluation_folder,
-    has_class_folders,
-    image_names,
-    labelled_files,
-    looked_for,
-    tell_others,
-)
-from toolkit.images.lists import (
-    in_order,
-    like,
-    list_has_labels,
-    look_like_numbers,
-    read_groups,
-    read_list,
-    read_paths,
-    read_targets,
-)
-from toolkit.images.shards import ShardedImages, read_shards, shard_names
+from toolkit import distributed
+from toolkit.images.folders import ImageFiles
+from toolkit.images.shards import ShardedImages
 from toolkit.images.transforms import TwoCrops, View, to_rgb
 
-UNLABELLED_SET = "unlabelled"  # all images of a folder, for pretraining alone
-DATASETS = ("digits", "imagefolder", UNLABELLED_SET)
-EVAL_SPLITS = ("held-out", "validation")
-HELD_OUT_FRACTION = 0.2  # of sets that come in one part, and of the training split for eval_split="validation"
+UNLABELLED = -1  # the label of an image without one
 
 
 class LabelledImages(Dataset):
@@ -62,26 +32,20 @@ class LabelledImages(Dataset):
     Args:
         source: has (image, label) at each index.
         labels: the label of each.
-        indices: those of the source that are meant, in order; None: all.
         targets: (N, K) of all images, where each has more to it than a class: then a row of them takes the label's
-            place, and `labels` only say which images are alike (see `strata`).
+            place, and `labels` only say which images are alike (see `splitting.strata`).
     """
 
     def __init__(
         self,
         source: Sequence[tuple[Any, int]],
         labels: Sequence[int],
-        indices: Sequence[int] | None = None,
         targets: torch.Tensor | None = None,
     ):
         self.source = source
-        if indices is None:
-            indices = range(len(labels))
-        self.indices = np.array(indices, dtype=int)
-        self.labels = [int(labels[i]) for i in self.indices]
+        self.indices = np.arange(len(labels))  # those of the source that are meant, in order
+        self.labels = list(map(int, labels))
         self.targets = targets
-        if targets is not None:
-            self.targets = targets[self.indices]
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
 
@@ -112,6 +76,12 @@ class LabelledImages(Dataset):
         if self.groups is not None:
             images.groups = self.groups[positions]
         images.times_split = self.times_split
+        return images
+
+    def part(self, positions: Sequence[int]) -> "LabelledImages":
+        """A side of a split: a `subset` that the next split draws anew from."""
+        images = self.subset(positions)
+        images.times_split += 1
         return images
 
     def at_most(self, count: int) -> "LabelledImages":
@@ -151,541 +121,6 @@ class LabelledImages(Dataset):
         if self.targets is not None:
             hashed.update(self.targets.numpy().tobytes())
         return hashed.hexdigest()
-
-
-class Splits(NamedTuple):
-    train: LabelledImages
-    val: LabelledImages
-    class_names: list[str]  # or those of the labels, or numbers, of which an image has several
-
-    def groups_told(self) -> str:
-        """How many groups each side has, as '40 + 10'."""
-        return " + ".join(f"{len(np.unique(part.groups)):,}" for part in (self.train, self.val))
-
-    def digest(self) -> str:
-        """Equal for splits of the same files with the same labels into the same parts."""
-        return hashlib.sha256(f"{self.train.digest} {self.val.digest}".encode()).hexdigest()
-
-
-def load_splits(
-    dataset: str = "digits",
-    data_dir: str | Path | None = None,
-    eval_split: str = "held-out",
-    labels_per_class: int | None = None,
-    seed: int = 0,
-    *,
-    val_dir: str | Path | None = None,
-    data_list: Sequence[str | Path] | None = None,
-    skip_unreadable: bool = False,
-    for_training_only: bool = False,
-    bands: Bands | None = None,
-    task: str = "classification",
-    unknown: str = "ignore",
-    group_by: str | None = None,
-    folds: str | None = None,
-    label_columns: Sequence[str] | None = None,
-) -> Splits:
-    """The training and evaluation images of a data set, without any transform.
-
-    Args:
-        dataset: one of DATASETS.
-        data_dir: `imagefolder`: the folder with train/ and val/ (or valid/, validation/, else test/), or with the class
-            folders of one set, which is split.
-        eval_split: what `val` is: 'held-out', or 'validation', the `validation_part` of the training split, for
-            choosing hyperparameters without a look at the held-out images.
-        labels_per_class: keep only so many random training images of each class.
-        seed: draws those; the splits themselves never depend on it.
-        val_dir: `imagefolder`: the evaluation images, a folder per class.
-        data_list: `imagefolder`: lists of `path,label` lines instead of class folders, one to be split, or two of
-            which the second is for evaluation. Relative paths are relative to `data_dir`, else to the list's folder.
-        skip_unreadable: read all images once and leave out those that cannot be read.
-        for_training_only: the evaluation images are not needed, and `val` may be empty.
-        bands: `imagefolder`: what is read of files that are no RGB photographs.
-        task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
-        unknown: what unknown labels mean, as `read_label_list` takes it.
-        group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
-            patient, field or video: no such group is on two sides of a split.
-        folds: '2/5': evaluate on the second of five parts of the training images.
-        label_columns: the columns of lists that are labels or numbers, `A..B` for all from A to B; None: all.
-
-    Raises:
-        InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
-            among the training and the evaluation images.
-    """
-    needs_val = eval_split == "held-out" and not for_training_only and folds is None
-    if task != "classification":
-        train, val, class_names = _target_lists(data_list, data_dir, bands, task, unknown, group_by, label_columns)
-    else:
-        train, val, class_names = _images_of(
-            dataset, data_dir, val_dir, data_list, needs_val, bands, group_by, label_columns
-        )
-    if group_by is not None:
-        _group(train, val, data_list, group_by, needs_val)
-    if folds is not None:
-        train, val = fold_part(train, *splitting.read_folds(folds))
-    elif val is None:
-        train, val = validation_part(train)
-    if skip_unreadable:
-        labels = set(train.labels)
-        train = readable(train)
-        val = readable(val)
-        if task == "classification":
-            _check_each_is_left(labels, train, class_names)
-    if eval_split == "validation" or folds is not None:
-        left_alone = val_dir or (data_list or [])[1:]
-        if left_alone and not for_training_only:
-            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
-    if eval_split == "validation":
-        train, val = validation_part(train)
-    if group_by is not None and task == "classification":
-        _tell_untrained(train, val, class_names)
-    if not for_training_only:
-        _tell_copies(train, val)
-    if labels_per_class is not None:
-        train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
-    return Splits(train, val, class_names)
-
-
-def unknown_dataset(name: str) -> str:
-    """What to say of a data set that there is not."""
-    return (
-        f"'{printable(name)}' is none of {', '.join(DATASETS)}; no set is downloaded: get a public one yourself, and "
-        "name its folder with --data-dir"
-    )
-
-
-def _check_each_is_left(labels: set[int], train: LabelledImages, class_names: Sequence[str]) -> None:
-    """Raise InputError if one of the classes has no training image that can be read."""
-    gone = sorted(labels - set(train.labels))
-    if gone:
-        names = listed(class_names[label] for label in gone)
-        raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
-
-
-# Training images, evaluation images (None: they are a part of the training images yet) and the names of the classes.
-Undivided = tuple[LabelledImages, LabelledImages | None, list[str]]
-
-
-def _images_of(
-    dataset: str,
-    data_dir: str | Path | None,
-    val_dir: str | Path | None,
-    data_list: Sequence[str | Path] | None,
-    needs_val: bool,
-    bands: Bands | None,
-    group_by: str | None,
-    label_columns: Sequence[str] | None,
-) -> Undivided:
-    """All images of a data set with one class an image. The arguments are `load_splits`'s."""
-    if dataset == "digits":
-        return _digits(data_dir)
-    if dataset == "imagefolder":
-        if data_list:
-            return _image_lists(data_list, data_dir, bands, group_by, label_columns)
-        return _image_folder(data_dir, val_dir, needs_val, bands)
-    if dataset == UNLABELLED_SET:
-        raise InputError(
-            f"--dataset {UNLABELLED_SET} is for pretraining; here each image needs a label: use imagefolder"
-        )
-    raise InputError(unknown_dataset(dataset))
-
-
-UNLABELLED = -1  # the label of an image without one
-
-
-def load_unlabelled(
-    data_dir: str | Path | None = None,
-    data_list: Sequence[str | Path] | None = None,
-    skip_unreadable: bool = False,
-    bands: Bands | None = None,
-) -> LabelledImages:
-    """All images below a folder, or in a list, for pretraining. Of a folder with a train/ only those in there.
-
-    Raises:
-        InputError: no such folder or list, or no images.
-    """
-    if data_list:
-        path = Path(data_list[0])
-        folder = _folder_of_list(path, data_dir)
-        source = ImageFiles(folder, read_paths(path, folder), (), bands)
-    else:
-        folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
-        if shard_names(folder):
-            source, _ = read_shards(folder, bands)
-        else:
-            source = _all_images(folder, bands)
-    source.labels = [UNLABELLED] * len(source)
-    images = LabelledImages(source, source.labels)
-    if skip_unreadable:
-        return readable(images)
-    return images
-
-
-def _all_images(folder: Path, bands: Bands | None) -> ImageFiles:
-    """Those below a folder, without labels; says which other files are there. Raises InputError if there are none."""
-    others = Counter()
-    names = image_names(folder, others=others, bands=bands)
-    if not names:
-        raise InputError(f"{folder}: no images {looked_for(others, bands)}")
-    tell_others(folder, others)
-    return ImageFiles(folder, names, (), bands)
-
-
-def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
-    """Does the folder have class folders, or archives with labels, or the list labels?"""
-    if data_list:
-        return list_has_labels(Path(data_list[0]))
-    folder = _train_folder(_folder_of_images(data_dir))
-    if shard_names(folder):
-        return bool(read_shards(folder)[1])
-    return has_class_folders(folder)
-
-
-def _train_folder(root: Path) -> Path:
-    """The train/ in a folder, or else the folder."""
-    if os.path.isdir(root / "train"):
-        return root / "train"
-    return root
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is wrong with the images
-
-MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take seconds to minutes at each start
-
-
-def _tell_copies(train: LabelledImages, val: LabelledImages) -> None:
-    """Say how many evaluation images are training images too: the accuracy on them shows memory, not learning.
-
-    Where there are too many to compare, say that.
-    """
-    own = isinstance(train.source, ImageFiles) and isinstance(val.source, ImageFiles)
-    if not own or not distributed.is_main():
-        return
-    if len(train) + len(val) > MOST_COMPARED:
-        print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
-        return
-    found = copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
-    if found:
-        first, other = found[0]
-        print(
-            f"{len(found)} of {len(val)} evaluation images are copies of training images, "
-            f"such as {printable(first)} of {printable(other)}"
-        )
-
-
-def _tell_untrained(train: LabelledImages, val: LabelledImages, class_names: Sequence[str]) -> None:
-    gone = sorted(set(val.labels) - set(train.labels))
-    if gone:
-        names = listed(class_names[label] for label in gone)
-        print(f"no training image of {names} is left: all are in groups that are evaluated on")
-
-
-def readable(images: LabelledImages) -> LabelledImages:
-    """The images that can be read; says which others it leaves out. All are read, JPEGs at an eighth of their size."""
-    broken = unreadable_among(images)
-    if not broken:
-        return images
-    if len(broken) == len(images):
-        raise InputError(f"none of the {len(images)} images can be read, such as {_without_remedy(broken[0])}")
-    print(f"{len(broken)} of {len(images)} images cannot be read and are left out:")
-    for error in broken.values():
-        print(f"  {_without_remedy(error)}")
-    return images.subset([i for i in range(len(images)) if i not in broken])
-
-
-def _without_remedy(error: UnreadableImage) -> str:
-    """Its remedy is to skip such images, which is being done."""
-    return str(error).partition("; repair")[0]
-
-
-def unreadable_among(images: LabelledImages) -> dict[int, UnreadableImage]:
-    """The error of each image that cannot be read, by position."""
-
-    def problem(i: int) -> UnreadableImage | None:
-        try:
-            image, _ = images.undecoded(i)
-            if not isinstance(image, np.ndarray):
-                image.draft(None, (1, 1))
-                to_rgb(image)
-        except UnreadableImage as error:
-            return error
-        return None
-
-    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
-        problems = enumerate(pool.imap(problem, range(len(images)), chunksize=16))
-        return {i: error for i, error in problems if error is not None}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-def _digits(data_dir: str | Path | None) -> Undivided:
-    """1,797 handwritten digits of 8x8 pixels and 17 grey levels (UCI optdigits test set) that scikit-learn contains."""
-    if data_dir is not None:
-        raise InputError(f"the digits need no --data-dir; for the images in {data_dir} use --dataset imagefolder")
-    from sklearn.datasets import load_digits  # here, because it takes a second to import
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
-    return LabelledImages(images, digits.target), None, [str(name) for name in digits.target_names]
-
-
-def _image_folder(
-    data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
-) -> Undivided:
-    """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
-    root = _folder_of_images(data_dir)
-    train = _train_folder(root)
-    held_out = None
-    if val_dir is not None:
-        held_out = _existing("--val-dir", val_dir)
-    elif needs_val and train != root:
-        held_out = evaluation_folder(root)
-        if held_out is not None and held_out.name == "test":
-            print("  to leave that for the last number, add a val/, or --eval-split validation")
-    if held_out is None and needs_val and train != root:
-        raise InputError(
-            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
-            "put the class folders straight into --data-dir"
-        )
-    if shard_names(train):
-        folders = [train]
-        if held_out is not None:
-            folders.append(held_out)
-        images, val, class_names = _by_label(folders, [_labelled_shards(folder, bands) for folder in folders])
-        if val is None and train != root:
-            val = images.subset([])
-        return images, val, class_names
-    class_names = class_folders(train)
-    if held_out is None and train == root:
-        return _folder_images(root, class_names, bands), None, class_names
-    images = _folder_images(train, class_names, bands)
-    if held_out is None:
-        return images, images.subset([]), class_names
-    _check_classes(held_out, class_folders(held_out, at_least=1), train, class_names)
-    return images, _folder_images(held_out, class_names, bands, every=False), class_names
-
-
-def _check_classes(val: Path, val_names: Iterable[str], train: Path, class_names: Sequence[str]) -> None:
-    unknown = set(val_names) - set(class_names)
-    if unknown:
-        raise InputError(f"{val} has classes that {train} lacks: {', '.join(sorted(unknown))}")
-
-
-def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder") -> Path:
-    if data_dir is None:
-        raise InputError(f"dataset {dataset} needs --data-dir, a folder with train/ and val/ or with class folders")
-    return _existing("--data-dir", data_dir)
-
-
-def _existing(option: str, folder: str | Path) -> Path:
-    if os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
-        return Path(folder)
-    if os.path.exists(folder):
-        raise InputError(f"{option} {folder}: a file; give the folder with the images")
-    raise InputError(f"{option} {folder}: no such folder")
-
-
-def _folder_images(folder: Path, class_names: list[str], bands: Bands | None, every: bool = True) -> LabelledImages:
-    files = labelled_files(folder, class_names, every, bands)
-    return LabelledImages(files, files.labels)
-
-
-def _image_lists(
-    lists: Sequence[str | Path],
-    data_dir: str | Path | None,
-    bands: Bands | None,
-    group_by: str | None,
-    label_columns: Sequence[str] | None,
-) -> Undivided:
-    """The images of one list or of two."""
-    paths, contents = [], []
-    for path, folder in _places_of_lists(lists, data_dir):
-        paths.append(path)
-        names, labels = read_list(path, folder, group_by, label_columns)
-        if not labels:
-            raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
-        if look_like_numbers(labels):
-            raise InputError(
-                f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that images "
-                "share; use --task regression"
-            )
-        contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
-    return _by_label(paths, contents)
-
-
-def _places_of_lists(lists: Sequence[str | Path], data_dir: str | Path | None) -> Iterator[tuple[Path, Path]]:
-    """Each list, and the folder in which its images are."""
-    if len(lists) > 2:
-        raise InputError(
-            f"--data-list: expected one list, or one for training and one for evaluation, got {len(lists)}"
-        )
-    for path in map(Path, lists):
-        yield path, _folder_of_list(path, data_dir)
-
-
-def _folder_of_list(path: Path, data_dir: str | Path | None) -> Path:
-    """The folder that the paths in a list are relative to."""
-    if data_dir:
-        return _existing("--data-dir", data_dir)
-    return path.parent
-
-
-def _target_lists(
-    lists: Sequence[str | Path] | None,
-    data_dir: str | Path | None,
-    bands: Bands | None,
-    task: str,
-    unknown: str,
-    group_by: str | None,
-    label_columns: Sequence[str] | None,
-) -> Undivided:
-    """The images of one list or of two, with several labels or with numbers."""
-    if not lists:
-        forms = {"multilabel": 'several labels, as `path,"a,b"`', "regression": "numbers, as `path,3.5`"}
-        raise InputError(
-            f"--task {task} needs --data-list: a folder or an archive says one class for each image, a list says "
-            f"{forms[task]}"
-        )
-    found = []
-    for path, folder in _places_of_lists(lists, data_dir):
-        targets = read_targets(path, folder, task, unknown, group_by, label_columns)
-        if found:
-            targets = like(targets, found[0][1].names, path, Path(lists[0]), unknown)
-        found.append((folder, targets))
-    parts = []
-    for folder, targets in found:
-        labels = [0] * len(targets.paths)
-        if task == "multilabel":
-            labels = strata(targets.values).tolist()
-        files = ImageFiles(folder, targets.paths, labels, bands)
-        parts.append(LabelledImages(files, labels, targets=targets.values))
-    train, val = [*parts, None][:2]
-    return train, val, found[0][1].names
-
-
-def strata(values: torch.Tensor) -> torch.Tensor:
-    """For each image the rarest label that it has, (N,), or K: a split or a choice that has its share of each of these
-    has its share of rare labels.
-
-    Args:
-        values: (N, K), 1 where an image has the label.
-    """
-    has, labels = values == 1, values.shape[1]
-    rarest_first = has.sum(0).argsort(stable=True)
-    place = torch.where(has[:, rarest_first], torch.arange(labels), labels).amin(1)
-    return torch.cat([rarest_first, torch.tensor([labels])])[place]
-
-
-def _group(
-    train: LabelledImages,
-    val: LabelledImages | None,
-    lists: Sequence[str | Path] | None,
-    by: str,
-    val_is_used: bool,
-) -> None:
-    """Say of each image which group it belongs to: see `load_splits`."""
-    for number, images in enumerate((train, val)):
-        if images is None:
-            continue
-        if not isinstance(images.source, ImageFiles):
-            raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
-        if lists and not by.isdecimal():
-            images.groups = read_groups(Path(lists[number]), by)
-        else:
-            images.groups = splitting.folder_level(images.relative_names(), by)
-    if not lists and by == "1":
-        raise InputError("--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on")
-    if val is not None and val_is_used:
-        splitting.check_apart(train.groups, val.groups, by)
-
-
-def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
-    if not shard_names(folder):
-        raise InputError(f"{folder}: no .tar archives; the training images are in some, so these have to be as well")
-    images, labels = read_shards(folder, bands)
-    if not labels:
-        raise InputError(
-            f"{folder}: the images in its archives have no labels, a .cls beside each .jpg; only pretraining needs "
-            "none. If each archive is a class, as ImageNet comes, unpack each into a folder of its name: "
-            "for t in *.tar; do mkdir ${t%.tar} && tar -xf $t -C ${t%.tar}; done"
-        )
-    return images, labels
-
-
-def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]]) -> Undivided:
-    """Images whose labels are text, of one place or of two."""
-    class_names = in_order(set(contents[0][1]))
-    if len(class_names) < 2:
-        raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
-    _check_classes(places[-1], contents[-1][1], places[0], class_names)
-    numbers = {name: number for number, name in enumerate(class_names)}
-    parts = []
-    for files, labels in contents:
-        files.labels = [numbers[label] for label in labels]
-        parts.append(LabelledImages(files, files.labels))
-    train, val = [*parts, None][:2]
-    return train, val, class_names
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits
-
-
-def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) -> tuple[LabelledImages, LabelledImages]:
-    """Split a part off: (rest, part). `part` has about this share of each class, always the same images.
-
-    Of files, the paths within their folder decide, so that an added file changes the place of no other. (The exception
-    is a class of a few images that all fall to one side: one of them goes to the other side until an added one does.)
-
-    Where images are in groups, no group is on both sides; an added file may then change others' places.
-
-    Raises:
-        InputError: every class has only one image, which stays in `rest`, or all images are in one group.
-    """
-    if images.groups is not None:
-        rest, part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)
-    elif isinstance(images.source, ImageFiles):
-        rest, part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
-    else:
-        rest, part = splitting.at_random(images.labels, share)
-    if not len(part):
-        raise InputError("too few images to hold some out: every class has only one")
-    return _apart(images, rest, part)
-
-
-def fold_part(images: LabelledImages, number: int, count: int) -> tuple[LabelledImages, LabelledImages]:
-    """(rest, part) for one of the `count` parts of a cross-validation, `number` from 1: see `splitting.folds`.
-
-    Raises:
-        InputError: there are fewer images, or groups, than parts.
-    """
-    keys = images.groups
-    if keys is None:
-        keys = images.relative_names()
-    in_part = splitting.folds(_alike(images), keys, count, images.times_split) == number - 1
-    return _apart(images, np.flatnonzero(~in_part), np.flatnonzero(in_part))
-
-
-NUMBER_STRATA = 5
-
-
-def _alike(images: LabelledImages) -> Sequence[int]:
-    """Which images are alike: their labels, or, of numbers, which fifth of them the first number is among, by size."""
-    if images.targets is None or len(set(images.labels)) > 1:
-        return images.labels
-    rank = images.targets[:, 0].argsort(stable=True).argsort()
-    return (rank * NUMBER_STRATA // len(rank)).tolist()
-
-
-def _apart(images: LabelledImages, *positions: Sequence[int]) -> tuple[LabelledImages, ...]:
-    parts = tuple(images.subset(chosen) for chosen in positions)
-    for part in parts:
-        part.times_split += 1
-    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,16 +35,7 @@ from toolkit.images.bands import (
     read_file,
     split_names,
 )
-from toolkit.images.data import (
-    LabelledImages,
-    Splits,
-    Transformed,
-    fold_part,
-    readable,
-    strata,
-    usable_cores,
-    validation_part,
-)
+from toolkit.images.data import LabelledImages, Transformed, usable_cores
 from toolkit.images.folders import (
     EVALUATION_NAMES,
     ImageFiles,
@@ -55,6 +46,7 @@ from toolkit.images.folders import (
     unreadable,
 )
 from toolkit.images.lists import read_groups, read_list
+from toolkit.images.sources import Splits, fold_part, readable, validation_part
 from toolkit.images.transforms import to_rgb, to_tensor
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
@@ -460,7 +452,7 @@ def load_pairs(
         data_dir: a folder with train/images, train/masks, val/images, val/masks; with images/train, masks/train, ...;
             with images/ and masks/, which are split; or with files x.jpg and x_mask.png.
         data_list: lists of `image,mask` lines, one to be split, or two of which the second is for evaluation.
-        eval_split, val_dir, skip_unreadable, bands, group_by, folds: as for `data.load_splits`.
+        eval_split, val_dir, skip_unreadable, bands, group_by, folds: as for `sources.load_splits`.
         classes: None: as many as the largest value says.
         unknown: the values of pixels that do not count.
 
@@ -545,7 +537,7 @@ def _masked(
             else:
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
                 usable.append(i)
-        masked = MaskedImages(files, strata((targets > 0).float()).tolist(), targets=targets)
+        masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
         masked.groups = files.groups
         images.append(masked.subset(usable))
     _tell(problems, skip_unreadable)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 from toolkit import InputError, listed, printable
 from toolkit.images.folders import one_spelling
@@ -68,6 +69,20 @@ def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], 
             raise InputError(f"--labels-per-class {count}: class {name} has only {len(positions)} training images")
         chosen += positions[:count].tolist()
     return sorted(chosen)
+
+
+def strata(values: torch.Tensor) -> torch.Tensor:
+    """For each image the rarest label that it has, (N,), or K: a split or a choice that has its share of each of these
+    has its share of rare labels.
+
+    Args:
+        values: (N, K), 1 where an image has the label.
+    """
+    has = values == 1
+    labels = values.shape[1]
+    rarest_first = has.sum(0).argsort(stable=True)
+    place = torch.where(has[:, rarest_first], torch.arange(labels), labels).amin(1)
+    return torch.cat([rarest_first, torch.tensor([labels])])[place]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from toolkit import InputError, distributed
 from toolkit.answers.tasks import TASKS, Task, baseline_keys
 from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
-from toolkit.images.data import load_splits
+from toolkit.images.sources import load_splits
 from toolkit.images.splitting import read_folds
 from toolkit.models.checkpoints import is_none
 from toolkit.run import output_folder

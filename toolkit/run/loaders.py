@@ -15,8 +15,9 @@ from toolkit.answers import evaluation
 from toolkit.answers.parts import Task
 from toolkit.images import data
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
-from toolkit.images.data import LabelledImages, LoadingMeter, Splits, Transformed, build_loader
+from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
 from toolkit.images.masks import MaskedImages, TransformedPairs, collate_pairs, pair_transforms
+from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
 from toolkit.run.options import FineTuneOptions

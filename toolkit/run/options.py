@@ -38,9 +38,9 @@ from toolkit.devices import ARITHMETICS, PRECISIONS
 from toolkit.files import SHIPPED, found_path, read_checkpoint
 from toolkit.images import bands, splitting
 from toolkit.images.cache import CACHES
-from toolkit.images.data import DATASETS, EVAL_SPLITS, UNLABELLED_SET, unknown_dataset
 from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.images.lists import UNKNOWN
+from toolkit.images.sources import DATASETS, EVAL_SPLITS, UNLABELLED_SET, unknown_dataset
 from toolkit.images.transforms import AUGMENTATIONS
 from toolkit.models.backbones import ARCHS, TIMM
 from toolkit.models.checkpoints import (
@@ -619,7 +619,7 @@ def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
 
 
 def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
-    """The keyword arguments of `data.load_splits`: where a user's images are, and what is read of them."""
+    """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
     sources = {
         "val_dir": args.val_dir,
         "data_list": args.data_list,

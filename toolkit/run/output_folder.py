@@ -17,8 +17,8 @@ from typing import Any
 
 from toolkit import InputError, distributed, printable
 from toolkit.files import read_checkpoint, same_file
-from toolkit.images.data import UNLABELLED_SET
 from toolkit.images.folders import EVALUATION_NAMES
+from toolkit.images.sources import UNLABELLED_SET
 
 try:
     import fcntl

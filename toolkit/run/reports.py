@@ -18,7 +18,8 @@ from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline
 from toolkit.devices import peak_memory_bytes
 from toolkit.files import open_atomically, stored_path, write_text
 from toolkit.images.bands import recorded
-from toolkit.images.data import LoadingMeter, Splits
+from toolkit.images.data import LoadingMeter
+from toolkit.images.sources import Splits
 from toolkit.models.checkpoints import stored_checkpoint
 from toolkit.run.guard import Guard
 from toolkit.run.optim import WiseFT
@@ -70,7 +71,7 @@ def describe_data(args: DataOptions, splits: Splits) -> str:
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
     line = f"data: {numbers}, {counted(len(splits.class_names), TASKS[args.task].outputs_are)}"
     if args.group_by is not None:
-        line += f", in {splits.groups_told()} groups ({printable(args.group_by)})"
+        line += f", in {splits.group_counts()} groups ({printable(args.group_by)})"
     return line
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from toolkit import InputError, distributed
 from toolkit.answers.tasks import Task
 from toolkit.files import read_checkpoint, save_atomically, write_csv
-from toolkit.images import data
+from toolkit.images import sources
 from toolkit.run import reports, run_state
 from toolkit.run.guard import Collapsed
 
@@ -71,12 +71,12 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
     return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
 
 
-def parts_of(splits: data.Splits) -> data.Splits:
+def parts_of(splits: sources.Splits) -> sources.Splits:
     """The images that a search trains and validates on: two parts of the training images."""
-    rest, part = data.validation_part(splits.train)
-    parts = data.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
+    rest, part = sources.validation_part(splits.train)
+    parts = sources.Splits(rest.at_most(SEARCH_IMAGES), part.at_most(SEARCH_IMAGES), splits.class_names)
     if splits.train.groups is not None:
-        print(f"the search trains and validates on {parts.groups_told()} groups of the training images")
+        print(f"the search trains and validates on {parts.group_counts()} groups of the training images")
     return parts
 
 
