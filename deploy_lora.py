@@ -63,7 +63,7 @@ from toolkit.images.folders import (
     image_names,
     labelled_files,
     looked_for,
-    tell_others,
+    report_others,
 )
 from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
 from toolkit.images.sources import DATASETS, load_splits, readable
@@ -248,10 +248,10 @@ def _images(paths: Sequence[Path], bands: Bands | None) -> LabelledImages:
             raise InputError(f"{path}: no such file or folder; give images, or folders of images")
         found, others = [str(path)], Counter()
         if os.path.isdir(path):
-            found = [f"{path}/{name}" for name in image_names(path, others=others, bands=bands)]
+            found = [f"{path}/{name}" for name in image_names(path, "", others, bands)]
         if not found:
             raise InputError(f"{path}: no images {looked_for(others, bands)}")
-        tell_others(path, others)
+        report_others(path, others)
         names += found
     names = list(dict.fromkeys(names))
     labels = [UNLABELLED] * len(names)

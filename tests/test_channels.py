@@ -195,7 +195,7 @@ def test_pefts_format_and_back_keeps_what_the_images_are(trained, base13, tmp_pa
     back = f"convert {tmp_path / 'peft'} --from peft --output {tmp_path / 'back.pth'} --checkpoint {base13}"
     deploy_lora.main(back.split())
     before, after = (load_finetuned(path)[1] for path in (trained, tmp_path / "back.pth"))
-    assert all(after[name] == before[name] for name in ("channels", "bands", "scale", "mean", "std", "show_bands"))
+    assert all(after[name] == before[name] for name in ("channels", "bands", "scale", "mean", "std"))
 
 
 def test_a_fitted_first_layer_is_fitted_again_when_the_adapter_is_loaded(base, tiffs, tmp_path):
@@ -492,7 +492,7 @@ def test_bands_are_blurred_as_photographs_are():
 
 def test_pictures_show_three_bands_stretched():
     image = torch.linspace(0, 5000, 13 * 100).reshape(13, 10, 10)
-    picture = Bands(13, shown=(3, 2, 1)).picture(image)
+    picture = Bands(13).picture(image)
     assert picture.shape == (10, 10, 3)
     assert (picture.min(), picture.max()) == (0, 1)
     grey = Bands(1).picture(image[:1])

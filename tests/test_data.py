@@ -295,10 +295,10 @@ def test_a_list_of_numbers_is_split(tmp_path):
     assert all(part[i][1].tolist() == part.targets[i].tolist() for part in (train, val) for i in range(len(part)))
 
 
-@pytest.mark.parametrize(("task", "form"), [("multilabel", 'as `path,"a,b"`'), ("regression", "as `path,3.5`")])
-def test_folders_cannot_say_several_labels(tmp_path, task, form):
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_folders_cannot_say_several_labels(tmp_path, task):
     two_classes(tmp_path, "one")
-    with pytest.raises(InputError, match=f"--task {task} needs --data-list: .*{form}"):
+    with pytest.raises(InputError, match=f"--task {task} needs --data-list: a folder or an archive says one class"):
         sources.load_splits("imagefolder", tmp_path / "one", task=task)
 
 

@@ -57,13 +57,11 @@ class Bands:
         chosen: the bands of a file that become the channels, in order: numbers from 1, names of the arrays in an
             `.npz`, or ZEROS. Empty: all bands in the file's order.
         scale: the number by which all values are divided.
-        shown: the positions, from 0, of the three channels that pictures show as red, green and blue; or of one.
     """
 
     channels: int
     chosen: tuple[str, ...] = ()
     scale: float = 1.0
-    shown: tuple[int, ...] = (0,)
 
     def read(self, content: bytes) -> np.ndarray:
         """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
@@ -80,10 +78,7 @@ class Bands:
         size = max((band.shape for band in found.values()), key=math.prod)
         channels = []
         for name in self.chosen:
-            if name == ZEROS:
-                channels.append(np.zeros(size, np.float32))
-            else:
-                channels.append(_enlarged(found[name], size, name))
+            channels.append(np.zeros(size, np.float32) if name == ZEROS else _enlarged(found[name], size, name))
         return np.stack(channels, axis=-1)
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
@@ -112,8 +107,7 @@ class Bands:
         """
         files = []
         for name in names:
-            parts = self._parts_of_name(name)
-            if parts is not None:
+            if parts := self._parts_of_name(name):
                 files.append((parts.place, parts.resolution, name, (parts.begin, parts.end)))
         if not files:
             return list(names), 0
@@ -164,12 +158,8 @@ class Bands:
         missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
         if missing:
             raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-        channels = []
-        for name in self.chosen:
-            if name == ZEROS:
-                channels.append(np.zeros(array.shape[:2], np.float32))
-            else:
-                channels.append(array[..., names.index(name)])
+        zeros = np.zeros(array.shape[:2], np.float32)
+        channels = [zeros if name == ZEROS else array[..., names.index(name)] for name in self.chosen]
         return np.stack(channels, axis=-1)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
@@ -184,12 +174,11 @@ class Bands:
         return array
 
     def scaled(self, image: torch.Tensor) -> torch.Tensor:
-        """The values of an image divided by the scale."""
         return image / self.scale
 
     def picture(self, image: torch.Tensor) -> np.ndarray:
-        """A picture of an image (C, H, W): the `shown` channels as (H, W, 3) from 0 to 1, 2% clipped at each end."""
-        levels = image[list(self.shown)].numpy()
+        """A picture of an image (C, H, W): its likely colours as (H, W, 3) from 0 to 1, 2% clipped at each end."""
+        levels = image[list(_likely_colours(self.channels, self.chosen))].numpy()
         low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
         levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
         return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
@@ -304,10 +293,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 def _check_size(size: int, content: bytes) -> None:
     """Raise ValueError for an image of more bytes than the content of its file can mean."""
-    most = MOST_COMPRESSED * len(content)
-    if size > LARGE_IMAGE:
-        most = MOST_COMPRESSED_IF_LARGE * len(content)
-    if size > most:
+    if size > len(content) * (MOST_COMPRESSED if size <= LARGE_IMAGE else MOST_COMPRESSED_IF_LARGE):
         raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
 
 
@@ -430,7 +416,7 @@ def bands_of(scaling: Scaling, channels: int) -> Bands | None:
         return None
     if chosen and len(chosen) != channels:
         raise InputError(f"--bands names {len(chosen)} bands, and the network takes {channels}")
-    return Bands(channels, chosen, scaling.scale or 1.0, _likely_colours(channels, chosen))
+    return Bands(channels, chosen, scaling.scale or 1.0)
 
 
 # The names of red, green and blue: Sentinel-2's, and plain ones.
@@ -496,19 +482,14 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         images: the training images, a `LabelledImages`.
     """
     bands = bands_of(scaling, channels)
-    known = {"mean": (0.0,), "std": (1.0,)}
-    if channels == 3:
-        known = normalization(arch)
+    known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
     if bands is None and not scaling.normalise:
         return {"mean": _each(mean, channels), "std": _each(std, channels), "bands": None}
     images = images.at_most(MEASURED_IMAGES)
-    scale = 255.0
-    as_array = _numbers
-    if bands is not None:
-        scale = bands.scale
-        as_array = bands.array
+    scale = 255.0 if bands is None else bands.scale
+    as_array = np.asarray if bands is None else bands.array
     found = measured(as_array(images[i][0]) for i in range(len(images)))
     if scaling.normalise:
         varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
@@ -519,10 +500,6 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
         print(_described(bands, values, len(images) if scaling.normalise else 0))
         _check_values(found, bands, values["std"])
     return values
-
-
-def _numbers(photograph: Image.Image) -> np.ndarray:
-    return np.asarray(photograph, dtype=np.float32)
 
 
 def _each(numbers: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -551,9 +528,7 @@ def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None
     channels that hardly vary: Sentinel-2's B10 divided by 10000, as in SSL4EO-S12, has a standard deviation of 0.0005.
     """
     seen = found.std / (bands.scale * np.asarray(std))
-    is_read = np.ones(bands.channels, dtype=bool)
-    if bands.chosen:
-        is_read = np.array(bands.chosen) != ZEROS
+    is_read = np.array([band != ZEROS for band in bands.chosen] or [True] * bands.channels)
     weak = np.flatnonzero(is_read & (seen < SMALLEST_STD)).tolist()
     strong = np.flatnonzero(is_read & (seen > LARGEST_STD)).tolist()
     if strong or 2 * len(weak) > is_read.sum():
@@ -594,7 +569,6 @@ def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
         about |= {"channels": report["channels"], "channel_fit": fit}
     if bands is not None:
         about |= {"channels": bands.channels, "bands": list(bands.chosen), "scale": bands.scale}
-        about |= {"show_bands": [position + 1 for position in bands.shown]}
     return about
 
 
@@ -617,24 +591,14 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     if "scale" not in metadata:
         return {**values, "bands": None}
     chosen = metadata.get("bands")
-    shown = metadata.get("show_bands")
     scale = metadata["scale"]
     are_names = type(chosen) is list and len(chosen) in (0, channels) and set(map(type, chosen)) <= {str}
     is_scale = _are_numbers([scale], 1) and scale > 0
-    if not are_names or not _are_places(shown, channels) or not is_scale:
-        raise InputError("the file is damaged: its bands, scale or show_bands are of no image")
-    positions = tuple(number - 1 for number in shown)
-    return {**values, "bands": Bands(channels, tuple(chosen), float(scale), positions)}
-
-
-def _are_places(shown: Any, channels: int) -> bool:
-    """Are these one or three numbers of channels, from 1?"""
-    if type(shown) is not list or len(shown) not in (1, 3):
-        return False
-    return all(type(number) is int and 1 <= number <= channels for number in shown)
+    if not are_names or not is_scale:
+        raise InputError("the file is damaged: its bands or scale are of no image")
+    return {**values, "bands": Bands(channels, tuple(chosen), float(scale))}
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    if type(values) is not list or len(values) != count:
-        return False
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    is_list = type(values) is list and len(values) == count
+    return is_list and all(type(value) in (int, float) and math.isfinite(value) for value in values)

@@ -1,7 +1,6 @@
 """Image files: finding them below a folder, keeping their names in little memory, and opening them."""
 
 import hashlib
-import itertools
 import os
 import posixpath
 import unicodedata
@@ -104,14 +103,13 @@ def evaluation_folder(root: Path) -> Path | None:
     if len(found) > 1:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
     test = root / "test"
-    if not found and os.path.isdir(test):
+    has_test = os.path.isdir(test)
+    if found and has_test:
+        print(f"evaluating on {found[0]}; {test} is left alone")
+    elif has_test:
         print(f"evaluating on {test}")
         return test
-    if not found:
-        return None
-    if os.path.isdir(test):
-        print(f"evaluating on {found[0]}; {test} is left alone")
-    return found[0]
+    return found[0] if found else None
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
@@ -120,7 +118,7 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
     Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
     """
     names = list(_folders_by_class(folder))
-    if names and {name.lower() for name in names} <= _PART_NAMES:
+    if names and set(map(str.lower, names)) <= _PART_NAMES:
         raise InputError(
             f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
             "them as --data-dir and --val-dir"
@@ -141,8 +139,9 @@ def _folders_by_class(folder: Path) -> dict[str, list[str]]:
     found = {}
     try:
         with os.scandir(folder) as entries:
-            for name in sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name)):
-                found.setdefault(one_spelling(name), []).append(name)
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir() and not _is_hidden(entry.name):
+                    found.setdefault(one_spelling(entry.name), []).append(entry.name)
     except OSError as error:
         raise _unlisted(error) from None
     return dict(sorted(found.items()))
@@ -165,23 +164,25 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
     """
     folders = _folders_by_class(folder)
     others = Counter()
-    found = []
-    for name in class_names:
-        inside = (image_names(folder, inner, others, bands) for inner in folders.get(name, ()))
-        found.append(list(itertools.chain(*inside)))
-    empty = [name for name, images in zip(class_names, found, strict=True) if not images]
-    if len(empty) == len(class_names) or (every and empty):
+    names = []
+    labels = []
+    empty = []
+    for label, class_name in enumerate(class_names):
+        before = len(names)
+        for inner in folders.get(class_name, ()):
+            names += image_names(folder, inner, others, bands)
+        if len(names) == before:
+            empty.append(class_name)
+        labels += [label] * (len(names) - before)
+    if not names or (every and empty):
         raise InputError(f"{folder}: no images in {', '.join(empty)} {looked_for(others, bands)}")
-    tell_others(folder, others)
-    labels = [label for label, images in enumerate(found) for _ in images]
-    return ImageFiles(folder, itertools.chain(*found), labels, bands)
+    report_others(folder, others)
+    return ImageFiles(folder, names, labels, bands)
 
 
 def suffixes(bands: Bands | None = None) -> tuple[str, ...]:
     """The suffixes of image files. Arrays count only where bands are read: elsewhere they may be stored features."""
-    if bands is None:
-        return IMAGE_SUFFIXES
-    return (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
+    return IMAGE_SUFFIXES if bands is None else (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)
 
 
 def image_names(folder: Path, within: str = "", others: Counter | None = None, bands: Bands | None = None) -> list[str]:
@@ -200,10 +201,12 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
 def first_image(folder: Path) -> str | None:
     """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
     try:
-        folders = _image_folders(folder, "", (), Counter(), None)
-        return next((posixpath.join(inner, names[0]) for inner, names in folders if names), None)
+        for inner, names in _image_folders(folder, "", (), Counter(), None):
+            if names:
+                return posixpath.join(inner, names[0])
     except OSError as error:
         raise _unlisted(error) from None
+    return None
 
 
 def _image_folders(
@@ -234,13 +237,13 @@ def _image_folders(
         yield from _image_folders(folder, inner, (*above, here), others, bands)
 
 
-def looked_for(others: Counter | None = None, bands: Bands | None = None) -> str:
+def looked_for(others: Counter, bands: Bands | None = None) -> str:
     """For a message that there are no images: what would be one, and what is there instead."""
     instead = f"; found {_counted(others)}" if others else ""
     return f"(looked for {' '.join(suffixes(bands))}{instead})"
 
 
-def tell_others(folder: str | Path, others: Counter) -> None:
+def report_others(folder: str | Path, others: Counter) -> None:
     """Say how many files of which kinds are not read."""
     if others:
         print(f"{folder}: files that are not read as images: {_counted(others)}")
@@ -262,11 +265,19 @@ def copies(
     files: ImageFiles, chosen: Iterable[int], others: ImageFiles, others_chosen: Iterable[int]
 ) -> list[tuple[str, str]]:
     """(file, other) for each of the chosen files whose content one of the others has too. Only equal sizes are read."""
-    sizes, other_sizes = {i: files.size(i) for i in chosen}, {i: others.size(i) for i in others_chosen}
-    common = (set(sizes.values()) & set(other_sizes.values())) - {-1}
-    known = {_digest(others.content(i)): i for i, size in other_sizes.items() if size in common}
-    found = ((i, known.get(_digest(files.content(i)))) for i, size in sizes.items() if size in common)
-    return [(files.path(i), others.path(other)) for i, other in found if other is not None]
+    sizes = {i: files.size(i) for i in chosen}
+    other_sizes = {i: others.size(i) for i in others_chosen}
+    common = set(sizes.values()) & set(other_sizes.values()) - {-1}
+    known = {}
+    for i, size in other_sizes.items():
+        if size in common:
+            known[_digest(others.content(i))] = others.path(i)
+    found = []
+    for i, size in sizes.items():
+        other = known.get(_digest(files.content(i))) if size in common else None
+        if other is not None:
+            found.append((files.path(i), other))
+    return found
 
 
 def _digest(content: bytes) -> bytes:

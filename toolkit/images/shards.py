@@ -10,6 +10,7 @@ import io
 import os
 import posixpath
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,11 +98,12 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
     texts: list[str | None] = []
     for number, shard in enumerate(shards):
         images, labels = _members(folder / shard, suffixes(bands))
-        names += [f"{shard}/{name}" for name in images]
-        places += [(number, offset, size) for offset, size in images.values()]
-        texts += [labels.get(_key(name)) for name in images]
+        for name, (offset, size) in images.items():
+            names.append(f"{shard}/{name}")
+            places.append((number, offset, size))
+            texts.append(labels.get(_key(name)))
     if not names:
-        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(bands=bands)}")
+        raise InputError(f"{folder}: no images in its {len(shards)} archives {looked_for(Counter(), bands)}")
     bare = [name for name, text in zip(names, texts, strict=True) if text is None]
     if 0 < len(bare) < len(names):
         raise InputError(f"{folder}: {len(bare)} images in its archives have no label beside them: {listed(bare)}")
@@ -111,7 +113,8 @@ def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages
 
 def _members(path: Path, endings: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """The members of one archive: image -> (offset, size) in bytes, and key -> label."""
-    images, labels = {}, {}
+    images = {}
+    labels = {}
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:

@@ -26,7 +26,7 @@ from toolkit.images.folders import (
     image_names,
     labelled_files,
     looked_for,
-    tell_others,
+    report_others,
 )
 from toolkit.images.lists import (
     in_order,
@@ -100,7 +100,7 @@ def load_splits(
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: `imagefolder`: what is read of files that are no RGB photographs.
         task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
-        unknown: what unknown labels mean, as `read_label_list` takes it.
+        unknown: what unknown labels mean, as `read_targets` takes it.
         group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
@@ -190,10 +190,10 @@ def load_unlabelled(
             source, _ = read_shards(folder, bands)
         else:
             others = Counter()
-            names = image_names(folder, others=others, bands=bands)
+            names = image_names(folder, "", others, bands)
             if not names:
                 raise InputError(f"{folder}: no images {looked_for(others, bands)}")
-            tell_others(folder, others)
+            report_others(folder, others)
             source = ImageFiles(folder, names, (), bands)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)

@@ -52,11 +52,7 @@ def _named_if_unreadable(image: Image.Image) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file fails in a hundred places of Pillow
-        raise unreadable(_name(image), error) from None
-
-
-def _name(image: Image.Image) -> str:
-    return getattr(image, "filename", "") or "an image"
+        raise unreadable(getattr(image, "filename", "") or "an image", error) from None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -170,7 +166,8 @@ class RandomCrop:
     margin = 1
 
     def __init__(self, size: int, scale: tuple[float, float]):
-        self.size, self.scale = size, scale
+        self.size = size
+        self.scale = scale
 
     def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
         shape = torch.empty(3, height, width, device="meta")
@@ -191,7 +188,8 @@ class ResizeWhole:
     margin = 2  # with it, reduced decoding changes evaluation's pixels by less than one level of 256 on average
 
     def __init__(self, size: int | None = None, shorter: int | None = None):
-        self.size, self.shorter = size, shorter
+        self.size = size
+        self.shorter = shorter
 
     def __call__(self, width: int, height: int) -> tuple[tuple[float, ...], tuple[int, int]]:
         if self.shorter is None:
@@ -218,18 +216,10 @@ class ShrinkTo:
         return (0, 0, width, height), (round(factor * width), round(factor * height))
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """An RGB image as (3, H, W) from 0 to 1: the bits of torchvision's ToTensor, with one copy less."""
-    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-
 def _tensor(
     mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, bands: Bands | None = None
 ) -> list[Callable]:
-    if bands is None:
-        return [to_tensor, T.Normalize(mean, std, inplace=True)]
-    return [bands.scaled, T.Normalize(mean, std, inplace=True)]
+    return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
 SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle
@@ -325,35 +315,28 @@ def two_crops(
         return TwoCrops(view, view)
     crop = RandomCrop(image_size, (crop_min, 1.0))
     flip = T.RandomHorizontalFlip()
-    if bands is not None:
-        return _two_crops_of_bands(augmentation, image_size, (crop, flip, levels, normalize), bands)
+    blur = _blur(image_size)
     grey = T.RandomGrayscale(p=0.2)
-    if augmentation == "moco_v1":
-        view = View(crop, grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, levels, normalize)
-        return TwoCrops(view, view)
-    blur = _blur(image_size)
+    if bands is not None:
+        colour = [T.RandomApply([BandBrightness(0.4)], p=0.8)]
+    elif augmentation == "moco_v1":
+        colour = [grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+    elif augmentation == "moco_v2":
+        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), grey]
+    else:
+        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), grey]
+    first = second = []
     if augmentation == "moco_v2":
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        view = View(crop, jitter, grey, T.RandomApply([blur], p=0.5), flip, levels, normalize)
-        return TwoCrops(view, view)
-    jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-    first = View(crop, jitter, grey, blur, flip, levels, normalize)
-    solarize = T.RandomSolarize(threshold=128, p=0.2)
-    second = View(crop, jitter, grey, T.RandomApply([blur], p=0.1), solarize, flip, levels, normalize)
-    return TwoCrops(first, second)
-
-
-def _two_crops_of_bands(augmentation: str, image_size: int, parts: tuple[Callable, ...], bands: Bands) -> TwoCrops:
-    """The views of a version of MoCo, with random brightness of each band instead of changes made for photographs."""
-    crop, flip, levels, normalize = parts
-    jitter = T.RandomApply([BandBrightness(0.4)], p=0.8)
-    blur = _blur(image_size)
-    blurred_shares = {"moco_v1": (0.0, 0.0), "moco_v2": (0.5, 0.5), "moco_v3": (1.0, 0.1)}[augmentation]
-
-    def view(blurred_share: float) -> View:
-        return View(crop, jitter, T.RandomApply([blur], p=blurred_share), flip, levels, normalize, bands=bands)
-
-    return TwoCrops(*map(view, blurred_shares))
+        first = second = [T.RandomApply([blur], p=0.5)]
+    elif augmentation == "moco_v3":
+        first = [blur]
+        second = [T.RandomApply([blur], p=0.1)]
+        if bands is None:
+            second.append(T.RandomSolarize(threshold=128, p=0.2))
+    return TwoCrops(
+        View(crop, *colour, *first, flip, levels, normalize, bands=bands),
+        View(crop, *colour, *second, flip, levels, normalize, bands=bands),
+    )
 
 
 class BandBrightness:

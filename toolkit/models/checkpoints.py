@@ -137,10 +137,7 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
     source = _identify(path, _read(path), arch)
     arch = _find_arch(source)
     _, channels = _find_channels(source.weights, arch)
-    metadata = source.images
-    if metadata:
-        metadata = metadata | {"arch": arch}
-    return channels, metadata
+    return channels, source.images | {"arch": arch} if source.images else {}
 
 
 def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str | None, int]:
@@ -196,9 +193,7 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
 
 
 def _read(path: str | os.PathLike) -> Any:
-    if is_safetensors(path):
-        return read_safetensors(path)[0]
-    return read_checkpoint(path, objects=True)
+    return read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
 
 
 NO_CHECKPOINT = "none"
@@ -436,7 +431,7 @@ def _image_metadata(info: Mapping) -> dict[str, Any]:
     """The metadata about images from this toolkit's pretraining, or from CEM500K's `norms`: mean and std of grey."""
     norms = info.get("norms")
     if isinstance(norms, list) and len(norms) == 2:
-        return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0, "show_bands": [1]}
+        return {"mean": norms[:1], "std": norms[1:], "channels": 1, "bands": [], "scale": 255.0}
     recorded = info.get("normalization")
     return dict(recorded) if isinstance(recorded, Mapping) else {}
 
@@ -700,29 +695,6 @@ def describe_base(report: dict[str, Any]) -> str:
         checkpoint += f", epoch {report['epoch']}"
     lines = f"backbone: {arch} for {images} from {checkpoint};\n"
     lines += f"          all {len(report['loaded'])} backbone tensors loaded"
-    if parts := _parts_of(report["dropped"]):
-        verb = "is" if len(parts) == 1 and parts[0] in _PARTS else "are"
-        names = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-        lines += f"; the file's {names} {verb} not needed"
+    if report["dropped"]:
+        lines += f"; {len(report['dropped'])} others in the file are left out"
     return lines
-
-
-_PARTS = {  # patterns of the names of tensors that are left out, by part; the first that matches counts
-    "momentum encoder": r"(.*\.)?(encoder_k|heads_k|momentum_\w+|\w+_momentum)\.",
-    "projector": r"(.*\.)?(projector|projection_head|\w+_projection_head|heads_q|neck)\.|(base_encoder|encoder_q)\.",
-    "predictor": r"(.*\.)?(predictor|prediction_head)\.",
-    "queue": r"(.*\.)?queue",
-    "classifier": r"(.*\.)?(classifier|online_classifier|fc|heads?)\.",
-}
-
-
-def _parts_of(dropped: Collection[str]) -> list[str]:
-    """The parts to which the dropped tensors belong."""
-    found = set()
-    for name in dropped:
-        name = name.removeprefix("module.")
-        found.add(next((part for part, pattern in _PARTS.items() if re.match(pattern, name)), _OTHER_PART))
-    return [part for part in (*_PARTS, _OTHER_PART) if part in found]
-
-
-_OTHER_PART = "other tensors"
