@@ -42,12 +42,12 @@ from toolkit.images.folders import (
     evaluation_folder,
     image_names,
     one_spelling,
-    tell_others,
+    report_others,
     unreadable,
 )
 from toolkit.images.lists import read_groups, read_list
 from toolkit.images.sources import Splits, fold_part, readable, validation_part
-from toolkit.images.transforms import to_rgb, to_tensor
+from toolkit.images.transforms import to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
 MOST_CLASSES = 256
@@ -645,7 +645,7 @@ def _in_folders(
         masks = [name for name in masks if _stem(name).endswith(_MASK_ENDS)]
         names = sorted(set(names) - set(masks))
     else:
-        tell_others(folder, others)
+        report_others(folder, others)
     mask_of = _by_stem(mask_folder, masks)
     pairs = []
     problems = []
@@ -755,7 +755,7 @@ class WholePair:
     def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
         image = _upright(image, self.bands)
         if self.bands is None:
-            return self.normalize(to_tensor(image)), mask
+            return self.normalize(T.functional.to_tensor(image)), mask
         levels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return self.normalize(self.bands.scaled(levels)), mask
 
