@@ -863,7 +863,7 @@ def load_images(args: FineTuneOptions, read: bands.Bands | None) -> Splits:
     sources = options.image_sources(args, read)
     if args.task != "segmentation":
         return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
-    for name in ("task", "unknown"):
+    for name in ("task", "unknown", "label_columns"):
         del sources[name]
     unknown = [value for value in args.unknown_value if value != "none"]
     lists = sources.pop("data_list")

@@ -367,6 +367,7 @@ IMAGES = [
     case("a name too long for a folder", f"finetune --data-dir {'x' * 300}", "no such folder"),
     case("your own images without a checkpoint", "bare-finetune --data-dir images", "--data-dir without --checkpoint",
          "handwritten digits alone", "moco_v2_800ep_pretrain.pth.tar", "--checkpoint shipped"),
+    case("columns of no list", "finetune --label-columns cat,dog", "only a --data-list of classes, labels or numbers"),
     case("a list without a checkpoint", "bare-finetune --data-list l.csv", "--data-list without --checkpoint"),
     case("a data set that was downloaded", "finetune --dataset cifar10", "no set is downloaded", "--data-dir"),
     case("a data set without a checkpoint", "bare-finetune --dataset imagefolder", "--dataset without --checkpoint"),

@@ -350,8 +350,6 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if getattr(args, "label_columns", None) and not args.data_list:
-        problems.append("--label-columns without --data-list: only lists have columns; drop it")
     if args.dataset == UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
@@ -496,6 +494,8 @@ def _task_problems(args: Any, typed: Container[str]) -> list[str]:
         problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
     if "unknown" in typed and args.task != "multilabel":
         problems.append(f"--unknown with --task {args.task}: only labels of --task multilabel may be unknown; drop it")
+    if args.label_columns and (not args.data_list or args.task == "segmentation"):
+        problems.append("--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it")
     if args.task != "segmentation":
         for name in ("classes", "unknown_value"):
             if name in typed:
