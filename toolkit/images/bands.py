@@ -8,13 +8,14 @@ import io
 import logging
 import math
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,18 +35,6 @@ _RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's band
 
 class WrongBands(ValueError):
     """A file that can be read, but has other bands than the network takes."""
-
-
-class BandFile(NamedTuple):
-    """The name of a file with one band, in parts: `tile_B02_10m.tif` is `tile_`, the place of B02, `_10m` and `.tif`.
-
-    `place` is the band's position among the chosen ones.
-    """
-
-    begin: str
-    place: int
-    resolution: str
-    end: str
 
 
 @dataclass(frozen=True)
@@ -70,11 +59,9 @@ class Bands:
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
-        if self._parts_of_name(os.path.basename(path)) is None:
+        if self._name_in_parts(os.path.basename(path)) is None:
             return self.read(read_file(path))
-        found = {}
-        for name, file in self.files(path).items():
-            found[name] = _single(file)
+        found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
         channels = []
         for name in self.chosen:
@@ -84,19 +71,20 @@ class Bands:
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
         folder, name = os.path.split(os.fspath(path))
-        parts = self._parts_of_name(name)
+        parts = self._name_in_parts(name)
         if parts is None:
             return {"": os.fspath(path)}
+        begin, _, own_resolution, end = parts
         found = {}
         for band in self.chosen:
             if band == ZEROS:
                 continue
-            plain = os.path.join(folder, parts.begin + band)
-            found[band] = plain + parts.resolution + parts.end
-            if parts.resolution:  # other bands may have another one: the finest that exists
+            plain = os.path.join(folder, begin + band)
+            found[band] = plain + own_resolution + end
+            if own_resolution:  # other bands may have another one: the finest that exists
                 for resolution in reversed(_RESOLUTIONS):
-                    if os.path.exists(plain + resolution + parts.end):
-                        found[band] = plain + resolution + parts.end
+                    if os.path.exists(plain + resolution + end):
+                        found[band] = plain + resolution + end
         return found
 
     def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
@@ -107,8 +95,9 @@ class Bands:
         """
         files = []
         for name in names:
-            if parts := self._parts_of_name(name):
-                files.append((parts.place, parts.resolution, name, (parts.begin, parts.end)))
+            if parts := self._name_in_parts(name):
+                begin, band, resolution, end = parts
+                files.append((self.chosen.index(band), resolution, name, (begin, end)))
         if not files:
             return list(names), 0
         found: dict[tuple[str, str], str] = {}
@@ -116,22 +105,16 @@ class Bands:
             found.setdefault(image, name)
         return list(found.values()), len(names) - len(files)
 
-    def _parts_of_name(self, name: str) -> BandFile | None:
-        """Split the name of a file that has one of the chosen bands; None for other files.
+    def _name_in_parts(self, name: str) -> tuple[str, ...] | None:
+        """Split the name of a file of one of the chosen bands into `tile_`, `B02`, `_10m` and `.tif`; None: it is none.
 
-        `S2A_32UQD_B02.tif` is such a file if B02 is chosen, and none is if all chosen bands are numbers: these count
-        the bands within one file.
+        Bands that are numbers are those within one file.
         """
-        if all(band.isdigit() for band in self.chosen):
+        if all(map(str.isdigit, self.chosen)):
             return None
-        stem, end = os.path.splitext(name)
-        for resolution in ("", *_RESOLUTIONS):
-            before = stem.removesuffix(resolution)
-            for place, band in enumerate(self.chosen):
-                begin = before.removesuffix(band)
-                if band != ZEROS and stem == begin + band + resolution and begin[-1:] in ("", "_", "-", "."):
-                    return BandFile(begin, place, resolution, end)
-        return None
+        bands = "|".join(re.escape(band) for band in self.chosen if band != ZEROS)
+        found = re.fullmatch(rf"(|.*[_.-])({bands})({'|'.join(_RESOLUTIONS)}|)(\.[^.]*|)", name, re.DOTALL)
+        return found and found.groups()
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
         """An image as (H, W, channels): the chosen bands of a file, or an array that has the network's channels.
@@ -549,10 +532,8 @@ def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None
 def _likely_scale(found: Statistics) -> int:
     """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
     highest = found.high.max()
-    if highest <= 2:
-        return 1
     if highest <= 255:
-        return 255
+        return 1 if highest <= 2 else 255
     return 10000 if found.mean.max() < 15000 else 65535
 
 

@@ -175,15 +175,8 @@ class RandomCrop:
         return (left, top, left + w, top + h), (self.size, self.size)
 
 
-LONGEST_RATIO = 8  # of the longer side to the shorter: evaluation cuts anything longer to its middle
-
-
 class ResizeWhole:
-    """A place for `View`: the whole image, resized to `size` pixels wide and high, or along its `shorter` side.
-
-    With `shorter`, an image longer than LONGEST_RATIO times its shorter side is cut to its middle. Otherwise 3000 x 1
-    pixels would become 768,000 x 256, only for a crop to take 224 x 224 of them.
-    """
+    """A place for `View`: the whole image, resized to `size` pixels wide and high, or along its `shorter` side."""
 
     margin = 2  # with it, reduced decoding changes evaluation's pixels by less than one level of 256 on average
 
@@ -195,12 +188,7 @@ class ResizeWhole:
         if self.shorter is None:
             return (0, 0, width, height), (self.size, self.size)
         side = min(width, height)
-        inner_width = min(width, LONGEST_RATIO * side)
-        inner_height = min(height, LONGEST_RATIO * side)
-        left = (width - inner_width) / 2
-        top = (height - inner_height) / 2
-        scaled = int(self.shorter * inner_width / side), int(self.shorter * inner_height / side)
-        return (left, top, left + inner_width, top + inner_height), scaled
+        return (0, 0, width, height), (int(self.shorter * width / side), int(self.shorter * height / side))
 
 
 class ShrinkTo:
@@ -268,14 +256,14 @@ def train_transform(
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
     crop = RandomCrop(image_size, (crop_min, 1.0))
+    flip = T.RandomHorizontalFlip()
     tensor = _tensor(mean, std, bands)
     if augmentation == "crop":
-        return View(crop, T.RandomHorizontalFlip(), *tensor, bands=bands)
+        return View(crop, flip, *tensor, bands=bands)
     if augmentation == "trivial":
         if bands is not None:
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
-        change = T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
-        return View(crop, T.RandomHorizontalFlip(), change, *tensor)
+        return View(crop, flip, T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), *tensor)
     if augmentation == "affine":
         return View(ResizeWhole(image_size), _affine(10, 0.08, (0.9, 1.1)), *tensor, bands=bands)
     return eval_transform(image_size, mean, std, bands)
