@@ -51,9 +51,7 @@ def default_image_size(arch: str) -> int:
     if arch not in ARCHS:
         hint = f"{did_you_mean(arch, ARCHS)} choose one of {', '.join(ARCHS)}, {TIMM}NAME"
         raise InputError(f"unknown arch {arch!r}: {hint.lstrip()}")
-    if arch == "vit_mini":
-        return 32
-    return 224
+    return 32 if arch == "vit_mini" else 224
 
 
 def default_heads(arch: str) -> int | None:
@@ -81,9 +79,7 @@ def other_heads(model: nn.Module) -> dict[str, str]:
 
     No tensor shows this number, so it identifies a base together with the digests of the tensors.
     """
-    if hasattr(model, "other_heads"):
-        return {"heads": str(model.other_heads)}
-    return {}
+    return {"heads": str(model.other_heads)} if hasattr(model, "other_heads") else {}
 
 
 def build_backbone(
@@ -96,9 +92,8 @@ def build_backbone(
     Raises InputError for an unknown arch, for a size, heads or channels that do not fit, for less than one class, and
     if timm is needed and missing.
     """
-    size = default_image_size(arch)  # raises for an unknown arch
-    if image_size is not None:
-        size = image_size
+    default_size = default_image_size(arch)  # raises for an unknown arch
+    size = default_size if image_size is None else image_size
     check_heads(arch, heads)
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a classifier needs at least 1 class")
@@ -116,9 +111,7 @@ def build_backbone(
     if size % patch:
         fitting = max(patch, round(size / patch) * patch)
         raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
-    stem = None
-    if "conv" in arch:
-        stem = _conv_stem(shape["hidden_dim"])
+    stem = _conv_stem(shape["hidden_dim"]) if "conv" in arch else None
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
         model.other_heads = heads
@@ -136,18 +129,13 @@ def check_channels(channels: int) -> None:
 
 def first_convolution(model: nn.Module) -> str | None:
     """The name of the first convolution, which sees the images; None if the model has none."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            return name
-    return None
+    return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def input_channels(model: nn.Module) -> int:
     """How many channels a model's images have."""
     name = first_convolution(model)
-    if name is None:
-        return 3
-    return model.get_submodule(name).in_channels
+    return 3 if name is None else model.get_submodule(name).in_channels
 
 
 def _for_channels(model: nn.Module, channels: int) -> nn.Module:
@@ -247,9 +235,7 @@ def headless(model: nn.Module) -> nn.Module:
     A head whose output was merely ignored would still run, and a projector's BatchNorm would update its statistics.
     """
     name = head_name(model)
-    if name is None:
-        return model
-    return _without(model, name)
+    return model if name is None else _without(model, name)
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -278,9 +264,7 @@ def _share_a_type(modules: Iterable[nn.Module]) -> bool:
 def _without(model: nn.Module, name: str) -> nn.Module:
     """A shallow copy of the model with an identity in place of the module of this name."""
     child, _, rest = name.partition(".")
-    replacement = nn.Identity()
-    if rest:
-        replacement = _without(model._modules[child], rest)
+    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
     copied = copy.copy(model)
     copied._modules = {**model._modules, child: replacement}
     return copied

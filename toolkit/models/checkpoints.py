@@ -471,27 +471,18 @@ def _recognise(
     path: str | os.PathLike, tensors: Collection[str], info: Mapping
 ) -> tuple[_Layout, dict[str, str], list[str]]:
     """The file's layout, the backbone's tensors (name without the prefix -> name in the file), and all other names."""
-    wrapper = "module."  # of DistributedDataParallel
-    if not all(key.startswith(wrapper) for key in tensors):
-        wrapper = ""
+    wrapper = "module." if all(key.startswith("module.") for key in tensors) else ""  # of DistributedDataParallel
     keys = {key.removeprefix(wrapper): key for key in tensors}
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
-    encoder = {}
-    others = []
-    unknown = []
-    for key, full in keys.items():
-        if key.startswith(layout.prefix):
-            encoder[key.removeprefix(layout.prefix)] = full
-            continue
-        others.append(full)
-        if not key.startswith(layout.beside):
-            unknown.append(key)
+    encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
+    others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
+    unknown = [key for key in others if not key.startswith(layout.beside)]
     if unknown:
         raise InputError(
             f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
             f"{listed(unknown)}"
         )
-    return layout, encoder, others
+    return layout, encoder, list(others.values())
 
 
 def _check_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -643,13 +634,13 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
     expected = _backbone_state(model)
     # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    surplus = [key for key in weights if key not in expected]
+    surplus = []
     misshapen = []
     broken = []
     for key, tensor in weights.items():
         if key not in expected:
-            continue
-        if tensor.shape != expected[key].shape:
+            surplus.append(key)
+        elif tensor.shape != expected[key].shape:
             misshapen.append(f"{key} {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
         elif not key.endswith("num_batches_tracked") and not _is_usable(tensor, expected[key]):
             broken.append(key)
@@ -673,28 +664,21 @@ def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _better_arch(source: _Source, arch: str) -> str:
     """A hint at the arch that the file's tensors fit, if that is another one."""
-    found = _shapes_of(source.weights)
     for other in ARCHS:
-        if _shapes(other) == found and other != arch:
+        if _shapes(other) == _shapes_of(source.weights) and other != arch:
             return f"; it looks like {other}: give the --checkpoint of a {arch}, or leave out --arch"
     return ""
 
 
 def describe_base(report: dict[str, Any]) -> str:
     """A description of the backbone and its checkpoint, in two lines of a terminal."""
-    images = f"{report['image_size']} pixels"
-    if report["channels"] != 3:
-        images += f" of {report['channels']} channels"
-    if report["family"] == NO_CHECKPOINT:
-        return f"backbone: {report['arch']} for {images} with random weights"
     arch = report["arch"]
-    if report["heads"] != default_heads(arch):
-        arch += f" with {report['heads']} heads"
-    checkpoint = f"a {report['family']} checkpoint"
-    if report["epoch"] is not None:
-        checkpoint += f", epoch {report['epoch']}"
-    lines = f"backbone: {arch} for {images} from {checkpoint};\n"
-    lines += f"          all {len(report['loaded'])} backbone tensors loaded"
-    if report["dropped"]:
-        lines += f"; {len(report['dropped'])} others in the file are left out"
-    return lines
+    heads = f" with {report['heads']} heads" if report["heads"] != default_heads(arch) else ""
+    channels = f" of {report['channels']} channels" if report["channels"] != 3 else ""
+    backbone = f"backbone: {arch}{heads} for {report['image_size']} pixels{channels}"
+    if report["family"] == NO_CHECKPOINT:
+        return f"{backbone} with random weights"
+    epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
+    dropped = f"; {len(report['dropped'])} others in the file are left out" if report["dropped"] else ""
+    loaded = f"all {len(report['loaded'])} backbone tensors loaded{dropped}"
+    return f"{backbone} from a {report['family']} checkpoint{epoch};\n          {loaded}"
