@@ -36,9 +36,7 @@ def stored_path(path: str | os.PathLike) -> Path:
     Relative paths, and those outside the toolkit, stay as they are.
     """
     normal = Path(os.path.normpath(path))  # resolves toolkit/../x, which is not inside
-    if normal.is_relative_to(TOOLKIT):
-        return normal.relative_to(TOOLKIT)
-    return Path(path)
+    return normal.relative_to(TOOLKIT) if normal.is_relative_to(TOOLKIT) else Path(path)
 
 
 def found_path(path: str | os.PathLike) -> Path:
@@ -47,9 +45,7 @@ def found_path(path: str | os.PathLike) -> Path:
     A path that exists in neither place stays as it is.
     """
     inside = TOOLKIT / path
-    if not os.path.exists(path) and os.path.exists(inside):
-        return inside
-    return Path(path)
+    return inside if not os.path.exists(path) and os.path.exists(inside) else Path(path)
 
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
@@ -79,14 +75,11 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error
-        if isinstance(error, RuntimeError):  # torch's zip writer raises its own in the place of the system's error
-            cause = error.__context__
+        # torch's zip writer raises a RuntimeError of its own in the place of the system's error.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        advice = "check the folder and its free space"
-        if path.is_file():
-            advice += "; the previous file is intact"
+        advice = "check the folder and its free space" + "; the previous file is intact" * path.is_file()
         raise InputError(f"cannot write {path}: {cause.strerror or cause}; {advice}") from error
     finally:
         with contextlib.suppress(OSError):
@@ -158,9 +151,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     check_file(path)
     try:
         is_zip, names = _check_format(path)
-        if not objects:
-            names = set()
-        return _load(path, is_zip and mapped, names)
+        return _load(path, is_zip and mapped, names if objects else set())
     except _Refused as error:
         reason = str(error)
     except OSError as error:
@@ -206,7 +197,8 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
         return load(_SAFE_GLOBALS)
     except pickle.UnpicklingError:
         if 0 < len(names) <= _MOST_CLASSES:
-            stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names - _safe_names()]
+            names = names - {name for _, name in _SAFE_GLOBALS}
+            stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names]
             with contextlib.suppress(Exception):
                 content = load(_SAFE_GLOBALS + stand_ins)
                 if isinstance(content, dict):
@@ -366,9 +358,7 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                     stack.pop()
                 else:
                     parts.append(stack.pop())
-            size = 1
-            if op.name.startswith("TUPLE"):
-                size = 2 * (1 + sum(parts))
+            size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
             if size > _LARGEST_TUPLE:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")
             stack += [size] * len(op.stack_after)
@@ -394,19 +384,8 @@ def _numpy_scalar(kind: _NumpyDtype, data: bytes) -> Any:
 
 
 _SAFE_GLOBALS = [
-    argparse.Namespace,
+    (argparse.Namespace, "argparse.Namespace"),
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
-]
-
-
-def _safe_names() -> set[str]:
-    """The names by which pickles call `_SAFE_GLOBALS`."""
-    names = set()
-    for known in _SAFE_GLOBALS:
-        if isinstance(known, tuple):
-            names.add(known[1])
-        else:
-            names.add(f"{known.__module__}.{known.__qualname__}")
-    return names
+]  # what pickles may name, and the names that they use

@@ -63,10 +63,8 @@ class Bands:
             return self.read(read_file(path))
         found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
-        channels = []
-        for name in self.chosen:
-            channels.append(np.zeros(size, np.float32) if name == ZEROS else _enlarged(found[name], size, name))
-        return np.stack(channels, axis=-1)
+        found[ZEROS] = np.zeros(size, np.float32)
+        return np.stack([_enlarged(found[name], size, name) for name in self.chosen], axis=-1)
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
@@ -141,9 +139,9 @@ class Bands:
         missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
         if missing:
             raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-        zeros = np.zeros(array.shape[:2], np.float32)
-        channels = [zeros if name == ZEROS else array[..., names.index(name)] for name in self.chosen]
-        return np.stack(channels, axis=-1)
+        found = {name: array[..., place] for place, name in enumerate(names)}
+        found[ZEROS] = np.zeros(array.shape[:2], np.float32)
+        return np.stack([found[name] for name in self.chosen], axis=-1)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
         count = array.shape[2]
@@ -168,7 +166,7 @@ class Bands:
 
 
 def _counted(bands: int) -> str:
-    return "1 band" if bands == 1 else f"{bands} bands"
+    return f"{bands} band{'s' * (bands != 1)}"
 
 
 def _single(path: str) -> np.ndarray:
@@ -276,7 +274,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 def _check_size(size: int, content: bytes) -> None:
     """Raise ValueError for an image of more bytes than the content of its file can mean."""
-    if size > len(content) * (MOST_COMPRESSED if size <= LARGE_IMAGE else MOST_COMPRESSED_IF_LARGE):
+    most = MOST_COMPRESSED
+    if size > LARGE_IMAGE:
+        most = MOST_COMPRESSED_IF_LARGE
+    if size > most * len(content):
         raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
 
 
@@ -532,8 +533,10 @@ def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None
 def _likely_scale(found: Statistics) -> int:
     """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
     highest = found.high.max()
+    if highest <= 2:
+        return 1
     if highest <= 255:
-        return 1 if highest <= 2 else 255
+        return 255
     return 10000 if found.mean.max() < 15000 else 65535
 
 

@@ -54,16 +54,12 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int | torch.Tensor]:
         image, label = self.undecoded(i)
-        if not isinstance(image, np.ndarray):
-            image = to_rgb(image)
-        return image, label
+        return image if isinstance(image, np.ndarray) else to_rgb(image), label
 
     def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, int | torch.Tensor]:
         """(image, label) as the source has them: in any mode, and an image file opened but not decoded."""
         image = self.source[int(self.indices[i])][0]
-        if self.targets is not None:
-            return image, self.targets[i]
-        return image, self.labels[i]
+        return image, self.labels[i] if self.targets is None else self.targets[i]
 
     def subset(self, positions: Sequence[int]) -> "LabelledImages":
         """The images at these positions, in this order."""
@@ -95,16 +91,12 @@ class LabelledImages(Dataset):
 
     def clusters(self) -> torch.Tensor | None:
         """The number of each image's group, (N,), counted from 0; None where images have none."""
-        if self.groups is None:
-            return None
-        return torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
+        return None if self.groups is None else torch.from_numpy(np.unique(self.groups, return_inverse=True)[1])
 
     def name(self, i: int) -> str:
         """What to call an image in a message: its file, if it is one."""
         position = self.indices[i]
-        if isinstance(self.source, ImageFiles):
-            return self.source.path(position)
-        return f"image {position}"
+        return self.source.path(position) if isinstance(self.source, ImageFiles) else f"image {position}"
 
     def relative_names(self) -> Iterator[str]:
         """What tells each image from the others wherever the set lies: a path within its folder, or an index."""
@@ -139,9 +131,7 @@ class Transformed(Dataset):
         self.transform = transform
         # Views decode files themselves, at the size that they need.
         undecoded = isinstance(dataset, LabelledImages) and isinstance(transform, View | TwoCrops)
-        self.read = dataset.__getitem__
-        if undecoded:
-            self.read = dataset.undecoded
+        self.read = dataset.undecoded if undecoded else dataset.__getitem__
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -188,9 +178,7 @@ class Batches(Sampler):
         self.archives = archives  # the number of each image's archive, if the images are in archives
         self.epoch = 0
         self.start = 0
-        self.number = count // batch_size
-        if not drop_last and count % batch_size:
-            self.number += 1
+        self.number = count // batch_size if drop_last else -(-count // batch_size)
 
     def __len__(self) -> int:
         return self.number
@@ -204,9 +192,7 @@ class Batches(Sampler):
         start = self.start
         self.epoch += 1
         self.start = 0
-        order = torch.arange(self.count)
-        if self.shuffle:
-            order = self.shuffled(epoch)
+        order = self.shuffled(epoch) if self.shuffle else torch.arange(self.count)
         for number in range(start, self.number):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
             share = batch[distributed.rank() :: distributed.world_size()]
@@ -259,12 +245,10 @@ class LoadingMeter:
     def shown(self) -> dict[str, str]:
         """For a progress bar: the share of waiting, where it is worth more loading processes."""
         share = self.results()["waiting_share"]
-        if share < WORTH_TELLING:
-            return {}
-        return {"waiting for images": f"{share:.0%}"}
+        return {"waiting for images": f"{share:.0%}"} if share >= MUCH_WAITING else {}
 
 
-WORTH_TELLING = 0.1  # of the time
+MUCH_WAITING = 0.1  # of the time
 
 
 # So many images in memory, or in files, are read before a loading process has started.

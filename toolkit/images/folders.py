@@ -68,10 +68,7 @@ class ImageFiles(Dataset):
     def size(self, i: int) -> int:
         """In bytes; -1 for what cannot be read, which is found out when it is."""
         paths = self.parts(i)
-        for path in paths:
-            if not os.access(path, os.R_OK):
-                return -1
-        return sum(map(os.path.getsize, paths))
+        return sum(map(os.path.getsize, paths)) if all(os.access(path, os.R_OK) for path in paths) else -1
 
     def content(self, i: int) -> bytes:
         return b"".join(map(read_file, self.parts(i)))
@@ -83,11 +80,10 @@ class UnreadableImage(InputError):
 
 def unreadable(path: str, error: Exception) -> UnreadableImage:
     """What to raise for such a file."""
-    if isinstance(error, WrongBands):
-        return UnreadableImage(f"{path}: {printable(error)}")
-    return UnreadableImage(
-        f"{path}: not a readable image ({printable(error)}); repair or remove it, or use --skip-unreadable"
-    )
+    problem = printable(error)
+    if not isinstance(error, WrongBands):
+        problem = f"not a readable image ({problem}); repair or remove it, or use --skip-unreadable"
+    return UnreadableImage(f"{path}: {problem}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,7 +105,7 @@ def evaluation_folder(root: Path) -> Path | None:
     elif has_test:
         print(f"evaluating on {test}")
         return test
-    return found[0] if found else None
+    return next(iter(found), None)
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
@@ -274,8 +270,7 @@ def copies(
             known[_digest(others.content(i))] = others.path(i)
     found = []
     for i, size in sizes.items():
-        other = known.get(_digest(files.content(i))) if size in common else None
-        if other is not None:
+        if size in common and (other := known.get(_digest(files.content(i)))):
             found.append((files.path(i), other))
     return found
 

@@ -32,9 +32,8 @@ def centre(path: str | os.PathLike) -> dict[str, Any]:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
             tags = page.geotiff_tags or {}
-            width, height = page.imagewidth, page.imagelength
-        half = 0.5 if int(tags.get("GTRasterTypeGeoKey", 1)) == _POINT else 0.0
-        x, y = _position(tags, width / 2 - half, height / 2 - half)
+        half = 0.5 * (int(tags.get("GTRasterTypeGeoKey", 1)) == _POINT)
+        x, y = _position(tags, page.imagewidth / 2 - half, page.imagelength / 2 - half)
         code = int(tags.get(_PROJECTED, tags.get(_GEOGRAPHIC, _UNNAMED)))
     except Exception:  # damaged tags, of which there are many kinds: the image itself can be read
         return {}
@@ -56,13 +55,12 @@ def _position(tags: dict[str, Any], column: float, row: float) -> tuple[float, f
 def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
     """The `centre` of each file, or empty columns; an empty list if no file has tags, or tifffile is missing."""
     paths = list(paths)
-    tiffs = [path.lower().endswith((".tif", ".tiff")) for path in paths]
-    if not any(tiffs):
+    if not any(path.lower().endswith((".tif", ".tiff")) for path in paths):
         return []
     try:
         import_tifffile()
     except ImportError:
         print("the geotags of TIFFs are not read: pip install tifffile")
         return []
-    found = [centre(path) if is_tiff else {} for path, is_tiff in zip(paths, tiffs, strict=True)]
+    found = list(map(centre, paths))
     return [dict.fromkeys(COLUMNS, "") | place for place in found] if any(found) else []

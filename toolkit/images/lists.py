@@ -305,11 +305,13 @@ def read_targets(
 
 
 def _number(text: str) -> float | None:
+    if not text:
+        return math.nan
     try:
-        value = float(text) if text else math.nan
+        value = float(text)
     except ValueError:
         return None
-    return None if math.isinf(value) or text.lower().lstrip("+-") == "nan" else value
+    return value if math.isfinite(value) else None
 
 
 def _has_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:

@@ -197,9 +197,7 @@ def load_unlabelled(
             source = ImageFiles(folder, names, (), bands)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)
-    if skip_unreadable:
-        return readable(images)
-    return images
+    return readable(images) if skip_unreadable else images
 
 
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
@@ -207,9 +205,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     if data_list:
         return list_has_labels(Path(data_list[0]))
     folder = _train_folder(_folder_of_images(data_dir))
-    if shard_names(folder):
-        return bool(read_shards(folder)[1])
-    return has_class_folders(folder)
+    return bool(read_shards(folder)[1]) if shard_names(folder) else has_class_folders(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
     if not is_jpeg:
         image = to_rgb(image)
-    orientation = _orientation(image) if is_jpeg else 1
+    orientation = _orientation(image)  # 1 unless it is a JPEG
     lies_on_a_side = orientation >= 5
     width, height = image.size[::-1] if lies_on_a_side else image.size
     places = [view.place(width, height) for view in views]

@@ -679,6 +679,7 @@ def describe_base(report: dict[str, Any]) -> str:
     if report["family"] == NO_CHECKPOINT:
         return f"{backbone} with random weights"
     epoch = f", epoch {report['epoch']}" if report["epoch"] is not None else ""
-    dropped = f"; {len(report['dropped'])} others in the file are left out" if report["dropped"] else ""
-    loaded = f"all {len(report['loaded'])} backbone tensors loaded{dropped}"
+    loaded = (
+        f"all {len(report['loaded'])} backbone tensors loaded; {len(report['dropped'])} others in the file left out"
+    )
     return f"{backbone} from a {report['family']} checkpoint{epoch};\n          {loaded}"
