@@ -17,7 +17,8 @@ from PIL import Image
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from tests.checkpoint_files import without_head
-from toolkit.answers import answer_reports, classification, multilabel, regression
+from toolkit.answers import answer_reports
+from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
@@ -149,10 +150,11 @@ def start(base, images, tmp_path):
 
 PICTURES = {
     (module, name): getattr(module, name)
-    for module in (reports, answer_reports, classification, multilabel, regression)
+    for module in (reports, answer_reports)
     for name in dir(module)
     if name.startswith("plot_")
 }
+PICTURES |= {(task.Report, "draw"): task.Report.draw for task in TASKS.values()}
 
 
 @contextlib.contextmanager

@@ -75,11 +75,20 @@ def scored_labels(seed: int, images: int = 60) -> tuple[torch.Tensor, torch.Tens
 RANKINGS = {"average_precision": metrics.average_precision_score, "auroc": metrics.roc_auc_score}
 
 
+def ranked(name: str, scores: torch.Tensor, positive: torch.Tensor, weights: torch.Tensor | None = None):
+    """AP or AUROC of one label."""
+    return measures.Ranking(scores, positive).figures(weights)[..., list(RANKINGS).index(name)]
+
+
+average_precision = functools.partial(ranked, "average_precision")
+auroc = functools.partial(ranked, "auroc")
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", RANKINGS)
 def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
     scores, positive, times = scored_labels(seed)
-    ours, theirs = vars(measures)[name], RANKINGS[name]
+    ours, theirs = functools.partial(ranked, name), RANKINGS[name]
     assert ours(scores, positive).item() == pytest.approx(theirs(positive, scores), abs=1e-12)
     assert ours(-scores, positive).item() == pytest.approx(theirs(positive, -scores), abs=1e-12)
     repeated = theirs(positive, scores, sample_weight=times.numpy())
@@ -89,9 +98,9 @@ def test_rankings_are_scikit_learns_ties_and_repeated_images_too(name, seed):
 def test_a_label_without_both_outcomes_has_no_figure():
     """scikit-learn says 0 or NaN, and warns; a mean over labels has to leave both out."""
     scores, ones = torch.rand(9), torch.ones(9)
-    assert measures.average_precision(scores, 0 * ones).isnan() and measures.auroc(scores, 0 * ones).isnan()
-    assert measures.average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
-    assert measures.auroc(scores, ones).isnan()
+    assert average_precision(scores, 0 * ones).isnan() and auroc(scores, 0 * ones).isnan()
+    assert average_precision(scores, ones) == metrics.average_precision_score(ones, scores) == 1
+    assert auroc(scores, ones).isnan()
     assert measures.best_threshold(scores, 0 * ones) == 0.5
 
 
@@ -131,16 +140,6 @@ def test_one_number_for_all_images_explains_nothing():
     assert measures.spearman(torch.rand(5), torch.ones(5)).isnan()
 
 
-def test_a_bootstrap_of_the_mean_has_its_standard_error():
-    values = torch.from_numpy(np.random.RandomState(0).randn(400))
-    drawn = measures.bootstrap(lambda weights: (weights * values).sum(-1) / 400, 400, draws=2000)
-    assert drawn.std().item() == pytest.approx(values.std().item() / 20, rel=0.1)
-    low, high = measures.percentile_interval(drawn)
-    assert low == pytest.approx(values.mean().item() - 1.96 * values.std().item() / 20, abs=0.02)
-    assert high == pytest.approx(values.mean().item() + 1.96 * values.std().item() / 20, abs=0.02)
-    assert all(map(math.isnan, measures.percentile_interval(torch.full((9,), math.nan))))
-
-
 def test_the_interval_of_a_mean_is_students():
     """With as many parts as images the jackknife of a mean is exact, far from all bounds."""
     values = torch.from_numpy(1e3 + np.random.RandomState(0).randn(40))
@@ -160,6 +159,7 @@ def test_the_interval_of_a_mean_is_students():
         (measures.POSITIVE, 2.0, 0.1, (1.9025, 2.1025)),  # log(2) -+ 0.1 / 2
         (measures.BELOW_1, 0.5, 0.1, (0.3893, 0.5906)),  # log(1 - 0.5) -+ 0.1 / 0.5
         (measures.CORRELATION, 0.0, 0.1, (-0.0997, 0.0997)),  # artanh(0) -+ 0.1
+        (measures.UNBOUNDED, 0.5, 0.1, (0.4, 0.6)),
     ],
 )
 def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
@@ -172,10 +172,10 @@ def test_an_interval_ends_before_what_cannot_be(bounds, middle, half, expected):
 def test_answers_that_are_all_right_have_no_interval():
     """Nothing changes when some are left out, so they do not say how far chance reaches."""
     scores, positive = torch.linspace(0, 1, 30), (torch.arange(30) > 20).double()
-    for measure in (measures.average_precision, measures.auroc):
+    for measure in (average_precision, auroc):
         of = functools.partial(measure, scores, positive)
         assert all(map(math.isnan, measures.jackknife(lambda weights: of(weights)[:, None], 30).intervals[0]))  # noqa: B023
-    only = functools.partial(measures.average_precision, scores, (torch.arange(30) == 7).double())
+    only = functools.partial(average_precision, scores, (torch.arange(30) == 7).double())
     assert all(
         map(math.isnan, measures.jackknife(lambda weights: only(weights)[:, None], 30).intervals[0])
     )  # of one positive
@@ -203,7 +203,7 @@ def covered(images: int, share: float, draws: int) -> dict[str, float]:
     random, threshold = np.random.RandomState(0), 1.0
     task = tasks.MultiLabel(list("abcde"), thresholds=torch.full((5,), threshold).sigmoid())
     ap, roc, f1 = true_figures(share, threshold)
-    truth = dict(zip(multilabel.LabelReport.HEADLINES, (ap, ap, roc, f1, f1), strict=True))
+    truth = dict(zip(multilabel.LabelReport.HEADLINES, (ap, ap, roc, f1), strict=True))
     hits = dict.fromkeys(truth, 0)
     for _ in range(draws):
         report = task.report(several_labels(random, images, share))
@@ -254,7 +254,7 @@ def test_numbers_far_from_zero_are_measured_by_their_differences():
 
 def test_a_label_of_which_nothing_is_known_has_no_figure():
     nothing = torch.empty(0)
-    for measure in (measures.average_precision, measures.auroc):
+    for measure in (average_precision, auroc):
         assert measure(nothing, nothing).isnan()
         assert measure(nothing, nothing, torch.ones(3, 0)).isnan().tolist() == [True] * 3
     task = tasks.MultiLabel(["known", "unknown"])
@@ -313,14 +313,15 @@ def test_the_interval_of_a_flattering_mean_is_moved():
 
     def mean_ap(scores, positive, weights=None) -> torch.Tensor:
         pairs = zip(scores.T, positive.T, strict=True)
-        return torch.stack([measures.average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
+        return torch.stack([average_precision(*pair, weights) for pair in pairs], -1).mean(-1)
 
     true, hits, by_draws = mean_ap(*drawn_set(200_000)).item(), 0, 0
     for _ in range(20):
         of_set = functools.partial(mean_ap, *drawn_set(300))
         [(low, high)] = measures.jackknife(lambda weights: of_set(weights)[:, None], 300).intervals  # noqa: B023
         hits += low <= true <= high
-        low, high = measures.percentile_interval(measures.bootstrap(of_set, 300, draws=200))
+        drawn = of_set(torch.from_numpy(np.random.RandomState(0).multinomial(300, [1 / 300] * 300, 200)))
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype))  # percentiles of a bootstrap
         by_draws += low <= true <= high
     assert hits >= 17 > by_draws + 3
 
@@ -333,21 +334,33 @@ def test_the_exact_test_of_two_runs_is_a_binomial_one():
     assert measures.mcnemar(first, first) == 1
 
 
+def measured_mean(values: torch.Tensor, clusters: torch.Tensor | None = None) -> tuple[tuple[float, float], float]:
+    """The interval of the mean of values (N,), and its p."""
+
+    def mean(weights: torch.Tensor) -> torch.Tensor:
+        return ((weights * values).sum(-1) / weights.sum(-1))[:, None]
+
+    found = measures.jackknife(mean, len(values), clusters, [measures.UNBOUNDED])
+    return found.intervals[0], found.p[0]
+
+
 def test_the_difference_of_two_runs_is_tested_on_the_same_images():
     """Both runs find the same images hard: alone their intervals overlap, and yet the second is better."""
     random = np.random.RandomState(0)
     hard = torch.from_numpy(random.randn(200))
 
-    def mean_of(values: torch.Tensor):
-        return lambda weights: (weights * values).sum(-1) / weights.sum(-1)
-
     better = hard + 0.1 + 0.05 * torch.from_numpy(random.randn(200))
-    difference, low, high, p = measures.paired_difference(mean_of(hard), mean_of(better), 200)
-    assert low < difference < high and low > 0.08 and p == pytest.approx(2 / 1001)
-    intervals = [measures.percentile_interval(measures.bootstrap(mean_of(v), 200)) for v in (hard, better)]
-    assert intervals[0][1] > intervals[1][0]
-    *_, of_itself = measures.paired_difference(mean_of(hard), mean_of(hard), 200)
-    assert of_itself == 1
+    (low, high), p = measured_mean(better - hard)
+    assert low < 0.1 < high and low > 0.08 and p < 1e-6
+    assert measured_mean(hard)[0][1] > measured_mean(better)[0][0]
+    assert measured_mean(hard - hard)[1] == 1
+
+
+def test_the_chance_of_a_mean_is_students():
+    """With as many parts as images, as that of its interval."""
+    values = torch.from_numpy(np.random.RandomState(0).randn(40) + 0.3)
+    _, p = measured_mean(values)
+    assert p == pytest.approx(student.sf(values.mean().item() / values.std().item() * 40**0.5, 39) * 2)
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_share_right():
@@ -407,16 +420,11 @@ def test_two_runs_are_compared_by_patients_where_images_say_too_much():
     random, patients = np.random.RandomState(0), 12
     clusters, covered, significant = torch.arange(patients).repeat_interleave(4), [], []
 
-    def mean_of(values: np.ndarray):
-        values = torch.from_numpy(values).repeat_interleave(4)
-        return lambda weights: (weights * values).sum(-1) / weights.sum(-1)
-
     for _ in range(150):
-        gains, hard = random.randn(patients), random.randn(patients)
+        gains = torch.from_numpy(random.randn(patients)).repeat_interleave(4)
         for of, gain in ((covered, 0.2), (significant, 0.0)):
-            pair = mean_of(hard), mean_of(hard + gains + gain)
-            found = [measures.paired_difference(*pair, 4 * patients, clusters=c) for c in (clusters, None)]
-            of.append([low <= gain <= high if gain else p < 0.05 for _, low, high, p in found])
+            found = [measured_mean(gains + gain, c) for c in (clusters, None)]
+            of.append([low <= gain <= high if gain else p < 0.05 for (low, high), p in found])
     by_patient, by_image = np.mean(covered, axis=0)
     assert 0.91 <= by_patient <= 0.98 and by_image < 0.8
     by_patient, by_image = np.mean(significant, axis=0)
@@ -441,15 +449,15 @@ def test_one_cluster_has_no_interval():
     clusters = torch.zeros(20, dtype=torch.long)
     mean = lambda weights: ((weights * torch.arange(20)).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
     assert all(map(math.isnan, measures.jackknife(mean, 20, clusters=clusters).intervals[0]))
-    *ends, p = measures.paired_difference(lambda w: mean(w)[:, 0], lambda w: mean(w)[:, 0] + 1, 20, clusters=clusters)
-    assert p == 1 and all(map(math.isnan, ends[1:]))
+    assert measures.jackknife(mean, 20, clusters=clusters).p == [1.0]
 
 
-def test_a_bootstrap_draws_clusters_whole():
-    clusters = torch.tensor([0, 0, 1, 2, 2, 2])
-    weights = measures.bootstrap(lambda weights: weights, 6, draws=50, clusters=clusters)
-    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3:] == weights[:, 3:4]).all()
-    assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
+def test_clusters_are_left_out_whole():
+    clusters, seen = torch.tensor([0, 0, 1, 2, 2, 2]), []
+    measures.jackknife(lambda weights: seen.append(weights) or weights[:, :1].double(), 6, clusters)
+    assert len(seen[0]) == 4 and seen[0][0].all()
+    assert (seen[0][:, 0] == seen[0][:, 1]).all() and (seen[0][:, 3:] == seen[0][:, 3:4]).all()
+    assert (seen[0][1:, [0, 2, 3]].sum(1) == 2).all()
     right, of = clustered(0)
     mean = lambda weights: ((weights * right).sum(-1) / weights.sum(-1))[:, None]  # noqa: E731
     [(low, high)], [(inner_low, inner_high)] = (measures.jackknife(mean, len(right), c).intervals for c in (of, None))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from toolkit.answers import answer_reports, classification, multilabel, report_page
+from toolkit.answers import answer_reports, multilabel, report_page
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.measures import wilson_interval
 from toolkit.answers.tasks import Classification, MultiLabel
@@ -29,12 +29,13 @@ def evaluation(labels: list[int], predictions: list[int], confidences: list[floa
 def test_macro_f1_and_balanced_accuracy_are_scikit_learns():
     labels, predictions = [0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 2]
     result = evaluation(labels, predictions)
-    assert result.macro_f1 == pytest.approx(f1_score(labels, predictions, average="macro"))
-    assert result.balanced_accuracy == pytest.approx(balanced_accuracy_score(labels, predictions))
-    per_class = classification.accuracy_per_class(result, ["a", "b", "c", "absent"])
+    assert result.measured()["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    balanced = balanced_accuracy_score(labels, predictions)
+    assert result.measured()["balanced_accuracy"] == pytest.approx(balanced)
+    per_class = Classification(["a", "b", "c", "absent"]).report(result).figures()["accuracy_per_class"]
     assert per_class["absent"] is None
     present = [share for share in per_class.values() if share is not None]
-    assert sum(present) / 3 == pytest.approx(balanced_accuracy_score(labels, predictions))
+    assert sum(present) / 3 == pytest.approx(balanced)
 
 
 def size(path) -> tuple[int, int]:
@@ -65,8 +66,9 @@ def test_names_are_drawn_as_they_are(tmp_path):
     result = evaluation([0, 1], [1, 0])
     images = LabelledImages([(Image.new("RGB", (4, 4)), label) for label in (0, 1)], [0, 1])
     names = ["under$10%", "over$10% caf\udce9"]
-    Classification(names).report(result).draw_mistakes(images, tmp_path / "mistakes.png")
-    classification.plot_confusion_matrix(result, names, tmp_path / "matrix.png")
+    report = Classification(names).report(result)
+    report.draw_mistakes(images, tmp_path / "mistakes.png")
+    report.draw(tmp_path / "matrix.png")
 
 
 def test_mistakes_are_drawn_from_small_pictures(tmp_path, monkeypatch):
@@ -81,9 +83,8 @@ def test_mistakes_are_drawn_from_small_pictures(tmp_path, monkeypatch):
 @pytest.mark.parametrize("classes", [2, 30, 1500])
 def test_a_confusion_matrix_of_few_and_of_many_classes(tmp_path, classes):
     labels = list(range(classes)) * 2
-    classification.plot_confusion_matrix(
-        evaluation(labels, labels), [f"class {i}" for i in range(classes)], tmp_path / "a.png"
-    )
+    task = Classification([f"class {i}" for i in range(classes)])
+    task.report(evaluation(labels, labels)).draw(tmp_path / "a.png")
     assert min(size(tmp_path / "a.png")) > 300
 
 

@@ -90,7 +90,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     scores = [metrics.f1_score(true, p > t) for (true, p), t in zip(pairs, thresholds.numpy(), strict=True)]
     assert answers.f1(thresholds).tolist() == pytest.approx(scores)
     assert answers.f1(thresholds).mean() >= answers.f1(torch.full((3,), 0.5)).mean()
-    twice = answers.macro(torch.full((2, 80), 2))[:, 0]
+    twice = answers.figures(torch.full((2, 80), 2))[:, 0]
     assert twice.tolist() == pytest.approx([answers.score] * 2)
 
 
@@ -100,7 +100,8 @@ def test_labels_without_positives_have_no_share_in_the_means():
     without = multilabel.LabelAnswers(0.0, answers.probabilities, targets * torch.tensor([1.0, 1, 0]))
     assert without.by_label()[0, 2].isnan() and without.f1(torch.full((3,), 0.5))[2].isnan()
     assert without.score == pytest.approx(answers.by_label()[0, :2].mean().item())
-    assert without.positives()[2] == 0 and answers.unknown().tolist() == [0, 0, 0]
+    report = tasks.MultiLabel(NAMES).report(without)
+    assert report.positives[2] == 0 and report.unknown == [0, 0, 0]
 
 
 def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():

@@ -20,6 +20,7 @@ from finetune_lora import LoRALinear
 from moco import pretrain
 from toolkit import InputError, devices
 from toolkit.answers import evaluation, tasks
+from toolkit.answers.tasks import Classification
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, training
 from toolkit.run.options import TuneOptions
@@ -288,10 +289,10 @@ def test_how_much_of_the_change_is_kept(options, share):
 
 
 def test_the_best_epoch_by_each_measure():
-    names = ("epoch", "val_loss", *evaluation.BEST_BY.values())
+    names = ("epoch", "val_loss", *Classification.best_by.values())
     rows = [(1, 0.3, 0.9, 0.5, 0.5), (2, 0.2, 0.9, 0.6, 0.4), (3, 0.1, 0.8, 0.6, 0.6)]
     history = [dict(zip(names, row, strict=True)) for row in rows]
-    best = {by: training.best_epoch(history, column)["epoch"] for by, column in evaluation.BEST_BY.items()}
+    best = {by: training.best_epoch(history, column)["epoch"] for by, column in Classification.best_by.items()}
     assert best == {"accuracy": 2, "balanced": 3, "f1": 3}  # of equal ones that with the lower loss
 
 

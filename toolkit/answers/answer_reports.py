@@ -3,17 +3,16 @@
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from toolkit import printable
 from toolkit.answers import measures
-from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture
-from toolkit.files import open_atomically
+from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, new_figure, save_figure
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
 from toolkit.images.transforms import ShrinkTo, View
@@ -22,6 +21,16 @@ TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
 SHOWN = 15  # labels, in the table that is printed
 COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
+
+
+class Headline(NamedTuple):
+    """How people are shown a figure that has an interval."""
+
+    title: str
+    undefined: str = ""  # why there may be no figure
+    bounds: tuple[float, float] = measures.SHARE  # see `measures.jackknife`
+    form: str = ".2%"
+    form_of_ends: str = ".1%"
 
 
 class Report:
@@ -34,12 +43,36 @@ class Report:
     """
 
     picture: str  # the file that `draw` writes
+    HEADLINES: Mapping[str, Headline] = {}  # by the names of the figures; the first is the score
 
     def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
         self.head = head
         self.answers = answers
         self.names = head.names
         self.clusters = clusters
+
+    def measure_headlines(self, measure: Callable[[Tensor], Tensor]) -> None:
+        """Set `headlines` and `intervals`, lists, to the columns of a measure as `measures.jackknife` takes it."""
+        bounds = [headline.bounds for headline in self.HEADLINES.values()]
+        found = measures.jackknife(measure, len(self.answers.targets), self.clusters, bounds)
+        self.headlines = found.values.tolist()
+        self.intervals = found.intervals
+
+    def headline_figures(self) -> dict[str, Any]:
+        """The headlines and their intervals by name, for `results.json`."""
+        figures: dict[str, Any] = {}
+        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+            figures[name] = finite(value)
+            figures[f"{name}_interval"] = finite_interval(interval)
+        return figures
+
+    def headline_rows(self) -> list[tuple[str, str]]:
+        """The same for people, or why there is no figure."""
+        rows = []
+        for headline, value, ends in zip(self.HEADLINES.values(), self.headlines, self.intervals, strict=True):
+            text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
+            rows.append((headline.title, f"not defined: {headline.undefined}" if math.isnan(value) else text))
+        return rows
 
     def figures(self) -> dict[str, Any]:
         """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
@@ -51,11 +84,6 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """The headlines, (name, value) each, of which the first is the score."""
         raise NotImplementedError
-
-    def headline(self) -> str:
-        """The score and its interval, in a line."""
-        title, text = self.rows()[0]
-        return f"{title} {text}"
 
     def printed(self) -> list[tuple[str, str]]:
         """Rows on the classes, labels or numbers, the worst first."""
@@ -96,11 +124,6 @@ def interval_text(low: float, high: float, form: str = ".1%") -> str:
     return "no interval" if math.isnan(low) else f"95% interval {low:{form}} to {high:{form}}"
 
 
-def figure_text(value: float, interval: tuple[float, float], why: str, form: str = ".2%", ends: str = ".1%") -> str:
-    """A figure and its interval, or why there is none."""
-    return f"not defined: {why}" if math.isnan(value) else f"{value:{form}} ({interval_text(*interval, ends)})"
-
-
 def finite(value: float | None) -> float | None:
     """The value, or None for NaN, which is no JSON."""
     return None if value is None or math.isnan(value) else value
@@ -109,17 +132,6 @@ def finite(value: float | None) -> float | None:
 def finite_interval(interval: tuple[float, float]) -> list[float] | None:
     """The same of an interval."""
     return None if math.isnan(interval[0]) else list(interval)
-
-
-def headline_figures(
-    names: Sequence[str], values: Sequence[float], intervals: Sequence[tuple[float, float]]
-) -> dict[str, Any]:
-    """Figures and their intervals by name, for `results.json`."""
-    figures: dict[str, Any] = {}
-    for name, value, interval in zip(names, values, intervals, strict=True):
-        figures[name] = finite(value)
-        figures[f"{name}_interval"] = finite_interval(interval)
-    return figures
 
 
 def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str:
@@ -131,10 +143,7 @@ def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str
 
 def exact_cells(values: Tensor) -> list[str]:
     """The shortest texts that are read as the same numbers; nothing for NaN."""
-    cells = []
-    for value in values.numpy():
-        cells.append("" if math.isnan(value) else str(value).removesuffix(".0"))
-    return cells
+    return ["" if math.isnan(value) else str(value).removesuffix(".0") for value in values.numpy()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,9 +151,9 @@ def exact_cells(values: Tensor) -> list[str]:
 
 
 class Calibrated(Protocol):
-    """Answers with probabilities."""
+    """Answers with probabilities; `before` has those before calibration, if there was one."""
 
-    before: Tensor | None  # the probabilities before calibration, if there was one
+    before: Tensor | None
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.answers.measures.calibration` of the answers, after calibration or before."""
@@ -183,9 +192,7 @@ def reliability_section(answers: Calibrated) -> list[str]:
 
 def plot_reliability(answers: Calibrated) -> bytes:
     """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+    figure = new_figure(5.2, 4.8)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
     series = [("saved", BLUE, "o", answers.reliability())]
@@ -202,7 +209,7 @@ def plot_reliability(answers: Calibrated) -> bytes:
     for handle in legend.legend_handles:
         handle.set_sizes([40])
     file = io.BytesIO()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     return file.getvalue()
 
 
@@ -213,15 +220,10 @@ def plot_reliability(answers: Calibrated) -> bytes:
 def plot_worst_answers(
     groups: Mapping[str, Sequence[tuple[int, str]]], images: LabelledImages, path: Path, bands: Bands | None = None
 ) -> None:
-    """Pictures of images, with what is said of each, in groups under a title.
-
-    Of images that are no RGB photographs they show the three `bands` that are meant for it.
-    """
-    from matplotlib.figure import Figure
-
+    """Pictures of images, with what is said of each, in groups under a title: see `Report.draw_mistakes`."""
     shrink = View(ShrinkTo(256))  # matplotlib would draw a large photograph from its every pixel
     rows = [max(1, math.ceil(len(chosen) / COLUMNS)) for chosen in groups.values()]
-    figure = Figure(figsize=(1.7 * COLUMNS, 2.2 * sum(rows)), layout="constrained")
+    figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
     parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
     for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
         part.suptitle(title if chosen else f"{title}: none")
@@ -232,5 +234,4 @@ def plot_worst_answers(
             shrunk = shrink(images.undecoded(i)[0])
             place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
             place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120)
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ from torch import Tensor
 from toolkit import InputError
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import (
+    Headline,
     Report,
     calibration_figures,
     calibration_rows,
     finite,
-    finite_interval,
     reliability_section,
     right_of,
 )
 from toolkit.answers.evaluation import Evaluation
 from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
-from toolkit.answers.report_page import drawn, html_picture, html_table
-from toolkit.files import open_atomically
+from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 
 TOP = 5  # classes of each image in a table of predictions
@@ -152,74 +151,106 @@ class ClassReport(Report):
     """The report on an `Evaluation`."""
 
     picture = "confusion_matrix.png"
+    HEADLINES: Mapping[str, Headline] = {
+        "accuracy": Headline("accuracy"),
+        "balanced_accuracy": Headline("balanced accuracy"),
+        "macro_f1": Headline("macro F1"),
+    }
 
     def __init__(self, head: ClassHead, answers: Evaluation, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)
-        self.interval = measures.share_interval(answers.labels == answers.predictions, clusters)
+        self.measure_headlines(self._headlines)
+        self.headlines[0] = answers.accuracy
+        self.intervals[0] = measures.share_interval(answers.labels == answers.predictions, clusters)
+
+    def _headlines(self, weights: Tensor) -> Tensor:
+        means = measures.by_rows(self.answers.class_means, weights, len(self.answers.labels))
+        return torch.cat([means[:, :1], means], 1)  # of the accuracy there is a better interval
 
     def figures(self) -> dict[str, Any]:
         answers = self.answers
-        of_balanced, of_f1 = self._intervals()
+        right, images, _ = answers.class_counts(len(self.names))
+        shares = map(finite, (right / images).tolist())  # None for a class without images
         return {
-            "accuracy": answers.accuracy,
-            "accuracy_interval": list(self.interval),
-            "accuracy_per_class": accuracy_per_class(answers, self.names),
-            "balanced_accuracy": answers.balanced_accuracy,
-            "macro_f1": answers.macro_f1,
+            **self.headline_figures(),
             **calibration_figures(self.head.temperature, answers),
-            "balanced_accuracy_interval": finite_interval(of_balanced),
-            "macro_f1_interval": finite_interval(of_f1),
+            "accuracy_per_class": dict(zip(self.names, shares, strict=True)),
         }
-
-    def _intervals(self) -> list[tuple[float, float]]:
-        """The intervals of the means over classes: of the balanced accuracy and of macro F1."""
-        labels = self.answers.labels
-        predictions = self.answers.predictions
-        right = torch.where(labels == predictions, labels, -1)
-
-        def means(weights: Tensor) -> Tensor:
-            hits = _by_class(weights, right, len(self.names))
-            images = _by_class(weights, labels, len(self.names))
-            answers = _by_class(weights, predictions, len(self.names))
-            recalls = (hits / images).nanmean(-1)  # of the classes that are there
-            return torch.stack([recalls, (2 * hits / (images + answers)).nanmean(-1)], 1)
-
-        def measure(weights: Tensor) -> Tensor:
-            return measures.by_rows(means, weights, len(labels))
-
-        return measures.jackknife(measure, len(labels), self.clusters).intervals
 
     def title(self) -> str:
         return f"{self.answers.accuracy:.2%} of {len(self.answers.labels)} images right"
 
-    def headline(self) -> str:
-        return right_of(self.answers.accuracy, len(self.answers.labels), self.interval)
-
     def rows(self) -> list[tuple[str, str]]:
-        answers = self.answers
+        accuracy, balanced, f1 = self.headlines
         return [
-            ("accuracy", self.headline()),
-            ("balanced over classes", f"{answers.balanced_accuracy:.2%}, macro F1 {answers.macro_f1:.2%}"),
-            *calibration_rows(self.head.temperature, answers),
+            ("accuracy", right_of(accuracy, len(self.answers.labels), self.intervals[0])),
+            ("balanced over classes", f"{balanced:.2%}, macro F1 {f1:.2%}"),
+            *calibration_rows(self.head.temperature, self.answers),
         ]
 
     def printed(self) -> list[tuple[str, str]]:
-        rows = [(name, f"{right} of {images} right") for name, images, right, _ in by_class(self.answers, self.names)]
+        rows = [(name, f"{right} of {images} right") for name, images, right, _ in self.by_class()]
         return self.shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
-        confusions = most_confused(self.answers, self.names)
         return [
             "<h2>What is taken for what</h2>",
             html_picture(picture.read_bytes(), "answers by true class"),
-            html_table(confusions, ("true class", "taken for", "images", "of the class")),
+            html_table(self.most_confused(), ("true class", "taken for", "images", "of the class")),
             "<h2>By class</h2>",
-            html_table(by_class(self.answers, self.names), ("class", "images", "right", "share")),
+            html_table(self.by_class(), ("class", "images", "right", "share")),
             *reliability_section(self.answers),
         ]
 
+    def by_class(self) -> list[tuple[str, int, int, str]]:
+        """(class, images, right answers, their share), the worst first; classes without images last."""
+        right, images, _ = self.answers.class_counts(len(self.names))
+        shares = (right / images).nan_to_num(2.0)
+        rows = []
+        for i in shares.argsort(stable=True).tolist():
+            share = f"{shares[i]:.1%}" if images[i] else "no images"
+            rows.append((self.names[i], int(images[i]), int(right[i]), share))
+        return rows
+
+    def most_confused(self) -> list[tuple[str, str, int, str]]:
+        """The most frequent wrong answers: (true class, answer, images, share of the class)."""
+        answers = self.answers
+        wrong = answers.labels != answers.predictions
+        pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
+        found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
+        totals = answers.labels.bincount(minlength=len(self.names))
+        rows = []
+        for place in images.argsort(descending=True, stable=True)[:CONFUSIONS].tolist():
+            true, answer = found[place].tolist()
+            count = int(images[place])
+            rows.append((self.names[true], self.names[answer], count, f"{count / int(totals[true]):.1%}"))
+        return rows
+
     def draw(self, path: Path) -> None:
-        plot_confusion_matrix(self.answers, self.names, path)
+        """The confusion matrix: rows are true classes, columns answers. Up to 20 classes have names and numbers.
+
+        Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
+        """
+        from matplotlib.ticker import MaxNLocator
+        from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+        answers = self.answers
+        size = math.ceil(len(self.names) / MOST_ROWS)
+        groups = range(math.ceil(len(self.names) / size))
+        matrix = confusion_matrix(answers.labels // size, answers.predictions // size, labels=groups)
+        side = min(12, 3 + 0.4 * len(self.names))
+        figure = new_figure(side + 0.8, side)
+        axes = figure.subplots()
+        if len(self.names) <= WRITTEN_OUT:
+            rotation = 45 if max(map(len, self.names)) > 3 else "horizontal"
+            display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in self.names])
+            display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation)
+        else:
+            ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
+            axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.set_title(self.title() + (f", {size} classes per row" if size > 1 else ""))
+        save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The wrong answers that were given with most confidence, and the right ones with least."""
@@ -250,73 +281,6 @@ class ClassReport(Report):
         }
 
 
-def _by_class(weights: Tensor, classes: Tensor, number: int) -> Tensor:
-    """The sum of weights (n, N) over the images of each class, (n, number); -1 is none."""
-    sums = torch.zeros(len(weights), number + 1, dtype=torch.float64)
-    return sums.index_add_(1, classes % (number + 1), weights.double())[:, :number]
-
-
-def accuracy_per_class(answers: Evaluation, names: Sequence[str]) -> dict[str, float | None]:
-    """The share of each class's images that are right; None for a class without any (NaN would not be JSON)."""
-    right, images, _ = answers.class_counts(len(names))
-    shares = (right / images).tolist()
-    return {name: finite(share) for name, share in zip(names, shares, strict=True)}
-
-
-def by_class(answers: Evaluation, names: Sequence[str]) -> list[tuple[str, int, int, str]]:
-    """(class, images, right answers, their share), the worst first; classes without images last."""
-    right, images, _ = answers.class_counts(len(names))
-    shares = (right / images).nan_to_num(2.0)
-    rows = []
-    for i in shares.argsort(stable=True).tolist():
-        share = f"{shares[i]:.1%}" if images[i] else "no images"
-        rows.append((names[i], int(images[i]), int(right[i]), share))
-    return rows
-
-
-def most_confused(answers: Evaluation, names: Sequence[str]) -> list[tuple[str, str, int, str]]:
-    """The most frequent wrong answers: (true class, answer, images, share of the class)."""
-    wrong = answers.labels != answers.predictions
-    pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
-    found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
-    totals = answers.labels.bincount(minlength=len(names))
-    rows = []
-    for place in images.argsort(descending=True, stable=True)[:CONFUSIONS].tolist():
-        true, answer = found[place].tolist()
-        count = int(images[place])
-        rows.append((names[true], names[answer], count, f"{count / int(totals[true]):.1%}"))
-    return rows
-
-
-def plot_confusion_matrix(answers: Evaluation, names: Sequence[str], path: Path) -> None:
-    """Rows are true classes, columns predictions; the counts are written out for up to 20 classes.
-
-    Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-
-    size = math.ceil(len(names) / MOST_ROWS)
-    groups = range(math.ceil(len(names) / size))
-    matrix = confusion_matrix(answers.labels // size, answers.predictions // size, labels=groups)
-    side = min(12, 3 + 0.4 * len(names))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.subplots()
-    if len(names) <= WRITTEN_OUT:
-        rotation = 45 if max(map(len, names)) > 3 else "horizontal"
-        display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in names])
-        display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation)
-    else:
-        ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
-        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-    counted = f", {size} classes per row" if size > 1 else ""
-    axes.set_title(f"{answers.accuracy:.1%} of {len(answers.labels)} images right{counted}")
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=150)
-
-
 class Classification(Task):
     """One class an image.
 
@@ -331,7 +295,7 @@ class Classification(Task):
     loss_title = "cross-entropy"
     outputs_are = ("class", "classes")
     measured = ("accuracy", "balanced_accuracy", "macro_f1")
-    best_by = evaluation.BEST_BY
+    best_by: Mapping[str, str] = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}
     Report = ClassReport
 
     def __init__(

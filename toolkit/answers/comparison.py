@@ -19,7 +19,8 @@ from toolkit.images.lists import ANSWER, PROBABILITY
 
 IMAGE = "image"  # the first column, and the second; a label may be called the same, and then stands behind them
 GROUP = "group"
-IN_UNITS = ("R2", "mean absolute error")  # shown as numbers; all else is a share, shown in per cent
+# The figures that are compared, by how the columns of answers end: the first of the answers' `figures`.
+SHOWN = {PROBABILITY: ("macro AP", "micro AP", "macro AUROC"), ANSWER: ("R2", "mean absolute error")}
 
 
 def answers_path(results: Path) -> Path:
@@ -46,14 +47,15 @@ class Answered(NamedTuple):
     groups: list[str] | None
     columns: dict[str, list[str]]  # by title
 
-    def in_order(self, order: Sequence[int]) -> "Answered":
-        """The images at these positions."""
+    def of(self, images: Sequence[str]) -> "Answered":
+        """The same, in the order of these images."""
+        place = {name: i for i, name in enumerate(self.images)}
 
         def ordered(cells: list[str]) -> list[str]:
-            return [cells[i] for i in order]
+            return [cells[place[name]] for name in images]
 
         columns = {title: ordered(cells) for title, cells in self.columns.items()}
-        return Answered(ordered(self.images), None if self.groups is None else ordered(self.groups), columns)
+        return Answered(list(images), ordered(self.groups) if self.groups else None, columns)
 
 
 class Difference(NamedTuple):
@@ -79,12 +81,11 @@ def compare(first: Path, second: Path) -> list[Difference]:
     other = _read(answers_path(second))
     if one.columns.keys() != other.columns.keys():
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
-    place = {name: i for i, name in enumerate(other.images)}
-    missing = [name for name in one.images if name not in place]
-    if missing or len(place) != len(one.images):
+    missing = sorted(set(one.images) - set(other.images))
+    if missing or len(set(other.images)) != len(one.images):
         what = f", such as {printable(missing[0])}" if missing else ""
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
-    other = other.in_order([place[name] for name in one.images])
+    other = other.of(one.images)
     is_truth = _truth(one.columns)
     if not is_truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
@@ -147,61 +148,50 @@ Table = dict[str, list[str]]
 def _differences(first: Table, second: Table, truth: Sequence[str], clusters: Tensor | None) -> list[Difference]:
     kind = _kind(truth[0], first)
     if kind is None:
-        return _of_classes(first, second, clusters)
-    targets = _numbers(first, truth)
-    measured: dict[str, Callable[[Any, Tensor], Tensor]]
-    if kind == PROBABILITY:
-        answers: type = LabelAnswers
-        measured = {
-            "macro AP": lambda found, weights: found.macro(weights)[:, 0],
-            "micro AP": lambda found, weights: found.micro_average_precision(weights),
-            "macro AUROC": lambda found, weights: found.macro(weights)[:, 1],
-        }
-    else:
-        answers = NumberAnswers
-        measured = {
-            "R2": lambda found, weights: found.mean("r2", weights),
-            "mean absolute error": lambda found, weights: found.mean("mae", weights),
-        }
+        pair = [_right(first), _right(second)]
+        [found] = _compared(["accuracy"], _accuracy, pair, len(pair[0]), clusters)
+        return [found._replace(p=measures.mcnemar(*pair, clusters))]
+    answers = LabelAnswers if kind == PROBABILITY else NumberAnswers
     titles = [title + kind for title in truth]
-    one = answers(0.0, _numbers(first, titles), targets)
-    other = answers(0.0, _numbers(second, titles), targets)
+    targets = _numbers(first, truth)
+    runs = [answers(0.0, _numbers(table, titles), targets) for table in (first, second)]
+    return _compared(SHOWN[kind], answers.figures, runs, len(targets), clusters)
+
+
+def _compared(
+    names: Sequence[str],
+    figures: Callable[[Any, Tensor], Tensor],
+    runs: Sequence[Any],
+    images: int,
+    clusters: Tensor | None,
+) -> list[Difference]:
+    """Compare two runs by the figures with these names, of all images and of parts that are the same for both.
+
+    So what makes images easy for both does not blur the difference.
+
+    Args:
+        figures: of the answers of a run, (n, columns) for weights (n, images); further columns are left out.
+    """
+    first, second = runs
+    shown = len(names)
+
+    def difference(weights: Tensor) -> Tensor:
+        return (figures(second, weights) - figures(first, weights))[:, :shown]
+
+    before, after = (figures(run, torch.ones(1, images))[0].tolist()[:shown] for run in runs)
+    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * shown)
     differences = []
-    for name, measure in measured.items():
-        differences.append(_difference(name, measure, one, other, len(targets), clusters))
+    for name, one, other, ends, p in zip(names, before, after, found.intervals, found.p, strict=True):
+        differences.append(Difference(name, one, other, *ends, p))
     return differences
 
 
-def _difference(
-    name: str,
-    measure: Callable[[Any, Tensor], Tensor],
-    one: Any,
-    other: Any,
-    images: int,
-    clusters: Tensor | None,
-) -> Difference:
-    def first(weights: Tensor) -> Tensor:
-        return measure(one, weights)
-
-    def second(weights: Tensor) -> Tensor:
-        return measure(other, weights)
-
-    ones = torch.ones(1, images)
-    _, low, high, p = measures.paired_difference(first, second, images, clusters=clusters)
-    return Difference(name, first(ones).item(), second(ones).item(), low, high, p)
+def _right(table: Table) -> Tensor:
+    return torch.tensor([true == answer for true, answer in zip(table["class"], table["answer"], strict=True)])
 
 
-def _of_classes(first: Table, second: Table, clusters: Tensor | None) -> list[Difference]:
-    def right(table: Table) -> Tensor:
-        return torch.tensor([true == said for true, said in zip(table["class"], table["answer"], strict=True)])
-
-    def accuracy(right: Tensor, weights: Tensor) -> Tensor:
-        return measures.weighted_sum(right, weights) / weights.sum(1)
-
-    one = right(first)
-    other = right(second)
-    found = _difference("accuracy", accuracy, one, other, len(one), clusters)
-    return [found._replace(p=measures.mcnemar(one, other, clusters))]
+def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
+    return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
 
 
 def _numbers(table: Table, titles: Sequence[str]) -> Tensor:
@@ -219,7 +209,7 @@ def table(differences: Sequence[Difference], first: Path, second: Path) -> list[
     """Rows of (name, value) for people."""
     rows = [("first", str(first)), ("second", str(second))]
     for measure, before, after, low, high, p in differences:
-        form = ".4f" if measure in IN_UNITS else ".2%"
+        form = ".4f" if measure in SHOWN[ANSWER] else ".2%"  # a share in per cent
         interval = interval_text(low, high, f"+{form}")
         rows.append((measure, f"{before:{form}}, {after:{form}}: {after - before:+{form}} ({interval}), p = {p:.2g}"))
     return rows

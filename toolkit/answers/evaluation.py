@@ -49,9 +49,6 @@ def count_right(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(1) == likeliest).sum()
 
 
-BEST_BY = {"accuracy": "val_accuracy", "balanced": "val_balanced_accuracy", "f1": "val_macro_f1"}  # --keep-best
-
-
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within this block the model is in eval mode. Afterwards each module is in its mode of before."""
@@ -238,30 +235,25 @@ class Evaluation(NamedTuple):
         return self.labels
 
     def measured(self) -> dict[str, float]:
-        return {
-            "accuracy": self.accuracy,
-            "balanced_accuracy": self.balanced_accuracy,
-            "macro_f1": self.macro_f1,
-        }
+        balanced_accuracy, macro_f1 = self.class_means().tolist()
+        return {"accuracy": self.accuracy, "balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
 
-    @property
-    def balanced_accuracy(self) -> float:
-        """The mean accuracy of the classes that have images."""
-        right, images, _ = self.class_counts()
-        return (right / images)[images > 0].mean().item()
+    def class_means(self, weights: Tensor | None = None) -> Tensor:
+        """The balanced accuracy and macro F1, (2,), or (n, 2) for weights of the images (n, N).
 
-    @property
-    def macro_f1(self) -> float:
-        """The mean over the classes of the harmonic mean of precision and recall."""
-        right, images, answers = self.class_counts()
-        both = images + answers
-        return (2 * right / both)[both > 0].mean().item()
+        They are means over the classes: of the accuracy of those that have images, and of the harmonic mean of
+        precision and recall.
+        """
+        right, images, answers = self.class_counts(weights=weights)
+        return torch.stack([(right / images).nanmean(-1), (2 * right / (images + answers)).nanmean(-1)], -1)
 
-    def class_counts(self, classes: int = 0) -> list[Tensor]:
+    def class_counts(self, classes: int = 0, weights: Tensor | None = None) -> list[Tensor]:
         """The numbers of right answers, of images and of answers of each class that occurs, or of so many."""
         classes = max(classes, int(torch.cat([self.labels, self.predictions]).max()) + 1)
-        right = self.labels[self.labels == self.predictions]
-        return [torch.bincount(t, minlength=classes).double() for t in (right, self.labels, self.predictions)]
+        right = self.labels.where(self.labels == self.predictions, classes)  # a class more, which is left out
+        counts = torch.ones(len(self.labels)) if weights is None else weights
+        sums = torch.zeros(*counts.shape[:-1], classes + 1, dtype=torch.float64)
+        return [sums.index_add(-1, of, counts.double())[..., :-1] for of in (right, self.labels, self.predictions)]
 
 
 @torch.no_grad()

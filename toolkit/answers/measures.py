@@ -19,19 +19,20 @@ TITLES = {
 }
 
 
-def wilson_interval(hits: float, images: int, level: float = 0.95) -> tuple[float, float]:
+NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
+
+
+def wilson_interval(hits: float, images: float) -> tuple[float, float]:
     """The 95% interval of the true accuracy (0 to 1), if `hits` of `images` answers are right.
 
     Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
     share = hits / images
-    unsure = z * z / images
+    unsure = NORMAL**2 / images
     middle = (share + unsure / 2) / (1 + unsure)
     half = (unsure * (share * (1 - share) + unsure / 4)) ** 0.5 / (1 + unsure)
-    low = 0.0 if hits <= 0 else middle - half  # exactly, whatever is rounded
-    high = 1.0 if hits >= images else middle + half
-    return low, high
+    # The ends are exact, whatever is rounded.
+    return 0.0 if hits <= 0 else middle - half, 1.0 if hits >= images else middle + half
 
 
 def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float, float]:
@@ -56,7 +57,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float
     sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
     variance = number / (number - 1) * sums.square().sum().item() / images**2
     effective = share * (1 - share) / variance if variance > 0 else number
-    effective = min(images, effective) * (NormalDist().inv_cdf(0.975) / t.ppf(0.975, number - 1)) ** 2
+    effective = min(images, effective) * (NORMAL / t.ppf(0.975, number - 1)) ** 2
     return wilson_interval(share * effective, effective)
 
 
@@ -161,27 +162,10 @@ class Ranking:
         return sums / torch.cat([positives, positives * negatives], 1)
 
 
-def average_precision(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Of one label: see `Ranking.figures`."""
-    return Ranking(scores, positive).figures(weights)[..., 0]
-
-
-def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Of one label: see `Ranking.figures`."""
-    return Ranking(scores, positive).figures(weights)[..., 1]
-
-
 def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
     """The harmonic mean of precision and recall of answers (N, ...), 0 or 1. It is 0 without any true positive."""
     right = answers * positive
     both = answers + positive
-    return 2 * weighted_sum(right, weights) / weighted_sum(both, weights).clamp_min(1)
-
-
-def micro_f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same over all labels together of answers (N, K)."""
-    right = (answers * positive).sum(1)
-    both = (answers + positive).sum(1)
     return 2 * weighted_sum(right, weights) / weighted_sum(both, weights).clamp_min(1)
 
 
@@ -289,78 +273,25 @@ def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 # How far chance reaches
 
-BOOTSTRAP_DRAWS = 1_000
-
-
-def bootstrap(
-    measure: Callable[[Tensor], Tensor],
-    images: int,
-    draws: int = BOOTSTRAP_DRAWS,
-    seed: int = 0,
-    clusters: Tensor | None = None,
-) -> Tensor:
-    """A measure's values for sets of as many images drawn anew from these, (draws, ...): Efron, Ann. Stat. 7, 1979.
-
-    Args:
-        measure: takes weights (draws, images), how often each image was drawn, and returns (draws, ...).
-        clusters: as for `share_interval`: the images of one cluster are drawn together.
-    """
-    random = np.random.RandomState(seed)
-    things = images if clusters is None else _number(clusters)
-    weights = torch.empty(draws, things, dtype=torch.uint8)  # of 256 things or more none is drawn so often
-    for row in weights:
-        row.copy_(torch.from_numpy(random.multinomial(things, np.full(things, 1 / things))))
-    return measure(weights if clusters is None else weights[:, clusters])
-
-
-def percentile_interval(drawn: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The range of the middle 95% of a bootstrap's draws (draws,); NaN if none is a number."""
-    drawn = drawn[drawn.isfinite()].double()
-    if not len(drawn):
-        return math.nan, math.nan
-    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
-
-
-def draws_level(clusters: Tensor | None) -> float:
-    """The level of a percentile interval that covers 95%: more for draws of few clusters, whose spread is too small.
-
-    (The expanded percentile interval of Hesterberg, The American Statistician 69, 2015.)
-    """
-    if clusters is None:
-        return 0.95
-    from scipy.stats import t
-
-    number = _number(clusters)
-    return 1 - 2 * NormalDist().cdf(t.ppf(0.025, number - 1) * (number / (number - 1)) ** 0.5)
-
-
-def draws_chance(share: float, clusters: Tensor | None) -> float:
-    """How likely chance alone is beyond a value, 0 to 0.5, beyond which so many draws are: more, if of few clusters."""
-    if clusters is None:
-        return share
-    from scipy.stats import t
-
-    number = _number(clusters)
-    return float(t.cdf(NormalDist().inv_cdf(share) * ((number - 1) / number) ** 0.5, number - 1))
+PARTS = 50  # of the images, of which each is left out once
+SHARE = (0.0, 1.0)  # bounds of measures
+BELOW_1 = (-math.inf, 1.0)
+POSITIVE = (0.0, math.inf)
+CORRELATION = (-1.0, 1.0)
+UNBOUNDED = (-math.inf, math.inf)
+STEADY = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
 
 
 def _number(clusters: Tensor) -> int:
     return int(clusters.max()) + 1
 
 
-PARTS = 50  # of the images, of which each is left out once
-SHARE = (0.0, 1.0)  # bounds of measures
-BELOW_1 = (-math.inf, 1.0)
-POSITIVE = (0.0, math.inf)
-CORRELATION = (-1.0, 1.0)
-
-
 class Jackknifed(NamedTuple):
-    """Figures of a set of images, (columns,), and their 95% intervals, in which NaN is no interval."""
+    """Figures of a set of images, in columns."""
 
     values: Tensor
-    intervals: list[tuple[float, float]]
+    intervals: list[tuple[float, float]]  # of 95%; NaN is no interval
+    p: list[float]  # two-sided, of a figure that is truly 0; 1 where there is no interval
 
 
 def jackknife(
@@ -394,19 +325,25 @@ def jackknife(
     values, without = measure(kept).double().split([1, parts])
     values = values[0]
     if parts < 2:
-        return Jackknifed(values, [(math.nan, math.nan)] * len(values))
+        return Jackknifed(values, [(math.nan, math.nan)] * len(values), [1.0] * len(values))
     middles = parts * values - (parts - 1) * without.mean(0)
     errors = without.std(0, correction=0) * (parts - 1) ** 0.5
     halves = errors * t.ppf(0.975, parts - 1)
-    columns = zip(values.tolist(), middles.tolist(), halves.tolist(), bounds or [SHARE] * len(values), strict=True)
-    return Jackknifed(values, [_between(*column) for column in columns])
+    intervals = []
+    for column in zip(values.tolist(), middles.tolist(), halves.tolist(), bounds or [SHARE] * len(values), strict=True):
+        intervals.append(_between(*column))
+    varies = errors > STEADY * values.abs()
+    chances = 2 * t.sf((middles / errors).abs().where(varies, 0.0).numpy(), parts - 1)
+    return Jackknifed(values, intervals, chances.tolist())
 
 
 def _between(value: float, middle: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
     """The interval of so much on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
-    if not half > 1e-12 * abs(value) or not low < value < high:
+    if not half > STEADY * abs(value) or not low < value < high:
         return math.nan, math.nan
+    if bounds == UNBOUNDED:
+        return middle - half, middle + half
     middle = min(max(middle, (value + low) / 2), (value + high) / 2)  # a correction ends half way to a bound
     below = middle - low
     above = high - middle
@@ -415,41 +352,9 @@ def _between(value: float, middle: float, half: float, bounds: tuple[float, floa
         return low + below / factor, low + below * factor
     if math.isinf(below):
         return high - above * factor, high - above / factor
-    odds = below / above
-    lower = odds / factor
-    upper = odds * factor
+    lower = below / above / factor
+    upper = below / above * factor
     return low + (high - low) * lower / (1 + lower), low + (high - low) * upper / (1 + upper)
-
-
-def paired_difference(
-    first: Callable[[Tensor], Tensor],
-    second: Callable[[Tensor], Tensor],
-    images: int,
-    seed: int = 0,
-    clusters: Tensor | None = None,
-) -> tuple[float, float, float, float]:
-    """How much better the second of two runs is over the same images: (difference, low, high, p).
-
-    Both are measured on the same draws of a bootstrap, so what makes a draw easy for both does not blur the difference.
-    The interval is of 95%, or NaN if all images are in one cluster; p is twice the share of draws in which the order is
-    not that of the difference, at most 1, and never less than one draw can tell.
-
-    Args:
-        first, second: measures as `bootstrap` takes them, that return (n,).
-        clusters: as for `bootstrap`.
-    """
-
-    def difference(weights: Tensor) -> Tensor:
-        return second(weights) - first(weights)
-
-    measured = difference(torch.ones(1, images)).item()
-    if clusters is not None and _number(clusters) < 2:
-        return measured, math.nan, math.nan, 1.0
-    drawn = bootstrap(difference, images, seed=seed, clusters=clusters)
-    drawn = drawn[drawn.isfinite()]
-    sides = min((drawn <= 0).sum().item(), (drawn >= 0).sum().item())
-    p = 2 * draws_chance(min(0.5, (sides + 1) / (len(drawn) + 1)), clusters)
-    return measured, *percentile_interval(drawn, draws_level(clusters)), p
 
 
 def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
@@ -459,23 +364,11 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
     With clusters, as for `share_interval`, what one of the two gains in a cluster is as likely for either (Fisher's
     permutation test of paired differences, The Design of Experiments, 1935; exact).
     """
+    gains = second.long() - first.long()
     if clusters is not None:
-        gains = second.double() - first.double()
-        return _sign_flips(torch.zeros(_number(clusters), dtype=torch.float64).index_add_(0, clusters, gains))
-    wins = int((second & ~first).sum())
-    losses = int((first & ~second).sum())
-    number = wins + losses
-    of_all = math.lgamma(number + 1) - number * math.log(2)
-    chance = 0.0
-    for k in range(min(wins, losses) + 1):
-        chance += math.exp(of_all - math.lgamma(k + 1) - math.lgamma(number - k + 1))
-    return min(1.0, 2 * chance)
-
-
-def _sign_flips(gains: Tensor) -> float:
-    """How often the sum of whole numbers is as far from 0 as this if each had its sign by chance."""
-    sizes = gains.abs().long()
-    chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive
+        gains = torch.zeros(_number(clusters), dtype=torch.long).index_add_(0, clusters, gains)
+    sizes = gains.abs()
+    chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive, where signs are by chance
     chances[0] = 1.0
     for size in sizes[sizes > 0].tolist():
         chances[size:] = (chances[size:] + chances[:-size]) / 2

@@ -15,21 +15,21 @@ from toolkit import listed, printable
 from toolkit.answers import evaluation, measures, probe
 from toolkit.answers.answer_reports import (
     PICTURES,
+    Headline,
     Report,
     calibration_figures,
     calibration_rows,
     exact_cells,
-    figure_text,
     finite,
-    headline_figures,
     reliability_section,
 )
 from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
-from toolkit.answers.report_page import drawn, html_picture, html_table
-from toolkit.files import open_atomically
+from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import PROBABILITY
 
+MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
+NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
 CURVES = 10  # labels in the picture of precision by recall
 
@@ -49,11 +49,21 @@ class LabelAnswers:
 
     @property
     def score(self) -> float:
-        return self.macro()[0].item()
+        return self.by_label()[0].nanmean().item()
 
     def measured(self) -> dict[str, float]:
-        macro_ap, macro_auroc = self.macro().tolist()
-        return {"macro_ap": macro_ap, "micro_ap": self.micro_average_precision().item(), "macro_auroc": macro_auroc}
+        return dict(zip(MEASURED, self.figures().tolist(), strict=True))
+
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """Those in MEASURED, (3,), or (n, 3) for weights of the images (n, N): means over the labels that have one.
+
+        For the micro AP all labels of all images are in one ranking.
+        """
+        known = ~self.targets.isnan()
+        images = torch.arange(len(known))[:, None].expand_as(known)[known]
+        micro = measures.Ranking(self.probabilities[known], self.targets[known], images).figures(weights)
+        macro_ap, macro_auroc = self.by_label(weights).nanmean(-1).unbind(-1)
+        return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.answers.measures.calibration` over all labels of all images, after calibration or before."""
@@ -70,33 +80,12 @@ class LabelAnswers:
             figures.append(ranking.figures(weights))
         return torch.stack(figures, -1)
 
-    def macro(self, weights: Tensor | None = None) -> Tensor:
-        """The means of AP and AUROC over the labels that have one, (2,) or (n, 2)."""
-        return self.by_label(weights).nanmean(-1)
-
-    def micro_average_precision(self, weights: Tensor | None = None) -> Tensor:
-        """All labels of all images in one ranking."""
-        known = ~self.targets.isnan()
-        images = torch.arange(len(known))[:, None].expand_as(known)[known]
-        return measures.Ranking(self.probabilities[known], self.targets[known], images).figures(weights)[..., 0]
-
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
         positive = self.targets.nan_to_num()
-        found = measures.f1(self._said(thresholds), positive, weights)
+        answers = (self.probabilities > thresholds) & ~self.targets.isnan()
+        found = measures.f1(answers, positive, weights)
         return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
-
-    def macro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean over the labels that have positives."""
-        return self.f1(thresholds, weights).nanmean(-1)
-
-    def micro_f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Over all labels of all images."""
-        return measures.micro_f1(self._said(thresholds), self.targets.nan_to_num(), weights)
-
-    def _said(self, thresholds: Tensor) -> Tensor:
-        """Which labels are answers, of those that are known, (N, K)."""
-        return (self.probabilities > thresholds) & ~self.targets.isnan()
 
     def best_thresholds(self) -> Tensor:
         """The threshold of each label that has the highest F1 here, (K,)."""
@@ -105,14 +94,6 @@ class LabelAnswers:
             known = ~targets.isnan()
             thresholds.append(measures.best_threshold(scores[known], targets[known]))
         return torch.tensor(thresholds)
-
-    def positives(self) -> Tensor:
-        """How many images have each label, (K,)."""
-        return self.targets.nansum(0).long()
-
-    def unknown(self) -> Tensor:
-        """How many images do not say whether they have each label, (K,)."""
-        return self.targets.isnan().sum(0)
 
 
 class LabelObjective(Objective):
@@ -281,36 +262,32 @@ class LabelReport(Report):
     """The report on `LabelAnswers`."""
 
     picture = "precision_recall.png"
-    HEADLINES = ("macro_ap", "micro_ap", "macro_auroc", "macro_f1", "micro_f1")
+    HEADLINES: Mapping[str, Headline] = {
+        "macro_ap": Headline("macro AP", NO_POSITIVE),
+        "micro_ap": Headline("micro AP", NO_POSITIVE),
+        "macro_auroc": Headline("macro AUROC", "no label has evaluation images with it and without"),
+        "macro_f1": Headline("macro F1", NO_POSITIVE),
+    }
 
     def __init__(self, head: LabelHead, answers: LabelAnswers, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)
-        found = measures.jackknife(self._headlines, len(answers.targets), clusters)
-        self.headlines = found.values.tolist()
-        self.intervals = found.intervals
+        self.measure_headlines(self._headlines)
         self.average_precisions, self.aurocs = answers.by_label().tolist()
         self.f1s = answers.f1(head.thresholds).tolist()
-        self.positives = answers.positives().tolist()
-        self.unknown = answers.unknown().tolist()
+        self.positives = answers.targets.nansum(0).long().tolist()
+        self.unknown = answers.targets.isnan().sum(0).tolist()
 
     def _headlines(self, weights: Tensor) -> Tensor:
-        answers = self.answers
-        thresholds = self.head.thresholds
-        macro_ap, macro_auroc = answers.macro(weights).T
-        figures = [
-            macro_ap,
-            answers.micro_average_precision(weights),
-            macro_auroc,
-            answers.macro_f1(thresholds, weights),
-            answers.micro_f1(thresholds, weights),
-        ]
-        return torch.stack(figures, -1)
+        macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
+        return torch.cat([self.answers.figures(weights), macro_f1], 1)
 
     def figures(self) -> dict[str, Any]:
-        found = headline_figures(self.HEADLINES, self.headlines, self.intervals)
-        found |= calibration_figures(self.head.temperature, self.answers)
-        found["labels"] = {name: self._label(i) for i, name in enumerate(self.names)}
-        return found
+        labels = {name: self._label(i) for i, name in enumerate(self.names)}
+        return {
+            **self.headline_figures(),
+            **calibration_figures(self.head.temperature, self.answers),
+            "labels": labels,
+        }
 
     def _label(self, i: int) -> dict[str, Any]:
         return {
@@ -326,18 +303,12 @@ class LabelReport(Report):
         return f"macro AP {MultiLabel.reported(self.headlines[0])} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
-        none = "no evaluation image has a label"
-        same = "no label has evaluation images with it and without"
-        texts = []
-        for value, interval, why in zip(self.headlines, self.intervals, (none, none, same, none, none), strict=True):
-            texts.append(figure_text(value, interval, why))
-        macro_ap, micro_ap, macro_auroc, macro_f1, _ = texts
-        rows = [("macro AP", macro_ap)]
+        rows = self.headline_rows()
+        title, text = rows.pop()
+        rows.append((title, f"{text}, at thresholds chosen on training images"))
         missing = [name for name, value in zip(self.names, self.average_precisions, strict=True) if math.isnan(value)]
         if missing:
-            rows.append(("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
-        rows += [("micro AP", micro_ap), ("macro AUROC", macro_auroc)]
-        rows.append(("macro F1", f"{macro_f1}, at thresholds chosen on training images"))
+            rows.insert(1, ("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
         return rows + calibration_rows(self.head.temperature, self.answers)
 
     def order(self) -> list[int]:
@@ -366,7 +337,18 @@ class LabelReport(Report):
         return ["<h2>By label</h2>", table, shown, *reliability_section(self.answers)]
 
     def draw(self, path: Path) -> None:
-        plot_precision_recall(self, path)
+        """Precision by recall, of the ten labels with the lowest AP."""
+        figure = new_figure(6.5, 4.5)
+        axes = figure.subplots()
+        for i in self.order()[:CURVES]:
+            if self.positives[i]:
+                recall, precision = _precision_recall(self.answers.probabilities[:, i], self.answers.targets[:, i])
+                axes.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=self.title())
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The most confidently wrong labels, each image once."""
@@ -389,24 +371,6 @@ class LabelReport(Report):
             columns[name] = exact_cells(truth)
             columns[name + PROBABILITY] = exact_cells(shares)
         return columns
-
-
-def plot_precision_recall(report: LabelReport, path: Path) -> None:
-    """Precision by recall, of the ten labels with the lowest AP."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i in report.order()[:CURVES]:
-        if report.positives[i]:
-            recall, precision = _precision_recall(report.answers.probabilities[:, i], report.answers.targets[:, i])
-            axes.plot(recall, precision, label=drawn(printable(report.names[i], 24)), drawstyle="steps-post")
-    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=report.title())
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=8)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=150)
 
 
 def _share(value: float) -> str:
@@ -434,7 +398,7 @@ class MultiLabel(Task):
     score_title = "macro AP"
     loss_title = "binary cross-entropy"
     outputs_are = ("label", "labels")
-    measured = ("macro_ap", "micro_ap", "macro_auroc")
+    measured = MEASURED
     best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
     Report = LabelReport
 

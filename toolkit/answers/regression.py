@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from toolkit import InputError, printable
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import PICTURES, Report, exact_cells, figure_text, finite, headline_figures
+from toolkit.answers.answer_reports import PICTURES, Headline, Report, exact_cells, finite
 from toolkit.answers.parts import Head, Objective, Task, mixed
-from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table
-from toolkit.files import open_atomically
+from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER
 
@@ -24,6 +23,7 @@ MEASURES = {
     "rmse": measures.root_mean_squared_error,
     "spearman": measures.spearman,
 }
+NOTHING_DIFFERS = "nothing differs between the evaluation images"
 PANELS = 6  # numbers that are drawn
 ROW = 3  # panels in a row
 FAR = 1e4  # standard deviations from zero, where float32 begins to blur what differs
@@ -39,10 +39,14 @@ class NumberAnswers:
 
     @property
     def score(self) -> float:
-        return self.mean("r2").item()
+        return self.by_number("r2").nanmean().item()
 
     def measured(self) -> dict[str, float]:
-        return {name: self.mean(name).item() for name in MEASURES}
+        return dict(zip(MEASURES, self.figures().tolist(), strict=True))
+
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """Those in MEASURES, (4,), or (n, 4) for weights of the images (n, N): means over the numbers that have one."""
+        return torch.stack([self.by_number(name, weights).nanmean(-1) for name in MEASURES], -1)
 
     def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
         """One of MEASURES for each number, (K,), or (n, K) for weights of the images (n, N)."""
@@ -54,10 +58,6 @@ class NumberAnswers:
                 counts = weights[:, known]
             found.append(MEASURES[name](answers[known], targets[known], counts))
         return torch.stack(found, -1)
-
-    def mean(self, name: str, weights: Tensor | None = None) -> Tensor:
-        """The mean over the numbers that have a figure."""
-        return self.by_number(name, weights).nanmean(-1)
 
 
 class NumberObjective(Objective):
@@ -183,42 +183,34 @@ class NumberReport(Report):
     """The report on `NumberAnswers`."""
 
     picture = "scatter.png"
-    HEADLINES = tuple(MEASURES)
-    BOUNDS = (measures.BELOW_1, measures.POSITIVE, measures.POSITIVE, measures.CORRELATION)
+    HEADLINES: Mapping[str, Headline] = {
+        "r2": Headline("R2", NOTHING_DIFFERS, measures.BELOW_1, ".4g", ".4g"),
+        "mae": Headline("mean absolute error", NOTHING_DIFFERS, measures.POSITIVE, ".4g", ".4g"),
+        "rmse": Headline("RMS error", NOTHING_DIFFERS, measures.POSITIVE, ".4g", ".4g"),
+        "spearman": Headline("rank correlation", NOTHING_DIFFERS, measures.CORRELATION, ".4g", ".4g"),
+    }
 
     def __init__(self, head: NumberHead, answers: NumberAnswers, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)
-        found = measures.jackknife(self._headlines, len(answers.targets), clusters, self.BOUNDS)
-        self.headlines = found.values.tolist()
-        self.intervals = found.intervals
+        self.measure_headlines(answers.figures)
         self.by = {name: answers.by_number(name).tolist() for name in MEASURES}
         self.known = (~answers.targets.isnan()).sum(0).tolist()
         self.spreads = head.objective.std.tolist()
 
-    def _headlines(self, weights: Tensor) -> Tensor:
-        return torch.stack([self.answers.mean(name, weights) for name in MEASURES], -1)
-
     def figures(self) -> dict[str, Any]:
-        found = headline_figures(self.HEADLINES, self.headlines, self.intervals)
         numbers = {}
         for i, name in enumerate(self.names):
             numbers[name] = {"images": self.known[i]}
             for measure, values in self.by.items():
                 numbers[name][measure] = finite(values[i])
-        return found | {"numbers": numbers}
+        return {**self.headline_figures(), "numbers": numbers}
 
     def title(self) -> str:
         return f"R2 {Regression.reported(self.headlines[0])} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
-        titles = ("R2", "mean absolute error", "RMS error", "rank correlation")
         mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
-        why = "nothing differs between the evaluation images"
-        rows = []
-        for title, value, interval in zip(titles, self.headlines, self.intervals, strict=True):
-            text = figure_text(value, interval, why, ".4g", ".4g")
-            rows.append((title, text + mean))
-        return rows
+        return [(title, text + mean) for title, text in self.headline_rows()]
 
     def by_number(self) -> list[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
@@ -239,7 +231,25 @@ class NumberReport(Report):
         return ["<h2>Answers and truth</h2>", html_table(self.by_number(), titles), shown]
 
     def draw(self, path: Path) -> None:
-        plot_scatter(self, path)
+        """The answer for each image by the truth, a panel for each of the first six numbers."""
+        shown = self.names[:PANELS]
+        columns = min(ROW, len(shown))
+        rows = math.ceil(len(shown) / columns)
+        figure = new_figure(4.2 * columns, 4 * rows)
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        for place in places[len(shown) :]:
+            place.axis("off")
+        for i, (name, place) in enumerate(zip(shown, places, strict=False)):
+            known = ~self.answers.targets[:, i].isnan()
+            truth = self.answers.targets[known, i]
+            place.plot(truth, self.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
+            if len(truth):
+                ends = [truth.min().item(), truth.max().item()]
+                place.plot(ends, ends, "--", color=ORANGE)
+            title = f"{printable(name, 24)}: R2 {Regression.reported(self.by['r2'][i])}"
+            place.set(xlabel="true", ylabel="answer", title=drawn(title))
+            place.grid(alpha=0.3)
+        save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The largest errors by the numbers' spread, each image once."""
@@ -264,31 +274,6 @@ class NumberReport(Report):
         return columns
 
 
-def plot_scatter(report: NumberReport, path: Path) -> None:
-    """The answer for each image by the truth, a panel for each of the first six numbers."""
-    from matplotlib.figure import Figure
-
-    shown = report.names[:PANELS]
-    columns = min(ROW, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place in places[len(shown) :]:
-        place.axis("off")
-    for i, (name, place) in enumerate(zip(shown, places, strict=False)):
-        known = ~report.answers.targets[:, i].isnan()
-        truth = report.answers.targets[known, i]
-        place.plot(truth, report.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
-        if len(truth):
-            ends = [truth.min().item(), truth.max().item()]
-            place.plot(ends, ends, "--", color=ORANGE)
-        title = f"{printable(name, 24)}: R2 {Regression.reported(report.by['r2'][i])}"
-        place.set(xlabel="true", ylabel="answer", title=drawn(title))
-        place.grid(alpha=0.3)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120)
-
-
 class Regression(Task):
     """Numbers.
 
@@ -308,7 +293,7 @@ class Regression(Task):
     axis = (1.0, "")
     score_format = ".3f"
     outputs_are = ("number", "numbers")
-    measured = ("r2", "mae", "rmse", "spearman")
+    measured = tuple(MEASURES)
     best_by: Mapping[str, str] = {"r2": "val_r2", "spearman": "val_spearman"}
     Report = NumberReport
 

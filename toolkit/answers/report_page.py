@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.files import write_text
+from toolkit.files import open_atomically, write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -87,6 +87,18 @@ def html_table(rows: Sequence[Sequence[Any]], titles: Sequence[str] = ()) -> str
 def drawn(text: str) -> str:
     """The text as matplotlib draws it literally: with no formulas between dollars, nor bytes that are no character."""
     return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def new_figure(width: float, height: float):
+    """An empty figure of matplotlib, in inches. To import that takes a second, which no loading process shall wait."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def save_figure(figure, path: Path) -> None:
+    with open_atomically(path) as file:
+        figure.savefig(file)
 
 
 def html_picture(png: bytes, described: str) -> str:
