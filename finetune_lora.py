@@ -43,8 +43,7 @@ from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import end_workers
-from toolkit.images.masks import load_pairs, read_classes
-from toolkit.images.sources import Splits, load_splits
+from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import head_names, headless, in_head, name_head
 from toolkit.models.checkpoints import checkpoint_path, describe_base, is_none, load_backbone, tensor_digest
@@ -54,7 +53,7 @@ from toolkit.run import guard, optim, options, output_folder, reports, run_state
 from toolkit.run.arithmetic import pays_in_8_bits
 from toolkit.run.folds import cross_validate
 from toolkit.run.guard import Collapsed, GoBack, Guard, Keep, ShrinkTo
-from toolkit.run.loaders import Loaders
+from toolkit.run.loaders import Loaders, load_images
 from toolkit.run.options import FineTuneOptions
 from toolkit.run.plan import Plan
 from toolkit.run.run_state import RunState, StateEntry, copy_to_cpu
@@ -856,20 +855,6 @@ def prepare(args: FineTuneOptions, device: torch.device) -> tuple[Splits, nn.Mod
         norms=settled_norms(args, device),
     )
     return splits, model, report, plan
-
-
-def load_images(args: FineTuneOptions, read: bands.Bands | None) -> Splits:
-    """The training and the evaluation images, with their labels or masks."""
-    sources = options.image_sources(args, read)
-    if args.task != "segmentation":
-        return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
-    for name in ("task", "unknown", "label_columns"):
-        del sources[name]
-    unknown = [value for value in args.unknown_value if value != "none"]
-    lists = sources.pop("data_list")
-    return load_pairs(
-        args.data_dir, lists, args.eval_split, classes=read_classes(args.classes), unknown=unknown, **sources
-    )
 
 
 def settled_norms(args: FineTuneOptions, device: torch.device) -> str:

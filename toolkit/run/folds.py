@@ -17,12 +17,12 @@ from toolkit import InputError, distributed
 from toolkit.answers.tasks import TASKS, Task, baseline_keys
 from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
-from toolkit.images.sources import load_splits
 from toolkit.images.splitting import read_folds
 from toolkit.models.checkpoints import is_none
 from toolkit.run import output_folder
 from toolkit.run.guard import Collapsed
-from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, image_sources, known_image_values
+from toolkit.run.loaders import load_images
+from toolkit.run.options import FREE_TO_CHANGE, FineTuneOptions, known_image_values
 from toolkit.run.plan import YAML_SECTIONS
 from toolkit.run.run_state import changed_settings
 
@@ -103,9 +103,7 @@ def _identity(args: FineTuneOptions) -> dict[str, Any]:
     """What all parts share: the settings, a digest of the images, and one of each file that the base is made of."""
     with contextlib.redirect_stdout(io.StringIO()):  # each part says what it reads
         _, read = known_image_values(args, args.checkpoint)
-        one = replace(args, folds=f"1/{read_folds(args.folds)[1]}")
-        sources = image_sources(one, read)
-        splits = load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
+        splits = load_images(replace(args, folds=f"1/{read_folds(args.folds)[1]}"), read)
     files = [path for path in (args.checkpoint, args.stage1_adapter) if path is not None and not is_none(path)]
     return {
         "config": stored_sections(YAML_SECTIONS, args),

@@ -14,18 +14,40 @@ from toolkit import devices, distributed
 from toolkit.answers import evaluation
 from toolkit.answers.parts import Task
 from toolkit.images import data
+from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
-from toolkit.images.masks import MaskedImages, TransformedPairs, collate_pairs, pair_transforms
-from toolkit.images.sources import Splits
+from toolkit.images.masks import (
+    MaskedImages,
+    TransformedPairs,
+    collate_pairs,
+    load_pairs,
+    pair_transforms,
+    read_classes,
+)
+from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
-from toolkit.run.options import FineTuneOptions
+from toolkit.run.options import FineTuneOptions, image_sources
 
 STATISTICS_IMAGES = 512  # the most training images from which BatchNorm's statistics are estimated
 FOLLOWED_IMAGES = 256  # the most training images by which BatchNorms follow adapters
 CALIBRATION_IMAGES = 5_000  # the most training images by which thresholds and the temperature are chosen
 KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before training and for the linear probe
+
+
+def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
+    """The training and the evaluation images, with their labels or masks."""
+    sources = image_sources(args, read)
+    if args.task != "segmentation":
+        return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
+    for name in ("task", "unknown", "label_columns"):
+        del sources[name]
+    unknown = [value for value in args.unknown_value if value != "none"]
+    lists = sources.pop("data_list")
+    return load_pairs(
+        args.data_dir, lists, args.eval_split, classes=read_classes(args.classes), unknown=unknown, **sources
+    )
 
 
 class Loaders:

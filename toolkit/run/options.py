@@ -242,7 +242,9 @@ class TuneOptions(AdapterOptions):
         "how A starts (default: at the loss's gradient; at random if the head does)",
         choices=("gradient", "random"),
     )
-    class_weights: str = option("none", "balanced: rare classes count more", choices=("none", "balanced"))
+    class_weights: str = option(
+        "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
+    )
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
@@ -384,6 +386,8 @@ def complete_fine_tuning(args: argparse.Namespace, sources: dict[str, str]) -> l
             f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
         )
     complete_adapters(args)
+    if args.task == "segmentation" and sources["class_weights"] == "default":
+        args.class_weights = "balanced"  # its score is a mean over classes
     if args.task == "segmentation" and sources["augmentation"] == "config":
         args.augmentation = "crop"  # the shipped backbone's file has that of digits
     if is_none(args.checkpoint):
