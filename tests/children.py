@@ -6,17 +6,19 @@ They are forked from a server that has imported the scripts already: a run begin
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import torch.distributed as dist
+
 from toolkit import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
+STORES: list[dist.TCPStore] = []
 SERVER.set_forkserver_preload(["finetune_lora", "moco.pretrain", "bitsandbytes.functional"])
 
 
@@ -75,11 +77,10 @@ def _run(module: str, argv: list[str], log: Path, before: Callable | None, envir
 
 def together(module: str, options: str, log: Path, before: Callable | None = None, environment=None) -> list[Child]:
     """Two processes of one run, with the environment that torchrun gives them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"TORCHELASTIC_RUN_ID": "test", **(environment or {})}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives a process that fails
+    STORES.append(store)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", **(environment or {})}
     return [
         Child(module, options, log.with_suffix(f".{k}.log"), before, shared | {"RANK": str(k), "LOCAL_RANK": str(k)})
         for k in range(2)

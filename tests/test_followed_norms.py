@@ -1,13 +1,14 @@
 """BatchNorms that follow the adapters, against PyTorch's own operations and automatic differentiation in float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dense import EXACT, assert_close, randomize_adapters
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.followed_norms import (
@@ -182,12 +183,21 @@ def test_directions_without_variance_do_no_harm():
     assert not principal_components(torch.zeros(8, 4), 3).any()
 
 
-def adapted_resnet(**options) -> nn.Module:
+@functools.cache
+def base_resnet() -> nn.Module:
+    """A ResNet with a block in each stage, and statistics as after training."""
     torch.manual_seed(0)
-    model = resnet18(num_classes=3)
-    for _ in range(3):
-        model(torch.randn(16, 3, 32, 32))
-    add_lora_to_model(model, r=2, **options)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 32, 32))
+    return model
+
+
+def adapted_resnet() -> nn.Module:
+    model = copy.deepcopy(base_resnet())
+    torch.manual_seed(0)
+    add_lora_to_model(model, r=2)
     freeze_backbone_params(model)
     return model
 

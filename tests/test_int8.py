@@ -386,6 +386,7 @@ print(((y - expected).norm() / expected.norm()).item() < 0.02)
 """
 
 
+@pytest.mark.slow
 def test_a_processor_whose_products_overflow_computes_in_floats():
     """Without VNNI oneDNN adds in 16 bits, and products of positive numbers were off by half."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -415,6 +415,7 @@ def test_intervals_of_clusters_of_one_image_are_those_of_images():
     assert measures.share_interval(right, torch.zeros(400, dtype=torch.long)) == (0, 1)
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_by_patients_where_images_say_too_much():
     """The second run gains 0.2 on average, more on some patients than on others, of whom each has four copies."""
     random, patients = np.random.RandomState(0), 12

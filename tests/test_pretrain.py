@@ -314,6 +314,7 @@ def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
         run(f"--resume {tmp_path / 'other.pth'}")
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(folder, mine)
@@ -511,7 +512,9 @@ def _weights(content, model):
         yield f"{name}.{weight}"
 
 
-@pytest.mark.parametrize("options", ["", "--use-qlora --lora-dropout 0.2", "--moco-version 2"])
+@pytest.mark.parametrize(
+    "options", ["", pytest.param("--use-qlora --lora-dropout 0.2", marks=pytest.mark.slow), "--moco-version 2"]
+)
 def test_adapters_resume_to_the_same_bits(adapt, tmp_path, monkeypatch, options):
     finish = pretrain.Pretraining.end_epoch
 
