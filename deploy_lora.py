@@ -163,8 +163,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the answers for images as a table, one row for each image, and return the rows.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
-    numbers. With --abstain what is less probable than that is unsure. If files have geotags, the rows also have `x` and
-    `y` of the image's centre, and the `epsg` code of these: as `image_x` and so on, if a number is called so.
+    numbers. With --abstain what is less probable than that is unsure. Beside the `path` and, if files have geotags, `x`
+    and `y` of the image's centre and the `epsg` code of these: as `image_path` and so on, if a number is called so.
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
@@ -174,10 +174,9 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         outputs = _outputs(args, model, make_loader(images), "predict")
     columns, answers = task.table(outputs, args.abstain)
     names = [images.name(i) for i in range(len(images))]
-    rows = []
-    for name, cells in zip(names, answers, strict=True):
-        rows.append({"path": name, **dict(zip(columns, cells, strict=True))})
-    columns = ["path", *columns]
+    path = "image_path" if "path" in columns else "path"
+    columns = [path, *columns]
+    rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
     if places := geotags.centres(names):
         prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
         for row, place in zip(rows, places, strict=True):

@@ -279,6 +279,21 @@ def test_a_label_that_no_image_knows_is_trained_and_evaluated_nonetheless(base, 
     assert found["labels"]["never"]["unknown"] == 24
 
 
+def test_a_number_called_path_leaves_the_paths_of_images_their_column(trained, lists, tmp_path, monkeypatch):
+    _, folder = trained["regression"]
+    task_of = deploy_lora._task_of
+
+    def renamed(about: dict):
+        task = task_of(about)
+        task.head.names[0] = "path"
+        return task
+
+    monkeypatch.setattr(deploy_lora, "_task_of", renamed)
+    command = ["predict", str(folder / "lora.pth"), str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")]
+    [row] = deploy_lora.main(command)
+    assert row["image_path"].endswith("val0.png") and math.isfinite(float(row["path"]))
+
+
 def test_seconds_since_1970_are_learned_and_predicted(base, lists, tmp_path):
     """Minutes apart: float32 would round them to two minutes, and their R2 to nothing."""
     for part in ("train", "val"):

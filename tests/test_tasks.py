@@ -10,7 +10,7 @@ from sklearn import metrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from toolkit import InputError
+from toolkit import InputError, devices
 from toolkit.answers import evaluation, measures, multilabel, probe, regression, tasks
 from toolkit.images.data import LabelledImages
 
@@ -189,6 +189,32 @@ def test_numbers_are_measured_in_their_own_units():
     assert answers.measured()["mae"] == pytest.approx((1 + 2 / 3) / 2)
     assert answers.score == pytest.approx((1 - 8 / 500 + 1 - 2 / 8) / 2)
     assert answers.measured()["spearman"] == pytest.approx(1)
+
+
+@pytest.fixture
+def no_float64_on_mps(monkeypatch):
+    """A device "mps" that lies on the CPU, and refuses what MPS does."""
+    real = torch.Tensor.to
+
+    def to(tensor, *args, **how):
+        on_mps = any(getattr(arg, "type", None) == "mps" for arg in args)
+        found = real(tensor, *[CPU if getattr(arg, "type", None) == "mps" else arg for arg in args], **how)
+        if on_mps and torch.float64 in (tensor.dtype, found.dtype):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+def test_numbers_are_standardised_before_a_device_without_float64_has_them(no_float64_on_mps):
+    truth = 1.7e9 + 300 * torch.arange(20, dtype=torch.float64)[:, None]
+    task, mps = tasks.Regression(["time"], truth), torch.device("mps")
+    with pytest.raises(TypeError, match="float64"):
+        truth.to(mps)
+    targets = devices.to_device(truth, mps)
+    assert task.loss(task.objective.standardised(truth).float(), targets) < 1e-9
+    features = torch.linspace(0, 1, 20)[:, None].expand(20, 4).cos()
+    assert task.knn_score(features, targets, features, targets) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class NumberObjective(Objective):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean over all K numbers of an image, where unknown ones count 0; summed over images."""
-        wanted = self.standardised(targets).to(outputs.dtype)
+        wanted = self.standardised(targets).to(outputs.dtype).to(outputs.device)  # MPS has no float64
         errors = (outputs - wanted.nan_to_num()).square().masked_fill(wanted.isnan(), 0)
         return errors.sum() / outputs.shape[1]
 
@@ -120,7 +120,8 @@ class NumberHead(Head):
         return NumberAnswers(0.0, answers, targets.cpu()).score
 
     def knn_score(self, train_features, train_targets, features, targets) -> float:
-        answers = evaluation.knn_means(train_features, self.objective.standardised(train_targets), features)
+        standardised = self.objective.standardised(train_targets).float().to(train_features.device)
+        answers = evaluation.knn_means(train_features, standardised, features)
         return NumberAnswers(0.0, self.in_units(answers), targets.cpu()).score
 
     def constant_score(self, images: LabelledImages) -> float:

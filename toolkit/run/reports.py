@@ -13,10 +13,10 @@ from toolkit import printable
 from toolkit.answers import comparison
 from toolkit.answers.answer_reports import Report, finite
 from toolkit.answers.measures import TITLES
-from toolkit.answers.report_page import BLUE, ORANGE, write_page
+from toolkit.answers.report_page import BLUE, ORANGE, new_figure, save_figure, write_page
 from toolkit.answers.tasks import TASKS, Answers, Classification, Task, baseline_keys
 from toolkit.devices import peak_memory_bytes
-from toolkit.files import open_atomically, stored_path, write_text
+from toolkit.files import stored_path, write_text
 from toolkit.images.bands import recorded
 from toolkit.images.data import LoadingMeter
 from toolkit.images.sources import Splits
@@ -26,8 +26,6 @@ from toolkit.run.optim import WiseFT
 from toolkit.run.options import DataOptions, FineTuneOptions, lora_options
 from toolkit.run.plan import Plan
 from toolkit.run.training import best_epoch
-
-# matplotlib and scikit-learn are imported where they draw: that takes a second, which no loading process shall wait.
 
 LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
 
@@ -191,7 +189,9 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
     report = run.task.report(result, run.splits.val.clusters())
     results = {
         **_scores(run, result, report.figures(), kept_epoch),
-        **_rates(run),
+        "learning_rate": run.plan.learning_rate,
+        "head_learning_rate": run.rate,
+        "adapter_learning_rate": run.adapter_rate,
         "chosen_by": _chosen_by(run),
         "kept_share": run.wise_ft.share,
         "retreats": run.guard.retreats,
@@ -259,28 +259,15 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
     return scores
 
 
-def _rates(run: FineTuned) -> dict[str, float | None]:
-    return {
-        "learning_rate": run.plan.learning_rate,
-        "head_learning_rate": run.rate,
-        "adapter_learning_rate": run.adapter_rate,
-    }
-
-
 def _chosen_by(run: FineTuned) -> dict[str, str]:
     """Which images chose what was not typed; nothing else was chosen by images that do not train."""
     chosen = {}
     if run.path("learning_rates.csv").exists():
         chosen["learning rate"] = "trials on a part of the training images"
-    if run.args.keep_best and _can_choose(run):
+    column = run.task.best_by.get(run.args.keep_best)
+    if any(not math.isnan(row[column]) for row in run.history if column is not None):
         chosen["epoch"] = "the evaluation images"
     return chosen
-
-
-def _can_choose(run: FineTuned) -> bool:
-    """Is the figure by which --keep-best chooses defined for any epoch?"""
-    column = run.task.best_by[run.args.keep_best]
-    return any(not math.isnan(row[column]) for row in run.history)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
@@ -299,67 +286,54 @@ def plot_finetuning(
     Args:
         baseline: the scores of k-NN and linear probe before training, None where not measured.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     losses, scores = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     losses.plot(epochs, [row["train_loss"] for row in history], "o-", color=BLUE, label="training")
     losses.plot(epochs, [row["val_loss"] for row in history], "s--", color=ORANGE, label="evaluation")
-    losses.set(xlabel="epoch", ylabel=task.loss_title, title="Loss")
+    losses.set(ylabel=task.loss_title, title="Loss")
     factor, unit = task.axis
     values = [factor * row[f"val_{task.score}"] for row in history]
     scores.plot(epochs, values, "s--", color=ORANGE, label="evaluation")
     for name, label, style in zip(baseline_keys(task), ("k-NN", "linear probe"), (":", "-."), strict=True):
         if baseline[name] is not None:
             scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
-    title = task.score_title[0].upper() + task.score_title[1:]
-    scores.set(xlabel="epoch", ylabel=f"{task.score_title}{unit}", title=title)
+    scores.set(ylabel=f"{task.score_title}{unit}", title=task.score_title[0].upper() + task.score_title[1:])
     for axes in (losses, scores):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
+        _by_epoch(axes)
         axes.legend()
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=150)
+    save_figure(figure, path)
+
+
+def _by_epoch(axes: Any) -> None:
+    axes.set(xlabel="epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
 
 
 def plot_learning_rates(rates: Sequence[float], scores: Sequence[float], task: Task, path: Path) -> None:
     """Validation scores by learning rate."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     factor, unit = task.axis
     axes.plot(rates, [factor * score for score in scores], "o-", color=BLUE)
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"{task.score_title} on the validation part{unit}")
     axes.grid(alpha=0.3)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_pretraining(history: list[dict[str, Any]], path: Path) -> None:
     """A panel each, by epoch: the contrastive loss, and the measures of the features."""
-    from matplotlib.figure import Figure
-
-    panels = {"loss": "contrastive loss", **TITLES}
-    measured = {}
-    for name in panels:
-        rows = [row for row in history if row[name] is not None]
-        if rows:
-            measured[name] = rows
-    figure = Figure(figsize=(3.6 * len(measured), 3.2), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured.items(), strict=True):
-        epochs = [row["epoch"] for row in rows]
-        values = [row[name] for row in rows]
-        if name == "loss":
-            axes.plot(epochs, values, "-", color=BLUE)
-        else:
-            axes.plot(epochs, values, "o-", color=ORANGE)
-        axes.set(xlabel="epoch", title=panels[name])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    with open_atomically(path) as file:
-        figure.savefig(file, dpi=120)
+    titles = {"loss": "contrastive loss", **TITLES}
+    measured = {name: [row for row in history if row[name] is not None] for name in titles}
+    panels = [(name, rows) for name, rows in measured.items() if rows]
+    figure = new_figure(3.6 * len(panels), 3.2)
+    for axes, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        style = {"color": BLUE} if name == "loss" else {"color": ORANGE, "marker": "o"}
+        axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], **style)
+        axes.set(title=titles[name])
+        _by_epoch(axes)
+    save_figure(figure, path)
 
 
 def against_the_probe(results: dict[str, Any]) -> str:
