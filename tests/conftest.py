@@ -23,7 +23,7 @@ from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
-from toolkit.run import guard, optim, reports
+from toolkit.run import guard, loaders, optim, reports
 
 CLASSES = ("bright", "dark", "striped")
 
@@ -204,7 +204,7 @@ def pictures(drawing):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """`finetune_lora` finds one image of each class in each split: for commands that only have to run."""
+    """A run finds one image of each class in each split: for commands that only have to run."""
 
     def few(part: LabelledImages) -> LabelledImages:
         return part.subset([part.labels.index(label) for label in sorted(set(part.labels))])
@@ -213,7 +213,7 @@ def few_images(monkeypatch):
         splits = load_splits(*args, **sources)
         return splits._replace(train=few(splits.train), val=few(splits.val))
 
-    monkeypatch.setattr(finetune_lora, "load_splits", load_few)
+    monkeypatch.setattr(loaders, "load_splits", load_few)
 
 
 # ------------------------------------------------------------------------------------------------- without a GPU

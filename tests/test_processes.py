@@ -19,6 +19,7 @@ from lora_utils import read_adapter_file
 from moco import pretrain
 from toolkit import distributed
 from toolkit.files import read_checkpoint
+from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 from toolkit.run import guard, optim, output_folder
 
@@ -206,7 +207,7 @@ def test_every_image_is_seen_once_and_only_adapters_and_head_travel(options, tmp
     assert [child.wait(120) for child in children] == [0, 0], [child.output for child in children]
     parts = [(tmp_path / f"notes.{rank}.txt").read_text().split() for rank in (0, 1)]
     assert [len(part) for part in parts] == [13, 8]  # of four batches of 5 and one of 1
-    splits = finetune_lora.load_splits("imagefolder", argv.split()[1])
+    splits = load_splits("imagefolder", argv.split()[1])
     transform = finetune_lora.eval_transform(16)
     assert sorted(parts[0] + parts[1]) == sorted(f"{transform(image).double().sum():.3f}" for image, _ in splits.train)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
