@@ -66,6 +66,7 @@ def test_how_cost_grows(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_reports_take_is_measured_for_each_task(capsys):
     found = growth.main(["--answers", "60x3"])
     assert list(found) == ["classification 60x3", "multilabel 60x3", "regression 60x3"]

@@ -243,7 +243,7 @@ def test_a_folder_that_cannot_be_made(start, tmp_path):
         assert_one_line(start(output="out/deeper"), f"--output-dir {tmp_path}/out/deeper: ")
 
 
-@pytest.mark.parametrize("way", ["lora", "pretrain"])
+@pytest.mark.parametrize("way", [pytest.param("lora", marks=pytest.mark.slow), "pretrain"])
 def test_a_folder_that_vanishes(start, tmp_path, way):
     child = start(way)
     child.wait_for((child.folder / "last.pth").exists)
