@@ -45,13 +45,14 @@ class ImageFiles(Dataset):
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
         try:
-            if self.bands is None:
-                return open_image(self.path(i)), self.labels[i]
-            return self._read(i), self.labels[i]
+            return self._open(i) if self.bands is None else self._read(i), self.labels[i]
         except (MemoryError, InputError):
             raise
         except Exception as error:  # a damaged file fails in a hundred places of Pillow
             raise unreadable(self.path(i), error) from None
+
+    def _open(self, i: int) -> Image.Image:
+        return open_image(self.path(i))
 
     def _read(self, i: int) -> np.ndarray:
         return self.bands.read_path(self.path(i))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from toolkit import InputError, listed, printable
 from toolkit.images.bands import FORMATS, Bands
-from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, unreadable
+from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -59,17 +59,10 @@ class ShardedImages(ImageFiles):
         self.shards = list(shards)
         self.places = places
 
-    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
-        if self.bands is not None:
-            return super().__getitem__(i)
-        try:
-            image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
-        except MemoryError:
-            raise
-        except Exception as error:  # as in ImageFiles
-            raise unreadable(self.path(i), error) from None
+    def _open(self, i: int) -> Image.Image:
+        image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
         image.filename = self.path(i)  # what messages call it
-        return image, self.labels[i]
+        return image
 
     def _read(self, i: int) -> np.ndarray:
         return self.bands.read(self.content(i))

@@ -100,9 +100,8 @@ class TwoCrops:
     def __init__(self, first: View, second: View):
         self.views = first, second
 
-    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = render(image, self.views)
-        return first, second
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, ...]:
+        return tuple(render(image, self.views))
 
 
 _REDUCTIONS = (1, 2, 4, 8)  # by these factors libjpeg can shrink an image while it decodes
@@ -119,8 +118,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     if not is_jpeg:
         image = to_rgb(image)
     orientation = _orientation(image)  # 1 unless it is a JPEG
-    lies_on_a_side = orientation >= 5
-    width, height = image.size[::-1] if lies_on_a_side else image.size
+    width, height = image.size if orientation < 5 else image.size[::-1]
     places = [view.place(width, height) for view in views]
     reduction = 1
     if is_jpeg:

@@ -107,15 +107,18 @@ def build_backbone(
     shape = dict(_VITS[arch])
     if heads is not None:
         shape["num_heads"] = heads
-    patch = shape["patch_size"]
-    if size % patch:
-        fitting = max(patch, round(size / patch) * patch)
-        raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
+    _check_patches(arch, size, shape["patch_size"])
     stem = _conv_stem(shape["hidden_dim"]) if "conv" in arch else None
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
         model.other_heads = heads
     return _for_channels(model, channels)
+
+
+def _check_patches(arch: str, size: int, patch: int) -> None:
+    if size % patch:
+        fitting = max(1, round(size / patch)) * patch
+        raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch}; {fitting} would fit")
 
 
 MOST_CHANNELS = 1024  # enough for hyperspectral images; without a limit a damaged file could ask for terabytes
@@ -311,32 +314,21 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
     if channels != config.input_size[0]:
         shape["in_chans"] = channels
         images += f" and {channels} channels"
+    sized = shape if size == config.input_size[-1] else shape | {"img_size": size}
     try:
-        own_size = size == config.input_size[-1]
-        model = timm.create_model(name, **shape) if own_size else _timm_of_size(name, shape, size)
+        try:
+            model = timm.create_model(name, **sized)
+        except TypeError:  # a model without this argument takes any size
+            model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"timm cannot build {name} for {images}: {error}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
-    if size % patch[0]:
-        fitting = max(1, round(size / patch[0])) * patch[0]
-        raise InputError(f"image size {size} is not a multiple of {arch}'s patch of {patch[0]}; {fitting} would fit")
+    _check_patches(arch, size, patch[0])
     if not isinstance(config.classifier, str) or not isinstance(model.get_classifier(), nn.Linear):
         raise InputError(f"{arch} has no single linear classifier, from which this toolkit could start: take another")
     return model
 
 
-def _timm_of_size(name: str, shape: dict[str, int], size: int) -> nn.Module:
-    import timm
-
-    try:
-        return timm.create_model(name, img_size=size, **shape)
-    except TypeError:  # a model without this argument takes any size
-        return timm.create_model(name, **shape)
-
-
 def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:
     """Four 3x3 stride-2 convolutions that double the width each time; torchvision appends the final 1x1."""
-    stem = []
-    for narrower in (8, 4, 2, 1):
-        stem.append(ConvStemConfig(out_channels=hidden_dim // narrower, kernel_size=3, stride=2))
-    return stem
+    return [ConvStemConfig(out_channels=hidden_dim // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]
