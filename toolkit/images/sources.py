@@ -116,14 +116,8 @@ def load_splits(
         parts, class_names = _listed_images(data_list, data_dir, bands, task, unknown, columns)
     elif task != "classification":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
-    elif dataset == "digits":
-        parts, class_names = _digits(data_dir)
-    elif dataset == "imagefolder":
-        parts, class_names = _image_folder(data_dir, val_dir, needs_val, bands)
-    elif dataset == UNLABELLED_SET:
-        raise InputError("--dataset unlabelled is for pretraining; here each image needs a label: use imagefolder")
     else:
-        raise InputError(unknown_dataset(dataset))
+        parts, class_names = _unlisted_images(dataset, data_dir, val_dir, needs_val, bands)
     if group_by is not None:
         _group(parts, data_list, group_by, needs_val)
     train = parts[0]
@@ -136,25 +130,35 @@ def load_splits(
         labels = set(train.labels)
         train = readable(train)
         val = readable(val)
-        gone = labels - set(train.labels)
-        if task == "classification" and gone:
-            names = _names(gone, class_names)
-            raise InputError(f"no training image of {names} can be read: repair some, or remove the class")
+        if task == "classification" and labels != set(train.labels):
+            gone = _names(labels - set(train.labels), class_names)
+            raise InputError(f"no training image of {gone} can be read: repair some, or remove the class")
     if eval_split == "validation" or folds is not None:
         left_alone = val_dir or (data_list or [])[1:]
         if left_alone and not for_training_only:
             print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
     if eval_split == "validation":
         train, val = validation_part(train)
-    untrained = set(val.labels) - set(train.labels)
-    if group_by is not None and task == "classification" and untrained:
-        names = _names(untrained, class_names)
-        print(f"no training image of {names} is left: all are in groups that are evaluated on")
+    if group_by is not None and task == "classification" and not set(val.labels) <= set(train.labels):
+        gone = _names(set(val.labels) - set(train.labels), class_names)
+        print(f"no training image of {gone} is left: all are in groups that are evaluated on")
     if not for_training_only:
         _report_copies(train, val)
     if labels_per_class is not None:
         train = train.subset(splitting.some_of_each(train.labels, labels_per_class, class_names, seed))
     return Splits(train, val, class_names)
+
+
+def _unlisted_images(
+    dataset: str, data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
+) -> Parts:
+    if dataset == "digits":
+        return _digits(data_dir)
+    if dataset == "imagefolder":
+        return _image_folder(data_dir, val_dir, needs_val, bands)
+    if dataset == UNLABELLED_SET:
+        raise InputError("--dataset unlabelled is for pretraining; here each image needs a label: use imagefolder")
+    raise InputError(unknown_dataset(dataset))
 
 
 def unknown_dataset(name: str) -> str:
