@@ -12,32 +12,10 @@ import numpy as np
 from PIL import Image
 
 from toolkit import InputError, distributed, listed, printable
-from toolkit.images import splitting
+from toolkit.images import folders, lists, splitting
 from toolkit.images.bands import Bands
 from toolkit.images.data import UNLABELLED, LabelledImages, usable_cores
-from toolkit.images.folders import (
-    EVALUATION_NAMES,
-    ImageFiles,
-    UnreadableImage,
-    class_folders,
-    copies,
-    evaluation_folder,
-    has_class_folders,
-    image_names,
-    labelled_files,
-    looked_for,
-    report_others,
-)
-from toolkit.images.lists import (
-    in_order,
-    like,
-    list_has_labels,
-    look_like_numbers,
-    read_groups,
-    read_list,
-    read_paths,
-    read_targets,
-)
+from toolkit.images.folders import ImageFiles, UnreadableImage
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
@@ -187,17 +165,17 @@ def load_unlabelled(
     if data_list:
         path = Path(data_list[0])
         folder = _folder_of_list(path, data_dir)
-        source = ImageFiles(folder, read_paths(path, folder), (), bands)
+        source = ImageFiles(folder, lists.read_paths(path, folder), (), bands)
     else:
         folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
         if shard_names(folder):
             source, _ = read_shards(folder, bands)
         else:
             others = Counter()
-            names = image_names(folder, "", others, bands)
+            names = folders.image_names(folder, "", others, bands)
             if not names:
-                raise InputError(f"{folder}: no images {looked_for(others, bands)}")
-            report_others(folder, others)
+                raise InputError(f"{folder}: no images {folders.looked_for(others, bands)}")
+            folders.report_others(folder, others)
             source = ImageFiles(folder, names, (), bands)
     source.labels = [UNLABELLED] * len(source)
     images = LabelledImages(source, source.labels)
@@ -207,9 +185,9 @@ def load_unlabelled(
 def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | None = None) -> bool:
     """Does the folder have class folders, or archives with labels, or the list labels?"""
     if data_list:
-        return list_has_labels(Path(data_list[0]))
+        return lists.list_has_labels(Path(data_list[0]))
     folder = _train_folder(_folder_of_images(data_dir))
-    return bool(read_shards(folder)[1]) if shard_names(folder) else has_class_folders(folder)
+    return bool(read_shards(folder)[1]) if shard_names(folder) else folders.has_class_folders(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,28 +212,28 @@ def _image_folder(
     """Folders with a folder of images per class, or with archives: train/ and an evaluation folder, or one set."""
     root = _folder_of_images(data_dir)
     train = _train_folder(root)
-    folders = [train]
+    places = [train]
     if val_dir is not None:
-        folders.append(_existing("--val-dir", val_dir))
+        places.append(_existing("--val-dir", val_dir))
     elif needs_val and train != root:
-        held_out = evaluation_folder(root)
+        held_out = folders.evaluation_folder(root)
         if held_out is None:
             raise InputError(
-                f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, "
-                "or put the class folders straight into --data-dir"
+                f"{root} has train/ but no {'/, '.join(folders.EVALUATION_NAMES)}/ or test/: add one, name it with "
+                "--val-dir, or put the class folders straight into --data-dir"
             )
-        folders.append(held_out)
+        places.append(held_out)
         if held_out.name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
     if shard_names(train):
-        parts, class_names = _by_label(folders, [_labelled_shards(folder, bands) for folder in folders])
+        parts, class_names = _by_label(places, [_labelled_shards(place, bands) for place in places])
     else:
         parts = []
-        class_names = class_folders(train)
-        for folder in folders:
+        class_names = folders.class_folders(train)
+        for folder in places:
             if folder != train:
-                _check_classes(folder, class_folders(folder, at_least=1), train, class_names)
-            files = labelled_files(folder, class_names, every=folder == train, bands=bands)
+                _check_classes(folder, folders.class_folders(folder, at_least=1), train, class_names)
+            files = folders.labelled_files(folder, class_names, every=folder == train, bands=bands)
             parts.append(LabelledImages(files, files.labels))
     if len(parts) == 1 and train != root:
         parts.append(parts[0].subset([]))
@@ -302,7 +280,7 @@ def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, 
 
 def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[str]]]) -> Parts:
     """Images whose labels are text, of one place or of two."""
-    class_names = in_order(set(contents[0][1]))
+    class_names = lists.in_order(set(contents[0][1]))
     if len(class_names) < 2:
         raise InputError(f"{places[0]}: expected at least two classes, found only {printable(*class_names)}")
     _check_classes(places[-1], contents[-1][1], places[0], class_names)
@@ -315,7 +293,7 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
 
 
 def _listed_images(
-    lists: Sequence[str | Path],
+    data_list: Sequence[str | Path],
     data_dir: str | Path | None,
     bands: Bands | None,
     task: str,
@@ -323,17 +301,17 @@ def _listed_images(
     columns: dict[str, Any],
 ) -> Parts:
     """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
-    if len(lists) > 2:
-        raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(lists)}")
-    paths = list(map(Path, lists))
-    folders = [_folder_of_list(path, data_dir) for path in paths]
+    if len(data_list) > 2:
+        raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
+    paths = list(map(Path, data_list))
+    roots = [_folder_of_list(path, data_dir) for path in paths]
     if task == "classification":
         contents = []
-        for path, folder in zip(paths, folders, strict=True):
-            names, labels = read_list(path, folder, **columns)
+        for path, folder in zip(paths, roots, strict=True):
+            names, labels = lists.read_list(path, folder, **columns)
             if not labels:
                 raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
-            if look_like_numbers(labels):
+            if lists.look_like_numbers(labels):
                 raise InputError(
                     f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that "
                     "images share; use --task regression"
@@ -342,10 +320,10 @@ def _listed_images(
         return _by_label(paths, contents)
     parts = []
     class_names: list[str] = []
-    for path, folder in zip(paths, folders, strict=True):
-        targets = read_targets(path, folder, task, unknown, **columns)
+    for path, folder in zip(paths, roots, strict=True):
+        targets = lists.read_targets(path, folder, task, unknown, **columns)
         if parts:
-            targets = like(targets, class_names, path, paths[0], unknown)
+            targets = lists.like(targets, class_names, path, paths[0], unknown)
         class_names = targets.names
         labels = [0] * len(targets.paths)
         if task == "multilabel":
@@ -359,16 +337,16 @@ def _folder_of_list(path: Path, data_dir: str | Path | None) -> Path:
     return _existing("--data-dir", data_dir) if data_dir else path.parent
 
 
-def _group(parts: Sequence[LabelledImages], lists: Sequence[str | Path] | None, by: str, val_is_used: bool) -> None:
+def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str, val_is_used: bool) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
         if not isinstance(images.source, ImageFiles):
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
-        if lists and not by.isdecimal():
-            images.groups = read_groups(Path(lists[number]), by)
+        if data_list and not by.isdecimal():
+            images.groups = lists.read_groups(Path(data_list[number]), by)
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
-    if not lists and by == "1":
+    if not data_list and by == "1":
         raise InputError("--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on")
     if len(parts) > 1 and val_is_used:
         splitting.check_apart(parts[0].groups, parts[1].groups, by)
@@ -436,7 +414,7 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
     if len(train) + len(val) > MOST_COMPARED:
         print(f"evaluation images may be copies of training images: more than {MOST_COMPARED:,} are not compared")
         return
-    found = copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
+    found = folders.copies(val.source, val.indices.tolist(), train.source, train.indices.tolist())
     if found:
         first, other = found[0]
         print(
