@@ -84,8 +84,15 @@ class LoRALayer:
     float_digests: Mapping[str, str] = {}
     _int8_shapes: Mapping[str, torch.Size] = {}  # of each weight whose parameter holds an `Int8Weight`
     _STATE = (
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "scaling", "float_digests", "_nf4_state"),
-        *("_int8_shapes", "lora_enabled", "_base_data", "weight_names", "stock_class", "followed"),
+        *NO_ADAPTER,
+        "float_digests",
+        "_nf4_state",
+        "_int8_shapes",
+        "lora_enabled",
+        "_base_data",
+        "weight_names",
+        "stock_class",
+        "followed",
     )
 
     def __init__(self, *args, r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, **kwargs):
@@ -110,7 +117,9 @@ class LoRALayer:
         return layer
 
     def _init_adapters(self, settings: LoRASettings | None, base_dtype: torch.dtype | None = None) -> None:
-        vars(self).update(NO_ADAPTER if settings is None else {**vars(settings), "scaling": settings.scaling})
+        vars(self).update(NO_ADAPTER)
+        if settings is not None:
+            vars(self).update(vars(settings), scaling=settings.scaling)
         self.lora_enabled = True
         self._base_data: dict[str, Tensor] = {}  # while merged: the weights as they were
         self._create_adapters()
@@ -127,35 +136,43 @@ class LoRALayer:
         for weight in weights.values():
             if dtype == torch.int8:
                 weight.requires_grad_(False)  # integers have no gradient
-            weight.data = Int8Weight.quantize(weight).packed() if dtype == torch.int8 else weight.data.to(dtype)
+                weight.data = Int8Weight.quantize(weight).packed()
+            else:
+                weight.data = weight.data.to(dtype)
 
     def _create_adapters(self) -> None:
         self._add_adapter("weight")
 
     def _add_adapter(self, weight_name: str, suffix: str = "", fan_out: int | None = None) -> None:
-        base = self.base(weight_name)
-        dtype = torch.float64 if getattr(base, "dtype", None) == torch.float64 else torch.float32
-        shapes = {"lora_A": (self.r, math.prod(base.shape[1:])), "lora_B": (fan_out or base.shape[0], self.r)}
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=dtype, device=self._parameters[weight_name].device)
-            self.register_parameter(name + suffix, nn.Parameter(tensor, requires_grad=self.r > 0))
+        shape = self.base(weight_name).shape
+        stored = self._parameters[weight_name]
+        dtype = torch.float32
+        if stored.dtype == torch.float64:
+            dtype = torch.float64
+        A = torch.empty(self.r, math.prod(shape[1:]), dtype=dtype, device=stored.device)
+        B = torch.empty(fan_out or shape[0], self.r, dtype=dtype, device=stored.device)
+        for name, factor in (("lora_A", A), ("lora_B", B)):
+            self.register_parameter(name + suffix, nn.Parameter(factor, requires_grad=self.r > 0))
 
     def _adapter_names(self) -> list[str]:
         return [name for name in self._parameters if name.startswith("lora_")]
 
     def reset_lora_parameters(self) -> None:
         """A as `nn.Linear` starts its weight, B zero: the adapted layer begins as the base layer exactly."""
-        for name in self._adapter_names() if self.r else ():
-            if name.startswith("lora_A"):
-                nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
-            else:
+        for name in self._adapter_names():
+            if name.startswith("lora_B"):
                 nn.init.zeros_(self._parameters[name])
+            elif self.r > 0:  # PyTorch warns of an empty A
+                nn.init.kaiming_uniform_(self._parameters[name], a=math.sqrt(5))
 
     def remove_lora(self, merge: bool = False) -> None:
         """Turn it back into the stock layer, with its base weights or, if `merge`, with W_eff."""
         if self.float_digests and not merge:
             raise InputError("a layer stored in fewer bits cannot become float again: load the checkpoint once more")
-        self.merge() if merge else self.unmerge()
+        if merge:
+            self.merge()
+        else:
+            self.unmerge()
         vars(self).pop("float_digests", None)  # once merged, its weight is a float's
         LayerState.of(self).without_adapter().apply_to(self)
 
@@ -166,11 +183,15 @@ class LoRALayer:
     def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight:
         """The weight without the adapter, merged or not."""
         base = self._base_data.get(name, self._parameters[name])
-        return Int8Weight.unpacked(base, self._int8_shapes[name]) if name in self._int8_shapes else base
+        if name in self._int8_shapes:
+            return Int8Weight.unpacked(base, self._int8_shapes[name])
+        return base
 
     def _base_to_merge(self, name: str = "weight") -> Tensor:
         base = self.base(name)
-        return dense_weight(base, torch.float32) if name in self.float_digests else base
+        if name in self.float_digests:
+            return dense_weight(base, torch.float32)
+        return base
 
     @property
     def base_bits(self) -> int:
@@ -184,17 +205,21 @@ class LoRALayer:
     @torch.no_grad()
     def merge(self) -> None:
         """Put W_eff in the weight's place. Merging twice is merging once."""
-        if not self.merged:
-            base_data = {name: getattr(self, name).data for name in self.weight_names}
-            merged = self.effective_weights() if self.r else {n: self._base_to_merge(n) for n in base_data}
-            for name, weight in merged.items():
-                getattr(self, name).data = weight
-            self._base_data = base_data
+        if self.merged:
+            return
+        base_data = {name: self._parameters[name].data for name in self.weight_names}
+        if self.r > 0:
+            merged = self.effective_weights()
+        else:
+            merged = {name: self._base_to_merge(name) for name in self.weight_names}
+        for name, weight in merged.items():
+            self._parameters[name].data = weight
+        self._base_data = base_data
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit: it was stored, nothing is subtracted."""
         for name, weight in self._base_data.items():
-            getattr(self, name).data = weight
+            self._parameters[name].data = weight
         self._base_data = {}
 
     @property
@@ -203,9 +228,12 @@ class LoRALayer:
 
     def _weight_without_adapter(self, name: str, x: Tensor) -> Tensor:
         """The weight, for a product with x, of a layer whose adapter is merged, switched off or of rank 0."""
-        weight = self._parameters[name] if self.merged and self.lora_enabled else self.base(name)
-        computes = not self.float_digests or isinstance(weight, Int8Weight)
-        return weight if computes else dense_weight(weight, functional.compute_dtype(x))
+        weight = self.base(name)
+        if self.merged and self.lora_enabled:
+            weight = self._parameters[name]
+        if not self.float_digests or isinstance(weight, Int8Weight):
+            return weight
+        return dense_weight(weight, functional.compute_dtype(x))
 
     @property
     def _drops(self) -> bool:
@@ -213,7 +241,9 @@ class LoRALayer:
 
     def _adapter_input(self, x: Tensor) -> Tensor | None:
         """What the adapter sees in place of x, if it is not x."""
-        return F.dropout(x, self.lora_dropout) if self._drops else None
+        if self._drops:
+            return F.dropout(x, self.lora_dropout)
+        return None
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -250,14 +280,22 @@ class LoRALinear(LoRALayer, nn.Linear):
         return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``prologue(x) (W + s B A)^T + b``; see `lora_linear`."""
+        """``x (W + s B A)^T + b`` or ``x W^T + b + s (x A^T) B^T``, whichever is faster, of ``prologue(x)``."""
         if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
-            x, prologue = prologue(x), None
+            x = prologue(x)
+            prologue = None
         if not self._is_active:
             return functional.frozen_linear(x, self._weight_without_adapter("weight", x), self.bias)
-        W, adapter_x = self.base(), self._adapter_input(x)
-        A, B = self.lora_A, self.lora_B
-        return functional.lora_linear(x, W, A, B, self.bias, self.scaling, adapter_x=adapter_x, prologue=prologue)
+        return functional.lora_linear(
+            x,
+            self.base(),
+            self.lora_A,
+            self.lora_B,
+            bias=self.bias,
+            scaling=self.scaling,
+            adapter_x=self._adapter_input(x),
+            prologue=prologue,
+        )
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d):
@@ -295,23 +333,42 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
     ) -> Tensor:
-        """``relu(batch_norm(layer(x)) + residual)``. A frozen BatchNorm is in kernel and bias: see `folded_norm`."""
+        """``relu(batch_norm(layer(x)) + residual)``, where the layer is ``conv2d(x, W + s B A, b)``.
+
+        A frozen BatchNorm is in kernel and bias: see `folded_norm`.
+        """
         if not self._is_active:
             y = self._conv_forward(x, self._weight_without_adapter("weight", x), self.bias)
-            y = y if batch_norm is None else batch_norm(y)
-            y = y if residual is None else y + residual
-            return F.relu(y) if relu else y
+            if batch_norm is not None:
+                y = batch_norm(y)
+            if residual is not None:
+                y = y + residual
+            if relu:
+                y = F.relu(y)
+            return y
         if x.dim() == 3:
-            return self.forward(x[None], batch_norm, None if residual is None else residual[None], relu)[0]
+            if residual is not None:
+                residual = residual[None]
+            return self.forward(x[None], batch_norm, residual, relu)[0]
         row_scale, log_scale, bias = folded_norm(self, batch_norm)
         adapter_x = self._adapter_input(x)
-        mode, explicit = self.padding_mode, self._reversed_padding_repeated_twice
-        x, padding = functional.pad_for_conv2d(x, self.padding, mode, explicit)
         if adapter_x is not None:
-            adapter_x, _ = functional.pad_for_conv2d(adapter_x, self.padding, mode, explicit)
-        geometry = functional.Geometry(self.stride, padding, self.dilation, self.groups)
-        settings = self.scaling, geometry, row_scale, adapter_x, residual, relu, log_scale
-        return functional.lora_conv2d(x, self.base(), self.lora_A, self.lora_B, bias, *settings)
+            adapter_x, _ = functional.pad_for_conv2d(adapter_x, self)
+        x, padding = functional.pad_for_conv2d(x, self)
+        return functional.lora_conv2d(
+            x,
+            self.base(),
+            self.lora_A,
+            self.lora_B,
+            bias=bias,
+            scaling=self.scaling,
+            geometry=functional.Geometry(self.stride, padding, self.dilation, self.groups),
+            row_scale=row_scale,
+            adapter_x=adapter_x,
+            residual=residual,
+            relu=relu,
+            log_scale=log_scale,
+        )
 
 
 class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
@@ -321,7 +378,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     self-attention the three are one product with the packed weight. Dropout draws one mask for each distinct input.
     """
 
-    recomputed = False  # is the heads' output computed again in backward instead of saved?
+    checkpointing = "none"  # 'selective': the heads' output is computed again in backward instead of saved
     keeps_weights = True  # are attention's weights saved for backward? see `attend`
     _linear_kind = LoRALinear
 
@@ -330,49 +387,83 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         super()._init_adapters(settings, base_dtype)
 
     def _create_adapters(self) -> None:
-        packed = self.in_proj_weight is not None
-        self.weight_names = ("in_proj_weight",) if packed else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        self.weight_names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        if self.in_proj_weight is not None:
+            self.weight_names = ("in_proj_weight",)
         for i, projection in enumerate("qkv"):
-            self._add_adapter(self.weight_names[0 if packed else i], f"_{projection}", self.embed_dim)
+            self._add_adapter(self._weight_name(i), f"_{projection}", self.embed_dim)
+
+    @property
+    def _is_packed(self) -> bool:
+        """Are the weights of q, k and v one?"""
+        return self.weight_names == ("in_proj_weight",)
+
+    def _weight_name(self, i: int) -> str:
+        """The weight of the i-th of q, k and v."""
+        return self.weight_names[min(i, len(self.weight_names) - 1)]
 
     def remove_lora(self, merge: bool = False) -> None:
         self.out_proj.remove_lora(merge)
         super().remove_lora(merge)
 
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:  # None in 4 bits while the base is in use
-        return tuple([getattr(self, f"lora_{x}_{p}", None) for p in "qkv"] for x in "AB")
+    def _factors(self, letter: str) -> list[Tensor]:
+        """A or B of q, k and v; None in 4 bits while the base is in use."""
+        return [getattr(self, f"lora_{letter}_{projection}", None) for projection in "qkv"]
 
     def effective_weights(self) -> dict[str, Tensor]:
-        A, B = self._factors()
-        if self.weight_names == ("in_proj_weight",):
-            A, B = [torch.cat(A)], [torch.cat(B)]
-        return {
-            name: functional.merged_weight(self._base_to_merge(name), a, b, self.scaling, groups=len(a) // self.r)
-            for name, a, b in zip(self.weight_names, A, B, strict=True)
-        }
+        A = self._factors("A")
+        B = self._factors("B")
+        if self._is_packed:
+            weight = self._base_to_merge("in_proj_weight")
+            merged = functional.merged_weight(weight, torch.cat(A), torch.cat(B), self.scaling, groups=3)
+            return {"in_proj_weight": merged}
+        merged = {}
+        for name, own_A, own_B in zip(self.weight_names, A, B, strict=True):
+            merged[name] = functional.merged_weight(self._base_to_merge(name), own_A, own_B, self.scaling)
+        return merged
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, prologue: Callable | None) -> list[Tensor]:
         """q (N, L, embed_dim), k and v (N, S, embed_dim), not split into heads; side by side if one product."""
-        E, packed = self.embed_dim, self.weight_names == ("in_proj_weight",)
-        by_input = packed and key is value  # what reads the same input is one product
-        counts = ((3,) if query is key else (1, 2)) if by_input else (1, 1, 1)
-        if prologue is not None and (self._drops or not (by_input and self._is_active)):
-            (query, key, value), prologue = attention.once_each(prologue, query, key, value), None
-        inputs, (A, B) = (query, key, value), self._factors()
+        counts = (1, 1, 1)  # how many of q, k and v are one product
+        if self._is_packed and key is value:
+            counts = (3,) if query is key else (1, 2)
+        if prologue is not None and (self._drops or not self._is_active or len(counts) == 3):
+            query, key, value = attention.once_each(prologue, query, key, value)
+            prologue = None
+        inputs = (query, key, value)
         adapter_inputs = attention.once_each(self._adapter_input, *inputs)
-        projected, end = [], 0
+        projected = []
+        first = 0
         for count in counts:
-            i, end = end, end + count
-            name, rows = self.weight_names[0 if packed else i], slice(i * E, end * E)
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-            rows = rows if packed else slice(None)
-            if self._is_active:
-                W, a, b = self.base(name)[rows], A[i:end], B[i:end]
-                y = functional.lora_linear(inputs[i], W, a, b, bias, self.scaling, count, adapter_inputs[i], prologue)
-            else:
-                y = functional.frozen_linear(inputs[i], self._weight_without_adapter(name, inputs[i])[rows], bias)
-            projected.append(y)  # (N, L, count E)
+            projected.append(self._product(first, count, inputs[first], adapter_inputs[first], prologue))
+            first += count
         return projected
+
+    def _product(
+        self, first: int, count: int, x: Tensor, adapter_x: Tensor | None, prologue: Callable | None
+    ) -> Tensor:
+        """The product of x with so many of q, k and v from the first on, (N, L, count * embed_dim)."""
+        end = first + count
+        rows = slice(first * self.embed_dim, end * self.embed_dim)
+        bias = self.in_proj_bias
+        if bias is not None:
+            bias = bias[rows]
+        if not self._is_packed:
+            rows = slice(None)
+        name = self._weight_name(first)
+        if not self._is_active:
+            return functional.frozen_linear(x, self._weight_without_adapter(name, x)[rows], bias)
+        return functional.lora_linear(
+            x,
+            self.base(name)[rows],
+            self._factors("A")[first:end],
+            self._factors("B")[first:end],
+            bias=bias,
+            scaling=self.scaling,
+            groups=count,
+            adapter_x=adapter_x,
+            prologue=prologue,
+        )
 
     def forward(
         self,
@@ -397,31 +488,54 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
         is_batched = query.dim() == 3
         to_batch_first = attention.to_batch_first(is_batched, self.batch_first)
         projected = self._project(*attention.once_each(to_batch_first, query, key, value), prologue)
-        if len(projected) == 1 and self._recomputes(need_weights, attn_mask, key_padding_mask):
-            output, weights = self.out_proj(projected[0], prologue=attention.SelfAttention(self.num_heads)), None
+        plain = not need_weights and attn_mask is None and key_padding_mask is None
+        weights = None
+        if plain and len(projected) == 1 and self._recomputes():
+            output = self.out_proj(projected[0], prologue=attention.SelfAttention(self.num_heads))
         else:
             q, k, v = (part for product in projected for part in product.split(self.embed_dim, -1))
-            padding = key_padding_mask if is_batched or key_padding_mask is None else key_padding_mask[None]
-            mask = attention.attention_mask(q, k, self.num_heads, attn_mask, padding)
+            if key_padding_mask is not None and not is_batched:
+                key_padding_mask = key_padding_mask[None]
+            mask = attention.attention_mask(q, k, self.num_heads, attn_mask, key_padding_mask)
             k, v, mask = attention.append_keys(k, v, mask, self.bias_k, self.bias_v, self.add_zero_attn)
-            settings = self.dropout if self.training else 0.0, need_weights, self.keeps_weights
-            attended, weights = attention.attend(q, k, v, self.num_heads, mask, *settings)
+            attended, weights = attention.attend(
+                q,
+                k,
+                v,
+                self.num_heads,
+                mask,
+                dropout=self.dropout * self.training,
+                need_weights=need_weights,
+                keep_weights=self.keeps_weights,
+            )
             output = self.out_proj(attended)  # (N, L, E)
-            weights = weights.mean(1) if need_weights and average_attn_weights else weights  # (N, H, L, S) -> (N, L, S)
+            if need_weights and average_attn_weights:
+                weights = weights.mean(1)  # (N, H, L, S) -> (N, L, S)
         if not is_batched:
-            return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+            output = output[0]
+            if weights is not None:
+                weights = weights[0]
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
+        return output, weights
 
-    def _recomputes(self, need_weights: bool = False, *masks: Tensor | None) -> bool:
-        """May the output projection recompute the heads' output in backward? Not with masks, dropout or weights."""
-        plain = not (need_weights or self.add_zero_attn or (self.training and self.dropout))
-        able = self.out_proj._is_active and not self.out_proj._drops and not is_hooked(self.out_proj)
-        return self.recomputed and plain and able and all(x is None for x in (*masks, self.bias_k))
+    def _recomputes(self) -> bool:
+        """May the output projection recompute the heads' output in backward?"""
+        return (
+            self.checkpointing == "selective"
+            and not self.add_zero_attn
+            and self.bias_k is None
+            and not (self.training and self.dropout)
+            and self.out_proj._is_active
+            and not self.out_proj._drops
+            and not is_hooked(self.out_proj)
+        )
 
     def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None:
         """q, k and v side by side, (N, L, 3 E), if what follows in a block can be recomputed from them; else None."""
-        packed = self.batch_first and self._is_active and self.weight_names == ("in_proj_weight",)
-        return self._project(x, x, x, prologue)[0] if packed and not self._drops and self._recomputes() else None
+        if self.batch_first and self._is_active and self._is_packed and not self._drops and self._recomputes():
+            return self._product(0, 3, x, None, prologue)
+        return None
 
 
 class _FourBits:
@@ -433,15 +547,22 @@ class _FourBits:
     _nf4_state: dict = {}  # noqa: RUF012 - never changed in place; what a layer that is not quantised yet has
 
     def _store_base(self, dtype: torch.dtype | None) -> None:
-        if not self._nf4_state:
-            self.float_digests = {name: tensor_digest(self._parameters[name]) for name in self.weight_names}
-            nf4 = {name: NF4Weight.quantize(self._parameters[name]) for name in self.weight_names}
-            self._nf4_state = {name: (weight.state, weight.shape) for name, weight in nf4.items()}
-            self._parameters.update({n: nn.Parameter(w.packed, requires_grad=False) for n, w in nf4.items()})
+        if self._nf4_state:
+            return
+        self.float_digests = {}
+        self._nf4_state = {}
+        for name in self.weight_names:
+            weight = self._parameters[name]
+            nf4 = NF4Weight.quantize(weight)
+            self.float_digests[name] = tensor_digest(weight)
+            self._nf4_state[name] = (nf4.state, nf4.shape)
+            self._parameters[name] = nn.Parameter(nf4.packed, requires_grad=False)
 
     def base(self, name: str = "weight") -> Tensor | NF4Weight:
         base = super().base(name)
-        return NF4Weight(base, *self._nf4_state[name]) if name in self._nf4_state else base
+        if name in self._nf4_state:
+            return NF4Weight(base, *self._nf4_state[name])
+        return base
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -539,8 +660,10 @@ def add_lora_to_model(
         warn_of_unknown_head(model)
     chosen = adapted.choose_layers(model, target_modules, exclude_modules, adapt_last)
     by_layer = adapted.settings_by_layer(chosen, settings, rank_pattern)
-    below = adapted.layers_below(model, exclude_modules, adapt_last) if adapt_last is not None else []
-    return adapt_layers(model, dict.fromkeys(below) | by_layer, use_qlora, base_dtype)
+    if adapt_last is not None:
+        below = adapted.layers_below(model, exclude_modules, adapt_last)
+        by_layer = dict.fromkeys(below) | by_layer
+    return adapt_layers(model, by_layer, use_qlora, base_dtype)
 
 
 def warn_of_unknown_head(model: nn.Module) -> None:

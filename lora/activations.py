@@ -57,8 +57,11 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
         if storage.nbytes() != 4 * tensor.numel() or not backends.is_dense(tensor):
             return tensor.to(torch.bfloat16), None
         reference = StorageWeakRef(storage)  # reserves the storage's number, not its memory
-        key, layout = (reference.cdata, tensor._version), (tensor.shape, tensor.stride())
-        low = self._known[key][1]() if key in self._known else None
+        key = (reference.cdata, tensor._version)
+        layout = (tensor.shape, tensor.stride())
+        low = None
+        if key in self._known:
+            low = self._known[key][1]()
         if low is None:
             low = tensor.as_strided((tensor.numel(),), (1,), 0).to(torch.bfloat16)
             self._known[key] = reference, weakref.ref(low, lambda _: self._known.pop(key, None))
@@ -69,7 +72,9 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
         if isinstance(packed, Tensor):
             return packed
         low, layout = packed
-        return low.float() if layout is None else low.float().as_strided(*layout)
+        if layout is None:
+            return low.float()
+        return low.float().as_strided(*layout)
 
 
 def saves_in_16_bits() -> bool:
@@ -79,4 +84,6 @@ def saves_in_16_bits() -> bool:
 
 def saved_in(bits: int) -> contextlib.AbstractContextManager:
     """`SavedIn16Bits`, or for 32 bits a context that changes nothing."""
-    return SavedIn16Bits() if bits == 16 else contextlib.nullcontext()
+    if bits == 16:
+        return SavedIn16Bits()
+    return contextlib.nullcontext()

@@ -130,12 +130,6 @@ class AdaptedLayer(Protocol):
     def remove_lora(self, merge: bool = False) -> None: ...
 
 
-class AdaptedAttention(AdaptedLayer, Protocol):
-    """Attention also offers its packed q, k and v, so that backward can recompute what follows from them."""
-
-    def project_packed(self, x: Tensor, prologue: Callable[[Tensor], Tensor]) -> Tensor | None: ...
-
-
 def is_adapted(module: nn.Module) -> TypeGuard[AdaptedLayer]:
     """Does the module follow the Protocol `AdaptedLayer`?"""
     # This takes a tenth of the time of isinstance with a runtime Protocol, and forward asks for every layer.

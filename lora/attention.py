@@ -35,7 +35,9 @@ def to_batch_first(is_batched: bool, is_batch_first: bool) -> Callable[[Tensor],
     """The function from (L, E), (L, N, E) or (N, L, E) to (N, L, E)."""
     if not is_batched:
         return lambda x: x[None]
-    return (lambda x: x) if is_batch_first else (lambda x: x.transpose(0, 1))
+    if is_batch_first:
+        return lambda x: x
+    return lambda x: x.transpose(0, 1)
 
 
 def attention_mask(
@@ -56,13 +58,15 @@ def attention_mask(
     S = k.shape[1]
     _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
     _check_shape("key_padding_mask", key_padding_mask, (N, S))
-    masks = []
+    mask = None
     if attn_mask is not None:
         mask = _additive(attn_mask, q.dtype)
-        masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (N, num_heads)))
+        if mask.dim() == 3:
+            mask = mask.unflatten(0, (N, num_heads))
     if key_padding_mask is not None:
-        masks.append(_additive(key_padding_mask, q.dtype)[:, None, None])  # (N, 1, 1, S)
-    return sum(masks[1:], masks[0]) if masks else None
+        padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # (N, 1, 1, S)
+        mask = padding if mask is None else mask + padding
+    return mask
 
 
 def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
@@ -93,7 +97,9 @@ def append_keys(
     if add_zero:
         k = F.pad(k, (0, 0, 0, 1))
         v = F.pad(v, (0, 0, 0, 1))
-    return k, v, None if mask is None else F.pad(mask, (0, k.shape[1] - S))
+    if mask is not None:
+        mask = F.pad(mask, (0, k.shape[1] - S))
+    return k, v, mask
 
 
 def attend(
@@ -117,35 +123,20 @@ def attend(
             need not compute the scores again and takes some 40% less time.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
-    attended, weights = attend_heads(q, k, v, mask, dropout, need_weights, keep_weights)
-    return attended.transpose(1, 2).flatten(-2), weights
-
-
-def attend_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-    need_weights: bool = False,
-    keep_weights: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`attend` for heads that are already apart: q (N, H, L, D), k and v (N, H, S, D) -> (N, H, L, D)."""
     weights = None
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (N, H, L, S)
-        scores = scores if mask is None else scores + mask
+        if mask is not None:
+            scores = scores + mask
         weights = F.dropout(scores.softmax(-1), dropout)
         attended = weights.to(v.dtype) @ v
-    else:
-        by_products = mask is None and dropout == 0 and _batched_attention_pays(q, k, v)
+    elif mask is None and dropout == 0 and _batched_attention_pays(q, k, v):
         keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
-        if by_products:
-            attended = _Attention.apply(q, k, v, keep_weights)
-        else:
-            with _sound_kernels(q):
-                attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    return attended, weights
+        attended = _Attention.apply(q, k, v, keep_weights)
+    else:
+        with _sound_kernels(q):
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return attended.transpose(1, 2).flatten(-2), weights
 
 
 def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
@@ -172,10 +163,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep_weights=False):
         attended = _empty_heads(q, v.shape[-1])
-        kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
+        kept = None
+        if keep_weights:
+            kept = q.new_empty(*q.shape[:-1], k.shape[-2])
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
-            weights = _attention_weights(q_p, k_p, None if kept is None else kept[part].flatten(0, 1))
+            weights = _attention_weights(q_p, k_p)
+            if keep_weights:
+                kept[part] = weights.view_as(kept[part])
             attended[part] = (weights @ v_p).view_as(attended[part])
         ctx.save_for_backward(q, k, v, kept)
         return attended
@@ -198,13 +193,12 @@ class _Attention(torch.autograd.Function):
         return gq, gk, gv, None
 
 
-def _attention_weights(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
+def _attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """q: (N, L, D), k: (N, S, D) -> (N, L, S). Scores rounded to bfloat16 would double attention's error."""
     scores = q.new_empty(len(q), q.shape[1], k.shape[1], dtype=torch.float32)
     # In place, as in `effective_weight`.
     scores.baddbmm_(q.float(), k.float().mT, beta=0, alpha=1 / math.sqrt(q.shape[-1]))
-    weights = scores.softmax(-1)
-    return weights.to(q.dtype) if out is None else out.copy_(weights)
+    return scores.softmax(-1).to(q.dtype)
 
 
 def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
@@ -213,7 +207,11 @@ def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     scores = L * k.shape[2]  # of a head
     images = max(SCORES_AT_A_TIME // (H * scores), 1)
     heads = max(SCORES_AT_A_TIME // scores, 1)
-    return [(slice(n, n + images), slice(h, h + heads)) for n in range(0, N, images) for h in range(0, H, heads)]
+    parts = []
+    for n in range(0, N, images):
+        for h in range(0, H, heads):
+            parts.append((slice(n, n + images), slice(h, h + heads)))
+    return parts
 
 
 def _empty_heads(like: Tensor, width: int) -> Tensor:

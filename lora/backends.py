@@ -116,7 +116,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` by oneDNN, as `linear` calls it where that pays."""
-    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its stride
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
@@ -133,7 +134,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2) if x.is_contiguous(memory_format=torch.channels_last) else None
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(0, 2)
+    return None
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
@@ -146,32 +149,37 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():
         stride, padding, dilation, groups = geometry
-        sizes = padding, stride, dilation, groups
-        bias = None if bias is None else bias.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        onednn = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *sizes, "leaky_relu", [LEAK], "")
+            return onednn(x, kernel, bias, padding, stride, dilation, groups, "leaky_relu", [LEAK], "")
         if residual.dtype == x.dtype:  # what comes after an addition has no leak
-            with_residual = torch.ops.mkldnn._convolution_pointwise.binary
-            y = with_residual(x, residual, kernel, bias, *sizes, "add", 1.0, None, [], None)
+            add = ("add", 1.0, None, [], None)
+            y = onednn.binary(x, residual, kernel, bias, padding, stride, dilation, groups, *add)
             return y.relu_() if relu else y
     y = F.conv2d(x, kernel, bias, *geometry)
-    y = y if residual is None else y.add_(residual)
+    if residual is not None:
+        y.add_(residual)
     return y.relu_() if relu else y
 
 
 def conv2d_gradient(gy: Tensor, x: Tensor, kernel: Tensor, geometry: tuple, of_weight: bool) -> Tensor:
     """One of the two gradients of ``conv2d(x, kernel)``: the kernel's or the input's."""
     stride, padding, dilation, groups = geometry
-    mask = [not of_weight, of_weight, False]
-    settings = stride, padding, dilation, False, [0, 0], groups, mask
-    return torch.ops.aten.convolution_backward(gy, x, kernel, None, *settings)[int(of_weight)]
+    wanted = [not of_weight, of_weight, False]
+    gradients = torch.ops.aten.convolution_backward(
+        gy, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, wanted
+    )
+    return gradients[int(of_weight)]
 
 
 def channel_sums(gy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The sums of ``gy y`` and of ``gy`` over all but the channels: (N, C, H, W) -> (C,), in float32 or more."""
     zeros, ones = _zeros_and_ones(y.shape[1], torch.promote_types(y.dtype, torch.float32), y.device)
-    statistics = None, None, zeros, ones, True, 0.0  # of a BatchNorm that changes nothing
-    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(gy, y, ones, *statistics, [False, True, True])
+    _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(  # of a BatchNorm that changes nothing
+        gy, y, ones, None, None, zeros, ones, True, 0.0, [False, True, True]
+    )
     return of_weight, of_bias
 
 
@@ -192,9 +200,9 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
 def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor, deviation: Tensor) -> Tensor:
     """The input's gradient from the output's; the statistics are those of `layer_norm`."""
     weights = norm._parameters
-    of_input = [True, False, False]
-    settings = norm.normalized_shape, mean, deviation, weights["weight"], weights["bias"], of_input
-    return torch.ops.aten.native_layer_norm_backward(gy, x, *settings)[0]
+    return torch.ops.aten.native_layer_norm_backward(
+        gy, x, norm.normalized_shape, mean, deviation, weights["weight"], weights["bias"], [True, False, False]
+    )[0]
 
 
 def gelu_gradient(gy: Tensor, x: Tensor, approximate: str, out: Tensor) -> Tensor:
@@ -202,11 +210,9 @@ def gelu_gradient(gy: Tensor, x: Tensor, approximate: str, out: Tensor) -> Tenso
     return torch.ops.aten.gelu_backward.grad_input(gy, x, approximate=approximate, grad_input=out)
 
 
-def relu_gradient(gy: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """The input's gradient from the output's and the output itself, in whose place it may be written."""
-    if out is None:
-        return torch.ops.aten.threshold_backward(gy, y, 0)
-    return torch.ops.aten.threshold_backward.grad_input(gy, y, 0, grad_input=out)
+def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
+    """The input's gradient from the output's and the output itself."""
+    return torch.ops.aten.threshold_backward(gy, y, 0)
 
 
 def softmax_gradient(gy: Tensor, y: Tensor) -> Tensor:

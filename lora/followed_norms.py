@@ -83,7 +83,8 @@ class AdapterStatistics:
         mean, variance = self.statistics(conv)
         if mean.requires_grad:
             z = z + self._gradient_of_statistics(z.detach(), mean, variance)
-        mean, variance = mean.detach(), variance.detach()
+        mean = mean.detach()
+        variance = variance.detach()
         if is_hooked(self.norm):  # a hook sees the module's call
             with _statistics_in(self.norm, mean, variance):
                 return self.norm(z)

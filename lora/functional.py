@@ -420,19 +420,13 @@ def merged_kernel(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: flo
     return _rounded(effective_kernel(dense_weight(weight, B.dtype), A, B, scaling), weight)
 
 
-def pad_for_conv2d(
-    x: Tensor, padding: str | tuple[int, int], mode: str, explicit: Sequence[int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """Pad x where `conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers.
-
-    Args:
-        padding, mode: `padding` and `padding_mode` of `nn.Conv2d`.
-        explicit: the same padding as (left, right, top, bottom).
-    """
-    left, right, top, bottom = explicit
+def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+    """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    mode = conv.padding_mode
     if mode == "zeros":
-        if not isinstance(padding, str):
-            return x, padding
+        if not isinstance(conv.padding, str):
+            return x, conv.padding
         if left == right and top == bottom:
             return x, (top, left)
         mode = "constant"

@@ -101,12 +101,15 @@ def conv_bn_relu(
     downsample: nn.Module | None = None,
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
-    shortcut = (lambda t: t) if downsample is None else downsample
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
-        return conv(x, batch_norm=norm, residual=None if input is None else shortcut(input), relu=True)
+        if downsample is not None:
+            input = downsample(input)
+        return conv(x, batch_norm=norm, residual=input, relu=True)
     out = conv_bn(conv, norm, x, changes=True)
+    if downsample is not None:
+        input = downsample(input)
     if input is not None:
-        out += shortcut(input)
+        out += input
     return relu(out)
 
 
@@ -118,13 +121,7 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
     works_by_rows = type(operation) is nn.GELU or (
         type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1
     )
-    return (
-        works_by_rows
-        and is_adapted(layer)
-        and not _trains(operation)
-        and not getattr(operation, "kept", False)  # see `set_gradient_checkpointing`
-        and not is_hooked(operation, layer)
-    )
+    return works_by_rows and is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
@@ -147,8 +144,7 @@ def frozen_attention(attention: nn.MultiheadAttention, x: Tensor, tokens: int | 
     as slow in a ViT-B/16.
     """
     q, k, v = frozen_linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1)
-    dropout = attention.dropout if attention.training else 0.0
-    attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=dropout)
+    attended, _ = attend(q[:, :tokens], k, v, attention.num_heads, dropout=attention.dropout * attention.training)
     return frozen_linear(attended, attention.out_proj.weight, attention.out_proj.bias)
 
 
@@ -187,14 +183,14 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make the forward of a `recomputed` block save only its input and run again in backward.
+    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'.
 
     Within `SavedIn16Bits` it raises InputError: the second run would start from a rounded input and differ.
     """
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
-        if not self.recomputed:
+        if self.checkpointing != "full":
             return forward(self, *args, **kwargs)
         if saves_in_16_bits() and torch.is_grad_enabled():
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
@@ -225,7 +221,7 @@ def _statistics_left_alone(norms: list[_BatchNorm]) -> Iterator[None]:
 class FusedBasicBlock(BasicBlock):
     """The block of ResNet-18 and 34, with its BatchNorms folded."""
 
-    recomputed = False
+    checkpointing = "none"
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +232,7 @@ class FusedBasicBlock(BasicBlock):
 class FusedBottleneck(Bottleneck):
     """The block of ResNet-50 and larger, with its BatchNorms folded."""
 
-    recomputed = False
+    checkpointing = "none"
 
     @recomputable
     def forward(self, x: Tensor) -> Tensor:
@@ -290,6 +286,8 @@ class FusedResNet(ResNet):
 class FusedMLPBlock(MLPBlock):
     """The MLP of a ViT: linear layer, GELU, dropout, linear layer, dropout. GELU is recomputed in backward."""
 
+    checkpointing = "none"
+
     def forward(self, input: Tensor, prologue: nn.Module | None = None) -> Tensor:
         """``mlp(prologue(input))``. The first layer recomputes the prologue, if `recomputes` allows that."""
         linear, *rest = self
@@ -297,7 +295,7 @@ class FusedMLPBlock(MLPBlock):
         if len(rest) > 2:
             gelu, dropout, linear, *after = rest
             does_nothing = type(dropout) is nn.Dropout and dropout.p == 0 and not is_hooked(dropout)
-            if does_nothing and recomputes(gelu, linear):
+            if does_nothing and self.checkpointing != "never" and recomputes(gelu, linear):
                 x = linear(x, prologue=gelu)
                 rest = after
         for module in rest:
@@ -308,7 +306,7 @@ class FusedMLPBlock(MLPBlock):
 class FusedEncoderBlock(EncoderBlock):
     """The block of a ViT. Each LayerNorm is recomputed in backward by the adapted layer behind it."""
 
-    recomputed = False
+    checkpointing = "none"
 
     @recomputable
     def forward(self, input: Tensor, tokens: int | None = None) -> Tensor:
@@ -316,27 +314,37 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention = self.self_attention
         mlp = self.mlp
-        residual = input if tokens is None else input[:, :tokens]
-        takes_norm = type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
-        if takes_norm and tokens is None and (qkv := self.packed_to_rebuild(input)) is not None:
+        residual = input
+        if tokens is not None:
+            residual = input[:, :tokens]
+        saves_all = self.checkpointing == "never"
+        by_mlp = not saves_all and type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
+        qkv = None
+        if by_mlp and tokens is None:
+            qkv = self.packed_to_rebuild(input)
+        if qkv is not None:
             heads = SelfAttention(attention.num_heads)
             x = attention.out_proj(qkv, prologue=heads) + input
             again = RecomputedNorm(self.ln_2, lambda qkv, x: attention.out_proj(heads.replay(qkv)) + x, qkv, input)
             return x + mlp(x, prologue=again)
-        if recomputes(self.ln_1, attention):
+        if not saves_all and recomputes(self.ln_1, attention):
             x, _ = attention(residual, input, input, need_weights=False, prologue=self.ln_1)
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
-            x = self.ln_1(input)
-            x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
+            query = x = self.ln_1(input)
+            if tokens is not None:
+                query = x[:, :tokens]
+            x, _ = attention(query, x, x, need_weights=False)
         attended = self.dropout(x)
         x = attended + residual
-        if not takes_norm:
+        if not by_mlp:
             return x + mlp(self.ln_2(x))
-        # In low precision the sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
-        again = RecomputedNorm(self.ln_2, torch.add, attended, residual) if attended.dtype != x.dtype else self.ln_2
-        return x + mlp(x, prologue=again)
+        prologue = self.ln_2
+        if attended.dtype != x.dtype:
+            # The sum is in float32, but attention's share is half as wide, and the rest is saved anyway.
+            prologue = RecomputedNorm(self.ln_2, torch.add, attended, residual)
+        return x + mlp(x, prologue=prologue)
 
     def packed_to_rebuild(self, input: Tensor) -> Tensor | None:
         """q, k and v, (N, L, 3 E), if ``input + attention(ln_1(input))`` is to be computed from them again in backward.
@@ -377,9 +385,9 @@ class FusedVisionTransformer(VisionTransformer):
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
-    """PyTorch's transformer layer, with nothing fused: it can be `recomputed`."""
+    """PyTorch's transformer layer, with nothing fused: its `checkpointing` can be 'full'."""
 
-    recomputed = False
+    checkpointing = "none"
     forward = recomputable(nn.TransformerEncoderLayer.forward)
 
 
@@ -400,18 +408,26 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 def fuse(model: nn.Module) -> None:
     """Give each block its fused class if that computes anything in another way, else its stock class.
 
-    It does if a layer in it is adapted, if its attention or MLP is frozen, or if it is `recomputed`. Call this after
-    layers have got or lost their adapters, or were frozen.
+    It does if a layer in it is adapted, if its attention or MLP is frozen, or if it is computed again in backward. Call
+    this after layers have got or lost their adapters, or were frozen.
     """
     for block in reversed(list(model.modules())):  # children before their parents
         stock = STOCK.get(type(block), type(block))
         if stock in FUSED:
-            inside = block.modules() if stock is VisionTransformer else block.children()
-            has_adapted = any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
-            frozen_mlp = stock is MLPBlock and not _trains(block)
-            frozen = frozen_mlp or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
-            block.__class__ = FUSED[stock] if has_adapted or frozen or vars(block).get("recomputed") else stock
+            block.__class__ = stock
+            if _differs(block, stock):
+                block.__class__ = FUSED[stock]
     _set_fast_paths(model)
+
+
+def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
+    inside = block.modules() if stock is VisionTransformer else block.children()
+    return (
+        any(is_adapted(m) or isinstance(m, FusedMLPBlock) for m in inside)
+        or (stock is MLPBlock and not _trains(block))
+        or (stock is EncoderBlock and is_frozen_attention(block.self_attention))
+        or vars(block).get("checkpointing") == "full"
+    )
 
 
 def unfuse(model: nn.Module) -> None:
@@ -419,9 +435,8 @@ def unfuse(model: nn.Module) -> None:
 
     Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` again.
     """
+    _set_checkpointing(model, [], "none")
     for module in model.modules():
-        vars(module).pop("recomputed", None)
-        vars(module).pop("kept", None)
         if isinstance(module, Freezable):
             module.__class__ = stock_norm(module)
             vars(module).pop("frozen", None)
@@ -479,8 +494,9 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
     blocks = []
     if mode == "never":
-        adapted = [b for b in model.modules() if isinstance(b, EncoderBlock) and any(map(is_adapted, b.modules()))]
-        blocks = [m for block in adapted for m in block.modules() if type(m) in (nn.LayerNorm, nn.GELU)]
+        for block in model.modules():
+            if isinstance(block, EncoderBlock) and any(map(is_adapted, block.modules())):
+                blocks += [m for m in block.modules() if isinstance(m, EncoderBlock | MLPBlock)]
     elif mode == "selective":
         blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
     elif mode == "full":
@@ -488,12 +504,17 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
     if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
         what = "save" if mode == "never" else "recompute"
         raise InputError(f"gradient checkpointing {mode} finds nothing to {what} in this model")
-    for module in model.modules():
-        vars(module).pop("recomputed", None)
-        vars(module).pop("kept", None)
-    for block in blocks:
-        setattr(block, "kept" if mode == "never" else "recomputed", True)
+    _set_checkpointing(model, blocks, mode)
     fuse(model)
+
+
+def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> None:
+    """Let these blocks of the model have this mode, and no others any."""
+    for module in model.modules():
+        if isinstance(module, (*WHOLE_BLOCKS, MLPBlock, nn.MultiheadAttention)):
+            vars(module).pop("checkpointing", None)
+    for block in blocks:
+        block.checkpointing = mode
 
 
 def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:

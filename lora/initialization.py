@@ -27,7 +27,9 @@ GRADIENT_IMAGES = 256  # enough for a good gradient
 
 def lr_factor(lora_init: str, rank: int) -> float:
     """The factor on the learning rate of adapters with this start (--lora-init)."""
-    return ADAPTER_LR_FACTOR if lora_init == "gradient" and rank > 0 else 1.0
+    if lora_init == "gradient" and rank > 0:
+        return ADAPTER_LR_FACTOR
+    return 1.0
 
 
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
@@ -52,18 +54,21 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
     pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
     if not pairs:
         return
-    before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+    before = []
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for A, B in pairs:
+            before.append((A.clone(), B.clone()))
             A.zero_()
             B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
+    sketches = []
     try:
         with torch.compiler.set_stance("force_eager"):  # some steps in eval mode are not worth compiling
             backward()
-        sketches = [A.grad for A, _ in pairs]
+        for A, _ in pairs:
+            sketches.append(A.grad)
     finally:
         for parameter, gradient in former_gradients:
             parameter.grad = gradient
@@ -78,7 +83,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
                 rows = torch.linalg.svd(precise, full_matrices=False).Vh  # (at most r, fan_in)
                 A[: len(rows)] = rows / math.sqrt(3)
                 B.zero_()
-        distributed.broadcast(A for A, _ in pairs)  # the last bits, or signs, may differ between machines
+            distributed.broadcast([A])  # the last bits, or signs, may differ between machines
 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

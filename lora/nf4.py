@@ -11,8 +11,6 @@ from torch import Tensor
 from lora import backends
 from lora.backends import LOW_PRECISION
 
-ALL_ROWS = slice(None)
-
 
 class NF4Weight:
     """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
@@ -29,7 +27,7 @@ class NF4Weight:
 
     BLOCK = 64
 
-    def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = ALL_ROWS):
+    def __init__(self, packed: Tensor, state, shape: Sequence[int], rows: slice = slice(None)):
         self.packed = packed
         self.state = state
         self._full_shape = tuple(shape)
@@ -61,8 +59,9 @@ class NF4Weight:
         if blocks.numel() > math.prod(self._full_shape):  # the last block is not full
             blocks = blocks.flatten()[: math.prod(self._full_shape)]
         dense = blocks.view(self._full_shape)
-        dense = dense if self._rows is ALL_ROWS else dense[self._rows]
-        return dense if dtype == written else dense.to(dtype)
+        if self._rows != slice(None):
+            dense = dense[self._rows]
+        return dense.to(dtype)
 
     def _scales(self) -> Tensor:
         """The scale of each block in float32, (blocks,).
@@ -99,4 +98,6 @@ def dense_weight(weight, dtype: torch.dtype) -> Tensor:
     """The weight, a tensor or in 4 or 8 bits, as a dense tensor of ``dtype``: itself if it is one, else a temporary."""
     if not isinstance(weight, Tensor):
         return weight.dequantize(dtype)
-    return weight if weight.dtype == dtype else weight.to(dtype)
+    if weight.dtype == dtype:  # to a compiler `to` would be another tensor
+        return weight
+    return weight.to(dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from finetune_lora import LoRALinear, QLoRALinear, QLoRAMultiheadAttention
-from lora.adapted import ADAPTED, AdaptedAttention, AdaptedLayer, LoRASettings, is_adapted, kind_named, stock_class
+from lora.adapted import ADAPTED, AdaptedLayer, LoRASettings, is_adapted, kind_named, stock_class
 from lora.adapter_set import LayerState
 from toolkit import InputError
 
@@ -68,7 +68,7 @@ def offered(protocol: type) -> set[str]:
 def test_every_kind_offers_what_the_protocol_promises(kind, four_bits):
     stock = STOCK[kind]()
     layer = ADAPTED[type(stock)][four_bits].adapt(stock, LoRASettings())
-    promised = offered(AdaptedLayer) | (offered(AdaptedAttention) if kind == "attention" else set())
+    promised = offered(AdaptedLayer)
     assert is_adapted(layer) and {"merged", "base", "scaling", "base_bits"} < promised
     assert [name for name in promised if not hasattr(layer, name)] == []
 

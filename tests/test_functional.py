@@ -549,7 +549,7 @@ def test_4_bit_weights_become_low_precision_without_a_float_copy():
 def test_padding_in_numbers(mode, padding, kernel):
     """What is padded here and what is left to `conv2d` make the padding of `nn.Conv2d`."""
     conv, x = torch.nn.Conv2d(3, 4, kernel, padding=padding, padding_mode=mode), random(2, 3, 8, 9)
-    padded, rest = pad_for_conv2d(x, conv.padding, mode, conv._reversed_padding_repeated_twice)
+    padded, rest = pad_for_conv2d(x, conv)
     assert_close(F.conv2d(padded, conv.weight, conv.bias, 1, rest), conv(x), FP32)
     if mode == "zeros" and (padding != "same" or kernel == (3, 5)):
         assert padded is x  # no copy
@@ -727,7 +727,9 @@ def test_batched_attention_keeps_q_k_v_and_weights_that_are_small(monkeypatch, k
 def test_scores_are_computed_again_only_where_weights_are_not_kept(monkeypatch, grad):
     monkeypatch.setattr(attention, "PREFERS_BATCHED_ATTENTION", True)
     calls, weights = [], attention._attention_weights
-    monkeypatch.setattr(attention, "_attention_weights", lambda *a: calls.append(a[2:]) or weights(*a))
+    monkeypatch.setattr(attention, "_attention_weights", lambda *a: calls.append(1) or weights(*a))
+    kept, apply = [], attention._Attention.apply
+    monkeypatch.setattr(attention._Attention, "apply", lambda *a: kept.append(a[3]) or apply(*a))
     gradients = []
     for keep in (False, True):
         torch.manual_seed(0)
@@ -737,7 +739,7 @@ def test_scores_are_computed_again_only_where_weights_are_not_kept(monkeypatch, 
         if grad:
             attended.float().square().sum().backward()
             gradients.append(qkv.grad)
-    assert len(calls) == (3 if grad else 2) and (grad or calls == [(None,)] * 2)  # without a gradient none is kept
+    assert len(calls) == (3 if grad else 2) and kept == [False, grad]  # without a gradient none is kept
     assert not grad or torch.equal(*gradients)  # bit for bit
 
 
