@@ -155,8 +155,7 @@ def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | 
         if residual is None:
             return onednn(x, kernel, bias, padding, stride, dilation, groups, "leaky_relu", [LEAK], "")
         if residual.dtype == x.dtype:  # what comes after an addition has no leak
-            add = ("add", 1.0, None, [], None)
-            y = onednn.binary(x, residual, kernel, bias, padding, stride, dilation, groups, *add)
+            y = onednn.binary(x, residual, kernel, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
             return y.relu_() if relu else y
     y = F.conv2d(x, kernel, bias, *geometry)
     if residual is not None:
