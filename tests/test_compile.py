@@ -77,7 +77,7 @@ def test_a_compiled_run_is_the_eager_one_and_can_be_resumed(monkeypatch, base, i
     """The last batch of an epoch is smaller, and adapters start at the gradient, in eager mode."""
     monkeypatch.setattr(devices, "COMPILER", "eager")
     networks, compiled = [], devices.compiled
-    monkeypatch.setattr("toolkit.run.run_state.compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
+    monkeypatch.setattr(devices, "compiled", lambda *a: networks.append(compiled(*a)) or networks[-1])
     eager = finetune(base, images, tmp_path / "eager")
     assert not networks
     whole = finetune(base, images, tmp_path / "whole", "--compile")

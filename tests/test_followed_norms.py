@@ -184,18 +184,23 @@ def test_directions_without_variance_do_no_harm():
 
 
 @functools.cache
-def base_resnet() -> nn.Module:
+def base_resnet(is_narrow: bool) -> nn.Module:
     """A ResNet with a block in each stage, and statistics as after training."""
     torch.manual_seed(0)
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    if is_narrow:
+        model.inplanes = 64
+        for stage, width in (("layer2", 48), ("layer3", 40), ("layer4", 32)):
+            setattr(model, stage, model._make_layer(BasicBlock, width, 1, stride=2))
+        model.fc = nn.Linear(32, 3)
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(16, 3, 32, 32))
     return model
 
 
-def adapted_resnet() -> nn.Module:
-    model = copy.deepcopy(base_resnet())
+def adapted_resnet(is_narrow: bool = True) -> nn.Module:
+    model = copy.deepcopy(base_resnet(is_narrow))
     torch.manual_seed(0)
     add_lora_to_model(model, r=2)
     freeze_backbone_params(model)
@@ -322,10 +327,10 @@ def test_unloaded_without_merging_it_is_the_base_again():
 def test_a_file_s_statistics_leave_with_its_adapter(tmp_path, name):
     """Switched off or unloaded, in training or read from a file: the base has its own statistics again."""
     x = torch.randn(8, 3, 32, 32)
-    base = LoRAManager(adapted_resnet()).unload()
-    model = trained(adapted_resnet(), x)
+    base = LoRAManager(adapted_resnet(is_narrow=False)).unload()
+    model = trained(adapted_resnet(is_narrow=False), x)
     LoRAManager(model).save_lora_checkpoint(tmp_path / "a.pth", {"arch": "resnet18", "class_names": ["a", "b", "c"]})
-    loaded = adapted_resnet() if name is None else LoRAManager(adapted_resnet()).unload()
+    loaded = adapted_resnet(is_narrow=False) if name is None else LoRAManager(adapted_resnet(is_narrow=False)).unload()
     LoRAManager(loaded).load_lora_checkpoint(tmp_path / "a.pth", name)
     if name is not None:
         LoRAManager(loaded).use(name)
@@ -379,7 +384,7 @@ def test_a_network_in_bf16_is_as_near_that_in_float32_as_one_with_frozen_norms()
     x = F.interpolate(torch.randn(32, 3, 8, 8), 64, mode="bilinear")
     errors = []
     for batches in ([], [x]):
-        model = adapted_resnet()
+        model = adapted_resnet(is_narrow=False)
         follow_statistics(model, batches)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

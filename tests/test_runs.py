@@ -26,12 +26,14 @@ def test_run_script_ends_bad_input_with_one_message_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: no such thing\n"
 
 
+@pytest.mark.slow
 def test_run_script_ends_an_interruption_with_exit_code_130():
     code = "from toolkit.run.runs import run_script\ndef main(): raise KeyboardInterrupt\nrun_script(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_log_has_every_line_in_its_place_and_the_error_last(tmp_path):
     """In a newcomer's environment Python buffers what it prints into a file."""
     code = """
@@ -53,6 +55,7 @@ runs.run_script(main)
     assert (tmp_path / "run.log").read_text().splitlines() == ["epoch 1", "a warning", "epoch 2", "error: disk full"]
 
 
+@pytest.mark.slow
 def test_a_name_whose_bytes_are_no_characters_can_be_printed():
     code = "from toolkit.run.runs import run_script\nrun_script(lambda: print('caf\\udce9.jpg'))"
     environment = {"PATH": os.environ["PATH"], "PYTHONIOENCODING": "utf-8"}
@@ -66,7 +69,7 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     """A run of a script gets its pages once, not with each tensor; settings of the user's own stay."""
     code = """
 import resource, torch
-from toolkit import runs
+from toolkit.run import runs
 def main():
     for _ in range(11):
         torch.ones(2**24)  # 64 MB
@@ -86,7 +89,7 @@ print((faults[-1] - faults[0]) // 10)
 @pytest.mark.slow
 def test_a_reader_that_stops_early_ends_the_script_without_a_traceback():
     """As in `deploy_lora.py info lora.pth | head`."""
-    code = "from toolkit import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
+    code = "from toolkit.run import runs\nruns.run_script(lambda: [print(i) for i in range(100_000)])"
     script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     assert script.stdout.readline() == b"0\n"
     script.stdout.close()

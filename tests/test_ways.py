@@ -31,11 +31,11 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def ways(base, images, tmp_path_factory) -> dict[str, dict]:
-    """Two epochs of each way to fine-tune."""
+    """An epoch of each way to fine-tune."""
     results = {}
     for name, options in WAYS.items():
         folder = tmp_path_factory.mktemp("way")
-        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 2 --batch-size 8"
+        argv = f"--checkpoint {base} --data-dir {images} --output-dir {folder} --device cpu --epochs 1 --batch-size 8"
         results[name] = finetune_lora.main([*argv.split(), *f"--learning-rate 1e-3 {options}".split()])
         results[name]["folder"] = folder
     return results
@@ -63,7 +63,7 @@ def test_from_scratch_starts_elsewhere_and_is_saved_whole(ways, base):
     found, start = tensors(ways["from scratch"]["folder"] / "lora.pth"), load_backbone(base, 3)[0].state_dict()
     assert found.keys() == start.keys()
     name = "encoder.layers.encoder_layer_0.mlp.0.weight"
-    assert (found[name] - start[name]).abs().mean() > 0.01  # two epochs alone move it by a tenth of that
+    assert (found[name] - start[name]).abs().mean() > 0.01  # an epoch alone moves it by less than a tenth of that
 
 
 def test_what_random_weights_start_with_comes_back_from_its_file(finetune, tmp_path, monkeypatch):
