@@ -1486,9 +1486,9 @@ class FineTuning(RunState):
         to do: for numbers, and for classes if the head did not start as a probe.
         """
         optimism = self.head_temperature.optimism
-        if self.task.kind == "regression" or (self.task.kind == "classification" and optimism is None):
+        if self.task.kind == "regression" or (self.task.kind != "multilabel" and optimism is None):
             return False
-        outputs, targets = self.task.outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
+        outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
         self.task.calibrate(outputs, targets, optimism)
         self.task.soften_head(self.model, self.task.temperature)
         return True

@@ -92,12 +92,6 @@ class Head:
         """What the head of `model` receives over a loader of so many images, (N, D), and the targets."""
         return evaluation.extract_features(model, loader, device, dtype)
 
-    def outputs(
-        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs (N, K) of a model over a loader, and the targets: what `calibrate` takes."""
-        return evaluation.all_outputs(model, loader, device, dtype)
-
     def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
         """The score of the head's answers for features (N, D); None: `evaluate` has to say."""
         raise NotImplementedError
@@ -206,7 +200,6 @@ class Task:
 
         self.evaluate = head.evaluate
         self.features = head.features
-        self.outputs = head.outputs
         self.head_score = head.score
         self.knn_score = head.knn_score
         self.constant_score = head.constant_score

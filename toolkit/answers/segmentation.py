@@ -37,7 +37,6 @@ from toolkit.models.dense import answers_for, feature_maps, features_at
 
 PROBE_ROWS = 8_000  # pixels, at the most, that the head's start is fitted to, over all images and views
 LEAST_PIXELS = 8  # of each image among them
-CALIBRATION_PIXELS = 100  # of each image
 BINS = 15  # of probabilities
 WORST_SHOWN = 6  # images in mistakes.png
 
@@ -49,7 +48,7 @@ class PixelAnswers:
     loss: float  # cross-entropy, the mean over an image's known pixels and over images
     confusion: Tensor  # (N, K, K), of truth (rows) and answers: numbers of known pixels
     bins: Tensor  # (BINS, 3): sums of probabilities and of right answers, and numbers of pixels
-    bins_before: Tensor | None = None  # the same before calibration
+    before: Tensor | None = None  # there is no calibration
     maps: Mapping[int, Tensor] = field(default_factory=dict)  # the answers (H, W) of the worst images, by their number
 
     @property
@@ -57,18 +56,13 @@ class PixelAnswers:
         return self.confusion
 
     @property
-    def before(self) -> Tensor | None:
-        return self.bins_before
-
-    @property
     def score(self) -> float:
         return self.measured()["miou"]
 
     def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.answers.measures.calibration` of the pixels, after calibration or before."""
-        bins = self.bins_before if before else self.bins
-        counts = bins[:, 2]
-        return torch.stack([bins[:, 0] / counts, bins[:, 1] / counts, counts], 1).nan_to_num()
+        """`toolkit.answers.measures.calibration` of the pixels; there is none before calibration."""
+        counts = self.bins[:, 2]
+        return torch.stack([self.bins[:, 0] / counts, self.bins[:, 1] / counts, counts], 1).nan_to_num()
 
     def measured(self) -> dict[str, float]:
         figures = pixel_figures(self.confusion.double().sum(0)[None])
@@ -148,7 +142,7 @@ class PixelHead(Head):
         self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> PixelAnswers:
         """Answers for images of any size, in overlapping windows of the model's own."""
-        found = _Collected(len(self.names), self.temperature)
+        found = _Collected(len(self.names))
         with evaluation.eval_mode(model):
             for images, masks in loader:
                 for logits, mask in self._answered(model, images, masks, device, dtype):
@@ -225,21 +219,14 @@ class PixelHead(Head):
         return torch.multinomial(weights, pixels, replacement=True, generator=draws)
 
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
+        """The probe without its held-out answers: what a probe of few pixels gets wrong in others says little of a
+        head that trains on all of them, and a temperature by it made probabilities worse."""
         per_image = len(targets) // views // len(clusters)
         of_rows = clusters.cpu().repeat_interleave(per_image)
         known = (targets.view(views, -1) != NO_LABEL).all(0).cpu()
         kept = known.repeat(views)
         found = probe.init_head_from_probe(model, features[kept], targets[kept], views, "none", of_rows[known])
-        return found._replace(held_out=self._spread(found.held_out, kept))
-
-    @staticmethod
-    def _spread(held_out: Tensor | None, kept: Tensor) -> Tensor | None:
-        """The answers of the rows that were kept, in their places among all; NaN elsewhere."""
-        if held_out is None:
-            return None
-        whole = torch.full((len(kept), held_out.shape[1]), torch.nan)
-        whole[kept] = held_out
-        return whole
+        return found._replace(held_out=None)
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
         def loss(logits: Tensor) -> Tensor:
@@ -247,36 +234,15 @@ class PixelHead(Head):
 
         return probe.choose_temperature(model, features, loss, features_train)
 
-    def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
-        def loss(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, targets, ignore_index=NO_LABEL, label_smoothing=smoothing)
-
-        return measures.fit_temperature(outputs, loss)
-
-    @torch.no_grad()
-    def outputs(self, model, loader, device, dtype) -> tuple[Tensor, Tensor]:
-        """Logits (P, K) and classes (P,) of random known pixels of a loader's crops, for `calibrate`."""
-        found = []
-        classes = []
-        with evaluation.eval_mode(model):
-            for images, masks in loader:
-                for logits, mask in self._answered(model, images, masks, device, dtype):
-                    places = self._drawn(mask, CALIBRATION_PIXELS, len(found))
-                    found.append(logits.flatten(1)[:, places].T)
-                    classes.append(mask.flatten()[places])
-        outputs = distributed.interleave(torch.stack(found)).flatten(0, 1).cpu()
-        return outputs, distributed.interleave(torch.stack(classes)).flatten().cpu()
-
 
 class _Collected:
     """What `PixelAnswers` is made of, image by image."""
 
-    def __init__(self, classes: int, temperature: float):
+    def __init__(self, classes: int):
         self.classes = classes
-        self.temperature = temperature
         self.losses: list[float] = []
         self.confusion: list[Tensor] = []
-        self.bins = torch.zeros(2, BINS, 3, dtype=torch.float64)  # after calibration, and before
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64)
         self.worst: dict[int, tuple[float, Tensor]] = {}  # share of right pixels, and the answers
 
     def add(self, logits: Tensor, mask: Tensor) -> None:
@@ -290,15 +256,11 @@ class _Collected:
         self.confusion.append(torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes))
         self.losses.append(F.cross_entropy(outputs, truth).item() if len(truth) else 0.0)
         right = answers == truth
-        for bins, factor in zip(self.bins, (1.0, self.temperature), strict=True):
-            self._count(bins, (factor * outputs).softmax(1).amax(1), right)
-        self._note(len(self.losses) - 1, right.double().mean().item(), logits)
-
-    @staticmethod
-    def _count(bins: Tensor, probabilities: Tensor, right: Tensor) -> None:
+        probabilities = outputs.softmax(1).amax(1)
         places = (probabilities * BINS).long().clamp_max(BINS - 1)
         figures = torch.stack([probabilities, right, torch.ones_like(probabilities)], 1)
-        bins.index_add_(0, places, figures.double())
+        self.bins.index_add_(0, places, figures.double())
+        self._note(len(self.losses) - 1, right.double().mean().item(), logits)
 
     def _note(self, number: int, share: float, logits: Tensor) -> None:
         image = number * distributed.world_size() + distributed.rank()
@@ -310,7 +272,6 @@ class _Collected:
         """The answers for the images of all processes."""
         confusion = distributed.interleave(torch.stack(self.confusion))
         loss, images, *bins = distributed.all_sum(sum(self.losses), len(self.losses), *self.bins.flatten().tolist())
-        after, before = torch.tensor(bins).view(2, BINS, 3)
         worst: dict[int, tuple[float, Tensor]] = {}
         for found in distributed.gather(self.worst):
             worst |= found
@@ -318,8 +279,7 @@ class _Collected:
         return PixelAnswers(
             loss=loss / images,
             confusion=confusion[: int(images)],
-            bins=after,
-            bins_before=before if self.temperature != 1 else None,
+            bins=torch.tensor(bins).view(BINS, 3),
             maps={image: worst[image][1] for image in chosen},
         )
 
