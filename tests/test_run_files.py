@@ -24,6 +24,7 @@ from toolkit.answers.measures import wilson_interval
 from toolkit.files import read_checkpoint
 from toolkit.models.backbones import build_backbone
 from toolkit.run import optim, runs
+from toolkit.run.options import ModelOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -396,6 +397,7 @@ def fresh_clone(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("toolkit.files.TOOLKIT", tmp_path)
+    monkeypatch.setattr(ModelOptions.__dataclass_fields__["checkpoint"], "default", checkpoint)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CHECKPOINT", checkpoint)
     monkeypatch.setattr(finetune_lora, "DEFAULT_CONFIG", tmp_path / "configs/stage1.yaml")
     return yaml.safe_load(config)["finetune"]
