@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -63,8 +63,17 @@ class Bands:
             return self.read(read_file(path))
         found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
-        found[ZEROS] = np.zeros(size, np.float32)
-        return np.stack([_enlarged(found[name], size, name) for name in self.chosen], axis=-1)
+        return self.stacked({name: _enlarged(band, size, name) for name, band in found.items()}, size)
+
+    def stacked(self, found: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        """The chosen bands, (H, W) of this size each, as (H, W, channels)."""
+        found = {**found, ZEROS: np.zeros(size, np.float32)}
+        return np.stack([found[name] for name in self.chosen], axis=-1)
+
+    def from_levels(self, levels: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        """The chosen bands of all in a file, (H, W, bands), whose names are numbers if they have none."""
+        array = floats(levels)
+        return self._checked(self._picked(array, names or _numbered(array)[1]))
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
@@ -127,7 +136,7 @@ class Bands:
             if isinstance(image, Image.Image):
                 name = getattr(image, "filename", "")
                 image = _pixels(image)
-            return self._checked(_floats(np.asarray(image)))
+            return self._checked(floats(np.asarray(image)))
         except InputError:
             raise
         except (ValueError, OSError) as error:
@@ -139,9 +148,7 @@ class Bands:
         missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
         if missing:
             raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-        found = {name: array[..., place] for place, name in enumerate(names)}
-        found[ZEROS] = np.zeros(array.shape[:2], np.float32)
-        return np.stack([found[name] for name in self.chosen], axis=-1)
+        return self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
         count = array.shape[2]
@@ -180,25 +187,35 @@ def _single(path: str) -> np.ndarray:
         raise
     except Exception as error:
         raise ValueError(f"{name}: {error}") from None
+    return one_band(array, name)
+
+
+def one_band(array: np.ndarray, name: str) -> np.ndarray:
+    """An image (H, W, 1) as (H, W). Raises ValueError if it has several bands."""
     if array.shape[2] != 1:
         raise ValueError(f"{name} is to be one band, and it has {_counted(array.shape[2])}")
     return array[..., 0]
 
 
 def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """A band interpolated to the size (H, W) of the largest one: Sentinel-2 has bands of 10, 20 and 60 m.
-
-    Raises ValueError if that size is not a whole multiple of the band's: then the band shows another place or crop.
-    """
-    if band.shape == size:
+    """A band interpolated to the size (H, W) of the largest one: Sentinel-2 has bands of 10, 20 and 60 m."""
+    if enlarging_factor(band.shape, size, name) == 1:
         return band
-    times, rest = divmod(size[0], band.shape[0])
-    if rest or band.shape[1] * times != size[1]:
+    return np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -> int:
+    """By how much a band (H, W) is smaller than the largest one.
+
+    Raises ValueError if that is no whole number: then the band shows another place or crop.
+    """
+    times, rest = divmod(size[0], shape[0])
+    if rest or shape[1] * times != size[1]:
         raise ValueError(
-            f"its band {name} is {band.shape[1]}x{band.shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
+            f"its band {name} is {shape[1]}x{shape[0]} and another {size[1]}x{size[0]}: a smaller band is "
             "enlarged to a whole multiple, and this is none"
         )
-    return np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
+    return times
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +273,7 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             array = _pixels(image)
-    return _numbered(_floats(array))
+    return _numbered(floats(array))
 
 
 def _numbered(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -306,11 +323,11 @@ def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     arrays = _load(content)
     names = list(arrays)
     if len(names) == 1:
-        return _numbered(_floats(_bands_last(arrays[names[0]])))
+        return _numbered(floats(_bands_last(arrays[names[0]])))
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) != 1 or len(*shapes) != 2:
         raise ValueError(f"its arrays ({listed(names)}) are neither one image nor bands of one size, (H, W) each")
-    return _floats(np.stack(list(arrays.values()), axis=-1)), names
+    return floats(np.stack(list(arrays.values()), axis=-1)), names
 
 
 def _load(content: bytes) -> Any:
@@ -329,12 +346,16 @@ def _bands_last(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _floats(array: np.ndarray) -> np.ndarray:
+def floats(array: np.ndarray) -> np.ndarray:
+    """An image's numbers as float32, (H, W, bands). Raises ValueError for other arrays."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
     if array.ndim == 2:
         array = array[..., None]
-    return np.nan_to_num(array.astype(np.float32), nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
+    numbers = array.astype(np.float32)
+    if array.dtype.kind == "f":
+        np.nan_to_num(numbers, copy=False, nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
+    return numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
