@@ -4,6 +4,7 @@
     python deploy_lora.py evaluate checkpoints/lora/lora.pth                    # how good its answers are
     python deploy_lora.py compare one/results.json other/results.json           # is the other better, or was it chance
     python deploy_lora.py predict checkpoints/lora/lora.pth my_images --output predictions.csv
+    python deploy_lora.py predict checkpoints/lora/lora.pth scene.tif --output map.tif   # of pixels, or of windows
     python deploy_lora.py embed checkpoints/lora/lora.pth my_images --output features.npy
     python deploy_lora.py merge checkpoints/lora/lora.pth --output merged.pth   # one state_dict for plain torchvision
     python deploy_lora.py export checkpoints/lora/lora.pth --output model.onnx  # or model.pt2, for torch.export.load
@@ -16,6 +17,7 @@ options; the table COMMANDS lists them all.
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -32,13 +34,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from finetune_lora import adapt_layers, load_base, load_finetuned, multiply_in_8_bits
 from lora import peft_format
 from lora.adapted import is_adapted
+from lora.adapter_file import is_per_pixel
 from lora_utils import LoRAManager, find_base, model_shape, read_adapter_file
 from toolkit import InputError, devices, listed, printable
-from toolkit.answers import comparison, evaluation
+from toolkit.answers import comparison, evaluation, predictions
 from toolkit.answers.report_page import write_page
 from toolkit.answers.tasks import Task, from_record
 from toolkit.config import folds, positive_int, positive_share, unknown_words, worker_count
@@ -53,11 +57,12 @@ from toolkit.files import (
     write_safetensors,
     write_text,
 )
-from toolkit.images import geotags, splitting
+from toolkit.images import masks, splitting
 from toolkit.images.bands import Bands, from_metadata, recorded
 from toolkit.images.data import UNLABELLED, LabelledImages, Transformed, build_loader
 from toolkit.images.folders import (
     ImageFiles,
+    UnreadableImage,
     class_folders,
     evaluation_folder,
     image_names,
@@ -66,6 +71,8 @@ from toolkit.images.folders import (
     report_others,
 )
 from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
+from toolkit.images.masks import TransformedPairs, WholePair, collate_pairs
+from toolkit.images.scenes import open_scene
 from toolkit.images.sources import DATASETS, load_splits, readable
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
 from toolkit.models.checkpoints import checkpoint_path, load_backbone, stored_checkpoint
@@ -159,37 +166,82 @@ def compare(args: argparse.Namespace) -> list[comparison.Difference]:
     return differences
 
 
-def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Write the answers for images as a table, one row for each image, and return the rows.
+def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
+    """Write the answers for images as a table, one row for each image, and return the rows; or maps, and their paths.
 
     Answers are the most probable classes; or all labels above their thresholds, and the probability of each; or
     numbers. With --abstain what is less probable than that is unsure. Beside the `path` and, if files have geotags, `x`
     and `y` of the image's centre and the `epsg` code of these: as `image_path` and so on, if a number is called so.
+
+    A model with a class for every pixel writes a mask of each image into the folder --output, or a map of one image as
+    map.tif. Other models write such a map too, of an answer for each window of --window pixels.
     """
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         if args.abstain is not None:
             task.check_abstain()
+        if task.kind == "segmentation" or args.output.suffix in MAP_SUFFIXES:
+            return _predict_maps(args, model, about)
+        if args.output.suffix != ".csv" or args.probabilities or args.window is not None:
+            raise InputError(
+                f"--output {args.output}: the adapter answers for whole images: name a table, answers.csv, or for a "
+                "scene map.tif, which alone can have --probabilities and --window"
+            )
         images = readable(_images(args.images, about["transform"].bands))
         outputs = _outputs(args, model, make_loader(images), "predict")
-    columns, answers = task.table(outputs, args.abstain)
-    names = [images.name(i) for i in range(len(images))]
-    path = "image_path" if "path" in columns else "path"
-    columns = [path, *columns]
-    rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    if places := geotags.centres(names):
-        prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
-        for row, place in zip(rows, places, strict=True):
-            row.update({prefix + name: value for name, value in place.items()})
-        columns += [prefix + name for name in geotags.COLUMNS]
-    write_csv(rows, columns, args.output)
+    rows = predictions.write_table(task, outputs, images, args.output, args.abstain)
     print(f"wrote {args.output}: {len(rows)} images")
     return rows
+
+
+def _predict_maps(args: argparse.Namespace, model: nn.Module, about: dict[str, Any]) -> list[Path]:
+    task = _task_of(about)
+    images = _images(args.images, about["transform"].bands)
+    is_file = args.output.suffix in MAP_SUFFIXES
+    per_pixel = task.kind == "segmentation"
+    if per_pixel and (args.output.suffix == ".csv" or args.window is not None):
+        raise InputError(
+            f"--output {args.output}: the adapter answers for every pixel: name a folder, or map.tif for one image; "
+            "without --window, since its windows are those of its training"
+        )
+    if is_file and len(images) > 1:
+        raise InputError(f"--output {args.output}: one map, and there are {len(images)} images; name one of them")
+    window = model.window if per_pixel else args.window or about["image_size"]
+    device, precision = _device_and_precision(args)
+
+    @torch.no_grad()
+    def answer(windows: Tensor) -> Tensor:
+        batches = windows.split(args.batch_size)
+        return torch.cat([found.float().cpu() for found in evaluation.map_batches(model, batches, device, precision)])
+
+    maps = predictions.Maps(task, answer, about["transform"], window, args.probabilities, args.abstain)
+    written = []
+    broken = []
+    places = [args.output] if is_file else predictions.places_of_masks(images, args.images, args.output)
+    bar = progress_bar(range(len(images)), "predict", disable=is_file)
+    for i in bar:
+        try:
+            with open_scene(images.name(i), about["transform"].bands) as scene:
+                parts_bar = functools.partial(progress_bar, title="predict", unit="row of windows", disable=not is_file)
+                written.append(maps.write(scene, places[i], parts_bar))
+        except UnreadableImage as error:
+            broken.append(error)
+    if not written:
+        raise broken[0]
+    for error in broken:
+        print(f"left out: {error}")
+    print(f"wrote {args.output}: {len(written)} maps of {listed(task.names)}")
+    return written
 
 
 def _task_of(about: dict[str, Any]) -> Task:
     """The task of a model, from the metadata of its file."""
     return from_record(about.get("task"), about["class_names"], "the adapter")
+
+
+def _refuse_pixels(about: dict[str, Any], command: str) -> None:
+    if is_per_pixel(about):
+        raise InputError(f"{command} is not for an adapter with a class for every pixel: use predict, merge or export")
 
 
 def embed(args: argparse.Namespace) -> Tensor:
@@ -198,6 +250,7 @@ def embed(args: argparse.Namespace) -> Tensor:
     `--output features.npy` is the array; `features_paths.csv` beside it has the image's path for each row.
     """
     with _model_on_device(args) as (model, about, make_loader):
+        _refuse_pixels(about, "embed")
         images = readable(_images(args.images, about["transform"].bands))
         features = _outputs(args, headless(model), make_loader(images), "embed")
     with open_atomically(args.output) as file:
@@ -220,7 +273,11 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
 
         def make_loader(images: LabelledImages):
             transformed = Transformed(images, about["transform"])
-            loaders.append(build_loader(transformed, args.batch_size, workers=args.workers, device=device))
+            loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
+            if is_per_pixel(about):  # whole images, of any size
+                transformed = TransformedPairs(images, WholePair(**from_metadata(about)))
+                loading |= {"batch_size": 1, "collate": collate_pairs}
+            loaders.append(build_loader(transformed, **loading))
             return loaders[-1]
 
         yield devices.place(model, device), about, make_loader
@@ -261,13 +318,16 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     """Labelled images, and a description of where they were found.
 
     Args:
-        place: a folder with a folder of images for each class, itself or in the val/ in it; or a list, which it must be
-            for an adapter with several labels or numbers. None: the images on which the run was evaluated.
+        place: a folder with a folder of images for each class, itself or in the val/ in it, or with images/ and masks/
+            for a class of every pixel; or a list, which it must be for an adapter with several labels or numbers. None:
+            the images on which the run was evaluated.
     """
     if place is None:
         return _images_of_run(about)
     where = f"in {place}"
-    if os.path.isfile(place) or _task_of(about).kind != "classification":
+    if is_per_pixel(about):
+        images = masks.pairs_in(place, about["transform"].bands, *_classes_of_masks(about))
+    elif os.path.isfile(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
         if not any(os.path.isdir(place / name) for name in about["class_names"]):  # a class may be called test
@@ -280,11 +340,22 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     return images, where
 
 
+def _classes_of_masks(about: dict[str, Any]) -> tuple[masks.Classes, list[int]]:
+    """The classes and the unknown values of the masks that the run had."""
+    return masks.from_record(_task_of(about).masks, about["class_names"])
+
+
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
     bands = about["transform"].bands
-    splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
+    if is_per_pixel(about):
+        for name in {"dataset", "unknown"} & data.keys():
+            del data[name]
+        classes, unknown = _classes_of_masks(about)
+        splits = masks.load_pairs(**data, bands=bands, classes=classes, unknown=unknown)
+    else:
+        splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
     _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"
@@ -392,13 +463,13 @@ def _is_one_fold(text: str) -> bool:
 def merge(args: argparse.Namespace) -> dict[str, Any]:
     """Write base and adapter as one state_dict with the stock model's own keys, and `merged.json` beside it.
 
-    Returns the adapter's metadata.
+    A head for every pixel is `head.linear.weight` and `head.linear.bias`. Returns the adapter's metadata.
     """
     model, metadata = load_finetuned(args.adapter, args.checkpoint)
     if any(same_file(args.output, path) for path in find_base(args.adapter, metadata, args.checkpoint)):
         raise InputError(f"--output {args.output} is what {args.adapter} was trained over; name another file")
     LoRAManager(model).merge_lora_weights()
-    state = model.state_dict()
+    state = {name.removeprefix("backbone."): tensor for name, tensor in model.state_dict().items()}
     if is_safetensors(args.output):
         write_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, args.output)
     else:
@@ -410,21 +481,22 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
         owner = f"timm's {arch.removeprefix(TIMM)}"
     of_heads = other_heads(model)
     shape = [f"{of_heads['heads']} heads"] if of_heads else []
-    shape.append(f"{len(metadata['class_names'])} classes")
+    shape.append(f"{len(metadata['class_names'])} classes{' of every pixel' if is_per_pixel(metadata) else ''}")
     if input_channels(model) != 3:
         shape.append(f"images of {input_channels(model)} channels")
     print(f"wrote {args.output}: a state_dict for {owner} with {' and '.join(shape)}")
     return metadata
 
 
-ACTIVATIONS = {"classification": "softmax", "multilabel": "sigmoid", "regression": "none"}
+ACTIVATIONS = {"classification": "softmax", "segmentation": "softmax", "multilabel": "sigmoid", "regression": "none"}
 
 
 def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     """What a server needs to know to compute the answers of `predict` with a merged model, as plain values.
 
     - `channels`; `bands`: those that are read from each file, none for all of them; null: RGB photographs of 8 bits.
-    - `resize`, the argument of torchvision's Resize; then the central `image_size` pixels are cut out.
+    - `resize`, the argument of torchvision's Resize; then the central `image_size` pixels are cut out. Or, for a class
+      of every pixel, `per_pixel`: the image keeps its size, and is read in windows of `image_size` pixels.
     - The network sees (levels / `scale` - `mean`) / `std`.
     - `activation` of its outputs, in the order of `class_names`. A label is an answer above its `thresholds`. A number
       in its own unit is the output times `output_std` plus `output_mean`.
@@ -433,13 +505,11 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
     """
     values = from_metadata(metadata)
     bands = values["bands"]
-    place = metadata["transform"].place
     task = _task_of(metadata)
     about = {
         "arch": metadata["arch"],
         "class_names": metadata["class_names"],
         "image_size": metadata["image_size"],
-        "resize": place.shorter or [place.size, place.size],
         "channels": metadata.get("channels") or 3,
         "bands": None,
         "scale": 255.0,
@@ -447,6 +517,11 @@ def usage(metadata: dict[str, Any]) -> dict[str, Any]:
         "std": list(values["std"]),
         "activation": ACTIVATIONS[task.kind],
     }
+    if is_per_pixel(metadata):
+        about["per_pixel"] = True
+    else:
+        place = metadata["transform"].place
+        about["resize"] = place.shorter or [place.size, place.size]
     if bands is not None:
         about |= {"bands": list(bands.chosen), "scale": bands.scale}
     record = task.record() or {}
@@ -482,7 +557,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
 
     The graph's input is `images`, float32 (N, C, S, S), normalised as in training. With --normalise the graph does this
     itself: its input has values from 0 to 1, or those of the files if these are not RGB photographs. The output is
-    `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units.
+    `logits`, (N, classes), or `probabilities` of several labels, or `numbers` in their own units; or `probabilities`
+    for every pixel, (N, classes, H, W), of images (N, C, H, W) that may be larger than S where the model is a ResNet.
 
     Returns:
         The metadata that are written into the file: `class_names` and other values as JSON. `model.json` beside it says
@@ -507,7 +583,8 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         left["activation"] = "none"
         left.pop("output_mean", None)
         left.pop("output_std", None)
-    program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels)
+    any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
+    program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels, any_size)
     with open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
             file.write(_as_onnx(program, about, task.output_name))
@@ -519,13 +596,19 @@ def export(args: argparse.Namespace) -> dict[str, str]:
     return about
 
 
-def _graph(model: nn.Module, image_size: int, channels: int) -> torch.export.ExportedProgram:
-    """The model as a graph for any number of images."""
+SMALLEST = 33  # pixels along a side, from which on a ResNet's last map is no single point, whose enlarging differs
+
+
+def _graph(model: nn.Module, image_size: int, channels: int, any_size: bool) -> torch.export.ExportedProgram:
+    """The model as a graph for any number of images, and with `any_size` for images of any size."""
+    dynamic = {0: torch.export.Dim("batch")}
+    if any_size:
+        dynamic |= {axis: torch.export.Dim(name, min=SMALLEST) for axis, name in ((2, "height"), (3, "width"))}
     images = torch.zeros(2, channels, image_size, image_size)
     with_fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operation for all of attention, which ONNX does not know
     try:
-        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
     finally:
         torch.backends.mha.set_fastpath_enabled(with_fast_path)
 
@@ -585,6 +668,7 @@ def to_peft(adapter: Path, folder: Path, checkpoint: Path | None = None) -> floa
     """
     peft = peft_format.import_peft()
     model, metadata = load_finetuned(adapter, checkpoint)
+    _refuse_pixels(metadata, "convert")
     obstacles = list(peft_format.obstacles(model, read_adapter_file(adapter)["tensors"]))
     if obstacles:
         raise InputError(f"{adapter} cannot be written for PEFT: {listed(obstacles)}; use merge or export")
@@ -686,9 +770,10 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
 # ------------------------------------------------------------------------------------------------------- command line
 
 ON_IMAGES = ("evaluate", "predict", "embed")  # these commands compute on a device
+MAP_SUFFIXES = (".tif", ".tiff")
 SUFFIXES = {  # allowed for --output
     "evaluate": (".json",),
-    "predict": (".csv",),
+    "predict": (".csv", *MAP_SUFFIXES, ""),
     "embed": (".npy",),
     "merge": (".pth", ".pt", ".bin", ".safetensors"),  # .json is the file beside it
     "export": (".onnx", ".pt2"),
@@ -701,11 +786,14 @@ def check_output(args: argparse.Namespace) -> list[str]:
         return []
     if args.output is None:
         return ["--output: expected a value, the file to write"]
-    if os.path.isdir(args.output) and args.command != "convert":
+    if os.path.isdir(args.output) and args.command not in ("convert", "predict"):
         return [f"--output {args.output}: a folder; name a file"]
     suffixes = SUFFIXES.get(args.command, ())
     if suffixes and args.output.suffix not in suffixes:
-        return [f"--output {args.output}: the name must end in {' or '.join(suffixes)}"]
+        folder = ", or be a folder's" if "" in suffixes else ""
+        return [f"--output {args.output}: the name must end in {' or '.join(filter(None, suffixes))}{folder}"]
+    if args.command == "predict" and not args.output.suffix and os.path.isfile(args.output):
+        return [f"--output {args.output}: a file; name a folder"]
     if not os.path.isdir(args.output.parent):
         return [f"--output {args.output}: there is no folder {args.output.parent}; make it first"]
     read = [args.adapter, args.checkpoint]
@@ -743,7 +831,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "info": (info, lambda args: [], "what is in an adapter file"),
     "evaluate": (evaluate, check_output, "accuracy on labelled images"),
     "compare": (compare, lambda args: [], "two results over the same images: is one better by more than chance?"),
-    "predict": (predict, check_output, "the most probable classes of images, as a table"),
+    "predict": (predict, check_output, "the most probable classes of images, as a table; masks and maps"),
     "embed": (embed, check_output, "the features of images, as an array"),
     "merge": (merge, check_output, "base and adapter as one state_dict that plain torchvision loads"),
     "export": (export, check_export, "the merged model as a graph for onnxruntime or torch.export"),
@@ -779,13 +867,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
                 default="float",
                 help="int8: multiply in 8 bits; for a large ViT on a CPU",
             )
-    what = "folder with a folder of images per class, or a list"
+    what = "folder with a folder of images per class, or with images/ and masks/; or a list"
     parsers["evaluate"].add_argument("images", type=Path, nargs="?", help=what)
     for name in ("predict", "embed"):
         parsers[name].add_argument("images", type=Path, nargs="+", help="images, or folders of images")
-    parsers["predict"].add_argument(
+    predicting = parsers["predict"]
+    predicting.add_argument(
         "--abstain", type=positive_share, help="write unsure where the answer is less probable than this, as 0.6"
     )
+    predicting.add_argument("--probabilities", action="store_true", help="in maps: of every class, not the likeliest")
+    predicting.add_argument("--window", type=positive_int, help="in maps of an answer for windows: pixels; its own")
     parsers["export"].add_argument(
         "--normalise", action="store_true", help="the graph takes images from 0 to 1, or files' numbers"
     )

@@ -43,6 +43,7 @@ from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import end_workers
+from toolkit.images.masks import WholeImage
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import head_names, headless, in_head, name_head
@@ -816,7 +817,8 @@ def load_finetuned(
         checkpoint, stage1_adapter: the base, and what is merged into it, if they are not where they were at training.
 
     Returns:
-        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W).
+        The model and the file's metadata, with `transform` from a PIL image (see `eval_transform`) to (C, H, W). A
+        model with a class for every pixel answers for an image by `toolkit.models.dense.answers_for`.
 
     Raises:
         InputError: a file that is not what it should be, or another base than the one trained on.
@@ -828,7 +830,8 @@ def load_finetuned(
     per_pixel = adapter_file.is_per_pixel(metadata)
     model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
-    transform = eval_transform(metadata["image_size"], **bands.from_metadata(metadata))
+    values = bands.from_metadata(metadata)
+    transform = WholeImage(**values) if per_pixel else eval_transform(metadata["image_size"], **values)
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
 

@@ -58,6 +58,7 @@ TO_A_SERVER = section("docs/deploy.md", "A server with torchvision alone")
 AFTER_TRAINING = "\n".join(
     section("docs/deploy.md", title) for title in ("Every command", "ONNX and torch.export", "PEFT")
 )
+OF_PIXELS = section("docs/deploy.md", "A class for every pixel")  # run by tests/test_maps.py
 PYTHON_BLOCKS = [block for text in PAGES.values() for block in blocks("python", text)]
 
 
@@ -191,7 +192,9 @@ def test_every_torchrun_command_is_understood(command, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + AFTER_TRAINING])
+@pytest.mark.parametrize(
+    "block", [block for block in PYTHON_BLOCKS if block not in TO_A_SERVER + OF_PIXELS + AFTER_TRAINING]
+)
 def test_every_python_block_runs_as_it_stands(block, newcomer, first_run, monkeypatch):
     skip_without(block)
     monkeypatch.chdir(newcomer)

@@ -133,9 +133,14 @@ class PixelHead(Head):
         pixel_weights: (K,), by which pixels are drawn that the head's start is fitted to: those of the objective.
     """
 
+    output_name = "probabilities"
+
     def __init__(self, names: Sequence[str], pixel_weights: Tensor | None = None):
         super().__init__(names)
         self.pixel_weights = pixel_weights
+
+    def output_layer(self) -> nn.Module:
+        return nn.Softmax(1)
 
     @torch.no_grad()
     def evaluate(

@@ -745,19 +745,30 @@ def _cut(image: Image.Image | np.ndarray, box: tuple[int, ...]) -> Image.Image |
     return image.crop(box)
 
 
-class WholePair:
-    """For evaluation: (image, mask (H, W)) -> ((C, H, W), normalised, at the image's own pixels; the mask as it is)."""
+class WholeImage:
+    """An image -> (C, H, W), normalised, at its own pixels."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
         self.normalize = T.Normalize(mean, std, inplace=True)
         self.bands = bands
 
-    def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike) -> Tensor:
         image = _upright(image, self.bands)
         if self.bands is None:
-            return self.normalize(T.functional.to_tensor(image)), mask
+            return self.normalize(T.functional.to_tensor(image))
         levels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        return self.normalize(self.bands.scaled(levels)), mask
+        return self.normalize(self.bands.scaled(levels))
+
+
+class WholePair:
+    """For evaluation: (image, mask (H, W)) -> (what `WholeImage` makes of it, the mask as it is)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
+        self.image = WholeImage(mean, std, bands)
+        self.bands = bands
+
+    def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(image), mask
 
 
 LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse

@@ -77,9 +77,12 @@ def finest(maps: Sequence[Tensor]) -> tuple[int, int]:
 
 def enlarged(features: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (N, D, h, w) at another size, bilinearly."""
-    if tuple(features.shape[2:]) == tuple(size):
+    if not _is_exporting() and tuple(features.shape[2:]) == tuple(size):  # sizes that stay open are not compared
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear")
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # from PyTorch 2.7 on
 
 
 def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
@@ -119,7 +122,7 @@ def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
 def _of_vit(backbone: VisionTransformer, images: Tensor) -> list[Tensor]:
     rows, columns = (side // backbone.patch_size for side in images.shape[2:])
     x = backbone._process_input(images)
-    x = torch.cat([backbone.class_token.expand(len(x), -1, -1), x], dim=1)  # (N, 1 + patches, D)
+    x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, D)
     encoder = backbone.encoder
     x = encoder.dropout(x + encoder.pos_embedding)
     blocks = len(encoder.layers)

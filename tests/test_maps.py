@@ -1,0 +1,373 @@
+"""Masks and maps from adapter files: whole runs on tiny pairs, and what is made of their adapters."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deploy_lora
+import finetune_lora
+from finetune_lora import load_finetuned
+from lora_utils import LoRAManager
+from toolkit import InputError
+from toolkit.images.bands import Bands
+from toolkit.models.backbones import build_backbone
+from toolkit.models.dense import answers_for
+from toolkit.run import optim
+
+tifffile = pytest.importorskip("tifffile")
+GEO = (
+    (33550, "d", 3, (10.0, 10.0, 0.0), True),
+    (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 5400000.0, 0.0), True),
+    (34735, "H", 8, (1, 1, 0, 1, 3072, 0, 1, 32632), True),
+)
+
+
+def write_tiff(path: Path, height: int, width: int, seed: int = 0) -> None:
+    """Four bands of 16 bits, bright in the middle."""
+    levels = np.random.default_rng(seed).integers(0, 3000, (height, width, 4)).astype(np.uint16)
+    levels[height // 4 : height // 2, width // 4 : width // 2] += 5000
+    how = {"tile": (32, 32), "compression": "deflate", "photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(path, levels, extratags=GEO, **how)
+
+
+def checkpoint_of(arch: str, size: int, channels: int, path: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_backbone(arch, 3, size, channels=channels)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("heads", "fc."))}
+    torch.save({"state_dict": {f"module.base_encoder.{n}": t for n, t in state.items()}, "arch": arch}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Pairs of photographs of 40 x 50 pixels: the mask is where they are bright."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for part, count in (("train", 8), ("val", 3)):
+        for kind in ("images", "masks"):
+            (folder / part / kind).mkdir(parents=True)
+        for number in range(count):
+            image = np.random.default_rng(number).integers(0, 100, (40, 50, 3)).astype(np.uint8)
+            image[5:25, 9 : 30 + number] += 150
+            mask = (image[..., 0] > 120).astype(np.uint8)
+            mask[0] = 255
+            Image.fromarray(image).save(folder / part / "images" / f"{number}.png")
+            Image.fromarray(mask).save(folder / part / "masks" / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiffs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiffs")
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for number in range(8):
+        write_tiff(folder / "images" / f"{number}.tif", 72, 80, number)
+        mask = np.zeros((72, 80), np.uint8)
+        mask[18:36, 20:40] = 7
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    (folder / "classes.txt").write_text("ground 0\nroof 7\n")
+    return folder
+
+
+def trained(argv: str, output: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "STEPS_TO_TRAIN", 1)
+        argv += f" --device cpu --workers 0 --batch-size 4 --epochs 1 --learning-rate 1e-3 --output-dir {output}"
+        finetune_lora.main(["--task", "segmentation", *argv.split()])
+    return output / "lora.pth"
+
+
+@pytest.fixture(scope="module")
+def of_photographs(base, photographs, tmp_path_factory) -> Path:
+    """The adapter of a ViT for windows of 16 pixels."""
+    return trained(
+        f"--checkpoint {base} --data-dir {photographs} --classes dark bright", tmp_path_factory.mktemp("vit")
+    )
+
+
+@pytest.fixture(scope="module")
+def of_tiffs(tiffs, tmp_path_factory) -> Path:
+    """The adapter of a ResNet-18 for windows of 64 pixels of four channels."""
+    folder = tmp_path_factory.mktemp("resnet")
+    base = checkpoint_of("resnet18", 64, 4, folder / "base.pth")
+    argv = f"--checkpoint {base} --data-dir {tiffs} --classes {tiffs}/classes.txt --channels 4 --scale 10000"
+    return trained(f"{argv} --normalise data --image-size 64".replace("--scale 10000 ", ""), folder)
+
+
+def logits_of(adapter: Path, image) -> torch.Tensor:
+    model, info = load_finetuned(adapter)
+    with torch.no_grad():
+        return answers_for(info["transform"](image), model.window, model)
+
+
+def deploy(command: str, *argv) -> object:
+    more = ["--device", "cpu", "--workers", "0"] if command in deploy_lora.ON_IMAGES else []
+    return deploy_lora.main([command, *map(str, argv), *more])
+
+
+def tags(path: Path) -> dict[int, object]:
+    with tifffile.TiffFile(path) as file:
+        return {code: file.pages[0].tags[code].value for code, *_ in GEO}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks and maps
+
+
+def test_masks_of_a_folder_are_the_models_answers(of_photographs, photographs, tmp_path):
+    written = deploy("predict", of_photographs, photographs / "val", "--output", tmp_path / "maps")
+    assert sorted(map(str, written)) == [f"{tmp_path}/maps/images/{i}.png" for i in range(3)] + [
+        f"{tmp_path}/maps/masks/{i}.png" for i in range(3)
+    ]
+    with Image.open(tmp_path / "maps/images/1.png") as mask, Image.open(photographs / "val/images/1.png") as image:
+        assert mask.mode == "P" and mask.size == image.size
+        assert np.array_equal(np.asarray(mask), logits_of(of_photographs, image).argmax(0))
+
+
+def test_a_scene_becomes_a_map_at_its_place(of_tiffs, tmp_path):
+    write_tiff(tmp_path / "scene.tif", 300, 210)
+    deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "map.tif")
+    logits = logits_of(of_tiffs, tmp_path / "scene.tif")
+    assert np.array_equal(tifffile.imread(tmp_path / "map.tif"), logits.argmax(0))
+    assert tags(tmp_path / "map.tif") == tags(tmp_path / "scene.tif")
+    deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "soft.tif", "--probabilities")
+    soft = tifffile.imread(tmp_path / "soft.tif")
+    assert soft.dtype == np.float32
+    np.testing.assert_allclose(soft, logits.softmax(0).movedim(0, 2), atol=1e-5)
+    share = float(np.median(soft.max(2)))
+    deploy("predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "sure.tif", "--abstain", share)
+    sure = tifffile.imread(tmp_path / "sure.tif")
+    assert np.array_equal(sure == 255, soft.max(2) < share) and 0 < (sure == 255).mean() < 1
+
+
+def test_a_tiff_in_a_folder_becomes_a_tiff_and_arrays_hold_probabilities(
+    of_tiffs, tiffs, of_photographs, photographs, tmp_path
+):
+    [*written] = deploy("predict", of_tiffs, tiffs / "images", "--output", tmp_path / "maps")
+    assert written[0] == tmp_path / "maps/0.tif" and tags(written[0]) == tags(tiffs / "images/0.tif")
+    image = photographs / "val/images/0.png"
+    [path] = deploy("predict", of_photographs, image, "--output", tmp_path / "soft", "--probabilities")
+    with Image.open(image) as opened:
+        np.testing.assert_allclose(np.load(path), logits_of(of_photographs, opened).softmax(0).movedim(0, 2), atol=1e-6)
+
+
+def test_images_that_cannot_be_read_are_left_out(of_photographs, photographs, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes((photographs / "val/images/0.png").read_bytes())
+    (tmp_path / "images/1.png").write_bytes((photographs / "val/images/0.png").read_bytes()[:200])
+    assert deploy("predict", of_photographs, tmp_path / "images", "--output", tmp_path / "maps") == [
+        tmp_path / "maps/0.png"
+    ]
+    assert f"left out: {tmp_path}/images/1.png: not a readable image" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "maps") == ["0.png"]
+
+
+@pytest.mark.parametrize(
+    ("images", "output", "named"),
+    [
+        ("val", "answers.csv", "the adapter answers for every pixel: name a folder, or map.tif"),
+        ("val", "map.tif", "one map, and there are 6 images"),
+        ("val/images/0.png --window 16", "maps", "without --window"),
+        ("val", "maps.json", "must end in .csv or .tif or .tiff, or be a folder's"),
+    ],
+)
+def test_outputs_that_fit_no_masks_are_refused(of_photographs, photographs, tmp_path, images, output, named):
+    with pytest.raises(InputError, match=named):
+        deploy("predict", of_photographs, *f"{photographs}/{images}".split(), "--output", tmp_path / output)
+
+
+def test_masks_replace_no_images_and_no_other_masks(of_tiffs, tiffs, tmp_path):
+    with pytest.raises(InputError, match="the mask would replace"):
+        deploy("predict", of_tiffs, tiffs / "images/0.tif", "--output", tiffs / "images")
+    for name in ("a.tif", "a.tiff"):
+        write_tiff(tmp_path / name, 64, 64)
+    with pytest.raises(InputError, match=r"several images would have the mask .*/a; predict them apart"):
+        deploy("predict", of_tiffs, tmp_path / "a.tif", tmp_path / "a.tiff", "--output", tmp_path / "maps")
+
+
+def test_an_adapter_of_whole_images_answers_for_windows(tmp_path, finetune, base):
+    results = finetune("--epochs 1")
+    levels = np.random.default_rng(0).integers(0, 250, (40, 70, 3)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "scene.tif", levels, photometric="rgb", extratags=GEO)
+    adapter = results["folder"] / "lora.pth"
+    deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "map.tif", "--window", 24)
+    found = tifffile.imread(tmp_path / "map.tif")
+    assert found.shape == (2, 3)
+    assert tags(tmp_path / "map.tif")[33550] == (240.0, 240.0, 0.0)
+    model, info = load_finetuned(adapter)
+    with torch.no_grad():
+        window = Image.fromarray(levels[:24, 24:48])
+        assert found[0, 1] == model(info["transform"](window)[None]).argmax()
+    deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "soft.tif", "--probabilities")
+    soft = tifffile.imread(tmp_path / "soft.tif")
+    assert soft.shape == (3, 5, 3)
+    np.testing.assert_allclose(soft.sum(2), 1, atol=1e-5)
+    with pytest.raises(InputError, match="the adapter answers for whole images: name a table"):
+        deploy("predict", adapter, tmp_path / "scene.tif", "--output", tmp_path / "maps")
+
+
+KILLED = """
+import sys
+import deploy_lora
+from toolkit.models import dense
+plain = dense.window_weights
+import toolkit.answers.predictions as predictions
+rows = predictions.answers_by_rows
+def slowly(*args):
+    import time
+    for number, part in enumerate(rows(*args)):
+        if number == 3:
+            print("under way", flush=True)
+            time.sleep(60)
+        yield part
+predictions.answers_by_rows = slowly
+deploy_lora.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_prediction_leaves_no_torn_map_and_can_begin_anew(of_tiffs, tmp_path):
+    write_tiff(tmp_path / "scene.tif", 600, 210)
+    argv = ["predict", of_tiffs, tmp_path / "scene.tif", "--output", tmp_path / "map.tif", "--device", "cpu"]
+    places = os.environ | {"PYTHONPATH": str(Path(deploy_lora.__file__).parent)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, argv)], env=places, stdout=subprocess.PIPE, text=True
+    )
+    assert "under way" in child.stdout.readline()
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert not (tmp_path / "map.tif").exists()
+    deploy(*argv[:-2])
+    assert tifffile.imread(tmp_path / "map.tif").shape == (600, 210)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+@pytest.mark.parametrize("place", [None, "val", "list.csv"])
+def test_an_evaluation_has_the_runs_figures(of_photographs, photographs, tmp_path, place):
+    given = []
+    if place == "val":
+        given = [photographs / "val"]
+    elif place is not None:
+        lines = [f"{photographs}/val/images/{i}.png,{photographs}/val/masks/{i}.png" for i in range(3)]
+        (tmp_path / "list.csv").write_text("image,mask\n" + "\n".join(lines))
+        given = [tmp_path / "list.csv"]
+    found = deploy("evaluate", of_photographs, *given, "--output", tmp_path / "results.json")
+    run = json.loads((of_photographs.parent / "results.json").read_text())
+    assert found["miou"] == pytest.approx(run["val_miou"], abs=1e-6)
+    assert found["iou_per_class"] == pytest.approx(run["iou_per_class"], abs=1e-6)
+    assert found["miou_interval"] == pytest.approx(run["val_miou_interval"], abs=1e-6)
+    page = (tmp_path / "results.html").read_text()
+    assert "mean IoU" in page and "data:image/png" in page
+
+
+def test_an_evaluation_reads_masks_as_the_run_did(of_tiffs, tiffs, tmp_path):
+    """The class roof has the value 7."""
+    found = deploy("evaluate", of_tiffs, tiffs, "--output", tmp_path / "results.json")
+    assert list(found["iou_per_class"]) == ["ground", "roof"] and found["images"] == 8
+    Image.fromarray(np.full((72, 80), 1, np.uint8)).save(tmp_path / "1.png")
+    (tmp_path / "list.csv").write_text(f"image,mask\n{tiffs}/images/1.tif,{tmp_path}/1.png\n")
+    with pytest.raises(InputError, match="a pixel has the value 1, which is no class's"):
+        deploy("evaluate", of_tiffs, tmp_path / "list.csv")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that serve without this toolkit
+
+
+def test_merged_files_hold_the_plain_backbone_and_the_head(of_tiffs, tmp_path, capsys):
+    deploy("merge", of_tiffs, "--output", tmp_path / "merged.pth")
+    state = torch.load(tmp_path / "merged.pth", weights_only=True)
+    plain = build_backbone("resnet18", 2, channels=4)
+    missing, unexpected = plain.load_state_dict(state, strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"]
+    assert sorted(unexpected) == ["head.linear.bias", "head.linear.weight"]
+    about = json.loads((tmp_path / "merged.json").read_text())
+    assert about["per_pixel"] and about["image_size"] == 64 and about["class_names"] == ["ground", "roof"]
+    assert "resize" not in about and about["activation"] == "softmax"
+    assert "2 classes of every pixel" in capsys.readouterr().out
+
+
+def test_the_page_makes_the_mask_with_plain_pytorch(photographs, tmp_path, monkeypatch):
+    """docs/deploy.md, with a ResNet-18 in the place of the ResNet-50; the image is one window."""
+    base = checkpoint_of("resnet18", 64, 3, tmp_path / "base.pth")
+    adapter = trained(f"--checkpoint {base} --data-dir {photographs} --image-size 64", tmp_path / "out")
+    page = (Path(deploy_lora.__file__).parent / "docs/deploy.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (prepare,) = (block for block in blocks if block.startswith("# prepare.py"))
+    (code,) = (block for block in blocks if "head.linear.weight" in block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "prepare", types.ModuleType("prepare"))
+    exec(prepare, vars(sys.modules["prepare"]))
+    deploy("merge", adapter, "--output", "merged.pth")
+    Image.fromarray(np.random.default_rng(0).integers(0, 250, (64, 64, 3)).astype(np.uint8)).save("image.png")
+    found: dict = {}
+    exec(code.replace("resnet50", "resnet18"), found)
+    with Image.open("image.png") as image:
+        logits = logits_of(adapter, image)
+    torch.testing.assert_close(found["F"].interpolate(found["logits"], (64, 64), mode="bilinear")[0], logits)
+    assert torch.equal(found["mask"], logits.argmax(0))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_an_exported_resnet_takes_images_of_any_size(of_tiffs, tmp_path, normalise):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    deploy("export", of_tiffs, "--output", tmp_path / "model.onnx", *["--normalise"] * normalise)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    model, info = load_finetuned(of_tiffs)
+    for height, width in ((64, 64), (75, 130)):
+        write_tiff(tmp_path / "a.tif", height, width)
+        image = info["transform"](tmp_path / "a.tif")[None]
+        given = image
+        if normalise:
+            given = torch.from_numpy(Bands(4).array(tmp_path / "a.tif")).permute(2, 0, 1)[None]
+        (found,) = session.run(["probabilities"], {"images": given.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(image).softmax(1), atol=1e-4, rtol=1e-3)
+
+
+def test_an_exported_vit_takes_windows(of_photographs, tmp_path):
+    deploy("export", of_photographs, "--output", tmp_path / "model.pt2")
+    graph = torch.export.load(tmp_path / "model.pt2").module()
+    model, _ = load_finetuned(of_photographs)
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(images), model(images).softmax(1), atol=1e-5, rtol=1e-4)
+
+
+def test_what_has_no_meaning_for_pixels_is_refused(of_photographs, photographs, tmp_path):
+    with pytest.raises(InputError, match="embed is not for an adapter with a class for every pixel"):
+        deploy("embed", of_photographs, photographs / "val", "--output", tmp_path / "a.npy")
+    pytest.importorskip("peft")
+    with pytest.raises(InputError, match="convert is not for an adapter with a class for every pixel"):
+        deploy("convert", of_photographs, "--to", "peft", "--output", tmp_path / "peft")
+
+
+def test_info_says_that_it_answers_for_every_pixel(of_photographs, capsys):
+    deploy("info", of_photographs)
+    assert "segmentation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("adapter", ["of_photographs", "of_tiffs"])
+def test_merged_answers_are_the_adapted_ones(adapter, request):
+    model, _ = load_finetuned(request.getfixturevalue(adapter))
+    channels = 4 if adapter == "of_tiffs" else 3
+    image = torch.randn(channels, 110, 90)
+    with torch.no_grad():
+        adapted = answers_for(image, model.window, model)
+        LoRAManager(model).merge_lora_weights()
+        torch.testing.assert_close(answers_for(image, model.window, model), adapted, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,163 @@
+"""Predictions as files: a table of images, a mask of each image, or a map of a scene."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from toolkit import InputError, listed
+from toolkit.answers.parts import Task
+from toolkit.files import open_atomically, same_file, write_csv
+from toolkit.images import geotags
+from toolkit.images.data import LabelledImages
+from toolkit.images.maps import unsure, write_map, write_mask
+from toolkit.images.masks import palette
+from toolkit.images.scenes import Scene
+from toolkit.models.dense import answers_by_rows, window_starts
+
+
+def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path, abstain: float | None) -> list[dict]:
+    """Write a row for each image, and return the rows.
+
+    Args:
+        outputs: (N, K), float32.
+        abstain: what is less probable than that is unsure.
+    """
+    columns, answers = task.table(outputs, abstain)
+    names = [images.name(i) for i in range(len(images))]
+    path_column = "image_path" if "path" in columns else "path"
+    columns = [path_column, *columns]
+    rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
+    if places := geotags.centres(names):
+        prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
+        for row, place in zip(rows, places, strict=True):
+            row.update({prefix + name: value for name, value in place.items()})
+        columns += [prefix + name for name in geotags.COLUMNS]
+    write_csv(rows, columns, path)
+    return rows
+
+
+def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
+    """Where the mask of each image goes, without its suffix: within `output` as the image within its folder.
+
+    The folders are made. Raises InputError if two images would have one mask, or if it would replace an image.
+
+    Args:
+        given: the images and folders of images that a user named.
+    """
+    places = []
+    for i in range(len(images)):
+        name = Path(images.name(i))
+        inside = Path(name.name)
+        for path in given:
+            if name != path and name.is_relative_to(path):
+                inside = name.relative_to(path)
+        places.append(output / inside.with_suffix(""))
+        places[-1].parent.mkdir(parents=True, exist_ok=True)
+        if same_file(places[-1].with_name(f"{places[-1].name}.tif"), name):
+            raise InputError(f"--output {output}: the mask would replace {name}; name another folder")
+    twice = [str(place) for place, count in Counter(places).items() if count > 1]
+    if twice:
+        raise InputError(f"--output {output}: several images would have the mask {listed(twice)}; predict them apart")
+    return places
+
+
+class Maps:
+    """Maps of scenes: the classes, or numbers, that a model answers with.
+
+    Args:
+        answer: images (n, C, S, S) -> outputs of float32, (n, K, S, S) or (n, K).
+        transform: an image or part of one, as `toolkit.images.transforms` takes it -> (C, H, W), normalised.
+        window: S for answers of pixels; else the pixels along each side of what becomes one pixel of the map.
+        probabilities: of all classes, instead of the likeliest one.
+        abstain: a class that is less probable than that is unsure.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        answer: Callable[[Tensor], Tensor],
+        transform: Callable[[Any], Tensor],
+        window: int,
+        probabilities: bool = False,
+        abstain: float | None = None,
+    ):
+        self.task = task
+        self.answer = answer
+        self.transform = transform
+        self.window = window
+        self.abstain = abstain
+        self.has_classes = not probabilities and task.kind in ("segmentation", "classification")
+
+    def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
+        """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
+
+        The file is .tif if the scene is a TIFF, or if that is the suffix of `path` already; else .png for classes and
+        .npy for numbers. Only a TIFF is written without being whole in memory.
+
+        Args:
+            bar: shows the progress over the parts of the map, of which there are `total`.
+        """
+        if self.task.kind == "segmentation":
+            step = 1
+            parts = bar(self._pixels(scene), total=len(window_starts(scene.height, self.window)))
+        else:
+            step = self.window
+            parts = bar(self._windows(scene), total=math.ceil(scene.height / step))
+        names = self.task.names
+        colours = None
+        if self.has_classes:
+            colours = palette(len(names), getattr(self.task, "masks", {}).get("colours"))
+        is_tiff = path.suffix in (".tif", ".tiff")
+        if is_tiff or scene.like is not None:
+            path = path if is_tiff else path.with_name(f"{path.name}.tif")
+            size = math.ceil(scene.height / step), math.ceil(scene.width / step)
+            write_map(path, parts, *size, scene.like, colours, names, step)
+        elif self.has_classes:
+            path = path.with_name(f"{path.name}.png")
+            write_mask(path, np.concatenate(list(parts)), colours)
+        else:
+            path = path.with_name(f"{path.name}.npy")
+            with open_atomically(path) as file:
+                np.save(file, np.concatenate(list(parts)))
+        return path
+
+    def _pixels(self, scene: Scene) -> Iterator[np.ndarray]:
+        def read(first: int, last: int) -> Tensor:
+            return self.transform(_image(scene.rows(first, last), scene))
+
+        for _, logits in answers_by_rows(read, scene.height, scene.width, self.window, self.answer):
+            yield self._values(logits.movedim(0, 2))
+
+    def _windows(self, scene: Scene) -> Iterator[np.ndarray]:
+        """Rows of answers for windows beside each other. At the scene's borders its last pixels fill them up."""
+        for top in range(0, scene.height, self.window):
+            rows = scene.rows(top, min(top + self.window, scene.height))
+            missing = (0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)
+            rows = np.pad(rows, missing, "edge")
+            images = []
+            for left in range(0, scene.width, self.window):
+                images.append(self.transform(_image(rows[:, left : left + self.window], scene)))
+            yield self._values(self.answer(torch.stack(images))[None])
+
+    def _values(self, outputs: Tensor) -> np.ndarray:
+        """What a map has in the place of outputs (rows, W, K): classes (rows, W), or (rows, W, K) of float32."""
+        if self.has_classes:
+            numbers = outputs.argmax(2).numpy().astype(unsure(outputs.shape[2]).dtype)
+            if self.abstain is not None:
+                numbers[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = unsure(outputs.shape[2])
+            return numbers
+        if self.task.kind in ("segmentation", "classification"):
+            return outputs.softmax(2).numpy()
+        numbers = self.task.output_layer()(outputs).float().numpy()
+        return numbers[..., 0] if numbers.shape[2] == 1 else numbers
+
+
+def _image(rows: np.ndarray, scene: Scene) -> Image.Image | np.ndarray:
+    return Image.fromarray(np.ascontiguousarray(rows)) if scene.bands is None else rows
