@@ -233,3 +233,16 @@ def test_a_lock_that_its_run_removes_in_this_moment_is_made_anew(tmp_path, monke
     monkeypatch.setattr(fcntl, "lockf", slow)
     with output_folder.held(tmp_path, "moco.pretrain"):
         assert (tmp_path / output_folder.LOCK).read_text().startswith("process ")
+
+
+def test_what_a_killed_run_left_halfway_is_undone(tmp_path):
+    """Files of an earlier run that were being moved aside come back, and what was being written goes."""
+    folder = tmp_path / "lora"
+    (folder / output_folder.MOVING).mkdir(parents=True)
+    (folder / output_folder.MOVING / "lora.pth").write_bytes(b"best")
+    (folder / "last.pth").write_bytes(b"state")
+    (folder / ".lora.pth.4711.tmp").write_bytes(b"half of it")
+    with output_folder.held(folder, "finetune_lora.py"):
+        assert contents(folder).keys() >= {"lora.pth", "last.pth"}
+        assert not list(folder.glob(".*.tmp")) and not (folder / output_folder.MOVING).exists()
+    assert contents(folder) == {"lora.pth": b"best", "last.pth": b"state"}

@@ -2,18 +2,21 @@
 
 import functools
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 
 import finetune_lora
+from finetune_lora import read_options
 from lora_utils import read_adapter_file
 from tests.run_folders import metrics, tensors
 from toolkit import InputError
 from toolkit.files import read_checkpoint
 from toolkit.models.backbones import build_backbone
-from toolkit.run import runs
+from toolkit.run import reports, runs
 
 # --------------------------------------------------------------------------------------------------- a run's own files
 
@@ -126,3 +129,34 @@ def test_a_stopped_run_whose_norms_follow_goes_on_bit_for_bit(finetune, monkeypa
     assert ours.keys() == theirs.keys() and "layer1.0.bn1.running_var" in ours
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_a_stop_after_the_last_step_stops_too(finetune, tmp_path):
+    """Of a cross-validation the next part would begin otherwise."""
+
+    def interrupt(run):
+        if len(run.history) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(runs.Stopped, match="2 of 2 epochs are saved"):
+        finetune("--epochs 2", after_epoch=interrupt)
+    assert finetune("--epochs 2 --resume")["epochs"] == 2
+
+
+def test_an_adapter_is_calibrated_once_however_often_its_run_ends(finetune, monkeypatch):
+    """A run killed between its calibrated lora.pth and its results leaves the same file when it goes on."""
+    options = "--epochs 2 --keep-best accuracy"
+    whole = finetune(options, output="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(reports, "write_finetuning", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(options, output="parts")
+    resumed = finetune(f"{options} --resume", output="parts")
+    ours, theirs = (tensors(of["folder"] / "lora.pth") for of in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+    assert resumed["val_loss"] == whole["val_loss"]
+
+
+def test_nothing_to_resume_is_said_before_anything_is_read(tmp_path):
+    with pytest.raises(InputError, match=r"last.pth: no such file, so there is nothing to go on with; start without"):
+        read_options(["--resume", "--output-dir", str(tmp_path)])
