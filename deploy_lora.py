@@ -350,7 +350,7 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
     bands = about["transform"].bands
     if is_per_pixel(about):
-        for name in {"dataset", "unknown"} & data.keys():
+        for name in {"dataset", "unknown", "label_columns"} & data.keys():
             del data[name]
         classes, unknown = _classes_of_masks(about)
         splits = masks.load_pairs(**data, bands=bands, classes=classes, unknown=unknown)

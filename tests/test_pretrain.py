@@ -338,7 +338,7 @@ def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
 def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
     asked, loaders = [], []
     load, build = sources.load_splits, data.build_loader
-    monkeypatch.setattr(sources, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
+    monkeypatch.setattr(pretrain, "load_splits", lambda *args, **kw: asked.append(args) or load(*args, **kw))
     monkeypatch.setattr(data, "build_loader", lambda *args, **kw: loaders.append(args[0].dataset) or build(*args, **kw))
     run("--epochs 1")
     run("--epochs 1 --eval-split validation --batch-size 4")
@@ -428,7 +428,8 @@ def test_projector_and_predictor_start_from_an_official_file(tmp_path, version, 
     torch.save({"state_dict": state, "arch": arch, "epoch": 3}, tmp_path / "official.pth.tar")
     flags = ["--checkpoint", str(tmp_path / "official.pth.tar"), "--lora-rank", "2", "--queue-size", "256"]
     args = pretrain.read_options(flags)[0]
-    ours, args, told = pretrain.build_model(args, torch.device("cpu"))
+    ours, args, report = pretrain.build_model(args, torch.device("cpu"))
+    told = report["origin"]
     assert (args.moco_version, args.dim, args.arch) == (version, 6, arch)
     state = ours.state_dict()
     for name in state:

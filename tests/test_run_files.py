@@ -177,7 +177,7 @@ def test_a_run_leaves_these_files_and_no_others(finished):
 def test_it_says_what_was_recognised(finished):
     *_, printed = finished
     told = "backbone: vit_mini for 16 pixels from a moco_v3 checkpoint, epoch 7;\n"
-    told += "          all 78 backbone tensors loaded\n"
+    told += "          all 78 backbone tensors loaded"
     assert told in printed
 
 
