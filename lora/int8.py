@@ -47,6 +47,7 @@ class Int8Weight:
     @classmethod
     def quantize(cls, weight: Tensor) -> "Int8Weight":
         """Round a float weight, each number to the nearest code of its row."""
+        multiplies_exactly(weight.device.type, *weight.shape)  # asked once, outside any graph
         codes, scale = quantize_rows(weight)
         return cls(codes, scale.squeeze(1))
 
@@ -71,23 +72,23 @@ class Int8Weight:
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-        if not multiplies_exactly(self.codes.device.type, *self.shape):
+        if not multiplies_exactly(self.codes.device.type, self.shape[1]):
             return F.linear(x, self.dequantize(x.dtype), bias)
         codes, scale = quantize_rows(x)
         return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
 
     def input_gradient(self, gy: Tensor) -> Tensor:
         """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-        if not multiplies_exactly(self.codes.device.type, *self.shape):
+        if not multiplies_exactly(self.codes.device.type, self.shape[0]):
             return gy @ self.dequantize(gy.dtype)
         codes, scale = quantize_rows(gy, self.scale)
         return _multiplied(gy.dtype, codes, scale, self.codes)
 
 
 @torch.compiler.assume_constant_result
-def multiplies_exactly(device: str, out: int, columns: int) -> bool:
-    """Does a device of this type multiply by codes (out, columns) exactly, forward and to the input?"""
-    return device == "cpu" and _is_exact(columns) and _is_exact(out)
+def multiplies_exactly(device: str, *numbers: int) -> bool:
+    """Does a device of this type add up so many products of codes exactly?"""
+    return device == "cpu" and all(map(_is_exact, numbers))
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def test_steps_are_predicted_eager_and_compiled(tmp_path, capsys):
     full, lora, compiled = (result["variants"][name] for name in ("full", "lora", "lora_compiled"))
     assert lora["peak_bytes"] < 0.5 * full["peak_bytes"] and lora["flops"] < full["flops"]
     assert compiled["flops"] == pytest.approx(lora["flops"], rel=0.05)
-    assert compiled["kernels"] < 0.7 * lora["kernels"]
+    assert compiled["kernels"] < 0.75 * lora["kernels"]
     assert 1 < full["milliseconds"]["H100"] < full["milliseconds"]["T4"]
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "ms" in line]
     assert len(heads) == 4 and all("predicted" in line for line in heads)
