@@ -111,7 +111,11 @@ def test_a_convolution_that_cannot_fold_its_norm_gives_it_the_same_statistics(pa
     assert len(seen) == 1
     hook.remove()
     norm.weight.requires_grad_()
-    torch.testing.assert_close(conv_bn_relu(conv, norm, nn.ReLU(), x), wanted)
+    y = conv_bn_relu(conv, norm, nn.ReLU(), x)
+    torch.testing.assert_close(y, wanted)
+    gy = torch.randn_like(y)
+    adapter = conv.lora_A, conv.lora_B
+    torch.testing.assert_close(torch.autograd.grad(y, adapter, gy), torch.autograd.grad(wanted, adapter, gy))
     base = norm.running_mean.clone()
     assert torch.equal(norm.running_mean, conv.followed.base_mean)
     norm.frozen = False

@@ -14,7 +14,7 @@ from toolkit.models.norms import Freezable, SharedStatistics, freeze_statistics,
 
 SHARES = (5, 3)  # of eight images
 KINDS = {
-    "2d": (lambda: nn.BatchNorm2d(4), (8, 4, 3, 5)),
+    "2d": (lambda: nn.BatchNorm2d(4, eps=0.1), (8, 4, 3, 5)),
     "2d, mean over all batches": (lambda: nn.BatchNorm2d(4, momentum=None), (8, 4, 3, 5)),
     "1d without weight": (lambda: nn.BatchNorm1d(6, affine=False), (8, 6)),
     "3d": (lambda: nn.BatchNorm3d(2), (8, 2, 2, 3, 2)),
