@@ -220,6 +220,11 @@ def test_what_is_not_possible_with_masks_is_refused_by_name(segment, options, na
         segment(options)
 
 
+def test_masks_without_images_are_asked_for():
+    with pytest.raises(InputError, match="--dataset digits has no masks; give --data-dir with the folders images/"):
+        read_options(["--task", "segmentation"])
+
+
 def test_options_of_masks_are_refused_elsewhere():
     with pytest.raises(InputError, match="--unknown-value with --task classification: only masks have it"):
         read_options(["--unknown-value", "0"])

@@ -531,10 +531,18 @@ def _mask_problems(args: Any) -> list[str]:
         f"--mixup {args.mixup:g}": args.mixup > 0,
         f"--cache-features {args.cache_features}": args.cache_features != "none",
         "--labels-per-class": args.labels_per_class is not None,
-        f"--dataset {args.dataset}": args.dataset != "imagefolder",
     }
-    wrong = [name for name, applies in refused.items() if applies]
-    return [f"{name} with --task segmentation: not possible with masks; drop it" for name in wrong]
+    problems = [
+        f"{name} with --task segmentation: not possible with masks; drop it"
+        for name, applies in refused.items()
+        if applies
+    ]
+    if args.dataset != "imagefolder":
+        problems.append(
+            f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
+            "masks/, or --data-list with `image,mask` lines"
+        )
+    return problems
 
 
 def _norm_problems(args: Any) -> list[str]:
