@@ -60,13 +60,6 @@ def test_the_split_does_not_depend_on_the_seed_but_the_subset_does(digits):
     assert indices(few[0].train) == indices(few[1].train) != indices(few[2].train)
     assert np.bincount(few[0].train.labels).tolist() == [3] * 10
     assert indices(few[2].train) <= indices(digits[0].train)
-    with pytest.raises(InputError, match="class 0 has only"):
-        sources.load_splits("digits", labels_per_class=1000)
-
-
-def test_digits_refuse_a_data_dir(tmp_path):
-    with pytest.raises(InputError, match="use --dataset imagefolder"):
-        sources.load_splits("digits", data_dir=tmp_path)
 
 
 def test_a_folder_with_train_and_val(tmp_path):
@@ -131,34 +124,12 @@ def test_the_digest_of_a_set_without_files_is_that_of_its_indices(digits):
     assert len({data.LabelledImages(two, labels).subset(indices).digest for labels, indices in sets}) == len(sets)
 
 
-def test_a_class_may_lack_validation_images_but_not_training_images(tmp_path):
+def test_a_class_may_lack_validation_images(tmp_path):
     write_images(tmp_path / "train" / "cat")
     write_images(tmp_path / "train" / "dog")
     write_images(tmp_path / "val" / "dog")
     splits = sources.load_splits("imagefolder", tmp_path)
     assert splits.class_names == ["cat", "dog"] and set(splits.val.labels) == {1}
-    (tmp_path / "train" / "eel").mkdir()
-    with pytest.raises(InputError, match="no images in eel"):
-        sources.load_splits("imagefolder", tmp_path)
-
-
-def test_folders_that_cannot_be_used(tmp_path):
-    def problem(data_dir) -> str:
-        with pytest.raises(InputError) as error:
-            sources.load_splits("imagefolder", data_dir)
-        return str(error.value)
-
-    assert "needs --data-dir" in problem(None)
-    assert "no such folder" in problem(tmp_path / "absent")
-    assert "found none" in problem(tmp_path)
-    write_images(tmp_path / "train" / "cat")
-    assert "no val/" in problem(tmp_path)
-    (tmp_path / "val").mkdir()
-    assert "found only cat" in problem(tmp_path)
-    write_images(tmp_path / "train" / "dog")
-    assert "found none" in problem(tmp_path)
-    write_images(tmp_path / "val" / "eel")
-    assert "classes that" in problem(tmp_path) and "eel" in problem(tmp_path)
 
 
 def two_classes(folder, *parts: str, names="abc") -> None:
@@ -192,21 +163,13 @@ def test_the_names_that_people_use(tmp_path, capsys, parts, taken, told):
     assert capsys.readouterr().out == told.format(tmp_path)
 
 
-def test_evaluation_images_elsewhere(tmp_path, capsys):
+def test_evaluation_images_elsewhere(tmp_path):
     two_classes(tmp_path, "mine/train", "mine/val", "plain", "theirs")
     for folder, train in (("mine", "mine/train"), ("plain", "plain")):
         splits = sources.load_splits("imagefolder", tmp_path / folder, val_dir=tmp_path / "theirs")
         assert {splits.train.name(0), splits.val.name(0)} == {
             str(tmp_path / part / "cat" / "a.png") for part in (train, "theirs")
         }
-    two_classes(tmp_path, "mine/valid")
-    with pytest.raises(InputError, match="mine has val and valid: name one of them with --val-dir"):
-        sources.load_splits("imagefolder", tmp_path / "mine")
-    with pytest.raises(InputError, match=r"--val-dir .*/gone: no such folder"):
-        sources.load_splits("imagefolder", tmp_path / "mine", val_dir=tmp_path / "gone")
-    write_images(tmp_path / "theirs" / "eel")
-    with pytest.raises(InputError, match=r"theirs has classes that .*/plain lacks: eel"):
-        sources.load_splits("imagefolder", tmp_path / "plain", val_dir=tmp_path / "theirs")
 
 
 def test_a_validation_part_needs_no_evaluation_folder(tmp_path):
@@ -245,11 +208,6 @@ def test_one_list_is_split_and_two_are_not(tmp_path):
     with pytest.raises(InputError, match="2 of its files are not in"):
         sources.load_splits("imagefolder", data_list=[moved])
     assert len(sources.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "b.txt"]).train) == 2
-    with pytest.raises(InputError, match=r"b\.txt: expected at least two classes, found only dog"):
-        sources.load_splits("imagefolder", tmp_path, data_list=[tmp_path / "b.txt", moved])
-    (tmp_path / "c.txt").write_text("shoot one/dog/2.png\teel\n")
-    with pytest.raises(InputError, match=r"c\.txt has classes that .*a\.txt lacks: eel"):
-        sources.load_splits("imagefolder", tmp_path, data_list=[moved, tmp_path / "c.txt"])
 
 
 def test_lists_of_several_labels_are_split_by_their_rarest(tmp_path):
@@ -286,30 +244,6 @@ def test_a_second_list_of_several_labels_is_for_evaluation(tmp_path):
     assert splits.train.digest != positive.train.digest
 
 
-def test_a_list_of_numbers_is_split(tmp_path):
-    two_classes(tmp_path, "one", names=[str(i) for i in range(20)])
-    rows = [f"one/{folder}/{i}.png,{i},{i / 2}\n" for folder in ("cat", "dog") for i in range(20)]
-    (tmp_path / "all.csv").write_text("path,age,weight\n" + "".join(rows))
-    train, val, names = sources.load_splits("imagefolder", data_list=[tmp_path / "all.csv"], task="regression")
-    assert names == ["age", "weight"] and len(train) + len(val) == 40 and len(val)
-    assert all(part[i][1].tolist() == part.targets[i].tolist() for part in (train, val) for i in range(len(part)))
-
-
-@pytest.mark.parametrize("task", ["multilabel", "regression"])
-def test_folders_cannot_say_several_labels(tmp_path, task):
-    two_classes(tmp_path, "one")
-    with pytest.raises(InputError, match=f"--task {task} needs --data-list: a folder or an archive says one class"):
-        sources.load_splits("imagefolder", tmp_path / "one", task=task)
-
-
-def test_the_place_of_a_list_of_absolute_paths_is_its_own(tmp_path):
-    two_classes(tmp_path, "images")
-    paths = sorted((tmp_path / "images").rglob("*.png"))
-    (tmp_path / "list.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in paths))
-    splits = sources.load_splits("imagefolder", data_list=[tmp_path / "list.csv"])
-    assert {part.name(i) for part in splits[:2] for i in range(len(part))} == set(map(str, paths))
-
-
 def test_images_without_labels(tmp_path):
     write_images(tmp_path / "flat")
     two_classes(tmp_path, "parted/train", "parted/test")
@@ -324,13 +258,6 @@ def test_images_without_labels(tmp_path):
     assert list(listed.relative_names()) == ["flat/a.png", "flat/b.png"]
     assert [sources.has_labels(tmp_path / name) for name in ("flat", "parted", ".")] == [False, True, True]
     assert not sources.has_labels(None, [tmp_path / "list.txt"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty: no images \(looked for"):
-        sources.load_unlabelled(tmp_path / "empty")
-    with pytest.raises(InputError, match="dataset unlabelled needs --data-dir"):
-        sources.load_unlabelled()
-    with pytest.raises(InputError, match="--dataset unlabelled is for pretraining"):
-        sources.load_splits("unlabelled", tmp_path / "flat")
 
 
 def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path, capsys):
@@ -353,20 +280,16 @@ def test_copies_of_training_images_among_the_evaluation_images_are_told(tmp_path
     assert capsys.readouterr().out.strip().isprintable()
 
 
-def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
+def test_a_class_or_a_part_of_which_nothing_can_be_read_is_an_error(tmp_path):
     two_classes(tmp_path, "train", "val")
-    for path in (tmp_path / "val").rglob("*.png"):
-        path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of the 6 images can be read, such as .*a\.png: not a readable"):
-        sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
-
-
-def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path):
-    two_classes(tmp_path, "train", "val")
-    for path in (tmp_path / "train/dog").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(InputError, match="no training image of dog can be read"):
-        sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
+    for part, problem in (
+        ("train/dog", "no training image of dog can be read"),
+        ("val", r"none of the 6 images can be read, such as .*a\.png: not a readable"),
+    ):
+        for path in (tmp_path / part).rglob("*.png"):
+            path.write_bytes(b"")
+        with pytest.raises(InputError, match=problem):
+            sources.load_splits("imagefolder", tmp_path, skip_unreadable=True)
 
 
 def test_a_drawn_part_has_every_class(tmp_path):
@@ -404,24 +327,6 @@ def test_unreadable_images_are_left_out_and_listed(tmp_path, capsys):
     assert len([image for part in splits[:2] for image, _ in part]) == 22
     with pytest.raises(InputError, match=r"a\.png: not a readable image .* or use --skip-unreadable"):
         list(sources.load_splits("imagefolder", tmp_path).train)
-
-
-def test_an_unknown_data_set():
-    with pytest.raises(InputError, match=r"'digit' is none of digits, imagefolder, unlabelled; .* --data-dir"):
-        sources.load_splits("digit")
-
-
-@pytest.mark.parametrize("content", [b"", b"not an image", "half"])
-def test_an_unreadable_image_is_named(tmp_path, content):
-    write_images(tmp_path / "cat", "ab", size=(40, 40))
-    write_images(tmp_path / "dog", "ab")
-    broken = tmp_path / "cat" / "a.png"
-    broken.write_bytes(broken.read_bytes()[:60] if content == "half" else content)
-    splits = sources.load_splits("imagefolder", tmp_path)
-    with pytest.raises(InputError, match=r"a\.png: not a readable image"):
-        for images in (splits.train, splits.val):
-            for _ in images:
-                pass
 
 
 def set_of(folder, **classes: int) -> data.LabelledImages:
@@ -476,23 +381,16 @@ def draws(epochs: int = 1, start: int = 0, **options) -> list[list]:
 
 
 def test_what_is_drawn_for_an_image_depends_on_seed_and_epoch_alone():
-    first = draws(epochs=2, shuffle=True)
-    torch.rand(5)  # the state of the global generator has no part in it
-    assert draws(epochs=2, shuffle=True, workers=2) == draws(epochs=2, shuffle=True) == first
+    torch.manual_seed(0)
+    first, expected = draws(epochs=2, shuffle=True), torch.rand(5)
+    torch.manual_seed(0)  # the state of the global generator has no part in it, and is left alone
+    assert draws(epochs=2, shuffle=True, workers=2) == first and torch.equal(torch.rand(5), expected)
+    assert draws(epochs=2, shuffle=True) == first
     epochs = [sorted(item for batch in first[k : k + 3] for item in batch) for k in (0, 3)]
     assert [[i for i, *_ in epoch] for epoch in epochs] == [list(range(10))] * 2
     assert draws(shuffle=True, seed=1)[0] != first[0]
     for column in (1, 2):  # no two images, nor one image in two epochs, get the same
         assert len({item[column] for epoch in epochs for item in epoch}) == 20
-
-
-def test_drawing_for_images_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    for workers in (0, 1):
-        draws(shuffle=True, workers=workers)
-    assert torch.rand(1) == expected
 
 
 class Clock:
@@ -605,12 +503,3 @@ def test_shares_of_all_processes_are_the_batches_of_one(monkeypatch, count, size
     assert stand_ins == sum(max(0, processes - len(batch)) for batch in alone)
     for batch, parts in zip(alone, zip(*shares, strict=True), strict=True):
         assert [batch[rank::processes] for rank in range(processes)] == list(parts)
-
-
-def test_an_image_knows_its_file(tmp_path):
-    for label in ("cat", "dog"):
-        (tmp_path / label).mkdir()
-        for name in "abc":
-            Image.new("RGB", (2, 2)).save(tmp_path / label / f"{name}.png")
-    images = sources.load_splits("imagefolder", tmp_path).train
-    assert [images.name(i) for i in range(4)] == [f"{tmp_path}/{key}" for key in images.relative_names()]
