@@ -71,7 +71,7 @@ from toolkit.images.folders import (
     report_others,
 )
 from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
-from toolkit.images.masks import TransformedPairs, WholePair, collate_pairs
+from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.sources import DATASETS, load_splits, readable
 from toolkit.models.backbones import TIMM, headless, input_channels, other_heads
@@ -272,12 +272,10 @@ def _model_on_device(args: argparse.Namespace) -> Iterator[tuple[nn.Module, dict
             multiply_in_8_bits(model, precision)
 
         def make_loader(images: LabelledImages):
-            transformed = Transformed(images, about["transform"])
             loading = {"batch_size": args.batch_size, "workers": args.workers, "device": device}
             if is_per_pixel(about):  # whole images, of any size
-                transformed = TransformedPairs(images, WholePair(**from_metadata(about)))
                 loading |= {"batch_size": 1, "collate": collate_pairs}
-            loaders.append(build_loader(transformed, **loading))
+            loaders.append(build_loader(Transformed(images, about["transform"]), **loading))
             return loaders[-1]
 
         yield devices.place(model, device), about, make_loader
@@ -369,8 +367,6 @@ def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
     values = None
     if kind == "classification":
         names, labels = read_list(path, path.parent, column, columns)
-        if not labels:
-            raise InputError(f"{path}: its images have no labels; write `path,label` lines")
         _check_classes(set(labels) - set(known), path)
         numbers = list(map(known.index, labels))
     else:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from toolkit import InputError
-from toolkit.images import masks
+from toolkit.images import masks, sources
 from toolkit.images.bands import Bands
-from toolkit.images.data import build_loader
+from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import (
     UNKNOWN,
     Classes,
@@ -247,7 +247,7 @@ def test_an_image_that_its_exif_data_turn(tmp_path):
     image, mask = images[0]
     assert image.size == mask.shape[::-1] == (4, 3)
     whole = pair_transforms(2, "none", (0,) * 3, (1,) * 3)[1]
-    assert whole(image, mask)[0].shape == (3, 3, 4)
+    assert whole(image).shape == (3, 3, 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
@@ -419,7 +419,7 @@ def test_a_folder_for_evaluation_elsewhere(tmp_path):
     validation = load_pairs(tmp_path / "a", val_dir=tmp_path / "b", eval_split="validation")
     assert len(validation.train) + len(validation.val) == 10
     os.rename(tmp_path / "a", tmp_path / "train")
-    with pytest.raises(InputError, match="has train/, but no val/"):
+    with pytest.raises(InputError, match="has train/ but no val/"):
         load_pairs(tmp_path)
     assert len(load_pairs(tmp_path, folds="1/5").val) == 2
 
@@ -489,20 +489,20 @@ def test_a_part_of_a_set(tmp_path):
 
 def test_several_processes_look_at_a_share_each(tmp_path, monkeypatch):
     files = load_pairs(pair_folder(tmp_path, 7)).train.source
-    alone = masks._looked_at(files)
+    alone = sources.look_at_each(files.pixels, len(files), "mask")
     shares = []
-    monkeypatch.setattr(masks.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(sources.distributed, "world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(masks.distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(masks.distributed, "gather", lambda share: [*shares, share, share[:3]][:2])
-        together = masks._looked_at(files)
+        monkeypatch.setattr(sources.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(sources.distributed, "gather", lambda share: [*shares, share, share[:3]][:2])
+        together = sources.look_at_each(files.pixels, len(files), "mask")
         shares.append(together[::2])
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def test_targets_count_the_pixels_that_evaluation_sees(tmp_path):
     images = load_pairs(pair_folder(tmp_path), classes=THREE).train
-    whole = TransformedPairs(images, pair_transforms(4, "crop", (0.5,) * 3, (0.5,) * 3)[1])
+    whole = Transformed(images, pair_transforms(4, "crop", (0.5,) * 3, (0.5,) * 3)[1])
     for i in range(len(images)):
         image, mask = whole[i]
         levels = torch.from_numpy(np.asarray(images[i][0]).copy()).permute(2, 0, 1)
@@ -607,7 +607,7 @@ def test_batches_repeat_whatever_was_drawn_between(tmp_path):
     a, b = pairs[0, 7], pairs[0, 7]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    images, classes = masks.collate_pairs([TransformedPairs(splits.train, whole)[i] for i in range(3)])
+    images, classes = masks.collate_pairs([Transformed(splits.train, whole)[i] for i in range(3)])
     assert images.shape == (3, 3, 6, 8) and classes.shape == (3, 6, 8)
     images, classes = masks.collate_pairs([(images[0], classes[0]), (images[0, :, 1:], classes[0, 1:])])
     assert [len(classes[0]), len(classes[1]), len(images)] == [6, 5, 2]

@@ -264,9 +264,9 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     if content.startswith(b"PK"):
         return _from_npz(content)
     if content.startswith(b"\x93NUMPY"):
-        array = _bands_last(_load(content))
+        array = _bands_last(array_of(content))
     elif content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        array = _from_tiff(content)
+        array = levels_of_tiff(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         array = decode_png(levels, ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
@@ -298,7 +298,8 @@ def _check_size(size: int, content: bytes) -> None:
         raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
 
 
-def _from_tiff(content: bytes) -> np.ndarray:
+def levels_of_tiff(content: bytes) -> np.ndarray:
+    """The numbers of a TIFF as they are, bands last. Raises as `decoded` does."""
     try:
         tifffile = import_tifffile()
     except ImportError as error:
@@ -320,7 +321,7 @@ def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         _check_size(sum(member.file_size for member in archive.infolist()), content)
-    arrays = _load(content)
+    arrays = array_of(content)
     names = list(arrays)
     if len(names) == 1:
         return _numbered(floats(_bands_last(arrays[names[0]])))
@@ -330,7 +331,7 @@ def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
     return floats(np.stack(list(arrays.values()), axis=-1)), names
 
 
-def _load(content: bytes) -> Any:
+def array_of(content: bytes) -> Any:
     """The array of an .npy file, or a dictionary with those of an .npz."""
     try:
         loaded = np.load(io.BytesIO(content), allow_pickle=False)

@@ -137,14 +137,16 @@ class Transformed(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, int]:
-        if not isinstance(index, tuple):
-            image, label = self.read(index)
-            return self.transform(image), label
-        i, seed = index
+        i, seed = index if isinstance(index, tuple) else (index, None)
         image, label = self.read(i)
+        if seed is None:
+            return self.transformed(image, label)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds GPUs as well
-            return self.transform(image), label
+            return self.transformed(image, label)
+
+    def transformed(self, image: Any, label: Any) -> tuple[Any, Any]:
+        return self.transform(image), label
 
 
 class Batches(Sampler):

@@ -91,10 +91,10 @@ def unreadable(path: str, error: Exception) -> UnreadableImage:
 # Folders
 
 
-def evaluation_folder(root: Path) -> Path | None:
+def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
     """The folder beside train/ to evaluate on, by the name that it has; test/ only where there is no other.
 
-    Raises InputError where several have such a name.
+    Raises InputError where several have such a name, or where one `is_needed` and there is none.
     """
     found = [root / name for name in EVALUATION_NAMES if os.path.isdir(root / name)]
     if len(found) > 1:
@@ -106,6 +106,11 @@ def evaluation_folder(root: Path) -> Path | None:
     elif has_test:
         print(f"evaluating on {test}")
         return test
+    if is_needed and not found:
+        raise InputError(
+            f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
+            "put what is in train/ straight into --data-dir"
+        )
     return next(iter(found), None)
 
 
@@ -114,7 +119,7 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 
     Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
     """
-    names = list(_folders_by_class(folder))
+    names = list(folders_by_class(folder))
     if names and set(map(str.lower, names)) <= _PART_NAMES:
         raise InputError(
             f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
@@ -126,12 +131,7 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
     return names
 
 
-def has_class_folders(folder: Path) -> bool:
-    """Are there folders for two classes or more?"""
-    return len(_folders_by_class(folder)) > 1
-
-
-def _folders_by_class(folder: Path) -> dict[str, list[str]]:
+def folders_by_class(folder: Path) -> dict[str, list[str]]:
     """The names of the folders of each class, by the class's, sorted."""
     found = {}
     try:
@@ -159,7 +159,7 @@ def labelled_files(folder: Path, class_names: list[str], every: bool = True, ban
 
     Raises InputError if there are no images or, with `every`, none of some class.
     """
-    folders = _folders_by_class(folder)
+    folders = folders_by_class(folder)
     others = Counter()
     names = []
     labels = []

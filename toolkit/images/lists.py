@@ -52,9 +52,13 @@ def read_paths(path: Path, folder: Path) -> list[str]:
 
 
 def read_list(
-    path: Path, folder: Path, group_by: str | None = None, label_columns: Sequence[str] | None = None
+    path: Path,
+    folder: Path,
+    group_by: str | None = None,
+    label_columns: Sequence[str] | None = None,
+    line: str = "path,label",
 ) -> tuple[list[str], list[str]]:
-    """The names and the labels in a list of images: a line each, `path,label`, or `path` where there are no labels.
+    """The names and the labels in a list of images, a line each.
 
     Args:
         path: a text or CSV file in UTF-8 with commas or tabs between the columns, or spaces where an image file is
@@ -62,27 +66,29 @@ def read_list(
         folder: what relative paths are relative to.
         group_by: a column that is no label, if it is one: see `read_groups`.
         label_columns: the one column that is the label: see `_label_columns`.
+        line: what a line is to have, for a message.
 
     Returns:
-        The paths as listed, and the labels as text; no labels if the list has none.
+        The paths as listed, and the labels as text.
 
     Raises:
         InputError: a file that is none of this, files that are not there, or two labels for one file.
     """
     _, rows = _label_columns(path, group_by, label_columns)
-    columns = min(2, len(rows[0]))
+    if max(map(len, rows)) == 1:
+        raise _error(path, f"its images have no {line.partition(',')[2]}s; write `{line}` lines")
     for row in rows:
-        if len(row) != columns or not all(row):
-            expected = "a path and a label, one for each image" if columns == 2 else "a path alone, as the first line"
+        if len(row) != 2 or not all(row):
             several = " (for several labels or numbers: --task multilabel or regression)" if len(row) > 2 else ""
-            raise _error(path, f"the line '{printable(','.join(row))}' is not {expected}{several}")
-        if "," in row[-1] and columns == 2:
+            line = printable(",".join(row))
+            raise _error(path, f"the line '{line}' is not a path and a label, one for each image{several}")
+        if "," in row[1]:
             raise _error(
                 path,
                 f"the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image has one label; "
                 "write the name of its class without one, or use --task multilabel",
             )
-    labels = [one_spelling(row[1]) for row in rows if columns == 2]
+    labels = [one_spelling(row[1]) for row in rows]
     return _checked_files(path, folder, _first(rows), labels), labels
 
 

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,15 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms as T
-from tqdm import tqdm
 
-from toolkit import InputError, distributed, listed, printable
+from toolkit import InputError, listed, printable
 from toolkit.images import splitting
-from toolkit.images.bands import (
-    MOST_COMPRESSED,
-    Bands,
-    check_is_file,
-    import_tifffile,
-    open_image,
-    read_file,
-    split_names,
-)
-from toolkit.images.data import LabelledImages, Transformed, usable_cores
-from toolkit.images.folders import (
-    EVALUATION_NAMES,
-    ImageFiles,
-    evaluation_folder,
-    image_names,
-    one_spelling,
-    report_others,
-    unreadable,
-)
-from toolkit.images.lists import read_groups, read_list
-from toolkit.images.sources import Splits, fold_part, readable, validation_part
+from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file, split_names
+from toolkit.images.data import LabelledImages, Transformed
+from toolkit.images.folders import ImageFiles, evaluation_folder, image_names, one_spelling, report_others, unreadable
+from toolkit.images.lists import read_list
+from toolkit.images.scenes import open_scene
+from toolkit.images.sources import Splits, divide, group, look_at_each, places_of_lists, readable
 from toolkit.images.transforms import to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
@@ -174,28 +157,19 @@ _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
 
-def _record(classes: Classes | None, unknown: Sequence[int]) -> dict[str, Any]:
-    """How masks are read, as an adapter file has it: see `from_record`."""
-    record: dict[str, Any] = {"unknown": list(unknown), "values": None, "colours": None, "unknown_marks": []}
-    if classes is not None:
-        record["values"] = None if classes.values is None else list(classes.values)
-        record["colours"] = None if classes.colours is None else [list(colour) for colour in classes.colours]
-        record["unknown_marks"] = [list(mark) if isinstance(mark, tuple) else mark for mark in classes.unknown]
-    return record
+def _as_lists(marks: Sequence[Any] | None) -> list[Any] | None:
+    """Values, or colours, as an adapter file has them."""
+    return marks and [list(mark) if isinstance(mark, tuple) else mark for mark in marks]
+
+
+def _as_tuples(marks: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return marks and tuple(tuple(mark) if isinstance(mark, list) else mark for mark in marks)
 
 
 def from_record(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Classes, list[int]]:
     """The classes and the unknown values of the masks that an adapter was trained on, from its file."""
-    values = record.get("values")
-    colours = record.get("colours")
-    marks = [tuple(mark) if isinstance(mark, list) else mark for mark in record.get("unknown_marks", [])]
-    classes = Classes(
-        tuple(names),
-        values=None if values is None else tuple(values),
-        colours=None if colours is None else tuple(map(tuple, colours)),
-        unknown=tuple(marks),
-    )
-    return classes, list(record.get("unknown", [255]))
+    values, colours, unknown = (_as_tuples(record.get(name)) for name in ("values", "colours", "unknown_marks"))
+    return Classes(tuple(names), values, colours, unknown or ()), list(record.get("unknown", [255]))
 
 
 class MaskReader:
@@ -210,29 +184,32 @@ class MaskReader:
     """
 
     def __init__(self, classes: Classes | None, unknown: Sequence[int]):
-        self.values: Sequence[int] = range(MOST_CLASSES)
-        self.colours = None
-        self.unknown = list(unknown)
         self.is_named = classes is not None
-        self.record = _record(classes, unknown)
-        if classes is not None:
-            self.values = classes.values or range(len(classes.names))
-            self.colours = classes.colours
-        if classes is not None and classes.values and set(unknown) & set(classes.values):
-            value = min(set(unknown) & set(classes.values))
-            raise InputError(
-                f"--classes gives {printable(classes.names[classes.values.index(value)])} the value {value}, which "
-                "counts as unknown; add --unknown-value none, or another value"
-            )
+        classes = classes or Classes(tuple(map(str, range(MOST_CLASSES))))
+        self.colours = classes.colours
+        self.record = {  # for an adapter file: see `from_record`
+            "unknown": list(unknown),
+            "values": _as_lists(classes.values),
+            "colours": _as_lists(classes.colours),
+            "unknown_marks": _as_lists(classes.unknown) or [],
+        }
+        values = classes.values or range(len(classes.names))
+        for name, value in zip(classes.names, classes.values or (), strict=False):
+            if value in unknown:
+                raise InputError(
+                    f"--classes gives {printable(name)} the value {value}, which counts as unknown; add "
+                    "--unknown-value none, or another value"
+                )
+        not_counted = list(unknown)
         self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
-        self.of_values[np.array(self.values) - _BEYOND[0]] = range(len(self.values))
-        if self.colours is not None:
+        self.of_values[np.array(values) - _BEYOND[0]] = range(len(values))
+        if self.colours is None:
+            not_counted += classes.unknown
+        else:
             self.of_colours = np.full(2**24, _MISSING, np.int16)
             self.of_colours[_codes(np.array(self.colours))] = range(len(self.colours))
             self.of_colours[_codes(np.array(classes.unknown, int).reshape(-1, 3))] = UNKNOWN
-        elif classes is not None:
-            self.unknown += classes.unknown
-        self.of_values[np.clip(self.unknown, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
+        self.of_values[np.clip(not_counted, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
@@ -258,21 +235,14 @@ class MaskReader:
             levels = colours[levels]
         missing = found == _MISSING
         if missing.any():
-            raise InputError(f"{path}: {self._problem(levels[missing][0])}")
-        return found
-
-    def _problem(self, level: np.ndarray) -> str:
-        """What is wrong with a value or colour that no class has."""
-        if level.ndim:
-            colour = " ".join(map(str, level.tolist()))
-            return (
-                f"a pixel has the colour {colour}, which is no class's; add a line `NAME {colour}` to the file of "
-                f"--classes, or `unknown {colour}` if such pixels do not count"
+            level = levels[missing][0]
+            mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
+            remedy = f"a line `unknown {mark}` there" if level.ndim else f"--unknown-value {mark}"
+            raise InputError(
+                f"{path}: a pixel has the {'colour' if level.ndim else 'value'} {mark}, which is no class's; add a "
+                f"line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
             )
-        return (
-            f"a pixel has the value {level:.0f}, which is no class's; name it in the file of --classes, as `NAME "
-            f"{level:.0f}`, or add --unknown-value {level:.0f} if such pixels do not count"
-        )
+        return found
 
 
 def _codes(colours: np.ndarray) -> np.ndarray:
@@ -282,53 +252,45 @@ def _codes(colours: np.ndarray) -> np.ndarray:
 
 def _decoded(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     """The numbers (H, W) or colours (H, W, 3) in the file of a mask, and the palette (256, 3) of numbers."""
-    check_is_file(path)
     colours = None
-    if path.lower().endswith(".npy"):
-        levels = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-        try:
-            with open_image(path) as image:
-                if image.format not in _FORMATS:
-                    raise InputError(
-                        f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from "
-                        "where it was made, as PNG, TIFF or .npy"
-                    )
-                if image.mode not in _MODES:
-                    raise ValueError(f"its colours are of the kind {image.mode}")
-                if image.mode == "P":
-                    colours = np.zeros((256, 3), np.uint8)
-                    given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-                    colours[: len(given)] = given
-                levels = np.asarray(image)
-                if image.mode == "LA":
-                    levels = levels[..., 0]
-        except UnidentifiedImageError:
-            if not path.lower().endswith((".tif", ".tiff")):
-                raise
-            levels = _of_other_tiff(path)
-    if levels.ndim == 3 and levels.shape[2] == 1:
-        levels = levels[..., 0]
-    elif levels.ndim == 3 and levels.shape[0] == 1:
-        levels = levels[0]
+    try:
+        if path.lower().endswith(".npy"):
+            levels = array_of(read_file(path))
+        else:
+            levels, colours = _decoded_by_pillow(path)
+    except UnidentifiedImageError:
+        if not path.lower().endswith((".tif", ".tiff")):
+            raise
+        levels = levels_of_tiff(read_file(path))  # of 64 bits, for example
+    if levels.ndim == 3 and 1 in (levels.shape[0], levels.shape[2]):
+        levels = levels[..., 0] if levels.shape[2] == 1 else levels[0]
     elif levels.ndim == 3 and levels.shape[2] in (3, 4) and levels.dtype == np.uint8:
         return levels[..., :3], None
     if levels.ndim != 2 or not levels.size or levels.dtype.kind not in "buif":
         raise ValueError(f"it has {levels.dtype} {levels.shape}, and a mask has whole numbers (H, W)")
-    if levels.dtype.kind == "f" and not np.array_equal(levels, np.round(levels)):
-        raise ValueError("it has numbers with decimals, or NaN")
     if levels.dtype.kind != "f":
         levels = levels.astype(np.int64)
+    elif not np.array_equal(levels, np.round(levels)):
+        raise ValueError("it has numbers with decimals, or NaN")
     return levels, colours
 
 
-def _of_other_tiff(path: str) -> np.ndarray:
-    """The numbers in a TIFF file that Pillow does not read, such as one of 64 bits."""
-    with import_tifffile().TiffFile(path) as file:
-        series = file.series[0]
-        if series.nbytes > MOST_COMPRESSED * os.path.getsize(path):
-            raise ValueError(f"it says that it is an image of {series.nbytes:,} bytes, more than its bytes can hold")
-        return series.asarray()
+def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    with open_image(path) as image:
+        if image.format not in _FORMATS:
+            raise InputError(
+                f"{path}: a mask in the format {image.format}, which may change its values; save it anew, from where "
+                "it was made, as PNG, TIFF or .npy"
+            )
+        if image.mode not in _MODES:
+            raise ValueError(f"its colours are of the kind {image.mode}")
+        colours = None
+        if image.mode == "P":
+            colours = np.zeros((256, 3), np.uint8)
+            given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            colours[: len(given)] = given
+        levels = np.asarray(image)
+        return levels[..., 0] if image.mode == "LA" else levels, colours
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,7 +304,6 @@ class PairFiles(ImageFiles):
         folder, mask_folder: where they are.
         pairs: the paths of an image and of its mask, relative to these.
         bands: as for `ImageFiles`.
-        groups: (N,), the name of each image's group, if there are groups.
     """
 
     def __init__(
@@ -352,13 +313,11 @@ class PairFiles(ImageFiles):
         pairs: Sequence[tuple[str, str]],
         bands: Bands | None,
         read: MaskReader,
-        groups: np.ndarray | None = None,
     ):
         names, self.masks = zip(*pairs, strict=True)
         super().__init__(folder, names, [0] * len(names), bands)
         self.mask_folder = str(mask_folder)
         self.read = read
-        self.groups = groups
 
     def mask_path(self, i: int) -> str:
         return os.path.join(self.mask_folder, self.masks[i])
@@ -371,26 +330,22 @@ class PairFiles(ImageFiles):
             height, width = self._upright_size(i)
         except MemoryError:
             raise
-        except InputError as error:
-            return str(error)
         except Exception as error:  # of a damaged header
-            return str(unreadable(self.path(i), error))
+            return str(error if isinstance(error, InputError) else unreadable(self.path(i), error))
         if mask.shape != (height, width):
             return (
                 f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}; save "
                 "the mask at the size of the image, each pixel with the class of the nearest one"
             )
-        return np.bincount(mask.ravel().clip(-1) + 1)
+        pixels = np.bincount(mask.ravel().clip(-1) + 1)
+        return pixels if len(pixels) > 1 else f"{path}: all pixels are unknown; remove it{_remedy(self.read)}"
 
     def _upright_size(self, i: int) -> tuple[int, int]:
         """(height, width) of an image as it is read. Its pixels are decoded only if its header does not say that."""
-        path = self.path(i)
-        if self.bands is not None and path.lower().endswith((".tif", ".tiff")) and len(self.parts(i)) == 1:
-            with import_tifffile().TiffFile(path) as file:
-                return file.pages[0].imagelength, file.pages[0].imagewidth
+        if self.bands is not None:
+            with open_scene(self.path(i), self.bands) as scene:
+                return scene.height, scene.width
         image, _ = self[i]
-        if isinstance(image, np.ndarray):
-            return image.shape[:2]
         # Of a PNG `getexif` would decode all, in case its EXIF data stand at the end.
         has_exif = image.format != "PNG" or "exif" in image.info
         if has_exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -462,29 +417,19 @@ def load_pairs(
     read = MaskReader(classes, unknown)
     needs_val = eval_split == "held-out" and folds is None
     if data_list:
-        if len(data_list) > 2:
-            raise InputError(f"--data-list: expected one list, or one for training and one for evaluation: {data_list}")
-        parts = [_listed(Path(path), data_dir, bands, read, group_by) for path in data_list]
-        divided = len(parts) > 1
+        places = places_of_lists(data_list, data_dir)
+        files = [_listed(*place, bands, read, group_by) for place in places]
+        divided = len(files) > 1
     else:
         places, divided = _places(data_dir, val_dir, needs_val)
-        parts = [_in_folders(*place, bands, read, group_by, skip_unreadable) for place in places]
-    if not needs_val:
-        parts = parts[:1]
-        left_alone = val_dir or (data_list or [])[1:]
-        if left_alone:
-            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
-    images, names = _masked(parts, classes, skip_unreadable)
-    _check_values(images, names, read)
-    train, val = images[0], images[-1]
-    if group_by is not None and len(images) > 1:
-        splitting.check_apart(train.groups, val.groups, group_by)
-    if folds is not None:
-        train, val = fold_part(train, *splitting.read_folds(folds))
-    elif not divided:
-        train, val = validation_part(train)
-    if eval_split == "validation":
-        train, val = validation_part(train)
+        files = [_in_folders(*place, bands, read, skip_unreadable) for place in places]
+    parts, names = _masked(files if needs_val else files[:1], classes, skip_unreadable)
+    _check_values(parts, names, read)
+    if group_by is not None:
+        group(parts, data_list, group_by)
+    if divided and not needs_val:
+        parts.append(parts[0].subset([]))
+    train, val = divide(parts, eval_split, folds, group_by, val_dir or (data_list or [])[1:])
     gone = [name for name, pixels in zip(names, train.targets.sum(0).tolist(), strict=True) if not pixels]
     if gone:
         print(f"no training mask has pixels of {listed(gone)}")
@@ -495,58 +440,35 @@ def pairs_in(path: str | Path, bands: Bands | None, classes: Classes | None, unk
     """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
     read = MaskReader(classes, unknown)
     if os.path.isfile(path):
-        files = _listed(Path(path), None, bands, read)
+        files = _listed(Path(path), Path(path).parent, bands, read)
     else:
         files = _in_folders(*_pair_folders(Path(path)), bands, read)
     [images], _ = _masked([files], classes, skip_unreadable=False)
     return images
 
 
-def _looked_at(files: PairFiles) -> list[np.ndarray | str]:
-    """`PairFiles.pixels` of all pairs. Each process looks at its share of them."""
-    share = range(distributed.rank(), len(files), distributed.world_size())
-    shown = {"unit": "mask", "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
-    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
-        bar = tqdm(pool.imap(files.pixels, share, chunksize=16), "masks", len(share), **shown)
-        shares = distributed.gather(list(bar))
-    found: list[np.ndarray | str] = [""] * len(files)
-    for rank, part in enumerate(shares):
-        found[rank :: len(shares)] = part
-    return found
-
-
 def _masked(
     parts: Sequence[PairFiles], classes: Classes | None, skip_unreadable: bool
 ) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
-    found = [_looked_at(files) for files in parts]
+    found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
     largest = max((len(pixels) for pixels in itertools.chain(*found) if not isinstance(pixels, str)), default=1) - 1
-    names = [f"class {number}" for number in range(largest)]
-    if classes is not None:
-        names = list(classes.names)
+    names = [f"class {number}" for number in range(largest)] if classes is None else list(classes.names)
     images = []
     problems = []
     for files, looked_at in zip(parts, found, strict=True):
         targets = torch.zeros(len(files), len(names))
-        usable = []
         for i, pixels in enumerate(looked_at):
             if isinstance(pixels, str):
                 problems.append(pixels)
-            elif len(pixels) == 1:
-                problems.append(f"{files.mask_path(i)}: all pixels are unknown; remove it{_remedy(files.read)}")
             else:
                 targets[i, : len(pixels) - 1] = torch.from_numpy(pixels[1:])
-                usable.append(i)
         masked = MaskedImages(files, splitting.strata((targets > 0).float()).tolist(), targets=targets)
-        masked.groups = files.groups
-        images.append(masked.subset(usable))
+        images.append(masked.subset(targets.sum(1).nonzero().flatten().tolist()))
     _tell(problems, skip_unreadable)
-    for masked in images:
-        if not len(masked):
-            raise InputError(f"none of the pairs can be used, such as {problems[0]}")
-    if skip_unreadable:
-        images = [readable(masked) for masked in images]
-    return images, names
+    if not all(map(len, images)):
+        raise InputError(f"none of the pairs can be used, such as {problems[0]}")
+    return list(map(readable, images)) if skip_unreadable else images, names
 
 
 def _check_values(images: Sequence[MaskedImages], names: Sequence[str], read: MaskReader) -> None:
@@ -573,9 +495,7 @@ def _tell(problems: Sequence[str], skip_unreadable: bool) -> None:
     if problems and not skip_unreadable:
         raise InputError(f"{problems[0]} (--skip-unreadable leaves out such pairs, {len(problems)} here)")
     if problems:
-        print(f"{len(problems)} pairs of image and mask cannot be used and are left out:")
-    for problem in problems:
-        print(f"  {problem}")
+        print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *problems]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -614,28 +534,17 @@ def _places(
             return _pair_folders(images / name)
         return images / name, masks / name
 
-    places = [(images, masks)]
-    for name in _TRAINING_NAMES:
-        if os.path.isdir(images / name):
-            places = [part(name)]
+    places = [part(name) for name in _TRAINING_NAMES if os.path.isdir(images / name)][:1] or [(images, masks)]
     divided = val_dir is not None or places[0] != (images, masks)
     if val_dir is not None and needs_val:
         places.append(_pair_folders(Path(val_dir)))
     elif divided and needs_val:
-        held_out = evaluation_folder(images)
-        if held_out is None:
-            raise InputError(f"{images} has train/, but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one")
-        places.append(part(held_out.name))
+        places.append(part(evaluation_folder(images, is_needed=True).name))
     return places, divided
 
 
 def _in_folders(
-    folder: Path,
-    mask_folder: Path,
-    bands: Bands | None,
-    read: MaskReader,
-    group_by: str | None = None,
-    skip_unreadable: bool = False,
+    folder: Path, mask_folder: Path, bands: Bands | None, read: MaskReader, skip_unreadable: bool = False
 ) -> PairFiles:
     """The pairs of two folders, or of one. Raises InputError for an image or a mask without the other."""
     others: Counter = Counter()
@@ -660,10 +569,7 @@ def _in_folders(
     for name in mask_of.values():
         problems.append(f"{mask_folder / name}: there is no image of its name in {folder}; remove it")
     _tell(problems, skip_unreadable)
-    groups = None
-    if group_by is not None:
-        groups = splitting.folder_level((name for name, _ in pairs), group_by)
-    return PairFiles(folder, mask_folder, pairs, bands, read, groups)
+    return PairFiles(folder, mask_folder, pairs, bands, read)
 
 
 def _stem(name: str) -> str:
@@ -691,25 +597,15 @@ def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
             yield stem.removesuffix(end) + mask_end
 
 
-def _listed(
-    path: Path, data_dir: str | Path | None, bands: Bands | None, read: MaskReader, group_by: str | None = None
-) -> PairFiles:
+def _listed(path: Path, folder: Path, bands: Bands | None, read: MaskReader, group_by: str | None = None) -> PairFiles:
     """The pairs of a list of `image,mask` lines."""
-    folder = Path(data_dir or path.parent)
-    names, masks = read_list(path, folder, group_by)
-    if not masks:
-        raise InputError(f"--data-list {path}: its images have no masks; write `image,mask` lines")
+    names, masks = read_list(path, folder, group_by, line="image,mask")
     missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
     if missing:
         raise InputError(
             f"--data-list {path}: {len(missing)} masks are not in {folder}: {listed(missing)}; write `image,mask` lines"
         )
-    groups = None
-    if group_by is not None and group_by.isdecimal():
-        groups = splitting.folder_level(names, group_by)
-    elif group_by is not None:
-        groups = read_groups(path, group_by)
-    return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read, groups)
+    return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -717,58 +613,24 @@ def _listed(
 
 
 class TransformedPairs(Transformed):
-    """transform(image, mask) of `MaskedImages`; an index may come with a seed, as for `Transformed`."""
+    """transform(image, mask) of `MaskedImages`, as a `PairCrop` takes them."""
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        i, seed = index if isinstance(index, tuple) else (index, None)
-        image, mask = self.read(i)
-        if seed is None:
-            return self.transform(image, mask)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transform(image, mask)
-
-
-def _upright(image: Image.Image | np.ndarray, bands: Bands | None) -> Image.Image | np.ndarray:
-    """The image as it lies under its mask: RGB, or an array (H, W, C) of its bands."""
-    if bands is None:
-        return to_rgb(image)
-    if isinstance(image, np.ndarray):
-        return image
-    return bands.array(image)
-
-
-def _cut(image: Image.Image | np.ndarray, box: tuple[int, ...]) -> Image.Image | np.ndarray:
-    left, top, right, bottom = box
-    if isinstance(image, np.ndarray):
-        return image[top:bottom, left:right]
-    return image.crop(box)
+    def transformed(self, image: Any, label: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform(image, label)
 
 
 class WholeImage:
-    """An image -> (C, H, W), normalised, at its own pixels."""
+    """An image -> (C, H, W), normalised, at its own pixels. Its mask stays as it is."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
         self.normalize = T.Normalize(mean, std, inplace=True)
         self.bands = bands
 
     def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike) -> Tensor:
-        image = _upright(image, self.bands)
         if self.bands is None:
-            return self.normalize(T.functional.to_tensor(image))
-        levels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            return self.normalize(T.functional.to_tensor(to_rgb(image)))
+        levels = torch.from_numpy(np.ascontiguousarray(self.bands.array(image).transpose(2, 0, 1)))
         return self.normalize(self.bands.scaled(levels))
-
-
-class WholePair:
-    """For evaluation: (image, mask (H, W)) -> (what `WholeImage` makes of it, the mask as it is)."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
-        self.image = WholeImage(mean, std, bands)
-        self.bands = bands
-
-    def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(image), mask
 
 
 LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse
@@ -781,23 +643,21 @@ class PairCrop:
     than the image, the image's border is repeated, and the mask is UNKNOWN.
     """
 
-    def __init__(self, size: int, varied: bool, whole: WholePair):
+    def __init__(self, size: int, varied: bool, whole: WholeImage):
         self.size = size
         self.varied = varied
         self.whole = whole
 
     def __call__(self, image: Image.Image | np.ndarray, mask: Tensor) -> tuple[Tensor, Tensor]:
-        zoom = 1.0
-        flipped = False
-        if self.varied:
-            zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1)
-            flipped = torch.rand(()).item() < 0.5
+        zoom = LARGEST_ZOOM ** (2 * torch.rand(()).item() - 1) if self.varied else 1.0
+        flipped = self.varied and torch.rand(()).item() < 0.5
         side = max(1, round(self.size / zoom))
         top, bottom = _drawn(mask.shape[0], side)
         left, right = _drawn(mask.shape[1], side)
         box = max(left, 0), max(top, 0), min(right, mask.shape[1]), min(bottom, mask.shape[0])
-        image = _cut(_upright(image, self.whole.bands), box)
-        image, mask = self.whole(image, mask[box[1] : box[3], box[0] : box[2]])
+        inside = slice(box[1], box[3]), slice(box[0], box[2])
+        image = self.whole(image[inside] if isinstance(image, np.ndarray) else image.crop(box))
+        mask = mask[inside]
         outside = (box[0] - left, right - box[2], box[1] - top, bottom - box[3])
         image = F.pad(image[None], outside, mode="replicate")
         mask = F.pad(mask, outside, value=UNKNOWN)
@@ -805,9 +665,7 @@ class PairCrop:
             image = F.interpolate(image, size=(self.size, self.size), mode="bilinear", antialias=True)
             nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()
             mask = mask[nearest][:, nearest]
-        if flipped:
-            return image[0].flip(-1), mask.flip(-1)
-        return image[0], mask
+        return (image[0].flip(-1), mask.flip(-1)) if flipped else (image[0], mask)
 
 
 def _drawn(length: int, side: int) -> tuple[int, int]:
@@ -818,8 +676,8 @@ def _drawn(length: int, side: int) -> tuple[int, int]:
 
 def pair_transforms(
     image_size: int, augmentation: str, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None
-) -> tuple[PairCrop, WholePair]:
-    """The transforms for training and for evaluation.
+) -> tuple[PairCrop, WholeImage]:
+    """The transforms of pairs for training, and of their images for evaluation.
 
     Args:
         augmentation: 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
@@ -827,7 +685,7 @@ def pair_transforms(
     """
     if augmentation not in ("crop", "none"):
         raise InputError(f"--augmentation {augmentation} is for classes of whole images; use crop or none")
-    whole = WholePair(mean, std, bands)
+    whole = WholeImage(mean, std, bands)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 
 

@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from toolkit import InputError, distributed, listed, printable
 from toolkit.images import folders, lists, splitting
@@ -94,32 +95,30 @@ def load_splits(
         parts, class_names = _listed_images(data_list, data_dir, bands, task, unknown, columns)
     elif task != "classification":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
+    elif dataset == "digits":
+        parts, class_names = _digits(data_dir)
+    elif dataset == "imagefolder":
+        parts, class_names = _image_folder(data_dir, val_dir, needs_val, bands)
     else:
-        parts, class_names = _unlisted_images(dataset, data_dir, val_dir, needs_val, bands)
+        raise InputError(unknown_dataset(dataset))
     if group_by is not None:
-        _group(parts, data_list, group_by, needs_val)
-    train = parts[0]
-    val = parts[-1]
-    if folds is not None:
-        train, val = fold_part(train, *splitting.read_folds(folds))
-    elif len(parts) == 1:
-        train, val = validation_part(train)
+        group(parts, data_list, group_by)
+        if not data_list and group_by == "1":
+            raise InputError(
+                "--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on"
+            )
     if skip_unreadable:
-        labels = set(train.labels)
-        train = readable(train)
-        val = readable(val)
-        if task == "classification" and labels != set(train.labels):
-            gone = _names(labels - set(train.labels), class_names)
-            raise InputError(f"no training image of {gone} can be read: repair some, or remove the class")
-    if eval_split == "validation" or folds is not None:
-        left_alone = val_dir or (data_list or [])[1:]
-        if left_alone and not for_training_only:
-            print(f"evaluating on a part of the training images; {printable(left_alone)} is left alone")
-    if eval_split == "validation":
-        train, val = validation_part(train)
-    if group_by is not None and task == "classification" and not set(val.labels) <= set(train.labels):
-        gone = _names(set(val.labels) - set(train.labels), class_names)
-        print(f"no training image of {gone} is left: all are in groups that are evaluated on")
+        labels = set(parts[0].labels)
+        parts = list(map(readable, parts))
+        gone = labels - set(parts[0].labels)
+        if gone and task == "classification":
+            raise InputError(
+                f"no training image of {_names(gone, class_names)} can be read: repair some, or remove the class"
+            )
+    elsewhere = None if for_training_only else val_dir or (data_list or [])[1:]
+    train, val = divide(parts, eval_split, folds, group_by, elsewhere)
+    if group_by is not None and task == "classification" and (gone := set(val.labels) - set(train.labels)):
+        print(f"no training image of {_names(gone, class_names)} is left: all are in groups that are evaluated on")
     if not for_training_only:
         _report_copies(train, val)
     if labels_per_class is not None:
@@ -127,20 +126,33 @@ def load_splits(
     return Splits(train, val, class_names)
 
 
-def _unlisted_images(
-    dataset: str, data_dir: str | Path | None, val_dir: str | Path | None, needs_val: bool, bands: Bands | None
-) -> Parts:
-    if dataset == "digits":
-        return _digits(data_dir)
-    if dataset == "imagefolder":
-        return _image_folder(data_dir, val_dir, needs_val, bands)
-    if dataset == UNLABELLED_SET:
-        raise InputError("--dataset unlabelled is for pretraining; here each image needs a label: use imagefolder")
-    raise InputError(unknown_dataset(dataset))
+def divide(
+    parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None, elsewhere: Any
+) -> tuple[LabelledImages, LabelledImages]:
+    """The training and the evaluation images of a set in one part, or in two: see `load_splits`.
+
+    Args:
+        elsewhere: what the user gave for evaluation, which is named where it is not used.
+    """
+    train, val = parts[0], parts[-1]
+    within = folds is not None or eval_split == "validation"
+    if folds is not None:
+        train, val = fold_part(train, *splitting.read_folds(folds))
+    elif len(parts) == 1:
+        train, val = validation_part(train)
+    elif group_by is not None and not within:
+        splitting.check_apart(train.groups, val.groups, group_by)
+    if eval_split == "validation":
+        train, val = validation_part(train)
+    if elsewhere and within:
+        print(f"evaluating on a part of the training images; {printable(elsewhere)} is left alone")
+    return train, val
 
 
 def unknown_dataset(name: str) -> str:
-    """What to say of a data set that there is not."""
+    """What is wrong with a data set that there is not, or that has no labels."""
+    if name == UNLABELLED_SET:
+        return "--dataset unlabelled is for pretraining; here each image needs a label: use imagefolder"
     return (
         f"'{printable(name)}' is none of {', '.join(DATASETS)}; no set is downloaded: get a public one yourself, and "
         "name its folder with --data-dir"
@@ -163,8 +175,7 @@ def load_unlabelled(
         InputError: no such folder or list, or no images.
     """
     if data_list:
-        path = Path(data_list[0])
-        folder = _folder_of_list(path, data_dir)
+        path, folder = places_of_lists(data_list, data_dir)[0]
         source = ImageFiles(folder, lists.read_paths(path, folder), (), bands)
     else:
         folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
@@ -187,7 +198,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     if data_list:
         return lists.list_has_labels(Path(data_list[0]))
     folder = _train_folder(_folder_of_images(data_dir))
-    return bool(read_shards(folder)[1]) if shard_names(folder) else folders.has_class_folders(folder)
+    return bool(read_shards(folder)[1]) if shard_names(folder) else len(folders.folders_by_class(folder)) > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,14 +227,8 @@ def _image_folder(
     if val_dir is not None:
         places.append(_existing("--val-dir", val_dir))
     elif needs_val and train != root:
-        held_out = folders.evaluation_folder(root)
-        if held_out is None:
-            raise InputError(
-                f"{root} has train/ but no {'/, '.join(folders.EVALUATION_NAMES)}/ or test/: add one, name it with "
-                "--val-dir, or put the class folders straight into --data-dir"
-            )
-        places.append(held_out)
-        if held_out.name == "test":
+        places.append(folders.evaluation_folder(root, is_needed=True))
+        if places[-1].name == "test":
             print("  to leave that for the last number, add a val/, or --eval-split validation")
     if shard_names(train):
         parts, class_names = _by_label(places, [_labelled_shards(place, bands) for place in places])
@@ -292,6 +297,13 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     return parts, class_names
 
 
+def places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
+    """One list or two, each with the folder that its paths are relative to."""
+    if len(data_list) > 2:
+        raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
+    return [(path, _existing("--data-dir", data_dir) if data_dir else path.parent) for path in map(Path, data_list)]
+
+
 def _listed_images(
     data_list: Sequence[str | Path],
     data_dir: str | Path | None,
@@ -301,26 +313,21 @@ def _listed_images(
     columns: dict[str, Any],
 ) -> Parts:
     """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
-    if len(data_list) > 2:
-        raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
-    paths = list(map(Path, data_list))
-    roots = [_folder_of_list(path, data_dir) for path in paths]
-    if task == "classification":
-        contents = []
-        for path, folder in zip(paths, roots, strict=True):
+    places = places_of_lists(data_list, data_dir)
+    paths = [path for path, _ in places]
+    contents = []
+    parts: list[LabelledImages] = []
+    class_names: list[str] = []
+    for path, folder in places:
+        if task == "classification":
             names, labels = lists.read_list(path, folder, **columns)
-            if not labels:
-                raise InputError(f"--data-list {path}: its images have no labels; write `path,label` lines")
             if lists.look_like_numbers(labels):
                 raise InputError(
                     f"--data-list {path}: the labels are numbers, as {printable(labels[0])}, and not classes that "
                     "images share; use --task regression"
                 )
             contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
-        return _by_label(paths, contents)
-    parts = []
-    class_names: list[str] = []
-    for path, folder in zip(paths, roots, strict=True):
+            continue
         targets = lists.read_targets(path, folder, task, unknown, **columns)
         if parts:
             targets = lists.like(targets, class_names, path, paths[0], unknown)
@@ -329,27 +336,18 @@ def _listed_images(
         if task == "multilabel":
             labels = splitting.strata(targets.values).tolist()
         parts.append(LabelledImages(ImageFiles(folder, targets.paths, labels, bands), labels, targets.values))
-    return parts, class_names
+    return _by_label(paths, contents) if contents else (parts, class_names)
 
 
-def _folder_of_list(path: Path, data_dir: str | Path | None) -> Path:
-    """The folder that the paths in a list are relative to."""
-    return _existing("--data-dir", data_dir) if data_dir else path.parent
-
-
-def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str, val_is_used: bool) -> None:
+def group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
         if not isinstance(images.source, ImageFiles):
             raise InputError(f"--group-by {printable(by)}: these images are in no folder or list of yours; drop it")
         if data_list and not by.isdecimal():
-            images.groups = lists.read_groups(Path(data_list[number]), by)
+            images.groups = lists.read_groups(Path(data_list[number]), by)[images.indices]
         else:
             images.groups = splitting.folder_level(images.relative_names(), by)
-    if not data_list and by == "1":
-        raise InputError("--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on")
-    if len(parts) > 1 and val_is_used:
-        splitting.check_apart(parts[0].groups, parts[1].groups, by)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -423,6 +421,19 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
         )
 
 
+def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]:
+    """What `look` finds at each of so many positions. Each process looks at its share of them."""
+    share = range(distributed.rank(), count, distributed.world_size())
+    shown = {"unit": what, "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
+    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
+        bar = tqdm(pool.imap(look, share, chunksize=16), f"{what}s", len(share), **shown)
+        shares = distributed.gather(list(bar))
+    found: list[Any] = [None] * count
+    for rank, part in enumerate(shares):
+        found[rank :: len(shares)] = part
+    return found
+
+
 def readable(images: LabelledImages) -> LabelledImages:
     """The images that can be read; says which others it leaves out. All are read, JPEGs at an eighth of their size."""
 
@@ -436,14 +447,10 @@ def readable(images: LabelledImages) -> LabelledImages:
             return str(error).partition("; repair")[0]  # the remedy is to skip such images
         return ""
 
-    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
-        problems = pool.map(problem, range(len(images)), chunksize=16)
+    problems = look_at_each(problem, len(images), "image")
     broken = list(filter(None, problems))
-    if not broken:
-        return images
-    if len(broken) == len(images):
+    if broken and len(broken) == len(images):
         raise InputError(f"none of the {len(images)} images can be read, such as {broken[0]}")
-    print(f"{len(broken)} of {len(images)} images cannot be read and are left out:")
-    for error in broken:
-        print(f"  {error}")
+    if broken:
+        print("\n  ".join([f"{len(broken)} of {len(images)} images cannot be read and are left out:", *broken]))
     return images.subset([i for i, error in enumerate(problems) if not error])

@@ -19,6 +19,7 @@ from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, d
 from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
 from toolkit.images.masks import (
     MaskedImages,
+    PairCrop,
     TransformedPairs,
     collate_pairs,
     load_pairs,
@@ -159,7 +160,8 @@ class Loaders:
 
     def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
         """A transform of images, or of images and masks."""
-        return TransformedPairs(images, transform) if self.has_masks else Transformed(images, transform)
+        is_of_pairs = isinstance(transform, PairCrop)
+        return TransformedPairs(images, transform) if is_of_pairs else Transformed(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
