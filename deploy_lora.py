@@ -179,7 +179,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]] | list[Path]:
     with _model_on_device(args) as (model, about, make_loader):
         task = _task_of(about)
         if args.abstain is not None:
-            task.check_abstain()
+            task.head.check_abstain()
         if task.kind == "segmentation" or args.output.suffix in MAP_SUFFIXES:
             return _predict_maps(args, model, about)
         if args.output.suffix != ".csv" or args.probabilities or args.window is not None:
@@ -340,7 +340,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
 
 def _classes_of_masks(about: dict[str, Any]) -> tuple[masks.Classes, list[int]]:
     """The classes and the unknown values of the masks that the run had."""
-    return masks.from_record(_task_of(about).masks, about["class_names"])
+    return masks.from_record(_task_of(about).head.masks, about["class_names"])
 
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
@@ -580,10 +580,10 @@ def export(args: argparse.Namespace) -> dict[str, str]:
         left.pop("output_mean", None)
         left.pop("output_std", None)
     any_size = is_per_pixel(metadata) and isinstance(getattr(model, "model", model).backbone, ResNet)
-    program = _graph(nn.Sequential(model, task.output_layer()).eval(), metadata["image_size"], channels, any_size)
+    program = _graph(nn.Sequential(model, task.head.output_layer()).eval(), metadata["image_size"], channels, any_size)
     with open_atomically(args.output) as file:
         if args.output.suffix == ".onnx":
-            file.write(_as_onnx(program, about, task.output_name))
+            file.write(_as_onnx(program, about, task.head.output_name))
         else:
             file.write(_as_pt2(program, about))
     _write_usage(args.output, left)

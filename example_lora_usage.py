@@ -191,7 +191,7 @@ def example_6_several_labels(epochs: int = 3) -> None:
     freeze_backbone_params(model)
     task = MultiLabel(list(LABELS), splits.train.targets)
     features, targets = extract_features(model.to(device), in_order, device)
-    task.start_head(model, features, targets)  # a logistic regression of each label
+    task.head.start(model, features, targets)  # a logistic regression of each label
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(epochs):
         for images, targets in batches:  # 1, 0, or NaN where unknown, which the loss leaves out
@@ -201,10 +201,10 @@ def example_6_several_labels(epochs: int = 3) -> None:
             optimizer.step()
 
     outputs, targets = all_outputs(model, in_order, device)
-    task.calibrate(outputs, targets, optimism=None)  # thresholds: the best F1 on training images
+    task.head.calibrate(outputs, targets, optimism=None)  # thresholds: the best F1 on training images
     answers = task.evaluate(model, evaluation, device)
     average_precision, auroc = answers.by_label()
-    for name, ap, roc, threshold in zip(task.names, average_precision, auroc, task.thresholds, strict=True):
+    for name, ap, roc, threshold in zip(task.names, average_precision, auroc, task.head.thresholds, strict=True):
         print(f"  {name:<8} AP {ap:.1%}, AUROC {roc:.1%}; an answer above probability {threshold:.2f}")
     outputs, _ = all_outputs(model, evaluation, device)
     _, rows = task.table(outputs[:3])

@@ -1036,7 +1036,7 @@ def search_learning_rate(
     parts = search.parts_of(splits)
     random_state = devices.rng_state()
     task = tasks.task_of_run(args, splits, plan.device)
-    wise_ft = optim.wise_ft_alpha(args, task.counts(splits.train))  # the run's, which has more images
+    wise_ft = optim.wise_ft_alpha(args, task.objective.counts(splits.train))  # the run's, which has more images
     features = None  # of the first trial, for all of them
     cached = None
 
@@ -1200,7 +1200,7 @@ class FineTuning(RunState):
         self.adapter_lr_factor = initialization.lr_factor(args.lora_init, args.lora_rank)
         self._begin_training()
         self.head_temperature = HeadTemperature()
-        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.counts(splits.train)))
+        self.wise_ft = optim.WiseFT(model, optim.wise_ft_alpha(args, self.task.objective.counts(splits.train)))
         self.guard = Guard(
             self.task,
             splits.train,
@@ -1277,7 +1277,7 @@ class FineTuning(RunState):
         _, of_probe = tasks.baseline_keys(self.task)
         if self.baseline[of_probe] is None and self.args.head_init == "probe":
             self.baseline[of_probe] = self.evaluate(self.loaders.val).score
-        self.task.soften_head(self.model, self.temperature)
+        self.task.head.soften(self.model, self.temperature)
         self.start_adapters()
         return features
 
@@ -1424,7 +1424,7 @@ class FineTuning(RunState):
             raise Collapsed(epoch, rate, len(self.history), self.path("lora.pth"), finish(self))
         optim.lower_rates(self.schedule, guard.RETREAT_FACTOR)
         if not self.history:  # the head need not be so soft, and then its gradient is another
-            self.task.soften_head(self.model, self.temperature / temperature)
+            self.task.head.soften(self.model, self.temperature / temperature)
             self.start_adapters()
         self.save()
         print(f"epoch {epoch}: {why}; back to epoch {len(self.history)}, learning rate {self.rate:.1e}")
@@ -1492,8 +1492,8 @@ class FineTuning(RunState):
         if self.task.kind == "regression" or (self.task.kind != "multilabel" and optimism is None):
             return False
         outputs, targets = evaluation.all_outputs(self.network, self.loaders.calibration(), self.device, self.dtype)
-        self.task.calibrate(outputs, targets, optimism)
-        self.task.soften_head(self.model, self.task.temperature)
+        self.task.head.calibrate(outputs, targets, optimism)
+        self.task.head.soften(self.model, self.task.head.temperature)
         return True
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 import finetune_lora
 from finetune_lora import FineTuning, prepare, read_options
 from tests.checkpoint_files import without_head
-from toolkit.answers import answer_reports
 from toolkit.answers.tasks import TASKS
 from toolkit.devices import seed_everything
 from toolkit.images.data import LabelledImages
@@ -148,13 +147,12 @@ def start(base, images, tmp_path):
         yield start
 
 
-PICTURES = {
-    (module, name): getattr(module, name)
-    for module in (reports, answer_reports)
-    for name in dir(module)
-    if name.startswith("plot_")
+PICTURES = {(reports, name): getattr(reports, name) for name in dir(reports) if name.startswith("plot_")}
+PICTURES |= {
+    (task.Report, name): getattr(task.Report, name)
+    for task in TASKS.values()
+    for name in ("draw", "draw_mistakes", "plot_reliability")
 }
-PICTURES |= {(task.Report, "draw"): task.Report.draw for task in TASKS.values()}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from toolkit.answers import answer_reports, multilabel, regression, tasks
+from toolkit.answers import multilabel, regression, tasks
 from toolkit.answers.evaluation import Evaluation
 from toolkit.images.data import LabelledImages
 
@@ -54,7 +54,7 @@ def test_the_page_shows_how_far_probabilities_can_be_believed(labels, tmp_path):
     assert was in dict(report.rows())["probabilities off by"]
     assert "temperature" not in labels.figures() and "before" not in dict(labels.rows())["probabilities off by"]
     report.draw(tmp_path / "matrix.png")
-    for sections in (report.sections(tmp_path / "matrix.png"), answer_reports.reliability_section(labels.answers)):
+    for sections in (report.sections(tmp_path / "matrix.png"), labels.reliability_section()):
         page = "".join(sections)
         assert "Can the probabilities be believed?" in page and "data:image/png;base64,iVBOR" in page
 
@@ -131,7 +131,8 @@ def test_pictures_are_drawn_where_nothing_is_wrong_too(labels, numbers, tmp_path
     for report, count in ((labels, 30), (numbers, 20)):
         report.draw(tmp_path / report.picture)
         report.draw_mistakes(images(count), tmp_path / "mistakes.png")
-        answer_reports.plot_worst_answers({"Wrong": []}, images(count), tmp_path / "none.png")
+        report.mistakes = lambda: {"Wrong": []}
+        report.draw_mistakes(images(count), tmp_path / "none.png")
         for name in (report.picture, "mistakes.png", "none.png"):
             assert Image.open(tmp_path / name).width > 300
 

@@ -273,7 +273,7 @@ def test_intervals_of_labels_count_patients_and_not_the_copies_of_their_images()
     truth, hits = true_figures(0.2, 1.0), {"patients": 0, "images": 0}
     for _ in range(60):
         once = several_labels(random, 50, 0.2)
-        copies = multilabel.LabelAnswers(0.0, once.probabilities[patients], once.targets[patients])
+        copies = multilabel.LabelAnswers(0.0, once.values[patients], once.targets[patients])
         for of, clusters in zip(hits, (patients, None), strict=True):
             low, high = task.report(copies, clusters).intervals[2]  # AUROC
             hits[of] += low <= truth[1] <= high

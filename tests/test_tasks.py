@@ -78,7 +78,7 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
     outputs, targets = drawn(images=80)
     answers = multilabel.LabelAnswers(0.0, outputs.detach().sigmoid(), targets)
     columns = [(~targets[:, k].isnan()).numpy() for k in range(3)]
-    pairs = [(targets[known, k].numpy(), answers.probabilities[known, k].numpy()) for k, known in enumerate(columns)]
+    pairs = [(targets[known, k].numpy(), answers.values[known, k].numpy()) for k, known in enumerate(columns)]
     precisions = [metrics.average_precision_score(*pair) for pair in pairs]
     assert answers.by_label()[0].tolist() == pytest.approx(precisions, abs=1e-12)
     assert answers.score == answers.measured()["macro_ap"] == pytest.approx(np.mean(precisions), abs=1e-12)
@@ -97,22 +97,22 @@ def test_figures_are_scikit_learns_over_the_images_of_which_a_label_is_known():
 def test_labels_without_positives_have_no_share_in_the_means():
     _, targets = drawn(unknown=0)
     answers = multilabel.LabelAnswers(0.0, torch.rand(40, 3), targets)
-    without = multilabel.LabelAnswers(0.0, answers.probabilities, targets * torch.tensor([1.0, 1, 0]))
+    without = multilabel.LabelAnswers(0.0, answers.values, targets * torch.tensor([1.0, 1, 0]))
     assert without.by_label()[0, 2].isnan() and without.f1(torch.full((3,), 0.5))[2].isnan()
     assert without.score == pytest.approx(answers.by_label()[0, :2].mean().item())
     report = tasks.MultiLabel(NAMES).report(without)
-    assert report.positives[2] == 0 and report.unknown == [0, 0, 0]
+    assert report.by["positives"][2] == 0 and report.by["unknown"] == [0, 0, 0]
 
 
 def test_a_constant_answer_has_the_entropy_for_its_loss_and_the_shares_for_its_score():
     _, targets = drawn(images=200)
     task, images = tasks.MultiLabel(NAMES, targets), images_of(targets)
     shares = targets.nanmean(0)
-    assert task.constant_score(images) == pytest.approx(shares.mean().item())
+    assert task.head.constant_score(images) == pytest.approx(shares.mean().item())
     constant = shares.logit().expand(200, 3)
-    assert task.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
+    assert task.objective.constant_loss(images) == pytest.approx(task.plain_loss(constant, targets).item() / 200)
     torch.testing.assert_close(task.objective.constant_logits, shares.logit(), atol=0.1, rtol=0)
-    assert task.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
+    assert task.objective.counts(images) == {k: int((targets[:, k] == 1).sum()) for k in range(3)}
 
 
 def test_the_error_of_a_score_is_that_of_drawing_other_images():
@@ -121,7 +121,7 @@ def test_the_error_of_a_score_is_that_of_drawing_other_images():
     task, score = tasks.MultiLabel(NAMES, targets), []
     for part in torch.arange(3000).split(150):
         score.append(multilabel.LabelAnswers(0.0, outputs.detach()[part], targets[part]).score)
-    assert 0.6 < math.sqrt(task.variance(np.mean(score), 150)) / np.std(score) < 1.7
+    assert 0.6 < math.sqrt(task.head.variance(np.mean(score), 150)) / np.std(score) < 1.7
 
 
 def test_mixing_leaves_unknown_what_one_of_the_two_does_not_know():
@@ -153,8 +153,8 @@ def test_the_loss_of_numbers_is_the_squared_error_in_standard_deviations():
     gradients = [torch.autograd.grad(value, outputs)[0] for value in (loss, stock)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     assert gradients[0][~known].eq(0).all()
-    assert task.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
-    assert task.constant_score(images_of(targets)) == 0
+    assert task.objective.constant_loss(images_of(targets)) == pytest.approx(known.sum().item() / 90, rel=1e-3)
+    assert task.head.constant_score(images_of(targets)) == 0
     torch.testing.assert_close(
         task.head.in_units(task.objective.standardised(targets)).float(), targets, equal_nan=True
     )
@@ -176,7 +176,7 @@ def test_numbers_far_from_zero_are_told_from_each_other():
     assert answers.score == pytest.approx(1)
     _, rows = task.table(outputs)
     assert [float(row[0]) for row in rows] == pytest.approx(truth[:, 0].tolist(), abs=0.1)
-    assert task.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
+    assert task.head.output_layer()(outputs).double() == pytest.approx(truth, abs=0.1)
     again = tasks.from_record(task.record(), ["time"], "lora.pth")
     assert torch.equal(again.head.in_units(outputs), task.head.in_units(outputs))
     cells = task.report(answers).answer_columns()
@@ -214,7 +214,7 @@ def test_numbers_are_standardised_before_a_device_without_float64_has_them(no_fl
     targets = devices.to_device(truth, mps)
     assert task.loss(task.objective.standardised(truth).float(), targets) < 1e-9
     features = torch.linspace(0, 1, 20)[:, None].expand(20, 4).cos()
-    assert task.knn_score(features, targets, features, targets) <= 1
+    assert task.head.knn_score(features, targets, features, targets) <= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,19 +239,19 @@ def test_the_head_starts_as_a_probe_whose_score_is_that_of_its_evaluation(kind):
     features, targets, task = features_for(kind)
     torch.manual_seed(0)
     model = Net()
-    random = task.head_score(model, features, targets)
-    task.start_head(model, features, targets)
-    score = task.head_score(model, features, targets)
+    random = task.head.score(model, features, targets)
+    task.head.start(model, features, targets)
+    score = task.head.score(model, features, targets)
     assert score > max(0.75, random + 0.2)
     loader = DataLoader(TensorDataset(features, targets), batch_size=64)
     result = task.evaluate(model, loader, CPU)
     measured = {"accuracy": result.accuracy} if kind == "classification" else result.measured()
     assert measured[task.score] == pytest.approx(score, abs=1e-6)
     assert result.loss * len(features) == pytest.approx(task.plain_loss(model(features), targets).item(), rel=1e-4)
-    assert task.knn_score(features, targets, features, targets) > 0.5
-    temperature = task.head_temperature(model, features, targets, features_train=True)
-    task.soften_head(model, temperature.at(1e-3))
-    assert task.head_score(model, features, targets) == pytest.approx(score, abs=0.02)
+    assert task.head.knn_score(features, targets, features, targets) > 0.5
+    temperature = task.head.first_temperature(model, features, targets, features_train=True)
+    task.head.soften(model, temperature.at(1e-3))
+    assert task.head.score(model, features, targets) == pytest.approx(score, abs=0.02)
 
 
 def test_a_class_that_is_too_improbable_is_unsure():
@@ -262,7 +262,7 @@ def test_a_class_that_is_too_improbable_is_unsure():
     assert [(row[0], row[1], row[-1]) for row in rows] == [("cat", "0.7000", "cat"), ("unsure", "0.5000", "dog")]
     assert [row[0] for row in task.table(outputs)[1]] == ["cat", "dog"]
     with pytest.raises(InputError, match="a class called unsure"):
-        tasks.Classification(["unsure", "cat"]).check_abstain()
+        tasks.Classification(["unsure", "cat"]).head.check_abstain()
 
 
 def test_a_label_is_unsure_if_its_yes_or_its_no_is_too_improbable():
@@ -294,14 +294,14 @@ def test_a_head_is_calibrated_by_training_images_for_those_that_it_has_not_seen(
     torch.manual_seed(0)
     model = Net()
     noise = 0.1 * torch.randn(600, 6)  # of a view
-    started = task.start_head(model, *(torch.cat(pair) for pair in ((features, features + noise), (targets,) * 2)), 2)
+    started = task.head.start(model, *(torch.cat(pair) for pair in ((features, features + noise), (targets,) * 2)), 2)
     optimism = tasks.optimism(task, model, started.held_out, features + noise, targets)
     loader = DataLoader(TensorDataset(unseen, truth), batch_size=500)
     answers = task.evaluate(model, loader, CPU)
-    task.soften_head(model, softened)
-    task.calibrate(model(features - noise).detach(), targets, optimism)
-    assert task.temperature == pytest.approx(1 / softened, rel=0.3)
-    task.soften_head(model, task.temperature)
+    task.head.soften(model, softened)
+    task.head.calibrate(model(features - noise).detach(), targets, optimism)
+    assert task.head.temperature == pytest.approx(1 / softened, rel=0.3)
+    task.head.soften(model, task.head.temperature)
     calibrated = task.evaluate(model, loader, CPU)
     errors = [measures.calibration_error(calibrated.reliability(before)) for before in (True, False)]
     assert errors[1] < 0.04 and (softened == 1 or errors[0] > 0.1)
@@ -311,11 +311,11 @@ def test_a_head_is_calibrated_by_training_images_for_those_that_it_has_not_seen(
 def test_numbers_are_not_calibrated_and_no_head_without_a_probe():
     outputs, targets = drawn()
     task = tasks.Regression(NAMES, targets)
-    task.calibrate(outputs, targets, optimism=2.0)
-    assert task.temperature == 1
+    task.head.calibrate(outputs, targets, optimism=2.0)
+    assert task.head.temperature == 1
     task = tasks.MultiLabel(NAMES, targets)
-    task.calibrate(outputs.detach(), targets, optimism=None)
-    assert task.temperature == 1 and task.thresholds.ne(0.5).any()
+    task.head.calibrate(outputs.detach(), targets, optimism=None)
+    assert task.head.temperature == 1 and task.head.thresholds.ne(0.5).any()
 
 
 @pytest.mark.parametrize("kind", tasks.TASKS)
@@ -349,7 +349,7 @@ def test_classification_computes_what_a_run_always_computed():
     stock = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=0.1)
     assert torch.equal(task.loss(logits, labels), stock)
     assert torch.equal(task.plain_loss(logits, labels), F.cross_entropy(logits, labels, reduction="sum"))
-    assert task.head_temperature(Net(), features, labels, False).at(1.0) >= 1
-    assert probe.HeadTemperature() == tasks.Regression(["a"], torch.tensor([[1.0], [2.0]])).head_temperature(
+    assert task.head.first_temperature(Net(), features, labels, False).at(1.0) >= 1
+    assert probe.HeadTemperature() == tasks.Regression(["a"], torch.tensor([[1.0], [2.0]])).head.first_temperature(
         *[None] * 4
     )

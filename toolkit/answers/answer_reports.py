@@ -3,9 +3,9 @@
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
 SHOWN = 15  # labels, in the table that is printed
 COLUMNS = 6  # of mistakes.png
 PICTURES = 18  # in it
+WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 
 
 class Headline(NamedTuple):
@@ -38,51 +39,44 @@ class Report:
 
     Args:
         head: of the task: `toolkit.answers.parts.Head`.
-        answers: what its `evaluate` returns.
+        answers: what its `evaluate` returns. Those that are probabilities have `reliability`, and in `before` what
+            they were before calibration, or None.
         clusters: as for `measures.share_interval`: intervals are over these.
     """
 
     picture: str  # the file that `draw` writes
-    HEADLINES: Mapping[str, Headline] = {}  # by the names of the figures; the first is the score
+    HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
 
     def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
         self.head = head
         self.answers = answers
         self.names = head.names
-        self.clusters = clusters
-
-    def measure_headlines(self, measure: Callable[[Tensor], Tensor]) -> None:
-        """Set `headlines` and `intervals`, lists, to the columns of a measure as `measures.jackknife` takes it."""
         bounds = [headline.bounds for headline in self.HEADLINES.values()]
-        found = measures.jackknife(measure, len(self.answers.targets), self.clusters, bounds)
-        self.headlines = found.values.tolist()
+        found = measures.jackknife(self.measure, len(answers.targets), clusters, bounds)
+        self.values = found.values.tolist()
         self.intervals = found.intervals
 
-    def headline_figures(self) -> dict[str, Any]:
-        """The headlines and their intervals by name, for `results.json`."""
+    def measure(self, weights: Tensor) -> Tensor:
+        """The headlines, and other shares after them, (n, columns), for weights of the images (n, N)."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
         figures: dict[str, Any] = {}
-        for name, value, interval in zip(self.HEADLINES, self.headlines, self.intervals, strict=True):
+        for name, value, interval in zip(self.HEADLINES, self.values, self.intervals, strict=False):
             figures[name] = finite(value)
             figures[f"{name}_interval"] = finite_interval(interval)
         return figures
 
-    def headline_rows(self) -> list[tuple[str, str]]:
-        """The same for people, or why there is no figure."""
+    def rows(self) -> list[tuple[str, str]]:
+        """The headlines for people, (name, value) each, of which the first is the score."""
         rows = []
-        for headline, value, ends in zip(self.HEADLINES.values(), self.headlines, self.intervals, strict=True):
+        for headline, value, ends in zip(self.HEADLINES.values(), self.values, self.intervals, strict=False):
             text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
             rows.append((headline.title, f"not defined: {headline.undefined}" if math.isnan(value) else text))
         return rows
 
-    def figures(self) -> dict[str, Any]:
-        """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
-        raise NotImplementedError
-
     def title(self) -> str:
-        raise NotImplementedError
-
-    def rows(self) -> list[tuple[str, str]]:
-        """The headlines, (name, value) each, of which the first is the score."""
         raise NotImplementedError
 
     def printed(self) -> list[tuple[str, str]]:
@@ -106,17 +100,113 @@ class Report:
 
     def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
         """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
-        plot_worst_answers(self.mistakes(), images, path, bands)
+        groups = self.mistakes()
+        shrink = View(ShrinkTo(256))  # matplotlib would draw a large photograph from its every pixel
+        rows = [max(1, math.ceil(len(chosen) / COLUMNS)) for chosen in groups.values()]
+        figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
+        parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
+        for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
+            part.suptitle(title if chosen else f"{title}: none")
+            places = part.subplots(height, COLUMNS, squeeze=False).ravel()
+            for place in places:
+                place.axis("off")
+            for (i, text), place in zip(chosen, places, strict=False):
+                shrunk = shrink(images.undecoded(i)[0])
+                place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
+                place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
+        save_figure(figure, path)
+
+    def calibration_figures(self) -> dict[str, float]:
+        """The expected calibration error (0 to 1) and, where a run has just been calibrated, what that changed."""
+        figures = {"calibration_error": measures.calibration_error(self.answers.reliability())}
+        if self.answers.before is not None:
+            before = self.answers.reliability(before=True)
+            figures["calibration_error_before"] = measures.calibration_error(before)
+            figures["temperature"] = self.head.temperature
+        return figures
+
+    def calibration_rows(self) -> list[tuple[str, str]]:
+        """The same for people, where it is worth a line."""
+        figures = self.calibration_figures()
+        error = figures["calibration_error"]
+        before = figures.get("calibration_error_before")
+        was = "" if before is None else f" (before calibration {before:.1%})"
+        return [("probabilities off by", f"{error:.1%} on average{was}")] if error > TOLERATED_ERROR else []
+
+    def reliability_section(self) -> list[str]:
+        """A picture for the page: how often answers of each probability are right."""
+        explained = (
+            "<p>On the line probabilities mean what they say. Below it they are too high, above it too low. "
+            "The larger a point, the more answers it stands for.</p>"
+        )
+        picture = html_picture(self.plot_reliability(), "the share that is right by probability")
+        return ["<h2>Can the probabilities be believed?</h2>", explained, picture]
+
+    def plot_reliability(self) -> bytes:
+        """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
+        figure = new_figure(5.2, 4.8)
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
+        series = [("saved", BLUE, "o", self.answers.reliability())]
+        if self.answers.before is not None:
+            series.insert(0, ("before calibration", ORANGE, "s", self.answers.reliability(before=True)))
+        for name, color, marker, bins in series:
+            probability, share, count = bins[bins[:, 2] > 0].T
+            label = f"{name}: off by {measures.calibration_error(bins):.1%}"
+            axes.plot(probability, share, ":", color=color, alpha=0.5)
+            axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)
+        axes.set(xlabel="probability", ylabel="share that is right", xlim=(-0.02, 1.04), ylim=(-0.04, 1.04))
+        axes.grid(alpha=0.3)
+        for handle in figure.legend(loc="outside upper center", ncols=len(series)).legend_handles:
+            handle.set_sizes([40])
+        file = io.BytesIO()
+        figure.savefig(file)
+        return file.getvalue()
+
+
+class ColumnReport(Report):
+    """The report on `toolkit.answers.parts.ColumnAnswers`."""
+
+    plural: str  # what K of them are called in the figures
+    suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of those of truths
+
+    def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
+        super().__init__(head, answers, clusters)
+        self.by = self.columns()
+
+    def columns(self) -> dict[str, list[float]]:
+        """Figures by name, of each label or number (K,)."""
+        raise NotImplementedError
+
+    def figures(self) -> dict[str, Any]:
+        rows = [dict(zip(self.by, map(finite, row), strict=True)) for row in zip(*self.by.values(), strict=True)]
+        return super().figures() | {self.plural: dict(zip(self.names, rows, strict=True))}
+
+    def answer_columns(self) -> dict[str, Sequence[Any]]:
+        """The truth and the answer of each label or number: the shortest text of each value, nothing for NaN."""
+        columns = {}
+        for name, truth, values in zip(self.names, self.answers.targets.T, self.answers.values.T, strict=True):
+            for title, cells in ((name, truth), (name + self.suffix, values)):
+                columns[title] = ["" if math.isnan(cell) else str(cell).removesuffix(".0") for cell in cells.numpy()]
+        return columns
 
     @staticmethod
-    def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Rows by class, label or number for a terminal: the first ones, and how many there are besides."""
-        shown = [(title, order)]
-        for name, text in rows[:SHOWN]:
-            shown.append((printable(name, 20), text))
-        if len(rows) > SHOWN:
-            shown.append(("", f"and {len(rows) - SHOWN} more"))
-        return shown
+    def worst(errors: Tensor) -> list[tuple[int, int]]:
+        """(image, column) of the largest errors (N, K), each image once; 0 and NaN are none."""
+        largest, columns = errors.nan_to_num(0.0).max(1)
+        ranked = largest.argsort(descending=True, stable=True)[:PICTURES]
+        return [(i, int(columns[i])) for i in ranked.tolist() if largest[i] > 0]
+
+
+def shortened(title: str, order: str, rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Rows by class, label or number for a terminal: the first ones, and how many there are besides."""
+    shown = [(title, order), *((printable(name, 20), text) for name, text in rows[:SHOWN])]
+    return shown if len(rows) <= SHOWN else [*shown, ("", f"and {len(rows) - SHOWN} more")]
+
+
+def worst_first(shares: Tensor | Sequence[float]) -> list[int]:
+    """The places of shares (K,), the lowest first; those that are not defined last."""
+    return torch.as_tensor(shares, dtype=torch.float64).nan_to_num(2.0).argsort(stable=True).tolist()
 
 
 def interval_text(low: float, high: float, form: str = ".1%") -> str:
@@ -141,97 +231,21 @@ def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str
     return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"
 
 
-def exact_cells(values: Tensor) -> list[str]:
-    """The shortest texts that are read as the same numbers; nothing for NaN."""
-    return ["" if math.isnan(value) else str(value).removesuffix(".0") for value in values.numpy()]
+def plot_confusion(matrix: Any, names: Sequence[str], title: str, path: Path, form: str | None = None) -> None:
+    """A confusion matrix of NumPy: rows are true classes, columns answers. Up to 20 classes have names and numbers."""
+    from matplotlib.ticker import MaxNLocator
+    from sklearn.metrics import ConfusionMatrixDisplay
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# How far probabilities can be believed
-
-
-class Calibrated(Protocol):
-    """Answers with probabilities; `before` has those before calibration, if there was one."""
-
-    before: Tensor | None
-
-    def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.answers.measures.calibration` of the answers, after calibration or before."""
-
-
-def calibration_figures(temperature: float, answers: Calibrated) -> dict[str, float]:
-    """The expected calibration error (0 to 1) and, where a run has just been calibrated, what that changed."""
-    figures = {"calibration_error": measures.calibration_error(answers.reliability())}
-    if answers.before is not None:
-        figures["calibration_error_before"] = measures.calibration_error(answers.reliability(before=True))
-        figures["temperature"] = temperature
-    return figures
-
-
-def calibration_rows(temperature: float, answers: Calibrated) -> list[tuple[str, str]]:
-    """The same for people, where it is worth a line."""
-    figures = calibration_figures(temperature, answers)
-    error = figures["calibration_error"]
-    if not error > TOLERATED_ERROR:
-        return []
-    text = f"{error:.1%} on average"
-    if "calibration_error_before" in figures:
-        text += f" (before calibration {figures['calibration_error_before']:.1%})"
-    return [("probabilities off by", text)]
-
-
-def reliability_section(answers: Calibrated) -> list[str]:
-    """A picture for the page: how often answers of each probability are right."""
-    explained = (
-        "<p>On the line probabilities mean what they say. Below it they are too high, above it too low. "
-        "The larger a point, the more answers it stands for.</p>"
-    )
-    picture = html_picture(plot_reliability(answers), "the share that is right by probability")
-    return ["<h2>Can the probabilities be believed?</h2>", explained, picture]
-
-
-def plot_reliability(answers: Calibrated) -> bytes:
-    """The share that is right by probability, with the calibrated ones and those before, as a PNG."""
-    figure = new_figure(5.2, 4.8)
+    side = min(12, 3 + 0.4 * len(names))
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], "-", color="0.6", linewidth=1)
-    series = [("saved", BLUE, "o", answers.reliability())]
-    if answers.before is not None:
-        series.insert(0, ("before calibration", ORANGE, "s", answers.reliability(before=True)))
-    for name, color, marker, bins in series:
-        probability, share, count = bins[bins[:, 2] > 0].T
-        label = f"{name}: off by {measures.calibration_error(bins):.1%}"
-        axes.plot(probability, share, ":", color=color, alpha=0.5)
-        axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)
-    axes.set(xlabel="probability", ylabel="share that is right", xlim=(-0.02, 1.04), ylim=(-0.04, 1.04))
-    axes.grid(alpha=0.3)
-    legend = figure.legend(loc="outside upper center", ncols=len(series))
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
-    file = io.BytesIO()
-    figure.savefig(file)
-    return file.getvalue()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The worst answers
-
-
-def plot_worst_answers(
-    groups: Mapping[str, Sequence[tuple[int, str]]], images: LabelledImages, path: Path, bands: Bands | None = None
-) -> None:
-    """Pictures of images, with what is said of each, in groups under a title: see `Report.draw_mistakes`."""
-    shrink = View(ShrinkTo(256))  # matplotlib would draw a large photograph from its every pixel
-    rows = [max(1, math.ceil(len(chosen) / COLUMNS)) for chosen in groups.values()]
-    figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
-    parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]
-    for part, (title, chosen), height in zip(parts, groups.items(), rows, strict=True):
-        part.suptitle(title if chosen else f"{title}: none")
-        places = part.subplots(height, COLUMNS, squeeze=False).ravel()
-        for place in places:
-            place.axis("off")
-        for (i, text), place in zip(chosen, places, strict=False):
-            shrunk = shrink(images.undecoded(i)[0])
-            place.imshow(bands.picture(shrunk) if torch.is_tensor(shrunk) else shrunk)
-            place.set_title(drawn("\n".join(textwrap.wrap(text, 20))), fontsize=8)
+    if len(names) <= WRITTEN_OUT:
+        rotation = 45 if max(map(len, names)) > 3 else "horizontal"
+        display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in names])
+        display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation, values_format=form)
+    else:
+        ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
+        axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
+    axes.set_title(title)
     save_figure(figure, path)

@@ -1,5 +1,6 @@
 """One class an image: softmax and cross-entropy, judged by the accuracy."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,82 +13,47 @@ from torch import Tensor
 
 from toolkit import InputError
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import (
-    Headline,
-    Report,
-    calibration_figures,
-    calibration_rows,
-    finite,
-    reliability_section,
-    right_of,
-)
+from toolkit.answers.answer_reports import Headline, Report, finite, plot_confusion, right_of, shortened, worst_first
 from toolkit.answers.evaluation import Evaluation
-from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
-from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
+from toolkit.answers.parts import UNSURE, Head, SoftmaxObjective, Task, mixed
+from toolkit.answers.report_page import html_picture, html_table
 from toolkit.images.data import LabelledImages
 
 TOP = 5  # classes of each image in a table of predictions
-WRITTEN_OUT = 20  # classes up to which a confusion matrix has names and numbers
 MOST_ROWS = 1_000  # of a confusion matrix
 CONFUSIONS = 30  # rows in the table of what is taken for what
 WRONG_SHOWN = 12  # pictures of mistakes.png
 UNCERTAIN_SHOWN = 6
 
 
-class ClassObjective(Objective):
-    """Cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed.
-
-    Args:
-        class_weights: (K,), how much each class's images count; None: 1.
-        mixup: alpha of mixup; 0: nothing is mixed.
-    """
+class ClassObjective(SoftmaxObjective):
+    """Cross-entropy of logits (N, K) and labels (N,), or (N, K) if mixed."""
 
     def __init__(self, classes: int, class_weights: Tensor | None, label_smoothing: float, mixup: float):
+        super().__init__(class_weights, label_smoothing)
         self.classes = classes
-        self.class_weights = class_weights
-        self.label_smoothing = label_smoothing
         self.mixup = mixup
 
-    def to(self, device: torch.device) -> None:
-        if self.class_weights is not None:
-            self.class_weights = self.class_weights.to(device)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(
-            outputs, targets, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
-        )
-
-    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets, reduction="sum")
-
     def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return evaluation.count_right(outputs, targets)
+        """A mixed image has the label of its largest share."""
+        return (outputs.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))).sum()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         shares = F.one_hot(targets.clamp_min(0), self.classes).float()
         shares[targets == evaluation.NO_LABEL] = torch.nan
         mixed_images, mixed_shares = mixed(images, shares, self.mixup)
-        if mixed_shares is shares:  # nothing is mixed
-            return images, targets
-        return mixed_images, mixed_shares
+        return mixed_images, targets if mixed_shares is shares else mixed_shares  # nothing is mixed
 
     def counts(self, images: LabelledImages) -> Counter:
         return Counter(images.labels)
 
     def constant_loss(self, images: LabelledImages) -> float:
-        loss = 0.0
-        for count in Counter(images.labels).values():
-            share = count / len(images)
-            loss -= share * math.log(share)
-        return loss
+        shares = [count / len(images) for count in Counter(images.labels).values()]
+        return -sum(share * math.log(share) for share in shares)
 
 
 class ClassHead(Head):
     """Logits of K classes."""
-
-    def __init__(self, names: Sequence[str], objective: ClassObjective):
-        super().__init__(names)
-        self.objective = objective
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> Evaluation:
         return evaluation.evaluate(model, loader, device, dtype, self.temperature)
@@ -101,23 +67,16 @@ class ClassHead(Head):
     def constant_score(self, images: LabelledImages) -> float:
         return max(Counter(images.labels).values()) / len(images)
 
-    def variance(self, score: float, images: int) -> float:
-        return score * (1 - score) / images
-
     def start(self, model, features, targets, views=1, clusters=None) -> probe.Probe:
         weights = "none" if self.objective.class_weights is None else "balanced"
         return probe.init_head_from_probe(model, features, targets, views, weights, clusters)
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        def loss(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, targets, label_smoothing=self.objective.label_smoothing)
-
+        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=self.objective.label_smoothing)
         return probe.choose_temperature(model, features, loss, features_train)
 
     def fitted_temperature(self, outputs, targets, smoothing=0.0) -> float:
-        def loss(logits: Tensor) -> Tensor:
-            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-
+        loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
         return measures.fit_temperature(outputs, loss)
 
     def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
@@ -126,21 +85,18 @@ class ClassHead(Head):
         columns = ["class", "probability"]
         for place in range(2, probabilities.shape[1] + 1):
             columns += [f"class_{place}", f"probability_{place}"]
-        if abstain is not None:
-            columns.append("likeliest")
 
         def rows() -> Iterator[list[str]]:
             for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
                 cells = []
                 for share, number in zip(shares, numbers, strict=True):
                     cells += [self.names[number], f"{share:.4f}"]
-                if abstain is not None:
-                    cells.append(cells[0])
-                    if shares[0] < abstain:
-                        cells[0] = UNSURE
-                yield cells
+                if abstain is None:
+                    yield cells
+                else:
+                    yield [UNSURE if shares[0] < abstain else cells[0], *cells[1:], cells[0]]
 
-        return columns, rows()
+        return columns if abstain is None else [*columns, "likeliest"], rows()
 
     def check_abstain(self) -> None:
         if UNSURE in self.names:
@@ -159,38 +115,33 @@ class ClassReport(Report):
 
     def __init__(self, head: ClassHead, answers: Evaluation, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)
-        self.measure_headlines(self._headlines)
-        self.headlines[0] = answers.accuracy
+        self.values[0] = answers.accuracy
         self.intervals[0] = measures.share_interval(answers.labels == answers.predictions, clusters)
 
-    def _headlines(self, weights: Tensor) -> Tensor:
+    def measure(self, weights: Tensor) -> Tensor:
         means = measures.by_rows(self.answers.class_means, weights, len(self.answers.labels))
         return torch.cat([means[:, :1], means], 1)  # of the accuracy there is a better interval
 
     def figures(self) -> dict[str, Any]:
-        answers = self.answers
-        right, images, _ = answers.class_counts(len(self.names))
+        right, images, _ = self.answers.class_counts(len(self.names))
         shares = map(finite, (right / images).tolist())  # None for a class without images
-        return {
-            **self.headline_figures(),
-            **calibration_figures(self.head.temperature, answers),
-            "accuracy_per_class": dict(zip(self.names, shares, strict=True)),
-        }
+        by_class = {"accuracy_per_class": dict(zip(self.names, shares, strict=True))}
+        return super().figures() | self.calibration_figures() | by_class
 
     def title(self) -> str:
         return f"{self.answers.accuracy:.2%} of {len(self.answers.labels)} images right"
 
     def rows(self) -> list[tuple[str, str]]:
-        accuracy, balanced, f1 = self.headlines
+        accuracy, balanced, f1 = self.values
         return [
             ("accuracy", right_of(accuracy, len(self.answers.labels), self.intervals[0])),
             ("balanced over classes", f"{balanced:.2%}, macro F1 {f1:.2%}"),
-            *calibration_rows(self.head.temperature, self.answers),
+            *self.calibration_rows(),
         ]
 
     def printed(self) -> list[tuple[str, str]]:
         rows = [(name, f"{right} of {images} right") for name, images, right, _ in self.by_class()]
-        return self.shortened("by class", "the worst first:", rows)
+        return shortened("by class", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
         return [
@@ -199,15 +150,15 @@ class ClassReport(Report):
             html_table(self.most_confused(), ("true class", "taken for", "images", "of the class")),
             "<h2>By class</h2>",
             html_table(self.by_class(), ("class", "images", "right", "share")),
-            *reliability_section(self.answers),
+            *self.reliability_section(),
         ]
 
     def by_class(self) -> list[tuple[str, int, int, str]]:
         """(class, images, right answers, their share), the worst first; classes without images last."""
         right, images, _ = self.answers.class_counts(len(self.names))
-        shares = (right / images).nan_to_num(2.0)
+        shares = right / images
         rows = []
-        for i in shares.argsort(stable=True).tolist():
+        for i in worst_first(shares):
             share = f"{shares[i]:.1%}" if images[i] else "no images"
             rows.append((self.names[i], int(images[i]), int(right[i]), share))
         return rows
@@ -227,30 +178,14 @@ class ClassReport(Report):
         return rows
 
     def draw(self, path: Path) -> None:
-        """The confusion matrix: rows are true classes, columns answers. Up to 20 classes have names and numbers.
+        """The confusion matrix. Of more than 1,000 classes, neighbours are counted as one: it has no room for all."""
+        from sklearn.metrics import confusion_matrix
 
-        Of more than 1,000 classes, neighbours are counted as one: the picture would have no room for all.
-        """
-        from matplotlib.ticker import MaxNLocator
-        from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
-
-        answers = self.answers
         size = math.ceil(len(self.names) / MOST_ROWS)
         groups = range(math.ceil(len(self.names) / size))
-        matrix = confusion_matrix(answers.labels // size, answers.predictions // size, labels=groups)
-        side = min(12, 3 + 0.4 * len(self.names))
-        figure = new_figure(side + 0.8, side)
-        axes = figure.subplots()
-        if len(self.names) <= WRITTEN_OUT:
-            rotation = 45 if max(map(len, self.names)) > 3 else "horizontal"
-            display = ConfusionMatrixDisplay(matrix, display_labels=[drawn(name) for name in self.names])
-            display.plot(ax=axes, cmap="Blues", xticks_rotation=rotation)
-        else:
-            ConfusionMatrixDisplay(matrix).plot(ax=axes, include_values=False, cmap="Blues")
-            axes.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))
-        axes.set_title(self.title() + (f", {size} classes per row" if size > 1 else ""))
-        save_figure(figure, path)
+        matrix = confusion_matrix(self.answers.labels // size, self.answers.predictions // size, labels=groups)
+        title = self.title() + (f", {size} classes per row" if size > 1 else "")
+        plot_confusion(matrix, self.names, title, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
         """The wrong answers that were given with most confidence, and the right ones with least."""
@@ -286,7 +221,8 @@ class Classification(Task):
 
     Args:
         names: of the K classes.
-        class_weights, label_smoothing, mixup: as for `ClassObjective`.
+        class_weights, label_smoothing: as for `toolkit.answers.parts.SoftmaxObjective`.
+        mixup: alpha of mixup; 0: nothing is mixed.
     """
 
     kind = "classification"

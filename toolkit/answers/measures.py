@@ -298,7 +298,7 @@ def jackknife(
     measure: Callable[[Tensor], Tensor],
     images: int,
     clusters: Tensor | None = None,
-    bounds: Sequence[tuple[float, float]] | None = None,
+    bounds: Sequence[tuple[float, float]] = (),
 ) -> Jackknifed:
     """A measure's columns with 95% intervals by the delete-a-group jackknife.
 
@@ -309,7 +309,7 @@ def jackknife(
     Args:
         measure: takes weights (n, images), each 0 or 1, and returns (n, columns).
         clusters: as for `share_interval`: the images of one cluster are left out together.
-        bounds: the lowest and the highest value of each column, never reached; None: 0 and 1.
+        bounds: the lowest and the highest value of each column, never reached; of further columns 0 and 1.
 
     Returns:
         No interval where nothing changes, as where all answers are right, or where a part has all that is measured.
@@ -329,9 +329,9 @@ def jackknife(
     middles = parts * values - (parts - 1) * without.mean(0)
     errors = without.std(0, correction=0) * (parts - 1) ** 0.5
     halves = errors * t.ppf(0.975, parts - 1)
-    intervals = []
-    for column in zip(values.tolist(), middles.tolist(), halves.tolist(), bounds or [SHARE] * len(values), strict=True):
-        intervals.append(_between(*column))
+    bounds = [*bounds, *[SHARE] * (len(values) - len(bounds))]
+    columns = zip(values.tolist(), middles.tolist(), halves.tolist(), bounds, strict=True)
+    intervals = [_between(*column) for column in columns]
     varies = errors > STEADY * values.abs()
     chances = 2 * t.sf((middles / errors).abs().where(varies, 0.0).numpy(), parts - 1)
     return Jackknifed(values, intervals, chances.tolist())
@@ -383,16 +383,21 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
 BINS = 15
 
 
-def calibration(confidences: Tensor, right: Tensor, bins: int = BINS) -> Tensor:
-    """Mean confidence, share of right answers and images in each of some bins of confidences (N,), 0 to 1: (bins, 3).
+def calibration_sums(confidences: Tensor, right: Tensor) -> Tensor:
+    """The sums of confidences (N,), 0 to 1, and of right answers, and the images, in each of some bins: (BINS, 3)."""
+    place = (confidences.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/BINS], ...
+    counted = torch.stack([confidences.double(), right.double(), torch.ones(len(right), dtype=torch.float64)], 1)
+    return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, place, counted)
 
-    Empty bins have zeros. (Guo et al., arXiv 1706.04599, section 2.)
-    """
-    place = (confidences.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (0, 1/bins], ...
-    sums = torch.zeros(bins, 3, dtype=torch.float64)
-    sums.index_add_(0, place, torch.stack([confidences.double(), right.double(), torch.ones(len(right))], 1).double())
-    sums[:, :2] /= sums[:, 2:].clamp_min(1)
-    return sums
+
+def means_of_bins(sums: Tensor) -> Tensor:
+    """Mean confidence, share of right answers and images of each bin of `calibration_sums`; empty ones have zeros."""
+    return torch.cat([sums[:, :2] / sums[:, 2:].clamp_min(1), sums[:, 2:]], 1)
+
+
+def calibration(confidences: Tensor, right: Tensor) -> Tensor:
+    """Mean confidence, share of right answers and images by confidence, (BINS, 3) (arXiv 1706.04599, section 2)."""
+    return means_of_bins(calibration_sums(confidences, right))
 
 
 def calibration_error(bins: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Several labels an image: a sigmoid and a binary cross-entropy for each, judged by macro AP."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,87 +14,60 @@ from torch import Tensor, nn
 
 from toolkit import listed, printable
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import (
-    PICTURES,
-    Headline,
-    Report,
-    calibration_figures,
-    calibration_rows,
-    exact_cells,
-    finite,
-    reliability_section,
-)
-from toolkit.answers.parts import UNSURE, Head, Objective, Task, mixed
+from toolkit.answers.answer_reports import ColumnReport, Headline, shortened, worst_first
+from toolkit.answers.parts import UNSURE, ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import PROBABILITY
 
-MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 NO_POSITIVE = "no evaluation image has a label"
 THRESHOLD = 0.5  # above which probability a label is an answer, where no better one is known
 CURVES = 10  # labels in the picture of precision by recall
 
 
 @dataclass
-class LabelAnswers:
-    """Answers to several questions of yes and no for each image.
+class LabelAnswers(ColumnAnswers):
+    """Answers of yes and no: the values are probabilities, the targets 1, 0, or NaN where unknown.
 
-    Only images of which a label is known count for it. A label of which no image is a positive, or for AUROC all are,
-    has no figure (NaN) and no share in the mean.
+    A label of which no image is a positive, or for AUROC all are, has no figure (NaN) and no share in the mean. The
+    loss is the mean binary cross-entropy over images and labels, of which unknown ones have none.
     """
 
-    loss: float  # binary cross-entropy, the mean over images and labels; unknown labels have none
-    probabilities: Tensor  # (N, K)
-    targets: Tensor  # (N, K): 1, 0, or NaN where unknown
     before: Tensor | None = None  # (N, K), the probabilities before calibration, if there was one
+
+    MEASURED = ("macro_ap", "micro_ap", "macro_auroc")
 
     @property
     def score(self) -> float:
         return self.by_label()[0].nanmean().item()
 
-    def measured(self) -> dict[str, float]:
-        return dict(zip(MEASURED, self.figures().tolist(), strict=True))
-
     def figures(self, weights: Tensor | None = None) -> Tensor:
-        """Those in MEASURED, (3,), or (n, 3) for weights of the images (n, N): means over the labels that have one.
-
-        For the micro AP all labels of all images are in one ranking.
-        """
+        """(3,), or (n, 3): means over the labels that have one; for the micro AP all labels are in one ranking."""
         known = ~self.targets.isnan()
         images = torch.arange(len(known))[:, None].expand_as(known)[known]
-        micro = measures.Ranking(self.probabilities[known], self.targets[known], images).figures(weights)
+        micro = measures.Ranking(self.values[known], self.targets[known], images).figures(weights)
         macro_ap, macro_auroc = self.by_label(weights).nanmean(-1).unbind(-1)
         return torch.stack([macro_ap, micro[..., 0], macro_auroc], -1)
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.answers.measures.calibration` over all labels of all images, after calibration or before."""
         known = ~self.targets.isnan()
-        probabilities = self.before if before else self.probabilities
-        return measures.calibration(probabilities[known], self.targets[known])
+        return measures.calibration((self.before if before else self.values)[known], self.targets[known])
 
     def by_label(self, weights: Tensor | None = None) -> Tensor:
         """AP and AUROC of each label, (2, K), or (n, 2, K) for weights of the images (n, N)."""
-        figures = []
-        for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
-            known = ~targets.isnan()
-            ranking = measures.Ranking(scores[known], targets[known], known.nonzero().flatten())
-            figures.append(ranking.figures(weights))
-        return torch.stack(figures, -1)
+        return torch.stack([measures.Ranking(*column).figures(weights) for column in self.known()], -1)
 
     def f1(self, thresholds: Tensor, weights: Tensor | None = None) -> Tensor:
         """The F1 of each label, whose answer is a probability above its threshold; NaN for one without positives."""
         positive = self.targets.nan_to_num()
-        answers = (self.probabilities > thresholds) & ~self.targets.isnan()
+        answers = (self.values > thresholds) & ~self.targets.isnan()
         found = measures.f1(answers, positive, weights)
         return found.where(measures.weighted_sum(positive, weights) > 0, torch.nan)
 
     def best_thresholds(self) -> Tensor:
         """The threshold of each label that has the highest F1 here, (K,)."""
-        thresholds = []
-        for scores, targets in zip(self.probabilities.T, self.targets.T, strict=True):
-            known = ~targets.isnan()
-            thresholds.append(measures.best_threshold(scores[known], targets[known]))
-        return torch.tensor(thresholds)
+        return torch.tensor([measures.best_threshold(values, targets) for values, targets, _ in self.known()])
 
 
 class LabelObjective(Objective):
@@ -107,8 +81,7 @@ class LabelObjective(Objective):
     """
 
     def __init__(self, labels: int, targets: Tensor | None, balanced: bool, mixup: float):
-        if targets is None:
-            targets = torch.full((1, labels), math.nan)
+        targets = torch.full((1, labels), math.nan) if targets is None else targets
         self.mixup = mixup
         self.balanced = balanced
         known = (~targets.isnan()).sum(0)
@@ -140,9 +113,6 @@ class LabelObjective(Objective):
         losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
         return losses.masked_fill(~known, 0).sum() / outputs.shape[1]
 
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return mixed(images, targets, self.mixup)
-
     def counts(self, images: LabelledImages) -> Mapping[int, int]:
         return dict(enumerate(images.targets.nansum(0).long().tolist()))
 
@@ -164,17 +134,12 @@ class LabelHead(Head):
     output_name = "probabilities"
 
     def __init__(self, names: Sequence[str], objective: LabelObjective, thresholds: Tensor | None):
-        super().__init__(names)
-        self.objective = objective
-        if thresholds is None:
-            thresholds = torch.full((len(names),), THRESHOLD)
-        self.thresholds = thresholds.float()
+        super().__init__(names, objective)
+        self.thresholds = torch.full((len(names),), THRESHOLD) if thresholds is None else thresholds.float()
 
     def evaluate(self, model, loader, device, dtype=torch.float32) -> LabelAnswers:
         outputs, targets = evaluation.all_outputs(model, loader, device, dtype)
-        before = None
-        if self.temperature != 1:
-            before = self._tempered(outputs, 1 / self.temperature).sigmoid()
+        before = None if self.temperature == 1 else self._tempered(outputs, 1 / self.temperature).sigmoid()
         loss = self.objective.plain_loss(outputs, targets).item() / len(targets)
         return LabelAnswers(loss, outputs.sigmoid(), targets, before)
 
@@ -187,8 +152,7 @@ class LabelHead(Head):
         return LabelAnswers(0.0, answers.cpu(), targets.cpu()).score
 
     def constant_score(self, images: LabelledImages) -> float:
-        targets = images.targets
-        return LabelAnswers(0.0, torch.zeros_like(targets), targets).score
+        return LabelAnswers(0.0, torch.zeros_like(images.targets), images.targets).score
 
     def variance(self, score: float, images: int) -> float:
         """Each label's AP is about as sure as a share of its positives, and the labels' are independent."""
@@ -202,9 +166,7 @@ class LabelHead(Head):
         return probe.set_head(model, probe.fit_one_vs_rest(features, targets, views, weights, clusters))
 
     def first_temperature(self, model, features, targets, features_train) -> probe.HeadTemperature:
-        def loss(logits: Tensor) -> Tensor:
-            return self.objective.loss(logits, targets)
-
+        loss = functools.partial(self.objective.loss, targets=targets)
         return probe.choose_temperature(model, features, loss, features_train, self.objective.constant_logits)
 
     def soften(self, model: nn.Module, temperature: float) -> None:
@@ -258,10 +220,12 @@ class LabelHead(Head):
         return nn.Sigmoid()
 
 
-class LabelReport(Report):
+class LabelReport(ColumnReport):
     """The report on `LabelAnswers`."""
 
     picture = "precision_recall.png"
+    plural = "labels"
+    suffix = PROBABILITY
     HEADLINES: Mapping[str, Headline] = {
         "macro_ap": Headline("macro AP", NO_POSITIVE),
         "micro_ap": Headline("micro AP", NO_POSITIVE),
@@ -269,81 +233,69 @@ class LabelReport(Report):
         "macro_f1": Headline("macro F1", NO_POSITIVE),
     }
 
-    def __init__(self, head: LabelHead, answers: LabelAnswers, clusters: Tensor | None = None):
-        super().__init__(head, answers, clusters)
-        self.measure_headlines(self._headlines)
-        self.average_precisions, self.aurocs = answers.by_label().tolist()
-        self.f1s = answers.f1(head.thresholds).tolist()
-        self.positives = answers.targets.nansum(0).long().tolist()
-        self.unknown = answers.targets.isnan().sum(0).tolist()
+    def columns(self) -> dict[str, list[float]]:
+        average_precisions, aurocs = self.answers.by_label().tolist()
+        return {
+            "positives": self.answers.targets.nansum(0).long().tolist(),
+            "unknown": self.answers.targets.isnan().sum(0).tolist(),
+            "average_precision": average_precisions,
+            "auroc": aurocs,
+            "f1": self.answers.f1(self.head.thresholds).tolist(),
+            "threshold": self.head.thresholds.tolist(),
+        }
 
-    def _headlines(self, weights: Tensor) -> Tensor:
+    def measure(self, weights: Tensor) -> Tensor:
         macro_f1 = self.answers.f1(self.head.thresholds, weights).nanmean(-1, keepdim=True)
         return torch.cat([self.answers.figures(weights), macro_f1], 1)
 
     def figures(self) -> dict[str, Any]:
-        labels = {name: self._label(i) for i, name in enumerate(self.names)}
-        return {
-            **self.headline_figures(),
-            **calibration_figures(self.head.temperature, self.answers),
-            "labels": labels,
-        }
-
-    def _label(self, i: int) -> dict[str, Any]:
-        return {
-            "positives": self.positives[i],
-            "unknown": self.unknown[i],
-            "average_precision": finite(self.average_precisions[i]),
-            "auroc": finite(self.aurocs[i]),
-            "f1": finite(self.f1s[i]),
-            "threshold": self.head.thresholds[i].item(),
-        }
+        return super().figures() | self.calibration_figures()
 
     def title(self) -> str:
-        return f"macro AP {MultiLabel.reported(self.headlines[0])} on {len(self.answers.targets)} images"
+        return f"macro AP {MultiLabel.reported(self.values[0])} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
-        rows = self.headline_rows()
-        title, text = rows.pop()
+        *rows, (title, text) = super().rows()
         rows.append((title, f"{text}, at thresholds chosen on training images"))
-        missing = [name for name, value in zip(self.names, self.average_precisions, strict=True) if math.isnan(value)]
+        precisions = zip(self.names, self.by["average_precision"], strict=True)
+        missing = [name for name, value in precisions if math.isnan(value)]
         if missing:
             rows.insert(1, ("", f"no evaluation image has {listed(missing, 4)}: left out of the means"))
-        return rows + calibration_rows(self.head.temperature, self.answers)
-
-    def order(self) -> list[int]:
-        """The labels, the lowest AP first; those without positives last."""
-        return torch.tensor(self.average_precisions).nan_to_num(2.0).argsort(stable=True).tolist()
+        return rows + self.calibration_rows()
 
     def by_label(self) -> list[tuple[str, int, int, str, str, str, str]]:
         """(label, positives, unknown, AP, AUROC, F1, threshold), the worst first; labels without positives last."""
         rows = []
-        for i in self.order():
-            threshold = f"{self.head.thresholds[i]:.2f}"
-            shares = (_share(self.average_precisions[i]), _share(self.aurocs[i]), _share(self.f1s[i]))
-            rows.append((self.names[i], self.positives[i], self.unknown[i], *shares, threshold))
+        for i in worst_first(self.by["average_precision"]):
+            positives, unknown, *shares, threshold = (values[i] for values in self.by.values())
+            cells = ["" if math.isnan(share) else f"{share:.1%}" for share in shares]
+            rows.append((self.names[i], positives, unknown, *cells, f"{threshold:.2f}"))
         return rows
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
         for name, positives, _, ap, *_ in self.by_label():
             rows.append((name, f"AP {ap} of {positives} positives" if positives else "no positives"))
-        return self.shortened("by label", "the worst first:", rows)
+        return shortened("by label", "the worst first:", rows)
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("label", "images", "unknown", "AP", "AUROC", "F1", "threshold")
         shown = html_picture(picture.read_bytes(), "precision by recall of the labels with the lowest AP")
         table = html_table(self.by_label(), titles)
-        return ["<h2>By label</h2>", table, shown, *reliability_section(self.answers)]
+        return ["<h2>By label</h2>", table, shown, *self.reliability_section()]
 
     def draw(self, path: Path) -> None:
         """Precision by recall, of the ten labels with the lowest AP."""
         figure = new_figure(6.5, 4.5)
         axes = figure.subplots()
-        for i in self.order()[:CURVES]:
-            if self.positives[i]:
-                recall, precision = _precision_recall(self.answers.probabilities[:, i], self.answers.targets[:, i])
-                axes.plot(recall, precision, label=drawn(printable(self.names[i], 24)), drawstyle="steps-post")
+        columns = list(self.answers.known())
+        for i in worst_first(self.by["average_precision"])[:CURVES]:
+            if self.by["positives"][i]:
+                scores, targets, _ = columns[i]
+                hits = targets[scores.argsort(descending=True)].cumsum(0)
+                precision = hits / torch.arange(1, len(hits) + 1)
+                name = drawn(printable(self.names[i], 24))
+                axes.plot(hits / hits[-1], precision, label=name, drawstyle="steps-post")
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=self.title())
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -351,37 +303,15 @@ class LabelReport(Report):
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The most confidently wrong labels, each image once."""
-        answers = self.answers
-        wrong = ((answers.probabilities > self.head.thresholds) != (answers.targets == 1)) & ~answers.targets.isnan()
-        distance = (answers.probabilities - answers.targets.nan_to_num()).abs() * wrong
-        found: dict[int, str] = {}
-        for place in distance.flatten().argsort(descending=True, stable=True).tolist():
-            image, label = divmod(place, len(self.names))
-            if not wrong[image, label] or len(found) == PICTURES:
-                break
-            is_there = "is there" if answers.targets[image, label] == 1 else "is not there"
-            found.setdefault(image, f"{self.names[label]} {is_there}: {answers.probabilities[image, label]:.0%}")
-        return {"Wrong, most confident first": list(found.items())}
-
-    def answer_columns(self) -> dict[str, Sequence[Any]]:
-        """The truth and the probability of each label."""
-        columns = {}
-        for name, truth, shares in zip(self.names, self.answers.targets.T, self.answers.probabilities.T, strict=True):
-            columns[name] = exact_cells(truth)
-            columns[name + PROBABILITY] = exact_cells(shares)
-        return columns
-
-
-def _share(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.1%}"
-
-
-def _precision_recall(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    known = ~targets.isnan()
-    positive = targets[known][scores[known].argsort(descending=True)]
-    hits = positive.cumsum(0)
-    return hits / hits[-1], hits / torch.arange(1, len(hits) + 1)
+        """The most confidently wrong labels."""
+        values = self.answers.values
+        targets = self.answers.targets
+        is_wrong = (values > self.head.thresholds) != (targets == 1)
+        found = []
+        for image, label in self.worst((values - targets).abs() * is_wrong):
+            is_there = "is there" if targets[image, label] == 1 else "is not there"
+            found.append((image, f"{self.names[label]} {is_there}: {values[image, label]:.0%}"))
+        return {"Wrong, most confident first": found}
 
 
 class MultiLabel(Task):
@@ -398,7 +328,7 @@ class MultiLabel(Task):
     score_title = "macro AP"
     loss_title = "binary cross-entropy"
     outputs_are = ("label", "labels")
-    measured = MEASURED
+    measured = LabelAnswers.MEASURED
     best_by: Mapping[str, str] = {"macro-ap": "val_macro_ap", "micro-ap": "val_micro_ap", "auroc": "val_macro_auroc"}
     Report = LabelReport
 
@@ -412,7 +342,3 @@ class MultiLabel(Task):
     ):
         objective = LabelObjective(len(names), targets, balanced, mixup)
         super().__init__(objective, LabelHead(names, objective, thresholds))
-
-    @property
-    def thresholds(self) -> Tensor:
-        return self.head.thresholds

@@ -4,10 +4,12 @@ To add a task, derive a class from each of `Objective`, `Head` and `toolkit.answ
 together in a class derived from `Task`, and name that in `toolkit.answers.tasks.TASKS`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit import distributed
@@ -32,8 +34,34 @@ class Answers(Protocol):
         """Figures by the names in the task's `measured`."""
 
 
+@dataclass
+class ColumnAnswers:
+    """Answers to K questions on each image, each of which counts where its target is known."""
+
+    MEASURED: ClassVar[tuple[str, ...]]  # the names of `figures`
+
+    loss: float
+    values: Tensor  # (N, K)
+    targets: Tensor  # (N, K), NaN where unknown
+
+    def figures(self, weights: Tensor | None = None) -> Tensor:
+        """Those in MEASURED, or a row of them for each row of weights of the images (n, N)."""
+        raise NotImplementedError
+
+    def measured(self) -> dict[str, float]:
+        return dict(zip(self.MEASURED, self.figures().tolist(), strict=True))
+
+    def known(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each column the images of which it is known, (M,): their values, their targets, and which they are."""
+        for values, targets in zip(self.values.T, self.targets.T, strict=True):
+            images = (~targets.isnan()).nonzero().flatten()
+            yield values[images], targets[images], images
+
+
 class Objective:
     """What training minimises. Outputs are float32 (N, K); targets come from the loader beside the images."""
+
+    mixup = 0.0  # alpha of mixup; 0: nothing is mixed
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss that is minimised, summed over images."""
@@ -52,8 +80,8 @@ class Objective:
         return self.plain_loss(outputs, targets), self.hits(outputs, targets).float()
 
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixed images, and their targets; nothing is mixed by default."""
-        return images, targets
+        """Mixed images, and their targets."""
+        return mixed(images, targets, self.mixup)
 
     def counts(self, images: LabelledImages) -> Mapping[Any, int]:
         """How many training images say something about each output: for `toolkit.run.optim.wise_ft_alpha`."""
@@ -67,18 +95,43 @@ class Objective:
         """Put what the loss needs onto the device."""
 
 
-class Head:
-    """What the outputs of a classifier head mean, how it starts, and how good its answers are.
+class SoftmaxObjective(Objective):
+    """Cross-entropy of logits of K classes.
 
     Args:
-        names: of the K outputs.
+        class_weights: (K,), how much each class counts; None: 1.
+        label_smoothing: what share of each target is spread over all classes.
     """
+
+    def __init__(self, class_weights: Tensor | None, label_smoothing: float):
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+
+    def to(self, device: torch.device) -> None:
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.cross_entropy(outputs, targets, self.class_weights, self.label_smoothing)
+
+    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.cross_entropy(outputs, targets, None, 0.0)
+
+    @staticmethod
+    def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+        """Summed over images."""
+        return F.cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=smoothing)
+
+
+class Head:
+    """What the K outputs of a classifier head mean, how it starts, and how good its answers are."""
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
     output_name = "logits"  # of what `output_layer` makes of the outputs
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], objective: Any):
         self.names = list(names)
+        self.objective = objective
 
     def evaluate(
         self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
@@ -96,9 +149,7 @@ class Head:
         """The score of the head's answers for features (N, D); None: `evaluate` has to say."""
         raise NotImplementedError
 
-    def knn_score(
-        self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor
-    ) -> float | None:
+    def knn_score(self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor) -> Any:
         """The score of answers taken from the most similar training images, by features (N, D); None: there is none."""
         raise NotImplementedError
 
@@ -107,17 +158,13 @@ class Head:
         raise NotImplementedError
 
     def variance(self, score: float, images: int) -> float:
-        """The square of the standard error of a score that is measured on so many images."""
-        raise NotImplementedError
+        """The square of the standard error of a score that is measured on so many images: here that of a share."""
+        return score * (1 - score) / images
 
     def start(
         self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None
     ) -> probe.Probe:
-        """Set the head to the linear probe of features (views * N, D), and return it.
-
-        Args:
-            clusters: as for `toolkit.answers.probe.fit_linear_probe`.
-        """
+        """Set the head to the linear probe of features (views * N, D), fitted as by `fit_linear_probe`; return it."""
         raise NotImplementedError
 
     def first_temperature(
@@ -132,16 +179,14 @@ class Head:
     def fitted_temperature(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> float | None:
         """What outputs are to be divided by for the smallest plain loss; None if they are no probabilities.
 
-        Args:
-            smoothing: what share of each target is spread over all answers. It bounds the confidence in images that
-                are all answered right.
+        The share `smoothing` of each target is spread over all answers, which bounds the confidence in images that
+        are all answered right.
         """
 
     def calibrate(self, outputs: Tensor, targets: Tensor, optimism: float | None) -> None:
         """Choose the temperature, and all that depends on it, by outputs for views of training images.
 
-        Args:
-            optimism: `HeadTemperature.optimism`; None: the temperature stays 1.
+        It stays 1 where `HeadTemperature.optimism` is not known.
         """
         self.temperature = 1.0
         if optimism is not None:
@@ -158,9 +203,7 @@ class Head:
     def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
         """The columns of a table of predictions, and for each image what stands in them.
 
-        Args:
-            abstain: an answer whose probability is below this is none, but unsure, if the task passes
-                `check_abstain`; None: all are answers.
+        An answer less probable than `abstain` is unsure, in a task that passes `check_abstain`.
         """
         raise NotImplementedError
 
@@ -173,7 +216,7 @@ class Head:
 
 
 class Task:
-    """An objective, a head and a report, under one name. Its methods are those of its parts."""
+    """An objective, a head and a report, under one name. The methods that a loop needs are its own, too."""
 
     kind: str
     score: str  # the name of the score that judges a run, higher is better; its columns begin with val_ or probe_
@@ -190,53 +233,24 @@ class Task:
         self.objective = objective
         self.head = head
         self.names = head.names
-
         self.loss = objective.loss
         self.plain_loss = objective.plain_loss
         self.progress = objective.progress
         self.mix = objective.mix
-        self.counts = objective.counts
-        self.constant_loss = objective.constant_loss
-
         self.evaluate = head.evaluate
-        self.features = head.features
-        self.head_score = head.score
-        self.knn_score = head.knn_score
-        self.constant_score = head.constant_score
-        self.variance = head.variance
-        self.start_head = head.start
-        self.head_temperature = head.first_temperature
-        self.soften_head = head.soften
-        self.fitted_temperature = head.fitted_temperature
-        self.calibrate = head.calibrate
         self.table = head.table
-        self.check_abstain = head.check_abstain
-        self.output_layer = head.output_layer
-        self.output_name = head.output_name
-
-    @property
-    def temperature(self) -> float:
-        return self.head.temperature
-
-    def to(self, device: torch.device) -> "Task":
-        """Put what the loss needs onto the device; returns the task."""
-        self.objective.to(device)
-        return self
 
     def record(self) -> dict[str, Any] | None:
         """What an adapter file says of the task: what `from_record` reads; None: it is classification."""
         return {"kind": self.kind, **self.head.record()}
 
     def chosen(self) -> dict[str, Any]:
-        """What `calibrate` chose, for the metadata of an adapter file."""
-        chosen: dict[str, Any] = {"temperature": self.head.temperature}
+        """What `Head.calibrate` chose, for the metadata of an adapter file."""
         record = self.record()
-        if record is not None:
-            chosen["task"] = record
-        return chosen
+        return {"temperature": self.head.temperature} | ({} if record is None else {"task": record})
 
     def take_chosen(self, metadata: Mapping[str, Any]) -> None:
-        """Take what `calibrate` once chose, from the metadata of an adapter file."""
+        """Take what `Head.calibrate` once chose, from the metadata of an adapter file."""
         self.head.temperature = metadata["temperature"]
         self.head.restore(metadata.get("task") or {})
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +69,20 @@ def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path)
     return places
 
 
+@dataclass
 class Maps:
-    """Maps of scenes: the classes, or numbers, that a model answers with.
+    """Maps of scenes: the classes, or numbers, that a model answers with."""
 
-    Args:
-        answer: images (n, C, S, S) -> outputs of float32, (n, K, S, S) or (n, K).
-        transform: an image or part of one, as `toolkit.images.transforms` takes it -> (C, H, W), normalised.
-        window: S for answers of pixels; else the pixels along each side of what becomes one pixel of the map.
-        probabilities: of all classes, instead of the likeliest one.
-        abstain: a class that is less probable than that is unsure.
-    """
+    task: Task
+    answer: Callable[[Tensor], Tensor]  # images (n, C, S, S) -> outputs of float32, (n, K, S, S) or (n, K)
+    transform: Callable[[Any], Tensor]  # an image or part of one, as `transforms` takes it -> (C, H, W), normalised
+    window: int  # S for answers of pixels; else the pixels along each side of what becomes one pixel of the map
+    probabilities: bool = False  # of all classes, instead of the likeliest one
+    abstain: float | None = None  # a class that is less probable than that is unsure
 
-    def __init__(
-        self,
-        task: Task,
-        answer: Callable[[Tensor], Tensor],
-        transform: Callable[[Any], Tensor],
-        window: int,
-        probabilities: bool = False,
-        abstain: float | None = None,
-    ):
-        self.task = task
-        self.answer = answer
-        self.transform = transform
-        self.window = window
-        self.abstain = abstain
-        self.has_classes = not probabilities and task.kind in ("segmentation", "classification")
+    def __post_init__(self) -> None:
+        self.are_classes = self.task.kind in ("segmentation", "classification")
+        self.has_classes = self.are_classes and not self.probabilities
 
     def write(self, scene: Scene, path: Path, bar: Callable[..., Iterable]) -> Path:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
@@ -111,9 +100,7 @@ class Maps:
             step = self.window
             parts = bar(self._windows(scene), total=math.ceil(scene.height / step))
         names = self.task.names
-        colours = None
-        if self.has_classes:
-            colours = palette(len(names), getattr(self.task, "masks", {}).get("colours"))
+        colours = palette(len(names), self.task.head.record().get("colours")) if self.has_classes else None
         is_tiff = path.suffix in (".tif", ".tiff")
         if is_tiff or scene.like is not None:
             path = path if is_tiff else path.with_name(f"{path.name}.tif")
@@ -141,9 +128,8 @@ class Maps:
             rows = scene.rows(top, min(top + self.window, scene.height))
             missing = (0, -len(rows) % self.window), (0, -scene.width % self.window), (0, 0)
             rows = np.pad(rows, missing, "edge")
-            images = []
-            for left in range(0, scene.width, self.window):
-                images.append(self.transform(_image(rows[:, left : left + self.window], scene)))
+            parts = (rows[:, left : left + self.window] for left in range(0, scene.width, self.window))
+            images = [self.transform(_image(part, scene)) for part in parts]
             yield self._values(self.answer(torch.stack(images))[None])
 
     def _values(self, outputs: Tensor) -> np.ndarray:
@@ -153,9 +139,9 @@ class Maps:
             if self.abstain is not None:
                 numbers[(outputs.softmax(2).amax(2) < self.abstain).numpy()] = unsure(outputs.shape[2])
             return numbers
-        if self.task.kind in ("segmentation", "classification"):
+        if self.are_classes:
             return outputs.softmax(2).numpy()
-        numbers = self.task.output_layer()(outputs).float().numpy()
+        numbers = self.task.head.output_layer()(outputs).float().numpy()
         return numbers[..., 0] if numbers.shape[2] == 1 else numbers
 
 

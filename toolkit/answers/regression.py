@@ -4,15 +4,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toolkit import InputError, printable
 from toolkit.answers import evaluation, measures, probe
-from toolkit.answers.answer_reports import PICTURES, Headline, Report, exact_cells, finite
-from toolkit.answers.parts import Head, Objective, Task, mixed
+from toolkit.answers.answer_reports import ColumnReport, Headline, shortened
+from toolkit.answers.parts import ColumnAnswers, Head, Objective, Task
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, html_table, new_figure, save_figure
 from toolkit.images.data import LabelledImages
 from toolkit.images.lists import ANSWER
@@ -30,33 +29,24 @@ FAR = 1e4  # standard deviations from zero, where float32 begins to blur what di
 
 
 @dataclass
-class NumberAnswers:
-    """Answers that are K numbers for each image, in their own units; only known ones count."""
+class NumberAnswers(ColumnAnswers):
+    """Answers that are numbers in their own units; the loss is in units of the training images' deviations, squared."""
 
-    loss: float  # squared error, in units of the training images' standard deviations
-    answers: Tensor  # (N, K)
-    targets: Tensor  # (N, K), NaN where unknown
+    MEASURED = tuple(MEASURES)
 
     @property
     def score(self) -> float:
         return self.by_number("r2").nanmean().item()
 
-    def measured(self) -> dict[str, float]:
-        return dict(zip(MEASURES, self.figures().tolist(), strict=True))
-
     def figures(self, weights: Tensor | None = None) -> Tensor:
-        """Those in MEASURES, (4,), or (n, 4) for weights of the images (n, N): means over the numbers that have one."""
+        """(4,), or (n, 4): means over the numbers that have one."""
         return torch.stack([self.by_number(name, weights).nanmean(-1) for name in MEASURES], -1)
 
     def by_number(self, name: str, weights: Tensor | None = None) -> Tensor:
         """One of MEASURES for each number, (K,), or (n, K) for weights of the images (n, N)."""
         found = []
-        for answers, targets in zip(self.answers.T, self.targets.T, strict=True):
-            known = ~targets.isnan()
-            counts = weights
-            if weights is not None and not known.all():
-                counts = weights[:, known]
-            found.append(MEASURES[name](answers[known], targets[known], counts))
+        for values, targets, images in self.known():
+            found.append(MEASURES[name](values, targets, None if weights is None else weights[:, images]))
         return torch.stack(found, -1)
 
 
@@ -85,9 +75,6 @@ class NumberObjective(Objective):
 
     plain_loss = loss
 
-    def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return mixed(images, targets, self.mixup)
-
     def counts(self, images: LabelledImages) -> Mapping[int, int]:
         return dict(enumerate((~images.targets.isnan()).sum(0).tolist()))
 
@@ -100,10 +87,6 @@ class NumberHead(Head):
     """Standardised numbers."""
 
     output_name = "numbers"
-
-    def __init__(self, names: Sequence[str], objective: NumberObjective):
-        super().__init__(names)
-        self.objective = objective
 
     def in_units(self, outputs: Tensor) -> Tensor:
         """Outputs (N, K) as numbers in their own units, float64 on the CPU."""
@@ -147,12 +130,8 @@ class NumberHead(Head):
     def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
         """The numbers."""
         spreads = self.objective.std.tolist()
-
-        def rows() -> Iterator[list[str]]:
-            for numbers in self.in_units(outputs).tolist():
-                yield [number_text(number, spread) for number, spread in zip(numbers, spreads, strict=True)]
-
-        return list(self.names), rows()
+        numbers = self.in_units(outputs).tolist()
+        return self.names, ([number_text(*pair) for pair in zip(row, spreads, strict=True)] for row in numbers)
 
     def output_layer(self) -> nn.Module:
         return InUnits(self.objective.mean, self.objective.std)
@@ -180,10 +159,12 @@ class InUnits(nn.Module):
         return outputs * self.std + self.mean
 
 
-class NumberReport(Report):
+class NumberReport(ColumnReport):
     """The report on `NumberAnswers`."""
 
     picture = "scatter.png"
+    plural = "numbers"
+    suffix = ANSWER
     HEADLINES: Mapping[str, Headline] = {
         "r2": Headline("R2", NOTHING_DIFFERS, measures.BELOW_1, ".4g", ".4g"),
         "mae": Headline("mean absolute error", NOTHING_DIFFERS, measures.POSITIVE, ".4g", ".4g"),
@@ -191,40 +172,31 @@ class NumberReport(Report):
         "spearman": Headline("rank correlation", NOTHING_DIFFERS, measures.CORRELATION, ".4g", ".4g"),
     }
 
-    def __init__(self, head: NumberHead, answers: NumberAnswers, clusters: Tensor | None = None):
-        super().__init__(head, answers, clusters)
-        self.measure_headlines(answers.figures)
-        self.by = {name: answers.by_number(name).tolist() for name in MEASURES}
-        self.known = (~answers.targets.isnan()).sum(0).tolist()
-        self.spreads = head.objective.std.tolist()
+    def measure(self, weights: Tensor) -> Tensor:
+        return self.answers.figures(weights)
 
-    def figures(self) -> dict[str, Any]:
-        numbers = {}
-        for i, name in enumerate(self.names):
-            numbers[name] = {"images": self.known[i]}
-            for measure, values in self.by.items():
-                numbers[name][measure] = finite(values[i])
-        return {**self.headline_figures(), "numbers": numbers}
+    def columns(self) -> dict[str, list[float]]:
+        known = (~self.answers.targets.isnan()).sum(0)
+        return {"images": known.tolist()} | {name: self.answers.by_number(name).tolist() for name in MEASURES}
 
     def title(self) -> str:
-        return f"R2 {Regression.reported(self.headlines[0])} on {len(self.answers.targets)} images"
+        return f"R2 {Regression.reported(self.values[0])} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
         mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
-        return [(title, text + mean) for title, text in self.headline_rows()]
+        return [(title, text + mean) for title, text in super().rows()]
 
     def by_number(self) -> list[tuple]:
         """(number, images, R2, MAE, RMSE, Spearman)."""
-        columns = []
-        for values in self.by.values():
-            columns.append(["" if math.isnan(value) else f"{value:.4g}" for value in values])
-        return list(zip(self.names, self.known, *columns, strict=True))
+        images, *others = self.by.values()
+        columns = [["" if math.isnan(value) else f"{value:.4g}" for value in values] for values in others]
+        return list(zip(self.names, images, *columns, strict=True))
 
     def printed(self) -> list[tuple[str, str]]:
         rows = []
         for name, _, of_r2, mae, *_ in self.by_number():
             rows.append((name, f"R2 {of_r2 or 'not defined'}, mean absolute error {mae or 'not defined'}"))
-        return self.shortened("by number", "in their own units:", rows) if len(rows) > 1 else []
+        return shortened("by number", "in their own units:", rows) if len(rows) > 1 else []
 
     def sections(self, picture: Path) -> list[str]:
         titles = ("number", "images", "R2", "mean absolute error", "root mean squared error", "rank correlation")
@@ -234,16 +206,16 @@ class NumberReport(Report):
     def draw(self, path: Path) -> None:
         """The answer for each image by the truth, a panel for each of the first six numbers."""
         shown = self.names[:PANELS]
-        columns = min(ROW, len(shown))
-        rows = math.ceil(len(shown) / columns)
-        figure = new_figure(4.2 * columns, 4 * rows)
-        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        columns = list(self.answers.known())
+        across = min(ROW, len(shown))
+        down = math.ceil(len(shown) / across)
+        figure = new_figure(4.2 * across, 4 * down)
+        places = figure.subplots(down, across, squeeze=False).ravel()
         for place in places[len(shown) :]:
             place.axis("off")
         for i, (name, place) in enumerate(zip(shown, places, strict=False)):
-            known = ~self.answers.targets[:, i].isnan()
-            truth = self.answers.targets[known, i]
-            place.plot(truth, self.answers.answers[known, i], ".", color=BLUE, alpha=0.5)
+            values, truth, _ = columns[i]
+            place.plot(truth, values, ".", color=BLUE, alpha=0.5)
             if len(truth):
                 ends = [truth.min().item(), truth.max().item()]
                 place.plot(ends, ends, "--", color=ORANGE)
@@ -253,26 +225,15 @@ class NumberReport(Report):
         save_figure(figure, path)
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        """The largest errors by the numbers' spread, each image once."""
+        """The largest errors by the numbers' spread."""
         answers = self.answers
-        errors = (answers.answers - answers.targets).abs() / self.head.objective.std
-        found: dict[int, str] = {}
-        for place in errors.nan_to_num().flatten().argsort(descending=True, stable=True)[:1000].tolist():
-            image, number = divmod(place, len(self.names))
-            if len(found) < PICTURES and not errors[image, number].isnan():
-                spread = self.spreads[number]
-                true = number_text(answers.targets[image, number].item(), spread, 4)
-                said = number_text(answers.answers[image, number].item(), spread, 4)
-                found.setdefault(image, f"{self.names[number]} {true}, answered {said}")
-        return {"The largest errors": list(found.items())}
-
-    def answer_columns(self) -> dict[str, Sequence[Any]]:
-        """The truth and the answer of each number."""
-        columns = {}
-        for name, truth, answers in zip(self.names, self.answers.targets.T, self.answers.answers.T, strict=True):
-            columns[name] = exact_cells(truth)
-            columns[name + ANSWER] = exact_cells(answers)
-        return columns
+        spreads = self.head.objective.std
+        found = []
+        for image, number in self.worst((answers.values - answers.targets).abs() / spreads):
+            pair = (answers.targets[image, number], answers.values[image, number])
+            true, said = (number_text(value.item(), spreads[number].item(), 4) for value in pair)
+            found.append((image, f"{self.names[number]} {true}, answered {said}"))
+        return {"The largest errors": found}
 
 
 class Regression(Task):
@@ -314,12 +275,8 @@ class Regression(Task):
 
 def _mean_and_spread(names: Sequence[str], targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the known targets, float64 (K,) each."""
-    mean = []
-    std = []
-    for name, column in zip(names, targets.double().T, strict=True):
-        known = column[~column.isnan()]
+    columns = [column[~column.isnan()] for column in targets.double().T]
+    for name, known in zip(names, columns, strict=True):
         if len(known) < 2 or known.min() == known.max():
             raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
-        mean.append(known.mean())
-        std.append(known.std(correction=0))
-    return torch.stack(mean), torch.stack(std)
+    return torch.stack([known.mean() for known in columns]), torch.stack([known.std(correction=0) for known in columns])

@@ -49,15 +49,15 @@ def start_head(
     """
     train, queries, *augmented = features
     of_knn, of_probe = baseline_keys(task)
-    baseline: dict[str, float | None] = {of_knn: task.knn_score(*train, *queries), of_probe: None}
+    baseline: dict[str, float | None] = {of_knn: task.head.knn_score(*train, *queries), of_probe: None}
     if args.head_init != "probe":
         return baseline, probe.HeadTemperature()
     both = [torch.cat(views) for views in zip(train, *augmented, strict=True)]
-    started = task.start_head(model, *both, views=2, clusters=clusters)
-    baseline[of_probe] = task.head_score(model, *queries)
+    started = task.head.start(model, *both, views=2, clusters=clusters)
+    baseline[of_probe] = task.head.score(model, *queries)
     # A head that trains alone cannot harm the features.
     features_train = args.lora_rank > 0 or args.norms == "train" or not args.freeze_backbone
-    temperature = task.head_temperature(model, *augmented[0], features_train)
+    temperature = task.head.first_temperature(model, *augmented[0], features_train)
     if started.held_out is not None:
         temperature = temperature._replace(optimism=optimism(task, model, started.held_out, *augmented[0]))
     return baseline, temperature
@@ -80,9 +80,9 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
     known = held_out.isfinite().all(1)
-    unseen = task.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
+    unseen = task.head.fitted_temperature(held_out[known], torch.cat([targets, targets])[known])
     unseen **= len(targets) / (len(targets) + SURE_IMAGES)
-    return unseen / task.fitted_temperature(views, targets, VIEW_SMOOTHING)
+    return unseen / task.head.fitted_temperature(views, targets, VIEW_SMOOTHING)
 
 
 def baseline_keys(task: Task | type[Task]) -> tuple[str, str]:
@@ -95,21 +95,22 @@ def task_of_run(args: argparse.Namespace, splits: Splits, device: torch.device) 
     names = splits.class_names
     train = splits.train
     balanced = args.class_weights == "balanced"
+    task: Task
     if args.task == "multilabel":
-        return MultiLabel(names, train.targets, balanced, args.mixup).to(device)
-    if args.task == "regression":
-        return Regression(names, train.targets, args.mixup).to(device)
-    if args.task == "segmentation":
-        pixel_weights = rare_class_weights(train.targets) if balanced else None
-        return Segmentation(names, pixel_weights, args.label_smoothing, train.source.read.record).to(device)
-    weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
-    return Classification(names, weights, args.label_smoothing, args.mixup).to(device)
+        task = MultiLabel(names, train.targets, balanced, args.mixup)
+    elif args.task == "regression":
+        task = Regression(names, train.targets, args.mixup)
+    elif args.task == "segmentation":
+        weights = rare_class_weights(train.targets) if balanced else None
+        task = Segmentation(names, weights, args.label_smoothing, train.source.read.record)
+    else:
+        weights = evaluation.balanced_weights(Counter(train.labels), len(names)) if balanced else None
+        task = Classification(names, weights, args.label_smoothing, args.mixup)
+    task.objective.to(device)
+    return task
 
 
-RECORDED = {
-    "multilabel": ("thresholds",),
-    "regression": ("mean", "std"),
-}  # numbers for each output, by name
+RECORDED = {"multilabel": ("thresholds",), "regression": ("mean", "std")}  # numbers for each output, by name
 
 
 def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
@@ -118,7 +119,12 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
         return Classification(names)
     kind = record.get("kind") if isinstance(record, dict) else None
     if kind == "segmentation":
-        return _segmentation(record, names, path)
+        masks = {name: value for name, value in record.items() if name != "kind"}
+        try:
+            MaskReader(*masks_from_record(masks, names))
+        except (InputError, TypeError, ValueError, IndexError, OverflowError):
+            raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
+        return Segmentation(names, masks=masks)
     fields = RECORDED.get(str(kind))
     if fields is None:
         raise InputError(f"{path} is of another version of the toolkit, or damaged: its task is none of this one's")
@@ -130,12 +136,3 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
             raise InputError(f"{path} is damaged: {' or '.join(fields)} of its task is not a number for each output")
         recorded[field] = torch.tensor(values, dtype=torch.float64)
     return TASKS[kind](names, **recorded)
-
-
-def _segmentation(record: dict[str, Any], names: Sequence[str], path: Any) -> Segmentation:
-    masks = {name: value for name, value in record.items() if name != "kind"}
-    try:
-        MaskReader(*masks_from_record(masks, names))
-    except (InputError, TypeError, ValueError, IndexError, OverflowError):
-        raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
-    return Segmentation(names, masks=masks)

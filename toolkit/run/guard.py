@@ -85,12 +85,12 @@ class Guard:
         all_train: bool = False,
         may_shrink: bool = False,
     ):
-        self.variance = task.variance
+        self.variance = task.head.variance
         self.images = len(watched)
         self.lost_share = 1 / 3 if all_train else 1 / 4  # good runs of a whole backbone lose more at first
         self.may_shrink = may_shrink
-        self.constant_score = task.constant_score(watched)
-        self.constant_loss = task.constant_loss(train)
+        self.constant_score = task.head.constant_score(watched)
+        self.constant_loss = task.objective.constant_loss(train)
         self.first_loss: float | None = None  # of the first step: the loss before training
         self.recent_loss: float | None = None  # a moving average
         self.scores: list[float] = []  # before training, and after each epoch

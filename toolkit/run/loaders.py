@@ -220,7 +220,7 @@ class Loaders:
         found = []
         for loader in loaders:
             bar = runs.progress_bar(loader, "features")
-            found.append(task.features(network, bar, self.device, dtype, len(train)))
+            found.append(task.head.features(network, bar, self.device, dtype, len(train)))
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found

@@ -134,7 +134,7 @@ def choose_learning_rate(
 
     plan = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
     print(f"searching for a learning rate: {plan}")
-    rate, trials = find_learning_rate(trial, lambda score: task.variance(score, images), known, tried)
+    rate, trials = find_learning_rate(trial, lambda score: task.head.variance(score, images), known, tried)
     begin()
     if distributed.is_main():
         rates = [trial.learning_rate for trial in trials]
