@@ -77,7 +77,7 @@ class Decoder(nn.Module):
 def run_one(job: tuple[str, float, int, str], options: list[str], answers: Any) -> None:
     """One run, in a process of its own; its figures go into a queue."""
     method, rate, seed, split = job
-    title, flags, decoder, _ = METHODS[method]
+    _, flags, decoder, _ = METHODS[method]
     if decoder is not None:
         finetune_lora.DenseModel = lambda *args: Decoder(decoder, *args)
         probe.soften_head = lambda model, temperature: None  # no linear layer, which could be divided by it
