@@ -1192,7 +1192,7 @@ class FineTuning(RunState):
             with evaluation.eval_mode(model):
                 lower, self.network = split_model(model, args.adapt_last)
                 self.loaders.cache_features(lower, plan.dtype)
-        norms_train = evaluation.batch_norm_trains(model)
+        norms_train = bool(evaluation.training_norms(model))
         self.loaders.open(norms_train)
         self.plan = self._let_norms_follow(plan)
         self.task = tasks.task_of_run(args, splits, plan.device)

@@ -1,7 +1,8 @@
 """Answers of a model over a loader, features, k-NN, and BatchNorm statistics for both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,20 +16,15 @@ from toolkit.devices import autocast, to_device
 from toolkit.models.backbones import forward_features
 
 
-def batch_norm_trains(model: nn.Module) -> bool:
-    """Does any BatchNorm take statistics of the batch in training?"""
-    return any(isinstance(module, _BatchNorm) and norm_trains(module) for module in model.modules())
-
-
-def norm_trains(norm: _BatchNorm) -> bool:
-    return not getattr(norm, "frozen", False)
+def training_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Every BatchNorm that takes statistics of the batch in training."""
+    return [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not getattr(norm, "frozen", False)]
 
 
 def balanced_weights(images: Mapping[int, int], num_classes: int) -> Tensor:
     """A weight for each class, (num_classes,), with which all classes count alike. Their mean over the images is 1.
 
-    Args:
-        images: how many each class has, by its index.
+    `images` says how many each class has, by its index.
     """
     counts = torch.tensor([images[label] for label in range(num_classes)])
     shares = len(images) * counts.double() / sum(images.values())
@@ -41,12 +37,6 @@ NO_LABEL = -100  # the label of an image that stands in for a missing one: cross
 def no_labels(like: Tensor) -> Tensor:
     """Labels or targets that no loss counts, for images that stand in for missing ones."""
     return torch.full_like(like, torch.nan if like.is_floating_point() else NO_LABEL)
-
-
-def count_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """The number of right answers of logits (N, classes). A mixed image has the label of its largest share."""
-    likeliest = labels if labels.dim() == 1 else labels.argmax(1)
-    return (logits.argmax(1) == likeliest).sum()
 
 
 @contextlib.contextmanager
@@ -68,7 +58,7 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
     The moving averages that training leaves belong to earlier weights, and with a momentum of 0.01 to those of hundreds
     of steps ago (precise BatchNorm: Wu and Johnson, arXiv 2105.07576, section 3).
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and norm_trains(module)]
+    norms = training_norms(model)
     momenta = [norm.momentum for norm in norms]
     with eval_mode(model):
         for norm in norms:
@@ -120,24 +110,45 @@ def map_batches(
 
 
 @torch.no_grad()
-def extract_features(
-    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """The features that the head of `model` receives, over a loader, in eval mode. The model's mode is then restored.
+def over_loader(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    dtype: torch.dtype,
+    answer: Callable[[Tensor], Tensor] | None = None,
+    found: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda *both: both,
+) -> tuple[Tensor, ...]:
+    """What is found in the answers for the images of a loader, with `model` in eval mode; its mode is then restored.
 
-    With several processes, each computes its share and all of them return the features of the full set.
+    With several processes, each computes its share and all of them return the whole, on `device`.
 
-    Returns:
-        float32 features (N, D) and labels (N,), both on `device`.
+    Args:
+        answer: of images; None: the model's.
+        found: of answers in float32 and targets, (B, ...) each, which by default are returned.
     """
-    features = []
-    labels = []
+    parts = []
     with eval_mode(model):
         for images, targets in loader:
             with autocast(device, dtype):
-                features.append(forward_features(model, to_device(images, device)).float())
-            labels.append(to_device(targets, device))
-    return distributed.interleave(torch.cat(features)), distributed.interleave(torch.cat(labels))
+                answers = (answer or model)(to_device(images, device))
+            parts.append(found(answers.float(), to_device(targets, device)))
+    return tuple(distributed.interleave(torch.cat(column)) for column in zip(*parts, strict=True))
+
+
+def extract_features(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The features that the head of `model` receives, float32 (N, D), and labels (N,), both on `device`."""
+    features, labels = over_loader(model, loader, device, dtype, functools.partial(forward_features, model))
+    return features, labels
+
+
+def all_outputs(
+    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The outputs of a model, float32 (N, K), and the targets, both on the CPU."""
+    outputs, targets = over_loader(model, loader, device, dtype)
+    return outputs.cpu(), targets.cpu()
 
 
 NEIGHBOURS = 20
@@ -193,24 +204,6 @@ def _nearest(train_features: Tensor, features: Tensor, k: int) -> Iterator[tuple
         yield (F.normalize(queries, dim=1) @ train.T).topk(min(k, len(train)), dim=1)  # (B, N) -> (B, k)
 
 
-@torch.no_grad()
-def all_outputs(
-    model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """The outputs of a model over a loader in eval mode, float32 (N, K), and the targets, both on the CPU.
-
-    With several processes, each computes its share and all of them return the whole. The mode is as before afterwards.
-    """
-    outputs = []
-    targets = []
-    with eval_mode(model):
-        for images, wanted in loader:
-            with autocast(device, dtype):
-                outputs.append(model(to_device(images, device)).float())
-            targets.append(to_device(wanted, device))
-    return distributed.interleave(torch.cat(outputs)).cpu(), distributed.interleave(torch.cat(targets)).cpu()
-
-
 class Evaluation(NamedTuple):
     """The result of `evaluate`."""
 
@@ -256,42 +249,24 @@ class Evaluation(NamedTuple):
         return [sums.index_add(-1, of, counts.double())[..., :-1] for of in (right, self.labels, self.predictions)]
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, loader: Iterable, device: torch.device, dtype=torch.float32, temperature: float = 1.0
 ) -> Evaluation:
-    """Loss, accuracy and predictions of a classifier over a loader, in eval mode. The mode is as before afterwards.
-
-    With several processes, each evaluates its share and all of them return the result over the full set.
+    """Loss, accuracy and predictions of a classifier over a loader, as by `over_loader`.
 
     Args:
         temperature: what the logits were divided by; if not 1, the confidences before that are measured too.
     """
     losses = []
-    labels = []
-    confidences = []
-    predictions = []
-    before = []
-    with eval_mode(model):
-        for images, targets in loader:
-            targets = to_device(targets, device)
-            with autocast(device, dtype):
-                logits = model(to_device(images, device))
-            losses.append(F.cross_entropy(logits.float(), targets, reduction="sum"))
-            labels.append(targets)
-            most_probable = logits.float().softmax(1).max(1)
-            confidences.append(most_probable.values)
-            predictions.append(most_probable.indices)
-            if temperature != 1:
-                before.append((temperature * logits.float()).softmax(1).amax(1))
+
+    def found(logits: Tensor, labels: Tensor) -> list[Tensor]:
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+        before = [] if temperature == 1 else [(temperature * logits).softmax(1).amax(1)]
+        return [labels, *logits.softmax(1).max(1), *before]
+
+    columns = over_loader(model, loader, device, dtype, found=found)
+    labels, confidences, predictions, *before = (column.cpu() for column in columns)
     loss = sum(torch.stack(losses).tolist())  # read together: one wait for the GPU
-    labels = distributed.interleave(torch.cat(labels)).cpu()
-    predictions = distributed.interleave(torch.cat(predictions)).cpu()
-    return Evaluation(
-        loss=distributed.all_sum(loss)[0] / len(labels),
-        accuracy=(predictions == labels).float().mean().item(),
-        predictions=predictions,
-        labels=labels,
-        confidences=distributed.interleave(torch.cat(confidences)).cpu(),
-        before=distributed.interleave(torch.cat(before)).cpu() if before else None,
-    )
+    accuracy = (predictions == labels).float().mean().item()
+    loss = distributed.all_sum(loss)[0] / len(labels)
+    return Evaluation(loss, accuracy, predictions, labels, confidences, *before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit import InputError, distributed
-from toolkit.answers.evaluation import batch_norm_trains, no_labels
+from toolkit.answers.evaluation import no_labels, training_norms
 from toolkit.images.data import LoadingMeter
 
 # Reading a step's figures makes the processor wait for a GPU: there several steps are read together.
@@ -31,7 +31,7 @@ def check_batches(model: nn.Module, train_images: int, val_images: int, batch_si
     """Raises InputError if a batch leaves too few images for each process or for BatchNorm."""
     check_processes(train_images, val_images)
     needed = max(2, distributed.world_size())
-    if batch_norm_trains(model) and min(batch_size, train_images) < needed:
+    if training_norms(model) and min(batch_size, train_images) < needed:
         raise InputError(
             f"BatchNorm that trains needs {needed} images or more, and one in each process: raise --batch-size, or use "
             "--freeze-backbone without --norms train"
