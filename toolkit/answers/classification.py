@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +79,19 @@ class ClassHead(Head):
         loss = functools.partial(F.cross_entropy, target=targets, label_smoothing=smoothing)
         return measures.fit_temperature(outputs, loss)
 
-    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
+    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
         """The most probable classes and their probabilities. With `abstain` the last column is the likeliest class."""
         probabilities, classes = outputs.softmax(1).topk(min(TOP, len(self.names)))  # (N, classes) -> (N, TOP)
-        columns = ["class", "probability"]
-        for place in range(2, probabilities.shape[1] + 1):
-            columns += [f"class_{place}", f"probability_{place}"]
-
-        def rows() -> Iterator[list[str]]:
-            for shares, numbers in zip(probabilities.tolist(), classes.tolist(), strict=True):
-                cells = []
-                for share, number in zip(shares, numbers, strict=True):
-                    cells += [self.names[number], f"{share:.4f}"]
-                if abstain is None:
-                    yield cells
-                else:
-                    yield [UNSURE if shares[0] < abstain else cells[0], *cells[1:], cells[0]]
-
-        return columns if abstain is None else [*columns, "likeliest"], rows()
+        columns = {}
+        for place, (shares, numbers) in enumerate(zip(probabilities.T.tolist(), classes.T.tolist(), strict=True), 1):
+            suffix = f"_{place}" if place > 1 else ""
+            columns[f"class{suffix}"] = [self.names[number] for number in numbers]
+            columns[f"probability{suffix}"] = [f"{share:.4f}" for share in shares]
+        if abstain is not None:
+            columns["likeliest"] = columns["class"]
+            sure = zip(columns["class"], (probabilities[:, 0] >= abstain).tolist(), strict=True)
+            columns["class"] = [name if is_sure else UNSURE for name, is_sure in sure]
+        return columns
 
     def check_abstain(self) -> None:
         if UNSURE in self.names:

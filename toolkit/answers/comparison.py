@@ -47,15 +47,12 @@ class Answered(NamedTuple):
     groups: list[str] | None
     columns: dict[str, list[str]]  # by title
 
-    def of(self, images: Sequence[str]) -> "Answered":
+    def in_order(self, images: Sequence[str]) -> "Answered":
         """The same, in the order of these images."""
         place = {name: i for i, name in enumerate(self.images)}
-
-        def ordered(cells: list[str]) -> list[str]:
-            return [cells[place[name]] for name in images]
-
-        columns = {title: ordered(cells) for title, cells in self.columns.items()}
-        return Answered(list(images), ordered(self.groups) if self.groups else None, columns)
+        order = [place[name] for name in images]
+        columns = {title: [cells[i] for i in order] for title, cells in self.columns.items()}
+        return Answered(list(images), self.groups and [self.groups[i] for i in order], columns)
 
 
 class Difference(NamedTuple):
@@ -83,111 +80,87 @@ def compare(first: Path, second: Path) -> list[Difference]:
         raise InputError(f"{second} is of other classes, labels or numbers than {first}: nothing to compare")
     missing = sorted(set(one.images) - set(other.images))
     if missing or len(set(other.images)) != len(one.images):
-        what = f", such as {printable(missing[0])}" if missing else ""
+        what = "".join(f", such as {printable(name)}" for name in missing[:1])
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
-    other = other.of(one.images)
-    is_truth = _truth(one.columns)
-    if not is_truth:
+    other = other.in_order(one.images)
+    kinds = {title: _kind(title, one.columns) for title in one.columns}
+    truth = [title for title, kind in kinds.items() if kind is not None]
+    if not truth and {"class", "answer"} <= kinds.keys():
+        truth = ["class"]
+    if not truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in is_truth if one.columns[title] != other.columns[title]]
+    differing = [title for title in truth if one.columns[title] != other.columns[title]]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
     groups = one.groups or other.groups
     if other.groups is not None and other.groups != groups:
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
-    return _differences(one.columns, other.columns, is_truth, None if groups is None else _numbered(groups))
-
-
-def _truth(titles: Container[str]) -> list[str]:
-    """The columns that say what is true."""
-    found = [title for title in titles if _kind(title, titles) is not None]
-    if not found and "class" in titles and "answer" in titles:
-        return ["class"]
-    return found
+    number = {name: i for i, name in enumerate(dict.fromkeys(groups or ()))}
+    clusters = groups and torch.tensor([number[name] for name in groups])
+    return _differences([one.columns, other.columns], truth, kinds[truth[0]], clusters)
 
 
 def _kind(title: str, titles: Container[str]) -> str | None:
     """What the column of answers beside the column of a label or number ends with; None: it is no such column."""
-    for kind in (ANSWER, PROBABILITY):
-        if title + kind in titles:
-            return kind
-    return None
-
-
-def _numbered(groups: Sequence[str]) -> Tensor:
-    """The number of each image's group, counted from 0."""
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in groups])
+    return next((kind for kind in (ANSWER, PROBABILITY) if title + kind in titles), None)
 
 
 def _read(path: Path) -> Answered:
     """The content of a file of answers."""
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.reader(file))
+            titles, *rows = csv.reader(file)
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; the answers for each image lie there if a run, or evaluate --output, wrote them"
         ) from None
-    except csv.Error as error:
-        raise InputError(f"{path} is damaged: {printable(error)}") from None
-    titles = rows[0] if rows else []
-    if titles[:1] != [IMAGE] or len(rows) < 2 or any(len(row) != len(titles) for row in rows):
+    except (csv.Error, ValueError):
+        titles, rows = [], []
+    if titles[:1] != [IMAGE] or not rows or any(len(row) != len(titles) for row in rows):
         raise InputError(f"{path} is not a table of answers, or damaged: evaluate again")
-    columns = [list(cells) for cells in zip(*rows[1:], strict=True)]
+    images, *columns = (list(cells) for cells in zip(*rows, strict=True))
     is_label = titles[2:3] in ([GROUP + PROBABILITY], [GROUP + ANSWER])  # one that is called group
-    if titles[1:2] == [GROUP] and not is_label:
-        return Answered(columns[0], columns[1], dict(zip(titles[2:], columns[2:], strict=True)))
-    return Answered(columns[0], None, dict(zip(titles[1:], columns[1:], strict=True)))
+    first = 1 if titles[1:2] == [GROUP] and not is_label else 0
+    return Answered(images, columns[0] if first else None, dict(zip(titles[1 + first :], columns[first:], strict=True)))
 
 
 Table = dict[str, list[str]]
 
 
-def _differences(first: Table, second: Table, truth: Sequence[str], clusters: Tensor | None) -> list[Difference]:
-    kind = _kind(truth[0], first)
-    if kind is None:
-        pair = [_right(first), _right(second)]
-        [found] = _compared(["accuracy"], _accuracy, pair, len(pair[0]), clusters)
-        return [found._replace(p=measures.mcnemar(*pair, clusters))]
-    answers = LabelAnswers if kind == PROBABILITY else NumberAnswers
-    titles = [title + kind for title in truth]
-    targets = _numbers(first, truth)
-    runs = [answers(0.0, _numbers(table, titles), targets) for table in (first, second)]
-    return _compared(SHOWN[kind], answers.figures, runs, len(targets), clusters)
-
-
-def _compared(
-    names: Sequence[str],
-    figures: Callable[[Any, Tensor], Tensor],
-    runs: Sequence[Any],
-    images: int,
-    clusters: Tensor | None,
+def _differences(
+    tables: Sequence[Table], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
-    """Compare two runs by the figures with these names, of all images and of parts that are the same for both.
+    """Compare two runs by their figures, of all images and of parts that are the same for both.
 
     So what makes images easy for both does not blur the difference.
-
-    Args:
-        figures: of the answers of a run, (n, columns) for weights (n, images); further columns are left out.
     """
-    first, second = runs
-    shown = len(names)
+    if kind is None:
+        names: tuple[str, ...] = ("accuracy",)
+        figures: Callable[[Any, Tensor], Tensor] = _accuracy
+        pairs = [zip(table["class"], table["answer"], strict=True) for table in tables]
+        runs = [torch.tensor([true == answer for true, answer in pair]) for pair in pairs]
+    else:
+        names = SHOWN[kind]
+        answers = LabelAnswers if kind == PROBABILITY else NumberAnswers
+        figures = answers.figures
+        targets = _numbers(tables[0], truth)
+        runs = [answers(0.0, _numbers(table, [title + kind for title in truth]), targets) for table in tables]
+    images = len(tables[0][truth[0]])
+    bounds = [measures.UNBOUNDED] * len(names)
+
+    def both(weights: Tensor) -> list[Tensor]:
+        return [figures(run, weights)[:, : len(names)] for run in runs]
 
     def difference(weights: Tensor) -> Tensor:
-        return (figures(second, weights) - figures(first, weights))[:, :shown]
+        before, after = both(weights)
+        return after - before
 
-    before, after = (figures(run, torch.ones(1, images))[0].tolist()[:shown] for run in runs)
-    found = measures.jackknife(difference, images, clusters, [measures.UNBOUNDED] * shown)
-    differences = []
-    for name, one, other, ends, p in zip(names, before, after, found.intervals, found.p, strict=True):
-        differences.append(Difference(name, one, other, *ends, p))
-    return differences
-
-
-def _right(table: Table) -> Tensor:
-    return torch.tensor([true == answer for true, answer in zip(table["class"], table["answer"], strict=True)])
+    found = measures.jackknife(difference, images, clusters, bounds)
+    before, after = (values[0].tolist() for values in both(torch.ones(1, images)))
+    chances = found.p if kind else [measures.mcnemar(*runs, clusters)]
+    columns = zip(names, before, after, found.intervals, chances, strict=True)
+    return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 
 def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
@@ -196,10 +169,8 @@ def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
 
 def _numbers(table: Table, titles: Sequence[str]) -> Tensor:
     """These columns as numbers, (N, K), NaN where nothing stands."""
-    columns = []
     try:
-        for title in titles:
-            columns.append([float(cell or "nan") for cell in table[title]])
+        columns = [[float(cell or "nan") for cell in table[title]] for title in titles]
     except ValueError as error:
         raise InputError(f"a table of answers is damaged: {printable(error)}; evaluate again") from None
     return torch.tensor(columns, dtype=torch.float64).T

@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Names in the metrics, and titles. The first is `toolkit.answers.evaluation.knn_accuracy`, which needs labels.
-TITLES = {
-    "knn_accuracy": "k-NN",
-    "alignment": "alignment",
-    "uniformity": "uniformity",
-    "effective_rank": "effective rank",
+TITLES = {"knn_accuracy": "k-NN"} | {
+    name: name.replace("_", " ") for name in ("alignment", "uniformity", "effective_rank")
 }
-
-
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
 
@@ -39,10 +34,8 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float
     """`wilson_interval` of answers (N,) that are right or wrong, where images of one cluster may be alike.
 
     It is that of as many independent images as would have the same variance, at most N, and wider where there are few
-    clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's).
-
-    Args:
-        clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
+    clusters (as Korn and Graubard, Survey Methodology 24, 1998, do for Clopper and Pearson's). `clusters` (N,) has the
+    number of each image's cluster, such as a patient; None: each image is for itself.
     """
     hits = right.double().sum().item()
     images = len(right)
@@ -51,7 +44,7 @@ def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float
     from scipy.stats import t
 
     share = hits / images
-    number = _number(clusters)
+    number = int(clusters.max()) + 1
     if number < 2:
         return 0.0, 1.0
     sums = torch.zeros(number, dtype=torch.float64).index_add_(0, clusters, right.double() - share)
@@ -101,24 +94,19 @@ NUMBERS_AT_ONCE = 1_000_000  # of an intermediate result of a measure: 4 to 8 MB
 
 
 def by_rows(measure: Callable[[Tensor], Tensor], weights: Tensor, numbers: int) -> Tensor:
-    """`measure(weights)`, computed for as many rows at a time as memory is meant for.
+    """`measure(weights)`, (n, ...) of weights (n, images), computed for as many rows at a time as memory is meant for.
 
-    Args:
-        measure: takes weights (n, images) and returns (n, ...).
-        numbers: how many numbers its largest intermediate result has for each row.
+    `numbers` says how many its largest intermediate result has for each row.
     """
     rows = max(1, NUMBERS_AT_ONCE // max(1, numbers))
     return torch.cat([measure(part) for part in weights.split(rows)])
 
 
 class Ranking:
-    """Answers in the order of their scores, the highest first. They are sorted once, for measures under any weights.
+    """Answers (M,) in the order of their scores, the highest first: sorted once, for measures under any weights.
 
-    Equal scores share a rank, at which all of them are counted.
-
-    Args:
-        scores, positive: (M,), of the answers.
-        images: (M,), the column of the weights that is each answer's; None: each answer has its own.
+    Equal scores share a rank, at which all of them are counted. `images` (M,) has the column of the weights that is
+    each answer's; None: each answer has its own.
     """
 
     def __init__(self, scores: Tensor, positive: Tensor, images: Tensor | None = None):
@@ -164,9 +152,7 @@ class Ranking:
 
 def f1(answers: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
     """The harmonic mean of precision and recall of answers (N, ...), 0 or 1. It is 0 without any true positive."""
-    right = answers * positive
-    both = answers + positive
-    return 2 * weighted_sum(right, weights) / weighted_sum(both, weights).clamp_min(1)
+    return 2 * weighted_sum(answers * positive, weights) / weighted_sum(answers + positive, weights).clamp_min(1)
 
 
 def best_threshold(scores: Tensor, positive: Tensor) -> float:
@@ -179,18 +165,14 @@ def best_threshold(scores: Tensor, positive: Tensor) -> float:
     order = scores.argsort(descending=True, stable=True)
     ends = _ends_of_runs(scores[order])
     hits = positive[order].double().cumsum(0)[ends]
-    quality = 2 * hits / (ends + 1 + positive.sum())
-    ranked = scores[order][ends].double()
-    below = torch.cat([ranked[1:], ranked.new_zeros(1)])
-    best = int(quality.argmax())
-    return ((ranked + below) / 2)[best].item()
+    best = int((hits / (ends + 1 + positive.sum())).argmax())  # half of F1
+    ranked = F.pad(scores[order][ends].double(), (0, 1))
+    return ((ranked[best] + ranked[best + 1]) / 2).item()
 
 
 def _ends_of_runs(ranked: Tensor) -> Tensor:
     """Where runs of equal values (N,) end."""
-    is_last = torch.ones(len(ranked), dtype=torch.bool)
-    is_last[:-1] = ranked[1:] != ranked[:-1]
-    return is_last.nonzero().flatten()
+    return ranked.unique_consecutive(return_counts=True)[1].cumsum(0) - 1
 
 
 def weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -229,13 +211,11 @@ def r2(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """The correlation of the ranks, -1 to 1; equal numbers share their mean rank. NaN where all are equal."""
-    one = _Ranks(answers)
-    other = _Ranks(truth)
+    runs = [of.unique(return_inverse=True)[1] for of in (answers, truth)]
 
     def measure(weights: Tensor) -> Tensor:
         counts = weights.double()
-        first = one.centred(counts)
-        second = other.centred(counts)
+        first, second = (_centred_ranks(run, counts) for run in runs)
         weighted = first * counts
         together = (weighted * second).sum(1)
         spread = (weighted * first).sum(1)
@@ -246,22 +226,11 @@ def spearman(answers: Tensor, truth: Tensor, weights: Tensor | None = None) -> T
     return by_rows(measure, weights, 4 * len(truth))
 
 
-class _Ranks:
-    """The ranks of values (N,), which are sorted once. Equal values share their mean rank."""
-
-    def __init__(self, values: Tensor):
-        self.order = values.argsort(stable=True)
-        self.ends = _ends_of_runs(values[self.order])
-        self.run = torch.searchsorted(self.ends, torch.arange(len(values)))
-        self.place = torch.empty_like(self.order)  # in the order
-        self.place[self.order] = torch.arange(len(values))
-
-    def centred(self, counts: Tensor) -> Tensor:
-        """The ranks, (n, N), of images that count so often, less their mean."""
-        until = counts[:, self.order].cumsum(1)[:, self.ends]
-        until = until - until.diff(dim=1, prepend=torch.zeros_like(until[:, :1])) / 2
-        ranks = until[:, self.run[self.place]]
-        return ranks - (ranks * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+def _centred_ranks(run: Tensor, counts: Tensor) -> Tensor:
+    """The ranks, less their mean, of images that count so often, (n, N), in runs (N,) of equal values by size."""
+    totals = torch.zeros_like(counts).index_add_(1, run, counts)
+    ranks = (totals.cumsum(1) - totals / 2)[:, run]
+    return ranks - (ranks * counts).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -280,10 +249,6 @@ POSITIVE = (0.0, math.inf)
 CORRELATION = (-1.0, 1.0)
 UNBOUNDED = (-math.inf, math.inf)
 STEADY = 1e-12  # by its size: a figure that changes less where images are left out changes by rounding alone
-
-
-def _number(clusters: Tensor) -> int:
-    return int(clusters.max()) + 1
 
 
 class Jackknifed(NamedTuple):
@@ -316,11 +281,10 @@ def jackknife(
     """
     from scipy.stats import t
 
-    things = images if clusters is None else _number(clusters)
+    clusters = torch.arange(images) if clusters is None else clusters
+    things = int(clusters.max()) + 1
     parts = min(PARTS, things)
-    part = torch.randperm(things, generator=torch.Generator().manual_seed(0)) % parts
-    if clusters is not None:
-        part = part[clusters]
+    part = (torch.randperm(things, generator=torch.Generator().manual_seed(0)) % parts)[clusters]
     kept = torch.cat([torch.ones(1, images, dtype=torch.bool), part != torch.arange(parts)[:, None]])
     values, without = measure(kept).double().split([1, parts])
     values = values[0]
@@ -348,13 +312,16 @@ def _between(value: float, middle: float, half: float, bounds: tuple[float, floa
     below = middle - low
     above = high - middle
     factor = math.exp(min(half / below + half / above, 500.0))  # of the odds below / above
-    if math.isinf(above):
-        return low + below / factor, low + below * factor
-    if math.isinf(below):
-        return high - above * factor, high - above / factor
-    lower = below / above / factor
-    upper = below / above * factor
-    return low + (high - low) * lower / (1 + lower), low + (high - low) * upper / (1 + upper)
+
+    def end(times: float) -> float:
+        if math.isinf(above):
+            return low + below * times
+        if math.isinf(below):
+            return high - above / times
+        odds = below / above * times
+        return low + (high - low) * odds / (1 + odds)
+
+    return end(1 / factor), end(factor)
 
 
 def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> float:
@@ -366,7 +333,7 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
     """
     gains = second.long() - first.long()
     if clusters is not None:
-        gains = torch.zeros(_number(clusters), dtype=torch.long).index_add_(0, clusters, gains)
+        gains = torch.zeros(int(clusters.max()) + 1, dtype=torch.long).index_add_(0, clusters, gains)
     sizes = gains.abs()
     chances = np.zeros(int(sizes.sum()) + 1)  # of each sum of those that are positive, where signs are by chance
     chances[0] = 1.0
@@ -409,11 +376,8 @@ def calibration_error(bins: Tensor) -> float:
 def fit_temperature(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
     """The temperature by which logits are divided for the smallest loss (arXiv 1706.04599, section 4.2).
 
-    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same.
-
-    Args:
-        logits: of images that did not train what gives them.
-        loss: of logits, such as the cross-entropy with their labels.
+    It is sought between 1/100 and 100 of their standard deviation; 1 for logits that are all the same. They should be
+    of images that did not train what gives them; the loss is such as the cross-entropy with their labels.
     """
     from scipy.optimize import minimize_scalar
 

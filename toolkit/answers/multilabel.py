@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ class LabelHead(Head):
     def record(self) -> dict[str, list[float]]:
         return {"thresholds": self.thresholds.tolist()}
 
-    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[Sequence[str]]]:
+    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
         """The labels whose probability is above their threshold, and the probability of each label.
 
         With `abstain` a label is unsure, and in a column of its own, if the answer on it, yes or no, is less probable.
@@ -205,16 +205,15 @@ class LabelHead(Head):
         probabilities = outputs.sigmoid()
         said = probabilities > self.thresholds
         unsure = torch.where(said, probabilities, 1 - probabilities) < (abstain or 0.0)
-
-        def named(chosen: Tensor) -> list[str]:
-            return [",".join(itertools.compress(self.names, row)) for row in chosen.tolist()]
-
-        columns = {"labels": named(said & ~unsure)}
-        if abstain is not None:
-            columns[UNSURE] = named(unsure)
+        chosen = {"labels": said & ~unsure, UNSURE: unsure}
+        if abstain is None:
+            del chosen[UNSURE]
+        columns = {}
+        for title, rows in chosen.items():
+            columns[title] = [",".join(itertools.compress(self.names, row)) for row in rows.tolist()]
         for name, shares in zip(self.names, probabilities.T.tolist(), strict=True):
             columns[f"{name} probability"] = [f"{share:.4f}" for share in shares]
-        return list(columns), zip(*columns.values(), strict=True)
+        return columns
 
     def output_layer(self) -> nn.Module:
         return nn.Sigmoid()

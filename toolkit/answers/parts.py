@@ -200,8 +200,8 @@ class Head:
     def restore(self, record: Mapping[str, list[float]]) -> None:
         """Take what `record` once said of choices."""
 
-    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
-        """The columns of a table of predictions, and for each image what stands in them.
+    def columns(self, outputs: Tensor, abstain: float | None = None) -> Mapping[str, Sequence[str]]:
+        """A table of predictions: what stands in each column, for each image.
 
         An answer less probable than `abstain` is unsure, in a task that passes `check_abstain`.
         """
@@ -238,7 +238,11 @@ class Task:
         self.progress = objective.progress
         self.mix = objective.mix
         self.evaluate = head.evaluate
-        self.table = head.table
+
+    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterable[Sequence[str]]]:
+        """The columns of a table of predictions (`Head.columns`), and for each image what stands in them."""
+        columns = self.head.columns(outputs, abstain)
+        return list(columns), zip(*columns.values(), strict=True)
 
     def record(self) -> dict[str, Any] | None:
         """What an adapter file says of the task: what `from_record` reads; None: it is classification."""

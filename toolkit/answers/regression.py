@@ -1,7 +1,7 @@
 """Numbers: the squared error of what is left when the training images' mean and spread are taken out."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +127,9 @@ class NumberHead(Head):
     def check_abstain(self) -> None:
         raise InputError("--abstain: numbers have no probability that could be too low")
 
-    def table(self, outputs: Tensor, abstain: float | None = None) -> tuple[list[str], Iterator[list[str]]]:
-        """The numbers."""
-        spreads = self.objective.std.tolist()
-        numbers = self.in_units(outputs).tolist()
-        return self.names, ([number_text(*pair) for pair in zip(row, spreads, strict=True)] for row in numbers)
+    def columns(self, outputs: Tensor, abstain: float | None = None) -> dict[str, list[str]]:
+        columns = zip(self.names, self.in_units(outputs).T.tolist(), self.objective.std.tolist(), strict=True)
+        return {name: [number_text(number, spread) for number in numbers] for name, numbers, spread in columns}
 
     def output_layer(self) -> nn.Module:
         return InUnits(self.objective.mean, self.objective.std)
