@@ -105,6 +105,18 @@ def test_reliability_counts_every_pixel_once():
     assert (bins[:, 0] * bins[:, 2]).sum() == pytest.approx(confidences.sum().item(), rel=1e-5)
 
 
+def test_an_image_of_which_nothing_is_known_is_the_last_of_the_worst():
+    torch.manual_seed(0)
+    logits, truth = torch.randn(6, 3, 8, 8), masks((6, 8, 8))
+    truth[2] = NO_LABEL
+    task = Segmentation(NAMES)
+    found = answered(logits, truth, task)
+    shares = (found.confusion.diagonal(dim1=1, dim2=2).sum(1) / found.confusion.sum((1, 2))).nan_to_num(1.0)
+    assert list(found.maps) == shares.argsort(stable=True).tolist() and list(found.maps)[-1] == 2
+    [mistakes] = task.report(found).mistakes().values()
+    assert "nan" not in str(mistakes)
+
+
 def test_rare_classes_count_by_the_root_of_their_frequency():
     pixels = torch.tensor([[900.0, 90.0], [0.0, 10.0]])
     weights = rare_class_weights(pixels)

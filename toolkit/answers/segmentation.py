@@ -6,7 +6,9 @@ each class, (N, K).
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,12 +125,13 @@ class PixelHead(Head):
     @torch.no_grad()
     def evaluate(self, model, loader, device, dtype=torch.float32) -> PixelAnswers:
         """Answers for images of any size, in overlapping windows of the model's own."""
-        found = _Collected(len(self.names))
 
         def answer(windows: Tensor) -> Tensor:
             with autocast(device, dtype):
                 return model(to_device(windows, device)).float().cpu()
 
+        counted = []
+        worst: list[tuple[float, int, Tensor]] = []  # the share of right pixels, the image, and the answers for it
         with evaluation.eval_mode(model):
             for images, masks in loader:
                 if torch.is_tensor(images) and set(images.shape[2:]) == {model.window}:
@@ -136,8 +139,15 @@ class PixelHead(Head):
                 else:
                     answers = (answers_for(image, model.window, answer) for image in images)
                 for logits, mask in zip(answers, masks, strict=True):
-                    found.add(logits, mask)
-        return found.answers()
+                    image = len(counted) * distributed.world_size() + distributed.rank()
+                    counted.append(_counted(logits, mask.cpu()))
+                    worst.append((_share_right(counted[-1][0]), image, logits.argmax(0).to(torch.uint8)))
+                    worst = sorted(worst, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        confusion, losses, bins = (distributed.interleave(torch.stack(column)) for column in zip(*counted, strict=True))
+        found = itertools.chain.from_iterable(distributed.gather(worst))
+        worst = sorted(found, key=operator.itemgetter(0, 1))[:WORST_SHOWN]
+        maps = {image: answers for _, image, answers in worst}
+        return PixelAnswers(losses.mean().item(), confusion, bins.sum(0), maps=maps)
 
     def score(self, model, features, targets) -> None:
         """None: the start is judged by whole masks, as training is."""
@@ -174,8 +184,7 @@ class PixelHead(Head):
     def _drawn(self, mask: Tensor, pixels: int, number: int) -> Tensor:
         """The places of so many random known pixels of a mask (H, W); of one without any, unknown ones.
 
-        Args:
-            number: of the image among those of this process. The draws depend on its number among all.
+        `number` is of the image among those of this process. The draws depend on its number among all.
         """
         draws = torch.Generator().manual_seed(number * distributed.world_size() + distributed.rank())
         flat = mask.flatten().cpu()
@@ -202,47 +211,21 @@ class PixelHead(Head):
         return probe.choose_temperature(model, features, loss, features_train)
 
 
-class _Collected:
-    """What `PixelAnswers` is made of, image by image."""
+def _counted(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The confusion matrix, mean loss and `PixelAnswers.bins` of an image's known pixels, from logits (K, H, W)."""
+    classes = len(logits)
+    known = mask != NO_LABEL
+    truth = mask[known]
+    outputs = logits[:, known].T  # (pixels, K)
+    answers = outputs.argmax(1)
+    confusion = torch.bincount(truth * classes + answers, minlength=classes**2).view(classes, classes)
+    loss = F.cross_entropy(outputs, truth).double().nan_to_num()  # 0 for an image of which nothing is known
+    return confusion, loss, measures.calibration_sums(outputs.softmax(1).amax(1), answers == truth)
 
-    def __init__(self, classes: int):
-        self.classes = classes
-        self.losses: list[float] = []
-        self.confusion: list[Tensor] = []
-        self.bins = torch.zeros(measures.BINS, 3, dtype=torch.float64)
-        self.worst: dict[int, tuple[float, Tensor]] = {}  # share of right pixels, and the answers
 
-    def add(self, logits: Tensor, mask: Tensor) -> None:
-        """Count the logits (K, H, W) and the mask (H, W) of an image."""
-        mask = mask.cpu()
-        known = mask != NO_LABEL
-        truth = mask[known]
-        outputs = logits[:, known].T  # (pixels, K)
-        answers = outputs.argmax(1)
-        pairs = truth * self.classes + answers
-        self.confusion.append(torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes))
-        self.losses.append(F.cross_entropy(outputs, truth).item() if len(truth) else 0.0)
-        right = answers == truth
-        self.bins += measures.calibration_sums(outputs.softmax(1).amax(1), right)
-        image = (len(self.losses) - 1) * distributed.world_size() + distributed.rank()
-        self.worst[image] = right.double().mean().item(), logits.argmax(0).to(torch.uint8)
-        if len(self.worst) > WORST_SHOWN:
-            del self.worst[max(self.worst, key=lambda one: self.worst[one][0])]
-
-    def answers(self) -> PixelAnswers:
-        """The answers for the images of all processes."""
-        confusion = distributed.interleave(torch.stack(self.confusion))
-        loss, images, *bins = distributed.all_sum(sum(self.losses), len(self.losses), *self.bins.flatten().tolist())
-        worst: dict[int, tuple[float, Tensor]] = {}
-        for found in distributed.gather(self.worst):
-            worst |= found
-        chosen = sorted(worst, key=lambda one: worst[one][0])[:WORST_SHOWN]
-        return PixelAnswers(
-            loss=loss / images,
-            confusion=confusion[: int(images)],
-            bins=torch.tensor(bins, dtype=torch.float64).view(-1, 3),
-            maps={image: worst[image][1] for image in chosen},
-        )
+def _share_right(confusion: Tensor) -> float:
+    """The share of right pixels of an image; 1 for one of which nothing is known."""
+    return (confusion.diagonal().sum() / confusion.sum()).nan_to_num(1.0).item()
 
 
 class PixelReport(Report):
@@ -255,23 +238,22 @@ class PixelReport(Report):
         "pixel_accuracy": Headline("pixel accuracy", NO_PIXEL),
     }
 
-    def __init__(self, head: PixelHead, answers: PixelAnswers, clusters: Tensor | None = None):
-        super().__init__(head, answers, clusters)
-        classes = len(self.names)
-        first = len(self.HEADLINES)
-        self.iou, self.dice = (slice(first + start, first + start + classes) for start in (0, classes))
-
     def measure(self, weights: Tensor) -> Tensor:
         matrices = self.answers.confusion.double()
         summed = (weights.double() @ matrices.flatten(1)).view(-1, *matrices.shape[1:])
         return torch.cat([figure.view(len(weights), -1) for figure in pixel_figures(summed).values()], 1)
 
+    def _of_classes(self, columns: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """IoU and Dice of each class, from what `measure` has in its columns."""
+        first = len(self.HEADLINES)
+        return columns[first : first + len(self.names)], columns[first + len(self.names) :]
+
     def figures(self) -> dict[str, Any]:
         by_class = {}
-        for name, columns in (("iou_per_class", self.iou), ("dice_per_class", self.dice)):
-            by_class[name] = dict(zip(self.names, map(finite, self.values[columns]), strict=True))
-            intervals = map(finite_interval, self.intervals[columns])
-            by_class[f"{name}_interval"] = dict(zip(self.names, intervals, strict=True))
+        pairs = zip(self._of_classes(self.values), self._of_classes(self.intervals), strict=True)
+        for name, (values, intervals) in zip(("iou_per_class", "dice_per_class"), pairs, strict=True):
+            by_class[name] = dict(zip(self.names, map(finite, values), strict=True))
+            by_class[f"{name}_interval"] = dict(zip(self.names, map(finite_interval, intervals), strict=True))
         return super().figures() | by_class | self.calibration_figures()
 
     def title(self) -> str:
@@ -283,9 +265,10 @@ class PixelReport(Report):
     def by_class(self) -> list[tuple[str, str, str, str]]:
         """(class, share of the pixels, IoU, Dice), the worst first; classes that are nowhere last."""
         pixels = self.answers.confusion.sum((0, 2)).double()
-        columns = (pixels / pixels.sum(), self.values[self.iou], self.values[self.dice], self.intervals[self.iou])
+        ious, dices = self._of_classes(self.values)
+        columns = (pixels / pixels.sum(), ious, dices, self._of_classes(self.intervals)[0])
         rows = []
-        for i in worst_first(self.values[self.iou]):
+        for i in worst_first(ious):
             share, iou, dice, chance = (column[i] for column in columns)
             cells = (f"{share:.1%}", f"{iou:.1%} ({interval_text(*chance)})", f"{dice:.1%}")
             rows.append((self.names[i], *(("0.0%", "nowhere", "nowhere") if math.isnan(iou) else cells)))
@@ -310,12 +293,8 @@ class PixelReport(Report):
         plot_confusion(shares.numpy(), self.names, self.title(), path, ".0%")
 
     def mistakes(self) -> dict[str, list[tuple[int, str]]]:
-        described = []
-        for image in self.answers.maps:
-            matrix = self.answers.confusion[image]
-            share = matrix.diagonal().sum() / matrix.sum()
-            described.append((image, f"{share:.0%} of the pixels right"))
-        return {"Fewest right pixels first": described}
+        shares = {image: _share_right(self.answers.confusion[image]) for image in self.answers.maps}
+        return {"Fewest right pixels first": [(i, f"{share:.0%} of the pixels right") for i, share in shares.items()]}
 
     def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
         """A row for each of the worst images: it, and over it its mask and the answers; then the colours' meaning."""
@@ -341,7 +320,7 @@ class PixelReport(Report):
     def answer_columns(self) -> dict[str, Sequence[Any]]:
         """For each class the pixels that are of it, that were answered as it, and that are both."""
         matrices = self.answers.confusion
-        columns: dict[str, Sequence[Any]] = {}
+        columns = {}
         for i, name in enumerate(self.names):
             columns[f"{name}: pixels"] = matrices[:, i].sum(1).tolist()
             columns[f"{name}: answered"] = matrices[:, :, i].sum(1).tolist()
