@@ -3,7 +3,7 @@
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Headline(NamedTuple):
 
 
 class Report:
-    """The report on a task's answers.
+    """The report on a task's answers. A derived class adds what is annotated here.
 
     Args:
         head: of the task: `toolkit.answers.parts.Head`.
@@ -44,8 +44,15 @@ class Report:
         clusters: as for `measures.share_interval`: intervals are over these.
     """
 
-    picture: str  # the file that `draw` writes
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
+    measure: Callable[[Tensor], Tensor]  # of weights of the images (n, N): the headlines, and other shares after them
+    title: Callable[[], str]
+    printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
+    sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
+    draw: Callable[[Path], None]
+    picture: str  # the file that it writes
+    mistakes: Callable[[], Mapping[str, Sequence[tuple[int, str]]]]  # under a title each: (image, what is said of it)
+    answer_columns: Callable[[], dict[str, Sequence[Any]]]  # of `results_answers.csv`: what is true, and was answered
 
     def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
         self.head = head
@@ -55,10 +62,6 @@ class Report:
         found = measures.jackknife(self.measure, len(answers.targets), clusters, bounds)
         self.values = found.values.tolist()
         self.intervals = found.intervals
-
-    def measure(self, weights: Tensor) -> Tensor:
-        """The headlines, and other shares after them, (n, columns), for weights of the images (n, N)."""
-        raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
         """For `results.json`: the score and the rest by name, intervals of 95% as `NAME_interval`."""
@@ -75,28 +78,6 @@ class Report:
             text = f"{value:{headline.form}} ({interval_text(*ends, headline.form_of_ends)})"
             rows.append((headline.title, f"not defined: {headline.undefined}" if math.isnan(value) else text))
         return rows
-
-    def title(self) -> str:
-        raise NotImplementedError
-
-    def printed(self) -> list[tuple[str, str]]:
-        """Rows on the classes, labels or numbers, the worst first."""
-        raise NotImplementedError
-
-    def sections(self, picture: Path) -> list[str]:
-        """For the page, in HTML; `picture` is what `draw` has drawn."""
-        raise NotImplementedError
-
-    def draw(self, path: Path) -> None:
-        raise NotImplementedError
-
-    def mistakes(self) -> Mapping[str, Sequence[tuple[int, str]]]:
-        """The worst answers under a title each: (image, what is said of it)."""
-        raise NotImplementedError
-
-    def answer_columns(self) -> dict[str, Sequence[Any]]:
-        """What `results_answers.csv` has of each image: what is true, and what was answered."""
-        raise NotImplementedError
 
     def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
         """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
@@ -168,15 +149,12 @@ class ColumnReport(Report):
     """The report on `toolkit.answers.parts.ColumnAnswers`."""
 
     plural: str  # what K of them are called in the figures
+    columns: Callable[[], dict[str, list[float]]]  # figures by name, of each of them (K,)
     suffix: str  # of the columns of answers in `results_answers.csv`, behind the names of those of truths
 
     def __init__(self, head: Any, answers: Any, clusters: Tensor | None = None):
         super().__init__(head, answers, clusters)
         self.by = self.columns()
-
-    def columns(self) -> dict[str, list[float]]:
-        """Figures by name, of each label or number (K,)."""
-        raise NotImplementedError
 
     def figures(self) -> dict[str, Any]:
         rows = [dict(zip(self.by, map(finite, row), strict=True)) for row in zip(*self.by.values(), strict=True)]

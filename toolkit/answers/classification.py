@@ -165,10 +165,9 @@ class ClassReport(Report):
         pairs = torch.stack([answers.labels[wrong], answers.predictions[wrong]], 1)
         found, images = pairs.unique(dim=0, return_counts=True)  # not all pairs: they are the square of the classes
         totals = answers.labels.bincount(minlength=len(self.names))
+        most = images.argsort(descending=True, stable=True)[:CONFUSIONS]
         rows = []
-        for place in images.argsort(descending=True, stable=True)[:CONFUSIONS].tolist():
-            true, answer = found[place].tolist()
-            count = int(images[place])
+        for (true, answer), count in zip(found[most].tolist(), images[most].tolist(), strict=True):
             rows.append((self.names[true], self.names[answer], count, f"{count / int(totals[true]):.1%}"))
         return rows
 
@@ -188,18 +187,15 @@ class ClassReport(Report):
         wrong = answers.predictions != answers.labels
         ranked = answers.confidences.argsort(descending=True, stable=True)
 
-        def described(images: Tensor) -> list[tuple[int, str]]:
-            found = []
-            for i in images.tolist():
-                name = self.names[answers.labels[i]]
-                if wrong[i]:
-                    name += f", taken for {self.names[answers.predictions[i]]}"
-                found.append((i, f"{name} {answers.confidences[i]:.0%}"))
-            return found
+        def described(i: int) -> tuple[int, str]:
+            taken_for = f", taken for {self.names[answers.predictions[i]]}" if wrong[i] else ""
+            return i, f"{self.names[answers.labels[i]]}{taken_for} {answers.confidences[i]:.0%}"
 
         return {
-            "Wrong, most confident first": described(ranked[wrong[ranked]][:WRONG_SHOWN]),
-            "Right, least confident first": described(ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN]),
+            "Wrong, most confident first": [described(i) for i in ranked[wrong[ranked]][:WRONG_SHOWN].tolist()],
+            "Right, least confident first": [
+                described(i) for i in ranked[~wrong[ranked]].flip(0)[:UNCERTAIN_SHOWN].tolist()
+            ],
         }
 
     def answer_columns(self) -> dict[str, Sequence[Any]]:

@@ -1,7 +1,7 @@
 """Two runs over the same images: is the one better than the other by more than chance?"""
 
 import csv
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +137,10 @@ def _differences(
     """
     if kind is None:
         names: tuple[str, ...] = ("accuracy",)
-        figures: Callable[[Any, Tensor], Tensor] = _accuracy
+
+        def figures(right: Tensor, weights: Tensor) -> Tensor:
+            return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
+
         pairs = [zip(table["class"], table["answer"], strict=True) for table in tables]
         runs = [torch.tensor([true == answer for true, answer in pair]) for pair in pairs]
     else:
@@ -161,10 +164,6 @@ def _differences(
     chances = found.p if kind else [measures.mcnemar(*runs, clusters)]
     columns = zip(names, before, after, found.intervals, chances, strict=True)
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
-
-
-def _accuracy(right: Tensor, weights: Tensor) -> Tensor:
-    return (measures.weighted_sum(right, weights) / weights.sum(1))[:, None]
 
 
 def _numbers(table: Table, titles: Sequence[str]) -> Tensor:

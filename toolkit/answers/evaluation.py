@@ -82,10 +82,8 @@ def worst_batch_loss(
 ) -> float:
     """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
 
-    Statistics of few images are so noisy that losses differ several times over although no weight has changed.
-
-    Args:
-        loss: of outputs and targets, summed over images.
+    Statistics of few images are so noisy that losses differ several times over although no weight has changed. The
+    loss is of outputs and targets, summed over images.
     """
     losses = []
     model.train()
@@ -118,13 +116,10 @@ def over_loader(
     answer: Callable[[Tensor], Tensor] | None = None,
     found: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda *both: both,
 ) -> tuple[Tensor, ...]:
-    """What is found in the answers for the images of a loader, with `model` in eval mode; its mode is then restored.
+    """What is found in the answers and targets of a loader's batches, in eval mode; the mode is then restored.
 
-    With several processes, each computes its share and all of them return the whole, on `device`.
-
-    Args:
-        answer: of images; None: the model's.
-        found: of answers in float32 and targets, (B, ...) each, which by default are returned.
+    The answers are the model's by default, in float32. With several processes, each computes its share and all of them
+    return the whole, on `device`.
     """
     parts = []
     with eval_mode(model):
@@ -166,10 +161,8 @@ def knn_accuracy(
 ) -> float:
     """The accuracy (0 to 1) of the weighted k-nearest-neighbour vote by cosine similarity (1805.01978, section 3.4).
 
-    Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
-
-    Args:
-        features: (N, D), whose labels are (N,).
+    Each of the k nearest training images votes for its class with weight exp(similarity / temperature). Features are
+    (N, D), with labels (N,).
     """
     classes = int(train_labels.max()) + 1
     answers = []
@@ -254,8 +247,7 @@ def evaluate(
 ) -> Evaluation:
     """Loss, accuracy and predictions of a classifier over a loader, as by `over_loader`.
 
-    Args:
-        temperature: what the logits were divided by; if not 1, the confidences before that are measured too.
+    If `temperature`, by which the logits were divided, is not 1, the confidences before that are measured too.
     """
     losses = []
 

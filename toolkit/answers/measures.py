@@ -59,7 +59,8 @@ def alignment(first: Tensor, second: Tensor) -> float:
 
     2005.10242, equation of L_align with alpha = 2. Small is good, unless the uniformity is near 0.
     """
-    return (_on_sphere(first) - _on_sphere(second)).square().sum(1).mean().item()
+    apart = F.normalize(first.float(), dim=1) - F.normalize(second.float(), dim=1)
+    return apart.square().sum(1).mean().item()
 
 
 def uniformity(features: Tensor) -> float:
@@ -68,7 +69,7 @@ def uniformity(features: Tensor) -> float:
     2005.10242, equation of L_uniform with t = 2. The lower, the more evenly the images lie on the
     unit sphere; 0: on one point.
     """
-    return F.pdist(_on_sphere(features)).square().mul(-2).exp().mean().log().item()
+    return F.pdist(F.normalize(features.float(), dim=1)).square().mul(-2).exp().mean().log().item()
 
 
 def effective_rank(features: Tensor) -> float:
@@ -80,10 +81,6 @@ def effective_rank(features: Tensor) -> float:
     values = torch.linalg.svdvals(features.double() - features.double().mean(0))
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp().item() if values.sum() > 0 else 1.0
-
-
-def _on_sphere(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

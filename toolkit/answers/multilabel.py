@@ -125,11 +125,7 @@ class LabelObjective(Objective):
 
 
 class LabelHead(Head):
-    """Logits of K labels; those whose probability is above their threshold are answers.
-
-    Args:
-        thresholds: (K,).
-    """
+    """Logits of K labels; those whose probability is above their threshold, of (K,), are answers."""
 
     output_name = "probabilities"
 

@@ -4,7 +4,7 @@ To add a task, derive a class from each of `Objective`, `Head` and `toolkit.answ
 together in a class derived from `Task`, and name that in `toolkit.answers.tasks.TASKS`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -38,15 +38,12 @@ class Answers(Protocol):
 class ColumnAnswers:
     """Answers to K questions on each image, each of which counts where its target is known."""
 
-    MEASURED: ClassVar[tuple[str, ...]]  # the names of `figures`
-
+    MEASURED: ClassVar[tuple[str, ...]]  # the names of the figures
+    # Of weights of the images (n, N): a row of figures for each; of None: their one row, (len(MEASURED),)
+    figures: ClassVar[Callable[..., Tensor]]
     loss: float
     values: Tensor  # (N, K)
     targets: Tensor  # (N, K), NaN where unknown
-
-    def figures(self, weights: Tensor | None = None) -> Tensor:
-        """Those in MEASURED, or a row of them for each row of weights of the images (n, N)."""
-        raise NotImplementedError
 
     def measured(self) -> dict[str, float]:
         return dict(zip(self.MEASURED, self.figures().tolist(), strict=True))
@@ -59,17 +56,16 @@ class ColumnAnswers:
 
 
 class Objective:
-    """What training minimises. Outputs are float32 (N, K); targets come from the loader beside the images."""
+    """What training minimises. Outputs are float32 (N, K); targets come from the loader beside the images.
+
+    A derived class adds what is annotated here.
+    """
 
     mixup = 0.0  # alpha of mixup; 0: nothing is mixed
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss that is minimised, summed over images."""
-        raise NotImplementedError
-
-    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss without weights and smoothing, which is reported and which the guard watches."""
-        raise NotImplementedError
+    loss: Callable[[Tensor, Tensor], Tensor]  # of outputs and targets: what is minimised, summed over images
+    plain_loss: Callable[[Tensor, Tensor], Tensor]  # without weights and smoothing: reported, and watched by the guard
+    counts: Callable[[LabelledImages], Mapping[Any, int]]  # how many images say something about each output
+    constant_loss: Callable[[LabelledImages], float]  # plain, of the best answer that is the same for all, an image
 
     def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of right answers, for a progress bar; 0 if answers are not right or wrong."""
@@ -82,14 +78,6 @@ class Objective:
     def mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixed images, and their targets."""
         return mixed(images, targets, self.mixup)
-
-    def counts(self, images: LabelledImages) -> Mapping[Any, int]:
-        """How many training images say something about each output: for `toolkit.run.optim.wise_ft_alpha`."""
-        raise NotImplementedError
-
-    def constant_loss(self, images: LabelledImages) -> float:
-        """The plain loss of the best answer that is the same for all images, for one image."""
-        raise NotImplementedError
 
     def to(self, device: torch.device) -> None:
         """Put what the loss needs onto the device."""
@@ -124,20 +112,29 @@ class SoftmaxObjective(Objective):
 
 
 class Head:
-    """What the K outputs of a classifier head mean, how it starts, and how good its answers are."""
+    """What the K outputs of a classifier head mean, how it starts, and how good its answers are.
+
+    A derived class adds what is annotated here. Features are (N, D), with their targets.
+    """
 
     temperature = 1.0  # what the outputs were divided by at the end of the run
     output_name = "logits"  # of what `output_layer` makes of the outputs
+    evaluate: Callable[..., Answers]  # of model, loader, device and dtype
+    score: Callable[[nn.Module, Tensor, Tensor], float | None]  # of its answers for features; None: ask `evaluate`
+    # Of answers taken from the most similar training images, by their features and those of others; None: there is none
+    knn_score: Callable[[Tensor, Tensor, Tensor, Tensor], float | None]
+    constant_score: Callable[[LabelledImages], float]  # of the best answer that is the same for all images
+    # Set the head to the linear probe of features, targets, views and clusters as `fit_linear_probe` takes them
+    start: Callable[..., probe.Probe]
+    # For features, and whether they train: the temperature before training, as by `choose_temperature`
+    first_temperature: Callable[[nn.Module, Tensor, Tensor, bool], probe.HeadTemperature]
+    # A table of predictions, for outputs: what stands in each column, for each image. An answer less probable than the
+    # second argument, if that is a number, is unsure in a task that passes `check_abstain`
+    columns: Callable[[Tensor, float | None], Mapping[str, Sequence[str]]]
 
     def __init__(self, names: Sequence[str], objective: Any):
         self.names = list(names)
         self.objective = objective
-
-    def evaluate(
-        self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
-    ) -> Answers:
-        """The answers of a model over a loader."""
-        raise NotImplementedError
 
     def features(
         self, model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, images: int
@@ -145,33 +142,9 @@ class Head:
         """What the head of `model` receives over a loader of so many images, (N, D), and the targets."""
         return evaluation.extract_features(model, loader, device, dtype)
 
-    def score(self, model: nn.Module, features: Tensor, targets: Tensor) -> float | None:
-        """The score of the head's answers for features (N, D); None: `evaluate` has to say."""
-        raise NotImplementedError
-
-    def knn_score(self, train_features: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor) -> Any:
-        """The score of answers taken from the most similar training images, by features (N, D); None: there is none."""
-        raise NotImplementedError
-
-    def constant_score(self, images: LabelledImages) -> float:
-        """The score of the best answer that is the same for all images."""
-        raise NotImplementedError
-
     def variance(self, score: float, images: int) -> float:
         """The square of the standard error of a score that is measured on so many images: here that of a share."""
         return score * (1 - score) / images
-
-    def start(
-        self, model: nn.Module, features: Tensor, targets: Tensor, views: int = 1, clusters: Tensor | None = None
-    ) -> probe.Probe:
-        """Set the head to the linear probe of features (views * N, D), fitted as by `fit_linear_probe`; return it."""
-        raise NotImplementedError
-
-    def first_temperature(
-        self, model: nn.Module, features: Tensor, targets: Tensor, features_train: bool
-    ) -> probe.HeadTemperature:
-        """The temperature of the head before training: `toolkit.answers.probe.choose_temperature`."""
-        raise NotImplementedError
 
     def soften(self, model: nn.Module, temperature: float) -> None:
         probe.soften_head(model, temperature)
@@ -199,13 +172,6 @@ class Head:
 
     def restore(self, record: Mapping[str, list[float]]) -> None:
         """Take what `record` once said of choices."""
-
-    def columns(self, outputs: Tensor, abstain: float | None = None) -> Mapping[str, Sequence[str]]:
-        """A table of predictions: what stands in each column, for each image.
-
-        An answer less probable than `abstain` is unsure, in a task that passes `check_abstain`.
-        """
-        raise NotImplementedError
 
     def check_abstain(self) -> None:
         """Raise InputError if answers have no probability, or the names no room for an unsure one."""

@@ -24,12 +24,7 @@ from toolkit.models.dense import answers_by_rows, window_starts
 
 
 def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path, abstain: float | None) -> list[dict]:
-    """Write a row for each image, and return the rows.
-
-    Args:
-        outputs: (N, K), float32.
-        abstain: what is less probable than that is unsure.
-    """
+    """Write a row for each image, of outputs (N, K), and return the rows; less probable than `abstain` is unsure."""
     columns, answers = task.table(outputs, abstain)
     names = [images.name(i) for i in range(len(images))]
     path_column = "image_path" if "path" in columns else "path"
@@ -47,10 +42,8 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path,
 def places_of_masks(images: LabelledImages, given: Sequence[Path], output: Path) -> list[Path]:
     """Where the mask of each image goes, without its suffix: within `output` as the image within its folder.
 
-    The folders are made. Raises InputError if two images would have one mask, or if it would replace an image.
-
-    Args:
-        given: the images and folders of images that a user named.
+    The folders are made. `given` are the images and folders of images that a user named. Raises InputError if two
+    images would have one mask, or if it would replace an image.
     """
     places = []
     for i in range(len(images)):
@@ -88,10 +81,8 @@ class Maps:
         """Write the map of a scene beside `path`, and return where: its suffix is added, by what it has.
 
         The file is .tif if the scene is a TIFF, or if that is the suffix of `path` already; else .png for classes and
-        .npy for numbers. Only a TIFF is written without being whole in memory.
-
-        Args:
-            bar: shows the progress over the parts of the map, of which there are `total`.
+        .npy for numbers. Only a TIFF is written without being whole in memory. `bar` shows the progress over the parts
+        of the map, of which there are `total`.
         """
         if self.task.kind == "segmentation":
             step = 1

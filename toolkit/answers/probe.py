@@ -5,7 +5,7 @@ has learnt anything (Kumar et al., arXiv 2202.10054).
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,11 +93,8 @@ def choose_temperature(
       adapters by about the learning rate in each step, whatever the gradient, and the larger the head's weights, the
       more that does to the loss. It is 0 if the features do not train.
 
-    Args:
-        features: (N, D), of training images with their augmentation.
-        loss: of logits (N, K) for them.
-        features_train: whether they will change.
-        towards: as `soften_head` takes it.
+    The loss is of logits (N, K) for features (N, D) of training images with their augmentation; `towards` is as
+    `soften_head` takes it.
     """
     logits = _linear_head(model)(features) - towards
     losses = [loss(logits / t + towards).item() for t in TEMPERATURES]
@@ -109,8 +106,7 @@ def choose_temperature(
 def soften_head(model: nn.Module, temperature: float, towards: Tensor | float = 0.0) -> None:
     """Divide the head's weight and bias by a temperature: its answers stay, its confidence falls.
 
-    Args:
-        towards: the logits (K,) that are left at an infinite temperature, if not 0: those of a constant answer.
+    `towards` (K,) are the logits that are left at an infinite temperature, if not 0: those of a constant answer.
     """
     head = _linear_head(model)
     head.weight.div_(temperature)
@@ -145,8 +141,7 @@ def fit_linear_probe(
     """A multinomial logistic regression on standardised features; its strength is scikit-learn's C.
 
     Args:
-        features: (views * N, D), as `extract_features` returns them: the same N images once for each
-            view, such as once as they are and once augmented.
+        features: (views * N, D): the same N images once for each view, such as once as they are and once augmented.
         labels: (views * N,), from 0 to K - 1.
         class_weights: 'none', or 'balanced': every class counts alike, however many images it has.
         clusters: (N,), the number of each image's cluster, such as a patient; None: each image is for itself.
@@ -156,16 +151,24 @@ def fit_linear_probe(
     validate on: C is then 1. So does a single cluster; a class in one cluster alone is left out of the loss. A class
     without any images gets zeros.
 
-    The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100
-    classes.
+    The time grows with N * D * K: 24 s on a core, and 0.4 GB, for 20,000 rows of 2,048 features and 100 classes.
     """
     from sklearn.metrics import log_loss
+    from sklearn.model_selection import StratifiedKFold
     from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     weights = None if class_weights == "none" else class_weights
     X = features.detach().cpu().float().numpy()
     y = labels.cpu().numpy()
-    splits = _class_parts(y[: len(y) // views], views, clusters)
+    classes = y[: len(y) // views]
+    number = min(FOLDS, np.bincount(classes)[np.unique(classes)].min())  # of parts that have all classes
+    fold = np.zeros(len(classes), int)
+    if clusters is not None:
+        fold = _folds(classes, clusters)
+    elif number > 1:
+        for i, (_, part) in enumerate(StratifiedKFold(number, shuffle=True, random_state=0).split(classes, classes)):
+            fold[part] = i
+    splits = _parts(fold, views, classes)
 
     def tried(strength: float) -> tuple[float, Tensor]:
         losses = []
@@ -201,33 +204,31 @@ def _strongest(tried: Callable[[float], tuple[float, Tensor]]) -> tuple[float, T
     return best
 
 
-def _class_parts(labels: np.ndarray, views: int, clusters: Tensor | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rows (rest, part) of each part of a cross-validation that has its share of each of the labels (N,).
+def _parts(fold: np.ndarray, views: int, classes: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The rows (rest, part) of each part of a cross-validation, from the number of the part of each image, (N,).
 
-    No part has a class that the rest lacks, which knows at least two.
+    All views of an image are in one part. No part has one of the classes (N,) that the rest lacks, which knows two.
     """
-    from sklearn.model_selection import StratifiedKFold
-
-    folds = min(FOLDS, np.bincount(labels)[np.unique(labels)].min())
-    fold = np.zeros(len(labels), int)
-    if clusters is not None:
-        fold = _folds(labels, clusters)
-    elif folds > 1:
-        for number, (_, part) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels)):
-            fold[part] = number
-    offsets = len(labels) * np.arange(views)[:, None]
+    offsets = len(fold) * np.arange(views)[:, None]
     found = []
     for number in range(fold.max() + 1):
         rest = np.flatnonzero(fold != number)
-        known = np.unique(labels[rest])
-        part = np.flatnonzero((fold == number) & np.isin(labels, known))
-        if len(part) and len(known) > 1:
+        part = np.flatnonzero(fold == number)
+        if classes is not None:
+            part = part[np.isin(classes[part], classes[rest])]
+        if len(part) and len(rest) and (classes is None or len(np.unique(classes[rest])) > 1):
             found.append(((rest + offsets).ravel(), (part + offsets).ravel()))
     return found
 
 
-def _folds(alike: Sequence[int], clusters: Tensor) -> np.ndarray:
-    """The number of the part that each image belongs to, (N,); a cluster is in one."""
+def _folds(alike: Sequence[int], clusters: Tensor | None) -> np.ndarray:
+    """The number of the part that each image belongs to, (N,).
+
+    Clusters are dealt so that each part has its share of the images that are `alike`; images without any, at random.
+    """
+    if clusters is None:
+        draws = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
+        return (draws % min(FOLDS, len(alike))).numpy()
     names = clusters.tolist()
     return splitting.folds(alike, names, min(FOLDS, len(set(names))))
 
@@ -285,7 +286,7 @@ def fit_one_vs_rest(
         counts = torch.where(Y > 0.5, weights[1].cpu(), weights[0].cpu()).double()
     counts.masked_fill_(Y.isnan(), 0)
     count = len(Y) // views
-    parts = list(_parts(count, views, strata(Y[:count]).tolist(), clusters))
+    parts = _parts(_folds(strata(Y[:count]).tolist(), clusters), views)
     Y = Y.nan_to_num()
     starts = [None] * len(parts)
 
@@ -319,7 +320,7 @@ def fit_ridge(features: Tensor, targets: Tensor, views: int = 1, clusters: Tenso
     Y = targets.detach().cpu().double()
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
     count = len(Y) // views
-    for rest, part in _parts(count, views, [0] * count, clusters):
+    for rest, part in _parts(_folds([0] * count, clusters), views):
         for i, (weight, bias) in enumerate(_ridges(X[rest], Y[rest], RIDGES)):
             errors[i] += (X[part] @ weight.T + bias - Y[part]).square().nansum()
     best = float(RIDGES[int(errors.argmin())]) if errors.any() else 1.0
@@ -338,20 +339,6 @@ def _standardised(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _unstandardised(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.double() / scale
     return weight.float(), (bias - weight @ mean.double()).float()
-
-
-def _parts(count: int, views: int, alike: Sequence[int], clusters: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows (rest, part) of each part of a cross-validation. All views of an image are in one part.
-
-    Clusters are dealt so that each part has its share of the images that are `alike`; images without any, at random.
-    """
-    if clusters is None:
-        fold = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(FOLDS, count)
-    else:
-        fold = torch.from_numpy(_folds(alike, clusters))
-    rows = fold.repeat(views)
-    for number in range(int(fold.max()) + 1 if fold.any() else 0):  # one part leaves nothing to validate on
-        yield (rows != number).nonzero().flatten(), (rows == number).nonzero().flatten()
 
 
 def _logistic(X: Tensor, Y: Tensor, counts: Tensor, strength: float, start: Tensor | None = None) -> Tensor:

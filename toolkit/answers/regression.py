@@ -204,20 +204,19 @@ class NumberReport(ColumnReport):
     def draw(self, path: Path) -> None:
         """The answer for each image by the truth, a panel for each of the first six numbers."""
         shown = self.names[:PANELS]
-        columns = list(self.answers.known())
         across = min(ROW, len(shown))
         down = math.ceil(len(shown) / across)
         figure = new_figure(4.2 * across, 4 * down)
         places = figure.subplots(down, across, squeeze=False).ravel()
         for place in places[len(shown) :]:
             place.axis("off")
-        for i, (name, place) in enumerate(zip(shown, places, strict=False)):
-            values, truth, _ = columns[i]
+        columns = zip(shown, self.answers.known(), self.by["r2"], places, strict=False)
+        for name, (values, truth, _), of_r2, place in columns:
             place.plot(truth, values, ".", color=BLUE, alpha=0.5)
             if len(truth):
                 ends = [truth.min().item(), truth.max().item()]
                 place.plot(ends, ends, "--", color=ORANGE)
-            title = f"{printable(name, 24)}: R2 {Regression.reported(self.by['r2'][i])}"
+            title = f"{printable(name, 24)}: R2 {Regression.reported(of_r2)}"
             place.set(xlabel="true", ylabel="answer", title=drawn(title))
             place.grid(alpha=0.3)
         save_figure(figure, path)
@@ -266,15 +265,10 @@ class Regression(Task):
         std: Tensor | None = None,
     ):
         if targets is not None:
-            mean, std = _mean_and_spread(names, targets)
+            columns = [column[~column.isnan()] for column in targets.double().T]
+            for name, known in zip(names, columns, strict=True):
+                if len(known) < 2 or known.min() == known.max():
+                    raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
+            mean, std = torch.tensor([[of.mean(), of.std(correction=0)] for of in columns], dtype=torch.float64).T
         objective = NumberObjective(mean, std, mixup)
         super().__init__(objective, NumberHead(names, objective))
-
-
-def _mean_and_spread(names: Sequence[str], targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the known targets, float64 (K,) each."""
-    columns = [column[~column.isnan()] for column in targets.double().T]
-    for name, known in zip(names, columns, strict=True):
-        if len(known) < 2 or known.min() == known.max():
-            raise InputError(f"the number {name} is the same in all training images: there is nothing to learn")
-    return torch.stack([known.mean() for known in columns]), torch.stack([known.std(correction=0) for known in columns])

@@ -104,11 +104,7 @@ class PixelObjective(SoftmaxObjective):
 
 
 class PixelHead(Head):
-    """Logits of K classes for every pixel, linear in the features of the pixel.
-
-    Args:
-        masks: how masks are read: `MaskReader.record`, which an adapter file has.
-    """
+    """Logits of K classes for every pixel, linear in the features of the pixel."""
 
     output_name = "probabilities"
 
