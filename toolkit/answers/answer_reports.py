@@ -132,7 +132,8 @@ class Report:
         if self.answers.before is not None:
             series.insert(0, ("before calibration", ORANGE, "s", self.answers.reliability(before=True)))
         for name, color, marker, bins in series:
-            probability, share, count = bins[bins[:, 2] > 0].T
+            *sums, count = bins[bins[:, 2] > 0].T
+            probability, share = (of / count for of in sums)
             label = f"{name}: off by {measures.calibration_error(bins):.1%}"
             axes.plot(probability, share, ":", color=color, alpha=0.5)
             axes.scatter(probability, share, s=20 + 200 * count / count.sum(), color=color, marker=marker, label=label)

@@ -347,26 +347,20 @@ def mcnemar(first: Tensor, second: Tensor, clusters: Tensor | None = None) -> fl
 BINS = 15
 
 
-def calibration_sums(confidences: Tensor, right: Tensor) -> Tensor:
-    """The sums of confidences (N,), 0 to 1, and of right answers, and the images, in each of some bins: (BINS, 3)."""
+def calibration(confidences: Tensor, right: Tensor) -> Tensor:
+    """The sums of confidences (N,), 0 to 1, and of right answers, and the images, in each of some bins: (BINS, 3).
+
+    (Guo et al., arXiv 1706.04599, section 2.)
+    """
     place = (confidences.double() * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/BINS], ...
     counted = torch.stack([confidences.double(), right.double(), torch.ones(len(right), dtype=torch.float64)], 1)
     return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, place, counted)
 
 
-def means_of_bins(sums: Tensor) -> Tensor:
-    """Mean confidence, share of right answers and images of each bin of `calibration_sums`; empty ones have zeros."""
-    return torch.cat([sums[:, :2] / sums[:, 2:].clamp_min(1), sums[:, 2:]], 1)
-
-
-def calibration(confidences: Tensor, right: Tensor) -> Tensor:
-    """Mean confidence, share of right answers and images by confidence, (BINS, 3) (arXiv 1706.04599, section 2)."""
-    return means_of_bins(calibration_sums(confidences, right))
-
-
 def calibration_error(bins: Tensor) -> float:
     """The expected calibration error of what `calibration` gives: the mean distance of confidence and share right."""
-    confidence, share, images = bins.T
+    images = bins[:, 2]
+    confidence, share = (bins[:, :2].T / images.clamp_min(1)).unbind()
     return ((confidence - share).abs() * images / images.sum()).sum().item()
 
 

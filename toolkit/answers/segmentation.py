@@ -51,7 +51,7 @@ class PixelAnswers:
 
     loss: float  # cross-entropy, the mean over an image's known pixels and over images
     confusion: Tensor  # (N, K, K), of truth (rows) and answers: numbers of known pixels
-    bins: Tensor  # (BINS, 3): `toolkit.answers.measures.calibration_sums` of the pixels
+    bins: Tensor  # (BINS, 3): `toolkit.answers.measures.calibration` of the pixels
     before: Tensor | None = None  # there is no calibration
     maps: Mapping[int, Tensor] = field(default_factory=dict)  # the answers (H, W) of the worst images, by their number
 
@@ -64,8 +64,7 @@ class PixelAnswers:
         return self.measured()["miou"]
 
     def reliability(self, before: bool = False) -> Tensor:
-        """`toolkit.answers.measures.calibration` of the pixels; there is none before calibration."""
-        return measures.means_of_bins(self.bins)
+        return self.bins
 
     def measured(self) -> dict[str, float]:
         figures = pixel_figures(self.confusion.double().sum(0)[None])
@@ -216,7 +215,7 @@ def _counted(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     answers = outputs.argmax(1)
     confusion = torch.bincount(truth * classes + answers, minlength=classes**2).view(classes, classes)
     loss = F.cross_entropy(outputs, truth).double().nan_to_num()  # 0 for an image of which nothing is known
-    return confusion, loss, measures.calibration_sums(outputs.softmax(1).amax(1), answers == truth)
+    return confusion, loss, measures.calibration(outputs.softmax(1).amax(1), answers == truth)
 
 
 def _share_right(confusion: Tensor) -> float:

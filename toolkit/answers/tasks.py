@@ -44,8 +44,7 @@ def start_head(
         clusters: of the training images, as for `toolkit.answers.probe.fit_linear_probe`.
 
     Returns:
-        The scores of k-NN and of the probe (None without one), by `baseline_keys`, and what to divide the head's
-        logits by.
+        The scores of k-NN and of the probe (None without one), by `baseline_keys`, and the head's temperature.
     """
     train, queries, *augmented = features
     of_knn, of_probe = baseline_keys(task)
@@ -70,12 +69,8 @@ def optimism(task: Task, model: nn.Module, held_out: Tensor, features: Tensor, t
     that was measured here. The temperature of a trained head is that factor times the one that fits its training views.
 
     The probe's strength was chosen by the loss of these held-out answers, so that their temperature is about 1: few
-    images say less than that.
-
-    Args:
-        held_out: `Probe.held_out` for the images and for their views, (2 N, K), of which at least one is known.
-        features: (N, D), of the views.
-        targets: of the images.
+    images say less than that. `held_out`, `Probe.held_out`, is for the images and for their views, (2 N, K), of which
+    at least one is known; the features (N, D) are of the views.
     """
     targets = targets.cpu()
     views = probe.head_outputs(model, features).cpu()
