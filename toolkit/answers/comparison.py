@@ -125,11 +125,8 @@ def _read(path: Path) -> Answered:
     return Answered(images, columns[0] if first else None, dict(zip(titles[1 + first :], columns[first:], strict=True)))
 
 
-Table = dict[str, list[str]]
-
-
 def _differences(
-    tables: Sequence[Table], truth: Sequence[str], kind: str | None, clusters: Tensor | None
+    tables: Sequence[dict[str, list[str]]], truth: Sequence[str], kind: str | None, clusters: Tensor | None
 ) -> list[Difference]:
     """Compare two runs by their figures, of all images and of parts that are the same for both.
 
@@ -166,7 +163,7 @@ def _differences(
     return [Difference(name, one, other, *ends, p) for name, one, other, ends, p in columns]
 
 
-def _numbers(table: Table, titles: Sequence[str]) -> Tensor:
+def _numbers(table: dict[str, list[str]], titles: Sequence[str]) -> Tensor:
     """These columns as numbers, (N, K), NaN where nothing stands."""
     try:
         columns = [[float(cell or "nan") for cell in table[title]] for title in titles]

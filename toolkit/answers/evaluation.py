@@ -15,6 +15,8 @@ from toolkit.answers import measures
 from toolkit.devices import autocast, to_device
 from toolkit.models.backbones import forward_features
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs and targets, summed over images
+
 
 def training_norms(model: nn.Module) -> list[_BatchNorm]:
     """Every BatchNorm that takes statistics of the batch in training."""
@@ -73,17 +75,10 @@ def estimate_statistics(model: nn.Module, loader: Iterable, device: torch.device
 
 
 @torch.no_grad()
-def worst_batch_loss(
-    model: nn.Module,
-    loader: Iterable,
-    device: torch.device,
-    dtype: torch.dtype,
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> float:
+def worst_batch_loss(model: nn.Module, loader: Iterable, device: torch.device, dtype: torch.dtype, loss: Loss) -> float:
     """The highest mean loss of a loader's batches, each normalised by its own statistics as in training.
 
-    Statistics of few images are so noisy that losses differ several times over although no weight has changed. The
-    loss is of outputs and targets, summed over images.
+    Statistics of few images are so noisy that losses differ several times over although no weight has changed.
     """
     losses = []
     model.train()
@@ -209,8 +204,7 @@ class Evaluation(NamedTuple):
 
     def reliability(self, before: bool = False) -> Tensor:
         """`toolkit.answers.measures.calibration` of the answers, after calibration or before."""
-        confidences = self.before if before else self.confidences
-        return measures.calibration(confidences, self.predictions == self.labels)
+        return measures.calibration(self.before if before else self.confidences, self.predictions == self.labels)
 
     @property
     def score(self) -> float:

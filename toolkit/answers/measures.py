@@ -14,10 +14,11 @@ from torch import Tensor
 TITLES = {"knn_accuracy": "k-NN"} | {
     name: name.replace("_", " ") for name in ("alignment", "uniformity", "effective_rank")
 }
+Interval = tuple[float, float]
 NORMAL = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 
 
-def wilson_interval(hits: float, images: float) -> tuple[float, float]:
+def wilson_interval(hits: float, images: float) -> Interval:
     """The 95% interval of the true accuracy (0 to 1), if `hits` of `images` answers are right.
 
     Wilson's score interval (JASA 22, 1927), which is good for few images too, and for all or none right.
@@ -30,7 +31,7 @@ def wilson_interval(hits: float, images: float) -> tuple[float, float]:
     return 0.0 if hits <= 0 else middle - half, 1.0 if hits >= images else middle + half
 
 
-def share_interval(right: Tensor, clusters: Tensor | None = None) -> tuple[float, float]:
+def share_interval(right: Tensor, clusters: Tensor | None = None) -> Interval:
     """`wilson_interval` of answers (N,) that are right or wrong, where images of one cluster may be alike.
 
     It is that of as many independent images as would have the same variance, at most N, and wider where there are few
@@ -252,15 +253,12 @@ class Jackknifed(NamedTuple):
     """Figures of a set of images, in columns."""
 
     values: Tensor
-    intervals: list[tuple[float, float]]  # of 95%; NaN is no interval
+    intervals: list[Interval]  # of 95%; NaN is no interval
     p: list[float]  # two-sided, of a figure that is truly 0; 1 where there is no interval
 
 
 def jackknife(
-    measure: Callable[[Tensor], Tensor],
-    images: int,
-    clusters: Tensor | None = None,
-    bounds: Sequence[tuple[float, float]] = (),
+    measure: Callable[[Tensor], Tensor], images: int, clusters: Tensor | None = None, bounds: Sequence[Interval] = ()
 ) -> Jackknifed:
     """A measure's columns with 95% intervals by the delete-a-group jackknife.
 
@@ -298,7 +296,7 @@ def jackknife(
     return Jackknifed(values, intervals, chances.tolist())
 
 
-def _between(value: float, middle: float, half: float, bounds: tuple[float, float]) -> tuple[float, float]:
+def _between(value: float, middle: float, half: float, bounds: Interval) -> Interval:
     """The interval of so much on both sides of the middle, on a scale on which the bounds are infinitely far away."""
     low, high = bounds
     if not half > STEADY * abs(value) or not low < value < high:

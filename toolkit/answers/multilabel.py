@@ -102,13 +102,9 @@ class LabelObjective(Objective):
         """The mean over all K labels of an image, where unknown ones count 0; summed over images."""
         # A share of a mixed image weighs as much of a positive as it is one.
         weights = torch.lerp(self.weights[0], self.weights[1], targets.nan_to_num())
-        return self._summed(outputs, targets, weights)
+        return self.plain_loss(outputs, targets, weights)
 
-    def plain_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self._summed(outputs, targets, None)
-
-    @staticmethod
-    def _summed(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    def plain_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         known = ~targets.isnan()
         losses = F.binary_cross_entropy_with_logits(outputs, targets.nan_to_num(), weights, reduction="none")
         return losses.masked_fill(~known, 0).sum() / outputs.shape[1]

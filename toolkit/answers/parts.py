@@ -62,8 +62,8 @@ class Objective:
     """
 
     mixup = 0.0  # alpha of mixup; 0: nothing is mixed
-    loss: Callable[[Tensor, Tensor], Tensor]  # of outputs and targets: what is minimised, summed over images
-    plain_loss: Callable[[Tensor, Tensor], Tensor]  # without weights and smoothing: reported, and watched by the guard
+    loss: evaluation.Loss  # what is minimised
+    plain_loss: evaluation.Loss  # without weights and smoothing: reported, and watched by the guard
     counts: Callable[[LabelledImages], Mapping[Any, int]]  # how many images say something about each output
     constant_loss: Callable[[LabelledImages], float]  # plain, of the best answer that is the same for all, an image
 

@@ -262,11 +262,7 @@ def _regression(strength: float, class_weight: str | None):
 
 
 def fit_one_vs_rest(
-    features: Tensor,
-    targets: Tensor,
-    views: int = 1,
-    weights: Tensor | None = None,
-    clusters: Tensor | None = None,
+    features: Tensor, targets: Tensor, views: int = 1, weights: Tensor | None = None, clusters: Tensor | None = None
 ) -> Probe:
     """A logistic regression for each of K labels on standardised features; their strength is scikit-learn's C.
 
