@@ -99,8 +99,6 @@ class ClassHead(Head):
 
 
 class ClassReport(Report):
-    """The report on an `Evaluation`."""
-
     picture = "confusion_matrix.png"
     HEADLINES: Mapping[str, Headline] = {
         "accuracy": Headline("accuracy"),

@@ -47,13 +47,6 @@ class Answered(NamedTuple):
     groups: list[str] | None
     columns: dict[str, list[str]]  # by title
 
-    def in_order(self, images: Sequence[str]) -> "Answered":
-        """The same, in the order of these images."""
-        place = {name: i for i, name in enumerate(self.images)}
-        order = [place[name] for name in images]
-        columns = {title: [cells[i] for i in order] for title, cells in self.columns.items()}
-        return Answered(list(images), self.groups and [self.groups[i] for i in order], columns)
-
 
 class Difference(NamedTuple):
     """How much better the second of two runs is by one measure; the interval is of 95%."""
@@ -82,23 +75,26 @@ def compare(first: Path, second: Path) -> list[Difference]:
     if missing or len(set(other.images)) != len(one.images):
         what = "".join(f", such as {printable(name)}" for name in missing[:1])
         raise InputError(f"{first} and {second} are over other images{what}: evaluate both on the same ones")
-    other = other.in_order(one.images)
+    place = {name: i for i, name in enumerate(other.images)}
+    order = [place[name] for name in one.images]
+    others = {title: [cells[i] for i in order] for title, cells in other.columns.items()}
     kinds = {title: _kind(title, one.columns) for title in one.columns}
     truth = [title for title, kind in kinds.items() if kind is not None]
     if not truth and {"class", "answer"} <= kinds.keys():
         truth = ["class"]
     if not truth:
         raise InputError(f"{answers_path(first)} is not a table of answers, or damaged: evaluate again")
-    differing = [title for title in truth if one.columns[title] != other.columns[title]]
+    differing = [title for title in truth if one.columns[title] != others[title]]
     if differing:
         columns = listed(differing, 4)
         raise InputError(f"{first} and {second} do not agree on what is true: look at the column {columns}")
-    groups = one.groups or other.groups
-    if other.groups is not None and other.groups != groups:
+    groups_there = other.groups and [other.groups[i] for i in order]
+    groups = one.groups or groups_there
+    if groups_there and groups_there != groups:
         raise InputError(f"{first} and {second} have the images in other groups: evaluate both with one --group-by")
     number = {name: i for i, name in enumerate(dict.fromkeys(groups or ()))}
     clusters = groups and torch.tensor([number[name] for name in groups])
-    return _differences([one.columns, other.columns], truth, kinds[truth[0]], clusters)
+    return _differences([one.columns, others], truth, kinds[truth[0]], clusters)
 
 
 def _kind(title: str, titles: Container[str]) -> str | None:

@@ -212,8 +212,6 @@ class LabelHead(Head):
 
 
 class LabelReport(ColumnReport):
-    """The report on `LabelAnswers`."""
-
     picture = "precision_recall.png"
     plural = "labels"
     suffix = PROBABILITY

@@ -158,8 +158,6 @@ class InUnits(nn.Module):
 
 
 class NumberReport(ColumnReport):
-    """The report on `NumberAnswers`."""
-
     picture = "scatter.png"
     plural = "numbers"
     suffix = ANSWER

@@ -224,8 +224,6 @@ def _share_right(confusion: Tensor) -> float:
 
 
 class PixelReport(Report):
-    """The report on `PixelAnswers`."""
-
     picture = "confusion_matrix.png"
     HEADLINES: Mapping[str, Headline] = {
         "miou": Headline("mean IoU", NO_PIXEL),
