@@ -205,7 +205,7 @@ def finite_interval(interval: tuple[float, float]) -> list[float] | None:
 
 def right_of(accuracy: float, images: int, interval: tuple[float, float]) -> str:
     """An accuracy as counted images, per cent, and how far chance reaches."""
-    digits = 0 if images < 200 else 1  # more would be chance's own
+    digits = int(images >= 200)  # more would be chance's own
     chance = interval_text(*interval, f".{digits}%")
     return f"{round(accuracy * images):,} of {images:,} images, {accuracy:.2%} ({chance})"
 

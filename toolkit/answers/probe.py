@@ -186,16 +186,16 @@ def fit_linear_probe(
     # With few classes several threads wait for each other, up to 16 times as long: one computes the products.
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore")  # a fit that has not converged is still a fair start
-        strength, held_out = _strongest(tried) if splits else (1.0, None)
+        strength, held_out = _strongest(tried, splits)
         weight, bias = _as_linear(_regression(strength, weights).fit(X, y), num_classes)
     return Probe(weight, bias, strength, held_out)
 
 
-def _strongest(tried: Callable[[float], tuple[float, Tensor]]) -> tuple[float, Tensor | None]:
-    """The last of STRENGTHS before the held-out loss that is tried rises, and the answers for what is held out."""
+def _strongest(tried: Callable[[float], tuple[float, Tensor]], parts: Sequence) -> tuple[float, Tensor | None]:
+    """The last of STRENGTHS before the loss of the parts held out rises, and the answers for them; without parts 1."""
     smallest = np.inf
     best = (1.0, None)
-    for strength in STRENGTHS:
+    for strength in STRENGTHS if len(parts) else ():
         loss, held_out = tried(strength)
         if loss >= smallest:
             break
@@ -296,7 +296,7 @@ def fit_one_vs_rest(
             held_out[part] = logits.float()
         return loss, held_out
 
-    strength, held_out = _strongest(tried) if parts else (1.0, None)
+    strength, held_out = _strongest(tried, parts)
     fitted = _logistic(X, Y, counts, strength)
     return Probe(*_unstandardised(fitted[:, :-1], fitted[:, -1], mean, scale), strength, held_out)
 
