@@ -1154,7 +1154,7 @@ def finish(run: "FineTuning") -> dict[str, Any]:
 class FineTuning(RunState):
     """A run: the model, its optimizer, its data, and how far it has come. `train` is its loop.
 
-    A study changes the loss in `toolkit.answers.tasks`, the optimizer and the schedule in `toolkit.run.optim`, and the
+    A study changes the loss in `toolkit.answers.parts`, the optimizer and the schedule in `toolkit.run.optim`, and the
     augmentation in `toolkit.images.transforms.train_transform`, and nothing else.
 
     Args:
