@@ -46,7 +46,6 @@ class Report:
 
     HEADLINES: Mapping[str, Headline]  # by the names of the figures; the first is the score
     measure: Callable[[Tensor], Tensor]  # of weights of the images (n, N): the headlines, and other shares after them
-    title: Callable[[], str]
     printed: Callable[[], list[tuple[str, str]]]  # rows on the classes, labels or numbers, the worst first
     sections: Callable[[Path], list[str]]  # for the page, in HTML, with the picture that `draw` has drawn
     draw: Callable[[Path], None]
@@ -70,6 +69,11 @@ class Report:
             figures[name] = finite(value)
             figures[f"{name}_interval"] = finite_interval(interval)
         return figures
+
+    def title(self) -> str:
+        headline = next(iter(self.HEADLINES.values()))
+        score = "not defined" if math.isnan(self.values[0]) else f"{self.values[0]:{headline.form}}"
+        return f"{headline.title} {score} on {len(self.answers.targets)} images"
 
     def rows(self) -> list[tuple[str, str]]:
         """The headlines for people, (name, value) each, of which the first is the score."""

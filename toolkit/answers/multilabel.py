@@ -240,9 +240,6 @@ class LabelReport(ColumnReport):
     def figures(self) -> dict[str, Any]:
         return super().figures() | self.calibration_figures()
 
-    def title(self) -> str:
-        return f"macro AP {MultiLabel.reported(self.values[0])} on {len(self.answers.targets)} images"
-
     def rows(self) -> list[tuple[str, str]]:
         *rows, (title, text) = super().rows()
         rows.append((title, f"{text}, at thresholds chosen on training images"))

@@ -175,9 +175,6 @@ class NumberReport(ColumnReport):
         known = (~self.answers.targets.isnan()).sum(0)
         return {"images": known.tolist()} | {name: self.answers.by_number(name).tolist() for name in MEASURES}
 
-    def title(self) -> str:
-        return f"R2 {Regression.reported(self.values[0])} on {len(self.answers.targets)} images"
-
     def rows(self) -> list[tuple[str, str]]:
         mean = f", the mean of {len(self.names)} numbers" if len(self.names) > 1 else ""
         return [(title, text + mean) for title, text in super().rows()]

@@ -249,9 +249,6 @@ class PixelReport(Report):
             by_class[f"{name}_interval"] = dict(zip(self.names, map(finite_interval, intervals), strict=True))
         return super().figures() | by_class | self.calibration_figures()
 
-    def title(self) -> str:
-        return f"mean IoU {self.values[0]:.1%} over {len(self.answers.confusion)} images"
-
     def rows(self) -> list[tuple[str, str]]:
         return [*super().rows(), *self.calibration_rows()]
 
