@@ -70,7 +70,7 @@ from toolkit.images.folders import (
     looked_for,
     report_others,
 )
-from toolkit.images.lists import UNKNOWN, has_column, like, read_groups, read_list, read_targets
+from toolkit.images.lists import has_column, like, read_groups, read_list, read_targets
 from toolkit.images.masks import collate_pairs
 from toolkit.images.scenes import open_scene
 from toolkit.images.sources import DATASETS, load_splits, readable
@@ -139,6 +139,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         images, where = _labelled_images(args.images, about)
         images = readable(images)
         task = _task_of(about)
+        stand_for = {"negative": 0, "positive": 1}.get(str(_recorded_data(about).get("unknown")))  # of earlier versions
+        if stand_for is not None and task.kind == "multilabel" and images.targets.isnan().any():
+            raise InputError(f"the run took unknown labels for {stand_for}: give a list that has {stand_for} there")
         result = task.evaluate(model, progress_bar(make_loader(images), "evaluate"), *_device_and_precision(args))
     report = task.report(result, images.clusters())
     results = {"task": task.kind, "images": len(images), "loss": result.loss, **report.figures()}
@@ -348,7 +351,7 @@ def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
     bands = about["transform"].bands
     if is_per_pixel(about):
-        for name in {"dataset", "unknown", "label_columns"} & data.keys():
+        for name in {"dataset", "label_columns"} & data.keys():
             del data[name]
         classes, unknown = _classes_of_masks(about)
         splits = masks.load_pairs(**data, bands=bands, classes=classes, unknown=unknown)
@@ -370,11 +373,8 @@ def _images_in_list(path: Path, about: dict[str, Any]) -> LabelledImages:
         _check_classes(set(labels) - set(known), path)
         numbers = list(map(known.index, labels))
     else:
-        unknown = _recorded_data(about).get("unknown")
-        if unknown not in UNKNOWN:
-            unknown = "ignore"
-        targets = read_targets(path, path.parent, kind, unknown=unknown, group_by=column, label_columns=columns)
-        targets = like(targets, known, path, "the adapter", unknown)
+        targets = read_targets(path, path.parent, kind, group_by=column, label_columns=columns)
+        targets = like(targets, known, path, "the adapter")
         names = targets.paths
         values = targets.values
         numbers = [UNLABELLED] * len(names)
@@ -418,7 +418,7 @@ def _groups(images: LabelledImages, place: Path, about: dict[str, Any]) -> np.nd
 
 
 # What `load_splits` takes of a run's settings: texts, and the list `data_list`.
-_DATA_OF_RUN = ("dataset", "data_dir", "eval_split", "val_dir", "data_list", "unknown", "group_by", "folds")
+_DATA_OF_RUN = ("dataset", "data_dir", "eval_split", "val_dir", "data_list", "group_by", "folds")
 
 
 def _data_of_run(about: dict[str, Any]) -> dict[str, Any]:

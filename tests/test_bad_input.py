@@ -235,7 +235,7 @@ FLAGS = [
         "features that change",
         "finetune --cache-features ram --mixup 1",
         "--cache-features needs --adapt-last, or --lora-rank 0: cached features must be the same in every epoch",
-        "--cache-features needs --mixup 0",
+        "--mixup with --cache-features: cached features must be the same in every epoch",
     ),
     case("a cache of earlier versions", "finetune --cache-images ram", "--cache-images: the option was removed"),
     case(
@@ -459,8 +459,7 @@ IMAGES = [
          "--labels-per-class 3 --label-smoothing 0.1 --keep-best accuracy",
          "--labels-per-class with", "--label-smoothing with", "--keep-best accuracy with --task multilabel"),
     case("what numbers have not", "plain-finetune --task regression --data-list l.csv --class-weights balanced "
-         "--unknown negative", "--class-weights balanced with --task regression", "--unknown with --task regression"),
-    case("unknown labels of one class", "finetune --unknown negative", "--unknown with --task classification"),
+         "--unknown negative", "--class-weights balanced with --task regression", "--unknown: replaced; write 0 or 1"),
     case("a number that is always the same", "plain-finetune --task regression --data-list l.csv",
          "the number number is the same in all", files=classes("cat", count=4) | {
              "l.csv": "".join(f"mine/cat/{i}.png,2.5\n" for i in range(4))}),
@@ -549,7 +548,7 @@ CHECKPOINTS = [
     case("selective checkpointing of a ResNet", "finetune --checkpoint none --arch resnet18 --image-size 32 "
          "--no-freeze-backbone --gradient-checkpointing selective", "selective finds nothing to recompute"),
     case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
-    case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow", "not with --lora-rank 0"),
+    case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow with --lora-rank 0", "no adapters"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
     case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),
     case("an average over time", "finetune --ema 0.9", "--ema: the option was removed; leave it out"),

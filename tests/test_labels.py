@@ -16,7 +16,6 @@ from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import from_record
-from toolkit.files import read_checkpoint
 from toolkit.images import geotags
 from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import load_backbone
@@ -194,15 +193,6 @@ def test_a_search_judges_by_the_tasks_score(run, kind, monkeypatch):
     assert list(trials[0]) == ["learning_rate", f"val_{SCORES[kind]}", "val_loss"]
 
 
-@pytest.mark.slow
-def test_unknown_labels_are_left_out_of_the_loss_or_taken_for_no(trained, run):
-    ignored, _ = trained["multilabel"]
-    negative, folder = run("multilabel", "--unknown negative --class-weights balanced", output="negative")
-    assert ignored["labels"]["up"]["unknown"] == negative["labels"]["up"]["unknown"] == 0  # of evaluation images
-    assert ignored["val_macro_ap"] != negative["val_macro_ap"]
-    assert read_checkpoint(folder / "last.pth")["config"]["data"]["unknown"] == "negative"
-
-
 def changed_adapter(folder, path, change):
     """A copy of an adapter file whose metadata are changed."""
     content = read_adapter_file(folder / "lora.pth")
@@ -211,7 +201,7 @@ def changed_adapter(folder, path, change):
     return str(path)
 
 
-def test_unknown_labels_of_a_list_are_what_the_run_took_them_for(trained, lists, tmp_path):
+def test_unknown_labels_of_a_list_stay_unknown_unless_an_earlier_run_took_them_for_no(trained, lists, tmp_path):
     _, folder = trained["multilabel"]
     listed = str(lists / "multilabel_train.csv")  # where every eighth image does not say what is up
     as_trained = deploy_lora.main(["evaluate", str(folder / "lora.pth"), listed, "--output", str(tmp_path / "a.json")])
@@ -221,8 +211,9 @@ def test_unknown_labels_of_a_list_are_what_the_run_took_them_for(trained, lists,
         metadata["config"]["data"]["unknown"] = "negative"
 
     adapter = changed_adapter(folder, tmp_path / "negative.pth", say_no)
-    found = deploy_lora.main(["evaluate", adapter, listed, "--output", str(tmp_path / "b.json")])
-    assert found["labels"]["up"]["unknown"] == 0
+    with pytest.raises(InputError, match="the run took unknown labels for 0: give a list that has 0 there"):
+        deploy_lora.main(["evaluate", adapter, listed])
+    assert deploy_lora.main(["evaluate", adapter])["labels"]["up"]["unknown"] == 0
 
 
 def test_a_list_with_other_columns_says_which_are_labels_as_chexperts(base, lists, tmp_path):

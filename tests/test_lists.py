@@ -96,9 +96,6 @@ def test_lists_of_several_labels(tmp_path, text, names, values):
     targets = lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel")
     assert (targets.paths, targets.names) == (["a.png", "b.png", "c.png"], names)
     torch.testing.assert_close(targets.values, torch.tensor(values).float(), equal_nan=True)
-    for unknown, value in (("negative", 0.0), ("positive", 1.0)):
-        known = lists.read_targets(tmp_path / "list.csv", tmp_path, "multilabel", unknown).values
-        assert torch.equal(known, torch.tensor(values).float().nan_to_num(value))
 
 
 @pytest.mark.parametrize(
@@ -242,9 +239,8 @@ def test_labels_that_tell_how_much_are_no_classes(labels, numbers):
 def test_a_second_list_follows_the_names_of_the_first():
     second = lists.Targets(["a.png"], ["dog", "cat"], torch.tensor([[1.0, NAN]]))
     names = ["cat", "dog", "eel"]
-    for unknown, value in (("ignore", NAN), ("negative", 0.0), ("positive", 1.0)):  # of a column that lacks
-        found = lists.like(second, names, Path("val.csv"), Path("train.csv"), unknown)
-        torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, value]]), equal_nan=True)
+    found = lists.like(second, names, Path("val.csv"), Path("train.csv"))
+    torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, NAN]]), equal_nan=True)  # a column lacks
     found = lists.like(second._replace(in_columns=False), names, Path("val.csv"), Path("train.csv"))
     torch.testing.assert_close(found.values, torch.tensor([[NAN, 1, 0]]), equal_nan=True)
     numbers = second._replace(values=second.values.double())

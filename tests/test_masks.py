@@ -137,7 +137,7 @@ FAULTS = {
     "rgb without classes": (lambda path: Image.fromarray(rgb()).save(path), None, "`name r g b`"),
     "colour": (lambda path: Image.fromarray(rgb() // 2).save(path), IN_COLOURS, "colour 0 0 127, which is no class's"),
     "value": (lambda path: write_mask(path, LEVELS % 254 + 5), THREE, "value 5, which is no class's"),
-    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "--unknown-value -1"),
+    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "`unknown -1`"),
     "large": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.int64(999)), None, "`NAME 999`"),
     "decimals": (lambda path: np.save(path.with_suffix(".npy"), LEVELS / 2), THREE, "decimals"),
     "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
@@ -215,14 +215,15 @@ def test_masks_of_0_and_255(classes, tmp_path):
         write_image(tmp_path / "images" / f"{i}.png", seed=i)
         levels = np.where(LEVELS == 1, 255, 0).astype(np.uint8)
         write_mask(tmp_path / "masks" / f"{i}.png", levels + (255 - levels) * (i == 2))
-    with pytest.raises(InputError, match=r"`NAME 255`, and add --unknown-value none"):
+    with pytest.raises(InputError, match=r"`background 0` and `NAME 255`"):
         load_pairs(tmp_path, classes=classes)
     if classes is None:
-        with pytest.raises(InputError, match=r"0 and 255 alone; .* add --unknown-value none"):
+        with pytest.raises(InputError, match=r"0 and 255 alone; .* `NAME 255`"):
             load_pairs(tmp_path, unknown=())
-    with pytest.raises(InputError, match=r"house the value 255, which counts as unknown; add --unknown-value none"):
-        load_pairs(tmp_path, classes=Classes(("ground", "house"), values=(0, 255)))
-    splits = load_pairs(tmp_path, classes=Classes(("ground", "house"), values=(0, 255)), unknown=())
+    house = Classes(("ground", "house"), values=(0, 255))
+    with pytest.raises(InputError, match="a class has the value 255, which is unknown"):
+        load_pairs(tmp_path, classes=house, unknown=[255])
+    splits = load_pairs(tmp_path, classes=house)
     assert splits.train.targets.sum(0).gt(0).all()
 
 

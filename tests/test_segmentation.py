@@ -209,7 +209,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(segment, monkeypatch):
         "--activation-precision 16",
         "--learning-rate auto",
         "--folds 2",
-        "--classes dark bright --unknown-value 255 7",
+        "--classes dark bright",
     ],
 )
 def test_what_other_tasks_can_do_masks_can_too(segment, options):
@@ -221,8 +221,8 @@ def test_what_other_tasks_can_do_masks_can_too(segment, options):
     ("options", "named"),
     [
         ("--augmentation trivial", "--augmentation trivial with --task segmentation"),
-        ("--mixup 0.2", "--mixup 0.2 with --task segmentation"),
-        ("--cache-features ram --adapt-last 1", "--cache-features ram with --task segmentation"),
+        ("--mixup 0.2", "--mixup with --task segmentation"),
+        ("--cache-features ram --adapt-last 1", "--cache-features with --task segmentation"),
         ("--labels-per-class 3", "--labels-per-class with --task segmentation"),
         ("--keep-best accuracy", "--keep-best accuracy with --task segmentation: use miou or dice or pixels"),
     ],
@@ -238,5 +238,5 @@ def test_masks_without_images_are_asked_for():
 
 
 def test_options_of_masks_are_refused_elsewhere():
-    with pytest.raises(InputError, match="--unknown-value with --task classification: only masks have it"):
-        read_options(["--unknown-value", "0"])
+    with pytest.raises(InputError, match="--classes with --task classification: only masks have it"):
+        read_options(["--classes", "a", "b"])

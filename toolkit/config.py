@@ -48,6 +48,8 @@ REMOVED = {
     "tensorboard": (False,),
     "train_norms": (False,),
     "follow_norms": (False,),
+    "unknown": ("ignore",),
+    "unknown_value": ([255],),
 }
 # What does what an option of earlier versions did.
 REPLACED = {
@@ -56,6 +58,8 @@ REPLACED = {
     "from_scratch": "write --checkpoint none, with an --arch",
     "use_rslora": "write --lora-alpha with as much times the square root of the rank",
     "eval_only": "use deploy_lora.py evaluate",
+    "unknown": "write 0 or 1 in the list in place of -1 where an unknown label means no or yes",
+    "unknown_value": "give --classes a file in which each class has its value, and unknown pixels too: `unknown 0`",
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

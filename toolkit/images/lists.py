@@ -16,7 +16,6 @@ from toolkit import InputError, did_you_mean, listed, printable
 from toolkit.images.bands import ARRAY_SUFFIXES, check_is_file
 from toolkit.images.folders import IMAGE_SUFFIXES, one_spelling
 
-UNKNOWN = ("ignore", "negative", "positive")  # what a label of which nothing is known means
 TITLES = ("path", "file", "filename", "image")  # of the first column, where the first line names the columns
 PROBABILITY, ANSWER = " probability", " answer"  # what the columns of a run's answers add to a label's name
 
@@ -267,7 +266,6 @@ def read_targets(
     path: Path,
     folder: Path,
     task: str,
-    unknown: str = "ignore",
     group_by: str | None = None,
     label_columns: Sequence[str] | None = None,
 ) -> Targets:
@@ -279,7 +277,6 @@ def read_targets(
     Args:
         path, folder, group_by: as for `read_list`.
         task: 'multilabel' or 'regression'.
-        unknown: one of UNKNOWN: what becomes of unknown labels.
         label_columns: the columns that are labels or numbers, where others are none: see `_label_columns`.
 
     Raises:
@@ -297,8 +294,6 @@ def read_targets(
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
-    if task == "multilabel" and unknown != "ignore":
-        targets.values.nan_to_num_(float(unknown == "positive"))
     for name in targets.names:
         for of_answers in {name + PROBABILITY, name + ANSWER}.intersection(targets.names):
             raise _error(
@@ -386,10 +381,10 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name))
 
 
-def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path, unknown: str = "ignore") -> Targets:
+def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path) -> Targets:
     """The same with its columns in the order of these names.
 
-    A label without a column is `unknown`, as for `read_targets`; one that a list of names never names is no.
+    A label without a column is unknown; one that a list of names never names is no.
 
     Raises:
         InputError: it has names that are not among them, or lacks a column of numbers.
@@ -400,7 +395,7 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path, 
     missing = [name for name in names if name not in targets.names]
     if missing and targets.values.dtype == torch.float64:
         raise InputError(f"--data-list {path} has no column {listed(missing)}, which {other} has; add it")
-    fill = {"ignore": math.nan, "negative": 0.0, "positive": 1.0}[unknown] if targets.in_columns else 0.0
+    fill = math.nan if targets.in_columns else 0.0
     values = targets.values.new_full((len(targets.values), len(names)), fill)
     for place, name in enumerate(targets.names):
         values[:, names.index(name)] = targets.values[:, place]

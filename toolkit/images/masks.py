@@ -196,10 +196,7 @@ class MaskReader:
         values = classes.values or range(len(classes.names))
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
-                raise InputError(
-                    f"--classes gives {printable(name)} the value {value}, which counts as unknown; add "
-                    "--unknown-value none, or another value"
-                )
+                raise InputError(f"{printable(name)} has the value {value}, which counts as unknown")
         not_counted = list(unknown)
         self.of_values = np.full(_BEYOND[1] - _BEYOND[0] + 1, _MISSING, np.int16)
         self.of_values[np.array(values) - _BEYOND[0]] = range(len(values))
@@ -237,10 +234,9 @@ class MaskReader:
         if missing.any():
             level = levels[missing][0]
             mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
-            remedy = f"a line `unknown {mark}` there" if level.ndim else f"--unknown-value {mark}"
             raise InputError(
                 f"{path}: a pixel has the {'colour' if level.ndim else 'value'} {mark}, which is no class's; add a "
-                f"line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
+                f"line `NAME {mark}` to the file of --classes, or `unknown {mark}` if such pixels do not count"
             )
         return found
 
@@ -397,7 +393,7 @@ def load_pairs(
     skip_unreadable: bool = False,
     bands: Bands | None = None,
     classes: Classes | None = None,
-    unknown: Sequence[int] = (255,),
+    unknown: Sequence[int] | None = None,
     group_by: str | None = None,
     folds: str | None = None,
 ) -> Splits:
@@ -409,11 +405,13 @@ def load_pairs(
         data_list: lists of `image,mask` lines, one to be split, or two of which the second is for evaluation.
         eval_split, val_dir, skip_unreadable, bands, group_by, folds: as for `sources.load_splits`.
         classes: None: as many as the largest value says.
-        unknown: the values of pixels that do not count.
+        unknown: the values of pixels that do not count; None: 255, unless it is a class's.
 
     Raises:
         InputError: no pairs, or one that cannot be used; only one class; a group on both sides.
     """
+    if unknown is None:
+        unknown = [] if classes is not None and 255 in (classes.values or ()) else [255]
     read = MaskReader(classes, unknown)
     needs_val = eval_split == "held-out" and folds is None
     if data_list:
@@ -486,7 +484,7 @@ def _remedy(read: MaskReader) -> str:
         return ""
     return (
         "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` and "
-        "`NAME 255`, and add --unknown-value none"
+        "`NAME 255`"
     )
 
 

@@ -57,7 +57,6 @@ def load_splits(
     for_training_only: bool = False,
     bands: Bands | None = None,
     task: str = "classification",
-    unknown: str = "ignore",
     group_by: str | None = None,
     folds: str | None = None,
     label_columns: Sequence[str] | None = None,
@@ -79,7 +78,6 @@ def load_splits(
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: `imagefolder`: what is read of files that are no RGB photographs.
         task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
-        unknown: what unknown labels mean, as `read_targets` takes it.
         group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
@@ -92,7 +90,7 @@ def load_splits(
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
     if data_list:
         columns = {"group_by": group_by, "label_columns": label_columns}
-        parts, class_names = _listed_images(data_list, data_dir, bands, task, unknown, columns)
+        parts, class_names = _listed_images(data_list, data_dir, bands, task, columns)
     elif task != "classification":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
@@ -309,7 +307,6 @@ def _listed_images(
     data_dir: str | Path | None,
     bands: Bands | None,
     task: str,
-    unknown: str,
     columns: dict[str, Any],
 ) -> Parts:
     """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
@@ -328,9 +325,9 @@ def _listed_images(
                 )
             contents.append((ImageFiles(folder, names, [UNLABELLED] * len(names), bands), labels))
             continue
-        targets = lists.read_targets(path, folder, task, unknown, **columns)
+        targets = lists.read_targets(path, folder, task, **columns)
         if parts:
-            targets = lists.like(targets, class_names, path, paths[0], unknown)
+            targets = lists.like(targets, class_names, path, paths[0])
         class_names = targets.names
         labels = [0] * len(targets.paths)
         if task == "multilabel":

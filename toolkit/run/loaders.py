@@ -42,13 +42,8 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     sources = image_sources(args, read)
     if args.task != "segmentation":
         return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
-    for name in ("task", "unknown", "label_columns"):
-        del sources[name]
-    unknown = [value for value in args.unknown_value if value != "none"]
-    lists = sources.pop("data_list")
-    return load_pairs(
-        args.data_dir, lists, args.eval_split, classes=read_classes(args.classes), unknown=unknown, **sources
-    )
+    del sources["task"], sources["label_columns"]
+    return load_pairs(args.data_dir, eval_split=args.eval_split, classes=read_classes(args.classes), **sources)
 
 
 class Loaders:

@@ -6,50 +6,25 @@ read once, completed, checked together, and then frozen: what a run settles late
 
 import argparse
 import contextlib
-import dataclasses
+import inspect
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import InputError
+from toolkit import InputError, config
 from toolkit.answers.tasks import TASKS
-from toolkit.config import (
-    any_float,
-    any_int,
-    by_layer,
-    flag,
-    folds,
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    option,
-    or_auto,
-    or_none,
-    positive_float,
-    positive_int,
-    positive_share,
-    read_pattern,
-    several,
-    worker_count,
-)
+from toolkit.config import flag, option, or_auto, positive_float, positive_int, several
 from toolkit.devices import ARITHMETICS, PRECISIONS
 from toolkit.files import SHIPPED, found_path, read_checkpoint
-from toolkit.images import bands, splitting
+from toolkit.images import bands, sources, splitting
 from toolkit.images.cache import CACHES
 from toolkit.images.families import FAMILIES, known_scaling
-from toolkit.images.lists import UNKNOWN
-from toolkit.images.sources import DATASETS, EVAL_SPLITS, UNLABELLED_SET, unknown_dataset
 from toolkit.images.transforms import AUGMENTATIONS
+from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, TIMM
-from toolkit.models.checkpoints import (
-    OFFICIAL_CHECKPOINTS,
-    checkpoint_path,
-    find_images,
-    is_none,
-    option_problems,
-)
+from toolkit.models.checkpoints import is_none
 
 NORMS = ("auto", "frozen", "follow", "train")
 CHECKPOINTING = ("never", "none", "selective", "full")
@@ -85,8 +60,8 @@ SAVES_MEMORY = (
 
 def data_set(name: str) -> str:
     """A converter for the name of a data set."""
-    if name not in DATASETS:
-        raise argparse.ArgumentTypeError(unknown_dataset(name))
+    if name not in sources.DATASETS:
+        raise argparse.ArgumentTypeError(sources.unknown_dataset(name))
     return name
 
 
@@ -126,7 +101,7 @@ class ModelOptions(ShapeOptions):
     checkpoint: Path = option(
         SHIPPED,
         "file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
-        type=checkpoint_path,
+        type=checkpoints.checkpoint_path,
     )
     arch: str | None = option(
         None,
@@ -141,32 +116,31 @@ class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
     dataset: str | None = option(
-        None, "default: imagefolder if you name images of your own, else digits", type=data_set, choices=DATASETS
+        None,
+        "default: imagefolder if you name images of your own, else digits",
+        type=data_set,
+        choices=sources.DATASETS,
     )
-    data_dir: Path | None = option(
-        None, "folder with train/ and val/, or a folder per class; default: digits", type=Path
-    )
+    data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
     data_list: tuple[Path, ...] | None = several(
-        None, "list of `path,label` lines, or two: for training and for evaluation", type=Path
+        None, "list of `path,label` lines; two: training, evaluation", type=Path
     )
     eval_split: str = option(
         "held-out",
         "where the evaluation images come from; validation: a part of the training images, to choose settings",
-        choices=EVAL_SPLITS,
+        choices=sources.EVAL_SPLITS,
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
-    workers: int | str = option("auto", "processes that load images", type=worker_count)
+    workers: int | str = option("auto", "processes that load images", type=config.worker_count)
     bands: tuple[str, ...] | None = several(None, "bands to read from a file, as 4,3,2; 0: zeros (default: all)")
     scale: float | None = option(None, "divisor of the files' values, as 10000", type=positive_float)
     mean: tuple[float, ...] | None = several(
-        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=any_float
+        None, "mean of each channel, or one for all, after --scale; default: the backbone's", type=config.any_float
     )
-    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=any_float)
+    std: tuple[float, ...] | None = several(None, "standard deviations, given like --mean", type=config.any_float)
     normalise: str | None = option(
-        None,
-        "data: mean and std measured on training images; or a known family's",
-        choices=("data", *FAMILIES),
+        None, "data: mean and std measured on training images; or a known family's", choices=("data", *FAMILIES)
     )
 
 
@@ -179,45 +153,35 @@ class DataOptions(ImageOptions):
         "one class an image; multilabel: several labels; regression: numbers, both in --data-list; segmentation: masks",
         choices=tuple(TASKS),
     )
-    unknown: str = option("ignore", "what an unknown label counts as, with --task multilabel", choices=UNKNOWN)
     label_columns: tuple[str, ...] | None = several(
         None, "columns of a list that are labels or numbers, as A,B,C or A..B; default: all but paths and groups"
     )
-    group_by: str | None = option(
-        None, "a list's column, or a folder's level, that names the patient or field: none is on two sides"
-    )
+    group_by: str | None = option(None, "column or folder level that names the patient or field: none is on two sides")
     folds: str | None = option(
-        None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=folds
+        None, "cross-validate over so many parts, a run for each; 2/5: that of the second of five", type=config.folds
     )
     classes: tuple[str, ...] | None = several(
         None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
     )
-    unknown_value: tuple[int | str, ...] = several(
-        (255,), "values of pixels in masks that are unknown; none: all are known", type=or_none(any_int)
-    )
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
-    cache_features: str = option(
-        "none", "run the frozen blocks below --adapt-last only once per image and view", choices=CACHES
-    )
+    cache_features: str = option("none", "run frozen blocks below --adapt-last once per image and view", choices=CACHES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
     """What both scripts ask of adapters, each in its own section and with its own default rank."""
 
-    lora_rank: int = option(8, "width of adapters, r; 0: none", type=non_negative_int, flags=("--rank",))
+    lora_rank: int = option(8, "width of adapters, r; 0: none", type=config.non_negative_int, flags=("--rank",))
     lora_alpha: float | None = option(
         None, "the update is scaled by alpha / r; default: 2 r", type=positive_float, flags=("--alpha",)
     )
-    lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=fraction)
+    lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=config.fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
-    rank_pattern: tuple[str, ...] | None = several(None, "other ranks, as layer4=16", type=by_layer(positive_int))
+    rank_pattern: tuple[str, ...] | None = several(None, "other ranks: layer4=16", type=config.by_layer(positive_int))
     target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
     exclude_modules: tuple[str, ...] | None = several(None, "layers to leave alone")
-    adapt_last: int | None = option(
-        None, "only so many last blocks (ViT) or stages (ResNet); default: all", type=positive_int
-    )
+    adapt_last: int | None = option(None, "only so many of the last blocks or stages; default: all", type=positive_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,22 +212,18 @@ class TuneOptions(AdapterOptions):
     epochs: int = option(10, "passes over the training images", type=positive_int)
     batch_size: int = option(32, "images per batch, over all processes", type=positive_int)
     accumulation_steps: int = option(1, "batches per optimizer step", type=positive_int)
-    weight_decay: float = option(0.01, "weight decay of AdamW", type=non_negative_float)
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=non_negative_float)
-    label_smoothing: float = option(0.0, "label smoothing factor", type=fraction)
-    mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=non_negative_float)
+    weight_decay: float = option(0.01, "weight decay of AdamW", type=config.non_negative_float)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", type=config.non_negative_float)
+    label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
+    mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=config.non_negative_float)
     wise_ft: float | str = option(
         "auto",
         "share of the trained change that is saved; auto: grows with the images per class",
-        type=or_auto(positive_share),
+        type=or_auto(config.positive_share),
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
-    precision: str = option(
-        "auto",
-        "of products and of frozen weights; auto: bf16 or fp16 on CUDA, else fp32",
-        choices=PRECISIONS,
-    )
+    precision: str = option("auto", "products and frozen weights; auto: 16 bits on CUDA, else fp32", choices=PRECISIONS)
     arithmetic: str = option(
         "float",
         "int8: multiply by frozen weights of linear layers and attention in 8 bits; for a ViT in fp32 on a CPU",
@@ -282,7 +242,7 @@ class TuneOptions(AdapterOptions):
         choices=(32, 16),
     )
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
-    seed: int = option(0, "seed of all random numbers", type=non_negative_int)
+    seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,18 +252,10 @@ class FineTuneOptions(RunOptions, ModelOptions, DataOptions, TuneOptions):
 
 FINE_TUNING_SECTIONS = {"run": RunOptions, "model": ModelOptions, "data": DataOptions, "finetune": TuneOptions}
 
-
-def own_fields(kind: type, shared: type) -> frozenset[str]:
-    """The options of a section that are not those of the class which it extends."""
-    return frozenset(field.name for field in dataclasses.fields(kind)) - {
-        field.name for field in dataclasses.fields(shared)
-    }
-
-
 # Keys of sections that both scripts read, but which are fine-tuning's alone: pretraining ignores them.
 OF_FINE_TUNING = {
-    "model": own_fields(ModelOptions, ShapeOptions) - {"arch"},
-    "data": own_fields(DataOptions, ImageOptions),
+    "model": inspect.get_annotations(ModelOptions).keys() - {"arch"},
+    "data": inspect.get_annotations(DataOptions).keys(),
 }
 
 PATHS = ("data_dir", "val_dir", "data_list", "knn_dir", "checkpoint", "stage1_adapter")  # of what a run reads
@@ -315,36 +267,26 @@ FREE_TO_CHANGE = (
     "model.checkpoint",
     "model.stage1_adapter",
     "data.workers",
-    "data.data_dir",
-    "data.val_dir",
-    "data.data_list",
-    "data.skip_unreadable",
+    *(f"data.{name}" for name in PLACES_OF_IMAGES),
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What follows from options, before they are frozen. These functions fill in what argparse has read.
 
 
-def complete_data(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+def complete_data(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
     """Fill in the default data set, and resolve the paths of a configuration.
 
     Returns what is wrong with the options of the images together, one line each.
     """
     for name in PATHS:
         value = getattr(args, name, None)
-        if not value or sources.get(name) != "config":
-            continue
-        found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
-        setattr(args, name, found)
+        if value and origins.get(name) == "config":
+            found = [found_path(path) for path in value] if isinstance(value, list) else found_path(value)
+            setattr(args, name, found)
     if args.dataset is None:
-        names_images = args.data_dir or args.data_list or args.val_dir
-        args.dataset = "imagefolder" if names_images else "digits"
+        args.dataset = "imagefolder" if args.data_dir or args.data_list or args.val_dir else "digits"
     args.bands = bands.split_names(args.bands)
-    return data_problems(args)
-
-
-def data_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the options of the images together, one line each."""
     problems = bands.option_problems(scaling_of(args), args.channels)
     if args.val_dir and args.data_list:
         problems.append("--val-dir with --data-list: give the evaluation images as a second list instead")
@@ -352,7 +294,7 @@ def data_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--val-dir without --data-dir: give the folder of the training images as well")
     if args.data_list and len(args.data_list) > 2:
         problems.append(f"--data-list: expected a list for training and one for evaluation, got {len(args.data_list)}")
-    if args.dataset == UNLABELLED_SET:
+    if args.dataset == sources.UNLABELLED_SET:
         problems += unlabelled_problems(args)
     elif args.dataset != "imagefolder" and (args.val_dir or args.data_list):
         problems.append(f"--dataset {args.dataset} has its own images: drop it, or --val-dir and --data-list")
@@ -361,12 +303,12 @@ def data_problems(args: argparse.Namespace) -> list[str]:
 
 def unlabelled_problems(args: Any) -> list[str]:
     """The options that images without labels have no use for, one line each."""
-    needless = []
-    if args.val_dir:
-        needless.append("--val-dir")
-    if args.data_list and len(args.data_list) > 1:
-        needless.append("a second --data-list")
-    return [f"{name} with images without labels: they are not evaluated on; drop it" for name in needless]
+    needless = {"--val-dir": args.val_dir, "a second --data-list": (args.data_list or [])[1:]}
+    return [
+        f"{name} with images without labels: they are not evaluated on; drop it"
+        for name, given in needless.items()
+        if given
+    ]
 
 
 def complete_adapters(args: argparse.Namespace) -> None:
@@ -375,20 +317,20 @@ def complete_adapters(args: argparse.Namespace) -> None:
         args.lora_alpha = 2.0 * (args.lora_rank or 8)
 
 
-def complete_fine_tuning(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+def complete_fine_tuning(args: argparse.Namespace, origins: dict[str, str]) -> list[str]:
     """Fill in the options that follow from others; return the problems with the data options, one line each."""
     args.label_columns = bands.split_names(args.label_columns)
-    problems = complete_data(args, sources)
-    if sources["checkpoint"] == "default" and args.dataset != "digits":
+    problems = complete_data(args, origins)
+    if origins["checkpoint"] == "default" and args.dataset != "digits":
         images = next((flag(name) for name in ("data_dir", "data_list") if getattr(args, name)), "--dataset")
         problems.append(
             f"{images} without --checkpoint: the backbone that comes with the toolkit has seen handwritten digits "
-            f"alone; {OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
+            f"alone; {checkpoints.OFFICIAL_CHECKPOINTS}; or, if that backbone is meant, --checkpoint shipped"
         )
     complete_adapters(args)
-    if args.task == "segmentation" and sources["class_weights"] == "default":
+    if args.task == "segmentation" and origins["class_weights"] == "default":
         args.class_weights = "balanced"  # its score is a mean over classes
-    if args.task == "segmentation" and sources["augmentation"] == "config":
+    if args.task == "segmentation" and origins["augmentation"] == "config":
         args.augmentation = "crop"  # the shipped backbone's file has that of digits
     if is_none(args.checkpoint):
         args.head_init = "random"  # there is nothing yet that a probe could find
@@ -409,42 +351,117 @@ def complete_resume(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # What goes together
 
+_ONE_CLASS = "it is for images of one class"
+_NO_MASKS = "it is not possible with masks"
+_CHANGES = "cached features must be the same in every epoch"
+_COMPILED = "the compiler decides what is saved for backward"
+# Options that exclude each other, as they are typed, and why. One without its value means any value but off.
+CLASHES = {
+    "--no-freeze-backbone": {
+        "--use-qlora": "weights in 4 bits cannot train",
+        "--arithmetic int8": "nothing is frozen",
+        "--norms train": "everything trains",
+        "--norms frozen": "everything trains",
+        "--norms follow": "only frozen BatchNorms follow adapters",
+        "--cache-features": _CHANGES,
+    },
+    "--lora-rank 0": {"--norms follow": "there are no adapters to follow"},
+    "--use-qlora": {"--arithmetic int8": "the weights are stored in 8 bits"},
+    "--compile": {"--activation-precision 16": _COMPILED, "--gradient-checkpointing": _COMPILED},
+    "--gradient-checkpointing full": {"--activation-precision 16": "there is nothing left to round"},
+    "--cache-features": {"--norms train": _CHANGES, "--mixup": _CHANGES},
+    "--stage1-adapter": {"--checkpoint none": "there is no base for it to be merged into"},
+    "--eval-split validation": {"--folds": "both say what to evaluate on"},
+    "--task multilabel": {"--labels-per-class": _ONE_CLASS, "--label-smoothing": _ONE_CLASS},
+    "--task regression": {
+        "--labels-per-class": _ONE_CLASS,
+        "--label-smoothing": _ONE_CLASS,
+        "--class-weights balanced": _ONE_CLASS,
+    },
+    "--task segmentation": {
+        "--augmentation trivial": _NO_MASKS,
+        "--augmentation affine": _NO_MASKS,
+        "--mixup": _NO_MASKS,
+        "--cache-features": _NO_MASKS,
+        "--labels-per-class": _NO_MASKS,
+    },
+}
+
+
+def _is_given(args: Any, words: str) -> bool:
+    """Do the options have what these words say: `--norms train`, `--no-freeze-backbone`, or any `--mixup` but none?"""
+    name, _, value = words.removeprefix("--").partition(" ")
+    name = name.replace("-", "_")
+    if name.startswith("no_"):
+        return not getattr(args, name.removeprefix("no_"))
+    now = getattr(args, name)
+    return str(now) == value if value else now not in (None, False, "none")
+
 
 def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
     if args.lora_rank > 0:
         return []
     needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern") if getattr(args, name)]
-    needless += [name for name in _OF_ADAPTERS if name in typed]
+    # A configuration may have these for its runs with adapters, so they are refused only if they are typed.
+    of_adapters = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "lora_init")
+    needless += [name for name in of_adapters if name in typed]
     return [f"{flag(name)} with --lora-rank 0: there are no adapters; raise the rank" for name in needless]
-
-
-# A configuration may have these for its runs with adapters, so they are refused only if they are typed.
-_OF_ADAPTERS = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "lora_init")
 
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
     """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
-    problems = option_problems(args.checkpoint, args.arch, args.heads, _in_fewer_bits(args))
-    if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
-        problems.append(
-            f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
-        )
-    problems += _random_weight_problems(args)
+    bits = next((words for words in ("--use-qlora", "--arithmetic int8") if _is_given(args, words)), None)
+    problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads, bits)
+    for other, clashing in CLASHES.items():
+        for words, reason in clashing.items():
+            if _is_given(args, other) and _is_given(args, words):
+                problems.append(f"{words} with {other}: {reason}; drop one of the two")
     problems += adapter_problems(args, typed)
-    problems += _cache_problems(args)
     problems += _task_problems(args, typed)
-    problems += _norm_problems(args)
-    problems += _speed_problems(args)
-    problems += _fold_problems(args)
-    if not all_folds(args):
-        problems += resume_problems(args)
+    problems += _run_problems(args)
+    return problems if all_folds(args) else problems + resume_problems(args)
+
+
+def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
+    """What --task lacks, one line each."""
+    best_by = TASKS[args.task].best_by
+    if args.keep_best is not None and args.keep_best not in best_by:
+        yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
+    if args.label_columns and (not args.data_list or args.task == "segmentation"):
+        yield "--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it"
+    if "classes" in typed and args.task != "segmentation":
+        yield f"--classes with --task {args.task}: only masks have it; use --task segmentation"
+    if args.task == "segmentation" and args.dataset != "imagefolder":
+        yield (
+            f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
+            "masks/, or --data-list with `image,mask` lines"
+        )
+    form = {"regression": "`path,3.5` lines", "multilabel": '`path,"a,b"` lines, or a column for each label'}
+    if args.task in form and not args.data_list:
+        yield f"--task {args.task} needs --data-list with {form[args.task]}: folders say one class for each image"
+
+
+def _run_problems(args: Any) -> Iterator[str]:
+    """What is wrong with how a run would train, beside CLASHES, one line each."""
+    if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
+        yield f"--stage1-adapter {args.stage1_adapter}: file not found; give the path of an existing adapter file"
+    if is_none(args.checkpoint) and args.freeze_backbone:
+        yield "--checkpoint none with a frozen backbone trains nothing useful; add --no-freeze-backbone"
+    if args.cache_features != "none" and args.lora_rank > 0 and args.adapt_last is None:
+        yield f"--cache-features needs --adapt-last, or --lora-rank 0: {_CHANGES}"
+    if args.norms == "train" and args.adapt_last and args.use_qlora:
+        yield (
+            "--norms train with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
+            "which backward would hold as floats; drop one of the three"
+        )
+    if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
+        yield f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir"
     if args.warmup_epochs > args.epochs:
-        problems.append(
+        yield (
             f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
             "would never get to its peak; lower it"
         )
-    return problems
 
 
 def resume_problems(args: Any) -> list[str]:
@@ -452,142 +469,6 @@ def resume_problems(args: Any) -> list[str]:
     if args.resume is None or os.path.exists(args.resume):
         return []
     return [f"--resume {args.resume}: no such file, so there is nothing to go on with; start without --resume"]
-
-
-def _random_weight_problems(args: Any) -> list[str]:
-    """What does not go together with --checkpoint none, one line each."""
-    problems = []
-    if is_none(args.checkpoint) and args.freeze_backbone:
-        problems.append("--checkpoint none with a frozen backbone trains nothing useful; add --no-freeze-backbone")
-    if is_none(args.checkpoint) and args.stage1_adapter is not None:
-        problems.append("--checkpoint none with --stage1-adapter: there is no base for it to be merged into; drop one")
-    return problems
-
-
-def _in_fewer_bits(args: Any) -> str | None:
-    """The option by which frozen weights are stored in 4 or 8 bits, if one is given."""
-    if args.use_qlora:
-        return "--use-qlora"
-    if args.arithmetic == "int8" and args.freeze_backbone:
-        return "--arithmetic int8"
-    return None
-
-
-def _cache_problems(args: Any) -> list[str]:
-    """The options that make cached features invalid, one line each."""
-    if args.cache_features == "none":
-        return []
-    reasons = {
-        "--adapt-last, or --lora-rank 0": args.lora_rank > 0 and args.adapt_last is None,
-        "--freeze-backbone": not args.freeze_backbone,
-        "--norms frozen": args.norms == "train",
-        "--mixup 0": args.mixup > 0,
-    }
-    return [
-        f"--cache-features needs {remedy}: cached features must be the same in every epoch"
-        for remedy, applies in reasons.items()
-        if applies
-    ]
-
-
-def _task_problems(args: Any, typed: Container[str]) -> list[str]:
-    """The options that do not go together with --task, one line each."""
-    task = TASKS[args.task]
-    problems = []
-    if args.keep_best is not None and args.keep_best not in task.best_by:
-        problems.append(f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(task.best_by)}")
-    if "unknown" in typed and args.task != "multilabel":
-        problems.append(f"--unknown with --task {args.task}: only labels of --task multilabel may be unknown; drop it")
-    if args.label_columns and (not args.data_list or args.task == "segmentation"):
-        problems.append("--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it")
-    if args.task != "segmentation":
-        for name in ("classes", "unknown_value"):
-            if name in typed:
-                problems.append(f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation")
-    if args.task == "segmentation":
-        return problems + _mask_problems(args)
-    if args.task == "classification":
-        return problems
-    if not args.data_list:
-        form = "`path,3.5` lines"
-        if args.task == "multilabel":
-            form = '`path,"a,b"` lines, or a column for each label'
-        problems.append(f"--task {args.task} needs --data-list with {form}: folders say one class for each image")
-    one_class = {
-        "--labels-per-class": args.labels_per_class is not None,
-        "--label-smoothing": args.label_smoothing > 0,
-        "--class-weights balanced": args.class_weights == "balanced" and args.task == "regression",
-    }
-    for name, given in one_class.items():
-        if given:
-            problems.append(f"{name} with --task {args.task}: it is for images of one class; drop it")
-    return problems
-
-
-def _mask_problems(args: Any) -> list[str]:
-    """What is not possible with masks, one line each."""
-    refused = {
-        f"--augmentation {args.augmentation}": args.augmentation not in ("crop", "none"),
-        f"--mixup {args.mixup:g}": args.mixup > 0,
-        f"--cache-features {args.cache_features}": args.cache_features != "none",
-        "--labels-per-class": args.labels_per_class is not None,
-    }
-    problems = [
-        f"{name} with --task segmentation: not possible with masks; drop it"
-        for name, applies in refused.items()
-        if applies
-    ]
-    if args.dataset != "imagefolder":
-        problems.append(
-            f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
-            "masks/, or --data-list with `image,mask` lines"
-        )
-    return problems
-
-
-def _norm_problems(args: Any) -> list[str]:
-    """What does not go together with --norms, one line each."""
-    problems = []
-    if args.norms == "train" and args.adapt_last and args.use_qlora:
-        problems.append(
-            "--norms train with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
-            "which backward would hold as floats; drop one of the three"
-        )
-    if args.norms == "follow" and (args.lora_rank == 0 or not args.freeze_backbone):
-        problems.append(
-            "--norms follow lets frozen BatchNorms follow adapters: not with --lora-rank 0 or --no-freeze-backbone; "
-            "drop one of the two"
-        )
-    if args.norms in ("train", "frozen") and not args.freeze_backbone:
-        problems.append(f"--norms {args.norms} with --no-freeze-backbone: everything trains; drop one of the two")
-    return problems
-
-
-def _speed_problems(args: Any) -> list[str]:
-    """What does not go together of bits, memory and the compiler, one line each."""
-    problems = []
-    if args.use_qlora and not args.freeze_backbone:
-        problems.append("--use-qlora with --no-freeze-backbone: weights in 4 bits cannot train; drop one of the two")
-    if args.arithmetic == "int8" and args.use_qlora:
-        problems.append("--arithmetic int8 with --use-qlora: the weights are stored in 8 bits; drop one of the two")
-    if args.arithmetic == "int8" and not args.freeze_backbone:
-        problems.append("--arithmetic int8 with --no-freeze-backbone: nothing is frozen; drop one of the two")
-    if args.activation_precision == 16 and args.gradient_checkpointing == "full":
-        problems.append("--activation-precision 16 with --gradient-checkpointing full has nothing to round: drop one")
-    for given, usual in (("activation_precision", 32), ("gradient_checkpointing", "none")):
-        if args.compile and getattr(args, given) != usual:
-            problems.append(f"--compile with {flag(given)}: the compiler decides what is saved for backward; drop one")
-    return problems
-
-
-def _fold_problems(args: Any) -> list[str]:
-    """What does not go together with --folds, one line each."""
-    problems = []
-    if args.folds is not None and args.eval_split == "validation":
-        problems.append("--folds with --eval-split validation: both say what to evaluate on; drop one of the two")
-    if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
-        problems.append(f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir")
-    return problems
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,41 +488,25 @@ def lora_options(args: AdapterOptions) -> dict[str, Any]:
         "r": args.lora_rank,
         "lora_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
-        "target_modules": _as_list(args.target_modules),
-        "exclude_modules": _as_list(args.exclude_modules),
+        "target_modules": list(args.target_modules or ()) or None,
+        "exclude_modules": list(args.exclude_modules or ()) or None,
         "use_qlora": args.use_qlora,
         "adapt_last": args.adapt_last,
-        "rank_pattern": read_pattern(args.rank_pattern),
+        "rank_pattern": config.read_pattern(args.rank_pattern),
     }
-
-
-def _as_list(names: Iterable[str] | None) -> list[str] | None:
-    return None if names is None else list(names)
 
 
 def backbone_shape(args: ShapeOptions) -> dict[str, Any]:
     """The arguments of `load_backbone` that describe the network. The first layer is fitted to other channels."""
-    return {
-        "arch": args.arch,
-        "image_size": args.image_size,
-        "heads": args.heads,
-        "channels": args.channels,
-        "channel_fit": "timm",
-    }
+    return {name: getattr(args, name) for name in ("arch", "image_size", "heads", "channels")} | {"channel_fit": "timm"}
 
 
 def image_sources(args: ImageOptions, read: bands.Bands | None = None) -> dict[str, Any]:
     """The keyword arguments of `load_splits`: where a user's images are, and what is read of them."""
-    sources = {
-        "val_dir": args.val_dir,
-        "data_list": args.data_list,
-        "skip_unreadable": args.skip_unreadable,
-        "bands": read,
-    }
+    names = ["val_dir", "data_list", "skip_unreadable"]
     if isinstance(args, DataOptions):
-        for name in ("task", "unknown", "label_columns", "group_by", "folds"):
-            sources[name] = getattr(args, name)
-    return sources
+        names += ["task", "label_columns", "group_by", "folds"]
+    return {name: getattr(args, name) for name in names} | {"bands": read}
 
 
 def scaling_of(args: Any) -> bands.Scaling:
@@ -664,7 +529,7 @@ def known_image_values(args: Any, checkpoint: Path | None) -> tuple[bands.Scalin
     file = checkpoint
     with contextlib.suppress(InputError):  # reported when the backbone is built
         if checkpoint is not None:
-            channels, metadata = find_images(checkpoint, args.arch)
+            channels, metadata = checkpoints.find_images(checkpoint, args.arch)
         adapter = getattr(args, "stage1_adapter", None)
         if adapter is not None:
             content = read_checkpoint(adapter)
