@@ -548,7 +548,7 @@ CHECKPOINTS = [
     case("selective checkpointing of a ResNet", "finetune --checkpoint none --arch resnet18 --image-size 32 "
          "--no-freeze-backbone --gradient-checkpointing selective", "selective finds nothing to recompute"),
     case("norms twice", "finetune --norms train --no-freeze-backbone", "--norms train with --no-freeze-backbone"),
-    case("norms follow nothing", "finetune --norms follow --lora-rank 0", "--norms follow with --lora-rank 0", "no adapters"),
+    case("norms follow nothing", "finetune --norms follow --lora-rank 0", "there are no adapters to follow"),
     case("no norms to follow", "finetune --norms follow", "no adapted convolution of a ResNet has a frozen BatchNorm"),
     case("norms frozen and trained", "finetune --norms frozen --no-freeze-backbone", "everything trains; drop one"),
     case("an average over time", "finetune --ema 0.9", "--ema: the option was removed; leave it out"),

@@ -221,7 +221,7 @@ def test_masks_of_0_and_255(classes, tmp_path):
         with pytest.raises(InputError, match=r"0 and 255 alone; .* `NAME 255`"):
             load_pairs(tmp_path, unknown=())
     house = Classes(("ground", "house"), values=(0, 255))
-    with pytest.raises(InputError, match="a class has the value 255, which is unknown"):
+    with pytest.raises(InputError, match="house has the value 255, which counts as unknown"):
         load_pairs(tmp_path, classes=house, unknown=[255])
     splits = load_pairs(tmp_path, classes=house)
     assert splits.train.targets.sum(0).gt(0).all()
