@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from toolkit import InputError, distributed
-from toolkit.answers.tasks import TASKS, Task, baseline_keys
+from toolkit.answers.tasks import TASKS, baseline_keys
 from toolkit.config import stored_sections
 from toolkit.files import write_csv, write_text
 from toolkit.images.splitting import read_folds
@@ -78,18 +78,12 @@ def cross_validate(
             command = [*words, "--folds", f"{number}/{count}", "--output-dir", str(own)]
             if (own / "last.pth").exists():
                 command.append("--resume")
-            found.append(_results(run, command, after_epoch))
-        if not distributed.is_main():
-            return {}
-        return _summed_up(found, args)
-
-
-def _results(run: Callable, command: list[str], after_epoch: Callable | None) -> dict[str, Any]:
-    try:
-        return run(command, after_epoch)
-    except Collapsed as stopped:  # what the last good adapter reaches is what this part reaches
-        print(stopped)
-        return stopped.results
+            try:
+                found.append(run(command, after_epoch))
+            except Collapsed as stopped:  # what the last good adapter reaches is what this part reaches
+                print(stopped)
+                found.append(stopped.results)
+        return _summed_up(found, args) if distributed.is_main() else {}
 
 
 def _finished(path: Path) -> dict[str, Any]:
@@ -108,7 +102,7 @@ def _identity(args: FineTuneOptions) -> dict[str, Any]:
     return {
         "config": stored_sections(YAML_SECTIONS, args),
         "images": splits.digest(),
-        "base": [_file_digest(path) for path in files],
+        "base": list(map(_file_digest, files)),
     }
 
 
@@ -138,9 +132,8 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     task = TASKS[args.task]
     score = f"val_{task.score}"
     probe = f"{baseline_keys(task)[1]}_before"
-    rows = []
-    for part, results in enumerate(found, 1):
-        rows.append({"part": part, "val_images": results["val_images"], probe: results[probe], score: results[score]})
+    columns = ("val_images", probe, score)
+    rows = [{"part": part} | {name: results[name] for name in columns} for part, results in enumerate(found, 1)]
     mean = {"part": "mean"}
     spread = {"part": "spread"}
     for name in (probe, score):
@@ -148,19 +141,11 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
         mean[name] = statistics.mean(values) if values else None
         spread[name] = statistics.stdev(values) if len(values) > 1 else None
     rows += [mean, spread]
-    write_csv(rows, ("part", "val_images", probe, score), args.output_dir / TABLE)
-    print(f"\n{_table(rows, (probe, score), task)}\n\ntable in {args.output_dir / TABLE}")
-    return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}
-
-
-def _table(rows: Sequence[dict[str, Any]], names: Sequence[str], task: type[Task]) -> str:
+    write_csv(rows, ("part", *columns), args.output_dir / TABLE)
     factor, unit = task.axis
-    decimals = 2 if unit else 3
-    lines = [f"{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}"]
+    print(f"\n{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}")
     for row in rows:
-        line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
-        for name in names:
-            shown = "" if row[name] is None else f"{factor * row[name]:.{decimals}f}"
-            line += f"{shown:>20}"
-        lines.append(line)
-    return "\n".join(lines)
+        shown = ["" if row[name] is None else f"{factor * row[name]:.{2 if unit else 3}f}" for name in (probe, score)]
+        print(f"{row['part']:<8}{row.get('val_images', ''):>8}{shown[0]:>20}{shown[1]:>20}")
+    print(f"\ntable in {args.output_dir / TABLE}")
+    return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}

@@ -115,7 +115,8 @@ def held(
             try:
                 stack.enter_context(_locked(folder))
                 _tidy(folder)
-                _check_owner(folder, script)
+                for name in SHARED_FILES:
+                    _check_owner(folder, name, script)
             except InputError as error:
                 problem = str(error)
         problem, *_ = distributed.gather(problem)
@@ -153,7 +154,7 @@ def _lock(path: Path) -> int:
         try:  # Windows removes a temporary file together with its process
             return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_TEMPORARY", 0))
         except FileExistsError:
-            raise _busy(path, "") from None
+            raise _busy(path) from None
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
@@ -171,31 +172,22 @@ def _lock(path: Path) -> int:
         os.close(handle)  # a run that ended at this moment has removed the file
 
 
-def _busy(path: Path, owner: str) -> InputError:
+def _busy(path: Path, owner: str = "") -> InputError:
     who = f" ({printable(owner)})" if owner else ""
     return InputError(f"--output-dir {path.parent}: another run{who} is going on in it; let it end, or name another")
 
 
 def _unusable(folder: Path, error: OSError) -> InputError:
-    reason = error.strerror or error
-    return InputError(
-        f"--output-dir {folder}: cannot make it, or move out what is in it: {reason}; name another folder"
-    )
+    why = error.strerror or error
+    return InputError(f"--output-dir {folder}: cannot make it, or move out what is in it: {why}; name another folder")
 
 
-def _check_owner(folder: Path, script: str) -> None:
-    """Raise InputError if the other script's files would be replaced."""
-    for name in SHARED_FILES:
-        found = _keys(folder / name)
-        other = next((other for other, marks in MARKS.items() if other != script and marks & found), None)
-        if other is not None:
-            raise InputError(
-                f"--output-dir {folder} has the {name} of a run of {other}, which would be lost: name another folder"
-            )
+def _check_owner(folder: Path, name: str, script: str) -> None:
+    """Raise InputError if the other script's file of this name would be replaced; its keys or columns show whose it is.
 
-
-def _keys(path: Path) -> set[str]:
-    """The keys or columns of a file; none if it does not exist or cannot be read."""
+    One that does not exist or cannot be read is nobody's.
+    """
+    path = folder / name
     try:
         if path.suffix == ".pth":
             content = read_checkpoint(path)
@@ -205,8 +197,12 @@ def _keys(path: Path) -> set[str]:
             with open(path, encoding="utf-8") as file:
                 content = dict.fromkeys(file.readline().strip().split(","))
     except (InputError, OSError, ValueError, RecursionError):
-        return set()
-    return set(content) if isinstance(content, dict) else set()
+        return
+    for other, marks in MARKS.items():
+        if other != script and isinstance(content, dict) and marks & content.keys():
+            raise InputError(
+                f"--output-dir {folder} has the {name} of a run of {other}, which would be lost: name another folder"
+            )
 
 
 def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None = None) -> None:
@@ -219,8 +215,9 @@ def begin_folder(folder: Path, files: Iterable[str] = (), resumed: Path | None =
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if resumed is None or resumed.resolve().parent != folder.resolve():
-            _move_aside(folder, [name for name in files if os.path.lexists(folder / name)])
+        names = [name for name in files if os.path.lexists(folder / name)]
+        if names and (resumed is None or resumed.resolve().parent != folder.resolve()):
+            _move_aside(folder, names)
     except OSError as error:
         raise _unusable(folder, error) from None
 
@@ -243,20 +240,15 @@ def _tidy(folder: Path) -> None:
 
 def _move_aside(folder: Path, names: list[str]) -> None:
     """Move these files to the first of `lora-1`, `lora-2`, ... beside the folder `lora` that is free, and say so."""
-    if not names:
-        return
     named = folder.name not in ("", "..") and not folder.is_symlink()
     place = folder if named else folder.resolve()  # on the same disk even if `folder` is a link
     moving = folder / MOVING  # a run that is killed meanwhile leaves all files below one folder
     moving.mkdir()
     for name in names:
         os.rename(folder / name, moving / name)
-    for number in itertools.count(1):
-        aside = place.with_name(f"{place.name}-{number}")
-        if not os.path.lexists(aside):
-            os.rename(moving, aside)
-            break
-    unfinished = ", unfinished (--resume with this --output-dir goes on with it)"
-    if {"results.json", "folds.csv"} & set(names):
-        unfinished = ""
+    numbered = (place.with_name(f"{place.name}-{number}") for number in itertools.count(1))
+    aside = next(path for path in numbered if not os.path.lexists(path))
+    os.rename(moving, aside)
+    is_finished = {"results.json", "folds.csv"} & set(names)
+    unfinished = "" if is_finished else ", unfinished (--resume with this --output-dir goes on with it)"
     print(f"the earlier run in {folder} is now in {aside}{unfinished}")

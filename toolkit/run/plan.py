@@ -27,9 +27,5 @@ class Plan:
         """The options, with what is settled, in the sections of a YAML file that repeats the run."""
         settings = config.stored_sections(YAML_SECTIONS, args)
         settings["data"] |= {name: config.stored(value) for name, value in self.image_values.items()}
-        settings["finetune"] |= {
-            "learning_rate": self.learning_rate,
-            "arithmetic": self.arithmetic,
-            "norms": self.norms,
-        }
+        settings["finetune"] |= {name: getattr(self, name) for name in ("learning_rate", "arithmetic", "norms")}
         return settings

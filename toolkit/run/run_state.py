@@ -60,7 +60,10 @@ class RunState:
             "history": StateEntry.attribute(self, "history"),
             "before": StateEntry.attribute(self, "baseline"),
             "meter": StateEntry(lambda: vars(self.meter), vars(self.meter).update),
-            "progress": StateEntry(self._saved_progress, self._load_progress),
+            "progress": StateEntry(
+                save=lambda: vars(self.progress) if self.progress else None,
+                load=lambda state: setattr(self, "progress", Progress(**state) if state else None),
+            ),
         }
         self.identity: dict[str, Any] = {}
 
@@ -87,19 +90,10 @@ class RunState:
         self.trained_entries |= {
             "optimizer": StateEntry.of(self.optimizer),
             "schedule": StateEntry.of(self.schedule),
-            "scaler": StateEntry(self.scaler.state_dict, self._restore_scaler),
-            "rng": StateEntry(_rng_of_all, _restore_rng),
+            # Empty if the former run was not in float16, as with an automatic precision on another device
+            "scaler": StateEntry(self.scaler.state_dict, lambda state: state and self.scaler.load_state_dict(state)),
+            "rng": StateEntry(lambda: distributed.gather(rng_state()), _restore_rng),  # by rank
         }
-
-    def _restore_scaler(self, state: dict[str, Any]) -> None:
-        if state:  # empty if the former run was not in float16, as with an automatic precision on another device
-            self.scaler.load_state_dict(state)
-
-    def _saved_progress(self) -> dict[str, Any] | None:
-        return vars(self.progress) if self.progress else None
-
-    def _load_progress(self, state: dict[str, Any] | None) -> None:
-        self.progress = Progress(**state) if state else None
 
     def trained(self) -> dict[str, Any]:
         """The state that training changes, by key of `last.pth`."""
@@ -176,10 +170,6 @@ class RunState:
                 raise Stopped(stopped.signum, f"Stopped; {self.done()} are {where}") from None
 
 
-def _rng_of_all() -> list[dict[str, Any]]:
-    return distributed.gather(rng_state())  # by rank: all processes contribute
-
-
 def _restore_rng(states: list[dict[str, Any]]) -> None:
     if distributed.rank() < len(states):  # the state may have been written by fewer processes
         restore_rng_state(states[distributed.rank()])
@@ -206,22 +196,18 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
     settings = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
-        else:
-            settings[name] = value
+        settings |= (
+            {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+        )
     return settings
 
 
 def recorded_setting(path: Path | None, section: str, name: str) -> Any:
     """A setting of the run that wrote this `last.pth`; None if there is no such file, or nothing of it in the file."""
-    if path is None or not path.exists():
-        return None
-    state = read_checkpoint(path)
+    state = read_checkpoint(path) if path is not None and path.exists() else None
     config = state.get("config") if isinstance(state, dict) else None
-    if not isinstance(config, dict) or not isinstance(config.get(section), dict):
-        return None
-    return config[section].get(name)
+    settings = config.get(section) if isinstance(config, dict) else None
+    return settings.get(name) if isinstance(settings, dict) else None
 
 
 OFF = (None, False, "none", "float", "frozen")  # how a setting is switched off that an earlier version did not have

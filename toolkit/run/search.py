@@ -64,10 +64,8 @@ def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float
     if not scored:
         print("the score is not defined on the validation part: the rate with the lowest loss is taken")
         return min(trials, key=lambda trial: trial.val_loss).learning_rate
-    trials = scored
-    best = max(trial.val_score for trial in trials)
-    error = math.sqrt(variance(best))
-    alike = [trial.learning_rate for trial in trials if trial.val_score >= best - error]
+    best = max(trial.val_score for trial in scored)
+    alike = [trial.learning_rate for trial in scored if trial.val_score >= best - math.sqrt(variance(best))]
     return min(alike, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
 
 
@@ -112,15 +110,21 @@ def choose_learning_rate(
             raise run_state.of_other_version(resume)
         if "trials" not in state:
             return state["config"]["finetune"]["learning_rate"], resume
-        known = known_trials(resume, state, settings, free)
+        changed = run_state.changed_settings(state["config"], settings["config"], free)
+        if changed or state["images"] != settings["images"]:
+            what = ", ".join(changed) or "other images"
+            raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
+        known = [Trial(*trial) for trial in state["trials"]]
     epochs = min(epochs, MOST_TRIAL_EPOCHS)
+
+    columns = ("learning_rate", f"val_{task.score}", "val_loss")
 
     def trial(rate: float) -> tuple[float, float]:
         try:
             row = train(rate, epochs)
         except Collapsed:
             return 0.0, math.inf
-        return row[f"val_{task.score}"], row["val_loss"]
+        return row[columns[1]], row["val_loss"]
 
     def tried(trials: list[Trial]) -> None:
         rate, score, loss = trials[-1]
@@ -128,26 +132,15 @@ def choose_learning_rate(
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
-            columns = ("learning_rate", f"val_{task.score}", "val_loss")
             rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
             write_csv(rows, columns, folder / "learning_rates.csv")
 
-    plan = f"{len(RATES)} runs of {epochs} epochs, over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {plan}")
+    over = f"over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, {over}")
     rate, trials = find_learning_rate(trial, lambda score: task.head.variance(score, images), known, tried)
     begin()
     if distributed.is_main():
-        rates = [trial.learning_rate for trial in trials]
-        scores = [trial.val_score for trial in trials]
+        rates, scores, _ = zip(*trials, strict=True)
         reports.plot_learning_rates(rates, scores, task, folder / "learning_rates.png")
     print(f"learning rate {rate:.0e}")
     return rate, None
-
-
-def known_trials(path: Path, state: dict[str, Any], settings: dict[str, Any], free: Container[str]) -> list[Trial]:
-    """The trials that an interrupted search has saved. Raises InputError if it has other settings."""
-    changed = run_state.changed_settings(state["config"], settings["config"], free)
-    if changed or state["images"] != settings["images"]:
-        what = ", ".join(changed) or "other images"
-        raise InputError(f"{path} is of a search with other settings ({what}); start without --resume")
-    return [Trial(*trial) for trial in state["trials"]]

@@ -19,18 +19,12 @@ from toolkit.images.data import LoadingMeter
 STEPS_READ_TOGETHER = {"cpu": 1, "cuda": 8, "mps": 8}
 
 
-def check_processes(*images: int) -> None:
-    """Raises InputError if one of the image sets, given by their sizes, has fewer images than there are processes."""
-    if distributed.world_size() > min(images):
-        raise InputError(
-            f"{distributed.world_size()} processes are more than there are images to train or evaluate on; start fewer"
-        )
-
-
 def check_batches(model: nn.Module, train_images: int, val_images: int, batch_size: int) -> None:
-    """Raises InputError if a batch leaves too few images for each process or for BatchNorm."""
-    check_processes(train_images, val_images)
-    needed = max(2, distributed.world_size())
+    """Raises InputError if the images or a batch are too few for each process or for BatchNorm."""
+    processes = distributed.world_size()
+    if processes > min(train_images, val_images):
+        raise InputError(f"{processes} processes are more than there are images to train or evaluate on; start fewer")
+    needed = max(2, processes)
     if training_norms(model) and min(batch_size, train_images) < needed:
         raise InputError(
             f"BatchNorm that trains needs {needed} images or more, and one in each process: raise --batch-size, or use "
@@ -59,19 +53,15 @@ def micro_batches(
     sampler = loader.batch_sampler
     sampler.epoch = epoch - 1
     sampler.start = start * accumulation_steps
-    shares = _shares(loader, meter)
+    shares = (
+        (images, labels if sampler.has_share(number) else no_labels(labels))  # an image stands in for a missing share
+        for number, (images, labels) in enumerate(meter.watched(loader), sampler.start)
+    )
     for first in range(sampler.start, len(sampler), accumulation_steps):
         number = min(accumulation_steps, len(sampler) - first)
         images = min(number * sampler.batch_size, sampler.count - first * sampler.batch_size)
         is_last = first + number == len(sampler)
         yield MicroBatches(itertools.islice(shares, number), number, images, is_last)
-
-
-def _shares(loader: DataLoader, meter: LoadingMeter) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of each batch; without labels where an image stands in for a missing share."""
-    sampler = loader.batch_sampler
-    for number, (images, labels) in enumerate(meter.watched(loader), sampler.start):
-        yield images, labels if sampler.has_share(number) else no_labels(labels)
 
 
 class StepFigures(NamedTuple):
@@ -90,10 +80,8 @@ def read_figures(steps: list[StepFigures], stop: Any) -> list[tuple[int, list[fl
         stop: the `StopRequests` of this process.
     """
     images = [step.images for step in steps]
-    sums = []
-    for step in steps:
-        rows = [figures.tolist() for figures in step.sums]
-        sums.append([sum(column) for column in zip(*rows, strict=True)])
+    rows = [[figures.tolist() for figures in step.sums] for step in steps]
+    sums = [list(map(sum, zip(*batches, strict=True))) for batches in rows]
     steps.clear()
     if distributed.world_size() > 1:
         *flat, asked = distributed.all_sum(*itertools.chain(*sums), float(stop.signum > 0))
@@ -136,10 +124,8 @@ class Progress:
 
     def shown(self) -> dict[str, str]:
         """For a progress bar."""
-        shown = {"loss": f"{self.loss:.3f}"}
-        if self.correct:
-            shown["accuracy"] = f"{self.correct / self.images:.1%}"
-        return shown
+        accuracy = {"accuracy": f"{self.correct / self.images:.1%}"} if self.correct else {}
+        return {"loss": f"{self.loss:.3f}", **accuracy}
 
 
 def metrics_columns(measured: Iterable[str]) -> tuple[str, ...]:
