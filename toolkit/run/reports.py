@@ -28,6 +28,7 @@ from toolkit.run.plan import Plan
 from toolkit.run.training import best_epoch
 
 LOW_RATE = 1e-4  # the default; below it adapters mostly gain from more
+BASELINES = ("k-NN", "linear probe")  # what is measured before training, in the order of `baseline_keys`
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Words that several lines share
@@ -61,25 +62,19 @@ def short_rate(rate: float) -> str:
 
 def describe_data(args: DataOptions, splits: Splits) -> str:
     """One line: how many images train, how many are evaluated on, and where these come from."""
-    where = ""
+    where = " (a part of the training images: --eval-split validation)" if args.eval_split == "validation" else ""
     if args.folds is not None:
         where = f" (part {args.folds.replace('/', ' of ')}: --folds)"
-    elif args.eval_split == "validation":
-        where = " (a part of the training images: --eval-split validation)"
     numbers = f"{len(splits.train):,} training images, {len(splits.val):,} evaluation images{where}"
-    line = f"data: {numbers}, {counted(len(splits.class_names), TASKS[args.task].outputs_are)}"
-    if args.group_by is not None:
-        line += f", in {splits.group_counts()} groups ({printable(args.group_by)})"
-    return line
+    groups = "" if args.group_by is None else f", in {splits.group_counts()} groups ({printable(args.group_by)})"
+    return f"data: {numbers}, {counted(len(splits.class_names), TASKS[args.task].outputs_are)}{groups}"
 
 
 def describe_baseline(task: Task, baseline: dict[str, float | None], images: int) -> str:
     """One line: how good the backbone is before training. A second one if the evaluation images can show no gain."""
-    of_knn, of_probe = baseline_keys(task)
-    measured = []
-    for title, name in (("k-NN", of_knn), ("linear probe", of_probe)):
-        if baseline[name] is not None:
-            measured.append(f"{title} {task.reported(baseline[name])}")
+    _, of_probe = baseline_keys(task)
+    scores = [(title, baseline[name]) for title, name in zip(BASELINES, baseline_keys(task), strict=True)]
+    measured = [f"{title} {task.reported(score)}" for title, score in scores if score is not None]
     line = f"before training: {', '.join(measured) or 'nothing to compare with'}"
     if task.kind != "classification":
         line += f" ({task.score_title})"
@@ -92,19 +87,16 @@ def describe_rates(run: "FineTuned") -> str:
     """One line: the learning rates of head, adapters and whatever else trains, and whether they are those asked for."""
     reported = [f"head {short_rate(run.rate)}"]
     if run.adapter_rate is not None:
-        factor = run.adapter_lr_factor
-        why = f" ({factor:g}x: they start at the gradient)" if factor > 1 else ""
+        why = f" ({run.adapter_lr_factor:g}x: they start at the gradient)" if run.adapter_lr_factor > 1 else ""
         reported.append(f"adapters {short_rate(run.adapter_rate)}{why}")
     if not run.args.freeze_backbone:
         reported.append(f"backbone {short_rate(run.rate)}")
     elif run.plan.norms == "train":
         reported.append(f"norms {short_rate(run.rate)}")
-    line = f"learning rate: {', '.join(reported)}"
-    asked = run.plan.learning_rate
-    if run.rate < asked:
-        line += f"; 1/{asked / run.rate:.0f} of what was asked for"
-        line += ", since few images or steps cannot correct what a high rate does"
-    return line
+    if run.rate < run.plan.learning_rate:
+        asked = f"; 1/{run.plan.learning_rate / run.rate:.0f} of what was asked for"
+        reported[-1] += f"{asked}, since few images or steps cannot correct what a high rate does"
+    return f"learning rate: {', '.join(reported)}"
 
 
 def describe_epoch(run: "FineTuned") -> str:
@@ -114,18 +106,15 @@ def describe_epoch(run: "FineTuned") -> str:
     score = f"{run.task.score_title} {run.task.reported(row[f'val_{run.task.score}'])}"
     lines = f"epoch {row['epoch']}: {losses}, {score}; {describe_times(run.history, run.args.epochs)}"
     if run.wise_ft.share < run.wise_ft.alpha:
-        lines += f"\n  {run.wise_ft.share:.0%} of the change is kept so far: with more, training images are answered "
-        lines += "worse than by the probe"
+        kept = f"{run.wise_ft.share:.0%} of the change is kept so far"
+        lines += f"\n  {kept}: with more, training images are answered worse than by the probe"
     return lines
 
 
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """How long the last finished epoch took, and what is left of the whole run."""
     left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
-    line = duration(history[-1]["seconds"])
-    if left:
-        line += f", {duration(left)} left"
-    return line
+    return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -160,8 +149,9 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
     stage1 = run.args.stage1_adapter
     score = f"val_{run.task.score}"
     last = run.history[-1][score] if run.history else run.baseline[baseline_keys(run.task)[1]]
-    metadata = {name: run.report[name] for name in ("arch", "image_size", "heads")}
-    metadata |= {
+    task = run.task.record()
+    return {
+        **{name: run.report[name] for name in ("arch", "image_size", "heads")},
         "class_names": run.identity["class_names"],
         **recorded(run.plan.normalization, run.report),
         "checkpoint": stored_checkpoint(run.args.checkpoint),
@@ -170,11 +160,8 @@ def adapter_metadata(run: FineTuned) -> dict[str, Any]:
         "epoch": len(run.history),
         score: last,
         "config": run.identity["config"],
+        **({} if task is None else {"task": task}),
     }
-    task = run.task.record()
-    if task is not None:
-        metadata["task"] = task
-    return metadata
 
 
 def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: dict[str, int]) -> dict[str, Any]:
@@ -184,7 +171,6 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         result: the answers for the evaluation images of the model that was saved after `kept_epoch`.
         counts: its parameters, as `count_parameters` gives them.
     """
-    config = run.identity["config"]
     normalization = run.plan.normalization
     report = run.task.report(result, run.splits.val.clusters())
     results = {
@@ -209,23 +195,17 @@ def write_finetuning(run: FineTuned, result: Answers, kept_epoch: int, counts: d
         "arithmetic": run.plan.arithmetic,
         "images": run.identity["images"],
         "normalization": recorded(normalization, run.report),
-        "config": config,
+        "config": run.identity["config"],
     }
     comparison.write_answers(report.answer_columns(), run.splits.val, run.path("results.json"))
     plot_finetuning(run.history, run.baseline, run.path("training_curves.png"), run.task)
     report.draw(run.path(report.picture))
     report.draw_mistakes(run.splits.val, run.path("mistakes.png"), normalization["bands"])
     rows = summary(run, results, report)
-    write_page(
-        run.path("report.html"),
-        report.title(),
-        rows,
-        report.sections(run.path(report.picture)),
-        run.path("lora.pth"),
-        mistakes=run.path("mistakes.png"),
-        curves=run.path("training_curves.png"),
-        config=config,
-    )
+    sections = report.sections(run.path(report.picture))
+    pictures = {"mistakes": run.path("mistakes.png"), "curves": run.path("training_curves.png")}
+    page = run.path("report.html")
+    write_page(page, report.title(), rows, sections, run.path("lora.pth"), **pictures, config=results["config"])
     write_text(json.dumps(results, indent=2), run.path("results.json"))  # the last file: a run that has it is complete
     print(f"\n{table(rows)}")
     return results
@@ -239,7 +219,8 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
     if run.history:
         best = best_epoch(run.history, run.task.best_by.get(run.args.keep_best, score))
     interval = f"{run.task.score}_interval"
-    scores = {
+    others = {name: figure for name, figure in figures.items() if name not in (run.task.score, interval)}
+    return {
         "task": run.task.kind,
         score: figures[run.task.score],
         "val_loss": result.loss,
@@ -252,11 +233,8 @@ def _scores(run: FineTuned, result: Answers, figures: dict[str, Any], kept_epoch
         f"best_{score}": finite(best[score]),
         f"{of_knn}_before": finite(run.baseline[of_knn]),
         f"{of_probe}_before": finite(run.baseline[of_probe]),
+        **others,
     }
-    for name, figure in figures.items():
-        if name not in (run.task.score, interval):
-            scores[name] = figure
-    return scores
 
 
 def _chosen_by(run: FineTuned) -> dict[str, str]:
@@ -295,7 +273,7 @@ def plot_finetuning(
     factor, unit = task.axis
     values = [factor * row[f"val_{task.score}"] for row in history]
     scores.plot(epochs, values, "s--", color=ORANGE, label="evaluation")
-    for name, label, style in zip(baseline_keys(task), ("k-NN", "linear probe"), (":", "-."), strict=True):
+    for name, label, style in zip(baseline_keys(task), BASELINES, (":", "-."), strict=True):
         if baseline[name] is not None:
             scores.axhline(factor * baseline[name], color="0.4", linestyle=style, label=f"{label} before training")
     scores.set(ylabel=f"{task.score_title}{unit}", title=task.score_title[0].upper() + task.score_title[1:])
@@ -340,10 +318,9 @@ def against_the_probe(results: dict[str, Any]) -> str:
     """Advice for a run that ends near its linear probe, or below it; else an empty string."""
     score = TASKS[results["task"]].score
     probe = results[f"probe_{score}_before"]
-    interval = results[f"val_{score}_interval"]
-    if probe is None or interval is None:
+    low, high = results[f"val_{score}_interval"] or (None, None)
+    if probe is None or low is None:
         return ""
-    low, high = interval
     if probe > high:
         return "below the linear probe that it began with: try --learning-rate auto"
     if results["learning_rate"] < LOW_RATE and probe >= low:
@@ -354,32 +331,33 @@ def against_the_probe(results: dict[str, Any]) -> str:
 def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tuple[str, str]]:
     """The table printed at the end of a fine-tuning run: (name, value) of each row."""
     task = run.task
-    of_knn, of_probe = baseline_keys(task)
+    knn, probe = (run.baseline[name] for name in baseline_keys(task))
     folder = run.args.output_dir
     (title, headline), *others = report.rows()
-    rows = []
-    if run.baseline[of_knn] is not None:
-        rows.append((f"k-NN {task.score_title} before", task.reported(run.baseline[of_knn])))
-    if run.baseline[of_probe] is not None:
-        rows.append(("linear probe before", task.reported(run.baseline[of_probe])))
+    before = {f"k-NN {task.score_title} before": knn, "linear probe before": probe}
+    rows = [(name, task.reported(score)) for name, score in before.items() if score is not None]
     rows.append((f"{title} after", headline))
     rows += [("", note) for note in _notes(run, results)]
     rows += others
     trained = results["trainable_parameters"]
     total = results["total_parameters"]
     rows.append(("trained parameters", f"{trained:,} of {total:,} ({trained / total:.2%})"))
-    share = results["kept_share"]
-    if share < 1:
-        start = "start" if run.baseline[of_probe] is None else "probe"
-        kept = f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)"
-        rows.append(("saved weights", kept))
+    if (share := results["kept_share"]) < 1:
+        start = "start" if probe is None else "probe"
+        rows.append(
+            ("saved weights", f"{share:.0%} of the way from the {start} to the trained model (--wise-ft 1: all)")
+        )
+    memory = "not known on this system"
+    if results["peak_memory_bytes"]:
+        whole = "" if results["device"].startswith("cuda") else ", the whole process"  # with Python and PyTorch
+        memory = f"{results['peak_memory_bytes'] / 1e6:,.0f} MB ({results['device']}{whole})"
     sizes = f"{results['adapter_bytes'] / 1e6:.2f} MB (backbone {results['backbone_bytes'] / 1e6:.1f} MB)"
     merge = f"python deploy_lora.py merge {shlex.quote(str(folder / 'lora.pth'))} --output merged.pth"
     return [
         *rows,
         ("adapter file", sizes),
         ("training time", duration(results["seconds"])),
-        ("peak memory", _memory_text(results["peak_memory_bytes"], results["device"])),
+        ("peak memory", memory),
         ("results in", f"{folder}/: lora.pth, last.pth, metrics.csv, results.json, config.yaml,"),
         ("", f"training_curves.png, {report.picture}, mistakes.png; report.html shows them all"),
         ("merge it", merge),
@@ -388,22 +366,12 @@ def summary(run: FineTuned, results: dict[str, Any], report: Report) -> list[tup
 
 def _notes(run: FineTuned, results: dict[str, Any]) -> list[str]:
     """What has to be said of the score: how it compares with the probe's, and which images chose what."""
-    notes = []
-    advice = against_the_probe(results)
-    if advice:
-        notes.append(advice)
-    for what, images in results["chosen_by"].items():
-        value = f"{results['kept_epoch']} of {results['epochs']}"
-        if what == "learning rate":
-            value = short_rate(results["learning_rate"])
-        notes.append(f"{what} {value} chosen by {images}")
+    notes = list(filter(None, [against_the_probe(results)]))
+    chosen = {
+        "learning rate": short_rate(results["learning_rate"]),
+        "epoch": f"{results['kept_epoch']} of {results['epochs']}",
+    }
+    notes += [f"{what} {chosen[what]} chosen by {images}" for what, images in results["chosen_by"].items()]
     if run.args.keep_best and "epoch" not in results["chosen_by"]:
         notes.append("the last epoch is kept: what --keep-best chooses by is not defined on the evaluation images")
     return notes
-
-
-def _memory_text(memory: int | None, device: str) -> str:
-    if not memory:
-        return "not known on this system"
-    whole = "" if device.startswith("cuda") else ", the whole process"  # with Python and PyTorch
-    return f"{memory / 1e6:,.0f} MB ({device}{whole})"
