@@ -55,9 +55,6 @@ class GoBack:
     why: str
 
 
-Verdict = Keep | ShrinkTo | GoBack
-
-
 def watched_images(images: LabelledImages) -> LabelledImages:
     """The training images that are evaluated after each epoch: always the same, repeated if there are few."""
     some = images.at_most(WATCHED_VIEWS)
@@ -112,21 +109,19 @@ class Guard:
 
     def note_step(self, loss: float) -> None:
         """Note the mean loss over the images of a step."""
-        if not math.isfinite(loss):
-            self.recent_loss = loss
-            return
-        if self.first_loss is None:
+        if math.isfinite(loss) and self.first_loss is None:
             self.first_loss = loss
             self.recent_loss = loss
-        self.recent_loss = LOSS_DECAY * self.recent_loss + (1 - LOSS_DECAY) * loss
+        self.recent_loss = LOSS_DECAY * self.recent_loss + (1 - LOSS_DECAY) * loss if math.isfinite(loss) else loss
 
     def after_step(self) -> Keep | GoBack:
         """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""
-        explodes = not math.isfinite(self.recent_loss)
-        explodes = explodes or self.recent_loss > EXPLODED_RATIO * max(self.constant_loss, self.first_loss)
+        if not math.isfinite(self.recent_loss):
+            return GoBack("training collapsed")
+        explodes = self.recent_loss > EXPLODED_RATIO * max(self.constant_loss, self.first_loss)
         return GoBack("training collapsed") if explodes else Keep()
 
-    def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Verdict:
+    def after_epoch(self, trained: Answers, kept: Answers, divisor: float) -> Keep | ShrinkTo | GoBack:
         """What is to become of an epoch.
 
         Adapters may die without a collapse: where features are weak, a constant answer is hardly worse than the probe.
@@ -167,17 +162,10 @@ class Guard:
     def note_epoch(self, trained: Answers, divisor: float) -> None:
         """Note an epoch that stays: see `after_epoch`."""
         self.scores.append(trained.score)
-        if self.may_shrink and self.is_barren(trained, divisor):
-            self.barren_epochs += 1
-        else:
-            self.barren_epochs = 0
+        self.barren_epochs = self.barren_epochs + 1 if self.may_shrink and self.is_barren(trained, divisor) else 0
 
     def note_retreat(self, epoch: int, learning_rate: float, good_epochs: int, seconds: float) -> None:
-        """Note that this epoch collapsed at this rate, and forget what came after the good epochs.
-
-        Args:
-            seconds: how long the undone epochs took.
-        """
+        """Note that this epoch collapsed at this rate, and forget the undone epochs, which took so many seconds."""
         self.lost_seconds += seconds
         self.retreats.append({"epoch": epoch, "learning_rate": learning_rate})
         self.scores = self.scores[: good_epochs + 1]
@@ -187,9 +175,8 @@ class Guard:
     @property
     def is_recoverable(self) -> bool:
         """Is the present state good enough to go back to? The start is, and any that has lost next to no score."""
-        if len(self.scores) <= 1:
-            return True
-        return self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1)
+        at_start = len(self.scores) <= 1
+        return at_start or (self.barren_epochs == 0 and not self._lost(self.scores[-1], share=1 / 8, errors=1))
 
     @property
     def has_failed(self) -> bool:
@@ -204,8 +191,7 @@ class Guard:
     def _lost(self, score: float, share: float, errors: float) -> bool:
         """Has the score lost this share of its best lead over a constant answer, and so many standard errors?"""
         best = max(self.scores, default=0.0)
-        middle = (best + score) / 2
-        chance = errors * math.sqrt(2 * self.variance(middle, self.images))
+        chance = errors * math.sqrt(2 * self.variance((best + score) / 2, self.images))
         return score < best - max((best - self.constant_score) * share, chance)
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,19 +13,10 @@ from torch.utils.data import DataLoader
 from toolkit import devices, distributed
 from toolkit.answers import evaluation
 from toolkit.answers.parts import Task
-from toolkit.images import data
+from toolkit.images import data, masks
 from toolkit.images.bands import Bands
 from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, drawn_view, plain_view
 from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
-from toolkit.images.masks import (
-    MaskedImages,
-    PairCrop,
-    TransformedPairs,
-    collate_pairs,
-    load_pairs,
-    pair_transforms,
-    read_classes,
-)
 from toolkit.images.sources import Splits, load_splits
 from toolkit.images.transforms import eval_transform, train_transform
 from toolkit.run import guard, runs, training
@@ -43,7 +34,8 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     if args.task != "segmentation":
         return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     del sources["task"], sources["label_columns"]
-    return load_pairs(args.data_dir, eval_split=args.eval_split, classes=read_classes(args.classes), **sources)
+    sources["classes"] = masks.read_classes(args.classes)
+    return masks.load_pairs(args.data_dir, eval_split=args.eval_split, **sources)
 
 
 class Loaders:
@@ -74,14 +66,14 @@ class Loaders:
         self.opened = opened
         self.meter = meter
         self.images = splits
-        self.has_masks = isinstance(splits.train, MaskedImages)
+        self.has_masks = isinstance(splits.train, masks.MaskedImages)
         if self.has_masks:  # whole images are of any size: what trains or is measured on the way are crops
-            self.augmentation, self.eval_transform = pair_transforms(image_size, args.augmentation, **normalization)
-            self.plain_view: Callable = self.augmentation
+            pairs = masks.pair_transforms(image_size, args.augmentation, **normalization)
+            self.augmentation, self.eval_transform = pairs
         else:
-            self.eval_transform = eval_transform(image_size, **normalization)
             self.augmentation = train_transform(image_size, args.augmentation, **normalization)
-            self.plain_view = self.eval_transform
+            self.eval_transform = eval_transform(image_size, **normalization)
+        self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         """`--cache-features`: run the frozen blocks once on each image and view, and cache the results.
@@ -100,11 +92,10 @@ class Loaders:
             plain = self.add_loader(images, self.plain_view, keep_workers=False)
             # Each pass over this loader draws new views.
             augmented = self.add_loader(images, self.augmentation, seed=self.args.seed, keep_workers=False)
-            batches = [features(loader) for loader in (plain, *[augmented] * views)]
+            batches = list(map(features, (plain, *[augmented] * views)))
             return cache_features(images, batches, plain.batch_sampler.batch_size, self.args.cache_features)
 
-        views = 0 if self.args.augmentation == "none" else CACHED_VIEWS
-        train = cached(self.images.train, views)
+        train = cached(self.images.train, 0 if self.args.augmentation == "none" else CACHED_VIEWS)
         self.images = self.images._replace(train=train, val=cached(self.images.val))
         self.eval_transform = plain_view
         self.plain_view = plain_view
@@ -118,10 +109,8 @@ class Loaders:
                 batch's images, and one image alone cannot be normalised.
         """
         self.val = self.add_loader(self.images.val, self.eval_transform)
-        drops_last = norms_train and self.has_small_rest(self.images.train, self.args.batch_size)
-        self.train = self.add_loader(
-            self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, drop_last=drops_last
-        )
+        loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}
+        self.train = self.add_loader(self.images.train, self.augmentation, shuffle=True, seed=self.args.seed, **loading)
         self.watched_images = guard.watched_images(self.images.train)
         if norms_train:
             self.watched_images = self.without_small_rest(self.watched_images)
@@ -137,26 +126,22 @@ class Loaders:
 
     def without_small_rest(self, images: LabelledImages) -> LabelledImages:
         batch_size = data.fixed_order_batch(self.args.batch_size)
-        if not self.has_small_rest(images, batch_size):
-            return images
-        return images.subset(range(len(images) // batch_size * batch_size))
+        whole = len(images) // batch_size * batch_size
+        return images.subset(range(whole)) if self.has_small_rest(images, batch_size) else images
 
     def add_loader(self, images: LabelledImages, transform: Callable, **loading: Any) -> DataLoader:
         # Worker processes are worth it for cached features only beside a GPU, and only forked ones share the cache.
         workers_help = self.device.type == "cuda" and sys.platform == "linux"
-        workers = self.args.workers
-        if isinstance(images, CachedFeatures) and not workers_help:
-            workers = 0
+        workers = self.args.workers if workers_help or not isinstance(images, CachedFeatures) else 0
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
-            loading["collate"] = collate_pairs
+            loading["collate"] = masks.collate_pairs
         self.opened.append(build_loader(self.transformed(images, transform), **loading))
         return self.opened[-1]
 
     def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
         """A transform of images, or of images and masks."""
-        is_of_pairs = isinstance(transform, PairCrop)
-        return TransformedPairs(images, transform) if is_of_pairs else Transformed(images, transform)
+        return (masks.TransformedPairs if isinstance(transform, masks.PairCrop) else Transformed)(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
@@ -212,10 +197,8 @@ class Loaders:
             loaders.append(self.val)
         if self.args.head_init == "probe":
             loaders.append(self.add_loader(train, self.augmentation, keep_workers=False))
-        found = []
-        for loader in loaders:
-            bar = runs.progress_bar(loader, "features")
-            found.append(task.head.features(network, bar, self.device, dtype, len(train)))
+        bars = (runs.progress_bar(loader, "features") for loader in loaders)
+        found = [task.head.features(network, bar, self.device, dtype, len(train)) for bar in bars]
         if self.has_masks:
             found.insert(1, (found[0][0][:0], found[0][1][:0]))
         return found

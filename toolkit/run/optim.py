@@ -22,16 +22,11 @@ def build_optimizer(
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_adapter = name.rpartition(".")[2].startswith("lora_")
-        own_rate = rate * adapter_lr_factor if is_adapter else rate
-        decay = weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((own_rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "lr": own, "weight_decay": decay} for (own, decay), parameters in groups.items()],
-        fused=fused(model),
-    )
+        if parameter.requires_grad:
+            own = rate * adapter_lr_factor if name.rpartition(".")[2].startswith("lora_") else rate
+            groups.setdefault((own, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+    options = [{"params": group, "lr": own, "weight_decay": decay} for (own, decay), group in groups.items()]
+    return torch.optim.AdamW(options, fused=fused(model))
 
 
 def fused(model: nn.Module) -> bool | None:
@@ -65,10 +60,9 @@ def wise_ft_alpha(args: TuneOptions, images: Mapping[int, int]) -> float:
     """
     if args.wise_ft != "auto":
         return args.wise_ft
-    if args.head_init != "probe" or not args.freeze_backbone:
-        return 1.0
     per_class = sum(images.values()) / len(images)
-    return per_class / (per_class + IMAGES_WORTH_THE_START)
+    few_help = args.head_init == "probe" and args.freeze_backbone
+    return per_class / (per_class + IMAGES_WORTH_THE_START) if few_help else 1.0
 
 
 class WiseFT:
@@ -83,10 +77,11 @@ class WiseFT:
     """
 
     def __init__(self, model: nn.Module, alpha: float):
-        self.weights: dict[str, Tensor] = {}  # the model's own, which training changes in place
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A"):
-                self.weights[name] = parameter.detach()
+        self.weights = {  # the model's own, which training changes in place
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and not name.rpartition(".")[2].startswith("lora_A")
+        }
         self.alpha = alpha
         self.share = alpha  # may be lowered for an epoch
         self.start: dict[str, Tensor] = {}
@@ -137,9 +132,7 @@ def rate_divisor(rate: float, steps: int) -> float:
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
     share = (steps / STEPS_TO_TRAIN) ** 1.5
-    if share >= 1:
-        return 1.0
-    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
+    return 1.0 if share >= 1 else max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
 
 
 def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
@@ -152,9 +145,7 @@ def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     """The number of steps of a warm-up of some epochs, at least a few unless there is none."""
-    if epochs == 0:
-        return 0
-    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
+    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2)) if epochs else 0
 
 
 def lr_schedule(

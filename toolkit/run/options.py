@@ -24,7 +24,7 @@ from toolkit.images.families import FAMILIES, known_scaling
 from toolkit.images.transforms import AUGMENTATIONS
 from toolkit.models import checkpoints
 from toolkit.models.backbones import ARCHS, TIMM
-from toolkit.models.checkpoints import is_none
+from toolkit.models.checkpoints import checkpoint_path, is_none
 
 NORMS = ("auto", "frozen", "follow", "train")
 CHECKPOINTING = ("never", "none", "selective", "full")
@@ -72,11 +72,7 @@ class RunOptions:
     config: Path | None = option(None, "YAML file with values for the options below", type=Path)
     output_dir: Path = option(Path("checkpoints/lora"), "folder for all results", type=Path)
     resume: Path | None = option(
-        None,
-        "go on with the stopped run in --output-dir, or with the one whose last.pth is given",
-        type=Path,
-        nargs="?",
-        const=Path(),
+        None, "go on with the stopped run in --output-dir, or of a last.pth", type=Path, nargs="?", const=Path()
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
 
@@ -87,9 +83,7 @@ class ShapeOptions:
 
     heads: int | None = option(None, "attention heads of a ViT; default: as its layout implies", type=positive_int)
     channels: int | None = option(
-        None,
-        "channels of the images; default: the checkpoint's, else 3. Its first layer is fitted to others",
-        type=positive_int,
+        None, "channels of the images, to which the first layer is fitted; default: the checkpoint's", type=positive_int
     )
     image_size: int | None = option(None, "pixels; default: what the backbone was made for", type=positive_int)
 
@@ -99,9 +93,7 @@ class ModelOptions(ShapeOptions):
     """Section `model`."""
 
     checkpoint: Path = option(
-        SHIPPED,
-        "file of MoCo, torchvision or timm; shipped: for digits; none: random weights",
-        type=checkpoints.checkpoint_path,
+        SHIPPED, "file of MoCo, torchvision or timm; shipped: for digits; none: random weights", type=checkpoint_path
     )
     arch: str | None = option(
         None,
@@ -116,10 +108,7 @@ class ImageOptions:
     """The part of section `data` that both scripts read: where images are, and what their numbers mean."""
 
     dataset: str | None = option(
-        None,
-        "default: imagefolder if you name images of your own, else digits",
-        type=data_set,
-        choices=sources.DATASETS,
+        None, "default: imagefolder with images of your own, else digits", type=data_set, choices=sources.DATASETS
     )
     data_dir: Path | None = option(None, "folder with train/ and val/, or one per class; default: digits", type=Path)
     val_dir: Path | None = option(None, "evaluation images, if not in --data-dir: one folder per class", type=Path)
@@ -127,9 +116,7 @@ class ImageOptions:
         None, "list of `path,label` lines; two: training, evaluation", type=Path
     )
     eval_split: str = option(
-        "held-out",
-        "where the evaluation images come from; validation: a part of the training images, to choose settings",
-        choices=sources.EVAL_SPLITS,
+        "held-out", "validation: a part of the training images, to choose settings", choices=sources.EVAL_SPLITS
     )
     skip_unreadable: bool = option(False, "leave out, and list, images that cannot be read")
     workers: int | str = option("auto", "processes that load images", type=config.worker_count)
@@ -202,9 +189,7 @@ class TuneOptions(AdapterOptions):
     )
     head_init: str = option("probe", "how the classifier head starts", choices=("probe", "random"))
     lora_init: str | None = option(
-        None,
-        "how A starts (default: at the loss's gradient; at random if the head does)",
-        choices=("gradient", "random"),
+        None, "how A starts; default: at the gradient, unless the head is random", choices=("gradient", "random")
     )
     class_weights: str = option(
         "none", "balanced: rare classes count more; default of segmentation", choices=("none", "balanced")
@@ -217,17 +202,13 @@ class TuneOptions(AdapterOptions):
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=config.non_negative_float)
     wise_ft: float | str = option(
-        "auto",
-        "share of the trained change that is saved; auto: grows with the images per class",
-        type=or_auto(config.positive_share),
+        "auto", "saved share of the trained change; auto: by the images per class", type=or_auto(config.positive_share)
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
     precision: str = option("auto", "products and frozen weights; auto: 16 bits on CUDA, else fp32", choices=PRECISIONS)
     arithmetic: str = option(
-        "float",
-        "int8: multiply by frozen weights of linear layers and attention in 8 bits; for a ViT in fp32 on a CPU",
-        choices=ARITHMETICS,
+        "float", "int8: products with frozen weights in 8 bits; for a ViT in fp32 on a CPU", choices=ARITHMETICS
     )
     gradient_checkpointing: str = option(
         "none",
@@ -236,10 +217,7 @@ class TuneOptions(AdapterOptions):
         choices=CHECKPOINTING,
     )
     activation_precision: int = option(
-        32,
-        "bits of the activations saved for backward; 16: half the bytes, rounded gradients",
-        type=int,
-        choices=(32, 16),
+        32, "bits of activations saved for backward; 16: half the bytes, rounded", type=int, choices=(32, 16)
     )
     compile: bool = option(False, "torch.compile the training step: on CUDA into CUDA graphs; not yet run on a GPU")
     seed: int = option(0, "seed of all random numbers", type=config.non_negative_int)
@@ -451,16 +429,13 @@ def _run_problems(args: Any) -> Iterator[str]:
     if args.cache_features != "none" and args.lora_rank > 0 and args.adapt_last is None:
         yield f"--cache-features needs --adapt-last, or --lora-rank 0: {_CHANGES}"
     if args.norms == "train" and args.adapt_last and args.use_qlora:
-        yield (
-            "--norms train with --adapt-last and --use-qlora: the norms below would train through weights in 4 bits, "
-            "which backward would hold as floats; drop one of the three"
-        )
+        yield "--norms train with --adapt-last and --use-qlora: backward would hold 4-bit weights as floats; drop one"
     if all_folds(args) and args.resume and args.resume != args.output_dir / "last.pth":
         yield f"--folds {args.folds} with --resume {args.resume}: give --resume alone, and --output-dir"
     if args.warmup_epochs > args.epochs:
         yield (
-            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: the learning rate "
-            "would never get to its peak; lower it"
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}: "
+            "no step would have the peak rate; lower it"
         )
 
 

@@ -166,8 +166,8 @@ class RunState:
                 self.stop.check()  # a request that came after the last step
             except Stopped as stopped:
                 self.save_state()
-                where = f"saved in {self.path('last.pth')}. To go on: the same command with --resume"
-                raise Stopped(stopped.signum, f"Stopped; {self.done()} are {where}") from None
+                saved = f"Stopped; {self.done()} are saved in {self.path('last.pth')}"
+                raise Stopped(stopped.signum, f"{saved}. To go on: the same command with --resume") from None
 
 
 def _restore_rng(states: list[dict[str, Any]]) -> None:

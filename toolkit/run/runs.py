@@ -57,8 +57,7 @@ def progress_bar(batches: Iterable | None = None, title: str = "", **options) ->
 
 def epoch_bar(epoch: int, epochs: int, images: int, done: int) -> tqdm:
     """The progress bar of an epoch over so many images, of which `done` are done."""
-    counts = {"total": images, "initial": done, "unit": "img", "leave": False}
-    return progress_bar(title=f"epoch {epoch}/{epochs}", **counts)
+    return progress_bar(title=f"epoch {epoch}/{epochs}", total=images, initial=done, unit="img", leave=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +120,6 @@ class StopRequests:
 # ----------------------------------------------------------------------------------------------------------------------
 # How a run fails
 
-
 # What CUDA, cuBLAS and cuDNN say in a RuntimeError, for which they have no type of their own.
 NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
@@ -159,7 +157,7 @@ def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[D
             raise InputError(
                 f"another process of this run has ended: look for its message, or whether it was killed ({cause})"
             ) from None
-        named = any(thing in str(error) for thing in ("DataLoader worker", "Pin memory thread"))
+        named = "DataLoader worker" in str(error) or "Pin memory thread" in str(error)
         # A worker that is killed while it hands over a batch breaks the connection.
         broken = any(loader.num_workers for loader in loaders) and isinstance(error, ConnectionError | EOFError)
         if not named and not broken:
@@ -181,9 +179,8 @@ def keep_freed_memory() -> None:
     Settings in the environment take precedence.
     """
     settings = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
-    if platform.system() != "Linux" or settings & os.environ.keys():
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
+    is_free = platform.system() == "Linux" and not settings & os.environ.keys()
+    if is_free and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):  # musl has none
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
