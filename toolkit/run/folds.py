@@ -43,9 +43,8 @@ def cross_validate(
     With `--resume` finished parts are not run again, and an unfinished one goes on.
 
     Args:
-        run: `finetune_lora.main`.
-        argv: its command line, which has `--folds 5`; a part is the same command with `--folds 2/5`.
-        after_epoch: what `run` takes beside it.
+        run: `finetune_lora.main`, which takes `argv` and `after_epoch`.
+        argv: has `--folds 5`; a part is the same command with `--folds 2/5`.
         args: the options in it.
 
     Returns:

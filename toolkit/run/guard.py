@@ -67,9 +67,7 @@ class Guard:
     `after_step` and `after_epoch` answer and change nothing. The methods that begin with `note` take notes.
 
     Args:
-        task: defines the score, how certain it is, and the score and loss of a constant answer.
-        train: all training images.
-        watched: those that are evaluated after each epoch.
+        watched: the training images that are evaluated after each epoch.
         all_train: whether the whole backbone trains, or BatchNorm.
         may_shrink: whether less than all of the trained change may be kept.
     """

@@ -42,11 +42,9 @@ class Loaders:
     """The images of a run, their views, and what reads them.
 
     Args:
-        args: the options.
         splits: the training and the evaluation images, or features that are cached of them.
         image_size: pixels along each side.
         normalization: the keyword arguments of transforms, from `bands.settle`.
-        device: where the batches go.
         opened: a list to which all loaders are added, so that their processes can be ended.
         meter: measures the loading of training images.
     """
@@ -76,11 +74,7 @@ class Loaders:
         self.plain_view: Callable = self.augmentation if self.has_masks else self.eval_transform
 
     def cache_features(self, lower: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-        """`--cache-features`: run the frozen blocks once on each image and view, and cache the results.
-
-        Args:
-            lower: the blocks below those that train, in eval mode.
-        """
+        """`--cache-features`: run the frozen blocks, `lower` in eval mode, once on each image and view."""
 
         def features(loader: DataLoader) -> Iterator[Tensor]:
             bar = runs.progress_bar(loader, "blocks below")
@@ -104,9 +98,7 @@ class Loaders:
     def open(self, norms_train: bool) -> None:
         """Make the loaders for training, for evaluation, for the guard, and for BatchNorm's statistics.
 
-        Args:
-            norms_train: whether a BatchNorm takes the statistics of its batch. Each process then needs some of the
-                batch's images, and one image alone cannot be normalised.
+        With `norms_train` a BatchNorm takes the statistics of its batch: each process then needs some of its images.
         """
         self.val = self.add_loader(self.images.val, self.eval_transform)
         loading = {"drop_last": norms_train and self.has_small_rest(self.images.train, self.args.batch_size)}

@@ -14,12 +14,7 @@ from toolkit.run.options import TuneOptions
 def build_optimizer(
     model: nn.Module, rate: float, adapter_lr_factor: float = 1.0, weight_decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW over everything that trains: biases and norms without weight decay.
-
-    Args:
-        rate: the learning rate of everything but the adapters.
-        adapter_lr_factor: what the learning rate of the adapters is multiplied by.
-    """
+    """AdamW over everything that trains, biases and norms without weight decay; adapters learn at rate times factor."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -154,8 +149,8 @@ def lr_schedule(
     """The learning rate's course over `total_steps` optimizer steps, the first `warmup_steps` a linear warm-up.
 
     Args:
-        schedule: 'cosine' falls to 0; 'step' falls to a tenth after 60% and again after 80% of the steps, as MoCo v1's
-            does (1911.05722, section 4); 'constant'.
+        schedule: one of SCHEDULES. 'cosine' falls to 0; 'step' falls to a tenth after 60% and again after 80% of the
+            steps, as MoCo v1's does (1911.05722, section 4).
     """
 
     def factor(step: int) -> float:

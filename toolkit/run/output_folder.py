@@ -53,11 +53,7 @@ MARKS = {
 
 
 def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
-    """What is wrong with --output-dir, one line each; `written` names the files that the run writes there.
-
-    Args:
-        args: the options of either script.
-    """
+    """What is wrong with --output-dir, one line each; `written` names the files that the run writes there."""
     folder = args.output_dir
     places = [folder / name for name in written]
     for option in ("checkpoint", "stage1_adapter"):
@@ -77,14 +73,11 @@ def problems(args: Any, written: Iterable[str] = ()) -> Iterator[str]:
 
 def _places_of_images(args: Any) -> Iterator[Path]:
     """The folders in which a new folder would be taken for a class, and its pictures for images of that class."""
-    roots = [getattr(args, "knn_dir", None)]
-    if args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None:
-        roots.append(args.data_dir)
-    for root in roots:
-        if root is None:
-            continue
-        parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
-        yield from parts if os.path.isdir(parts[0]) else [root]
+    reads_folder = args.dataset in ("imagefolder", UNLABELLED_SET) and args.data_list is None
+    for root in (getattr(args, "knn_dir", None), args.data_dir if reads_folder else None):
+        if root is not None:
+            parts = [root / name for name in ("train", *EVALUATION_NAMES, "test")]
+            yield from parts if os.path.isdir(parts[0]) else [root]
     if args.val_dir is not None:
         yield args.val_dir
 
@@ -98,7 +91,6 @@ def held(
     A new folder is removed again if the block writes nothing into it. With several processes the first holds the lock.
 
     Args:
-        folder: is made if it does not exist.
         script: a key of MARKS.
         files, resumed: see `begin_folder`.
 
@@ -106,8 +98,8 @@ def held(
         `begin_folder` of this folder, to be called before the first file is written; further calls do nothing.
 
     Raises:
-        InputError: another run is going on in the folder, it has the other script's results, or it cannot be made.
-            Every process raises it.
+        InputError: in every process: another run is going on in the folder, it has the other script's results, or it
+            cannot be made.
     """
     with contextlib.ExitStack() as stack:
         problem = None

@@ -75,10 +75,9 @@ class RunState:
         warmup_steps: int,
         schedule: str = "cosine",
     ) -> None:
-        """Set up optimizer, schedule and scaler. From here on each process draws random numbers of its own.
+        """Set up optimizer, schedule and scaler for the module that steps call, compiled already if it is to be.
 
-        Args:
-            network: the module that steps call: compiled already, if it is to be.
+        From here on each process draws random numbers of its own.
         """
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
@@ -125,14 +124,7 @@ class RunState:
             write_csv(self.history, columns, self.path("metrics.csv"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
-        """Go on where `last.pth` was written.
-
-        Args:
-            free: see `check_same_run`.
-
-        Raises:
-            InputError: the file belongs to another run or to another version.
-        """
+        """Go on where `last.pth` was written. Raises InputError if it is of another version, or as `check_same_run`."""
         state = read_checkpoint(path, mapped=False)
         if not isinstance(state, dict) or state.keys() != self.state().keys():
             raise of_other_version(path)
@@ -155,11 +147,7 @@ class RunState:
 
     @contextlib.contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Within this block stop requests are noted; when one is raised, save the state.
-
-        Raises:
-            Stopped: with a message that says where the state is.
-        """
+        """Within this block stop requests are noted; one that is raised saves the state, and says where."""
         with self.stop:
             try:
                 yield
@@ -226,7 +214,6 @@ def check_same_run(
     """Refuse to go on with a run under other settings, with other images, or over another base.
 
     Args:
-        path: the file to go on from.
         then, now: `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
         free: names of settings, as in `flat`, that may differ because they do not change what is computed.
 

@@ -30,7 +30,6 @@ def environment_problems(args: Any, written: Iterable[str] = ()) -> Iterator[str
     """What is wrong with the device, the precision and the folders that the options name, one line each.
 
     Args:
-        args: the options of either script.
         written: names of the files that the run writes to --output-dir.
     """
     try:
@@ -108,8 +107,7 @@ class StopRequests:
     def watched(self, batches: Iterable) -> Iterable:
         """Yield the batches, and check for a stop request before each.
 
-        With several processes this never checks: they may have different numbers of batches, and `check` needs all of
-        them.
+        Several processes never check here: they may have different numbers of batches.
         """
         for batch in batches:
             if distributed.world_size() == 1:
@@ -128,14 +126,11 @@ NO_MEMORY_ON_GPU = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 def faults_explained(device: torch.device, saves_memory: str) -> Iterator[list[DataLoader]]:
     """Turn a lack of memory, a killed worker and a lost process within this block into an InputError.
 
-    The workers of its loaders end with the block.
-
     Args:
-        device: where the run computes.
         saves_memory: advice for when memory runs out.
 
     Yields:
-        An empty list, to which the block adds its loaders of `toolkit.images.data.Transformed` data sets.
+        An empty list, to which the block adds its loaders of `Transformed` data sets: their workers end with it.
     """
     loaders: list[DataLoader] = []
     try:

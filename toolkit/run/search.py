@@ -37,12 +37,11 @@ def find_learning_rate(
     known: Iterable[Trial] = (),
     tried: Callable[[list[Trial]], None] = lambda trials: None,
 ) -> tuple[float, list[Trial]]:
-    """Try all rates; return the rate that `choose` takes, and all trials.
+    """Try all rates but those of the `known` trials; return the rate that `choose` takes, and all trials.
 
     Args:
         trial: trains at a rate and returns validation score and loss.
         variance: score -> the square of its standard error.
-        known: trials of an interrupted search, which are not repeated.
         tried: called after each trial with all trials so far.
     """
     trials = list(known)
@@ -94,14 +93,11 @@ def choose_learning_rate(
     Args:
         train: trains at a rate for a number of epochs, and returns the row of the last one, with the task's score, as
             `val_accuracy`, and `val_loss`. Raises Collapsed if the training collapses.
-        task: judges the runs.
-        epochs: the epochs of the run that the rate is for.
+        epochs: of the run that the rate is for.
         images: the number of images on which trials are judged.
         begin: prepares the folder; called when there is something to save.
         folder: receives `last.pth`, `learning_rates.csv` and `learning_rates.png`.
-        resume: the `last.pth` to resume.
-        settings: `config` and `images` of the run, which an interrupted search must share.
-        free: names of settings, as `section.key`, that may differ because they do not change what is computed.
+        settings: `config` and `images` of the run, which an interrupted search must share, but for those in `free`.
     """
     known = []
     if resume is not None:

@@ -44,12 +44,7 @@ class MicroBatches(NamedTuple):
 def micro_batches(
     loader: DataLoader, meter: LoadingMeter, epoch: int, start: int = 0, accumulation_steps: int = 1
 ) -> Iterator[MicroBatches]:
-    """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others.
-
-    Args:
-        loader: of `toolkit.images.data.build_loader`, shuffled.
-        meter: watches the loading.
-    """
+    """The optimizer steps of an epoch (1 is the first) from `start` on; the last may have fewer batches than others."""
     sampler = loader.batch_sampler
     sampler.epoch = epoch - 1
     sampler.start = start * accumulation_steps
@@ -74,10 +69,7 @@ class StepFigures(NamedTuple):
 def read_figures(steps: list[StepFigures], stop: Any) -> list[tuple[int, list[float]]]:
     """The images of each step, and its figures summed over batches and processes. Empties the list.
 
-    The processes exchange the figures, and along with them whether one of them was asked to stop.
-
-    Args:
-        stop: the `StopRequests` of this process.
+    The processes exchange the figures, and along with them whether one of them was asked to stop: `StopRequests`.
     """
     images = [step.images for step in steps]
     rows = [[figures.tolist() for figures in step.sums] for step in steps]
