@@ -184,9 +184,8 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
     settings = {}
     for name, value in config.items():
-        settings |= (
-            {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-        )
+        entries = {f".{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {"": value}
+        settings |= {name + key: entry for key, entry in entries.items()}
     return settings
 
 
@@ -211,14 +210,9 @@ def changed_settings(then: dict[str, Any], now: dict[str, Any], free: Container[
 def check_same_run(
     path: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Container[str], args: Any
 ) -> None:
-    """Refuse to go on with a run under other settings, with other images, or over another base.
+    """Raise InputError for a run under other settings but those in `free`, with other images, or over another base.
 
-    Args:
-        then, now: `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
-        free: names of settings, as in `flat`, that may differ because they do not change what is computed.
-
-    Raises:
-        InputError: what differs.
+    `then` and `now` have `config`, `images`, `base` and, if there are any, `class_names`: the file's and this run's.
     """
     changed = changed_settings(then["config"], now["config"], free)
     if changed or then.get("class_names") != now.get("class_names"):
