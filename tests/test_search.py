@@ -6,21 +6,39 @@ import math
 import torch
 
 from toolkit.answers.tasks import Classification, Regression
-from toolkit.run.search import RATES, Trial, choose, find_learning_rate
+from toolkit.run.search import RATES, Trial, choose, choose_learning_rate
 
 
 def variance_on(images: int):
     """Of accuracies that are measured on so many images."""
-    return lambda accuracy: Classification(["cat", "dog"]).variance(accuracy, images)
+    return lambda accuracy: Classification(["cat", "dog"]).head.variance(accuracy, images)
 
 
-def test_a_rate_is_found_that_is_better_by_more_than_chance():
+def search(accuracy, folder, images, resume=None):
+    """The rate that a search takes if training at a rate ends with this accuracy; and the rows of its table."""
+
+    def train(rate: float, epochs: int) -> dict[str, float]:
+        return {"val_accuracy": accuracy(rate), "val_loss": 0.0}
+
+    rate, _ = choose_learning_rate(
+        train,
+        Classification(["cat", "dog"]),
+        epochs=1,
+        images=images,
+        begin=lambda: None,
+        folder=folder,
+        resume=resume,
+        settings={"config": {"finetune": {}}, "images": "a digest"},
+    )
+    _, *rows = (folder / "learning_rates.csv").read_text().splitlines()
+    return rate, [tuple(map(float, row.split(","))) for row in rows]
+
+
+def test_a_rate_is_found_that_is_better_by_more_than_chance(tmp_path):
     accuracies = dict(zip(RATES, [0.5, 0.6, 0.7, 0.8, 0.9, 0.89, 0.0], strict=True))
-    rate, trials = find_learning_rate(
-        lambda rate: (accuracies[rate], 0.0), variance_on(100)
-    )  # 0.9 has an error of 0.03
+    rate, rows = search(accuracies.get, tmp_path, images=100)  # 0.9 has an error of 0.03
     assert rate == 1e-3
-    assert [(trial.learning_rate, trial.val_score) for trial in trials] == list(accuracies.items())
+    assert [row[:2] for row in rows] == list(accuracies.items())
 
 
 def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_taken():
@@ -36,7 +54,7 @@ def test_of_rates_that_chance_may_have_ordered_the_nearest_to_the_default_is_tak
 
 def test_a_rate_at_which_training_collapses_is_not_taken_for_numbers_that_no_rate_learns():
     """Their R2 is below 0, which is what a collapsed trial is given."""
-    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).variance
+    variance = Regression(["age"], mean=torch.zeros(1), std=torch.ones(1)).head.variance
     trials = [Trial(rate, -0.1, 1.1) if rate < 1e-3 else Trial(rate, 0.0, math.inf) for rate in RATES]
     assert choose(trials, lambda score: variance(score, 100)) == 1e-4
     assert choose([Trial(rate, 0.0, math.inf) for rate in RATES], lambda score: variance(score, 100)) == 1e-4
@@ -51,20 +69,18 @@ def test_where_no_trial_has_a_score_the_lowest_loss_chooses(capsys):
     assert choose(trials, variance_on(100)) == RATES[0]
 
 
-def test_an_interrupted_search_goes_on_with_what_it_knows():
+def test_an_interrupted_search_goes_on_with_what_it_knows(tmp_path):
     """To the same rate; no trial is made twice."""
-    saved, made = [], []
+    made = []
 
-    def trial(rate: float) -> tuple[float, float]:
-        made.append(rate)
-        return 1 - rate, 0.0
-
-    def stop_after_five(trials: list[Trial]) -> None:
-        saved[:] = trials
-        if len(trials) == 5:
+    def accuracy(rate: float) -> float:
+        if len(made) == 5 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
             raise KeyboardInterrupt
+        made.append(rate)
+        return 1 - rate
 
     with contextlib.suppress(KeyboardInterrupt):
-        find_learning_rate(trial, variance_on(1000), tried=stop_after_five)
-    rate, trials = find_learning_rate(trial, variance_on(1000), known=saved)
-    assert rate == 1e-4 and made == list(RATES) == [trial.learning_rate for trial in trials]
+        search(accuracy, tmp_path, images=1000)
+    rate, rows = search(accuracy, tmp_path, images=1000, resume=tmp_path / "last.pth")
+    assert rate == 1e-4 and made == list(RATES) == [row[0] for row in rows]

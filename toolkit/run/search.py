@@ -6,7 +6,7 @@ last epochs. Each trial is saved when it ends, so a stopped search can be resume
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,26 +29,6 @@ class Trial(NamedTuple):
     learning_rate: float
     val_score: float  # the task's, such as the accuracy
     val_loss: float
-
-
-def find_learning_rate(
-    trial: Callable[[float], tuple[float, float]],
-    variance: Callable[[float], float],
-    known: Iterable[Trial] = (),
-    tried: Callable[[list[Trial]], None] = lambda trials: None,
-) -> tuple[float, list[Trial]]:
-    """Try all rates but those of the `known` trials; return the rate that `choose` takes, and all trials.
-
-    Args:
-        trial: trains at a rate and returns validation score and loss.
-        variance: score -> the square of its standard error.
-        tried: called after each trial with all trials so far.
-    """
-    trials = list(known)
-    for rate in RATES[len(trials) :]:
-        trials.append(Trial(rate, *trial(rate)))
-        tried(trials)
-    return choose(trials, variance), trials
 
 
 def choose(trials: Sequence[Trial], variance: Callable[[float], float]) -> float:
@@ -99,7 +79,7 @@ def choose_learning_rate(
         folder: receives `last.pth`, `learning_rates.csv` and `learning_rates.png`.
         settings: `config` and `images` of the run, which an interrupted search must share, but for those in `free`.
     """
-    known = []
+    trials: list[Trial] = []
     if resume is not None:
         state = read_checkpoint(resume)
         if not isinstance(state, dict) or not settings.keys() <= state.keys() or "finetune" not in state["config"]:
@@ -110,30 +90,25 @@ def choose_learning_rate(
         if changed or state["images"] != settings["images"]:
             what = ", ".join(changed) or "other images"
             raise InputError(f"{resume} is of a search with other settings ({what}); start without --resume")
-        known = [Trial(*trial) for trial in state["trials"]]
+        trials = [Trial(*trial) for trial in state["trials"]]
     epochs = min(epochs, MOST_TRIAL_EPOCHS)
-
+    over = f"over at most {SEARCH_IMAGES:,} images each"
+    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, {over}")
     columns = ("learning_rate", f"val_{task.score}", "val_loss")
-
-    def trial(rate: float) -> tuple[float, float]:
+    for rate in RATES[len(trials) :]:
         try:
             row = train(rate, epochs)
+            trials.append(Trial(rate, row[columns[1]], row["val_loss"]))
         except Collapsed:
-            return 0.0, math.inf
-        return row[columns[1]], row["val_loss"]
-
-    def tried(trials: list[Trial]) -> None:
-        rate, score, loss = trials[-1]
-        print(f"  learning rate {rate:.0e}: {task.score_title} {task.reported(score)}, loss {loss:.4f}")
+            trials.append(Trial(rate, 0.0, math.inf))
+        score = task.reported(trials[-1].val_score)
+        print(f"  learning rate {rate:.0e}: {task.score_title} {score}, loss {trials[-1].val_loss:.4f}")
         begin()
         if distributed.is_main():
             save_atomically({"trials": [tuple(trial) for trial in trials], **settings}, folder / "last.pth")
             rows = [dict(zip(columns, trial, strict=True)) for trial in trials]
             write_csv(rows, columns, folder / "learning_rates.csv")
-
-    over = f"over at most {SEARCH_IMAGES:,} images each"
-    print(f"searching for a learning rate: {len(RATES)} runs of {epochs} epochs, {over}")
-    rate, trials = find_learning_rate(trial, lambda score: task.head.variance(score, images), known, tried)
+    rate = choose(trials, lambda score: task.head.variance(score, images))
     begin()
     if distributed.is_main():
         rates, scores, _ = zip(*trials, strict=True)
