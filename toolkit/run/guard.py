@@ -107,10 +107,10 @@ class Guard:
 
     def note_step(self, loss: float) -> None:
         """Note the mean loss over the images of a step."""
-        if math.isfinite(loss) and self.first_loss is None:
+        if self.first_loss is None and math.isfinite(loss):
             self.first_loss = loss
             self.recent_loss = loss
-        self.recent_loss = LOSS_DECAY * self.recent_loss + (1 - LOSS_DECAY) * loss if math.isfinite(loss) else loss
+        self.recent_loss = LOSS_DECAY * (self.recent_loss or 0.0) + (1 - LOSS_DECAY) * loss
 
     def after_step(self) -> Keep | GoBack:
         """Go back if the recent loss is above twice that of a constant answer, or of the start if that is higher."""

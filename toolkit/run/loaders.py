@@ -133,7 +133,8 @@ class Loaders:
 
     def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
         """A transform of images, or of images and masks."""
-        return (masks.TransformedPairs if isinstance(transform, masks.PairCrop) else Transformed)(images, transform)
+        kind = masks.TransformedPairs if isinstance(transform, masks.PairCrop) else Transformed
+        return kind(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""

@@ -127,7 +127,9 @@ def rate_divisor(rate: float, steps: int) -> float:
     there are any. The power is measured: benchmarks/RESULTS.md, "Few images, whatever the rate".
     """
     share = (steps / STEPS_TO_TRAIN) ** 1.5
-    return 1.0 if share >= 1 else max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
+    if share >= 1:
+        return 1.0
+    return max(1 / share, rate * (1 - share) / (SAFE_RATE * share))
 
 
 def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
@@ -140,7 +142,9 @@ def run_divisor(args: TuneOptions, rate: float, steps_per_epoch: int) -> float:
 
 def warmup_steps(epochs: float, steps_per_epoch: int, total_steps: int) -> int:
     """The number of steps of a warm-up of some epochs, at least a few unless there is none."""
-    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2)) if epochs else 0
+    if epochs == 0:
+        return 0
+    return max(round(steps_per_epoch * epochs), min(LEAST_WARMUP_STEPS, total_steps // 2))
 
 
 def lr_schedule(

@@ -114,7 +114,8 @@ def describe_epoch(run: "FineTuned") -> str:
 def describe_times(history: Sequence[dict[str, Any]], epochs: int) -> str:
     """How long the last finished epoch took, and what is left of the whole run."""
     left = sum(row["seconds"] for row in history) / len(history) * (epochs - history[-1]["epoch"])
-    return duration(history[-1]["seconds"]) + (f", {duration(left)} left" if left else "")
+    taken = duration(history[-1]["seconds"])
+    return f"{taken}, {duration(left)} left" if left else taken
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -184,8 +184,10 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a configuration with sections, as `section.key`; one without sections stays as it is."""
     settings = {}
     for name, value in config.items():
-        entries = {f".{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {"": value}
-        settings |= {name + key: entry for key, entry in entries.items()}
+        if isinstance(value, dict):
+            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            settings[name] = value
     return settings
 
 
