@@ -142,9 +142,13 @@ def _summed_up(found: Sequence[dict[str, Any]], args: FineTuneOptions) -> dict[s
     rows += [mean, spread]
     write_csv(rows, ("part", *columns), args.output_dir / TABLE)
     factor, unit = task.axis
+    decimals = 2 if unit else 3
     print(f"\n{'part':<8}{'images':>8}{f'linear probe{unit}':>20}{f'{task.score_title}{unit}':>20}")
     for row in rows:
-        shown = ["" if row[name] is None else f"{factor * row[name]:.{2 if unit else 3}f}" for name in (probe, score)]
-        print(f"{row['part']:<8}{row.get('val_images', ''):>8}{shown[0]:>20}{shown[1]:>20}")
+        line = f"{row['part']:<8}{row.get('val_images', ''):>8}"
+        for name in (probe, score):
+            shown = "" if row[name] is None else f"{factor * row[name]:.{decimals}f}"
+            line += f"{shown:>20}"
+        print(line)
     print(f"\ntable in {args.output_dir / TABLE}")
     return {"folds": list(found), score: mean[score], f"{score}_spread": spread[score], probe: mean[probe]}
