@@ -91,14 +91,8 @@ non_negative_int = _number(int, lambda x: x >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda x: x > 0, "a number above 0")
 non_negative_float = _number(float, lambda x: x >= 0, "a number, 0 or more")
 fraction = _number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-any_int = _number(int, lambda x: True, "a whole number")
 any_float = _number(float, lambda x: True, "a number")
 positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
-
-
-def or_none(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A converter that accepts 'none' as well, and leaves it as it is."""
-    return lambda text: text if text == "none" else convert(text)
 
 
 def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
