@@ -126,7 +126,6 @@ def test_another_value_of_a_removed_option_is_one_line(tmp_path):
         "use_rslora": "write --lora-alpha with as much times the square root of the rank",
         "train_norms": "write --norms train",
         "unknown": "write 0 or 1 in the list in place of -1",
-        "unknown_value": "give --classes a file in which each class has its value",
     }
     old = {"finetune": removed | dict.fromkeys(replaced, True)}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(old, sort_keys=False))

@@ -209,7 +209,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(segment, monkeypatch):
         "--activation-precision 16",
         "--learning-rate auto",
         "--folds 2",
-        "--classes dark bright",
+        "--classes dark bright --unknown-value 255 7",
     ],
 )
 def test_what_other_tasks_can_do_masks_can_too(segment, options):

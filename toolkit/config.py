@@ -49,7 +49,6 @@ REMOVED = {
     "train_norms": (False,),
     "follow_norms": (False,),
     "unknown": ("ignore",),
-    "unknown_value": ([255],),
 }
 # What does what an option of earlier versions did.
 REPLACED = {
@@ -59,7 +58,6 @@ REPLACED = {
     "use_rslora": "write --lora-alpha with as much times the square root of the rank",
     "eval_only": "use deploy_lora.py evaluate",
     "unknown": "write 0 or 1 in the list in place of -1 where an unknown label means no or yes",
-    "unknown_value": "give --classes a file in which each class has its value, and unknown pixels too: `unknown 0`",
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

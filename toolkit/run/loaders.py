@@ -34,7 +34,7 @@ def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     if args.task != "segmentation":
         return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
     del sources["task"], sources["label_columns"]
-    sources["classes"] = masks.read_classes(args.classes)
+    sources |= {"classes": masks.read_classes(args.classes), "unknown": args.unknown_value}
     return masks.load_pairs(args.data_dir, eval_split=args.eval_split, **sources)
 
 

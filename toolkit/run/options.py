@@ -150,6 +150,9 @@ class DataOptions(ImageOptions):
     classes: tuple[str, ...] | None = several(
         None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
     )
+    unknown_value: tuple[float, ...] | None = several(
+        None, "values of unknown pixels in masks; else 255, unless a class has it", type=config.any_float
+    )
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
     cache_features: str = option("none", "run frozen blocks below --adapt-last once per image and view", choices=CACHES)
@@ -408,8 +411,9 @@ def _task_problems(args: Any, typed: Container[str]) -> Iterator[str]:
         yield f"--keep-best {args.keep_best} with --task {args.task}: use {' or '.join(best_by)}"
     if args.label_columns and (not args.data_list or args.task == "segmentation"):
         yield "--label-columns: only a --data-list of classes, labels or numbers has such columns; drop it"
-    if "classes" in typed and args.task != "segmentation":
-        yield f"--classes with --task {args.task}: only masks have it; use --task segmentation"
+    for name in ("classes", "unknown_value"):
+        if name in typed and args.task != "segmentation":
+            yield f"{flag(name)} with --task {args.task}: only masks have it; use --task segmentation"
     if args.task == "segmentation" and args.dataset != "imagefolder":
         yield (
             f"--task segmentation: --dataset {args.dataset} has no masks; give --data-dir with the folders images/ and "
