@@ -12,7 +12,7 @@ import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -69,8 +69,7 @@ class LoRASettings:
 
     @property
     def scaling(self) -> float:
-        divisor = math.sqrt(self.r) if self.use_rslora else self.r
-        return self.lora_alpha / divisor
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 # Settings of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
@@ -79,14 +78,7 @@ NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": Fals
 
 def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
-    if record["r"] == 0:
-        return None
-    return LoRASettings(
-        r=record["r"],
-        lora_alpha=record["lora_alpha"],
-        lora_dropout=record["lora_dropout"],
-        use_rslora=record["use_rslora"],
-    )
+    return LoRASettings(**{f.name: record[f.name] for f in fields(LoRASettings)}) if record["r"] else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the layers
@@ -113,20 +105,13 @@ class AdaptedLayer(Protocol):
 
     @property
     def merged(self) -> bool: ...
-
     @property
     def base_bits(self) -> int: ...  # see the function
-
     def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight: ...
-
     def merge(self) -> None: ...
-
     def unmerge(self) -> None: ...
-
     def effective_weights(self) -> dict[str, Tensor]: ...
-
     def adapted_state(self) -> dict[str, Any]: ...
-
     def remove_lora(self, merge: bool = False) -> None: ...
 
 
@@ -167,8 +152,7 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 
 def kind_named(name: str) -> type[nn.Module] | None:
     """The class of adapted layers that adapter files name so; None: there is no such class."""
-    kinds = itertools.chain.from_iterable(ADAPTED.values())
-    return next((kind for kind in kinds if kind.__name__ == name), None)
+    return {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}.get(name)
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -204,14 +188,10 @@ def settings_by_layer(
     """
     chosen = dict.fromkeys(layers, settings)
     for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
-        own = replace(settings, r=rank)
-        is_used = False
-        for name in chosen:
-            if matches_layer(name, target):
-                chosen[name] = own
-                is_used = True
-        if not is_used:
+        matched = [name for name in chosen if matches_layer(name, target)]
+        if not matched:
             raise InputError(f"no adapted layer matches {target!r}; there are: {listed(list(chosen), 12)}")
+        chosen |= dict.fromkeys(matched, replace(settings, r=rank))
     return chosen
 
 
@@ -265,19 +245,17 @@ def choose_layers(
     unmatched = [t for t in [*targets, *excluded] if not any(matches_layer(name, t) for name in candidates)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
-    chosen = {}
-    for name, layer in candidates.items():
-        if target_modules is None:
-            wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
-        else:
-            wanted = _matches_any(name, targets)
-        if wanted and adapt_last is not None:
-            wanted = _in_last_blocks(model, name, adapt_last)
-        if wanted and not _matches_any(name, excluded):
-            chosen[name] = layer
-    if not chosen:
+    names = [name for name in candidates if not _matches_any(name, excluded)]
+    if target_modules is None:
+        body = [name for name in names if not in_head(model, name)]
+        names = [name for name in body if set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)]
+    else:
+        names = [name for name in names if _matches_any(name, targets)]
+    if adapt_last is not None:
+        names = [name for name in names if _in_last_blocks(model, name, adapt_last)]
+    if not names:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
-    return chosen
+    return {name: candidates[name] for name in names}
 
 
 def _as_list(targets: str | Sequence[str] | None) -> list[str]:
@@ -300,9 +278,7 @@ def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise InputError if a chosen layer shares its weight with another, which the adapter would then change too."""
-    owners = Counter()
-    for module in model.modules():
-        owners.update(map(id, module.parameters(recurse=False)))
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, layer in chosen.items():
         if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1):
             raise InputError(f"{name} shares its weight with another layer: leave it out with exclude_modules")
@@ -329,15 +305,13 @@ def check_stored_bits(
 
     Or if 8 bits are asked for, and no layer can be stored in them.
     """
-    if base_dtype == torch.int8 and not any(rounds(layer, base_dtype) for layer in chosen.values()):
-        raise InputError(
-            "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
-        )
-    for name, layer in chosen.items():
-        if base_dtype == torch.int8 and rounds(layer, base_dtype) and not (is_adapted(layer) and layer.base_bits < 32):
-            for parameter in layer.parameters():
-                if parameter.dtype != torch.float32:
-                    raise InputError(f"{name} is in {parameter.dtype}, 8 bits are made of float32: call model.float()")
+    in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
+    if base_dtype == torch.int8 and not in_8_bits:
+        raise InputError("8 bits are for linear layers and attention, of which none is adapted: use --arithmetic float")
+    for name, layer in in_8_bits.items():
+        others = {p.dtype for p in layer.parameters()} - {torch.float32}
+        if others and not (is_adapted(layer) and layer.base_bits < 32):
+            raise InputError(f"{name} is in {others.pop()}, 8 bits are made of float32: call model.float()")
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):

@@ -1,6 +1,7 @@
 """Attention of several heads: masks, the fastest kernel for bfloat16 on a CPU, and its recomputation in backward."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 
@@ -56,25 +57,22 @@ def attention_mask(
     """
     N, L, _ = q.shape
     S = k.shape[1]
-    _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
-    _check_shape("key_padding_mask", key_padding_mask, (N, S))
-    mask = None
-    if attn_mask is not None:
-        mask = _additive(attn_mask, q.dtype)
-        if mask.dim() == 3:
-            mask = mask.unflatten(0, (N, num_heads))
-    if key_padding_mask is not None:
-        padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # (N, 1, 1, S)
-        mask = padding if mask is None else mask + padding
-    return mask
+    mask = _additive("attn_mask", attn_mask, q.dtype, (L, S), (N * num_heads, L, S))
+    padding = _additive("key_padding_mask", key_padding_mask, q.dtype, (N, S))
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unflatten(0, (N, num_heads))
+    if padding is None:
+        return mask
+    padding = padding[:, None, None]  # (N, 1, 1, S)
+    return padding if mask is None else mask + padding
 
 
-def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if mask is not None and tuple(mask.shape) not in allowed:
-        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor | None:
+    """A mask that has one of these shapes, as numbers to add."""
+    if mask is None:
+        return None
+    if tuple(mask.shape) not in shapes:
+        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, shapes))}")
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
@@ -163,9 +161,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep_weights=False):
         attended = _empty_heads(q, v.shape[-1])
-        kept = None
-        if keep_weights:
-            kept = q.new_empty(*q.shape[:-1], k.shape[-2])
+        kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
             weights = _attention_weights(q_p, k_p)
@@ -207,11 +203,8 @@ def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     scores = L * k.shape[2]  # of a head
     images = max(SCORES_AT_A_TIME // (H * scores), 1)
     heads = max(SCORES_AT_A_TIME // scores, 1)
-    parts = []
-    for n in range(0, N, images):
-        for h in range(0, H, heads):
-            parts.append((slice(n, n + images), slice(h, h + heads)))
-    return parts
+    firsts = itertools.product(range(0, N, images), range(0, H, heads))
+    return [(slice(n, n + images), slice(h, h + heads)) for n, h in firsts]
 
 
 def _empty_heads(like: Tensor, width: int) -> Tensor:
@@ -241,9 +234,9 @@ class SelfAttention:
 
     def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the output of a separate graph: the one that `replay` kept, or a new one."""
-        replayed = self._replayed
+        replayed = self._replayed or self._with_graph(qkv)
         self._replayed = None
-        return replayed or self._with_graph(qkv)
+        return replayed
 
     @torch.enable_grad()
     def _with_graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:

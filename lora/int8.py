@@ -15,6 +15,7 @@ and only those that do it exactly; on other devices the weight is made dense for
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -82,7 +83,7 @@ class Int8Weight:
         if not multiplies_exactly(self.codes.device.type, self.shape[0]):
             return gy @ self.dequantize(gy.dtype)
         codes, scale = quantize_rows(gy, self.scale)
-        return _multiplied(gy.dtype, codes, scale, self.codes)
+        return _multiplied(gy.dtype, codes, scale, self.codes, None, None)
 
 
 @torch.compiler.assume_constant_result
@@ -120,9 +121,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
-        if columns is not None:
-            rows = rows * columns
-        rows = rows.to(torch.float32)
+        rows = (rows if columns is None else rows * columns).to(torch.float32)
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
         its_codes.copy_((rows * (LARGEST / largest)).round_())
         torch.mul(largest, 1 / LARGEST, out=its_scale)
@@ -131,19 +130,12 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def _multiplied(
-    dtype: torch.dtype,
-    codes: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-    columns: Tensor | None = None,
-    bias: Tensor | None = None,
+    dtype: torch.dtype, codes: Tensor, scale: Tensor, matrix: Tensor, columns: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
     y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
-        sums = part
-        if dtype != torch.float32:
-            sums = torch.empty_like(part, dtype=torch.float32)
+        sums = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         sums.copy_(_product(its_codes, matrix))
         if columns is not None:
             sums.mul_(columns)
@@ -180,13 +172,8 @@ def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
 
 def widest_layer(model: nn.Module) -> torch.Size | None:
     """The shape of the widest linear layer outside the classifier head; None: there is none."""
-    widest = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or in_head(model, name):
-            continue
-        if widest is None or module.weight.numel() > widest.numel():
-            widest = module.weight.shape
-    return widest
+    linear_layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return max((m.weight.shape for n, m in linear_layers if not in_head(model, n)), key=math.prod, default=None)
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:

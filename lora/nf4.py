@@ -56,12 +56,8 @@ class NF4Weight:
         """A fresh dense tensor of the weight's shape."""
         written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
         blocks = backends.dequantize_nf4(self.packed, self._scales(), self.BLOCK, self.state.shape, written)
-        if blocks.numel() > math.prod(self._full_shape):  # the last block is not full
-            blocks = blocks.flatten()[: math.prod(self._full_shape)]
-        dense = blocks.view(self._full_shape)
-        if self._rows != slice(None):
-            dense = dense[self._rows]
-        return dense.to(dtype)
+        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)  # the last may not be full
+        return dense[self._rows].to(dtype)
 
     def _scales(self) -> Tensor:
         """The scale of each block in float32, (blocks,).
@@ -98,6 +94,4 @@ def dense_weight(weight, dtype: torch.dtype) -> Tensor:
     """The weight, a tensor or in 4 or 8 bits, as a dense tensor of ``dtype``: itself if it is one, else a temporary."""
     if not isinstance(weight, Tensor):
         return weight.dequantize(dtype)
-    if weight.dtype == dtype:  # to a compiler `to` would be another tensor
-        return weight
-    return weight.to(dtype)
+    return weight if weight.dtype == dtype else weight.to(dtype)  # to a compiler `to` would be another tensor

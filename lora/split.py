@@ -77,10 +77,6 @@ def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
         received.append(inputs[0])
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(_Reached):
-            model(x)
-    finally:
-        handle.remove()
+    with model.get_submodule(name).register_forward_pre_hook(stop), contextlib.suppress(_Reached):
+        model(x)
     return received[0]
