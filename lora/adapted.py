@@ -319,13 +319,10 @@ def check_stored_bits(
 
 
 def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise InputError if the chosen layers cannot be stored in 4 bits."""
+    """Raise InputError if the chosen layers cannot be stored in 4 bits, or bitsandbytes is missing."""
     for name, layer in chosen.items():
         if in_head(model, name):
             raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
         if any(p.dtype == torch.float64 for p in layer.parameters()):
             raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
-    try:
-        bitsandbytes_functional()
-    except ImportError as error:
-        raise InputError(str(error)) from None
+    bitsandbytes_functional()

@@ -52,12 +52,8 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = _of_another_type(content, _FIELDS)
     if not wrong:
-        for name, tensor in content["tensors"].items():
-            if not is_plain_tensor(tensor):
-                wrong.append(name)
-        for name, record in content["layers"].items():
-            if not _is_layer_record(name, record):
-                wrong.append(name)
+        wrong = [name for name, tensor in content["tensors"].items() if not is_plain_tensor(tensor)]
+        wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
     if sum(tensor.nbytes for tensor in content["tensors"].values()) > os.path.getsize(path):
@@ -79,9 +75,7 @@ def _read_described(path: str | Path) -> dict[str, Any]:
         described = json.loads(metadata.get("adapter", "null"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
-    if not isinstance(described, dict):
-        return {}
-    return {**described, "tensors": tensors}
+    return {**described, "tensors": tensors} if isinstance(described, dict) else {}
 
 
 def _is_layer_record(name: Any, record: Any) -> bool:
@@ -89,10 +83,9 @@ def _is_layer_record(name: Any, record: Any) -> bool:
         return False
     if type(record["kind"]) is not str or type(record["use_rslora"]) is not bool or type(record["r"]) is not int:
         return False
-    for field in ("r", "lora_alpha", "lora_dropout", "scaling"):
-        # This refuses NaN, and what float32 cannot hold.
-        if type(record[field]) not in (int, float) or not abs(record[field]) < 1e30:
-            return False
+    numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
+    if not all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):  # no NaN, nor what float32 cannot hold
+        return False
     if record["r"] == 0:
         return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
@@ -118,15 +111,15 @@ def find_base(
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
-    wanted = stored
-    places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
     if stage1_adapter is not None:
-        wanted = stage1_adapter
         places = [Path(stage1_adapter)]
-    for place in places:
-        if os.path.exists(place):
-            return base, place
-    raise InputError(f"{path}: its stage-1 adapter, {printable(wanted)}, is not there; put it beside the file")
+    else:
+        places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+    found = [place for place in places if os.path.exists(place)]
+    if not found:
+        wanted = printable(stage1_adapter or stored)
+        raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it beside the file")
+    return base, found[0]
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
@@ -152,16 +145,12 @@ def is_per_pixel(metadata: dict[str, Any]) -> bool:
 
 def heads_in_file(adapter: str | Path | None) -> int | None:
     """The attention heads of the ViT under an adapter file; None: there is no file, or no torchvision ViT."""
-    if adapter is None:
-        return None
-    return _heads(read_adapter_file(adapter)["metadata"])
+    return None if adapter is None else _heads(read_adapter_file(adapter)["metadata"])
 
 
 def _heads(metadata: dict[str, Any]) -> int | None:
     heads = metadata.get("heads")
-    if heads is None:
-        return default_heads(str(metadata.get("arch")))
-    return heads
+    return default_heads(str(metadata.get("arch"))) if heads is None else heads
 
 
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -169,13 +158,11 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
     if "moco_version" in metadata:
         raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
-    lacking = list(filter(lambda key: key not in metadata, kinds))
+    lacking = [key for key in kinds if key not in metadata]
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = _of_another_type(metadata, kinds)
-    for key in ("heads", "channels"):
-        if type(metadata.get(key)) not in (int, type(None)):
-            wrong.append(key)
+    wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
     if metadata.get("channel_fit") not in (None, *CHANNEL_FITS):
         wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):

@@ -34,11 +34,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
 from lora.attention import SelfAttention, attend
-from lora.functional import (
-    RecomputedNorm,
-    frozen_linear,
-    max_pool2d_relu,
-)
+from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
@@ -47,18 +43,16 @@ from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Does one of these have a hook? A hook must see what it would see in the stock model."""
-    return _has_any_global_hook() or any(map(_has_hook, modules))
-
-
-def _has_hook(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    return _has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
 
 
 def _trains(module: nn.Module) -> bool:
-    for parameter in module._parameters.values():  # as `parameters()`, in a fifth of the time
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return any(child is not None and _trains(child) for child in module._modules.values())
+    # As with `parameters()`, in a fifth of the time.
+    return any(p is not None and p.requires_grad for p in module._parameters.values()) or any(
+        child is not None and _trains(child) for child in module._modules.values()
+    )
 
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:
@@ -102,14 +96,12 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
-        if downsample is not None:
-            input = downsample(input)
-        return conv(x, batch_norm=norm, residual=input, relu=True)
+        residual = input if downsample is None else downsample(input)
+        return conv(x, batch_norm=norm, residual=residual, relu=True)
     out = conv_bn(conv, norm, x, changes=True)
-    if downsample is not None:
-        input = downsample(input)
-    if input is not None:
-        out += input
+    residual = input if downsample is None else downsample(input)
+    if residual is not None:
+        out += residual
     return relu(out)
 
 
@@ -118,10 +110,13 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
-    works_by_rows = type(operation) is nn.GELU or (
-        type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1
-    )
-    return works_by_rows and is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
+    if type(operation) is not nn.GELU and not _normalises_rows(operation):
+        return False
+    return is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
+
+
+def _normalises_rows(module: nn.Module) -> bool:
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
@@ -159,9 +154,7 @@ def by_rows(*modules: nn.Module) -> bool:
     """Does each of these compute every row of its input, as (N, L, E), from that row alone?"""
     kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity, MLPBlock)
     return all(
-        STOCK.get(type(m), type(m)) in kinds
-        or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
-        or (isinstance(m, nn.Linear) and is_adapted(m))
+        STOCK.get(type(m), type(m)) in kinds or _normalises_rows(m) or (isinstance(m, nn.Linear) and is_adapted(m))
         for module in modules
         for m in module.modules()
     )
@@ -169,7 +162,7 @@ def by_rows(*modules: nn.Module) -> bool:
 
 def reads_class_token_alone(encoder: nn.Module) -> bool:
     """May the last block of this encoder leave out the patches? Not if a hook would see outputs without them."""
-    if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or len(encoder.layers) == 0:
+    if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or not encoder.layers:
         return False
     last = encoder.layers[-1]
     if type(last) is not FusedEncoderBlock or is_hooked(encoder, encoder.layers, encoder.ln, *last.modules()):
@@ -314,14 +307,10 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention = self.self_attention
         mlp = self.mlp
-        residual = input
-        if tokens is not None:
-            residual = input[:, :tokens]
+        residual = input if tokens is None else input[:, :tokens]
         saves_all = self.checkpointing == "never"
         by_mlp = not saves_all and type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
-        qkv = None
-        if by_mlp and tokens is None:
-            qkv = self.packed_to_rebuild(input)
+        qkv = self.packed_to_rebuild(input) if by_mlp and tokens is None else None
         if qkv is not None:
             heads = SelfAttention(attention.num_heads)
             x = attention.out_proj(qkv, prologue=heads) + input
@@ -332,10 +321,8 @@ class FusedEncoderBlock(EncoderBlock):
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
-            query = x = self.ln_1(input)
-            if tokens is not None:
-                query = x[:, :tokens]
-            x, _ = attention(query, x, x, need_weights=False)
+            x = self.ln_1(input)
+            x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
         attended = self.dropout(x)
         x = attended + residual
         if not by_mlp:
@@ -450,20 +437,16 @@ def _set_fast_paths(model: nn.Module) -> None:
     PyTorch's encoders read them in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
     """
     for module in model.modules():
+        flag = "qkv_bias_separate"
         if isinstance(module, nn.TransformerEncoderLayer):
             flag = "activation_relu_or_gelu"
-            value = False
         elif isinstance(module, nn.TransformerEncoder):
             flag = "use_nested_tensor"
-            value = False
-        elif "qkv_bias_separate" in vars(module):
-            flag = "qkv_bias_separate"
-            value = True
-        else:
+        elif flag not in vars(module):
             continue
         if any(is_adapted(m) for m in module.modules()):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, value)
+            setattr(module, flag, flag == "qkv_bias_separate")
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 
@@ -479,11 +462,10 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
     Args:
         mode: 'never' (a ViT): all that backward needs is saved.
-            'none': all that backward needs is saved, but for the outputs of LayerNorm and GELU, which adapted layers
-            recompute in every mode: six of the sixteen activations of the block's width per token, in the time that it
-            would take to write and read them.
+            'none': all but the outputs of LayerNorm and GELU, which adapted layers recompute: six of the sixteen
+            activations of the block's width per token, in the time that it would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
-            are left. It computes attention's heads and one of the block's twelve matrix products a second time.
+            are left. That computes attention's heads and one of the block's twelve matrix products a second time.
             Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
             'full': only the input of each block is saved. timm's models know no other mode.
 
@@ -494,14 +476,18 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
     blocks = []
     if mode == "never":
-        for block in model.modules():
-            if isinstance(block, EncoderBlock) and any(map(is_adapted, block.modules())):
-                blocks += [m for m in block.modules() if isinstance(m, EncoderBlock | MLPBlock)]
+        adapted = [m for m in model.modules() if isinstance(m, EncoderBlock) and any(map(is_adapted, m.modules()))]
+        blocks = [part for m in adapted for part in m.modules() if isinstance(part, EncoderBlock | MLPBlock)]
     elif mode == "selective":
         blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
     elif mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
-    if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
+    by_itself = False
+    if hasattr(model, "set_grad_checkpointing"):  # a model of timm
+        with contextlib.suppress(AssertionError):  # which timm raises if this one cannot
+            model.set_grad_checkpointing(mode == "full")
+            by_itself = mode == "full"
+    if not by_itself and mode != "none" and not blocks:
         what = "save" if mode == "never" else "recompute"
         raise InputError(f"gradient checkpointing {mode} finds nothing to {what} in this model")
     _set_checkpointing(model, blocks, mode)
@@ -515,14 +501,3 @@ def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> 
             vars(module).pop("checkpointing", None)
     for block in blocks:
         block.checkpointing = mode
-
-
-def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
-    """Let one of timm's models recompute its own blocks if the mode is 'full', else no longer. True if it does."""
-    if not hasattr(model, "set_grad_checkpointing"):
-        return False
-    try:
-        model.set_grad_checkpointing(mode == "full")
-    except AssertionError:  # how timm says that a model cannot
-        return False
-    return mode == "full"

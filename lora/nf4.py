@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora import backends
 from lora.backends import LOW_PRECISION
+from toolkit import InputError
 
 
 class NF4Weight:
@@ -78,7 +79,7 @@ def bitsandbytes_functional():
     """`bitsandbytes.functional`, imported at the first call, so that only 4-bit weights need the package.
 
     Raises:
-        ImportError: it is missing. The message says how to install it.
+        InputError: it is missing.
     """
     # Without CUDA, importing it warns of missing optimizers, which are not used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
@@ -86,7 +87,7 @@ def bitsandbytes_functional():
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise ImportError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from error
+        raise InputError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from None
     return bitsandbytes.functional
 
 
