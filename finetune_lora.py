@@ -708,8 +708,6 @@ def adapt_layers(
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
     adapted.check_ranks(settings, full_rank(model))
     adapted.check_shared_weights(model, chosen)
-    if use_qlora:
-        adapted.check_four_bits(model, chosen)
     adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
     if not hasattr(model, "base_digests"):

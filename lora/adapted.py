@@ -1,9 +1,7 @@
-"""Adapted layers as the rest of the toolkit sees them: their settings, their Protocol, the table of their kinds.
+"""Adapted layers as the rest of the toolkit sees them, and which layers of a model are adapted.
 
-Then the choice of the layers of a model that get adapters.
-
-`finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts use them through the
-Protocol `AdaptedLayer` and the table `ADAPTED`, so that no import runs upwards.
+`finetune_lora.py` defines the layers. All other files use them through the Protocol `AdaptedLayer` and the table
+`ADAPTED`, so that no import runs upwards.
 """
 
 import itertools
@@ -87,11 +85,8 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
 class AdaptedLayer(Protocol):
     """A layer with an adapter, or a rank-0 layer: no adapter, but its weight is stored in fewer bits.
 
-    Its `forward` takes more arguments than the stock layer's:
-
-    - linear layers and attention take `prologue`, an operation that they first apply to each row of the input;
-    - convolutions take `batch_norm`, a constant BatchNorm that they apply to the output, `residual`,
-      which they then add, and `relu`.
+    The `forward` of linear layers and attention also takes `prologue`, an operation to apply first to each row of the
+    input. That of convolutions takes `batch_norm`, a constant BatchNorm to apply, `residual` to add then, and `relu`.
     """
 
     r: int
@@ -134,10 +129,7 @@ def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_bits(state: Mapping[str, Any]) -> int:
-    """The bits in which a layer with this `adapted_state` stores its base weight.
-
-    4, 8 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is unchanged, in any dtype.
-    """
+    """The bits of the base weight of a layer with this `adapted_state`; 32: it was not rounded, whatever its dtype."""
     if not state.get("float_digests"):
         return 32
     if "_nf4_state" in state:
@@ -178,13 +170,9 @@ def _matches_any(name: str, targets: Iterable[str]) -> bool:
 def settings_by_layer(
     layers: Iterable[str], settings: LoRASettings, rank_pattern: Mapping[str, int] | None = None
 ) -> dict[str, LoRASettings]:
-    """The settings of each layer by name: those given, with the rank of a pattern that matches the layer.
+    """The settings of each layer by name: those given, with the rank of the first target that matches the layer.
 
-    Args:
-        rank_pattern: targets (see `matches_layer`) -> ranks. The first target that matches counts.
-
-    Raises:
-        InputError: a target that matches no layer, or a rank below 1.
+    Raises InputError for a target (see `matches_layer`) that matches no layer, or a rank below 1.
     """
     chosen = dict.fromkeys(layers, settings)
     for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
@@ -234,9 +222,7 @@ def choose_layers(
 ) -> dict[str, nn.Module]:
     """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
 
-    Raises:
-        InputError: a target or exclusion is no regular expression or matches nothing, the model has fewer blocks, or no
-            layer is left.
+    Raises InputError if a target or exclusion is no regular expression or matches nothing, or no layer is left.
     """
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
@@ -301,10 +287,14 @@ def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
 def check_stored_bits(
     model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
 ) -> None:
-    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone.
-
-    Or if 8 bits are asked for, and no layer can be stored in them.
-    """
+    """Raise InputError if a layer cannot be stored in the bits asked for, or would have to change those that it has."""
+    for name, layer in chosen.items():
+        if use_qlora and in_head(model, name):
+            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
+        if use_qlora and any(p.dtype == torch.float64 for p in layer.parameters()):
+            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
+    if use_qlora:
+        bitsandbytes_functional()
     in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
     if base_dtype == torch.int8 and not in_8_bits:
         raise InputError("8 bits are for linear layers and attention, of which none is adapted: use --arithmetic float")
@@ -316,13 +306,3 @@ def check_stored_bits(
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
             raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
-
-
-def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise InputError if the chosen layers cannot be stored in 4 bits, or bitsandbytes is missing."""
-    for name, layer in chosen.items():
-        if in_head(model, name):
-            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
-        if any(p.dtype == torch.float64 for p in layer.parameters()):
-            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
-    bitsandbytes_functional()

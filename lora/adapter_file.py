@@ -42,11 +42,7 @@ def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
 
 
 def read_adapter_file(path: str | Path) -> dict[str, Any]:
-    """The content of an adapter file: `format_version`, `tensors`, `layers`, `base_hash`, `metadata`.
-
-    Raises:
-        InputError: the file does not exist, is no adapter file, is damaged, or is of a later version.
-    """
+    """The content of an adapter file. Raises InputError if it is missing, none, damaged, or of a later version."""
     content = _read_described(path) if is_safetensors(path) else read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
@@ -102,9 +98,6 @@ def find_base(
     Args:
         path: the adapter file, whose metadata have the paths of both.
         checkpoint, stage1_adapter: their paths now, if they were moved. The second is also looked for beside `path`.
-
-    Raises:
-        InputError: one of them is not found.
     """
     base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
@@ -123,10 +116,7 @@ def find_base(
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
-    """The arguments of `load_backbone` after the path, for the model of an adapter file.
-
-    Older files name no heads and no channels: they were trained with the arch's own, and on RGB images.
-    """
+    """The arguments of `load_backbone` after the path. Older files have the arch's own heads, and RGB images."""
     return (
         len(metadata["class_names"]),
         metadata["arch"],

@@ -2,7 +2,6 @@
 
 The model is always as it would be with the adapter in use alone: a layer that this one does not adapt is a stock layer.
 Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public functions. Layers are used through the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
 import copy

@@ -47,13 +47,11 @@ def attention_mask(
     """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S).
 
     Args:
-        q: (N, L, E).
-        k: (N, S, E).
+        q, k: (N, L, E), (N, S, E).
         attn_mask: (L, S) or (N * H, L, S); True blocks, numbers are added.
         key_padding_mask: (N, S), of the same two kinds.
 
-    Raises:
-        RuntimeError: a mask has another shape. It might broadcast and mask something else.
+    Raises RuntimeError for a mask of another shape: it might broadcast and mask something else.
     """
     N, L, _ = q.shape
     S = k.shape[1]
@@ -101,24 +99,18 @@ def append_keys(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor,  # (N, L, E)
+    k: Tensor,  # (N, S, E), as v
     v: Tensor,
     num_heads: int,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None,  # as `attention_mask` returns it
     dropout: float = 0.0,
     need_weights: bool = False,
     keep_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
 
-    Args:
-        q: (N, L, E).
-        k, v: (N, S, E).
-        mask: as `attention_mask` returns it.
-        dropout: probability of dropping a weight.
-        keep_weights: where the weights are computed here and take little memory, save them for backward, which then
-            need not compute the scores again and takes some 40% less time.
+    `keep_weights` saves them for backward where they are computed here and take little memory: 40% less time.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
@@ -216,8 +208,7 @@ def _empty_heads(like: Tensor, width: int) -> Tensor:
 class SelfAttention:
     """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
-    Backward computes it again: in the layer's own backward pass or, if the layer's output is needed before that, in
-    `replay`.
+    The layer's backward pass computes it again or, if the layer's output is needed before that, `replay` does.
     """
 
     def __init__(self, num_heads: int):

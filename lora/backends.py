@@ -99,13 +99,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
     else:
         pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
-    if on_cpu and pays and x.numel() > 0:
-        return onednn_linear(x, W, bias)
-    return F.linear(x, W, bias)
-
-
-def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` by oneDNN, as `linear` calls it where that pays."""
+    if not on_cpu or not pays or x.numel() == 0:
+        return F.linear(x, W, bias)
     if bias is not None:
         bias = bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
@@ -119,9 +114,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
-# ------------------------------------------------------------------------------------------------------ convolutions
-
-
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
     lies_last = x.is_contiguous(memory_format=torch.channels_last)
@@ -131,9 +123,7 @@ def pixels(x: Tensor) -> Tensor | None:
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
     """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
 
-    `geometry`: stride, padding, dilation and groups, as `F.conv2d` takes them after the bias.
-
-    On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
+    `geometry` is what `F.conv2d` takes after the bias. On a CPU oneDNN adds or rectifies while it writes the output.
     """
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():

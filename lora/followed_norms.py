@@ -14,9 +14,8 @@ C is held by its few principal components, so that this costs products of A with
 of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. Every step
 folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm.
 
-The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm keeps
-those of the base, and has the adapter's only while this is merged. An adapter file has the statistics of the trained
-adapter under the BatchNorm's names.
+The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm has
+them only while the adapter is merged. An adapter file has them under the BatchNorm's names.
 """
 
 import contextlib
@@ -47,12 +46,7 @@ STATISTICS = ("running_mean", "running_var")  # their names in a BatchNorm
 
 
 class AdapterStatistics:
-    """The statistics that a BatchNorm has with the adapter of the convolution before it, as a file gives them.
-
-    Args:
-        norm: the BatchNorm, with the statistics of the base.
-        mean, variance: (out,), those of the adapter.
-    """
+    """The mean and variance, (out,) each, that a BatchNorm has with the adapter of the convolution before it."""
 
     def __init__(self, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor):
         self.norm = norm
@@ -106,13 +100,7 @@ class AdapterStatistics:
 
 
 class FollowedNorm(AdapterStatistics):
-    """The statistics of a BatchNorm behind a convolution, as a function of the convolution's adapter.
-
-    Args:
-        conv: the convolution, whose adapter still does nothing.
-        norm: the BatchNorm, with the statistics of the base.
-        patches: (P, fan_in), what the kernel is applied to.
-    """
+    """These as a function of the adapter, which still does nothing. patches: (P, fan_in), what the kernel reads."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
         super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
@@ -203,12 +191,8 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
 
     Args:
-        batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
-            any, nothing follows.
-        required: must there be a BatchNorm to follow?
-
-    Raises:
-        InputError: there is none, and it is required.
+        batches: images, or whatever the model takes, to estimate the inputs' covariances. Without any nothing follows.
+        required: raise InputError if there is no BatchNorm to follow.
     """
     norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm)}
     if not norm_of and required:

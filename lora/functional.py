@@ -18,9 +18,7 @@ There are two ways to y and gx:
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
 layers: by size in full precision; in low precision always the side path, which costs less there than building the
 weight in float32 and rounding it. A convolution's kernel is small beside its input, so it is merged in low precision
-too: it is built in float32 and rounded once, see `_kernel_merges`.
-
-Second derivatives are not defined, and backward refuses a graph of its own (`backends.first_derivative`).
+too: see `_kernel_merges`. Second derivatives are not defined, and are refused (`backends.first_derivative`).
 """
 
 import math
@@ -57,12 +55,7 @@ def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
 
 
 def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed.
-
-    Args:
-        x: (..., in).
-        W: (out, in).
-    """
+    """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed."""
     if isinstance(W, Int8Weight):  # an adapter of rank 0
         return lora_linear(x, W, x.new_empty(0, x.shape[-1]), x.new_empty(W.shape[0], 0), bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
@@ -77,9 +70,7 @@ def effective_weight(
     """``W + s B A``, differentiable, as a fresh tensor.
 
     Args:
-        weight: (out, in). With ``groups`` > 1 its rows are that many layers on one input: attention's packed q, k, v.
-        A: (groups * r, in).
-        B: (out, r).
+        weight, A, B: (out, in), (groups * r, in), (out, r). The weight's rows are so many layers on one input.
         in_place: add to ``weight``, which then has to be a temporary.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
@@ -212,13 +203,10 @@ class _LoRALinear(torch.autograd.Function):
         return gx, g_adapter_x, gA, gB, g_bias, None
 
 
-# ------------------------------------------------------------------------------------------------------- prologues
-
-
 class RecomputedNorm(NamedTuple):
-    """A LayerNorm as the `prologue` of a layer, whose input is computed again in backward instead of saved.
+    """A LayerNorm as a `prologue` whose input is not saved either: backward computes it again, to the last bit.
 
-    ``rebuild(left, right)`` is that input, to the last bit. Both are saved, so it pays where others save them anyway.
+    It is ``rebuild(left, right)``. Both are saved, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
@@ -277,31 +265,19 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Weight | Int8Weight,
-    A: Tensor | Sequence[Tensor],
-    B: Tensor | Sequence[Tensor],
-    bias: Tensor | None = None,
+    x: Tensor,  # (..., in)
+    weight: Tensor | NF4Weight | Int8Weight,  # (out, in)
+    A: Tensor | Sequence[Tensor],  # (groups * r, in), or the A of each layer
+    B: Tensor | Sequence[Tensor],  # (out, r), or likewise
+    bias: Tensor | None = None,  # (out,)
     scaling: float = 1.0,
-    groups: int = 1,
-    adapter_x: Tensor | None = None,
-    prologue: Prologue | None = None,
+    groups: int = 1,  # how many layers on the same input the weight holds, one below the other
+    adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
+    prologue: Prologue | None = None,  # what is to be applied to x first; its output is not saved but recomputed
 ) -> Tensor:
-    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
+    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b, and for W if it is not frozen, which is slower.
 
-    Args:
-        x: (..., in).
-        weight: (out, in), frozen in the fast path. One that requires a gradient gets it, by automatic differentiation.
-        A: (groups * r, in), or the A of each layer.
-        B: (out, r), or likewise.
-        bias: (out,).
-        groups: how many layers on the same input ``weight`` holds, one below the other.
-        adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        prologue: a LayerNorm over the last dimension, GELU or attention, to apply first. Its output is not saved but
-            recomputed; x is then what it takes.
-
-    Raises:
-        ValueError: both adapter_x and prologue are given. Dropout would need the output that is not saved.
+    Raises ValueError for adapter_x with a prologue: dropout would need the output that is not saved.
     """
     if adapter_x is not None and prologue is not None:
         raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
@@ -332,15 +308,7 @@ def lora_linear(
 def effective_kernel(
     weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None, in_place: bool = False
 ) -> Tensor:
-    """``g (W + s B A)`` for a convolution, differentiable, as a fresh tensor in the memory format of ``weight``.
-
-    Args:
-        weight: (out, in / groups, kh, kw).
-        A: (r, in / groups * kh * kw).
-        B: (out, r).
-        row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
-        in_place: as in `effective_weight`.
-    """
+    """`effective_weight` of a kernel, ``g (W + s B A)``, in the memory format of W; see `lora_conv2d`."""
     if row_scale is not None:
         weight = weight * row_scale[:, None, None, None]
         B = B * row_scale[:, None]
@@ -423,16 +391,18 @@ class _LoRAConv2d(torch.autograd.Function):
         if relu:
             gy = backends.relu_gradient(gy, y)
         g_bias = g_log_scale = None
-        if ctx.follows:
-            g_log_scale, g_bias = _scale_gradients(gy, y, bias, residual)
+        if ctx.follows:  # where gy is not 0, y is g conv + bias + residual
+            g_log_scale, g_bias = backends.channel_sums(gy, y)
+            g_log_scale = g_log_scale.addcmul_(bias, g_bias, value=-1)
+            if residual is not None:
+                g_log_scale = g_log_scale - backends.channel_sums(gy, residual)[0]
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
 
         factors = _row_factors(scaling, row_scale)
         sB = B * factors
-        adapter_gradients = _grouped_conv_gradients if geometry.groups > 1 else _conv_gradients
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
-        gA, gB, g_adapter_x = adapter_gradients(
+        gA, gB, g_adapter_x = _conv_gradients(
             gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, need_input
         )
         gx = None
@@ -447,15 +417,6 @@ class _LoRAConv2d(torch.autograd.Function):
                 g_adapter_x = None
         g_residual = gy if need_residual else None
         return gx, g_adapter_x, gA, gB * factors, g_bias, g_residual, None, g_log_scale, None
-
-
-def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
-    of_scale, of_bias = backends.channel_sums(gy, y)
-    of_scale = of_scale.addcmul_(bias, of_bias, value=-1)
-    if residual is not None:
-        of_scale = of_scale - backends.channel_sums(gy, residual)[0]
-    return of_scale, of_bias
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -506,32 +467,37 @@ def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape
 
 
 def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
-    """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    A4 = A.view(len(A), *shape[1:])
-    gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
-    if shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]:
-        gA = _pointwise_gradient(gh, adapter_x)
-        h = _pointwise(adapter_x, A)
+    """The gradients of A, of sB and, if needed, of the adapter's input.
+
+    All of them go through r channels, but for groups > 1: these would need groups * r, and the dense gradient is
+    smaller.
+    """
+    if geometry.groups > 1:
+        kernel = (sB @ A).view(shape)
+        gh = gy
+        dense = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=True).flatten(1)  # (out, fan_in)
+        gA = sB.T @ dense
+        gB = dense @ A.T
     else:
-        gA = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
-        h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
-    g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False) if need_input else None
-    return gA, _pointwise_gradient(h, gy).T, g_adapter_x
-
-
-def _grouped_conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
-    """`_conv_gradients` for groups > 1, where h would have groups * r channels: the dense gradient is smaller."""
-    delta = (sB @ A).view(shape)
-    dense = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
-    g_adapter_x = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=False) if need_input else None
-    return sB.T @ dense, dense @ A.T, g_adapter_x
-
-
-# If the channels lie last, a thin 1x1 convolution is a matrix product over the pixels: up to twice as fast on a CPU.
+        kernel = A.view(len(A), *shape[1:])
+        gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
+        if shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]:
+            gA = _pointwise_gradient(gh, adapter_x)
+            h = _pointwise(adapter_x, A)
+        else:
+            gA = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=True).flatten(1)
+            h = F.conv2d(adapter_x, kernel, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
+        gB = _pointwise_gradient(h, gy).T
+    if not need_input:
+        return gA, gB, None
+    return gA, gB, backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False)
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
+    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in).
+
+    If the channels lie last, it is a matrix product over the pixels: up to twice as fast on a CPU if it is thin.
+    """
     pixels = backends.pixels(x)
     if pixels is None:
         return F.conv2d(x, matrix[:, :, None, None])
@@ -549,33 +515,22 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
 
 
 def lora_conv2d(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor,  # (N, in, H, W), in any memory format
+    weight: Tensor | NF4Weight,  # (out, in / groups, kh, kw)
+    A: Tensor,  # (r, in / groups * kh * kw)
+    B: Tensor,  # (out, r)
+    bias: Tensor | None = None,  # (out,), added as it is: g does not scale it
     scaling: float = 1.0,
     geometry: Geometry = PLAIN,
-    row_scale: Tensor | None = None,
-    adapter_x: Tensor | None = None,
-    residual: Tensor | None = None,
+    row_scale: Tensor | None = None,  # g, (out,), constant: the scale of a frozen BatchNorm behind the convolution
+    adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
+    residual: Tensor | None = None,  # (N, out, H', W')
     relu: bool = False,
-    log_scale: Tensor | None = None,
+    log_scale: Tensor | None = None,  # (out,), log |g| but for a constant: takes the gradient of g if it has one
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
 
-    Args:
-        x: (N, in, H, W), in any memory format.
-        weight: (out, in / groups, kh, kw), frozen in the fast path. One that requires a gradient gets it, by automatic
-            differentiation.
-        A: (r, in / groups * kh * kw).
-        B: (out, r).
-        bias: (out,), added as it is: g does not scale it.
-        row_scale: g, (out,), constant: the scale of a frozen BatchNorm behind the convolution.
-        adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
-        residual: (N, out, H', W'), added to the output.
-        relu: rectify the output, after the addition.
-        log_scale: (out,), log |g| but for a constant: takes the gradient of a row_scale that is no constant.
+    And for W if it is not frozen, by automatic differentiation, which is slower.
     """
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
@@ -594,9 +549,6 @@ def lora_conv2d(
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y
-
-
-# --------------------------------------------------------------------------------------------------------- pooling
 
 
 class _MaxPool2dReLU(torch.autograd.Function):
@@ -622,12 +574,11 @@ class _MaxPool2dReLU(torch.autograd.Function):
 
 
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
-    """``max_pool2d(relu(x))``, without keeping x or relu(x) for backward.
+    """``max_pool2d(relu(x))`` without keeping x or relu(x) for backward.
 
     ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
-    its backward needs only the output and the positions of the maxima. A compiler plans memory itself, and
-    Inductor gave the stem of a ResNet in bfloat16 no gradient with this order (PyTorch 2.13, on a CPU).
+    its backward needs only the output and the positions of the maxima.
     """
-    if backends.is_traced():
+    if backends.is_traced():  # Inductor gave a ResNet's stem in bfloat16 no gradient in this order (2.13, on a CPU)
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     return _MaxPool2dReLU.apply(x, (kernel_size, stride, padding, dilation, ceil_mode))

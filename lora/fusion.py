@@ -14,8 +14,6 @@ The block that holds both decides, at each call: if a child was replaced, trains
 the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
 their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
 subclass may do something else in its forward.
-
-This file knows the layers of `finetune_lora.py` only by what they offer: see `lora.adapted.AdaptedLayer`.
 """
 
 import contextlib
@@ -49,10 +47,10 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def _trains(module: nn.Module) -> bool:
-    # As with `parameters()`, in a fifth of the time.
-    return any(p is not None and p.requires_grad for p in module._parameters.values()) or any(
-        child is not None and _trains(child) for child in module._modules.values()
-    )
+    for parameter in module._parameters.values():  # as `parameters()`, in a fifth of the time
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return any(child is not None and _trains(child) for child in module._modules.values())
 
 
 def folds(conv: nn.Module, norm: nn.Module) -> bool:

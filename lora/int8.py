@@ -33,12 +33,7 @@ ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
 
 class Int8Weight:
-    """A frozen weight as 8-bit codes (out, in), with a float32 scale (out,) for each row.
-
-    Args:
-        codes: int8, the rows of the weight.
-        scale: what each row is multiplied by.
-    """
+    """A frozen weight as 8-bit codes (out, in), with a float32 scale (out,) for each row."""
 
     def __init__(self, codes: Tensor, scale: Tensor):
         self.codes = codes
@@ -94,10 +89,7 @@ def multiplies_exactly(device: str, *numbers: int) -> bool:
 
 @functools.cache
 def _is_exact(columns: int) -> bool:
-    """Does this CPU add up so many products of the largest codes exactly?
-
-    Without VNNI or AMX oneDNN adds in 16 bits, which saturate.
-    """
+    """Does this CPU add up so many products of the largest codes exactly? In 16 bits, without VNNI or AMX, not."""
     largest = torch.full((32, columns), LARGEST, dtype=torch.int8)
     sums = columns * LARGEST**2
     by_columns = _product(largest, largest.T)
@@ -147,17 +139,11 @@ def _multiplied(
 
 
 def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same rows of all, so many that those of the first have at most so many numbers.
-
-    All rows at once where a compiler decides.
-    """
-    if backends.is_traced():
+    """The same rows of all, so many that those of the first have at most so many numbers."""
+    if backends.is_traced():  # a compiler decides
         return [(first, *others)]
     size = max(numbers // max(first.shape[1], 1), 1)
     return zip(*(t.split(size) for t in (first, *others)), strict=True)
-
-
-# ------------------------------------------------------------------------------------------- whichever the weight is
 
 
 def linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:

@@ -20,9 +20,7 @@ class NF4Weight:
     value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
 
     Args:
-        packed: uint8, two values each.
-        state: the `QuantState` of bitsandbytes.
-        shape: the weight's own.
+        packed, state: the bytes and the `QuantState` of bitsandbytes, of a whole weight of this shape.
         rows: which rows of that weight this is.
     """
 
@@ -76,11 +74,7 @@ class NF4Weight:
 
 
 def bitsandbytes_functional():
-    """`bitsandbytes.functional`, imported at the first call, so that only 4-bit weights need the package.
-
-    Raises:
-        InputError: it is missing.
-    """
+    """`bitsandbytes.functional`, imported here, since only 4-bit weights need it. InputError if it is missing."""
     # Without CUDA, importing it warns of missing optimizers, which are not used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -211,12 +211,9 @@ def adapters_in(
     """Convert the adapters of a PeftModel: the settings of each layer, and all factors by name in this toolkit.
 
     Args:
-        theirs: `PeftModel.from_pretrained` of the folder.
-        tensors: what `read_peft` returned for it.
-        folder: named in messages.
+        theirs, tensors: `PeftModel.from_pretrained` and `read_peft` of the folder, which messages name.
 
-    Raises:
-        InputError: the tensors do not fit the folder's configuration, or a layer is of a kind that is not adapted here.
+    Raises InputError if the tensors do not fit the folder's configuration, or a kind of layer is not adapted here.
     """
     layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}

@@ -43,10 +43,7 @@ def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], 
     """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
 
     The upper half has the `last` blocks (see `backbones.block_names`) and the head; None: only the head. It is a
-    shallow copy of the model, and shares every layer.
-
-    Raises:
-        InputError: `last` is given, and the model is not of torchvision's ResNet or ViT class.
+    shallow copy of the model, and shares every layer. InputError if torchvision has no such class with blocks.
     """
     upper = copy.copy(model)
     if last is None:
@@ -55,10 +52,8 @@ def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], 
     uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
     kind = STOCK.get(type(model), type(model))
     if kind not in uppers:
-        raise InputError(
-            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
-            "--cache-features none"
-        )
+        what = f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}"
+        raise InputError(f"{what}: use --cache-features none")
     blocks = block_names(model)
     upper.__class__ = uppers[kind]
     upper.first = len(blocks) - last
