@@ -220,10 +220,7 @@ def choose_layers(
     exclude_modules: str | Sequence[str] | None = None,
     adapt_last: int | None = None,
 ) -> dict[str, nn.Module]:
-    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
-
-    Raises InputError if a target or exclusion is no regular expression or matches nothing, or no layer is left.
-    """
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
     targets = _as_list(target_modules)
@@ -231,17 +228,17 @@ def choose_layers(
     unmatched = [t for t in [*targets, *excluded] if not any(matches_layer(name, t) for name in candidates)]
     if unmatched:
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
-    names = [name for name in candidates if not _matches_any(name, excluded)]
-    if target_modules is None:
-        body = [name for name in names if not in_head(model, name)]
-        names = [name for name in body if set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)]
-    else:
-        names = [name for name in names if _matches_any(name, targets)]
-    if adapt_last is not None:
-        names = [name for name in names if _in_last_blocks(model, name, adapt_last)]
-    if not names:
+    chosen = {}
+    for name, layer in candidates.items():
+        wanted = _matches_any(name, targets)
+        if target_modules is None:
+            wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
+        in_depth = adapt_last is None or _in_last_blocks(model, name, adapt_last)
+        if wanted and in_depth and not _matches_any(name, excluded):
+            chosen[name] = layer
+    if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
-    return {name: candidates[name] for name in names}
+    return chosen
 
 
 def _as_list(targets: str | Sequence[str] | None) -> list[str]:

@@ -175,7 +175,7 @@ class _Attention(torch.autograd.Function):
             gv[part] = (weights.mT @ gy_p).view_as(gv[part])
             # A constant added to all values changes no score's gradient, so the mean goes: it would only be rounded.
             g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
-            g_scores = backends.softmax_gradient(g_weights, weights)
+            g_scores = backends.softmax_gradient(g_weights, weights, -1, weights.dtype)
             gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
             gk[part] = (g_scores.mT @ q_p).mul_(scaling).view_as(gk[part])
         return gq, gk, gv, None

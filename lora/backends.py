@@ -183,7 +183,10 @@ def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor,
     )[0]
 
 
-# (gy, x, approximate, grad_input): the input's gradient from the output's, written into `grad_input`.
+# The input's gradient from the output's: (gy, y, 0); (gy, y, dimension, dtype); (gy, x, approximate, grad_input), of
+# which the last is written into.
+relu_gradient = torch.ops.aten.threshold_backward
+softmax_gradient = torch.ops.aten._softmax_backward_data
 gelu_gradient = torch.ops.aten.gelu_backward.grad_input
 # (x, *options) and (gy, x, *options, indices), with what `F.max_pool2d` takes after x as options: the output with the
 # positions of the maxima; the input's gradient, for which only x's shape and memory format are looked at.
@@ -192,16 +195,6 @@ max_pool2d_gradient = torch.ops.aten.max_pool2d_with_indices_backward
 # (x, shape): `x.view(shape)` that autograd does not take for a view: it may be modified in place.
 unsafe_view = torch.ops.aten._unsafe_view
 is_dense = torch.ops.aten.is_non_overlapping_and_dense  # do the numbers fill a range of memory, each once?
-
-
-def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
-    """The input's gradient from the output's and the output itself."""
-    return torch.ops.aten.threshold_backward(gy, y, 0)
-
-
-def softmax_gradient(gy: Tensor, y: Tensor) -> Tensor:
-    """`relu_gradient` for a softmax over the last dimension."""
-    return torch.ops.aten._softmax_backward_data(gy, y, -1, y.dtype)
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -60,10 +60,19 @@ class AdapterStatistics:
         return self.mean, self.variance
 
     def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The row scale of the kernel, its logarithm if it has a gradient, and the bias, (out,) each."""
+        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean') g``: (out,) each.
+
+        g is a number: its logarithm takes the gradient of the statistics, if they have one.
+        """
+        norm = self.norm
         mean, variance = self.statistics(conv)
-        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
-        return scale, None, shift.to(compute_dtype(mean))
+        if not variance.requires_grad:
+            scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
+            return scale, None, shift.to(compute_dtype(mean))
+        log_scale = -0.5 * (variance + norm.eps).log()
+        scale = log_scale.exp() if norm.weight is None else log_scale.exp() * norm.weight
+        shift = (-mean if conv.bias is None else conv.bias - mean) * scale
+        return scale.detach(), log_scale, shift if norm.bias is None else shift + norm.bias
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
         """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
@@ -122,20 +131,6 @@ class FollowedNorm(AdapterStatistics):
             shift = sB @ (A @ self.centre)  # of the mean, (out,)
             ratio = (1 + change / self.spread).clamp_min(LEAST_RATIO)
             return self.mean + shift, self.variance * ratio
-
-    def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, and ``beta + (bias - mean') g``.
-
-        g is a number here: its logarithm takes the gradient.
-        """
-        if not torch.is_grad_enabled():
-            return super().folded(conv)
-        norm = self.norm
-        mean, variance = self.statistics(conv)
-        log_scale = -0.5 * (variance + norm.eps).log()
-        scale = log_scale.exp() if norm.weight is None else log_scale.exp() * norm.weight
-        shift = (-mean if conv.bias is None else conv.bias - mean) * scale
-        return scale.detach(), log_scale, shift if norm.bias is None else shift + norm.bias
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:

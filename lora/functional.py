@@ -389,7 +389,7 @@ class _LoRAConv2d(torch.autograd.Function):
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(dtype)
         if relu:
-            gy = backends.relu_gradient(gy, y)
+            gy = backends.relu_gradient(gy, y, 0)
         g_bias = g_log_scale = None
         if ctx.follows:  # where gy is not 0, y is g conv + bias + residual
             g_log_scale, g_bias = backends.channel_sums(gy, y)
@@ -566,7 +566,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
     @backends.first_derivative
     def backward(ctx, gy):
         y, indices = ctx.saved_tensors
-        gy = backends.relu_gradient(gy, y)
+        gy = backends.relu_gradient(gy, y, 0)
         x = y.new_empty(ctx.shape)  # only its shape and its memory format are looked at
         if y.is_contiguous(memory_format=torch.channels_last):
             x = torch.empty_like(x, memory_format=torch.channels_last)

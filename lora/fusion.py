@@ -256,7 +256,7 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        return self.from_block(self.stem(x))
+        return resnet_from_stage(self, self.stem(x))
 
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
@@ -267,11 +267,12 @@ class FusedResNet(ResNet):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         return pool(relu(x))
 
-    def from_block(self, x: Tensor, first: int = 0) -> Tensor:
-        """The model's output from the input of one of its stages; 0 is the first."""
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
-            x = stage(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its stages; 0 is the first."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4)[first:]:
+        x = stage(x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 class FusedMLPBlock(MLPBlock):
@@ -352,21 +353,16 @@ class FusedVisionTransformer(VisionTransformer):
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])
-        return self.from_block(encoder.dropout(x + encoder.pos_embedding), tokens=1)
+        return vit_from_block(self, encoder.dropout(x + encoder.pos_embedding))
 
-    def from_block(self, x: Tensor, first: int = 0, tokens: int | None = None) -> Tensor:
-        """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first.
 
-        Args:
-            tokens: how many the last block is to compute, if the caller knows; see `reads_class_token_alone`.
-        """
-        *layers, last = list(self.encoder.layers)[first:]
-        if tokens is None and reads_class_token_alone(self.encoder):
-            tokens = 1
-        for layer in layers:
-            x = layer(x)
-        x = last(x) if tokens is None else last(x, tokens=tokens)
-        return self.heads(self.encoder.ln(x)[:, 0])
+def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first."""
+    *layers, last = list(model.encoder.layers)[first:]
+    for layer in layers:
+        x = layer(x)
+    x = last(x, tokens=1) if reads_class_token_alone(model.encoder) else last(x)
+    return model.heads(model.encoder.ln(x)[:, 0])
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
