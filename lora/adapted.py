@@ -30,27 +30,17 @@ from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unw
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
-# ------------------------------------------------------------------------------------------------------- the settings
-
-
 @dataclass(frozen=True)
 class LoRASettings:
     """How a layer is adapted. Numbers of any kind, NumPy's too, are stored as plain ones.
 
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
+    Raises InputError for values out of their ranges, all of them in one message.
     """
 
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
+    r: int = 8  # rank, at least 1
+    lora_alpha: float = 16.0  # the update is scaled by alpha / r
+    lora_dropout: float = 0.0  # 0 <= p < 1, on the adapter's input
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
 
     def __post_init__(self):
         problems = []

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
-from toolkit import InputError, listed, printable
-from toolkit.files import (
-    found_path,
-    is_plain_tensor,
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors,
-    save_atomically,
-    write_safetensors,
-)
+from toolkit import InputError, files, listed, printable
 from toolkit.models.backbones import build_backbone, default_heads, head_name
 from toolkit.models.checkpoints import CHANNEL_FITS, is_none
 from toolkit.models.dense import DenseModel
@@ -33,22 +24,31 @@ LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scalin
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
     """Write the content of an adapter file, see `read_adapter_file`, as `.safetensors` if the name ends so."""
-    if is_safetensors(path):
+    if files.is_safetensors(path):
         described = dict(content)
         tensors = described.pop("tensors")
-        write_safetensors(tensors, path, {"adapter": json.dumps(described)})
+        files.write_safetensors(tensors, path, {"adapter": json.dumps(described)})
     else:
-        save_atomically(content, path)
+        files.save_atomically(content, path)
 
 
 def read_adapter_file(path: str | Path) -> dict[str, Any]:
     """The content of an adapter file. Raises InputError if it is missing, none, damaged, or of a later version."""
-    content = _read_described(path) if is_safetensors(path) else read_checkpoint(path)
+    if files.is_safetensors(path):
+        tensors, header = files.read_safetensors(path)
+        try:
+            content = json.loads(header.get("adapter", "null"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
+        if isinstance(content, dict):
+            content["tensors"] = tensors
+    else:
+        content = files.read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = _of_another_type(content, _FIELDS)
     if not wrong:
-        wrong = [name for name, tensor in content["tensors"].items() if not is_plain_tensor(tensor)]
+        wrong = [name for name, tensor in content["tensors"].items() if not files.is_plain_tensor(tensor)]
         wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
@@ -62,16 +62,6 @@ def read_adapter_file(path: str | Path) -> dict[str, Any]:
 
 def _of_another_type(values: dict[str, Any], kinds: dict[str, type]) -> list[str]:
     return [key for key, kind in kinds.items() if type(values.get(key)) is not kind]
-
-
-def _read_described(path: str | Path) -> dict[str, Any]:
-    """The content of a `.safetensors` adapter file; empty if nothing in it describes adapters."""
-    tensors, metadata = read_safetensors(path)
-    try:
-        described = json.loads(metadata.get("adapter", "null"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
-    return {**described, "tensors": tensors} if isinstance(described, dict) else {}
 
 
 def _is_layer_record(name: Any, record: Any) -> bool:
@@ -99,7 +89,7 @@ def find_base(
         path: the adapter file, whose metadata have the paths of both.
         checkpoint, stage1_adapter: their paths now, if they were moved. The second is also looked for beside `path`.
     """
-    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
+    base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
@@ -107,7 +97,7 @@ def find_base(
     if stage1_adapter is not None:
         places = [Path(stage1_adapter)]
     else:
-        places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+        places = [files.found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
     found = [place for place in places if os.path.exists(place)]
     if not found:
         wanted = printable(stage1_adapter or stored)

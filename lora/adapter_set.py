@@ -105,14 +105,13 @@ class AdapterSet:
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
-        if layers and self.in_use is None:
-            if DEFAULT in self.named:
-                raise InputError(
-                    "the model has adapters without a name: save and unload() them, then load them with one"
-                )
-            self._remember(layers, model)
-            self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
-            self.in_use = DEFAULT
+        if not layers or self.in_use is not None:
+            return
+        if DEFAULT in self.named:
+            raise InputError("the model has adapters without a name: save and unload() them, then load them with one")
+        self._remember(layers, model)
+        self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
+        self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
         """Switch to another adapter of `named`, or with None to the base."""
@@ -140,7 +139,13 @@ class AdapterSet:
         self._remember({path: modules[path] for path in touched if path in modules}, model)
         for name, head in self.base.heads.items():
             _replace_head(model, name, _resized_head(head, name, content["tensors"]))
-        self._copy_changed(adapter, content, model)
+        stock = dict(model.named_parameters()) | dict(model.named_buffers())
+        followed = {name for _, _, *own in statistics_in_file(model, content) for name in own}
+        for path in content["tensors"]:  # the tensors of the base that the file has become the adapter's own
+            if path in stock and path not in followed and not in_head(model, path):
+                self.base.tensors.setdefault(path, stock[path])
+                owner, leaf = _owner(model, path)
+                adapter.tensors[path] = owner[leaf] = copy.deepcopy(stock[path])
         self._share_4_bits(records, modules)
         problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in modules:  # in the model's order: attention comes before its output projection
@@ -152,16 +157,6 @@ class AdapterSet:
             if path not in records and needs_record:
                 problems.append(f"{path} is stored in fewer bits here but is not in the file")
         return problems
-
-    def _copy_changed(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> None:
-        """Give the adapter a tensor of its own for each tensor of the base that its file has, but for statistics."""
-        stock = dict(model.named_parameters()) | dict(model.named_buffers())
-        followed = {name for _, _, *own in statistics_in_file(model, content) for name in own}
-        for path in content["tensors"]:
-            if path in stock and path not in followed and not in_head(model, path):
-                self.base.tensors.setdefault(path, stock[path])
-                owner, leaf = _owner(model, path)
-                adapter.tensors[path] = owner[leaf] = copy.deepcopy(stock[path])
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Note the state of these layers without an adapter, unless it is known already."""
@@ -194,7 +189,6 @@ def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapp
 
 
 def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
-    """The dictionary that holds a parameter or buffer, and its key there."""
     module, _, leaf = path.rpartition(".")
     owner = model.get_submodule(module)
     return owner._parameters if leaf in owner._parameters else owner._buffers, leaf

@@ -46,12 +46,8 @@ def attention_mask(
 ) -> Tensor | None:
     """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S).
 
-    Args:
-        q, k: (N, L, E), (N, S, E).
-        attn_mask: (L, S) or (N * H, L, S); True blocks, numbers are added.
-        key_padding_mask: (N, S), of the same two kinds.
-
-    Raises RuntimeError for a mask of another shape: it might broadcast and mask something else.
+    `attn_mask` is (L, S) or (N * H, L, S), `key_padding_mask` (N, S); True blocks, numbers are added. A mask of another
+    shape raises RuntimeError: it might broadcast and mask something else.
     """
     N, L, _ = q.shape
     S = k.shape[1]
@@ -79,12 +75,9 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple
 def append_keys(
     k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Append biases and a position of zeros to keys and values, as `nn.MultiheadAttention` does. Returns k, v, mask.
+    """Append biases (1, 1, E) and a position of zeros to keys and values (N, S, E), as `nn.MultiheadAttention` does.
 
-    Args:
-        k, v: (N, S, E).
-        mask: as `attention_mask` returns it. Every query sees what is appended.
-        bias_k, bias_v: (1, 1, E), both or none.
+    Returns k, v and the mask, as `attention_mask` has it: every query sees what is appended.
     """
     N, S, E = k.shape
     if bias_k is not None:
@@ -124,17 +117,13 @@ def attend(
         keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
         attended = _Attention.apply(q, k, v, keep_weights)
     else:
-        with _sound_kernels(q):
+        kernels = contextlib.nullcontext()
+        if q.device.type == "cuda" and q.shape[-2] == 1 and not backends.is_traced():
+            # Not cuDNN's, whose gradient for a single query may be NaN (github.com/NVIDIA/cudnn-frontend, issue 1072).
+            kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        with kernels:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
-
-
-def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
-    """Exclude cuDNN's kernel for a single query, such as a class token: its gradient may be NaN
-    (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
-    if q.device.type != "cuda" or q.shape[-2] > 1 or backends.is_traced():
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:

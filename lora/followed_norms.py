@@ -121,7 +121,6 @@ class FollowedNorm(AdapterStatistics):
         self.spread = spread.clamp_min(LEAST_SPREAD)
 
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-        """As `AdapterStatistics.statistics`, differentiable."""
         A = conv.lora_A  # (r, fan_in)
         B = conv.lora_B  # (out, r)
         with torch.autocast(A.device.type, enabled=False):
@@ -185,9 +184,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
 
-    Args:
-        batches: images, or whatever the model takes, to estimate the inputs' covariances. Without any nothing follows.
-        required: raise InputError if there is no BatchNorm to follow.
+    The inputs' covariances are estimated from the batches, without which nothing follows. `required` raises InputError
+    if there is no BatchNorm to follow.
     """
     norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm)}
     if not norm_of and required:

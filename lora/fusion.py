@@ -67,11 +67,7 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) -> Tensor:
-    """``norm(conv(x))``, as one convolution if possible.
-
-    Args:
-        changes: may what comes next change the output in place?
-    """
+    """``norm(conv(x))``, as one convolution if possible. changes: may what comes next change the output in place?"""
     followed = getattr(conv, "followed", None)  # the statistics that the adapter has of its own
     if folds(conv, norm):
         y = conv(x, batch_norm=norm)
@@ -438,7 +434,7 @@ def _set_fast_paths(model: nn.Module) -> None:
             flag = "use_nested_tensor"
         elif flag not in vars(module):
             continue
-        if any(is_adapted(m) for m in module.modules()):
+        if any(map(is_adapted, module.modules())):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
             setattr(module, flag, flag == "qkv_bias_separate")
         elif "stock_fast_path" in vars(module):
@@ -460,22 +456,17 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
             activations of the block's width per token, in the time that it would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
             are left. That computes attention's heads and one of the block's twelve matrix products a second time.
-            Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
             'full': only the input of each block is saved. timm's models know no other mode.
 
-    Raises:
-        InputError: a mode that does not exist, or a model without anything to recompute.
+    Raises InputError for a mode that does not exist, or a model without anything to recompute.
     """
     if mode not in MODES:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
-    blocks = []
-    if mode == "never":
-        adapted = [m for m in model.modules() if isinstance(m, EncoderBlock) and any(map(is_adapted, m.modules()))]
-        blocks = [part for m in adapted for part in m.modules() if isinstance(part, EncoderBlock | MLPBlock)]
-    elif mode == "selective":
-        blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
-    elif mode == "full":
+    if mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
+    else:
+        kind = {"never": EncoderBlock | MLPBlock, "none": (), "selective": nn.MultiheadAttention}[mode]
+        blocks = [m for m in model.modules() if isinstance(m, kind) and any(map(is_adapted, m.modules()))]
     by_itself = False
     if hasattr(model, "set_grad_checkpointing"):  # a model of timm
         with contextlib.suppress(AssertionError):  # which timm raises if this one cannot

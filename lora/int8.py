@@ -66,20 +66,6 @@ class Int8Weight:
         """A fresh dense tensor of the weight's shape."""
         return (self.codes * self.scale[:, None]).to(dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-        if not multiplies_exactly(self.codes.device.type, self.shape[1]):
-            return F.linear(x, self.dequantize(x.dtype), bias)
-        codes, scale = quantize_rows(x)
-        return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
-
-    def input_gradient(self, gy: Tensor) -> Tensor:
-        """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-        if not multiplies_exactly(self.codes.device.type, self.shape[0]):
-            return gy @ self.dequantize(gy.dtype)
-        codes, scale = quantize_rows(gy, self.scale)
-        return _multiplied(gy.dtype, codes, scale, self.codes, None, None)
-
 
 @torch.compiler.assume_constant_result
 def multiplies_exactly(device: str, *numbers: int) -> bool:
@@ -147,13 +133,23 @@ def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tens
 
 
 def linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``. x: (N, in), W: (out, in)."""
-    return W.linear(x, bias) if isinstance(W, Int8Weight) else backends.linear(x, W, bias)
+    """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
+    if isinstance(W, Tensor):
+        return backends.linear(x, W, bias)
+    if not multiplies_exactly(W.codes.device.type, W.shape[1]):
+        return F.linear(x, W.dequantize(x.dtype), bias)
+    codes, scale = quantize_rows(x)
+    return _multiplied(x.dtype, codes, scale, W.codes.T, W.scale, bias)
 
 
 def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
-    """``gy W``. gy: (N, out), W: (out, in)."""
-    return W.input_gradient(gy) if isinstance(W, Int8Weight) else backends.linear(gy, W.T)
+    """``gy W``, (N, out) -> (N, in), in gy's dtype."""
+    if isinstance(W, Tensor):
+        return backends.linear(gy, W.T)
+    if not multiplies_exactly(W.codes.device.type, W.shape[0]):
+        return gy @ W.dequantize(gy.dtype)
+    codes, scale = quantize_rows(gy, W.scale)
+    return _multiplied(gy.dtype, codes, scale, W.codes, None, None)
 
 
 def widest_layer(model: nn.Module) -> torch.Size | None:
@@ -164,4 +160,4 @@ def widest_layer(model: nn.Module) -> torch.Size | None:
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The product in 8 bits with a float weight."""
-    return Int8Weight.quantize(weight).linear
+    return functools.partial(linear, W=Int8Weight.quantize(weight))

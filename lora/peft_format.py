@@ -41,7 +41,6 @@ ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
 def import_peft():
-    """The module `peft`. Raises InputError if it is missing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and its warnings do not matter here
     try:
         import peft
@@ -87,7 +86,7 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
+    return dict(outermost_layers(model, lambda module: is_adapted(module) and module.r > 0))
 
 
 def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
@@ -142,7 +141,6 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
 
 
 def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor padded with zeros to this rank, along this dimension."""
     more = rank - factor.shape[dim]
     return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
 
@@ -234,7 +232,9 @@ def adapters_in(
         if kinds[inner] == "MultiheadAttention":
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
-            own = _without_zeros(A, B * _times_projected())
+            used = (A != 0).any(1) | (B != 0).any(0)  # ranks that are zero in both fill up
+            used[0] = True  # leaves a rank of at least 1
+            own = {"lora_A": A[used], "lora_B": B[:, used] * _times_projected()}
         else:
             own = {"lora_A": A, "lora_B": B}
         name = inner.replace(".base_layer.", ".")
@@ -262,13 +262,6 @@ def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
             Bs = blocks
     As = {f"lora_A_{name}": own for name, own in zip("qkv", As, strict=True)}
     return As | {f"lora_B_{name}": own for name, own in zip("qkv", Bs, strict=True)}
-
-
-def _without_zeros(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The factors without the ranks in which both are zero."""
-    used = (A != 0).any(1) | (B != 0).any(0)
-    used[0] = True  # leaves a rank of at least 1
-    return {"lora_A": A[used], "lora_B": B[:, used]}
 
 
 # --------------------------------------------------------------------------------------------------------------- both
