@@ -72,7 +72,6 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
 
 
 def saves_in_16_bits() -> bool:
-    """Is this within a `SavedIn16Bits` block?"""
     return isinstance(getattr(F.scaled_dot_product_attention, "__self__", None), SavedIn16Bits)
 
 

@@ -113,9 +113,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The factors of a layer's adapter by their names in the layer; none if it is not adapted."""
-    if not is_adapted(layer):
-        return {}
-    return {name: factor for name, factor in layer._parameters.items() if name.startswith("lora_")}
+    return {n: factor for n, factor in layer._parameters.items() if n.startswith("lora_") and is_adapted(layer)}
 
 
 def base_bits(state: Mapping[str, Any]) -> int:

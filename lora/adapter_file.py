@@ -85,9 +85,7 @@ def find_base(
 ) -> tuple[Path, Path | None]:
     """Find the checkpoint that an adapter file was trained over, and the stage-1 adapter merged into it, if any.
 
-    Args:
-        path: the adapter file, whose metadata have the paths of both.
-        checkpoint, stage1_adapter: their paths now, if they were moved. The second is also looked for beside `path`.
+    `metadata` have the paths of both; the other arguments are where they are now. The second may lie beside the file.
     """
     base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):

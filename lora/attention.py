@@ -62,7 +62,6 @@ def attention_mask(
 
 
 def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor | None:
-    """A mask that has one of these shapes, as numbers to add."""
     if mask is None:
         return None
     if tuple(mask.shape) not in shapes:

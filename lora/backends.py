@@ -83,9 +83,6 @@ def first_derivative(backward):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- products
-
-
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 

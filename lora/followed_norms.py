@@ -238,9 +238,6 @@ def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
     return means | {followed.norm.running_var: followed.base_variance for followed in merged}
 
 
-# ------------------------------------------------------------------------------------------------- in adapter files
-
-
 @torch.no_grad()
 def named_statistics(model: nn.Module) -> dict[str, Tensor]:
     """The statistics that belong to the adapters, by the names that they have in adapter files."""

@@ -51,9 +51,6 @@ def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
     return floats and (any_number or weight.numel() <= output_numel)
 
 
-# ---------------------------------------------------------------------------------------------------------- linear
-
-
 def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed."""
     if isinstance(W, Int8Weight):  # an adapter of rank 0
@@ -259,8 +256,8 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
-        found = backends.layer_norm_gradient(of_gradient.to(dtype), of_x.to(dtype), prologue, mean, deviation)
-        of_result.copy_(found)
+        of_gradient = of_gradient.to(dtype)
+        of_result.copy_(backends.layer_norm_gradient(of_gradient, of_x.to(dtype), prologue, mean, deviation))
     return result
 
 

@@ -36,8 +36,6 @@ from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
 
-# --------------------------------------------------------------------------------------------- what goes together
-
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Does one of these have a hook? A hook must see what it would see in the stock model."""
@@ -170,16 +168,13 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'.
-
-    Within `SavedIn16Bits` it raises InputError: the second run would start from a rounded input and differ.
-    """
+    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
         if self.checkpointing != "full":
             return forward(self, *args, **kwargs)
-        if saves_in_16_bits() and torch.is_grad_enabled():
+        if saves_in_16_bits() and torch.is_grad_enabled():  # the second run would start from a rounded input
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -232,16 +227,15 @@ class FusedSequential(nn.Sequential):
     """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
         modules = list(self)
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
                 norm = modules.pop(0)
-                x = conv_bn(module, norm, x, changes=bool(modules) or is_hooked(self))
+                input = conv_bn(module, norm, input, changes=bool(modules) or is_hooked(self))
             else:
-                x = module(x)
-        return x
+                input = module(input)
+        return input
 
 
 class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
@@ -408,10 +402,7 @@ def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every block and every BatchNorm its stock class again, once all adapters are removed.
-
-    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` again.
-    """
+    """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
     _set_checkpointing(model, [], "none")
     for module in model.modules():
         if isinstance(module, Freezable):
@@ -480,7 +471,6 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
 
 def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> None:
-    """Let these blocks of the model have this mode, and no others any."""
     for module in model.modules():
         if isinstance(module, (*WHOLE_BLOCKS, MLPBlock, nn.MultiheadAttention)):
             vars(module).pop("checkpointing", None)

@@ -43,11 +43,8 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
     Call it after the head has its starting values (`init_head_from_probe`), and in eval mode to leave dropout out. An
     adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
-    raises. The parameters' `.grad` are restored in any case.
-
-    Args:
-        backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.
-        seed: seeds the random Q.
+    raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
+    few hundred images are enough. `seed` is that of the random Q.
     """
     pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
     if not pairs:

@@ -159,5 +159,4 @@ def widest_layer(model: nn.Module) -> torch.Size | None:
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product in 8 bits with a float weight."""
     return functools.partial(linear, W=Int8Weight.quantize(weight))

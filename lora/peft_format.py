@@ -206,10 +206,7 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
 def adapters_in(
     theirs: nn.Module, tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, LoRASettings], dict[str, Tensor]]:
-    """Convert the adapters of a PeftModel: the settings of each layer, and all factors by name in this toolkit.
-
-    Args:
-        theirs, tensors: `PeftModel.from_pretrained` and `read_peft` of the folder, which messages name.
+    """Convert the adapters of a folder's PeftModel with `read_peft`'s tensors: settings of layers, factors by name.
 
     Raises InputError if the tensors do not fit the folder's configuration, or a kind of layer is not adapted here.
     """
@@ -262,9 +259,6 @@ def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
             Bs = blocks
     As = {f"lora_A_{name}": own for name, own in zip("qkv", As, strict=True)}
     return As | {f"lora_B_{name}": own for name, own in zip("qkv", Bs, strict=True)}
-
-
-# --------------------------------------------------------------------------------------------------------------- both
 
 
 @torch.no_grad()
