@@ -10,7 +10,7 @@ import numbers
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -32,10 +32,7 @@ ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """How a layer is adapted. Numbers of any kind, NumPy's too, are stored as plain ones.
-
-    Raises InputError for values out of their ranges, all of them in one message.
-    """
+    """How a layer is adapted, in plain numbers, whatever they were. InputError names all that are out of range."""
 
     r: int = 8  # rank, at least 1
     lora_alpha: float = 16.0  # the update is scaled by alpha / r
@@ -66,7 +63,9 @@ NO_ADAPTER = {"r": 0, "lora_alpha": 0.0, "lora_dropout": 0.0, "use_rslora": Fals
 
 def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
-    return LoRASettings(**{f.name: record[f.name] for f in fields(LoRASettings)}) if record["r"] else None
+    if record["r"] == 0:
+        return None
+    return LoRASettings(record["r"], record["lora_alpha"], record["lora_dropout"], record["use_rslora"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the layers

@@ -96,11 +96,11 @@ def find_base(
         places = [Path(stage1_adapter)]
     else:
         places = [files.found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
-    found = [place for place in places if os.path.exists(place)]
-    if not found:
+    found = next(filter(os.path.exists, places), None)
+    if found is None:
         wanted = printable(stage1_adapter or stored)
         raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it beside the file")
-    return base, found[0]
+    return base, found
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
@@ -136,7 +136,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     kinds = {"arch": str, "class_names": list, "image_size": int, "checkpoint": str}
     if "moco_version" in metadata:
         raise InputError(f"{path} is of stage 1 and has no classifier: fine-tune over it with --stage1-adapter {path}")
-    lacking = [key for key in kinds if key not in metadata]
+    lacking = list(filter(lambda key: key not in metadata, kinds))
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = _of_another_type(metadata, kinds)

@@ -250,8 +250,7 @@ class FusedResNet(ResNet):
 
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
-        relu = self.relu
-        pool = self.maxpool
+        relu, pool = self.relu, self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)

@@ -82,4 +82,5 @@ def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each adapter's A (r, fan_in) and B (fan_out, r)."""
     for layer in model.modules():
         factors = adapter_parameters(layer)
-        yield from ((A, factors[name.replace("lora_A", "lora_B")]) for name, A in factors.items() if "lora_A" in name)
+        for name in filter(lambda name: name.startswith("lora_A"), factors):
+            yield factors[name], factors[name.replace("lora_A", "lora_B")]

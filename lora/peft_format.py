@@ -97,10 +97,12 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     """
     layers = _adapted_layers(model)
     times_projected = _times_projected()
-    packed = {name: _packed_factors(layer, times_projected) for name, layer in layers.items()}
-    ranks = {name: len(factors["lora_A.weight"]) for name, factors in packed.items()}
-    alphas = {name: layers[name].scaling * rank for name, rank in ranks.items()}
-    tensors = {f"{name}.{key}": factor for name, factors in packed.items() for key, factor in factors.items()}
+    ranks, alphas, tensors = {}, {}, {}
+    for name, layer in layers.items():
+        factors = _packed_factors(layer, times_projected)
+        ranks[name] = len(factors["lora_A.weight"])
+        alphas[name] = layer.scaling * ranks[name]
+        tensors |= {f"{name}.{key}": factor for key, factor in factors.items()}
     config = import_peft().LoraConfig(
         **_by_layer("r", "rank_pattern", ranks),
         **_by_layer("lora_alpha", "alpha_pattern", alphas),
