@@ -281,7 +281,7 @@ def check_stored_bits(
         bitsandbytes_functional()
     in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
     if base_dtype == torch.int8 and not in_8_bits:
-        raise InputError("8 bits are for linear layers and attention, of which none is adapted: use --arithmetic float")
+        raise InputError("8 bits are for linear layers and attention; none is to be adapted: use --arithmetic float")
     for name, layer in in_8_bits.items():
         others = {p.dtype for p in layer.parameters()} - {torch.float32}
         if others and not (is_adapted(layer) and layer.base_bits < 32):
