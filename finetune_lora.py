@@ -194,6 +194,10 @@ class LoRALayer:
             return dense_weight(base, torch.float32)
         return base
 
+    def effective_weights(self) -> dict[str, Tensor]:
+        """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
+        return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
+
     @property
     def base_bits(self) -> int:
         """The bits that the base weight is stored in: 4, 8, 16 or, for one that was not rounded, 32."""
@@ -276,10 +280,6 @@ class LoRALayer:
 class LoRALinear(LoRALayer, nn.Linear):
     """A linear layer with an adapter. x: (..., in_features) -> (..., out_features)."""
 
-    def effective_weights(self) -> dict[str, Tensor]:
-        """The dense weights that a merge puts in place: in the base's dtype, or float32 if that has fewer bits."""
-        return {"weight": functional.merged_weight(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
-
     def forward(self, x: Tensor, prologue: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``x (W + s B A)^T + b`` or ``x W^T + b + s (x A^T) B^T``, whichever is faster, of ``prologue(x)``."""
         if prologue is not None and (self._drops or not self._is_active):  # dropout needs the output of `prologue`
@@ -327,9 +327,6 @@ class LoRAConv2d(LoRALayer, nn.Conv2d):
         if self.followed is not None:
             self.followed.apply(fn)
         return self
-
-    def effective_weights(self) -> dict[str, Tensor]:
-        return {"weight": functional.merged_kernel(self._base_to_merge(), self.lora_A, self.lora_B, self.scaling)}
 
     def forward(
         self, x: Tensor, batch_norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None, relu: bool = False
@@ -711,8 +708,6 @@ def adapt_layers(
         raise InputError(f"no layer to adapt is named {listed(sorted(unknown))}; there are: {listed(candidates, 12)}")
     adapted.check_ranks(settings, full_rank(model))
     adapted.check_shared_weights(model, chosen)
-    if use_qlora:
-        adapted.check_four_bits(model, chosen)
     adapted.check_stored_bits(model, chosen, use_qlora, base_dtype)
 
     if not hasattr(model, "base_digests"):

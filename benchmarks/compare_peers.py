@@ -228,20 +228,24 @@ def loralib_lora(model: nn.Module, args) -> nn.Module:
     return model
 
 
+def onednn_linear(x, W, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
 class OneDNNLinear(torch.autograd.Function):
     """`F.linear` whose three products are oneDNN's, as those of the layers here are on AMD's CPUs with AVX-512."""
 
     @staticmethod
     def forward(ctx, x, W, bias):
         ctx.save_for_backward(x, W)
-        return backends.onednn_linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
+        return onednn_linear(x.flatten(0, -2), W, bias).view(*x.shape[:-1], len(W))
 
     @staticmethod
     def backward(ctx, gy):
         (x, W), (need_x, need_W, need_bias) = ctx.saved_tensors, ctx.needs_input_grad
         gy = gy.flatten(0, -2)
-        gx = backends.onednn_linear(gy, W.T).view(x.shape) if need_x else None
-        gW = backends.onednn_linear(gy.T, x.flatten(0, -2).T) if need_W else None
+        gx = onednn_linear(gy, W.T).view(x.shape) if need_x else None
+        gW = onednn_linear(gy.T, x.flatten(0, -2).T) if need_W else None
         return gx, gW, gy.sum(0) if need_bias else None
 
 

@@ -44,8 +44,7 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
         # q, k, v and the output have four dimensions, the log-sum-exp three. A mask has four as well, but CUDA's
         # kernels need the padded layout back that they saved: with a mask nothing is rounded.
-        least_dim = 4 if attn_mask is None else math.inf
-        pack = functools.partial(self._pack, least_dim=least_dim)
+        pack = functools.partial(self._pack, least_dim=4 if attn_mask is None else math.inf)
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             return self._attention(query, key, value, attn_mask, *args, **kwargs)
 
@@ -58,32 +57,24 @@ class SavedIn16Bits(torch.autograd.graph.saved_tensors_hooks):
             return tensor.to(torch.bfloat16), None
         reference = StorageWeakRef(storage)  # reserves the storage's number, not its memory
         key = (reference.cdata, tensor._version)
-        layout = (tensor.shape, tensor.stride())
-        low = None
-        if key in self._known:
-            low = self._known[key][1]()
+        low = self._known[key][1]() if key in self._known else None
         if low is None:
             low = tensor.as_strided((tensor.numel(),), (1,), 0).to(torch.bfloat16)
             self._known[key] = reference, weakref.ref(low, lambda _: self._known.pop(key, None))
-        return low, layout
+        return low, (tensor.shape, tensor.stride())
 
     @staticmethod
     def _unpack(packed: Tensor | tuple) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         low, layout = packed
-        if layout is None:
-            return low.float()
-        return low.float().as_strided(*layout)
+        return low.float() if layout is None else low.float().as_strided(*layout)
 
 
 def saves_in_16_bits() -> bool:
-    """Is this within a `SavedIn16Bits` block?"""
     return isinstance(getattr(F.scaled_dot_product_attention, "__self__", None), SavedIn16Bits)
 
 
 def saved_in(bits: int) -> contextlib.AbstractContextManager:
     """`SavedIn16Bits`, or for 32 bits a context that changes nothing."""
-    if bits == 16:
-        return SavedIn16Bits()
-    return contextlib.nullcontext()
+    return SavedIn16Bits() if bits == 16 else contextlib.nullcontext()

@@ -1,9 +1,7 @@
-"""Adapted layers as the rest of the toolkit sees them: their settings, their Protocol, the table of their kinds.
+"""Adapted layers as the rest of the toolkit sees them, and which layers of a model are adapted.
 
-Then the choice of the layers of a model that get adapters.
-
-`finetune_lora.py` defines the layers. The rest of this package, `lora_utils.py` and the scripts use them through the
-Protocol `AdaptedLayer` and the table `ADAPTED`, so that no import runs upwards.
+`finetune_lora.py` defines the layers. All other files use them through the Protocol `AdaptedLayer` and the table
+`ADAPTED`, so that no import runs upwards.
 """
 
 import itertools
@@ -32,27 +30,14 @@ from toolkit.models.backbones import PATCH_EMBEDDINGS, block_names, in_head, unw
 ADAPTED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {}
 
 
-# ------------------------------------------------------------------------------------------------------- the settings
-
-
 @dataclass(frozen=True)
 class LoRASettings:
-    """How a layer is adapted. Numbers of any kind, NumPy's too, are stored as plain ones.
+    """How a layer is adapted, in plain numbers, whatever they were. InputError names all that are out of range."""
 
-    Args:
-        r: rank, at least 1.
-        lora_alpha: the update is scaled by alpha / r.
-        lora_dropout: 0 <= p < 1, on the adapter's input.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
-
-    Raises:
-        InputError: values out of these ranges, all of them in one message.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
+    r: int = 8  # rank, at least 1
+    lora_alpha: float = 16.0  # the update is scaled by alpha / r
+    lora_dropout: float = 0.0  # 0 <= p < 1, on the adapter's input
+    use_rslora: bool = False  # scale by alpha / sqrt(r) instead (arXiv 2312.03732)
 
     def __post_init__(self):
         problems = []
@@ -69,8 +54,7 @@ class LoRASettings:
 
     @property
     def scaling(self) -> float:
-        divisor = math.sqrt(self.r) if self.use_rslora else self.r
-        return self.lora_alpha / divisor
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 # Settings of a rank-0 layer: no adapter, but its weight is stored in 4, 8 or 16 bits.
@@ -81,12 +65,7 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
     """The settings in a layer's record of an adapter file. None: the layer had no adapter, but was in 4 bits."""
     if record["r"] == 0:
         return None
-    return LoRASettings(
-        r=record["r"],
-        lora_alpha=record["lora_alpha"],
-        lora_dropout=record["lora_dropout"],
-        use_rslora=record["use_rslora"],
-    )
+    return LoRASettings(record["r"], record["lora_alpha"], record["lora_dropout"], record["use_rslora"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the layers
@@ -95,11 +74,8 @@ def recorded_settings(record: Mapping[str, Any]) -> LoRASettings | None:
 class AdaptedLayer(Protocol):
     """A layer with an adapter, or a rank-0 layer: no adapter, but its weight is stored in fewer bits.
 
-    Its `forward` takes more arguments than the stock layer's:
-
-    - linear layers and attention take `prologue`, an operation that they first apply to each row of the input;
-    - convolutions take `batch_norm`, a constant BatchNorm that they apply to the output, `residual`,
-      which they then add, and `relu`.
+    The `forward` of linear layers and attention also takes `prologue`, an operation to apply first to each row of the
+    input. That of convolutions takes `batch_norm`, a constant BatchNorm to apply, `residual` to add then, and `relu`.
     """
 
     r: int
@@ -113,20 +89,13 @@ class AdaptedLayer(Protocol):
 
     @property
     def merged(self) -> bool: ...
-
     @property
     def base_bits(self) -> int: ...  # see the function
-
     def base(self, name: str = "weight") -> Tensor | NF4Weight | Int8Weight: ...
-
     def merge(self) -> None: ...
-
     def unmerge(self) -> None: ...
-
     def effective_weights(self) -> dict[str, Tensor]: ...
-
     def adapted_state(self) -> dict[str, Any]: ...
-
     def remove_lora(self, merge: bool = False) -> None: ...
 
 
@@ -143,16 +112,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def adapter_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The factors of a layer's adapter by their names in the layer; none if it is not adapted."""
-    if not is_adapted(layer):
-        return {}
-    return {name: factor for name, factor in layer._parameters.items() if name.startswith("lora_")}
+    return {n: factor for n, factor in layer._parameters.items() if n.startswith("lora_") and is_adapted(layer)}
 
 
 def base_bits(state: Mapping[str, Any]) -> int:
-    """The bits in which a layer with this `adapted_state` stores its base weight.
-
-    4, 8 or 16: the layer has rounded the weight, and the float one is gone. 32: the weight is unchanged, in any dtype.
-    """
+    """The bits of the base weight of a layer with this `adapted_state`; 32: it was not rounded, whatever its dtype."""
     if not state.get("float_digests"):
         return 32
     if "_nf4_state" in state:
@@ -167,8 +131,7 @@ def recorded_in_4_bits(record: Mapping[str, Any]) -> bool:
 
 def kind_named(name: str) -> type[nn.Module] | None:
     """The class of adapted layers that adapter files name so; None: there is no such class."""
-    kinds = itertools.chain.from_iterable(ADAPTED.values())
-    return next((kind for kind in kinds if kind.__name__ == name), None)
+    return {kind.__name__: kind for kinds in ADAPTED.values() for kind in kinds}.get(name)
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -194,24 +157,16 @@ def _matches_any(name: str, targets: Iterable[str]) -> bool:
 def settings_by_layer(
     layers: Iterable[str], settings: LoRASettings, rank_pattern: Mapping[str, int] | None = None
 ) -> dict[str, LoRASettings]:
-    """The settings of each layer by name: those given, with the rank of a pattern that matches the layer.
+    """The settings of each layer by name: those given, with the rank of the first target that matches the layer.
 
-    Args:
-        rank_pattern: targets (see `matches_layer`) -> ranks. The first target that matches counts.
-
-    Raises:
-        InputError: a target that matches no layer, or a rank below 1.
+    Raises InputError for a target (see `matches_layer`) that matches no layer, or a rank below 1.
     """
     chosen = dict.fromkeys(layers, settings)
     for target, rank in reversed((rank_pattern or {}).items()):  # so that the first is the last to be written
-        own = replace(settings, r=rank)
-        is_used = False
-        for name in chosen:
-            if matches_layer(name, target):
-                chosen[name] = own
-                is_used = True
-        if not is_used:
+        matched = [name for name in chosen if matches_layer(name, target)]
+        if not matched:
             raise InputError(f"no adapted layer matches {target!r}; there are: {listed(list(chosen), 12)}")
+        chosen |= dict.fromkeys(matched, replace(settings, r=rank))
     return chosen
 
 
@@ -252,12 +207,7 @@ def choose_layers(
     exclude_modules: str | Sequence[str] | None = None,
     adapt_last: int | None = None,
 ) -> dict[str, nn.Module]:
-    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select.
-
-    Raises:
-        InputError: a target or exclusion is no regular expression or matches nothing, the model has fewer blocks, or no
-            layer is left.
-    """
+    """The layers to adapt, by name; see `add_lora_to_model` for what the arguments select, and what is refused."""
     model = unwrap_for_editing(model)
     candidates = adaptable_layers(model)
     targets = _as_list(target_modules)
@@ -267,13 +217,11 @@ def choose_layers(
         raise InputError(f"no layer matches {', '.join(unmatched)}; there are: {listed(candidates, 12)}")
     chosen = {}
     for name, layer in candidates.items():
+        wanted = _matches_any(name, targets)
         if target_modules is None:
             wanted = not in_head(model, name) and set(name.split(".")).isdisjoint(PATCH_EMBEDDINGS)
-        else:
-            wanted = _matches_any(name, targets)
-        if wanted and adapt_last is not None:
-            wanted = _in_last_blocks(model, name, adapt_last)
-        if wanted and not _matches_any(name, excluded):
+        in_depth = adapt_last is None or _in_last_blocks(model, name, adapt_last)
+        if wanted and in_depth and not _matches_any(name, excluded):
             chosen[name] = layer
     if not chosen:
         raise InputError(f"no layer is left to adapt; there are: {listed(candidates, 12)}")
@@ -300,9 +248,7 @@ def layers_below(model: nn.Module, exclude_modules: str | Sequence[str] | None, 
 
 def check_shared_weights(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     """Raise InputError if a chosen layer shares its weight with another, which the adapter would then change too."""
-    owners = Counter()
-    for module in model.modules():
-        owners.update(map(id, module.parameters(recurse=False)))
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, layer in chosen.items():
         if any(owners[id(p)] > 1 for p in layer.parameters() if p.dim() > 1):
             raise InputError(f"{name} shares its weight with another layer: leave it out with exclude_modules")
@@ -325,33 +271,22 @@ def rounds(layer: nn.Module | None, dtype: torch.dtype | None) -> bool:
 def check_stored_bits(
     model: nn.Module, chosen: Mapping[str, nn.Module], use_qlora: bool, base_dtype: torch.dtype | None = None
 ) -> None:
-    """Raise InputError if a layer in 4, 8 or 16 bits would have to change its bits: its float weight is gone.
-
-    Or if 8 bits are asked for, and no layer can be stored in them.
-    """
-    if base_dtype == torch.int8 and not any(rounds(layer, base_dtype) for layer in chosen.values()):
-        raise InputError(
-            "8 bits are for linear layers and attention, and none is to be adapted: use --arithmetic float"
-        )
+    """Raise InputError if a layer cannot be stored in the bits asked for, or would have to change those that it has."""
     for name, layer in chosen.items():
-        if base_dtype == torch.int8 and rounds(layer, base_dtype) and not (is_adapted(layer) and layer.base_bits < 32):
-            for parameter in layer.parameters():
-                if parameter.dtype != torch.float32:
-                    raise InputError(f"{name} is in {parameter.dtype}, 8 bits are made of float32: call model.float()")
+        if use_qlora and in_head(model, name):
+            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
+        if use_qlora and any(p.dtype == torch.float64 for p in layer.parameters()):
+            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
+    if use_qlora:
+        bitsandbytes_functional()
+    in_8_bits = {n: layer for n, layer in chosen.items() if base_dtype == torch.int8 and rounds(layer, base_dtype)}
+    if base_dtype == torch.int8 and not in_8_bits:
+        raise InputError("8 bits are for linear layers and attention; none is to be adapted: use --arithmetic float")
+    for name, layer in in_8_bits.items():
+        others = {p.dtype for p in layer.parameters()} - {torch.float32}
+        if others and not (is_adapted(layer) and layer.base_bits < 32):
+            raise InputError(f"{name} is in {others.pop()}, 8 bits are made of float32: call model.float()")
     for name, layer in outermost_layers(model, is_adapted):
         bits = layer.base_bits
         if bits < 32 and (name not in chosen or (bits == 4) != use_qlora):
             raise InputError(f"{name} is in {bits} bits, its float weight is gone: load the checkpoint again")
-
-
-def check_four_bits(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
-    """Raise InputError if the chosen layers cannot be stored in 4 bits."""
-    for name, layer in chosen.items():
-        if in_head(model, name):
-            raise InputError(f"the classifier head {name} trains, so it cannot be in 4 bits: leave it out")
-        if any(p.dtype == torch.float64 for p in layer.parameters()):
-            raise InputError(f"{name} is in float64, which has no 4-bit form: call model.float() first")
-    try:
-        bitsandbytes_functional()
-    except ImportError as error:
-        raise InputError(str(error)) from None

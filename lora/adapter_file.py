@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from lora.adapted import NO_ADAPTER, recorded_in_4_bits
-from toolkit import InputError, listed, printable
-from toolkit.files import (
-    found_path,
-    is_plain_tensor,
-    is_safetensors,
-    read_checkpoint,
-    read_safetensors,
-    save_atomically,
-    write_safetensors,
-)
+from toolkit import InputError, files, listed, printable
 from toolkit.models.backbones import build_backbone, default_heads, head_name
 from toolkit.models.checkpoints import CHANNEL_FITS, is_none
 from toolkit.models.dense import DenseModel
@@ -33,31 +24,32 @@ LAYER_FIELDS = ("kind", "r", "lora_alpha", "lora_dropout", "use_rslora", "scalin
 
 def write_adapter_file(content: dict[str, Any], path: str | Path) -> None:
     """Write the content of an adapter file, see `read_adapter_file`, as `.safetensors` if the name ends so."""
-    if is_safetensors(path):
+    if files.is_safetensors(path):
         described = dict(content)
         tensors = described.pop("tensors")
-        write_safetensors(tensors, path, {"adapter": json.dumps(described)})
+        files.write_safetensors(tensors, path, {"adapter": json.dumps(described)})
     else:
-        save_atomically(content, path)
+        files.save_atomically(content, path)
 
 
 def read_adapter_file(path: str | Path) -> dict[str, Any]:
-    """The content of an adapter file: `format_version`, `tensors`, `layers`, `base_hash`, `metadata`.
-
-    Raises:
-        InputError: the file does not exist, is no adapter file, is damaged, or is of a later version.
-    """
-    content = _read_described(path) if is_safetensors(path) else read_checkpoint(path)
+    """The content of an adapter file. Raises InputError if it is missing, none, damaged, or of a later version."""
+    if files.is_safetensors(path):
+        tensors, header = files.read_safetensors(path)
+        try:
+            content = json.loads(header.get("adapter", "null"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
+        if isinstance(content, dict):
+            content["tensors"] = tensors
+    else:
+        content = files.read_checkpoint(path)
     if not isinstance(content, dict) or "layers" not in content or "tensors" not in content:
         raise InputError(f"{path} is not an adapter file of this toolkit")
     wrong = _of_another_type(content, _FIELDS)
     if not wrong:
-        for name, tensor in content["tensors"].items():
-            if not is_plain_tensor(tensor):
-                wrong.append(name)
-        for name, record in content["layers"].items():
-            if not _is_layer_record(name, record):
-                wrong.append(name)
+        wrong = [name for name, tensor in content["tensors"].items() if not files.is_plain_tensor(tensor)]
+        wrong += [name for name, record in content["layers"].items() if not _is_layer_record(name, record)]
     if wrong:
         raise InputError(f"{path} is damaged: {listed(wrong)} is missing, of the wrong type or impossible")
     if sum(tensor.nbytes for tensor in content["tensors"].values()) > os.path.getsize(path):
@@ -72,27 +64,14 @@ def _of_another_type(values: dict[str, Any], kinds: dict[str, type]) -> list[str
     return [key for key, kind in kinds.items() if type(values.get(key)) is not kind]
 
 
-def _read_described(path: str | Path) -> dict[str, Any]:
-    """The content of a `.safetensors` adapter file; empty if nothing in it describes adapters."""
-    tensors, metadata = read_safetensors(path)
-    try:
-        described = json.loads(metadata.get("adapter", "null"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: its description is no JSON ({printable(error)})") from None
-    if not isinstance(described, dict):
-        return {}
-    return {**described, "tensors": tensors}
-
-
 def _is_layer_record(name: Any, record: Any) -> bool:
     if not isinstance(name, str) or not isinstance(record, dict) or set(record) != set(LAYER_FIELDS):
         return False
     if type(record["kind"]) is not str or type(record["use_rslora"]) is not bool or type(record["r"]) is not int:
         return False
-    for field in ("r", "lora_alpha", "lora_dropout", "scaling"):
-        # This refuses NaN, and what float32 cannot hold.
-        if type(record[field]) not in (int, float) or not abs(record[field]) < 1e30:
-            return False
+    numbers = [record[field] for field in ("r", "lora_alpha", "lora_dropout", "scaling")]
+    if not all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):  # no NaN, nor what float32 cannot hold
+        return False
     if record["r"] == 0:
         return recorded_in_4_bits(record) and record == {"kind": record["kind"], **NO_ADAPTER}
     return record["r"] >= 1 and record["lora_alpha"] > 0 and 0 <= record["lora_dropout"] < 1
@@ -106,34 +85,26 @@ def find_base(
 ) -> tuple[Path, Path | None]:
     """Find the checkpoint that an adapter file was trained over, and the stage-1 adapter merged into it, if any.
 
-    Args:
-        path: the adapter file, whose metadata have the paths of both.
-        checkpoint, stage1_adapter: their paths now, if they were moved. The second is also looked for beside `path`.
-
-    Raises:
-        InputError: one of them is not found.
+    `metadata` have the paths of both; the other arguments are where they are now. The second may lie beside the file.
     """
-    base = found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
+    base = files.found_path(metadata["checkpoint"]) if checkpoint is None else Path(checkpoint)
     if not is_none(base) and not os.path.exists(base):
         raise InputError(f"{path}: its base, {printable(base)}, is not there; give its place as the checkpoint")
     if (stored := metadata.get("stage1_adapter")) is None:
         return base, None
-    wanted = stored
-    places = [found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
     if stage1_adapter is not None:
-        wanted = stage1_adapter
         places = [Path(stage1_adapter)]
-    for place in places:
-        if os.path.exists(place):
-            return base, place
-    raise InputError(f"{path}: its stage-1 adapter, {printable(wanted)}, is not there; put it beside the file")
+    else:
+        places = [files.found_path(str(stored)), Path(path).with_name(Path(str(stored)).name)]
+    found = next(filter(os.path.exists, places), None)
+    if found is None:
+        wanted = printable(stage1_adapter or stored)
+        raise InputError(f"{path}: its stage-1 adapter, {wanted}, is not there; put it beside the file")
+    return base, found
 
 
 def model_shape(metadata: dict[str, Any]) -> tuple[int, str, int, int | None, int, str | None]:
-    """The arguments of `load_backbone` after the path, for the model of an adapter file.
-
-    Older files name no heads and no channels: they were trained with the arch's own, and on RGB images.
-    """
+    """The arguments of `load_backbone` after the path. Older files have the arch's own heads, and RGB images."""
     return (
         len(metadata["class_names"]),
         metadata["arch"],
@@ -152,16 +123,12 @@ def is_per_pixel(metadata: dict[str, Any]) -> bool:
 
 def heads_in_file(adapter: str | Path | None) -> int | None:
     """The attention heads of the ViT under an adapter file; None: there is no file, or no torchvision ViT."""
-    if adapter is None:
-        return None
-    return _heads(read_adapter_file(adapter)["metadata"])
+    return None if adapter is None else _heads(read_adapter_file(adapter)["metadata"])
 
 
 def _heads(metadata: dict[str, Any]) -> int | None:
     heads = metadata.get("heads")
-    if heads is None:
-        return default_heads(str(metadata.get("arch")))
-    return heads
+    return default_heads(str(metadata.get("arch"))) if heads is None else heads
 
 
 def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -173,9 +140,7 @@ def check_metadata(path: str | Path, metadata: dict[str, Any], tensors: dict[str
     if lacking:
         raise InputError(f"{path} does not say its {', '.join(lacking)}: build the model and use LoRAManager")
     wrong = _of_another_type(metadata, kinds)
-    for key in ("heads", "channels"):
-        if type(metadata.get(key)) not in (int, type(None)):
-            wrong.append(key)
+    wrong += [key for key in ("heads", "channels") if type(metadata.get(key)) not in (int, type(None))]
     if metadata.get("channel_fit") not in (None, *CHANNEL_FITS):
         wrong.append("channel_fit")
     if wrong or not all(isinstance(name, str) for name in metadata["class_names"]):

@@ -2,7 +2,6 @@
 
 The model is always as it would be with the adapter in use alone: a layer that this one does not adapt is a stock layer.
 Switching gives each layer another class, other attributes and other parameter objects; no number is copied.
-`LoRAManager` has the public functions. Layers are used through the Protocol `AdaptedLayer` of `lora/adapted.py`.
 """
 
 import copy
@@ -73,10 +72,8 @@ class Adapter:
     def snapshot(self, model: nn.Module) -> None:
         """Take everything that the adapter owns from the model as it is now: the objects themselves, not copies."""
         self.heads = {name: model.get_submodule(name) for name in head_names(model)}
-        self.layers = {}
-        for path, layer in adapted_layers(model).items():
-            if not in_head(model, path):
-                self.layers[path] = LayerState.of(layer)
+        layers = adapted_layers(model).items()
+        self.layers = {path: LayerState.of(layer) for path, layer in layers if not in_head(model, path)}
         for path in self.tensors:
             owner, leaf = _owner(model, path)
             self.tensors[path] = owner[leaf]
@@ -102,22 +99,19 @@ class AdapterSet:
     """The adapters that share a model; it is `model.adapter_set`."""
 
     def __init__(self, model: nn.Module):
-        self.base = Adapter()
-        for name in head_names(model):
-            self.base.heads[name] = _stock_head(model.get_submodule(name))
+        self.base = Adapter(heads={name: _stock_head(model.get_submodule(name)) for name in head_names(model)})
         self.named: dict[str, Adapter] = {}
         self.in_use: str | None = None
 
     def adopt(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Name the adapter in these layers `default` if it has no name. Raises InputError if there is a default."""
-        if layers and self.in_use is None:
-            if DEFAULT in self.named:
-                raise InputError(
-                    "the model has adapters without a name: save and unload() them, then load them with one"
-                )
-            self._remember(layers, model)
-            self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
-            self.in_use = DEFAULT
+        if not layers or self.in_use is not None:
+            return
+        if DEFAULT in self.named:
+            raise InputError("the model has adapters without a name: save and unload() them, then load them with one")
+        self._remember(layers, model)
+        self.named[DEFAULT] = Adapter(vars(model).pop("adapter_metadata", {}))
+        self.in_use = DEFAULT
 
     def use(self, name: str | None, model: nn.Module) -> None:
         """Switch to another adapter of `named`, or with None to the base."""
@@ -140,15 +134,20 @@ class AdapterSet:
             raise InputError("the layers that adapter files name are in finetune_lora: import it first")
         records = content["layers"]
         modules = dict(model.named_modules())
-        self._remember({path: modules[path] for path in _touched(records, modules)}, model)
+        attentions = [path for path in records if isinstance(modules.get(path), nn.MultiheadAttention)]
+        touched = [*records, *(dotted(path, "out_proj") for path in attentions)]
+        self._remember({path: modules[path] for path in touched if path in modules}, model)
         for name, head in self.base.heads.items():
             _replace_head(model, name, _resized_head(head, name, content["tensors"]))
-        self._copy_changed(adapter, content, model)
+        stock = dict(model.named_parameters()) | dict(model.named_buffers())
+        followed = {name for _, _, *own in statistics_in_file(model, content) for name in own}
+        for path in content["tensors"]:  # the tensors of the base that the file has become the adapter's own
+            if path in stock and path not in followed and not in_head(model, path):
+                self.base.tensors.setdefault(path, stock[path])
+                owner, leaf = _owner(model, path)
+                adapter.tensors[path] = owner[leaf] = copy.deepcopy(stock[path])
         self._share_4_bits(records, modules)
-        problems = []
-        for path in records:
-            if path not in modules:
-                problems.append(f"{path} is adapted in the file but not here")
+        problems = [f"{path} is adapted in the file but not here" for path in records if path not in modules]
         for path in modules:  # in the model's order: attention comes before its output projection
             if path in records:
                 problems += _adapt(model.get_submodule(path), path, records[path], content["tensors"])
@@ -158,18 +157,6 @@ class AdapterSet:
             if path not in records and needs_record:
                 problems.append(f"{path} is stored in fewer bits here but is not in the file")
         return problems
-
-    def _copy_changed(self, adapter: Adapter, content: Mapping[str, Any], model: nn.Module) -> None:
-        """Give the adapter a tensor of its own for each tensor of the base that its file has, but for statistics."""
-        stock = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        followed = set()
-        for norm in statistics_in_file(model, content).values():
-            followed |= {dotted(norm, "running_mean"), dotted(norm, "running_var")}
-        for path in content["tensors"]:
-            if path in stock and path not in followed and not in_head(model, path):
-                self.base.tensors.setdefault(path, stock[path])
-                owner, leaf = _owner(model, path)
-                adapter.tensors[path] = owner[leaf] = _copy(stock[path])
 
     def _remember(self, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
         """Note the state of these layers without an adapter, unless it is known already."""
@@ -189,48 +176,22 @@ class AdapterSet:
                     state._replace(parameters=state.parameters | own).apply_to(modules[path])
 
 
-def _touched(records: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The modules that the layers of a file are, with the output projections of attention."""
-    touched = []
-    for path in records:
-        for name in (path, dotted(path, "out_proj")):
-            if name in modules and (name == path or isinstance(modules[path], nn.MultiheadAttention)):
-                touched.append(name)
-    return touched
-
-
 def _adapt(layer: nn.Module, path: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """Adapt one layer as its record in a file says. Returns what does not fit, one line each."""
     kind = kind_named(record["kind"])
     if kind is None or type(layer) not in (kind, stock_class(kind)):
         return [f"{path} has kind {record['kind']} in the file, {type(layer).__name__} here"]
-    ranks = set()
-    for name, tensor in tensors.items():
-        if name.startswith(f"{path}.lora_A"):
-            ranks.add(tensor.shape[:1])
+    ranks = {tensor.shape[:1] for name, tensor in tensors.items() if name.startswith(f"{path}.lora_A")}
     if ranks != {(record["r"],)}:  # checked before memory is allocated for this rank
         return [f"{path} has r {record['r']} in the file, and tensors of another rank"]
-    try:
-        kind.adapt(layer, recorded_settings(record))
-    except ImportError as error:  # bitsandbytes
-        raise InputError(str(error)) from None
+    kind.adapt(layer, recorded_settings(record))
     return []
 
 
 def _owner(model: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
-    """The dictionary that holds a parameter or buffer, and its key there."""
     module, _, leaf = path.rpartition(".")
     owner = model.get_submodule(module)
-    if leaf in owner._parameters:
-        return owner._parameters, leaf
-    return owner._buffers, leaf
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(copied, tensor.requires_grad)
-    return copied
+    return owner._parameters if leaf in owner._parameters else owner._buffers, leaf
 
 
 def _replace_head(model: nn.Module, name: str, head: nn.Module) -> None:
@@ -250,9 +211,7 @@ def _places(module: nn.Module) -> set[tuple[torch.device, torch.dtype]]:
 
 def _stock_head(head: nn.Module) -> nn.Module:
     """The head without adapters: a copy, or the head itself if it has none."""
-    if not adapted_layers(head):
-        return head
-    head = copy.deepcopy(head)
+    head = copy.deepcopy(head) if adapted_layers(head) else head
     for layer in adapted_layers(head).values():
         layer.remove_lora()
     return head
@@ -261,16 +220,11 @@ def _stock_head(head: nn.Module) -> nn.Module:
 def _resized_head(head: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a head whose layers have as many outputs as the file's tensors."""
     head = copy.deepcopy(head)
-    for path, module in head.named_modules(prefix=prefix):
-        for name, parameter in list(module.named_parameters(recurse=False)):
+    layers = [(path, m) for path, m in head.named_modules(prefix=prefix) if isinstance(m, nn.Linear | nn.Conv2d)]
+    for path, layer in layers:
+        for name, parameter in list(layer.named_parameters(recurse=False)):
             found = tensors.get(f"{path}.{name}")
-            if found is None or found.shape[1:] != parameter.shape[1:]:
-                continue
-            if isinstance(module, nn.Linear):
-                module.out_features = len(found)
-            elif isinstance(module, nn.Conv2d):
-                module.out_channels = len(found)
-            else:
-                continue
-            module._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)
+            if found is not None and found.shape[1:] == parameter.shape[1:]:
+                setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(found))
+                layer._parameters[name] = nn.Parameter(parameter.new_empty(found.shape), parameter.requires_grad)
     return head

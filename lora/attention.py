@@ -1,6 +1,7 @@
 """Attention of several heads: masks, the fastest kernel for bfloat16 on a CPU, and its recomputation in backward."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
 
@@ -45,36 +46,26 @@ def attention_mask(
 ) -> Tensor | None:
     """Combine the two masks of `nn.MultiheadAttention` into one to add to the scores, broadcastable to (N, H, L, S).
 
-    Args:
-        q: (N, L, E).
-        k: (N, S, E).
-        attn_mask: (L, S) or (N * H, L, S); True blocks, numbers are added.
-        key_padding_mask: (N, S), of the same two kinds.
-
-    Raises:
-        RuntimeError: a mask has another shape. It might broadcast and mask something else.
+    `attn_mask` is (L, S) or (N * H, L, S), `key_padding_mask` (N, S); True blocks, numbers are added. A mask of another
+    shape raises RuntimeError: it might broadcast and mask something else.
     """
     N, L, _ = q.shape
     S = k.shape[1]
-    _check_shape("attn_mask", attn_mask, (L, S), (N * num_heads, L, S))
-    _check_shape("key_padding_mask", key_padding_mask, (N, S))
-    mask = None
-    if attn_mask is not None:
-        mask = _additive(attn_mask, q.dtype)
-        if mask.dim() == 3:
-            mask = mask.unflatten(0, (N, num_heads))
-    if key_padding_mask is not None:
-        padding = _additive(key_padding_mask, q.dtype)[:, None, None]  # (N, 1, 1, S)
-        mask = padding if mask is None else mask + padding
-    return mask
+    mask = _additive("attn_mask", attn_mask, q.dtype, (L, S), (N * num_heads, L, S))
+    padding = _additive("key_padding_mask", key_padding_mask, q.dtype, (N, S))
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unflatten(0, (N, num_heads))
+    if padding is None:
+        return mask
+    padding = padding[:, None, None]  # (N, 1, 1, S)
+    return padding if mask is None else mask + padding
 
 
-def _check_shape(name: str, mask: Tensor | None, *allowed: tuple[int, ...]) -> None:
-    if mask is not None and tuple(mask.shape) not in allowed:
-        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, allowed))}")
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive(name: str, mask: Tensor | None, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor | None:
+    if mask is None:
+        return None
+    if tuple(mask.shape) not in shapes:
+        raise RuntimeError(f"{name} has shape {tuple(mask.shape)}, it must be {' or '.join(map(str, shapes))}")
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
@@ -83,12 +74,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def append_keys(
     k: Tensor, v: Tensor, mask: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None, add_zero: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Append biases and a position of zeros to keys and values, as `nn.MultiheadAttention` does. Returns k, v, mask.
+    """Append biases (1, 1, E) and a position of zeros to keys and values (N, S, E), as `nn.MultiheadAttention` does.
 
-    Args:
-        k, v: (N, S, E).
-        mask: as `attention_mask` returns it. Every query sees what is appended.
-        bias_k, bias_v: (1, 1, E), both or none.
+    Returns k, v and the mask, as `attention_mask` has it: every query sees what is appended.
     """
     N, S, E = k.shape
     if bias_k is not None:
@@ -103,24 +91,18 @@ def append_keys(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor,  # (N, L, E)
+    k: Tensor,  # (N, S, E), as v
     v: Tensor,
     num_heads: int,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None,  # as `attention_mask` returns it
     dropout: float = 0.0,
     need_weights: bool = False,
     keep_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention of several heads: (N, L, E), and its weights (N, H, L, S) if asked for.
 
-    Args:
-        q: (N, L, E).
-        k, v: (N, S, E).
-        mask: as `attention_mask` returns it.
-        dropout: probability of dropping a weight.
-        keep_weights: where the weights are computed here and take little memory, save them for backward, which then
-            need not compute the scores again and takes some 40% less time.
+    `keep_weights` saves them for backward where they are computed here and take little memory: 40% less time.
     """
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (N, ., E) -> (N, H, ., D)
     weights = None
@@ -134,17 +116,13 @@ def attend(
         keep_weights = keep_weights and torch.is_grad_enabled() and k.shape[-2] <= MOST_KEYS_KEPT * k.shape[-1]
         attended = _Attention.apply(q, k, v, keep_weights)
     else:
-        with _sound_kernels(q):
+        kernels = contextlib.nullcontext()
+        if q.device.type == "cuda" and q.shape[-2] == 1 and not backends.is_traced():
+            # Not cuDNN's, whose gradient for a single query may be NaN (github.com/NVIDIA/cudnn-frontend, issue 1072).
+            kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        with kernels:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
     return attended.transpose(1, 2).flatten(-2), weights
-
-
-def _sound_kernels(q: Tensor) -> contextlib.AbstractContextManager:
-    """Exclude cuDNN's kernel for a single query, such as a class token: its gradient may be NaN
-    (github.com/NVIDIA/cudnn-frontend, issue 1072)."""
-    if q.device.type != "cuda" or q.shape[-2] > 1 or backends.is_traced():
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _batched_attention_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -163,9 +141,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep_weights=False):
         attended = _empty_heads(q, v.shape[-1])
-        kept = None
-        if keep_weights:
-            kept = q.new_empty(*q.shape[:-1], k.shape[-2])
+        kept = q.new_empty(*q.shape[:-1], k.shape[-2]) if keep_weights else None
         for part in _parts_of_heads(q, k):
             q_p, k_p, v_p = (t[part].flatten(0, 1) for t in (q, k, v))
             weights = _attention_weights(q_p, k_p)
@@ -187,7 +163,7 @@ class _Attention(torch.autograd.Function):
             gv[part] = (weights.mT @ gy_p).view_as(gv[part])
             # A constant added to all values changes no score's gradient, so the mean goes: it would only be rounded.
             g_weights = gy_p @ (v_p - v_p.mean(1, keepdim=True)).mT
-            g_scores = backends.softmax_gradient(g_weights, weights)
+            g_scores = backends.softmax_gradient(g_weights, weights, -1, weights.dtype)
             gq[part] = (g_scores @ k_p).mul_(scaling).view_as(gq[part])
             gk[part] = (g_scores.mT @ q_p).mul_(scaling).view_as(gk[part])
         return gq, gk, gv, None
@@ -207,11 +183,8 @@ def _parts_of_heads(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     scores = L * k.shape[2]  # of a head
     images = max(SCORES_AT_A_TIME // (H * scores), 1)
     heads = max(SCORES_AT_A_TIME // scores, 1)
-    parts = []
-    for n in range(0, N, images):
-        for h in range(0, H, heads):
-            parts.append((slice(n, n + images), slice(h, h + heads)))
-    return parts
+    firsts = itertools.product(range(0, N, images), range(0, H, heads))
+    return [(slice(n, n + images), slice(h, h + heads)) for n, h in firsts]
 
 
 def _empty_heads(like: Tensor, width: int) -> Tensor:
@@ -223,8 +196,7 @@ def _empty_heads(like: Tensor, width: int) -> Tensor:
 class SelfAttention:
     """Attention of several heads as the `prologue` of a layer: (N, L, 3 E), which is q, k and v, -> (N, L, E).
 
-    Backward computes it again: in the layer's own backward pass or, if the layer's output is needed before that, in
-    `replay`.
+    The layer's backward pass computes it again or, if the layer's output is needed before that, `replay` does.
     """
 
     def __init__(self, num_heads: int):
@@ -241,9 +213,9 @@ class SelfAttention:
 
     def graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """The input and the output of a separate graph: the one that `replay` kept, or a new one."""
-        replayed = self._replayed
+        replayed = self._replayed or self._with_graph(qkv)
         self._replayed = None
-        return replayed or self._with_graph(qkv)
+        return replayed
 
     @torch.enable_grad()
     def _with_graph(self, qkv: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ No other file names `torch.ops`, so that a new PyTorch can break this file alone
 """
 
 import functools
-import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +14,13 @@ from torch import Tensor, nn
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-
-def _describe_cpu() -> str:
-    """The processor's name and, on Linux, its instruction sets."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            return file.read(4096)  # the first core
-    return platform.processor()
-
-
-CPU = _describe_cpu()
+_CORES = Path("/proc/cpuinfo")  # Linux alone has it
+CPU = _CORES.read_text()[:4096] if _CORES.exists() else platform.processor()  # the name and the instruction sets
 # The operator that `torch.compile` calls on CPUs is the only way to oneDNN's float32 product in eager mode, which uses
 # MKL. MKL keeps its fastest code for Intel's processors.
+_HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 PREFERS_ONEDNN_LINEAR = (
-    "AVX512" in torch.backends.cpu.get_cpu_capability()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and "AuthenticAMD" in CPU
+    "AVX512" in torch.backends.cpu.get_cpu_capability() and _HAS_ONEDNN_LINEAR and "AuthenticAMD" in CPU
 )
 # In which dtypes oneDNN's convolutions take an addition or a ReLU along on this CPU.
 ONEDNN_DTYPES: tuple[torch.dtype, ...] = ()
@@ -47,9 +38,8 @@ LEAK = 1e-20
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a matrix product of ``x`` runs in: autocast's if that is on, else x's own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 # -------------------------------------------------------------------------------------------- tracing, derivatives
@@ -93,9 +83,6 @@ def first_derivative(backward):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- products
-
-
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as `F.linear`, without a gradient of its own. x: (N, in), W: (out, in).
 
@@ -109,13 +96,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
         pays = bias is not None and bias.dtype == W.dtype == x.dtype and x.dtype in ONEDNN_DTYPES
     else:
         pays = x.dtype == torch.float32 and PREFERS_ONEDNN_LINEAR
-    if on_cpu and pays and x.numel() > 0:
-        return onednn_linear(x, W, bias)
-    return F.linear(x, W, bias)
-
-
-def onednn_linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` by oneDNN, as `linear` calls it where that pays."""
+    if not on_cpu or not pays or x.numel() == 0:
+        return F.linear(x, W, bias)
     if bias is not None:
         bias = bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
@@ -129,22 +111,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return linear(a, b.T) if b.is_contiguous() or b.T.is_contiguous() else a @ b
 
 
-# ------------------------------------------------------------------------------------------------------ convolutions
-
-
 def pixels(x: Tensor) -> Tensor | None:
     """A view of (N, C, H, W) as (N H W, C); None if the channels do not lie last in memory."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).flatten(0, 2)
-    return None
+    lies_last = x.is_contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).flatten(0, 2) if lies_last else None
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias, geometry: tuple, residual: Tensor | None, relu: bool) -> Tensor:
     """``relu(conv2d(x, kernel, bias) + residual)``; both of the latter are optional. No gradient of its own.
 
-    `geometry`: stride, padding, dilation and groups, as `F.conv2d` takes them after the bias.
-
-    On a CPU oneDNN adds or rectifies while it writes the output, which spares a pass over the activations.
+    `geometry` is what `F.conv2d` takes after the bias. On a CPU oneDNN adds or rectifies while it writes the output.
     """
     fuses = (relu or residual is not None) and x.device.type == "cpu" and torch.backends.mkldnn.enabled
     if fuses and x.numel() > 0 and x.dtype in ONEDNN_DTYPES and not is_traced():
@@ -204,39 +180,18 @@ def layer_norm_gradient(gy: Tensor, x: Tensor, norm: nn.LayerNorm, mean: Tensor,
     )[0]
 
 
-def gelu_gradient(gy: Tensor, x: Tensor, approximate: str, out: Tensor) -> Tensor:
-    """The input's gradient from the output's, written into ``out``."""
-    return torch.ops.aten.gelu_backward.grad_input(gy, x, approximate=approximate, grad_input=out)
-
-
-def relu_gradient(gy: Tensor, y: Tensor) -> Tensor:
-    """The input's gradient from the output's and the output itself."""
-    return torch.ops.aten.threshold_backward(gy, y, 0)
-
-
-def softmax_gradient(gy: Tensor, y: Tensor) -> Tensor:
-    """`relu_gradient` for a softmax over the last dimension."""
-    return torch.ops.aten._softmax_backward_data(gy, y, -1, y.dtype)
-
-
-def max_pool2d(x: Tensor, options: Sequence) -> tuple[Tensor, Tensor]:
-    """The output and the positions of the maxima. `options`: what `F.max_pool2d` takes after x, in its order."""
-    return torch.ops.aten.max_pool2d_with_indices(x, *options)
-
-
-def max_pool2d_gradient(gy: Tensor, x: Tensor, options: Sequence, indices: Tensor) -> Tensor:
-    """The input's gradient from the output's. Of x, only the shape and the memory format are looked at."""
-    return torch.ops.aten.max_pool2d_with_indices_backward(gy, x, *options, indices)
-
-
-def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """``x.view(shape)`` that autograd does not take for a view: it may be modified in place."""
-    return torch.ops.aten._unsafe_view(x, shape)
-
-
-def is_dense(x: Tensor) -> bool:
-    """Do the numbers of x fill a range of memory, each once, in any order?"""
-    return torch.ops.aten.is_non_overlapping_and_dense(x)
+# The input's gradient from the output's: (gy, y, 0); (gy, y, dimension, dtype); (gy, x, approximate, grad_input), of
+# which the last is written into.
+relu_gradient = torch.ops.aten.threshold_backward
+softmax_gradient = torch.ops.aten._softmax_backward_data
+gelu_gradient = torch.ops.aten.gelu_backward.grad_input
+# (x, *options) and (gy, x, *options, indices), with what `F.max_pool2d` takes after x as options: the output with the
+# positions of the maxima; the input's gradient, for which only x's shape and memory format are looked at.
+max_pool2d = torch.ops.aten.max_pool2d_with_indices
+max_pool2d_gradient = torch.ops.aten.max_pool2d_with_indices_backward
+# (x, shape): `x.view(shape)` that autograd does not take for a view: it may be modified in place.
+unsafe_view = torch.ops.aten._unsafe_view
+is_dense = torch.ops.aten.is_non_overlapping_and_dense  # do the numbers fill a range of memory, each once?
 
 
 def dequantize_nf4(packed: Tensor, scales: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,8 @@ C is held by its few principal components, so that this costs products of A with
 of BatchNorm (Ioffe and Szegedy, arXiv 1502.03167) for fixed inputs, over many images in place of the batch. Every step
 folds gamma / sqrt(var' + eps) into the kernel as for a frozen BatchNorm.
 
-The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm keeps
-those of the base, and has the adapter's only while this is merged. An adapter file has the statistics of the trained
-adapter under the BatchNorm's names.
+The statistics belong to the adapter: the attribute `followed` of its convolution has them, or None. The BatchNorm has
+them only while the adapter is merged. An adapter file has them under the BatchNorm's names.
 """
 
 import contextlib
@@ -28,10 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from lora.backends import compute_dtype
-from lora.fusion import STOCK, folds, is_hooked
+from lora.fusion import STOCK, folds
 from lora.nf4 import dense_weight
 from toolkit import InputError, dotted
 from toolkit.answers.evaluation import eval_mode
@@ -42,18 +42,11 @@ COMPONENTS = 64  # how many principal components of C are kept
 STEADY = 0.01  # this share of var is added to v, which is near 0 in a channel that is dead on the images
 LEAST_RATIO = 1e-4  # of var' to var: above 0 in spite of rounding
 LEAST_SPREAD = 1e-20  # v(W) of a channel that is always 0, by which v(W + s B A) is divided
+STATISTICS = ("running_mean", "running_var")  # their names in a BatchNorm
 
 
 class AdapterStatistics:
-    """The statistics that a BatchNorm has with the adapter of the convolution before it, as a file gives them.
-
-    Args:
-        norm: the BatchNorm, with the statistics of the base.
-        mean, variance: (out,), those of the adapter.
-    """
-
-    _TENSORS = ("base_mean", "base_variance", "mean", "variance")
-    learns = False  # do the statistics depend on the adapter's factors, with a gradient?
+    """The mean and variance, (out,) each, that a BatchNorm has with the adapter of the convolution before it."""
 
     def __init__(self, norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor):
         self.norm = norm
@@ -67,10 +60,19 @@ class AdapterStatistics:
         return self.mean, self.variance
 
     def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The row scale of the kernel, its logarithm if it has a gradient, and the bias, (out,) each."""
+        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, ``beta + (bias - mean') g``: (out,) each.
+
+        g is a number: its logarithm takes the gradient of the statistics, if they have one.
+        """
+        norm = self.norm
         mean, variance = self.statistics(conv)
-        scale, shift = constant_scale_and_shift(self.norm, mean, variance, conv.bias)
-        return scale, None, shift.to(compute_dtype(mean))
+        if not variance.requires_grad:
+            scale, shift = constant_scale_and_shift(norm, mean, variance, conv.bias)
+            return scale, None, shift.to(compute_dtype(mean))
+        log_scale = -0.5 * (variance + norm.eps).log()
+        scale = log_scale.exp() if norm.weight is None else log_scale.exp() * norm.weight
+        shift = (-mean if conv.bias is None else conv.bias - mean) * scale
+        return scale.detach(), log_scale, shift if norm.bias is None else shift + norm.bias
 
     def normalize(self, conv: nn.Conv2d, z: Tensor) -> Tensor:
         """``norm(z)`` of the convolution's output z (N, out, H, W), where it is not folded.
@@ -81,21 +83,12 @@ class AdapterStatistics:
             settle(conv)
             return self.norm(z)
         mean, variance = self.statistics(conv)
-        if mean.requires_grad:
-            z = z + self._gradient_of_statistics(z.detach(), mean, variance)
-        mean = mean.detach()
-        variance = variance.detach()
-        if is_hooked(self.norm):  # a hook sees the module's call
-            with _statistics_in(self.norm, mean, variance):
-                return self.norm(z)
-        return F.batch_norm(z, mean, variance, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-
-    def _gradient_of_statistics(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """Zeros, (N, out, H, W). Added to a BatchNorm's input z they take the gradient of its statistics."""
-        log_scale = -0.5 * (variance + self.norm.eps).log()
-        centred = z - mean.detach()[:, None, None]
-        carrier = centred * log_scale[:, None, None] - mean[:, None, None]
-        return carrier - carrier.detach()
+        if mean.requires_grad:  # zeros, added to the BatchNorm's input, take the gradient of its statistics
+            log_scale = -0.5 * (variance + self.norm.eps).log()
+            centred = z.detach() - mean.detach()[:, None, None]
+            carrier = centred * log_scale[:, None, None] - mean[:, None, None]
+            z = z + (carrier - carrier.detach())
+        return functional_call(self.norm, {"running_mean": mean.detach(), "running_var": variance.detach()}, z)
 
     @torch.no_grad()
     def merge(self, conv: nn.Conv2d) -> None:
@@ -112,21 +105,11 @@ class AdapterStatistics:
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """As `nn.Module._apply`: this is no module, which would be moved with its model."""
-        for name in self._TENSORS:
-            setattr(self, name, fn(getattr(self, name)))
+        vars(self).update({name: fn(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 class FollowedNorm(AdapterStatistics):
-    """The statistics of a BatchNorm behind a convolution, as a function of the convolution's adapter.
-
-    Args:
-        conv: the convolution, whose adapter still does nothing.
-        norm: the BatchNorm, with the statistics of the base.
-        patches: (P, fan_in), what the kernel is applied to.
-    """
-
-    _TENSORS = ("base_mean", "base_variance", "mean", "variance", "centre", "inputs", "doubled", "spread")
-    learns = True
+    """These as a function of the adapter, which still does nothing. patches: (P, fan_in), what the kernel reads."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, patches: Tensor):
         super().__init__(norm, norm.running_mean.clone(), norm.running_var.clone())  # where the adapter starts
@@ -138,7 +121,6 @@ class FollowedNorm(AdapterStatistics):
         self.spread = spread.clamp_min(LEAST_SPREAD)
 
     def statistics(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-        """As `AdapterStatistics.statistics`, differentiable."""
         A = conv.lora_A  # (r, fan_in)
         B = conv.lora_B  # (out, r)
         with torch.autocast(A.device.type, enabled=False):
@@ -148,36 +130,6 @@ class FollowedNorm(AdapterStatistics):
             shift = sB @ (A @ self.centre)  # of the mean, (out,)
             ratio = (1 + change / self.spread).clamp_min(LEAST_RATIO)
             return self.mean + shift, self.variance * ratio
-
-    def folded(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``g = gamma / sqrt(var' + eps)``, ``log |g|`` but for a constant, and ``beta + (bias - mean') g``.
-
-        g is a number here: its logarithm takes the gradient.
-        """
-        if not torch.is_grad_enabled():
-            return super().folded(conv)
-        norm = self.norm
-        mean, variance = self.statistics(conv)
-        log_scale = -0.5 * (variance + norm.eps).log()
-        scale = log_scale.exp()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        shift = -mean if conv.bias is None else conv.bias - mean
-        shift = shift * scale
-        if norm.bias is not None:
-            shift = shift + norm.bias
-        return scale.detach(), log_scale, shift
-
-
-@contextlib.contextmanager
-def _statistics_in(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> Iterator[None]:
-    """Within this block the BatchNorm has these tensors as its statistics."""
-    before = dict(norm._buffers)
-    norm._buffers.update(running_mean=mean, running_var=variance)
-    try:
-        yield
-    finally:
-        norm._buffers.update(before)
 
 
 def principal_components(rows: Tensor, number: int) -> Tensor:
@@ -196,29 +148,18 @@ def principal_components(rows: Tensor, number: int) -> Tensor:
     return components
 
 
-def _places(conv: nn.Conv2d, padded: Tensor, axis: int) -> int:
-    """The size of the convolution's output along an axis, 0 or 1, of padded inputs."""
-    extent = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-    return (padded.shape[2 + axis] - extent) // conv.stride[axis] + 1
-
-
 def patches_of(conv: nn.Conv2d, x: Tensor, number: int) -> Tensor:
     """Some patches of x (N, in, H, W) that the kernel is applied to: (number, in * kh * kw), always the same."""
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x, (left, right, top, bottom), mode=mode)
-    height = _places(conv, x, 0)
-    width = _places(conv, x, 1)
-    drawn = torch.randint(len(x) * height * width, (number,), generator=torch.Generator().manual_seed(0)).to(x.device)
-    image = drawn // (height * width)
-    place = drawn % (height * width)
-    row = place // width * conv.stride[0]
-    column = place % width * conv.stride[1]
-    taps = []
-    for i in range(conv.kernel_size[0]):
-        for j in range(conv.kernel_size[1]):
-            taps.append(x[image, :, row + i * conv.dilation[0], column + j * conv.dilation[1]])
-    return torch.stack(taps, -1).flatten(1)  # (number, in, kh * kw) in the kernel's order
+    windows = F.pad(x, tuple(conv._reversed_padding_repeated_twice), mode=mode)
+    for dim in (0, 1):
+        extent = conv.dilation[dim] * (conv.kernel_size[dim] - 1) + 1
+        windows = windows.unfold(2 + dim, extent, conv.stride[dim])
+    windows = windows[..., :: conv.dilation[0], :: conv.dilation[1]]  # a view (N, in, H', W', kh, kw)
+    N, _, height, width = windows.shape[:4]
+    drawn = torch.randint(N * height * width, (number,), generator=torch.Generator().manual_seed(0)).to(x.device)
+    image, row, column = torch.unravel_index(drawn, (N, height, width))
+    return windows[image, :, row, column].flatten(1)  # (number, in, kh, kw) before
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -243,13 +184,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: bool = False) -> None:
     """Let the frozen BatchNorms that are folded into adapted convolutions follow the adapters, which still do nothing.
 
-    Args:
-        batches: images, or whatever the model takes: those from which the inputs' covariances are estimated. Without
-            any, nothing follows.
-        required: must there be a BatchNorm to follow?
-
-    Raises:
-        InputError: there is none, and it is required.
+    The inputs' covariances are estimated from the batches, without which nothing follows. `required` raises InputError
+    if there is no BatchNorm to follow.
     """
     norm_of = {conv: norm for conv, norm in _pairs(model) if folds(conv, norm)}
     if not norm_of and required:
@@ -263,14 +199,11 @@ def follow_statistics(model: nn.Module, batches: Iterable[Tensor], required: boo
     def keep_some(conv: nn.Conv2d, inputs: tuple[Tensor]) -> None:
         patches[conv].append(patches_of(conv, inputs[0].to(conv.lora_A.dtype), number))
 
-    hooks = [conv.register_forward_pre_hook(keep_some) for conv in norm_of]
-    try:
-        with eval_mode(model):
-            for batch in batches:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, eval_mode(model):
+        for conv in norm_of:
+            hooks.enter_context(conv.register_forward_pre_hook(keep_some))
+        for batch in batches:
+            model(batch)
     for conv, norm in norm_of.items():
         if patches[conv]:
             conv.followed = FollowedNorm(conv, norm, torch.cat(patches[conv]))
@@ -300,15 +233,9 @@ def folded_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor | 
 
 def base_statistics(model: nn.Module) -> dict[Tensor, Tensor]:
     """Those of the base, by the buffers in which a merged adapter has put its own."""
-    originals = {}
-    for conv in followers(model):
-        if conv.merged:
-            originals[conv.followed.norm.running_mean] = conv.followed.base_mean
-            originals[conv.followed.norm.running_var] = conv.followed.base_variance
-    return originals
-
-
-# ------------------------------------------------------------------------------------------------- in adapter files
+    merged = [conv.followed for conv in followers(model) if conv.merged]
+    means = {followed.norm.running_mean: followed.base_mean for followed in merged}
+    return means | {followed.norm.running_var: followed.base_variance for followed in merged}
 
 
 @torch.no_grad()
@@ -317,29 +244,27 @@ def named_statistics(model: nn.Module) -> dict[str, Tensor]:
     names = {module: name for name, module in model.named_modules()}
     tensors = {}
     for conv in followers(model):
-        name = names.get(conv.followed.norm)
-        if name is not None:  # else the BatchNorm was replaced
-            mean, variance = conv.followed.statistics(conv)
-            tensors[dotted(name, "running_mean")] = mean
-            tensors[dotted(name, "running_var")] = variance
+        if conv.followed.norm in names:  # else the BatchNorm was replaced
+            own = [dotted(names[conv.followed.norm], leaf) for leaf in STATISTICS]
+            tensors |= zip(own, conv.followed.statistics(conv), strict=True)
     return tensors
 
 
-def statistics_in_file(model: nn.Module, content: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each convolution -> that of its BatchNorm, if an adapter file has the adapter's statistics for it.
+def statistics_in_file(
+    model: nn.Module, content: Mapping[str, Any]
+) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d, str, str]]:
+    """Yield (convolution, BatchNorm, names of mean and variance) if a file has the adapter's statistics for them.
 
     A BatchNorm that trained has scales, shifts or a count of batches in the file too, and is the base's.
     """
     names = {module: name for name, module in model.named_modules()}
     tensors = content["tensors"]
-    found = {}
     for conv, norm in _pairs(model):
-        record = content["layers"].get(names[conv])
+        is_adapted = content["layers"].get(names[conv], {"r": 0})["r"] > 0
         trained = {dotted(names[norm], leaf) for leaf in ("weight", "bias", "num_batches_tracked")}
-        own = {dotted(names[norm], leaf) for leaf in ("running_mean", "running_var")}
-        if record is not None and record["r"] > 0 and not own.isdisjoint(tensors) and trained.isdisjoint(tensors):
-            found[names[conv]] = names[norm]
-    return found
+        mean, variance = (dotted(names[norm], leaf) for leaf in STATISTICS)
+        if is_adapted and not {mean, variance}.isdisjoint(tensors) and trained.isdisjoint(tensors):
+            yield conv, norm, mean, variance
 
 
 def read_statistics(model: nn.Module, content: Mapping[str, Any]) -> set[str]:
@@ -348,12 +273,9 @@ def read_statistics(model: nn.Module, content: Mapping[str, Any]) -> set[str]:
         conv.followed = None
     read = set()
     tensors = content["tensors"]
-    for conv_name, norm_name in statistics_in_file(model, content).items():
-        norm = model.get_submodule(norm_name)
-        mean_name = dotted(norm_name, "running_mean")
-        variance_name = dotted(norm_name, "running_var")
+    for conv, norm, mean_name, variance_name in statistics_in_file(model, content):
         read |= {mean_name, variance_name}
         mean = tensors.get(mean_name, norm.running_mean).to(norm.running_mean, copy=True)
         variance = tensors.get(variance_name, norm.running_var).to(norm.running_var, copy=True)
-        model.get_submodule(conv_name).followed = AdapterStatistics(norm, mean, variance)
+        conv.followed = AdapterStatistics(norm, mean, variance)
     return read

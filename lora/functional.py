@@ -18,9 +18,7 @@ There are two ways to y and gx:
 Dropout acts on the adapter's share alone, so it always takes the side path. Otherwise `_merge_pays` chooses for linear
 layers: by size in full precision; in low precision always the side path, which costs less there than building the
 weight in float32 and rounding it. A convolution's kernel is small beside its input, so it is merged in low precision
-too: it is built in float32 and rounded once, see `_kernel_merges`.
-
-Second derivatives are not defined, and backward refuses a graph of its own (`backends.first_derivative`).
+too: see `_kernel_merges`. Second derivatives are not defined, and are refused (`backends.first_derivative`).
 """
 
 import math
@@ -42,7 +40,7 @@ PARTS = 8
 PART_NUMEL = 2**17
 
 
-def _is_trainable(weight: Tensor | NF4Weight) -> bool:
+def _is_trainable(weight: Tensor | NF4Weight | Int8Weight) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
 
 
@@ -53,16 +51,8 @@ def _merge_pays(weight: Tensor | Int8Weight, output_numel: int) -> bool:
     return floats and (any_number or weight.numel() <= output_numel)
 
 
-# ---------------------------------------------------------------------------------------------------------- linear
-
-
 def frozen_linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed.
-
-    Args:
-        x: (..., in).
-        W: (out, in).
-    """
+    """``x W^T + b`` of a stock layer that does not train, by the fastest product where no gradient is needed."""
     if isinstance(W, Int8Weight):  # an adapter of rank 0
         return lora_linear(x, W, x.new_empty(0, x.shape[-1]), x.new_empty(W.shape[0], 0), bias)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W, bias))
@@ -77,9 +67,7 @@ def effective_weight(
     """``W + s B A``, differentiable, as a fresh tensor.
 
     Args:
-        weight: (out, in). With ``groups`` > 1 its rows are that many layers on one input: attention's packed q, k, v.
-        A: (groups * r, in).
-        B: (out, r).
+        weight, A, B: (out, in), (groups * r, in), (out, r). The weight's rows are so many layers on one input.
         in_place: add to ``weight``, which then has to be a temporary.
     """
     W, A, B = (t.unflatten(0, (groups, -1)) for t in (weight, A, B))
@@ -92,33 +80,28 @@ def effective_weight(
 def merged_weight(
     weight: Tensor | NF4Weight | Int8Weight, A: Tensor, B: Tensor, scaling: float, groups: int = 1
 ) -> Tensor:
-    """The weight after merging: `effective_weight` in the adapter's precision, rounded once to the weight's.
+    """The weight or kernel after merging: the sum in the adapter's precision, rounded once to the weight's.
 
     A small update would vanish if it were added in bfloat16. A weight in 4 or 8 bits becomes a float one.
     """
-    return _rounded(effective_weight(dense_weight(weight, B.dtype), A, B, scaling, groups), weight)
-
-
-def _rounded(merged: Tensor, base: Tensor | NF4Weight | Int8Weight) -> Tensor:
-    if isinstance(base, Tensor):
-        return merged.to(base.dtype)
-    return merged
+    dense = dense_weight(weight, B.dtype)
+    if dense.dim() == 2:
+        merged = effective_weight(dense, A, B, scaling, groups)
+    else:
+        merged = effective_kernel(dense, A, B, scaling)
+    return merged.to(weight.dtype) if isinstance(weight, Tensor) else merged
 
 
 def _operand(weight: Tensor | NF4Weight | Int8Weight, dtype: torch.dtype) -> Tensor | Int8Weight:
     """The weight as products take it: on a CPU in 8 bits as it is, else dense in ``dtype``."""
-    if isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu":
-        return weight
-    return dense_weight(weight, dtype)
+    on_cpu = isinstance(weight, Int8Weight) and weight.codes.device.type == "cpu"
+    return weight if on_cpu else dense_weight(weight, dtype)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (..., in) as (N, in) in this dtype."""
-    if x.dtype != dtype:  # a call that changes nothing takes time as well
-        x = x.to(dtype)
-    if x.dim() == 1:
-        return x[None]
-    return x.flatten(0, -2)
+    x = x.to(dtype)
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _add_update_(y: Tensor, h: Tensor, B: Tensor, scaling: float, groups: int) -> Tensor:
@@ -138,13 +121,9 @@ def _adapter_gradients(
     """gh (N, groups r), gA (groups r, in) and gB (out, r). h is computed if it is None."""
     # The thin matrices lie transposed, with the long dimension contiguous: up to six times faster.
     h = backends.product(A, rows.T) if h is None else h.T.contiguous()  # (groups r, N)
-    gh_groups = []
-    gB_groups = []
-    for gy_g, h_g, B_g in zip(gy.chunk(groups, 1), h.chunk(groups), B.chunk(groups), strict=True):
-        gh_groups.append(backends.product(B_g.T.contiguous(), gy_g.T))  # (r, N)
-        gB_groups.append(backends.product(h_g, gy_g).T)  # (out / groups, r)
-    gh = _stacked(gh_groups).mul_(scaling)
-    gB = _stacked(gB_groups).mul_(scaling)
+    parts = list(zip(gy.chunk(groups, 1), h.chunk(groups), B.chunk(groups), strict=True))
+    gh = _stacked([backends.product(B_g.T.contiguous(), gy_g.T) for gy_g, _, B_g in parts]).mul_(scaling)  # (r, N) each
+    gB = _stacked([backends.product(h_g, gy_g).T for gy_g, h_g, _ in parts]).mul_(scaling)  # (out / groups, r) each
     return gh.T, backends.product(gh, rows), gB
 
 
@@ -152,50 +131,28 @@ def _stacked(parts: Tensor | Sequence[Tensor]) -> Tensor:
     """`torch.cat` that does not copy a single tensor."""
     if isinstance(parts, Tensor):
         return parts
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)
-
-
-class _LinearConstants(NamedTuple):
-    """The arguments of `_LoRALinear` without a gradient, in one: each argument of `apply` takes time."""
-
-    weight: Tensor | NF4Weight | Int8Weight
-    scaling: float
-    groups: int
-    prologue: "Prologue | None"
-    dtype: torch.dtype
-
-
-class _SavedOfLinear(NamedTuple):
-    """What the backward pass of `_LoRALinear` reads. W is frozen, so only the adapter's gradients need the input."""
-
-    x: Tensor | None  # what the prologue read or, without one, the adapter; None where a RecomputedNorm rebuilds it
-    A: Tensor
-    B: Tensor
-    h: Tensor | None  # thin, and saved if it was computed
-    left: Tensor | None = None  # of a RecomputedNorm
-    right: Tensor | None = None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, constants):
-        weight, scaling, groups, prologue, dtype = constants
-        ctx.constants = constants
+        weight, scaling, groups, prologue, dtype = constants  # one argument, since each takes time
         ctx.shape = x.shape
         ctx.drops = adapter_x is not None
-        rows = x
-        if prologue is not None:
-            rows, _ = _evaluate(prologue, x)
-        rows = _rows(rows, dtype)
-        adapter_rows = rows
-        if ctx.drops:
-            adapter_rows = _rows(adapter_x, dtype)
-        if A.dtype != dtype or B.dtype != dtype:
-            A = A.to(dtype)
-            B = B.to(dtype)
-        if bias is not None and bias.dtype != dtype:
+        ctx.rebuild = left = right = None
+        saved_x = x  # what the prologue reads or, without one, the adapter
+        if isinstance(prologue, RecomputedNorm):
+            saved_x = None
+            prologue, ctx.rebuild, left, right = prologue
+            left = left.detach()
+            right = right.detach()
+        ctx.constants = (weight, scaling, groups, prologue, dtype)
+        rows = _rows(_evaluate(prologue, x)[0], dtype)
+        adapter_rows = _rows(adapter_x, dtype) if ctx.drops else rows
+        A = A.to(dtype)
+        B = B.to(dtype)
+        if bias is not None:
             bias = bias.to(dtype)
 
         h = None
@@ -207,58 +164,46 @@ class _LoRALinear(torch.autograd.Function):
             h = backends.linear(adapter_rows, A)  # x A^T: (N, in) -> (N, groups r)
             y = _add_update_(int8.linear(rows, W, bias), h, B, scaling, groups)  # x W^T + b + s (x A^T) B^T
 
-        saved = _SavedOfLinear(x=x, A=A, B=B, h=h)
-        ctx.rebuild = None
         if prologue is None:
-            saved = saved._replace(x=adapter_rows.view(x.shape))
-        elif isinstance(prologue, RecomputedNorm):
-            saved = saved._replace(x=None, left=prologue.left.detach(), right=prologue.right.detach())
-            ctx.rebuild = prologue.rebuild
-            ctx.constants = constants._replace(prologue=prologue.norm)
-        ctx.save_for_backward(*saved)
+            saved_x = adapter_rows.view(x.shape)
+        ctx.save_for_backward(saved_x, A, B, h, left, right)  # h is thin
         # Like F.linear's output this is no view, which nn.ReLU(inplace=True) could not modify.
         return backends.unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        saved = _SavedOfLinear(*ctx.saved_tensors)
+        x, A, B, h, left, right = ctx.saved_tensors
         weight, scaling, groups, prologue, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, _ = ctx.needs_input_grad
-        x = saved.x
         if ctx.rebuild is not None:
-            x = ctx.rebuild(saved.left, saved.right)
-        x, adapter_rows, statistics = _rows_in_backward(prologue, x, dtype)
+            x = ctx.rebuild(left, right)
+        if not isinstance(prologue, SelfAttention):  # which does not work row by row
+            x = _rows(x, x.dtype)
+        adapter_rows, statistics = _evaluate(prologue, x, in_backward=True)
         gy = _rows(gy, dtype)  # (N, out)
-        gh, gA, gB = _adapter_gradients(gy, adapter_rows, saved.h, saved.A, saved.B, scaling, groups)
+        gh, gA, gB = _adapter_gradients(gy, _rows(adapter_rows, dtype), h, A, B, scaling, groups)
         del adapter_rows  # of the output's size or more, and no longer needed
         gx = None
         if need_x:
             W = _operand(weight, dtype)
-            if ctx.drops:  # the adapter's share reaches x through the dropout
-                gx = int8.input_gradient(gy, W)
-            elif _merge_pays(W, gy.shape[0] * W.shape[1]):
-                merged = effective_weight(W, saved.A, saved.B, scaling, groups, in_place=W is not weight)
+            if not ctx.drops and _merge_pays(W, gy.shape[0] * W.shape[1]):
+                merged = effective_weight(W, A, B, scaling, groups, in_place=W is not weight)
                 gx = backends.linear(gy, merged.T)  # gy (W + s B A)
             else:
-                gx = int8.input_gradient(gy, W).addmm_(gh, saved.A)  # gy W + (s gy B) A
+                gx = int8.input_gradient(gy, W)  # gy W
+                if not ctx.drops:  # else the adapter's share reaches x through the dropout
+                    gx.addmm_(gh, A)  # + (s gy B) A
             gx = _pull_back(prologue, gx, x, statistics).view(ctx.shape)
-        g_adapter_x = None
-        if need_adapter_x:
-            g_adapter_x = (gh @ saved.A).view(ctx.shape)
-        g_bias = None
-        if need_bias:
-            g_bias = gy.sum(0)
+        g_adapter_x = (gh @ A).view(ctx.shape) if need_adapter_x else None
+        g_bias = gy.sum(0) if need_bias else None
         return gx, g_adapter_x, gA, gB, g_bias, None
 
 
-# ------------------------------------------------------------------------------------------------------- prologues
-
-
 class RecomputedNorm(NamedTuple):
-    """A LayerNorm as the `prologue` of a layer, whose input is computed again in backward instead of saved.
+    """A LayerNorm as a `prologue` whose input is not saved either: backward computes it again, to the last bit.
 
-    ``rebuild(left, right)`` is that input, to the last bit. Both are saved, so it pays where others save them anyway.
+    It is ``rebuild(left, right)``. Both are saved, so it pays where others save them anyway.
     """
 
     norm: nn.LayerNorm
@@ -273,22 +218,14 @@ class RecomputedNorm(NamedTuple):
 Prologue = nn.LayerNorm | nn.GELU | SelfAttention | RecomputedNorm
 
 
-def _rows_in_backward(prologue: Prologue | None, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The input in rows, what the adapter read of it (N, in), and what `_pull_back` needs beside them."""
-    if not isinstance(prologue, SelfAttention):  # which does not work row by row
-        x = _rows(x, x.dtype)
-    if prologue is None:
-        return x, x, []
-    rows, statistics = _evaluate(prologue, x, in_backward=True)
-    return x, _rows(rows, dtype), statistics
-
-
-def _evaluate(prologue: Prologue, x: Tensor, in_backward: bool = False) -> tuple[Tensor, list[Tensor]]:
+def _evaluate(prologue: Prologue | None, x: Tensor, in_backward: bool = False) -> tuple[Tensor, list[Tensor]]:
     """``prologue(x)`` and what its derivative needs beside x.
 
     A LayerNorm needs each row's mean and reciprocal deviation. Attention needs input and output of a graph of its own,
     which is built in backward alone: from the forward pass on it would hold memory.
     """
+    if prologue is None:
+        return x, []
     if isinstance(prologue, nn.GELU):
         return F.gelu(x, approximate=prologue.approximate), []
     if isinstance(prologue, SelfAttention):
@@ -296,8 +233,6 @@ def _evaluate(prologue: Prologue, x: Tensor, in_backward: bool = False) -> tuple
             return prologue(x).detach(), []
         graph = prologue.graph(x)
         return graph[1].detach(), list(graph)
-    if isinstance(prologue, RecomputedNorm):
-        prologue = prologue.norm
     if prologue.weight is not None:
         x = x.to(prologue.weight.dtype)
     y, *statistics = backends.layer_norm(x, prologue)
@@ -314,14 +249,10 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
     if isinstance(prologue, SelfAttention):
         qkv, attended = statistics
         return torch.autograd.grad(attended, qkv, gradient.to(x.dtype).view_as(attended))[0]
-    result = gradient
-    if gradient.dtype != x.dtype:
-        result = torch.empty_like(x)
+    result = gradient if gradient.dtype == x.dtype else torch.empty_like(x)
     if isinstance(prologue, nn.GELU):
-        return backends.gelu_gradient(gradient.to(x.dtype), x, prologue.approximate, out=result)
-    dtype = x.dtype
-    if prologue.weight is not None:
-        dtype = prologue.weight.dtype
+        return backends.gelu_gradient(gradient.to(x.dtype), x, approximate=prologue.approximate, grad_input=result)
+    dtype = x.dtype if prologue.weight is None else prologue.weight.dtype
     size = max(math.ceil(len(x) / PARTS), PART_NUMEL // max(x.shape[1], 1), 1)
     pieces = zip(*(t.split(size) for t in (result, gradient, x, *statistics)), strict=True)
     for of_result, of_gradient, of_x, mean, deviation in pieces:
@@ -331,31 +262,19 @@ def _pull_back(prologue: Prologue | None, gradient: Tensor, x: Tensor, statistic
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor | NF4Weight | Int8Weight,
-    A: Tensor | Sequence[Tensor],
-    B: Tensor | Sequence[Tensor],
-    bias: Tensor | None = None,
+    x: Tensor,  # (..., in)
+    weight: Tensor | NF4Weight | Int8Weight,  # (out, in)
+    A: Tensor | Sequence[Tensor],  # (groups * r, in), or the A of each layer
+    B: Tensor | Sequence[Tensor],  # (out, r), or likewise
+    bias: Tensor | None = None,  # (out,)
     scaling: float = 1.0,
-    groups: int = 1,
-    adapter_x: Tensor | None = None,
-    prologue: Prologue | None = None,
+    groups: int = 1,  # how many layers on the same input the weight holds, one below the other
+    adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
+    prologue: Prologue | None = None,  # what is to be applied to x first; its output is not saved but recomputed
 ) -> Tensor:
-    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b.
+    """``x (W + s B A)^T + b`` with exact gradients for x, A, B and b, and for W if it is not frozen, which is slower.
 
-    Args:
-        x: (..., in).
-        weight: (out, in), frozen in the fast path. One that requires a gradient gets it, by automatic differentiation.
-        A: (groups * r, in), or the A of each layer.
-        B: (out, r), or likewise.
-        bias: (out,).
-        groups: how many layers on the same input ``weight`` holds, one below the other.
-        adapter_x: what the adapter sees in place of x, (..., in): x after dropout.
-        prologue: a LayerNorm over the last dimension, GELU or attention, to apply first. Its output is not saved but
-            recomputed; x is then what it takes.
-
-    Raises:
-        ValueError: both adapter_x and prologue are given. Dropout would need the output that is not saved.
+    Raises ValueError for adapter_x with a prologue: dropout would need the output that is not saved.
     """
     if adapter_x is not None and prologue is not None:
         raise ValueError("adapter_x and prologue exclude each other: apply the operation first")
@@ -369,8 +288,7 @@ def lora_linear(
         prologue = None
     if not trains:
         backends.refuse_jit()
-        constants = _LinearConstants(weight, scaling, groups, prologue, dtype)
-        return _LoRALinear.apply(x, adapter_x, A, B, bias, constants)
+        return _LoRALinear.apply(x, adapter_x, A, B, bias, (weight, scaling, groups, prologue, dtype))
     if adapter_x is None:
         if dtype not in LOW_PRECISION:
             return F.linear(x, effective_weight(weight, A, B, scaling, groups), bias)
@@ -384,22 +302,14 @@ def lora_linear(
 # ----------------------------------------------------------------------------------------------------- convolution
 
 
-def effective_kernel(weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None) -> Tensor:
-    """``g (W + s B A)`` for a convolution, differentiable, as a fresh tensor in the memory format of ``weight``.
-
-    Args:
-        weight: (out, in / groups, kh, kw).
-        A: (r, in / groups * kh * kw).
-        B: (out, r).
-        row_scale: g, (out,): the scale of a BatchNorm folded into the kernel.
-    """
-    if row_scale is None:
-        return _plus_low_rank(weight, A, B, scaling, in_place=False)
-    scaled = weight * row_scale[:, None, None, None]
-    return _plus_low_rank(scaled, A, B * row_scale[:, None], scaling, in_place=True)
-
-
-def _plus_low_rank(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
+def effective_kernel(
+    weight: Tensor, A: Tensor, B: Tensor, scaling: float, row_scale: Tensor | None = None, in_place: bool = False
+) -> Tensor:
+    """`effective_weight` of a kernel, ``g (W + s B A)``, in the memory format of W; see `lora_conv2d`."""
+    if row_scale is not None:
+        weight = weight * row_scale[:, None, None, None]
+        B = B * row_scale[:, None]
+        in_place = True
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     if channels_last:  # permute the small factor, so that the product comes out in the kernel's own order
         W = weight.permute(0, 2, 3, 1).flatten(1)  # a view
@@ -415,21 +325,12 @@ def _plus_low_rank(weight: Tensor, A: Tensor, B: Tensor, scaling: float, in_plac
     return W.view(weight.shape)
 
 
-def merged_kernel(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """As `merged_weight`, for the kernel of a convolution."""
-    return _rounded(effective_kernel(dense_weight(weight, B.dtype), A, B, scaling), weight)
-
-
 def pad_for_conv2d(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """Pad x where `F.conv2d` cannot (circular, a lopsided 'same'). Returns x and the padding left to it, in numbers."""
     left, right, top, bottom = conv._reversed_padding_repeated_twice
-    mode = conv.padding_mode
-    if mode == "zeros":
-        if not isinstance(conv.padding, str):
-            return x, conv.padding
-        if left == right and top == bottom:
-            return x, (top, left)
-        mode = "constant"
+    if conv.padding_mode == "zeros" and left == right and top == bottom:
+        return x, (top, left)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
 
 
@@ -445,31 +346,6 @@ class Geometry(NamedTuple):
 PLAIN = Geometry()
 
 
-class _ConvConstants(NamedTuple):
-    """As `_LinearConstants`."""
-
-    weight: Tensor | NF4Weight
-    scaling: float
-    geometry: Geometry
-    relu: bool
-    dtype: torch.dtype
-
-
-class _SavedOfConv(NamedTuple):
-    """What the backward pass of `_LoRAConv2d` reads.
-
-    It builds the kernel again: saved, those of all layers would be in memory at once.
-    """
-
-    adapter_x: Tensor
-    A: Tensor
-    B: Tensor
-    row_scale: Tensor | None
-    y: Tensor | None  # for the derivatives of the ReLU and of log g, as the next two
-    bias: Tensor | None
-    residual: Tensor | None
-
-
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants):
@@ -483,7 +359,7 @@ class _LoRAConv2d(torch.autograd.Function):
         if bias is not None:
             bias = bias.to(dtype)
 
-        sB = _scale_rows(B, scaling, row_scale)
+        sB = B * _row_factors(scaling, row_scale)
         if ctx.side_path:
             y = F.conv2d(x, _scaled_kernel(weight, row_scale, dtype), bias, *geometry)  # g W x + b
             _add_conv_update_(y, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry)  # + s g B (A x)
@@ -495,61 +371,49 @@ class _LoRAConv2d(torch.autograd.Function):
             kernel = _folded_kernel(weight, A, sB, row_scale, dtype)  # g (W + s B A)
             y = backends.conv2d(x, kernel, bias, geometry, residual, relu)
 
-        saved = _SavedOfConv(adapter_x=adapter_x, A=A, B=B, row_scale=row_scale, y=None, bias=None, residual=None)
-        if ctx.follows:
-            saved = saved._replace(y=y, bias=bias, residual=residual)
-        elif relu:
-            saved = saved._replace(y=y)
-        ctx.save_for_backward(*saved)
+        if not ctx.follows:  # the derivative of log g alone reads these
+            bias = residual = None
+        kept = y if relu or ctx.follows else None
+        # Backward builds the kernel again: saved, those of all layers would be in memory at once.
+        ctx.save_for_backward(adapter_x, A, B, row_scale, kept, bias, residual)
         return y
 
     @staticmethod
     @backends.first_derivative
     def backward(ctx, gy):
-        saved = _SavedOfConv(*ctx.saved_tensors)
+        adapter_x, A, B, row_scale, y, bias, residual = ctx.saved_tensors
         weight, scaling, geometry, relu, dtype = ctx.constants
         need_x, need_adapter_x, _, _, need_bias, need_residual, *_ = ctx.needs_input_grad
         gy = gy.to(dtype)
         if relu:
-            gy = backends.relu_gradient(gy, saved.y)
-        g_bias = None
-        g_log_scale = None
-        if ctx.follows:
-            g_log_scale, g_bias = _scale_gradients(gy, saved.y, saved.bias, saved.residual)
+            gy = backends.relu_gradient(gy, y, 0)
+        g_bias = g_log_scale = None
+        if ctx.follows:  # where gy is not 0, y is g conv + bias + residual
+            g_log_scale, g_bias = backends.channel_sums(gy, y)
+            g_log_scale = g_log_scale.addcmul_(bias, g_bias, value=-1)
+            if residual is not None:
+                g_log_scale = g_log_scale - backends.channel_sums(gy, residual)[0]
         elif need_bias:
             g_bias = gy.sum((0, 2, 3))
 
-        sB = _scale_rows(saved.B, scaling, saved.row_scale)
-        A = saved.A.to(dtype)
-        adapter_gradients = _grouped_conv_gradients if geometry.groups > 1 else _conv_gradients
+        factors = _row_factors(scaling, row_scale)
+        sB = B * factors
         need_input = need_adapter_x or (need_x and ctx.side_path and not ctx.drops)
-        gA, gB, g_adapter_x = adapter_gradients(
-            gy, saved.adapter_x, A, sB.to(dtype), weight.shape, geometry, need_input
+        gA, gB, g_adapter_x = _conv_gradients(
+            gy, adapter_x, A.to(dtype), sB.to(dtype), weight.shape, geometry, need_input
         )
-        gB = _scale_rows(gB, scaling, saved.row_scale)
         gx = None
         if need_x:
             if ctx.side_path:
-                kernel = _scaled_kernel(weight, saved.row_scale, dtype)
+                kernel = _scaled_kernel(weight, row_scale, dtype)
             else:
-                kernel = _folded_kernel(weight, saved.A, sB, saved.row_scale, dtype)
-            gx = backends.conv2d_gradient(gy, saved.adapter_x, kernel, geometry, of_weight=False)
+                kernel = _folded_kernel(weight, A, sB, row_scale, dtype)
+            gx = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=False)
             if g_adapter_x is not None and not ctx.drops:
                 gx = gx.add_(g_adapter_x)
                 g_adapter_x = None
-        g_residual = None
-        if need_residual:
-            g_residual = gy
-        return gx, g_adapter_x, gA, gB, g_bias, g_residual, None, g_log_scale, None
-
-
-def _scale_gradients(gy: Tensor, y: Tensor, bias: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of log g and of the bias, (out,), of ``y = g conv + bias + residual``, where gy is not 0."""
-    of_scale, of_bias = backends.channel_sums(gy, y)
-    of_scale = of_scale.addcmul_(bias, of_bias, value=-1)
-    if residual is not None:
-        of_scale = of_scale - backends.channel_sums(gy, residual)[0]
-    return of_scale, of_bias
+        g_residual = gy if need_residual else None
+        return gx, g_adapter_x, gA, gB * factors, g_bias, g_residual, None, g_log_scale, None
 
 
 def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> bool:
@@ -562,11 +426,9 @@ def _kernel_merges(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: 
     return dtype not in LOW_PRECISION or not on_the_grid
 
 
-def _scale_rows(matrix: Tensor, scaling: float, row_scale: Tensor | None) -> Tensor:
-    """``s g matrix``. If g is float32, so is the product of any matrix with it."""
-    if row_scale is None:
-        return matrix * scaling
-    return matrix * (row_scale * scaling)[:, None]
+def _row_factors(scaling: float, row_scale: Tensor | None) -> Tensor | float:
+    """``s g``, by which a matrix's rows are multiplied. If g is float32, so is the product of any matrix with it."""
+    return scaling if row_scale is None else (row_scale * scaling)[:, None]
 
 
 def _scaled_kernel(weight: Tensor | NF4Weight, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -585,7 +447,7 @@ def _folded_kernel(
     """``g W + (s g B) A``, rounded once to ``dtype``; sB is s g B."""
     precise = torch.promote_types(dtype, torch.float32)
     W = _scaled_kernel(weight, row_scale, precise)
-    return _plus_low_rank(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
+    return effective_kernel(W, A.to(precise), sB.to(precise), 1.0, in_place=W is not weight).to(dtype)
 
 
 def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape: torch.Size, geometry: Geometry):
@@ -602,38 +464,37 @@ def _add_conv_update_(y: Tensor, adapter_x: Tensor, A: Tensor, sB: Tensor, shape
 
 
 def _conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
-    """The gradients of A, of sB and, if needed, of the adapter's input. All of them go through r channels."""
-    is_pointwise = shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]
-    A4 = A.view(len(A), *shape[1:])
-    gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
-    if is_pointwise:
-        gA = _pointwise_gradient(gh, adapter_x)
-        h = _pointwise(adapter_x, A)
+    """The gradients of A, of sB and, if needed, of the adapter's input.
+
+    All of them go through r channels, but for groups > 1: these would need groups * r, and the dense gradient is
+    smaller.
+    """
+    if geometry.groups > 1:
+        kernel = (sB @ A).view(shape)
+        gh = gy
+        dense = backends.conv2d_gradient(gy, adapter_x, kernel, geometry, of_weight=True).flatten(1)  # (out, fan_in)
+        gA = sB.T @ dense
+        gB = dense @ A.T
     else:
-        gA = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=True).flatten(1)
-        h = F.conv2d(adapter_x, A4, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
-    gB = _pointwise_gradient(h, gy).T
-    g_adapter_x = None
-    if need_input:
-        g_adapter_x = backends.conv2d_gradient(gh, adapter_x, A4, geometry, of_weight=False)
-    return gA, gB, g_adapter_x
-
-
-def _grouped_conv_gradients(gy, adapter_x, A, sB, shape, geometry, need_input):
-    """`_conv_gradients` for groups > 1, where h would have groups * r channels: the dense gradient is smaller."""
-    delta = (sB @ A).view(shape)
-    dense = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=True).flatten(1)  # (out, fan_in)
-    g_adapter_x = None
-    if need_input:
-        g_adapter_x = backends.conv2d_gradient(gy, adapter_x, delta, geometry, of_weight=False)
-    return sB.T @ dense, dense @ A.T, g_adapter_x
-
-
-# If the channels lie last, a thin 1x1 convolution is a matrix product over the pixels: up to twice as fast on a CPU.
+        kernel = A.view(len(A), *shape[1:])
+        gh = _pointwise(gy, sB.T)  # (N, out, H', W') -> (N, r, H', W')
+        if shape[2:] == (1, 1) and geometry[:2] == PLAIN[:2]:
+            gA = _pointwise_gradient(gh, adapter_x)
+            h = _pointwise(adapter_x, A)
+        else:
+            gA = backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=True).flatten(1)
+            h = F.conv2d(adapter_x, kernel, None, *geometry)  # (N, in, H, W) -> (N, r, H', W')
+        gB = _pointwise_gradient(h, gy).T
+    if not need_input:
+        return gA, gB, None
+    return gA, gB, backends.conv2d_gradient(gh, adapter_x, kernel, geometry, of_weight=False)
 
 
 def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in)."""
+    """``conv2d(x, matrix)`` for a 1x1 kernel. x: (N, in, H, W), matrix: (out, in).
+
+    If the channels lie last, it is a matrix product over the pixels: up to twice as fast on a CPU if it is thin.
+    """
     pixels = backends.pixels(x)
     if pixels is None:
         return F.conv2d(x, matrix[:, :, None, None])
@@ -651,57 +512,40 @@ def _pointwise_gradient(gh: Tensor, x: Tensor) -> Tensor:
 
 
 def lora_conv2d(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor,  # (N, in, H, W), in any memory format
+    weight: Tensor | NF4Weight,  # (out, in / groups, kh, kw)
+    A: Tensor,  # (r, in / groups * kh * kw)
+    B: Tensor,  # (out, r)
+    bias: Tensor | None = None,  # (out,), added as it is: g does not scale it
     scaling: float = 1.0,
     geometry: Geometry = PLAIN,
-    row_scale: Tensor | None = None,
-    adapter_x: Tensor | None = None,
-    residual: Tensor | None = None,
+    row_scale: Tensor | None = None,  # g, (out,), constant: the scale of a frozen BatchNorm behind the convolution
+    adapter_x: Tensor | None = None,  # what the adapter sees in place of x: x after dropout
+    residual: Tensor | None = None,  # (N, out, H', W')
     relu: bool = False,
-    log_scale: Tensor | None = None,
+    log_scale: Tensor | None = None,  # (out,), log |g| but for a constant: takes the gradient of g if it has one
 ) -> Tensor:
     """``relu(conv2d(x, g (W + s B A), b) + residual)`` with exact gradients for x, A, B, b and residual.
 
-    Args:
-        x: (N, in, H, W), in any memory format.
-        weight: (out, in / groups, kh, kw), frozen in the fast path. One that requires a gradient gets it, by automatic
-            differentiation.
-        A: (r, in / groups * kh * kw).
-        B: (out, r).
-        bias: (out,), added as it is: g does not scale it.
-        row_scale: g, (out,), constant: the scale of a frozen BatchNorm behind the convolution.
-        adapter_x: what the adapter sees in place of x, of x's shape: x after dropout.
-        residual: (N, out, H', W'), added to the output.
-        relu: rectify the output, after the addition.
-        log_scale: (out,), log |g| but for a constant: takes the gradient of a row_scale that is no constant.
+    And for W if it is not frozen, by automatic differentiation, which is slower.
     """
     dtype = compute_dtype(x)
     if not _is_trainable(weight):
         backends.refuse_jit()
-        constants = _ConvConstants(weight, scaling, geometry, relu, dtype)
+        constants = (weight, scaling, geometry, relu, dtype)
         return _LoRAConv2d.apply(x, adapter_x, A, B, bias, residual, row_scale, log_scale, constants)
     if log_scale is not None:  # its gradient, for automatic differentiation
         row_scale = row_scale * (log_scale - log_scale.detach()).exp()
     if adapter_x is None and dtype not in LOW_PRECISION:
         y = F.conv2d(x, effective_kernel(weight, A, B, scaling, row_scale), bias, *geometry)
     else:
-        if adapter_x is None:
-            adapter_x = x
+        adapter_x = x if adapter_x is None else adapter_x
         delta = effective_kernel(torch.zeros_like(weight, dtype=A.dtype), A, B, scaling, row_scale).to(dtype)
         y = F.conv2d(x, _scaled_kernel(weight, row_scale, weight.dtype), bias, *geometry)
         y = y + F.conv2d(adapter_x.to(dtype), delta, None, *geometry)
     if residual is not None:
         y = y + residual
-    if relu:
-        y = F.relu(y)
-    return y
-
-
-# --------------------------------------------------------------------------------------------------------- pooling
+    return F.relu(y) if relu else y
 
 
 class _MaxPool2dReLU(torch.autograd.Function):
@@ -709,7 +553,7 @@ class _MaxPool2dReLU(torch.autograd.Function):
     def forward(ctx, x, options):
         ctx.options = options
         ctx.shape = x.shape
-        y, indices = backends.max_pool2d(x, options)
+        y, indices = backends.max_pool2d(x, *options)
         y.relu_()
         # 32 bits hold the positions in a channel of an image, for which PyTorch uses 64.
         ctx.save_for_backward(y, indices.to(torch.int32))
@@ -719,20 +563,19 @@ class _MaxPool2dReLU(torch.autograd.Function):
     @backends.first_derivative
     def backward(ctx, gy):
         y, indices = ctx.saved_tensors
-        gy = backends.relu_gradient(gy, y)
+        gy = backends.relu_gradient(gy, y, 0)
         x = y.new_empty(ctx.shape)  # only its shape and its memory format are looked at
         if y.is_contiguous(memory_format=torch.channels_last):
             x = torch.empty_like(x, memory_format=torch.channels_last)
-        return backends.max_pool2d_gradient(gy, x, ctx.options, indices.long()), None
+        return backends.max_pool2d_gradient(gy, x, *ctx.options, indices.long()), None
 
 
 def max_pool2d_relu(x: Tensor, kernel_size, stride, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
-    """``max_pool2d(relu(x))``, without keeping x or relu(x) for backward.
+    """``max_pool2d(relu(x))`` without keeping x or relu(x) for backward.
 
     ReLU is monotonic, so ``relu(max_pool2d(x))`` is the same bit for bit. It rectifies a fraction of the elements, and
-    its backward needs only the output and the positions of the maxima. A compiler plans memory itself, and
-    Inductor gave the stem of a ResNet in bfloat16 no gradient with this order (PyTorch 2.13, on a CPU).
+    its backward needs only the output and the positions of the maxima.
     """
-    if backends.is_traced():
+    if backends.is_traced():  # Inductor gave a ResNet's stem in bfloat16 no gradient in this order (2.13, on a CPU)
         return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     return _MaxPool2dReLU.apply(x, (kernel_size, stride, padding, dilation, ceil_mode))

@@ -14,8 +14,6 @@ The block that holds both decides, at each call: if a child was replaced, trains
 the stock block computes. `fuse` gives blocks their fused classes, as `torch.nn.utils.parametrize` does: the objects,
 their children and their keys stay as they are, and no module refers to its parent. Types must match exactly, since a
 subclass may do something else in its forward.
-
-This file knows the layers of `finetune_lora.py` only by what they offer: see `lora.adapted.AdaptedLayer`.
 """
 
 import contextlib
@@ -34,24 +32,16 @@ from torchvision.ops.misc import Conv2dNormActivation
 from lora.activations import saves_in_16_bits
 from lora.adapted import is_adapted
 from lora.attention import SelfAttention, attend
-from lora.functional import (
-    RecomputedNorm,
-    frozen_linear,
-    max_pool2d_relu,
-)
+from lora.functional import RecomputedNorm, frozen_linear, max_pool2d_relu
 from toolkit import InputError
 from toolkit.models.norms import Freezable, FreezableBatchNorm2d, stock_norm
-
-# --------------------------------------------------------------------------------------------- what goes together
 
 
 def is_hooked(*modules: nn.Module) -> bool:
     """Does one of these have a hook? A hook must see what it would see in the stock model."""
-    return _has_any_global_hook() or any(map(_has_hook, modules))
-
-
-def _has_hook(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    return _has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
 
 
 def _trains(module: nn.Module) -> bool:
@@ -75,11 +65,7 @@ def folds(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def conv_bn(conv: nn.Module, norm: nn.Module, x: Tensor, changes: bool = False) -> Tensor:
-    """``norm(conv(x))``, as one convolution if possible.
-
-    Args:
-        changes: may what comes next change the output in place?
-    """
+    """``norm(conv(x))``, as one convolution if possible. changes: may what comes next change the output in place?"""
     followed = getattr(conv, "followed", None)  # the statistics that the adapter has of its own
     if folds(conv, norm):
         y = conv(x, batch_norm=norm)
@@ -102,14 +88,12 @@ def conv_bn_relu(
 ) -> Tensor:
     """``relu(norm(conv(x)))``, or with ``downsample(input)`` added before the ReLU, as one convolution if possible."""
     if folds(conv, norm) and type(relu) is nn.ReLU and not is_hooked(relu):
-        if downsample is not None:
-            input = downsample(input)
-        return conv(x, batch_norm=norm, residual=input, relu=True)
+        residual = input if downsample is None else downsample(input)
+        return conv(x, batch_norm=norm, residual=residual, relu=True)
     out = conv_bn(conv, norm, x, changes=True)
-    if downsample is not None:
-        input = downsample(input)
-    if input is not None:
-        out += input
+    residual = input if downsample is None else downsample(input)
+    if residual is not None:
+        out += residual
     return relu(out)
 
 
@@ -118,10 +102,13 @@ def recomputes(operation: nn.Module, layer: nn.Module) -> bool:
 
     Yes if the layer is adapted, and the operation works on each row by itself and holds nothing that trains.
     """
-    works_by_rows = type(operation) is nn.GELU or (
-        type(operation) is nn.LayerNorm and len(operation.normalized_shape) == 1
-    )
-    return works_by_rows and is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
+    if type(operation) is not nn.GELU and not _normalises_rows(operation):
+        return False
+    return is_adapted(layer) and not _trains(operation) and not is_hooked(operation, layer)
+
+
+def _normalises_rows(module: nn.Module) -> bool:
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
 def is_frozen_attention(attention: nn.Module) -> bool:
@@ -159,9 +146,7 @@ def by_rows(*modules: nn.Module) -> bool:
     """Does each of these compute every row of its input, as (N, L, E), from that row alone?"""
     kinds = (nn.Linear, nn.GELU, nn.Dropout, nn.Identity, MLPBlock)
     return all(
-        STOCK.get(type(m), type(m)) in kinds
-        or (type(m) is nn.LayerNorm and len(m.normalized_shape) == 1)
-        or (isinstance(m, nn.Linear) and is_adapted(m))
+        STOCK.get(type(m), type(m)) in kinds or _normalises_rows(m) or (isinstance(m, nn.Linear) and is_adapted(m))
         for module in modules
         for m in module.modules()
     )
@@ -169,7 +154,7 @@ def by_rows(*modules: nn.Module) -> bool:
 
 def reads_class_token_alone(encoder: nn.Module) -> bool:
     """May the last block of this encoder leave out the patches? Not if a hook would see outputs without them."""
-    if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or len(encoder.layers) == 0:
+    if type(encoder) is not Encoder or type(encoder.layers) is not nn.Sequential or not encoder.layers:
         return False
     last = encoder.layers[-1]
     if type(last) is not FusedEncoderBlock or is_hooked(encoder, encoder.layers, encoder.ln, *last.modules()):
@@ -183,16 +168,13 @@ def reads_class_token_alone(encoder: nn.Module) -> bool:
 
 
 def recomputable(forward: Callable) -> Callable:
-    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'.
-
-    Within `SavedIn16Bits` it raises InputError: the second run would start from a rounded input and differ.
-    """
+    """Make a block's forward save only its input and run again in backward, if its `checkpointing` is 'full'."""
 
     @functools.wraps(forward)
     def run(self, *args, **kwargs):
         if self.checkpointing != "full":
             return forward(self, *args, **kwargs)
-        if saves_in_16_bits() and torch.is_grad_enabled():
+        if saves_in_16_bits() and torch.is_grad_enabled():  # the second run would start from a rounded input
             raise InputError("SavedIn16Bits with gradient checkpointing full has nothing to round: drop one")
         norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
         if norms:
@@ -245,16 +227,15 @@ class FusedSequential(nn.Sequential):
     """`nn.Sequential`, each BatchNorm folded into the convolution right before it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
         modules = list(self)
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d) and modules and isinstance(modules[0], nn.BatchNorm2d):
                 norm = modules.pop(0)
-                x = conv_bn(module, norm, x, changes=bool(modules) or is_hooked(self))
+                input = conv_bn(module, norm, input, changes=bool(modules) or is_hooked(self))
             else:
-                x = module(x)
-        return x
+                input = module(input)
+        return input
 
 
 class FusedConv2dNormActivation(FusedSequential, Conv2dNormActivation):
@@ -265,22 +246,22 @@ class FusedResNet(ResNet):
     """torchvision's ResNet with the stem's BatchNorm folded, and the stem pooled before its ReLU."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        return self.from_block(self.stem(x))
+        return resnet_from_stage(self, self.stem(x))
 
     def stem(self, x: Tensor) -> Tensor:
         """The input of the first stage."""
-        relu = self.relu
-        pool = self.maxpool
+        relu, pool = self.relu, self.maxpool
         x = conv_bn(self.conv1, self.bn1, x)
         if type(relu) is nn.ReLU and type(pool) is nn.MaxPool2d and not is_hooked(relu, pool):
             return max_pool2d_relu(x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
         return pool(relu(x))
 
-    def from_block(self, x: Tensor, first: int = 0) -> Tensor:
-        """The model's output from the input of one of its stages; 0 is the first."""
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[first:]:
-            x = stage(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+def resnet_from_stage(model: ResNet, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its stages; 0 is the first."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4)[first:]:
+        x = stage(x)
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 class FusedMLPBlock(MLPBlock):
@@ -314,14 +295,10 @@ class FusedEncoderBlock(EncoderBlock):
         torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
         attention = self.self_attention
         mlp = self.mlp
-        residual = input
-        if tokens is not None:
-            residual = input[:, :tokens]
+        residual = input if tokens is None else input[:, :tokens]
         saves_all = self.checkpointing == "never"
         by_mlp = not saves_all and type(mlp) is FusedMLPBlock and not is_hooked(mlp) and recomputes(self.ln_2, mlp[0])
-        qkv = None
-        if by_mlp and tokens is None:
-            qkv = self.packed_to_rebuild(input)
+        qkv = self.packed_to_rebuild(input) if by_mlp and tokens is None else None
         if qkv is not None:
             heads = SelfAttention(attention.num_heads)
             x = attention.out_proj(qkv, prologue=heads) + input
@@ -332,10 +309,8 @@ class FusedEncoderBlock(EncoderBlock):
         elif is_frozen_attention(attention) and not is_hooked(attention, attention.out_proj):
             x = frozen_attention(attention, self.ln_1(input), tokens)
         else:
-            query = x = self.ln_1(input)
-            if tokens is not None:
-                query = x[:, :tokens]
-            x, _ = attention(query, x, x, need_weights=False)
+            x = self.ln_1(input)
+            x, _ = attention(x if tokens is None else x[:, :tokens], x, x, need_weights=False)
         attended = self.dropout(x)
         x = attended + residual
         if not by_mlp:
@@ -367,21 +342,16 @@ class FusedVisionTransformer(VisionTransformer):
         encoder = self.encoder
         if not reads_class_token_alone(encoder):
             return self.heads(encoder(x)[:, 0])
-        return self.from_block(encoder.dropout(x + encoder.pos_embedding), tokens=1)
+        return vit_from_block(self, encoder.dropout(x + encoder.pos_embedding))
 
-    def from_block(self, x: Tensor, first: int = 0, tokens: int | None = None) -> Tensor:
-        """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first.
 
-        Args:
-            tokens: how many the last block is to compute, if the caller knows; see `reads_class_token_alone`.
-        """
-        *layers, last = list(self.encoder.layers)[first:]
-        if tokens is None and reads_class_token_alone(self.encoder):
-            tokens = 1
-        for layer in layers:
-            x = layer(x)
-        x = last(x) if tokens is None else last(x, tokens=tokens)
-        return self.heads(self.encoder.ln(x)[:, 0])
+def vit_from_block(model: VisionTransformer, x: Tensor, first: int = 0) -> Tensor:
+    """The model's output from the input of one of its blocks, (N, 1 + patches, E); 0 is the first."""
+    *layers, last = list(model.encoder.layers)[first:]
+    for layer in layers:
+        x = layer(x)
+    x = last(x, tokens=1) if reads_class_token_alone(model.encoder) else last(x)
+    return model.heads(model.encoder.ln(x)[:, 0])
 
 
 class RecomputedEncoderLayer(nn.TransformerEncoderLayer):
@@ -431,10 +401,7 @@ def _differs(block: nn.Module, stock: type[nn.Module]) -> bool:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every block and every BatchNorm its stock class again, once all adapters are removed.
-
-    Gradient checkpointing is off then, and BatchNorms that were frozen follow `train()` again.
-    """
+    """Give every block and BatchNorm its stock class again, unfrozen and without gradient checkpointing."""
     _set_checkpointing(model, [], "none")
     for module in model.modules():
         if isinstance(module, Freezable):
@@ -450,20 +417,16 @@ def _set_fast_paths(model: nn.Module) -> None:
     PyTorch's encoders read them in eval mode, and timm's BEiT, EVA-02 and Swin v2 to add a bias of q and v alone.
     """
     for module in model.modules():
+        flag = "qkv_bias_separate"
         if isinstance(module, nn.TransformerEncoderLayer):
             flag = "activation_relu_or_gelu"
-            value = False
         elif isinstance(module, nn.TransformerEncoder):
             flag = "use_nested_tensor"
-            value = False
-        elif "qkv_bias_separate" in vars(module):
-            flag = "qkv_bias_separate"
-            value = True
-        else:
+        elif flag not in vars(module):
             continue
-        if any(is_adapted(m) for m in module.modules()):
+        if any(map(is_adapted, module.modules())):
             vars(module).setdefault("stock_fast_path", getattr(module, flag))
-            setattr(module, flag, value)
+            setattr(module, flag, flag == "qkv_bias_separate")
         elif "stock_fast_path" in vars(module):
             setattr(module, flag, vars(module).pop("stock_fast_path"))
 
@@ -479,29 +442,27 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
     Args:
         mode: 'never' (a ViT): all that backward needs is saved.
-            'none': all that backward needs is saved, but for the outputs of LayerNorm and GELU, which adapted layers
-            recompute in every mode: six of the sixteen activations of the block's width per token, in the time that it
-            would take to write and read them.
+            'none': all but the outputs of LayerNorm and GELU, which adapted layers recompute: six of the sixteen
+            activations of the block's width per token, in the time that it would take to write and read them.
             'selective' (a ViT): attention's output and the sum before the MLP are recomputed too: two of the ten that
-            are left. It computes attention's heads and one of the block's twelve matrix products a second time.
-            Attention's weights, which adapted layers keep in bf16 on some CPUs (see `attend`), are recomputed as well.
+            are left. That computes attention's heads and one of the block's twelve matrix products a second time.
             'full': only the input of each block is saved. timm's models know no other mode.
 
-    Raises:
-        InputError: a mode that does not exist, or a model without anything to recompute.
+    Raises InputError for a mode that does not exist, or a model without anything to recompute.
     """
     if mode not in MODES:
         raise InputError(f"gradient checkpointing {mode!r} is unknown: choose never, none, selective or full")
-    blocks = []
-    if mode == "never":
-        for block in model.modules():
-            if isinstance(block, EncoderBlock) and any(map(is_adapted, block.modules())):
-                blocks += [m for m in block.modules() if isinstance(m, EncoderBlock | MLPBlock)]
-    elif mode == "selective":
-        blocks = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and is_adapted(m)]
-    elif mode == "full":
+    if mode == "full":
         blocks = [m for m in model.modules() if STOCK.get(type(m), type(m)) in WHOLE_BLOCKS]
-    if not _set_timm_checkpointing(model, mode) and mode != "none" and not blocks:
+    else:
+        kind = {"never": EncoderBlock | MLPBlock, "none": (), "selective": nn.MultiheadAttention}[mode]
+        blocks = [m for m in model.modules() if isinstance(m, kind) and any(map(is_adapted, m.modules()))]
+    by_itself = False
+    if hasattr(model, "set_grad_checkpointing"):  # a model of timm
+        with contextlib.suppress(AssertionError):  # which timm raises if this one cannot
+            model.set_grad_checkpointing(mode == "full")
+            by_itself = mode == "full"
+    if not by_itself and mode != "none" and not blocks:
         what = "save" if mode == "never" else "recompute"
         raise InputError(f"gradient checkpointing {mode} finds nothing to {what} in this model")
     _set_checkpointing(model, blocks, mode)
@@ -509,20 +470,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str = "none") -> None:
 
 
 def _set_checkpointing(model: nn.Module, blocks: list[nn.Module], mode: str) -> None:
-    """Let these blocks of the model have this mode, and no others any."""
     for module in model.modules():
         if isinstance(module, (*WHOLE_BLOCKS, MLPBlock, nn.MultiheadAttention)):
             vars(module).pop("checkpointing", None)
     for block in blocks:
         block.checkpointing = mode
-
-
-def _set_timm_checkpointing(model: nn.Module, mode: str) -> bool:
-    """Let one of timm's models recompute its own blocks if the mode is 'full', else no longer. True if it does."""
-    if not hasattr(model, "set_grad_checkpointing"):
-        return False
-    try:
-        model.set_grad_checkpointing(mode == "full")
-    except AssertionError:  # how timm says that a model cannot
-        return False
-    return mode == "full"

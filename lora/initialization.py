@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import is_adapted
+from lora.adapted import adapter_parameters
 from toolkit import distributed
 
 # Adapters with this start learn at this many times the rate of everything else. The usual rates of full fine-tuning
@@ -27,9 +27,7 @@ GRADIENT_IMAGES = 256  # enough for a good gradient
 
 def lr_factor(lora_init: str, rank: int) -> float:
     """The factor on the learning rate of adapters with this start (--lora-init)."""
-    if lora_init == "gradient" and rank > 0:
-        return ADAPTER_LR_FACTOR
-    return 1.0
+    return ADAPTER_LR_FACTOR if lora_init == "gradient" and rank > 0 else 1.0
 
 
 def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int = 0) -> None:
@@ -45,30 +43,24 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
     Call it after the head has its starting values (`init_head_from_probe`), and in eval mode to leave dropout out. An
     adapter is left unchanged if its gradient is zero, not finite, or missing (as a merged one's); all are if `backward`
-    raises. The parameters' `.grad` are restored in any case.
-
-    Args:
-        backward: adds the gradients of some batches to the parameters' `.grad`; a few hundred images are enough.
-        seed: seeds the random Q.
+    raises. The parameters' `.grad` are restored in any case. `backward` adds the gradients of some batches to them: a
+    few hundred images are enough. `seed` is that of the random Q.
     """
     pairs = [pair for pair in adapter_pairs(model) if pair[0].requires_grad]
     if not pairs:
         return
-    before = []
+    before = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
     former_gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for A, B in pairs:
-            before.append((A.clone(), B.clone()))
             A.zero_()
             B.copy_(torch.randn(B.shape, generator=generator) / math.sqrt(len(B)))
     model.zero_grad()
-    sketches = []
     try:
         with torch.compiler.set_stance("force_eager"):  # some steps in eval mode are not worth compiling
             backward()
-        for A, _ in pairs:
-            sketches.append(A.grad)
+        sketches = [A.grad for A, _ in pairs]
     finally:
         for parameter, gradient in former_gradients:
             parameter.grad = gradient
@@ -88,8 +80,7 @@ def start_at_gradient(model: nn.Module, backward: Callable[[], None], seed: int 
 
 def adapter_pairs(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Each adapter's A (r, fan_in) and B (fan_out, r)."""
-    for module in model.modules():
-        if is_adapted(module):
-            for name, parameter in module.named_parameters(recurse=False):
-                if name.startswith("lora_A"):
-                    yield parameter, getattr(module, name.replace("lora_A", "lora_B"))
+    for layer in model.modules():
+        factors = adapter_parameters(layer)
+        for name in filter(lambda name: name.startswith("lora_A"), factors):
+            yield factors[name], factors[name.replace("lora_A", "lora_B")]

@@ -15,6 +15,7 @@ and only those that do it exactly; on other devices the weight is made dense for
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -32,12 +33,7 @@ ALIGNMENT = 64  # of the scales behind the codes, in bytes
 
 
 class Int8Weight:
-    """A frozen weight as 8-bit codes (out, in), with a float32 scale (out,) for each row.
-
-    Args:
-        codes: int8, the rows of the weight.
-        scale: what each row is multiplied by.
-    """
+    """A frozen weight as 8-bit codes (out, in), with a float32 scale (out,) for each row."""
 
     def __init__(self, codes: Tensor, scale: Tensor):
         self.codes = codes
@@ -70,20 +66,6 @@ class Int8Weight:
         """A fresh dense tensor of the weight's shape."""
         return (self.codes * self.scale[:, None]).to(dtype)
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
-        if not multiplies_exactly(self.codes.device.type, self.shape[1]):
-            return F.linear(x, self.dequantize(x.dtype), bias)
-        codes, scale = quantize_rows(x)
-        return _multiplied(x.dtype, codes, scale, self.codes.T, self.scale, bias)
-
-    def input_gradient(self, gy: Tensor) -> Tensor:
-        """``gy W``, (N, out) -> (N, in), in gy's dtype."""
-        if not multiplies_exactly(self.codes.device.type, self.shape[0]):
-            return gy @ self.dequantize(gy.dtype)
-        codes, scale = quantize_rows(gy, self.scale)
-        return _multiplied(gy.dtype, codes, scale, self.codes)
-
 
 @torch.compiler.assume_constant_result
 def multiplies_exactly(device: str, *numbers: int) -> bool:
@@ -93,10 +75,7 @@ def multiplies_exactly(device: str, *numbers: int) -> bool:
 
 @functools.cache
 def _is_exact(columns: int) -> bool:
-    """Does this CPU add up so many products of the largest codes exactly?
-
-    Without VNNI or AMX oneDNN adds in 16 bits, which saturate.
-    """
+    """Does this CPU add up so many products of the largest codes exactly? In 16 bits, without VNNI or AMX, not."""
     largest = torch.full((32, columns), LARGEST, dtype=torch.int8)
     sums = columns * LARGEST**2
     by_columns = _product(largest, largest.T)
@@ -120,9 +99,7 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scale = x.new_empty(x.shape[0], 1, dtype=torch.float32)
     for rows, its_codes, its_scale in _blocks(ROUNDED_AT_ONCE, x, codes, scale):
-        if columns is not None:
-            rows = rows * columns
-        rows = rows.to(torch.float32)
+        rows = (rows if columns is None else rows * columns).to(torch.float32)
         largest = rows.abs().amax(1, keepdim=True).clamp_min_(NO_ROW)
         its_codes.copy_((rows * (LARGEST / largest)).round_())
         torch.mul(largest, 1 / LARGEST, out=its_scale)
@@ -131,19 +108,12 @@ def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def _multiplied(
-    dtype: torch.dtype,
-    codes: Tensor,
-    scale: Tensor,
-    matrix: Tensor,
-    columns: Tensor | None = None,
-    bias: Tensor | None = None,
+    dtype: torch.dtype, codes: Tensor, scale: Tensor, matrix: Tensor, columns: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """``(codes matrix) scale columns + bias`` in ``dtype``. codes: (N, k); scale: (N, 1); matrix: (k, n), int8."""
     y = scale.new_empty(codes.shape[0], matrix.shape[1], dtype=dtype)
     for part, its_codes, its_scale in _blocks(MULTIPLIED_AT_ONCE, y, codes, scale):
-        sums = part
-        if dtype != torch.float32:
-            sums = torch.empty_like(part, dtype=torch.float32)
+        sums = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         sums.copy_(_product(its_codes, matrix))
         if columns is not None:
             sums.mul_(columns)
@@ -155,40 +125,38 @@ def _multiplied(
 
 
 def _blocks(numbers: int, first: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same rows of all, so many that those of the first have at most so many numbers.
-
-    All rows at once where a compiler decides.
-    """
-    if backends.is_traced():
+    """The same rows of all, so many that those of the first have at most so many numbers."""
+    if backends.is_traced():  # a compiler decides
         return [(first, *others)]
     size = max(numbers // max(first.shape[1], 1), 1)
     return zip(*(t.split(size) for t in (first, *others)), strict=True)
 
 
-# ------------------------------------------------------------------------------------------- whichever the weight is
-
-
 def linear(x: Tensor, W: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``. x: (N, in), W: (out, in)."""
-    return W.linear(x, bias) if isinstance(W, Int8Weight) else backends.linear(x, W, bias)
+    """``x W^T + b``, (N, in) -> (N, out), in x's dtype."""
+    if isinstance(W, Tensor):
+        return backends.linear(x, W, bias)
+    if not multiplies_exactly(W.codes.device.type, W.shape[1]):
+        return F.linear(x, W.dequantize(x.dtype), bias)
+    codes, scale = quantize_rows(x)
+    return _multiplied(x.dtype, codes, scale, W.codes.T, W.scale, bias)
 
 
 def input_gradient(gy: Tensor, W: Tensor | Int8Weight) -> Tensor:
-    """``gy W``. gy: (N, out), W: (out, in)."""
-    return W.input_gradient(gy) if isinstance(W, Int8Weight) else backends.linear(gy, W.T)
+    """``gy W``, (N, out) -> (N, in), in gy's dtype."""
+    if isinstance(W, Tensor):
+        return backends.linear(gy, W.T)
+    if not multiplies_exactly(W.codes.device.type, W.shape[0]):
+        return gy @ W.dequantize(gy.dtype)
+    codes, scale = quantize_rows(gy, W.scale)
+    return _multiplied(gy.dtype, codes, scale, W.codes, None, None)
 
 
 def widest_layer(model: nn.Module) -> torch.Size | None:
     """The shape of the widest linear layer outside the classifier head; None: there is none."""
-    widest = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or in_head(model, name):
-            continue
-        if widest is None or module.weight.numel() > widest.numel():
-            widest = module.weight.shape
-    return widest
+    linear_layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return max((m.weight.shape for n, m in linear_layers if not in_head(model, n)), key=math.prod, default=None)
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The product in 8 bits with a float weight."""
-    return Int8Weight.quantize(weight).linear
+    return functools.partial(linear, W=Int8Weight.quantize(weight))

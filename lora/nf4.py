@@ -10,19 +10,14 @@ from torch import Tensor
 
 from lora import backends
 from lora.backends import LOW_PRECISION
+from toolkit import InputError
 
 
 class NF4Weight:
     """A frozen weight in 4 bits: NF4 blocks of 64 with double quantisation (QLoRA, arXiv 2305.14314, section 3).
 
     bitsandbytes stores two values a byte, one 8-bit scale per block and one float scale per 256 of those: 4.13 bits a
-    value in all. Only this class touches bitsandbytes, which is imported when the first weight is quantised.
-
-    Args:
-        packed: uint8, two values each.
-        state: the `QuantState` of bitsandbytes.
-        shape: the weight's own.
-        rows: which rows of that weight this is.
+    value in all. `packed` and `state`, its `QuantState`, are of a whole weight of this shape; this is some rows of it.
     """
 
     BLOCK = 64
@@ -56,12 +51,8 @@ class NF4Weight:
         """A fresh dense tensor of the weight's shape."""
         written = dtype if dtype in LOW_PRECISION else torch.float32  # bitsandbytes rounds on the way
         blocks = backends.dequantize_nf4(self.packed, self._scales(), self.BLOCK, self.state.shape, written)
-        if blocks.numel() > math.prod(self._full_shape):  # the last block is not full
-            blocks = blocks.flatten()[: math.prod(self._full_shape)]
-        dense = blocks.view(self._full_shape)
-        if self._rows != slice(None):
-            dense = dense[self._rows]
-        return dense.to(dtype)
+        dense = blocks.flatten()[: math.prod(self._full_shape)].view(self._full_shape)  # the last may not be full
+        return dense[self._rows].to(dtype)
 
     def _scales(self) -> Tensor:
         """The scale of each block in float32, (blocks,).
@@ -79,18 +70,14 @@ class NF4Weight:
 
 
 def bitsandbytes_functional():
-    """`bitsandbytes.functional`, imported at the first call, so that only 4-bit weights need the package.
-
-    Raises:
-        ImportError: it is missing. The message says how to install it.
-    """
+    """`bitsandbytes.functional`, imported here, since only 4-bit weights need it. InputError if it is missing."""
     # Without CUDA, importing it warns of missing optimizers, which are not used here.
     if not torch.compiler.is_compiling():  # it cannot trace this
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional
     except ImportError as error:
-        raise ImportError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from error
+        raise InputError(f"4-bit weights need bitsandbytes ({error}): pip install bitsandbytes") from None
     return bitsandbytes.functional
 
 
@@ -98,6 +85,4 @@ def dense_weight(weight, dtype: torch.dtype) -> Tensor:
     """The weight, a tensor or in 4 or 8 bits, as a dense tensor of ``dtype``: itself if it is one, else a temporary."""
     if not isinstance(weight, Tensor):
         return weight.dequantize(dtype)
-    if weight.dtype == dtype:  # to a compiler `to` would be another tensor
-        return weight
-    return weight.to(dtype)
+    return weight if weight.dtype == dtype else weight.to(dtype)  # to a compiler `to` would be another tensor

@@ -41,7 +41,6 @@ ADAPTER = "default"  # PEFT's name for an adapter without one
 
 
 def import_peft():
-    """The module `peft`. Raises InputError if it is missing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and its warnings do not matter here
     try:
         import peft
@@ -63,22 +62,14 @@ def obstacles(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "it has no adapters"
         return
     for name, layer in layers.items():
-        reason = _obstacle(layer)
-        if in_head(model, name):
-            reason = "an adapter on the head, which PEFT saves whole"
+        reason = "an adapter on the head, which PEFT saves whole" if in_head(model, name) else _obstacle(layer)
         if reason:
             yield f"{name} ({reason})"
-    statistics = []
-    trained = []
-    for name in tensors:
-        leaf = name.rpartition(".")[2]
-        if in_head(model, name) or leaf.startswith("lora_"):
-            continue
-        kind = statistics if leaf.startswith("running_") else trained
-        kind.append(name)
+    of_base = [n for n in tensors if not in_head(model, n) and not n.rpartition(".")[2].startswith("lora_")]
+    trained = [name for name in of_base if not name.rpartition(".")[2].startswith("running_")]
     if trained:
         yield f"weights of the base that have trained ({listed(trained)})"
-    elif statistics:
+    elif of_base:
         yield "statistics of BatchNorms that followed it (--norms frozen keeps the base's)"
 
 
@@ -95,7 +86,7 @@ def _obstacle(layer: nn.Module) -> str | None:
 
 
 def _adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    return {name: layer for name, layer in outermost_layers(model, is_adapted) if layer.r}
+    return dict(outermost_layers(model, lambda module: is_adapted(module) and module.r > 0))
 
 
 def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict[str, Any] | None = None) -> None:
@@ -106,15 +97,12 @@ def write_peft(model: nn.Module, folder: Path, about: dict[str, Any], task: dict
     """
     layers = _adapted_layers(model)
     times_projected = _times_projected()
-    ranks = {}
-    alphas = {}
-    tensors = {}
+    ranks, alphas, tensors = {}, {}, {}
     for name, layer in layers.items():
         factors = _packed_factors(layer, times_projected)
         ranks[name] = len(factors["lora_A.weight"])
         alphas[name] = layer.scaling * ranks[name]
-        for key, factor in factors.items():
-            tensors[f"{name}.{key}"] = factor
+        tensors |= {f"{name}.{key}": factor for key, factor in factors.items()}
     config = import_peft().LoraConfig(
         **_by_layer("r", "rank_pattern", ranks),
         **_by_layer("lora_alpha", "alpha_pattern", alphas),
@@ -155,11 +143,8 @@ def _packed_factors(layer: AdaptedLayer, times_projected: int) -> dict[str, Tens
 
 
 def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """The factor padded with zeros to this rank, along this dimension."""
     more = rank - factor.shape[dim]
-    if dim == 1:
-        return F.pad(factor, (0, more))
-    return F.pad(factor, (0, 0, 0, more))
+    return F.pad(factor, (0, more) if dim == 1 else (0, 0, 0, more))
 
 
 def _by_layer(field: str, pattern: str, values: dict[str, float]) -> dict[str, Any]:
@@ -208,10 +193,7 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder / CONFIG} is damaged: {printable(error)}") from None
     if config.peft_type != peft.PeftType.LORA:
         raise InputError(f"{folder} holds {printable(config.peft_type)}; only LoRA can be converted")
-    more = []
-    for name in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters"):
-        if getattr(config, name):
-            more.append(name)
+    more = [n for n in ("use_dora", "lora_bias", "fan_in_fan_out", "target_parameters") if getattr(config, n)]
     if config.bias != "none":
         more.append(f"bias={config.bias}")
     # Other initialisations change the base's weights at the start.
@@ -226,47 +208,39 @@ def read_peft(folder: Path) -> dict[str, Tensor]:
 def adapters_in(
     theirs: nn.Module, tensors: dict[str, Tensor], folder: Path
 ) -> tuple[dict[str, LoRASettings], dict[str, Tensor]]:
-    """Convert the adapters of a PeftModel: the settings of each layer, and all factors by name in this toolkit.
+    """Convert the adapters of a folder's PeftModel with `read_peft`'s tensors: settings of layers, factors by name.
 
-    Args:
-        theirs: `PeftModel.from_pretrained` of the folder.
-        tensors: what `read_peft` returned for it.
-        folder: named in messages.
-
-    Raises:
-        InputError: the tensors do not fit the folder's configuration, or a layer is of a kind that is not adapted here.
+    Raises InputError if the tensors do not fit the folder's configuration, or a kind of layer is not adapted here.
     """
     layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     needed = {f"{PREFIX}{name}.lora_{factor}.weight" for name in layers for factor in "AB"}
     torn = needed ^ set(filter(re.compile(r"\.lora_").search, tensors))
     if torn:
         raise InputError(f"{folder} does not fit its own {CONFIG} or this base: {listed(sorted(torn))}")
-    refused = []
-    for name, layer in layers.items():
-        reason = f"PEFT's {type(layer).__name__}"
-        if type(layer).__name__ in _KINDS:
-            reason = _obstacle(layer.get_base_layer())
-        if reason:
-            refused.append(f"{name} ({reason})")
-    if refused:
-        raise InputError(f"{folder} cannot be read: {listed(refused)}")
+    kinds = {name: type(layer).__name__ for name, layer in layers.items()}
+    refused = {name: f"PEFT's {kind}" for name, kind in kinds.items() if kind not in _KINDS}
+    refused |= {n: _obstacle(layer.get_base_layer()) for n, layer in layers.items() if n not in refused}
+    reasons = [f"{name} ({reason})" for name, reason in refused.items() if reason]
+    if reasons:
+        raise InputError(f"{folder} cannot be read: {listed(reasons)}")
     settings = {}
     factors = {}
     for inner, layer in layers.items():
         A = layer.lora_A[ADAPTER].weight.flatten(1)  # (r, fan_in)
         B = layer.lora_B[ADAPTER].weight.flatten(1)  # (out, r)
-        if type(layer).__name__ == "MultiheadAttention":
+        if kinds[inner] == "MultiheadAttention":
             own = _unpacked(A, B)
         elif inner.endswith(".base_layer.out_proj"):
-            own = _without_zeros(A, B * _times_projected())
+            used = (A != 0).any(1) | (B != 0).any(0)  # ranks that are zero in both fill up
+            used[0] = True  # leaves a rank of at least 1
+            own = {"lora_A": A[used], "lora_B": B[:, used] * _times_projected()}
         else:
             own = {"lora_A": A, "lora_B": B}
         name = inner.replace(".base_layer.", ".")
         rank = len(next(iter(own.values())))
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0)
         settings[name] = LoRASettings(rank, layer.scaling[ADAPTER] * rank, dropout)
-        for key, factor in own.items():
-            factors[f"{name}.{key}"] = factor
+        factors |= {f"{name}.{key}": factor for key, factor in own.items()}
     return settings, factors
 
 
@@ -285,20 +259,8 @@ def _unpacked(A: Tensor, B: Tensor) -> dict[str, Tensor]:
         if torch.equal(torch.block_diag(*blocks), B):
             As = A.chunk(3)
             Bs = blocks
-    factors = {}
-    for name, own_A, own_B in zip("qkv", As, Bs, strict=True):
-        factors |= {f"lora_A_{name}": own_A, f"lora_B_{name}": own_B}
-    return factors
-
-
-def _without_zeros(A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The factors without the ranks in which both are zero."""
-    used = (A != 0).any(1) | (B != 0).any(0)
-    used[0] = True  # leaves a rank of at least 1
-    return {"lora_A": A[used], "lora_B": B[:, used]}
-
-
-# --------------------------------------------------------------------------------------------------------------- both
+    As = {f"lora_A_{name}": own for name, own in zip("qkv", As, strict=True)}
+    return As | {f"lora_B_{name}": own for name, own in zip("qkv", Bs, strict=True)}
 
 
 @torch.no_grad()

@@ -9,58 +9,38 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lora.fusion import STOCK, FusedResNet, FusedVisionTransformer
+from lora.fusion import STOCK, resnet_from_stage, vit_from_block
 from toolkit import InputError
 from toolkit.models.backbones import block_names, head_name, headless
 
 
-class UpperResNet(FusedResNet):
-    """A ResNet that begins with one of its stages."""
-
-    first = 0
+class UpperHalf(nn.Module):
+    """A model that begins with one of its blocks or, with `first` None, with its head."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class UpperVisionTransformer(FusedVisionTransformer):
-    """A ViT that begins with one of its blocks."""
-
-    first = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.from_block(x, self.first)
-
-
-class HeadAlone(nn.Module):
-    """A model that begins with its classifier head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_submodule(head_name(self))(x)
+        if self.first is None:
+            return self.get_submodule(head_name(self))(x)
+        return self.from_block(self, x, self.first)
 
 
 def split_model(model: nn.Module, last: int | None) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
     """Split a model into ``lower`` and ``upper``, so that ``upper(lower(images))`` is the model's output.
 
     The upper half has the `last` blocks (see `backbones.block_names`) and the head; None: only the head. It is a
-    shallow copy of the model, and shares every layer.
-
-    Raises:
-        InputError: `last` is given, and the model is not of torchvision's ResNet or ViT class.
+    shallow copy of the model, and shares every layer. InputError if torchvision has no such class with blocks.
     """
     upper = copy.copy(model)
+    upper.__class__ = UpperHalf
+    upper.first = None
     if last is None:
-        upper.__class__ = HeadAlone
         return headless(model), upper
-    uppers = {ResNet: UpperResNet, VisionTransformer: UpperVisionTransformer}
+    begin = {ResNet: resnet_from_stage, VisionTransformer: vit_from_block}
     kind = STOCK.get(type(model), type(model))
-    if kind not in uppers:
-        raise InputError(
-            f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}: use "
-            "--cache-features none"
-        )
+    if kind not in begin:
+        what = f"only ResNets and ViTs of torchvision's class can begin with a block, not {kind.__name__}"
+        raise InputError(f"{what}: use --cache-features none")
     blocks = block_names(model)
-    upper.__class__ = uppers[kind]
+    upper.from_block = begin[kind]
     upper.first = len(blocks) - last
     return functools.partial(input_of, model, blocks[-last]), upper
 
@@ -77,10 +57,6 @@ def input_of(model: nn.Module, name: str, x: Tensor) -> Tensor:
         received.append(inputs[0])
         raise _Reached
 
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
-    try:
-        with contextlib.suppress(_Reached):
-            model(x)
-    finally:
-        handle.remove()
+    with model.get_submodule(name).register_forward_pre_hook(stop), contextlib.suppress(_Reached):
+        model(x)
     return received[0]

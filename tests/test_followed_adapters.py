@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock
 
 from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.adapted import adapted_layers
-from lora.followed_norms import follow_statistics, followers
+from lora.followed_norms import FollowedNorm, follow_statistics, followers
 from lora_utils import LoRAManager, base_digests
 
 
@@ -48,7 +48,7 @@ def dense(model: nn.Module) -> nn.Module:
     for conv in followers(model):
         norm = oracle.get_submodule(names[conv.followed.norm])
         mean, variance = conv.followed.mean, conv.followed.variance
-        if conv.followed.learns:
+        if isinstance(conv.followed, FollowedNorm):
             h, W = conv.followed.inputs, conv.base().flatten(1)
             K = W + conv.scaling * conv.lora_B @ conv.lora_A
             v = [(h @ kernel.T).square().sum(0) + 0.01 * norm.running_var for kernel in (W, K)]

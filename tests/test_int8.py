@@ -61,10 +61,10 @@ def test_a_product_is_that_of_the_rounded_rows():
     x, W, bias, gy = (torch.randn(shape) for shape in shapes)
     weight = Int8Weight.quantize(W)
     (codes, scale), (W_codes, d) = rounded_rows(x), rounded_rows(W)
-    assert_close(weight.linear(x, bias), codes @ W_codes.T * scale * d.T + bias, ROUNDING)
-    assert_close(weight.linear(x), codes @ W_codes.T * scale * d.T, ROUNDING)
+    assert_close(int8.linear(x, weight, bias), codes @ W_codes.T * scale * d.T + bias, ROUNDING)
+    assert_close(int8.linear(x, weight), codes @ W_codes.T * scale * d.T, ROUNDING)
     codes, scale = rounded_rows(gy * d.T.float())
-    assert_close(weight.input_gradient(gy), codes @ W_codes * scale, ROUNDING)
+    assert_close(int8.input_gradient(gy, weight), codes @ W_codes * scale, ROUNDING)
     assert_close(weight.dequantize(torch.float32), W_codes * d, ROUNDING)
 
 
@@ -75,7 +75,7 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
     monkeypatch.setattr(int8, "ROUNDED_AT_ONCE", 1000), monkeypatch.setattr(int8, "MULTIPLIED_AT_ONCE", 1000)
     x, W, bias = torch.randn(rows, width, dtype=dtype), torch.randn(out, width), torch.randn(out, dtype=dtype)
     weight = Int8Weight.quantize(W)
-    y, gx = weight.linear(x, bias), weight.input_gradient(torch.ones(rows, out, dtype=dtype))
+    y, gx = int8.linear(x, weight, bias), int8.input_gradient(torch.ones(rows, out, dtype=dtype), weight)
     assert (y.dtype, y.shape, gx.dtype, gx.shape) == (dtype, (rows, out), dtype, (rows, width))
     if rows > 1 or width > 1:
         assert_close(y, x.double() @ W.double().T + bias, IN_8_BITS)
@@ -85,9 +85,9 @@ def test_products_of_all_sizes(rows, width, out, dtype, monkeypatch):
 def test_memory_in_any_order():
     x, W = torch.randn(70, 301).T, torch.randn(50, 70)
     weight = Int8Weight.quantize(W.T.contiguous().T)
-    assert torch.equal(weight.linear(x), Int8Weight.quantize(W).linear(x.contiguous()))
+    assert torch.equal(int8.linear(x, weight), int8.linear(x.contiguous(), Int8Weight.quantize(W)))
     gy = torch.randn(50, 1).expand(50, 301).T
-    assert torch.equal(weight.input_gradient(gy), weight.input_gradient(gy.contiguous()))
+    assert torch.equal(int8.input_gradient(gy, weight), int8.input_gradient(gy.contiguous(), weight))
 
 
 @exact_products
@@ -96,8 +96,8 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
     x = torch.randn(4, 8)
     x[0], x[1, 3], x[2, 3] = 0, torch.nan, torch.inf
     weight, bias = Int8Weight.quantize(torch.randn(16, 8)), torch.randn(16)
-    y = weight.linear(x, bias)
-    assert torch.equal(y[0], bias) and torch.equal(y[3:], weight.linear(x[3:], bias))
+    y = int8.linear(x, weight, bias)
+    assert torch.equal(y[0], bias) and torch.equal(y[3:], int8.linear(x[3:], weight, bias))
     assert not y[1:3].isfinite().any()
 
 
@@ -220,7 +220,7 @@ def test_checkpointing_recomputes_the_same(mode):
 def test_switched_off_it_computes_with_the_same_base():
     stock, x = nn.Sequential(nn.Linear(64, 48)), torch.randn(30, 64, requires_grad=True)
     model = in_8_bits(stock)
-    expected = Int8Weight.quantize(stock[0].weight).linear(x.detach(), stock[0].bias)
+    expected = int8.linear(x.detach(), Int8Weight.quantize(stock[0].weight), stock[0].bias)
     with LoRAManager(model).disable_lora():
         y = model(x)
         y.sum().backward()
