@@ -18,18 +18,17 @@ from toolkit.answers.tasks import TASKS
 from toolkit.config import (
     any_float,
     any_int,
-    by_layer,
     flag,
     folds,
     fraction,
     non_negative_float,
     non_negative_int,
     option,
-    or_auto,
-    or_none,
+    or_word,
     positive_float,
     positive_int,
     positive_share,
+    rank_of_layer,
     read_pattern,
     several,
     worker_count,
@@ -193,7 +192,7 @@ class DataOptions(ImageOptions):
         None, "names of the classes in masks, or a file of names and values or colours; with --task segmentation"
     )
     unknown_value: tuple[int | str, ...] = several(
-        (255,), "values of pixels in masks that are unknown; none: all are known", type=or_none(any_int)
+        (255,), "values of pixels in masks that are unknown; none: all are known", type=or_word("none", any_int)
     )
     labels_per_class: int | None = option(None, "train on only so many images of each class", type=positive_int)
     augmentation: str = option("crop", "crop, trivial: photographs; affine: digits; none", choices=AUGMENTATIONS)
@@ -212,7 +211,7 @@ class AdapterOptions:
     )
     lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
-    rank_pattern: tuple[str, ...] | None = several(None, "other ranks, as layer4=16", type=by_layer(positive_int))
+    rank_pattern: tuple[str, ...] | None = several(None, "other ranks, as layer4=16", type=rank_of_layer)
     target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
     exclude_modules: tuple[str, ...] | None = several(None, "layers to leave alone")
     adapt_last: int | None = option(
@@ -233,7 +232,7 @@ class TuneOptions(AdapterOptions):
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it; auto: search",
-        type=or_auto(positive_float),
+        type=or_word("auto", positive_float),
         flags=("--lr",),
     )
     head_init: str = option("probe", "how the classifier head starts", choices=("probe", "random"))
@@ -255,7 +254,7 @@ class TuneOptions(AdapterOptions):
     wise_ft: float | str = option(
         "auto",
         "share of the trained change that is saved; auto: grows with the images per class",
-        type=or_auto(positive_share),
+        type=or_word("auto", positive_share),
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
@@ -411,7 +410,7 @@ def complete_resume(args: argparse.Namespace) -> None:
 
 
 def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
+    """What is wrong with the options of the adapters together, one line each. `typed`: see `parse_args`."""
     if args.lora_rank > 0:
         return []
     needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern") if getattr(args, name)]
@@ -424,7 +423,7 @@ _OF_ADAPTERS = ("lora_alpha", "lora_dropout", "target_modules", "exclude_modules
 
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
+    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
     problems = option_problems(args.checkpoint, args.arch, args.heads, _in_fewer_bits(args))
     if args.stage1_adapter is not None and not os.path.exists(args.stage1_adapter):
         problems.append(
