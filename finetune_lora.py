@@ -877,11 +877,7 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, add_help=False, formatter_class=config.HelpFormatter
-    )
-    for title, section in options.FINE_TUNING_SECTIONS.items():
-        config.add_section(parser, title, section)
+    parser = config.make_parser(options.FINE_TUNING_SECTIONS, description=__doc__, add_help=False)
     config.add_help(parser, options.NEEDED)
     return parser
 

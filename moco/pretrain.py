@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
+from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
@@ -40,7 +40,7 @@ from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
-from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
+from toolkit.models.backbones import ARCHS, head_name, headless, other_heads
 from toolkit.models.norms import share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
@@ -117,15 +117,7 @@ SECTIONS = {"run": PretrainRunOptions, "model": BackboneOptions, "data": ImageOp
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.pretrain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=config.HelpFormatter,
-    )
-    for title, section in SECTIONS.items():
-        config.add_section(parser, title, section)
-    return parser
+    return config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
 
 
 def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
@@ -341,7 +333,12 @@ class Pretraining(RunState):
         if self.args.lora_rank > 0:
             self.save_adapters()
         elif is_last or self.epoch % self.args.save_every == 0:
-            self.save_checkpoint(complete=is_last)
+            state = self.state()
+            if is_last:  # half as large: without what only resuming needs
+                needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
+                state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
+            if distributed.is_main():
+                save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
         if not is_last:
             self.save_state()
 
@@ -399,15 +396,6 @@ class Pretraining(RunState):
     def state(self) -> dict[str, Any]:
         about = {"arch": self.args.arch, "normalization": self.about_images}
         return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, **about}
-
-    def save_checkpoint(self, complete: bool) -> None:
-        """Write a checkpoint. That of a complete run is half as large: it lacks what only resuming needs."""
-        state = self.state()
-        if complete:
-            needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
-            state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
-        if distributed.is_main():
-            save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
 
     def resume(self, path: Path, free: Container[str]) -> None:
         """As `RunState.resume`, from `last.pth` or a checkpoint of an epoch but the last."""
@@ -527,44 +515,33 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
     dim = outputs[-1] if outputs else 256
     mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
-    version = args.moco_version or version or 3
-    args = replace(args, moco_version=version, dim=args.dim or dim, mlp_dim=args.mlp_dim or mlp_dim)
-    report: dict[str, Any] = {}
-    if args.checkpoint:
-        backbone, args, report = backbone_of_checkpoint(args)
-    else:
-        args = replace(args, image_size=args.image_size or default_image_size(args.arch))
-        backbone = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3)
-    if args.lora_rank > 0:
-        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
-    model = contrast(devices.place(backbone, device), args).to(device)
-    fuse(model.encoder_k)  # it gets no gradient
-    report["origin"] = "".join(start_from(model, parts))
-    if args.checkpoint:
-        report["origin"] = checkpoints.describe_base(report) + report["origin"]
-    return model, args, report
-
-
-def backbone_of_checkpoint(args: PretrainOptions) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
-    """The backbone of --checkpoint, the options with what it says, and what `load_backbone` reports."""
-    backbone, report = load_base(args.checkpoint, None, 1, **options.backbone_shape(args))
+    backbone, report = checkpoints.load_backbone(
+        args.checkpoint or checkpoints.NO_CHECKPOINT, 1, **options.backbone_shape(args)
+    )
     args = replace(
         args,
         arch=report["arch"],
         image_size=report["image_size"],
         heads=report["heads"] if other_heads(backbone) else None,
         channels=report["channels"] if report["channels"] != 3 else args.channels,
+        moco_version=args.moco_version or version or 3,
+        dim=args.dim or dim,
+        mlp_dim=args.mlp_dim or mlp_dim,
     )
-    if args.moco_version == 3 and args.arch.startswith("vit"):  # leave the checkpoint's positions as they are
-        backbone.encoder.pos_embedding.requires_grad_(False)
-    return backbone, args, report
-
-
-def contrast(backbone: nn.Module, args: PretrainOptions) -> nn.Module:
-    """MoCo in the version asked for. A projector replaces the backbone's classifier head."""
+    if args.checkpoint and args.moco_version == 3 and args.arch.startswith("vit"):
+        backbone.encoder.pos_embedding.requires_grad_(False)  # the checkpoint's positions stay as they are
+    if args.lora_rank > 0:
+        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
+    backbone = devices.place(backbone, device)
     if args.moco_version == 3:
-        return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
-    return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
+        model = MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
+    else:
+        mlp = args.moco_version == 2
+        model = MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp)
+    model.to(device)
+    fuse(model.encoder_k)  # it gets no gradient
+    report["origin"] = checkpoints.describe_base(report) + "".join(start_from(model, parts))
+    return model, args, report
 
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from moco import pretrain
 from toolkit import InputError, config
 from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
+from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import optim
 
@@ -576,7 +577,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     assert read_adapter_file(adapter)["metadata"]["stage1_adapter"] == str(stage1)
     model, _ = load_finetuned(adapter)
     deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "merged.pth")])
-    merged = pretrain.build_backbone("vit_mini", 3, 16)
+    merged = build_backbone("vit_mini", 3, 16)
     merged.load_state_dict(torch.load(tmp_path / "merged.pth"))
     x = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(merged.eval()(x), model(x), rtol=1e-4, atol=1e-5)

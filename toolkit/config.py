@@ -134,14 +134,15 @@ def several(default: Any, meaning: str | None = None, **how: Any) -> Any:
     return option(default, meaning, nargs="+", action="extend", **how)
 
 
-def add_section(parser: argparse.ArgumentParser, title: str, section: type) -> argparse._ArgumentGroup:
-    """Add the fields of a dataclass as a group of options, which is that section of the YAML file too."""
-    group = parser.add_argument_group(title)
-    for field in dataclasses.fields(section):
-        how = dict(field.metadata)
-        flags = how.pop("flags")
-        group.add_argument(flag(field.name), *flags, default=field.default, **how)
-    return group
+def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentParser:
+    """A parser with the fields of each dataclass as a group of options, which is that section of the YAML file too."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+    for title, section in sections.items():
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(section):
+            described = dict(field.metadata)
+            group.add_argument(flag(field.name), *described.pop("flags"), default=field.default, **described)
+    return parser
 
 
 def frozen(kind: type, values: argparse.Namespace) -> Any:
@@ -226,11 +227,16 @@ def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | No
             action.const = ""  # for `--epochs` without a value, which _convert_one refuses
         elif action.nargs == "+":
             action.nargs = "*"
-    words = sys.argv[1:] if argv is None else argv
-    switches = {name for name, action in parser._option_string_actions.items() if action.nargs == 0}
-    with_value = [word for word in words if "=" in word and word.split("=")[0] in switches]
-    problems = [f"{printable(word)}: write {word.split('=')[0]} alone; it takes no value" for word in with_value]
-    typed, rest = lenient.parse_known_args([word for word in words if word not in with_value])
+    words = []
+    problems = []
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, _ = word.partition("=")
+        action = parser._option_string_actions.get(name)
+        if equals and action is not None and action.nargs == 0:
+            problems.append(f"{printable(word)}: write {name} alone; it takes no value")
+        else:
+            words.append(word)
+    typed, rest = lenient.parse_known_args(words)
     return vars(typed), problems + unknown_words(parser, rest)
 
 
@@ -306,8 +312,10 @@ def _read_config(
     if not isinstance(content, dict | None):
         problems.append(f"--config {path}: expected the sections {', '.join(SECTIONS)}")
         return
-    groups = {group.title: group._group_actions for group in parser._action_groups if group.title in SECTIONS}
-    own = {title: [action.dest for action in group] for title, group in groups.items()}
+    own: dict[str, list[str]] = {}
+    for group in parser._action_groups:
+        if group.title in SECTIONS:
+            own[group.title] = [action.dest for action in group._group_actions]
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
             hint = _hint(section, SECTIONS) or _right_section(section, own)
@@ -405,14 +413,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
     """The first paragraphs of the description, and the options in `needed` with their defaults."""
-    actions = [action for dest in needed for action in parser._actions if action.dest == dest]
-    names = [", ".join(flag for flag in action.option_strings if not flag.startswith("--no-")) for action in actions]
-    column = max(map(len, names)) + 4
+    actions = {action.dest: action for action in parser._actions}
     width = shutil.get_terminal_size().columns - 2
     lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
-    for name, action in zip(names, actions, strict=True):
-        indents = {"initial_indent": f"  {name}".ljust(column), "subsequent_indent": " " * column}
-        lines += textwrap.wrap(HelpFormatter._get_help_string(None, action), width, **indents)
+    for dest in needed:
+        names = ", ".join(name for name in actions[dest].option_strings if not name.startswith("--no-"))
+        meaning = HelpFormatter._get_help_string(None, actions[dest])
+        lines += textwrap.wrap(meaning, width, initial_indent=f"  {names}".ljust(26), subsequent_indent=" " * 26)
     return "\n".join([*lines, "", "--help-all shows the other options. docs/choosing.md says what to take."])
 
 
