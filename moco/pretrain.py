@@ -250,7 +250,7 @@ class Pretraining(RunState):
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
-        base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
+        base = self.model.encoder_q.base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         warmup = args.warmup_epochs * steps
         self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup, args.schedule)

@@ -285,19 +285,18 @@ def _load_yaml(path: Path) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST_CONFIG + 1)
+        if len(text) <= LONGEST_CONFIG:
+            return yaml.load(text, _ConfigLoader)  # a SafeLoader
+        reason = f"longer than {LONGEST_CONFIG:,} characters; give a YAML file of options"
     except OSError as error:
-        raise InputError(f"--config {path}: cannot read it: {error.strerror}") from None
+        reason = f"cannot read it: {error.strerror}"
     except UnicodeDecodeError:
-        raise InputError(f"--config {path}: not a text file in UTF-8; give a YAML file") from None
-    if len(text) > LONGEST_CONFIG:
-        raise InputError(f"--config {path}: longer than {LONGEST_CONFIG:,} characters; give a YAML file of options")
-    try:
-        return yaml.load(text, _ConfigLoader)  # a SafeLoader
+        reason = "not a text file in UTF-8; give a YAML file"
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = f"not valid YAML: {' '.join(str(error).split())}"
     except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
-        reason = f"{type(error).__name__}: {printable(error)}"
-    raise InputError(f"--config {path}: not valid YAML: {reason}")
+        reason = f"not valid YAML: {type(error).__name__}: {printable(error)}"
+    raise InputError(f"--config {path}: {reason}")
 
 
 def _read_config(
@@ -324,22 +323,19 @@ def _read_config(
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
         elif section in own:
             for key, value in (entries or {}).items():
+                name = f"{section}.{printable(key)}"
                 if key in own[section]:
                     yield section, key, value
-                elif key not in ignored.get(section, ()):
-                    problems += _key_problems(section, key, value, own, path)
-
-
-def _key_problems(section: str, key: Any, value: Any, own: dict[str, list[str]], path: Path) -> list[str]:
-    """What is wrong with a key that is no option; nothing for a former option at a value that did nothing."""
-    if key in REMOVED and value in REMOVED[key]:
-        return []
-    if key in REPLACED:
-        return [f"{section}.{key}: replaced; delete the line, and {REPLACED[key]}"]
-    if key in REMOVED:
-        return [f"{section}.{key} was removed, and {printable(value)} cannot be had any more; delete the line"]
-    hint = _right_section(key, own) or _hint(key, own[section])
-    return [f"{section}.{printable(key)}: no such key in {path}{hint}"]
+                elif key in ignored.get(section, ()) or value in REMOVED.get(key, ()):
+                    continue
+                elif key in REPLACED:
+                    problems.append(f"{name}: replaced; delete the line, and {REPLACED[key]}")
+                elif key in REMOVED:
+                    gone = f"{printable(value)} cannot be had any more"
+                    problems.append(f"{name} was removed, and {gone}; delete the line")
+                else:
+                    hint = _right_section(key, own) or _hint(key, own[section])
+                    problems.append(f"{name}: no such key in {path}{hint}")
 
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
@@ -397,7 +393,15 @@ def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
 
     The parser has its other options already, and was made with `add_help=False`.
     """
-    show = {"action": "version", "version": short_help(parser, needed)}  # argparse's action that prints a text
+    actions = {action.dest: action for action in parser._actions}
+    width = shutil.get_terminal_size().columns - 2
+    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
+    for dest in needed:
+        names = ", ".join(name for name in actions[dest].option_strings if not name.startswith("--no-"))
+        meaning = HelpFormatter._get_help_string(None, actions[dest])
+        lines += textwrap.wrap(meaning, width, initial_indent=f"  {names}".ljust(26), subsequent_indent=" " * 26)
+    lines += ["", "--help-all shows the other options. docs/choosing.md says what to take."]
+    show = {"action": "version", "version": "\n".join(lines)}  # argparse's action that prints a text
     parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
     parser.add_argument("--help-all", dest="help", action="help", help="all options")
 
@@ -411,29 +415,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{meaning} (default: {default})" if default else meaning
 
 
-def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
-    """The first paragraphs of the description, and the options in `needed` with their defaults."""
-    actions = {action.dest: action for action in parser._actions}
-    width = shutil.get_terminal_size().columns - 2
-    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
-    for dest in needed:
-        names = ", ".join(name for name in actions[dest].option_strings if not name.startswith("--no-"))
-        meaning = HelpFormatter._get_help_string(None, actions[dest])
-        lines += textwrap.wrap(meaning, width, initial_indent=f"  {names}".ljust(26), subsequent_indent=" " * 26)
-    return "\n".join([*lines, "", "--help-all shows the other options. docs/choosing.md says what to take."])
-
-
 def shown_default(default: Any) -> str:
     """A default as the help shows it; nothing for None."""
-    if default is None:
-        return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    if isinstance(default, tuple):
-        return " ".join(map(str, default))
     if default == SHIPPED:
         return "shipped"
-    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
+    return "" if default is None else _as_text(default)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
