@@ -102,7 +102,7 @@ def build_backbone(
         return _build_timm(arch, num_classes, size, channels)
     if arch in _RESNETS:
         return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
-    shape = _VITS[arch] | ({"num_heads": heads} if heads is not None else {})
+    shape = _VITS[arch] | {"num_heads": heads or default_heads(arch)}
     _check_patches(arch, size, shape["patch_size"])
     stem = None
     if "conv" in arch:  # 3x3 convolutions of stride 2 that double the width each time; torchvision appends the 1x1
@@ -173,9 +173,9 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that are the classifier head: those that `name_head` recorded, or `head_name`."""
-    found = [_found_head(model)] if "head_modules" not in vars(model) else model.head_modules
-    return tuple(filter(None, found))
+    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
+    recorded = vars(model).get("head_modules")
+    return tuple(filter(None, [_found_head(model)])) if recorded is None else recorded
 
 
 def head_name(model: nn.Module) -> str | None:
