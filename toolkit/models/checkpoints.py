@@ -144,14 +144,11 @@ def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str 
     """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
     model = _meta_model(arch)
     name = f"{first_convolution(model)}.weight"
-    expected = model.state_dict().get(name)
-    if expected is None or name not in weights or weights[name].dim() != 4:
+    found, own = weights.get(name), model.state_dict().get(name)
+    if own is None or found is None or found.dim() != 4:
         return None, input_channels(model)
-    out, channels, *kernel = expected.shape
-    found_out, found_channels, *found_kernel = weights[name].shape
-    if (found_out, found_kernel) == (out, kernel) and found_channels > 0:
-        return name, found_channels
-    return name, channels
+    fits = (len(found), found.shape[2:]) == (len(own), own.shape[2:]) and found.shape[1] > 0
+    return name, found.shape[1] if fits else own.shape[1]
 
 
 def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
