@@ -872,29 +872,24 @@ def load_adapters(model: nn.Module, path: str | Path, base: str | Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line. Groups `model`, `data` and `finetune` are the sections of the YAML file as well."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, add_help=False, formatter_class=config.HelpFormatter
-    )
+    parser = config.make_parser(options.FINE_TUNING_SECTIONS, description=__doc__, add_help=False)
     config.add_help(parser, options.NEEDED)
-    for title, section in options.FINE_TUNING_SECTIONS.items():
-        config.add_section(parser, title, section)
     return parser
 
 
 def read_options(argv: Sequence[str] | None = None) -> tuple[FineTuneOptions, dict[str, str]]:
     """Options and where each came from: defaults < YAML < command line. Raises InputError with every problem found."""
 
-    def applies(typed: dict[str, Any]) -> bool:  # its values suit the shipped backbone alone
-        return checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
+    def default_config(typed: dict[str, Any]) -> Path | None:  # its values suit the shipped backbone alone
+        is_shipped = checkpoint_path(typed.get("checkpoint", "shipped")).resolve() == DEFAULT_CHECKPOINT.resolve()
+        return DEFAULT_CONFIG if is_shipped else None
 
-    def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
-        typed = config.typed_options(parser, args, sources)
+    def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
         problems = options.complete_fine_tuning(args, sources)
         problems += runs.environment_problems(args, output_folder.FINE_TUNING_FILES)
         return problems + options.fine_tuning_problems(args, typed)
 
-    parser = make_parser()
-    args, sources = config.parse_args(parser, argv, DEFAULT_CONFIG, applies, complete)
+    args, sources = config.parse_args(make_parser(), argv, default_config, complete)
     return config.frozen(FineTuneOptions, args), sources
 
 

@@ -46,14 +46,10 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def update_encoder_k(self, m: float) -> None:
         """theta_k <- m theta_k + (1 - m) theta_q (1911.05722, equation 2), for all trainable parameters."""
-        keys = []
-        queries = []
-        for k, q in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
-            if k is not q:
-                keys.append(k)
-                queries.append(q)
+        both = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+        pairs = [(k, q) for k, q in both if k is not q]
         # An interpolation leaves values exactly equal that are equal in both encoders.
-        torch._foreach_lerp_(keys, queries, 1 - m)
+        torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 1 - m)
 
 
 class MoCo(MomentumContrast):
@@ -63,11 +59,9 @@ class MoCo(MomentumContrast):
     keys are computed in another order than queries (section 3.3, shuffling BN). One process has no use for shuffling:
     BatchNorm sees the whole batch in any order.
 
-    Args:
-        backbone: as in MomentumContrast.
+    Args (others as in MomentumContrast):
         dim: width of q and k.
         K: number of keys in the queue.
-        m, T: as in MomentumContrast.
         mlp: a hidden layer in the projector (v2).
     """
 
@@ -110,21 +104,18 @@ class MoCoV3(MomentumContrast):
     A ViT gets fixed sine-cosine positions, unless its positions are frozen already, and a frozen patch embedding,
     without which its training is unstable (section 4.1). The momentum rises from m to 1 along half a cosine.
 
-    Args:
-        backbone: as in MomentumContrast.
-        dim, mlp_dim: width of q and k, and of the hidden layers of projector and predictor.
-        m, T: as in MomentumContrast.
+    `dim` is the width of q and k, `mlp_dim` that of the hidden layers of projector and predictor.
     """
 
     def __init__(self, backbone, dim: int = 256, mlp_dim: int = 4096, m: float = 0.99, T: float = 0.2):
-        layers = 2  # of the projector, for ResNets
+        hidden = [mlp_dim]
         if isinstance(backbone, VisionTransformer):
-            layers = 3
+            hidden = [mlp_dim, mlp_dim]
             if backbone.encoder.pos_embedding.requires_grad:
                 fix_positions(backbone)
             if isinstance(backbone.conv_proj, nn.Conv2d):  # a stem of several convolutions is trained
                 backbone.conv_proj.requires_grad_(False)
-        projector = mlp([feature_dim(backbone), *[mlp_dim] * (layers - 1), dim])
+        projector = mlp([feature_dim(backbone), *hidden, dim])
         super().__init__(backbone, projector, m, T)
         self.predictor = mlp([dim, mlp_dim, dim])
 
@@ -153,9 +144,7 @@ class MoCoV3(MomentumContrast):
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or in float64 if it already is."""
-    if x.dtype == torch.float64:
-        return x
-    return x.float()
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -174,10 +163,7 @@ def shuffled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def momentum_copy(encoder: nn.Module) -> nn.Module:
-    """A copy without gradients that shares the frozen tensors, since they stay equal anyway.
-
-    These are the parameters without `requires_grad`, and the statistics of a BatchNorm that is `frozen`.
-    """
+    """A copy without gradients that shares frozen parameters and statistics of frozen BatchNorms, which stay equal."""
     shared = [p for p in encoder.parameters() if not p.requires_grad]
     for module in encoder.modules():
         if getattr(module, "frozen", False):
@@ -194,11 +180,9 @@ def feature_dim(backbone: nn.Module) -> int:
 def mlp(widths: list[int]) -> nn.Sequential:
     """Linear layers with BatchNorm after each, ReLU between them; the last BatchNorm has no parameters."""
     layers = []
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-        is_last = i == len(widths) - 2
-        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out, affine=not is_last)]
-        if not is_last:
-            layers.append(nn.ReLU())
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU()]
+    layers += [nn.Linear(widths[-2], widths[-1], bias=False), nn.BatchNorm1d(widths[-1], affine=False)]
     return nn.Sequential(*layers)
 
 

@@ -15,7 +15,7 @@ Every option is a flag and a key of the configuration file, whose sections are t
 """
 
 import argparse
-import dataclasses
+import functools
 import json
 import math
 import os
@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from finetune_lora import add_lora_to_model, freeze_backbone_params, load_base
+from finetune_lora import add_lora_to_model, freeze_backbone_params
 from lora.fusion import fuse
 from lora_utils import LoRAManager, trained_state
 from moco.builder import MoCo, MoCoV3
@@ -40,25 +40,18 @@ from toolkit.files import read_checkpoint, save_atomically, write_text
 from toolkit.images import bands, data, transforms
 from toolkit.images.sources import UNLABELLED_SET, has_labels, load_splits, load_unlabelled, validation_part
 from toolkit.models import checkpoints
-from toolkit.models.backbones import ARCHS, build_backbone, default_image_size, head_name, headless, other_heads
+from toolkit.models.backbones import ARCHS, head_name, headless, other_heads
 from toolkit.models.norms import share_statistics
 from toolkit.run import optim, options, output_folder, reports, runs, training
 from toolkit.run.options import AdapterOptions, ImageOptions, RunOptions, ShapeOptions
 from toolkit.run.run_state import RunState, StateEntry
 
 # Options that may differ when a run is resumed, because they do not change what is computed.
-FREE_TO_CHANGE = {
-    "config",
-    "output_dir",
-    "resume",
-    "device",
-    "workers",
-    "knn_every",
-    "knn_dir",
-    "save_every",
+FREE_TO_CHANGE = (
+    *("config", "output_dir", "resume", "device", "workers", "knn_every", "knn_dir", "save_every"),
     "checkpoint",  # a digest catches another base
     *options.PLACES_OF_IMAGES,
-}
+)
 METRICS = ("epoch", "loss", *measures.TITLES, "learning_rate", "seconds")
 OPTIMIZERS = ("adamw", "sgd", "lars")
 # The most images drawn for the k-NN accuracy: 400 MB of features of a ResNet-50.
@@ -124,15 +117,7 @@ SECTIONS = {"run": PretrainRunOptions, "model": BackboneOptions, "data": ImageOp
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m moco.pretrain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=config.HelpFormatter,
-    )
-    for title, section in SECTIONS.items():
-        config.add_section(parser, title, section)
-    return parser
+    return config.make_parser(SECTIONS, prog="python -m moco.pretrain", description=__doc__)
 
 
 def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[str, str]]:
@@ -141,9 +126,8 @@ def read_options(argv: list[str] | None = None) -> tuple[PretrainOptions, dict[s
     return config.frozen(PretrainOptions, args), sources
 
 
-def complete(args: argparse.Namespace, sources: dict[str, str]) -> list[str]:
+def complete(args: argparse.Namespace, sources: dict[str, str], typed: set[str]) -> list[str]:
     """Fill in the options that follow from others; return what is wrong with them together, one line each."""
-    typed = config.typed_options(make_parser(), args, sources)
     problems = options.complete_data(args, sources)
     options.complete_adapters(args)
     options.complete_resume(args)
@@ -192,7 +176,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     held = output_folder.held(args.output_dir, "moco.pretrain", written(args), args.resume)
     with runs.faults_explained(device, SAVES_MEMORY) as loaders, held as begin:
         run = Pretraining(args, device, dtype)
-        loaders += run.loaders()
+        loaders += filter(None, [run.loader, *run.knn_loaders, run.view_loader])
         if args.resume:
             run.resume(args.resume, FREE_TO_CHANGE)
         if args.checkpoint:
@@ -261,17 +245,19 @@ class Pretraining(RunState):
         args = replace(args, **vars(known))
         super().__init__(args, device, dtype)
         self.model = model
-        self.normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, known, read, device)
+        normalization, self.loader, self.knn_loaders, self.view_loader = load_data(args, known, read, device)
+        self.about_images = bands.recorded(normalization, vars(args))  # for whoever uses the backbone
         if args.moco_version == 3:
             # v3 does not shuffle, so statistics of one process could tell which key belongs to which query.
             share_statistics(self.model)
-        base = getattr(self.model.encoder_q, "base_digests", {}) if args.lora_rank > 0 else {}
+        base = self.model.encoder_q.base_digests if args.lora_rank > 0 else {}
         steps = len(self.loader)
         warmup = args.warmup_epochs * steps
         self.begin_training(self.model, build_optimizer(self.model, args), steps, warmup, args.schedule)
         self.total_steps = args.epochs * steps
         self.steps_read_together = training.STEPS_READ_TOGETHER.get(device.type, 1)
-        self.trained_entries["model"] = StateEntry(self.model_state, self.restore_model)
+        restore = functools.partial(self.model.load_state_dict, strict=args.lora_rank == 0)
+        self.trained_entries["model"] = StateEntry(self.model_state, restore)
         self.identity |= {"images": self.loader.dataset.dataset.digest, "base": base}
         self.identity["config"] = {name: config.stored(value) for name, value in vars(args).items()}
 
@@ -323,8 +309,7 @@ class Pretraining(RunState):
     def end_epoch(self) -> None:
         """Add a row to the history, save the files that are due, measure the features if that is due, print a line."""
         now = self.progress
-        row = dict.fromkeys(METRICS)
-        row |= {"epoch": self.epoch + 1, "loss": now.loss_sum / now.steps}
+        row = dict.fromkeys(METRICS) | {"epoch": self.epoch + 1, "loss": now.loss_sum / now.steps}
         row |= {"learning_rate": now.learning_rate, "seconds": now.seconds}
         self.history.append(row)
         self.progress = None
@@ -348,7 +333,12 @@ class Pretraining(RunState):
         if self.args.lora_rank > 0:
             self.save_adapters()
         elif is_last or self.epoch % self.args.save_every == 0:
-            self.save_checkpoint(complete=is_last)
+            state = self.state()
+            if is_last:  # half as large: without what only resuming needs
+                needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
+                state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
+            if distributed.is_main():
+                save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
         if not is_last:
             self.save_state()
 
@@ -388,7 +378,7 @@ class Pretraining(RunState):
             metadata["channels"] = args.channels
         if self.report.get("channel_fit"):
             metadata["channel_fit"] = self.report["channel_fit"]
-        metadata |= self.about_images()
+        metadata |= self.about_images
         metadata["checkpoint"] = checkpoints.stored_checkpoint(args.checkpoint)
         metadata["lora"] = options.lora_options(args)
         metadata |= {"epoch": self.epoch, "loss": self.history[-1]["loss"], "config": self.identity["config"]}
@@ -403,47 +393,16 @@ class Pretraining(RunState):
             names |= {name.replace("encoder_q.", "encoder_k.", 1) for name in names}
         return {name: tensor.cpu() for name, tensor in state.items() if name in names}  # readable without a GPU
 
-    def about_images(self) -> dict[str, Any]:
-        """The metadata on how images are normalised, for whoever uses the backbone."""
-        return bands.recorded(self.normalization, vars(self.args))
-
-    def restore_model(self, state: dict[str, torch.Tensor]) -> None:
-        self.model.load_state_dict(state, strict=self.args.lora_rank == 0)
-
     def state(self) -> dict[str, Any]:
-        about = {"arch": self.args.arch, "normalization": self.about_images()}
+        about = {"arch": self.args.arch, "normalization": self.about_images}
         return super().state() | {"epoch": self.epoch, "global_steps": self.global_steps, **about}
 
-    def save_checkpoint(self, complete: bool) -> None:
-        """Write a checkpoint. That of a complete run is half as large: it lacks what only resuming needs."""
-        state = self.state()
-        if complete:
-            needless = {*self.trained_entries, *self.other_entries} - {"model", "history"}
-            state = {key: value for key, value in state.items() if key not in needless} | {"optimizer": {}}
-        if distributed.is_main():
-            save_atomically(state, self.path(f"moco_stage1_epoch_{self.epoch}.pth"))
-
     def resume(self, path: Path, free: Container[str]) -> None:
-        """Resume the run that wrote `path`; on the CPU, to the same bits as without the interruption.
-
-        Raises InputError if that run was configured otherwise or is complete.
-        """
-        state = read_checkpoint(path, mapped=False)
-        if not isinstance(state, dict) or not {"model", "optimizer", "global_steps", "config"} <= state.keys():
-            raise InputError(f"--resume {path}: not a checkpoint of python -m moco.pretrain")
-        if not state["optimizer"] and state["epoch"]:
+        """As `RunState.resume`, from `last.pth` or a checkpoint of an epoch but the last."""
+        state = read_checkpoint(path)
+        if isinstance(state, dict) and state.get("optimizer") == {} and state.get("epoch"):
             raise InputError(f"--resume {path}: that run is complete; it has nothing to resume")
-        if not {"progress", "images", "history"} <= state.keys():
-            raise InputError(f"--resume {path}: written by an earlier version, of which no run can be resumed")
-        # An option that the run's version did not know has its default; that of alpha follows the rank.
-        then = {field.name: config.stored(field.default) for field in dataclasses.fields(PretrainOptions)}
-        then |= {"lora_alpha": 16.0} | state["config"]
-        progress = state["progress"]
-        if progress is not None and "steps" not in progress:  # an earlier version wrote it, with an epoch always begun
-            steps = state["global_steps"] - state["epoch"] * self.steps_per_epoch
-            progress = progress | {"steps": steps} if steps else None
-        state = {"before": None, "base": {}, "meter": {}, **state, "config": then, "progress": progress}
-        self.go_on(path, state, free)
+        super().resume(path, free)
 
     def results(self) -> dict[str, Any]:
         last = self.history[-1]
@@ -458,13 +417,9 @@ class Pretraining(RunState):
             "checkpoint": self.path(file),
             "metrics": self.path("metrics.csv"),
             "images": self.identity["images"],
-            "normalization": self.about_images(),
+            "normalization": self.about_images,
             "config": self.identity["config"],
         }
-
-    def loaders(self) -> list[DataLoader]:
-        more = [] if self.view_loader is None else [self.view_loader]
-        return [self.loader, *self.knn_loaders, *more]
 
 
 def describe_measures(row: dict[str, float | None]) -> str:
@@ -472,8 +427,7 @@ def describe_measures(row: dict[str, float | None]) -> str:
     shown = []
     for name, title in measures.TITLES.items():
         if row.get(name) is not None:
-            decimals = ".1%" if name == "knn_accuracy" else ".2f"
-            shown.append(f"{title} {row[name]:{decimals}}")
+            shown.append(f"{title} {row[name]:{'.1%' if name == 'knn_accuracy' else '.2f'}}")
     return ", ".join(shown)
 
 
@@ -556,60 +510,38 @@ def build_model(args: PretrainOptions, device: torch.device) -> tuple[nn.Module,
         The model; the options with those that follow from the checkpoint (arch, image size, version and widths); and
         what `load_backbone` reports, with a line on where the weights come from as `origin`.
     """
-    version = None
-    parts = {}
-    if args.checkpoint:
-        version, parts = checkpoints.load_contrast(args.checkpoint)
+    version, parts = checkpoints.load_contrast(args.checkpoint) if args.checkpoint else (None, {})
     projector = parts.get("projector", {}).items()
     outputs = [tensor.shape[0] for name, tensor in projector if name.endswith("weight") and tensor.dim() == 2]
-    dim = 256
-    mlp_dim = 4096
-    if outputs:
-        dim = outputs[-1]
-    if len(outputs) > 1 and version == 3:
-        mlp_dim = outputs[0]
-    args = replace(
-        args,
-        moco_version=args.moco_version or version or 3,
-        dim=args.dim or dim,
-        mlp_dim=args.mlp_dim or mlp_dim,
+    dim = outputs[-1] if outputs else 256
+    mlp_dim = outputs[0] if len(outputs) > 1 and version == 3 else 4096
+    backbone, report = checkpoints.load_backbone(
+        args.checkpoint or checkpoints.NO_CHECKPOINT, 1, **options.backbone_shape(args)
     )
-    report: dict[str, Any] = {}
-    if args.checkpoint:
-        backbone, args, report = backbone_of_checkpoint(args)
-    else:
-        args = replace(args, image_size=args.image_size or default_image_size(args.arch))
-        backbone = build_backbone(args.arch, 1, args.image_size, args.heads, args.channels or 3)
-    if args.lora_rank > 0:
-        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
-    model = contrast(devices.place(backbone, device), args).to(device)
-    fuse(model.encoder_k)  # it gets no gradient
-    report["origin"] = "".join(start_from(model, parts))
-    if args.checkpoint:
-        report["origin"] = checkpoints.describe_base(report) + report["origin"]
-    return model, args, report
-
-
-def backbone_of_checkpoint(args: PretrainOptions) -> tuple[nn.Module, PretrainOptions, dict[str, Any]]:
-    """The backbone of --checkpoint, the options with what it says, and what `load_backbone` reports."""
-    backbone, report = load_base(args.checkpoint, None, 1, **options.backbone_shape(args))
     args = replace(
         args,
         arch=report["arch"],
         image_size=report["image_size"],
         heads=report["heads"] if other_heads(backbone) else None,
         channels=report["channels"] if report["channels"] != 3 else args.channels,
+        moco_version=args.moco_version or version or 3,
+        dim=args.dim or dim,
+        mlp_dim=args.mlp_dim or mlp_dim,
     )
-    if args.moco_version == 3 and args.arch.startswith("vit"):  # leave the checkpoint's positions as they are
-        backbone.encoder.pos_embedding.requires_grad_(False)
-    return backbone, args, report
-
-
-def contrast(backbone: nn.Module, args: PretrainOptions) -> nn.Module:
-    """MoCo in the version asked for. A projector replaces the backbone's classifier head."""
+    if args.checkpoint and args.moco_version == 3 and args.arch.startswith("vit"):
+        backbone.encoder.pos_embedding.requires_grad_(False)  # the checkpoint's positions stay as they are
+    if args.lora_rank > 0:
+        freeze_backbone_params(add_lora_to_model(backbone, **options.lora_options(args)))
+    backbone = devices.place(backbone, device)
     if args.moco_version == 3:
-        return MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
-    return MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp=args.moco_version == 2)
+        model = MoCoV3(backbone, args.dim, args.mlp_dim, args.momentum, args.temperature)
+    else:
+        mlp = args.moco_version == 2
+        model = MoCo(backbone, args.dim, args.queue_size, args.momentum, args.temperature, mlp)
+    model.to(device)
+    fuse(model.encoder_k)  # it gets no gradient
+    report["origin"] = checkpoints.describe_base(report) + "".join(start_from(model, parts))
+    return model, args, report
 
 
 def start_from(model: nn.Module, parts: dict[str, dict[str, torch.Tensor]]) -> Iterator[str]:
@@ -652,32 +584,18 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            matrices = [p for p in parameters if p.ndim != 1]
-            plain = [p for p in parameters if p.ndim == 1]
-            updates = [p.grad for p in plain]
-            if matrices:
-                updates = self.scaled(matrices, group) + updates
-            for p in parameters:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim != 1:
+                    update = p.grad.add(p, alpha=group["weight_decay"])
+                    ratio = group["trust"] * p.norm() / update.norm()
+                    update = update * torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, 1.0)
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
-            parameters = matrices + plain
-            velocities = [self.state[p]["velocity"] for p in parameters]
-            torch._foreach_mul_(velocities, group["momentum"])
-            torch._foreach_add_(velocities, updates)
-            torch._foreach_add_(parameters, velocities, alpha=-group["lr"])
-
-    @staticmethod
-    def scaled(parameters: list[torch.Tensor], group: dict[str, Any]) -> list[torch.Tensor]:
-        """The update of each parameter, in the trust ratio to it."""
-        updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=group["weight_decay"])
-        of_weights = torch.stack(torch._foreach_norm(parameters))
-        of_updates = torch.stack(torch._foreach_norm(updates))
-        ratios = group["trust"] * of_weights / of_updates
-        ratios = torch.where(torch.isfinite(ratios) & (ratios > 0), ratios, torch.ones_like(ratios))
-        return list(torch._foreach_mul(updates, ratios.unbind()))
+                self.state[p]["velocity"].mul_(group["momentum"]).add_(update)
+                p.add_(self.state[p]["velocity"], alpha=-group["lr"])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from moco import pretrain
 from toolkit import InputError, config
 from toolkit.files import read_checkpoint
 from toolkit.images import data, sources
+from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import optim
 
@@ -291,27 +292,17 @@ def test_bad_options(run, options, problem):
         run(options)
 
 
-def test_a_run_goes_on_that_knew_fewer_options(run, tmp_path):
-    run()
-    state = torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")
-    for name in ("lora_rank", "lora_alpha", "use_qlora", "checkpoint"):
-        del state["config"][name]
-    torch.save(state, tmp_path / "earlier.pth")
-    run(f"--resume {tmp_path / 'earlier.pth'}", "again")
-    with pytest.raises(InputError, match=r"lora_alpha was 16\.0, is 8\.0"):
-        (tmp_path / "other.yaml").write_text("moco: {lora_alpha: 8}")
-        run(f"--config {tmp_path / 'other.yaml'} --resume {tmp_path / 'earlier.pth'}", "other")
-
-
 def test_checkpoints_that_cannot_be_resumed(run, tmp_path):
     run()
     with pytest.raises(InputError, match="that run is complete"):
         run(f"--resume {tmp_path / 'out' / 'moco_stage1_epoch_2.pth'}")
     with pytest.raises(InputError, match=r"belongs to a run with other settings .epochs was 2, is 3, seed was 0, is 5"):
         run(f"--epochs 3 --seed 5 --resume {tmp_path / 'out' / 'moco_stage1_epoch_1.pth'}")
-    torch.save({"state_dict": {}}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="not a checkpoint of python"):
-        run(f"--resume {tmp_path / 'other.pth'}")
+    for content in ({"state_dict": {}}, torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")):
+        content.pop("images", None)
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(InputError, match=r"other.pth is not a last\.pth of this version"):
+            run(f"--resume {tmp_path / 'other.pth'}")
 
 
 @pytest.mark.slow
@@ -328,11 +319,6 @@ def test_a_run_is_not_resumed_on_other_images(run, folder, tmp_path):
         run(half, "other")
     (mine / "dark" / "another.png").unlink()
     run(half, "again")
-    state = torch.load(tmp_path / "out" / "moco_stage1_epoch_1.pth")
-    del state["images"]
-    torch.save(state, tmp_path / "old.pth")
-    with pytest.raises(InputError, match="written by an earlier version"):
-        run(f"--data-dir {mine} --resume {tmp_path / 'old.pth'}")
 
 
 def test_the_folder_is_read_once_and_the_held_out_images_have_no_part(run, folder, monkeypatch):
@@ -591,7 +577,7 @@ def test_fine_tuning_and_deployment_are_over_base_and_stage_1_adapter(adapt, fin
     assert read_adapter_file(adapter)["metadata"]["stage1_adapter"] == str(stage1)
     model, _ = load_finetuned(adapter)
     deploy_lora.main(["merge", str(adapter), "--output", str(tmp_path / "merged.pth")])
-    merged = pretrain.build_backbone("vit_mini", 3, 16)
+    merged = build_backbone("vit_mini", 3, 16)
     merged.load_state_dict(torch.load(tmp_path / "merged.pth"))
     x = torch.randn(4, 3, 16, 16)
     torch.testing.assert_close(merged.eval()(x), model(x), rtol=1e-4, atol=1e-5)

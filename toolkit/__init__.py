@@ -18,23 +18,14 @@ def printable(text: Any, longest: int = 120) -> str:
         shown = str(text)[:longest]
     except ValueError:
         return "a number too long to write out"
-    return re.sub(r"\W", _escaped, shown)
-
-
-def _escaped(match: re.Match) -> str:
-    character = match[0]
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def listed(names: Iterable[Any], shown: int = 4) -> str:
     """The first few names, printable, and how many more there are."""
     names = list(names)
-    text = ", ".join(map(printable, names[:shown])) or "none"
-    if len(names) > shown:
-        text += f" and {len(names) - shown} more"
-    return text
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return (", ".join(map(printable, names[:shown])) or "none") + more
 
 
 def dotted(prefix: str, name: str) -> str:
@@ -51,9 +42,7 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
         return _likeness(name, full), len(os.path.commonprefix([name, full]))  # noqa: RUF071 - by characters
 
     best = max(known, key=rank, default="")
-    if not best or rank(best)[0] < 0.6:  # difflib's own cutoff
-        return ""
-    return f"did you mean {best}?"
+    return f"did you mean {best}?" if best and rank(best)[0] >= 0.6 else ""  # difflib's own cutoff
 
 
 def _likeness(name: str, full: str) -> float:
@@ -62,11 +51,8 @@ def _likeness(name: str, full: str) -> float:
         return 1.0
     ours = re.findall("[^-_ ]+", name)
     theirs = re.findall("[^-_ ]+", full)
-    shared = 0.0
-    for word in ours:
-        likeness = max(map(_alike, itertools.repeat(word), theirs), default=0)
-        if likeness > 0.75:
-            shared += likeness
+    likeness = [max(map(_alike, itertools.repeat(word), theirs), default=0) for word in ours]
+    shared = sum(filter(lambda value: value > 0.75, likeness))
     return max(_alike(name.strip("-"), full.strip("-")), 2 * shared / max(1, len(ours) + len(theirs)))
 
 

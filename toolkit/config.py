@@ -13,7 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,18 @@ from toolkit.files import SHIPPED, stored_path
 SECTIONS = ("model", "data", "moco", "finetune")
 
 # Options of earlier versions, with the value at which each did nothing: an old configuration may have it at that.
+_EMPTY = ("merge_into", "sort_into", "rotation", "shift", "noise", "show_bands", "alpha_pattern", "head_learning_rate")
+_OFF = ("from_scratch", "use_rslora", "tensorboard", "train_norms", "follow_norms")
 REMOVED = {
-    "patch_dropout": (0, 0.0),
-    "merge_into": (None,),
-    "sort_into": (None,),
-    "rotation": (None,),
-    "shift": (None,),
-    "noise": (None,),
+    **dict.fromkeys(_EMPTY, (None,)),
+    **dict.fromkeys(_OFF, (False,)),
+    **dict.fromkeys(("patch_dropout", "cutmix", "ema"), (0,)),
     "cache_images": ("none",),
     "cached_views": (None, 4),
-    "show_bands": (None,),
     "channel_fit": (None, "timm"),
-    "from_scratch": (False,),
     "crop_min": (0.75,),
-    "alpha_pattern": (None,),
-    "use_rslora": (False,),
-    "head_learning_rate": (None,),
     "schedule": ("cosine",),
-    "cutmix": (0, 0.0),
-    "ema": (0, 0.0),
     "base_dtype": ("auto",),
-    "tensorboard": (False,),
-    "train_norms": (False,),
-    "follow_norms": (False,),
     "unknown": ("ignore",),
 }
 # What does what an option of earlier versions did.
@@ -93,35 +82,26 @@ any_float = _number(float, lambda x: True, "a number")
 positive_share = _number(float, lambda x: 0 < x <= 1, "a number above 0, at most 1")
 
 
-def or_auto(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A converter that accepts 'auto' as well, and leaves it as it is."""
-    return lambda text: text if text == "auto" else convert(text)
+def or_word(word: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter that accepts a word as well, and leaves it as it is."""
+    return lambda text: text if text == word else convert(text)
 
 
-def by_layer(convert: Callable[[str], Any]) -> Callable[[str], str]:
-    """A converter that only checks `LAYER=VALUE`, with a value for `convert`; `read_pattern` splits the text."""
-
-    def check(text: str) -> str:
-        layer, equals, value = text.rpartition("=")
-        if not layer or not equals:
-            raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
-        convert(value)
-        return text
-
-    return check
+def rank_of_layer(text: str) -> str:
+    """`LAYER=VALUE`, as it is, if that is a name and a rank; `read_pattern` splits it."""
+    layer, _, value = text.rpartition("=")
+    if not layer:
+        raise argparse.ArgumentTypeError(f"expected LAYER=VALUE, as layer4=16, got '{printable(text)}'")
+    positive_int(value)
+    return text
 
 
-def read_pattern(entries: list[str] | None) -> dict[str, float]:
-    """Values by layer, from entries LAYER=VALUE; whole numbers as ints."""
-    values = {}
-    for entry in entries or []:
-        layer, _, text = entry.rpartition("=")
-        value = float(text)
-        values[layer] = int(value) if value.is_integer() else value
-    return values
+def read_pattern(entries: Iterable[str] | None) -> dict[str, int]:
+    """Ranks by layer, from entries LAYER=VALUE."""
+    return {layer: int(value) for layer, value in (entry.rsplit("=", 1) for entry in entries or ())}
 
 
-worker_count = or_auto(_number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
+worker_count = or_word("auto", _number(int, lambda x: 0 <= x <= 256, "a whole number from 0 to 256, or auto"))
 
 
 def folds(text: str) -> str:
@@ -130,13 +110,6 @@ def folds(text: str) -> str:
     if not match or int(match[2]) < 2 or int(match[1] or 1) > int(match[2]):
         raise argparse.ArgumentTypeError(f"expected a number of parts, as 5, or one, as 2/5, got '{printable(text)}'")
     return text
-
-
-def boolean(text: str) -> bool:
-    """`true` or `false`, as YAML writes them."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,23 +135,20 @@ def several(default: Any, meaning: str | None = None, **how: Any) -> Any:
     return option(default, meaning, nargs="+", action="extend", **how)
 
 
-def add_section(parser: argparse.ArgumentParser, title: str, section: type) -> argparse._ArgumentGroup:
-    """Add the fields of a dataclass as a group of options, which is that section of the YAML file too."""
-    group = parser.add_argument_group(title)
-    for field in dataclasses.fields(section):
-        how = dict(field.metadata)
-        flags = how.pop("flags")
-        group.add_argument(flag(field.name), *flags, default=field.default, **how)
-    return group
+def make_parser(sections: Mapping[str, type], **how: Any) -> argparse.ArgumentParser:
+    """A parser with the fields of each dataclass as a group of options, which is that section of the YAML file too."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=HelpFormatter, **how)
+    for title, section in sections.items():
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(section):
+            described = dict(field.metadata)
+            group.add_argument(flag(field.name), *described.pop("flags"), default=field.default, **described)
+    return parser
 
 
 def frozen(kind: type, values: argparse.Namespace) -> Any:
     """The options as an object of a dataclass, which nobody changes. A list becomes a tuple."""
-    fields = {}
-    for field in dataclasses.fields(kind):
-        value = getattr(values, field.name)
-        fields[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**fields)
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -187,10 +157,9 @@ def frozen(kind: type, values: argparse.Namespace) -> Any:
 
 def parse_args(
     parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-    default_config: Path | None = None,
-    default_config_applies: Callable[[dict[str, Any]], bool] | None = None,
-    check: Callable[[argparse.Namespace, dict[str, str]], Iterable[str]] | None = None,
+    argv: Sequence[str] | None = None,
+    default_config: Callable[[dict[str, Any]], Path | None] = lambda typed: None,
+    check: Callable[[argparse.Namespace, dict[str, str], set[str]], Iterable[str]] = lambda *_: (),
     ignored: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Options from defaults, then a YAML file, then the command line; the parser is the schema of all three.
@@ -200,11 +169,11 @@ def parse_args(
     Args:
         parser: has `--config`.
         argv: the command line, `sys.argv[1:]` when None.
-        default_config: the YAML file used when the command line names none.
-        default_config_applies: receives the command line's values (unconverted, by `dest`) and returns whether to use
-            `default_config`. None: always.
-        check: receives what this function returns, may complete it, and returns what is wrong with the options
-            together. An option whose own value is wrong has its default there.
+        default_config: receives the command line's values, unconverted and by `dest`, and returns the YAML file to use
+            when they name none.
+        check: receives what this function returns, which it may complete, and the options to which the command line
+            gives another value than their default. Returns what is wrong with the options together. An option whose own
+            value is wrong has its default there.
         ignored: by section, the keys of the file that are options of the other script alone.
 
     Returns:
@@ -229,31 +198,22 @@ def parse_args(
 
     if "config" in typed:
         take("config", typed.pop("config"), "command line", "--config")
-    elif default_config and (not default_config_applies or default_config_applies(typed)):
-        values["config"] = default_config
+    else:
+        values["config"] = default_config(typed)
     if values["config"] is not None:
         for section, dest, value in _read_config(parser, Path(values["config"]), problems, ignored or {}):
             take(dest, value, "config", f"{section}.{dest}")
     for dest, value in typed.items():
         take(dest, value, "command line", actions[dest].option_strings[0])
     args = argparse.Namespace(**values)
-    if check is not None:
-        problems += check(args, sources)
+    changed = {dest for dest in typed if sources[dest] == "command line" and values[dest] != actions[dest].default}
+    problems += check(args, sources, changed)
     if problems:
         raise InputError("\n".join(problems))
     return args, sources
 
 
-def typed_options(parser: argparse.ArgumentParser, args: argparse.Namespace, sources: dict[str, str]) -> set[str]:
-    """The options to which the command line gives another value than their default. Call it before completing them."""
-    return {
-        name
-        for name, source in sources.items()
-        if source == "command line" and getattr(args, name) != parser.get_default(name)
-    }
-
-
-def _read_command_line(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict[str, Any], list[str]]:
+def _read_command_line(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
     """The typed values, unconverted, and problems with their names. argparse alone would stop at the first problem."""
     lenient = copy.deepcopy(parser)
     lenient.allow_abbrev = False
@@ -289,13 +249,16 @@ def unknown_words(parser: argparse.ArgumentParser, rest: list[str]) -> list[str]
     for before, word in zip(["", *rest], rest, strict=False):
         name = word.split("=")[0].removeprefix("--").replace("-", "_")
         if name in REPLACED:
-            problems.append(f"{printable(word)}: replaced; {REPLACED[name]}")
+            problem = f"replaced; {REPLACED[name]}"
         elif name.removeprefix("no_") in REMOVED:
-            problems.append(f"{printable(word)}: the option was removed; leave it out")
+            problem = "the option was removed; leave it out"
         elif word.startswith("-"):
-            problems.append(f"{printable(word)}: no such option{_hint(word.split('=')[0], known)}; see {see}")
-        elif not before.startswith("-"):  # a word after an unknown option is most likely its value
-            problems.append(f"{printable(word)}: unexpected argument; see {see}")
+            problem = f"no such option{_hint(word.split('=')[0], known)}; see {see}"
+        elif before.startswith("-"):  # a word after an unknown option is most likely its value
+            continue
+        else:
+            problem = f"unexpected argument; see {see}"
+        problems.append(f"{printable(word)}: {problem}")
     return problems
 
 
@@ -323,19 +286,18 @@ def _load_yaml(path: Path) -> Any:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(LONGEST_CONFIG + 1)
+        if len(text) <= LONGEST_CONFIG:
+            return yaml.load(text, _ConfigLoader)  # a SafeLoader
+        reason = f"longer than {LONGEST_CONFIG:,} characters; give a YAML file of options"
     except OSError as error:
-        raise InputError(f"--config {path}: cannot read it: {error.strerror}") from None
+        reason = f"cannot read it: {error.strerror}"
     except UnicodeDecodeError:
-        raise InputError(f"--config {path}: not a text file in UTF-8; give a YAML file") from None
-    if len(text) > LONGEST_CONFIG:
-        raise InputError(f"--config {path}: longer than {LONGEST_CONFIG:,} characters; give a YAML file of options")
-    try:
-        return yaml.load(text, _ConfigLoader)  # a SafeLoader
+        reason = "not a text file in UTF-8; give a YAML file"
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = f"not valid YAML: {' '.join(str(error).split())}"
     except Exception as error:  # PyYAML stumbles over odd values in many ways, such as a date in month 13
-        reason = f"{type(error).__name__}: {printable(error)}"
-    raise InputError(f"--config {path}: not valid YAML: {reason}")
+        reason = f"not valid YAML: {type(error).__name__}: {printable(error)}"
+    raise InputError(f"--config {path}: {reason}")
 
 
 def _read_config(
@@ -353,7 +315,7 @@ def _read_config(
     own: dict[str, list[str]] = {}
     for group in parser._action_groups:
         if group.title in SECTIONS:
-            own[group.title] = list(dict.fromkeys(action.dest for action in group._group_actions))
+            own[group.title] = [action.dest for action in group._group_actions]
     for section, entries in (content or {}).items():
         if section not in SECTIONS:
             hint = _hint(section, SECTIONS) or _right_section(section, own)
@@ -362,35 +324,28 @@ def _read_config(
             problems.append(f"{section}: expected a section with `key: value` lines in {path}")
         elif section in own:
             for key, value in (entries or {}).items():
+                name = f"{section}.{printable(key)}"
                 if key in own[section]:
                     yield section, key, value
-                elif key not in ignored.get(section, ()):
-                    problems += _key_problems(section, key, value, own, path)
-
-
-def _key_problems(section: str, key: Any, value: Any, own: dict[str, list[str]], path: Path) -> list[str]:
-    """What is wrong with a key that is no option; nothing for a former option at a value that did nothing."""
-    if key in REMOVED and value in REMOVED[key]:
-        return []
-    if key in REPLACED:
-        return [f"{section}.{key}: replaced; delete the line, and {REPLACED[key]}"]
-    if key in REMOVED:
-        return [f"{section}.{key} was removed, and {printable(value)} cannot be had any more; delete the line"]
-    hint = _right_section(key, own) or _hint(key, own[section])
-    return [f"{section}.{printable(key)}: no such key in {path}{hint}"]
+                elif key in ignored.get(section, ()) or value in REMOVED.get(key, ()):
+                    continue
+                elif key in REPLACED:
+                    problems.append(f"{name}: replaced; delete the line, and {REPLACED[key]}")
+                elif key in REMOVED:
+                    gone = f"{printable(value)} cannot be had any more"
+                    problems.append(f"{name} was removed, and {gone}; delete the line")
+                else:
+                    hint = _right_section(key, own) or _hint(key, own[section])
+                    problems.append(f"{name}: no such key in {path}{hint}")
 
 
 def _right_section(key: Any, own: dict[str, list[str]]) -> str:
-    for section, keys in own.items():
-        if key in keys:
-            return f" (it belongs in the section {section})"
-    return ""
+    return next((f" (it belongs in the section {section})" for section, keys in own.items() if key in keys), "")
 
 
 def _hint(name: Any, known: Collection[str]) -> str:
-    if meant := did_you_mean(name, known):
-        return f" ({meant})"
-    return ""
+    meant = did_you_mean(name, known)
+    return f" ({meant})" if meant else ""
 
 
 def _convert(action: argparse.Action, value: Any) -> Any:
@@ -403,23 +358,23 @@ def _convert(action: argparse.Action, value: Any) -> Any:
         return value
     if action.nargs is None or action.nargs == "?":
         return _convert_one(action, value)
-    if not isinstance(value, list) or (action.nargs == "+" and not value):
-        if not value:
-            raise ValueError("expected at least one value")
+    if not value and action.nargs == "+":
+        raise ValueError("expected at least one value")
+    if not isinstance(value, list):
         raise ValueError(f"expected a list, got {printable(repr(value))}")
     return [_convert_one(action, item) for item in value]
 
 
 def _convert_one(action: argparse.Action, value: Any) -> Any:
-    kind = action.type or str
-    if value is None or value == "" or not isinstance(value, str | int | float | Path):
-        raise ValueError(f"expected a value, got {'none' if value in (None, '') else printable(value)}")
-    if isinstance(value, bool) and kind is not boolean:
-        raise ValueError(f"expected a value, got {str(value).lower()}")
+    if value is None or value == "":
+        raise ValueError("expected a value, got none")
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
+        shown = str(value).lower() if isinstance(value, bool) else value
+        raise ValueError(f"expected a value, got {printable(shown)}")
     # Through text, because PyYAML reads 1e-3 as a string and the converters read text.
     try:
         text = str(value)
-        converted = kind(text)
+        converted = (action.type or str)(text)
     except ValueError:
         raise ValueError(f"invalid value {printable(value)}") from None
     if "\0" in text:
@@ -437,62 +392,37 @@ def _convert_one(action: argparse.Action, value: Any) -> Any:
 def add_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> None:
     """Add `--help`, which shows the options in `needed` (by `dest`) with their defaults, and `--help-all`.
 
-    The parser must have been made with `add_help=False`.
+    The parser has its other options already, and was made with `add_help=False`.
     """
-    show = {"action": _PrintText, "const": lambda: short_help(parser, needed)}
+    actions = {action.dest: action for action in parser._actions}
+    width = shutil.get_terminal_size().columns - 2
+    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
+    for dest in needed:
+        names = ", ".join(name for name in actions[dest].option_strings if not name.startswith("--no-"))
+        meaning = HelpFormatter._get_help_string(None, actions[dest])
+        lines += textwrap.wrap(meaning, width, initial_indent=f"  {names}".ljust(26), subsequent_indent=" " * 26)
+    lines += ["", "--help-all shows the other options. docs/choosing.md says what to take."]
+    show = {"action": "version", "version": "\n".join(lines)}  # argparse's action that prints a text
     parser.add_argument("-h", "--help", dest="help", help="the options that people need", **show)
     parser.add_argument("--help-all", dest="help", action="help", help="all options")
-
-
-class _PrintText(argparse.Action):
-    """Prints what `const` returns, and exits."""
-
-    def __init__(self, option_strings, dest, const, help):
-        super().__init__(option_strings, dest, nargs=0, const=const, default=argparse.SUPPRESS, help=help)
-
-    def __call__(self, parser, *_):
-        print(self.const())
-        parser.exit()
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Formats a help that shows the default of each option that has one."""
 
     def _get_help_string(self, action):
-        default = ""
-        if action.option_strings and action.default != argparse.SUPPRESS:
-            default = shown_default(action.default)
+        default = "" if action.default == argparse.SUPPRESS else shown_default(action.default)
         meaning = action.help or ", ".join(map(str, action.choices or []))
         return f"{meaning} (default: {default})" if default else meaning
 
 
-def short_help(parser: argparse.ArgumentParser, needed: Iterable[str]) -> str:
-    """The first paragraphs of the description, and the options in `needed` with their defaults."""
-    actions = {action.dest: action for action in parser._actions}
-    flags = {}
-    for dest in needed:
-        positive = [flag for flag in actions[dest].option_strings if not flag.startswith("--no-")]
-        flags[dest] = ", ".join(positive)
-    column = max(map(len, flags.values())) + 4
-    width = shutil.get_terminal_size().columns - 2
-    lines = ["\n\n".join(parser.description.split("\n\n")[:2]), ""]
-    for dest, names in flags.items():
-        indents = {"initial_indent": f"  {names}".ljust(column), "subsequent_indent": " " * column}
-        lines += textwrap.wrap(HelpFormatter._get_help_string(None, actions[dest]), width, **indents)
-    return "\n".join([*lines, "", "--help-all shows the other options. docs/choosing.md says what to take."])
-
-
 def shown_default(default: Any) -> str:
     """A default as the help shows it; nothing for None."""
-    if default is None:
-        return ""
     if isinstance(default, bool):
         return "on" if default else "off"
-    if isinstance(default, tuple):
-        return " ".join(map(str, default))
     if default == SHIPPED:
         return "shipped"
-    return f"{default:g}" if isinstance(default, int | float) else str(stored_path(default))
+    return "" if default is None else _as_text(default)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -505,8 +435,10 @@ def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[s
     configured = []
     for name, source in sources.items():
         value = getattr(args, name)
-        if source == "command line":
-            typed.append(_as_typed(name, value))
+        if source == "command line" and isinstance(value, bool):
+            typed.append(flag(name if value else f"no_{name}"))
+        elif source == "command line":
+            typed.append(f"{flag(name)} {_as_text(value)}")
         elif source == "config" and value != parser.get_default(name):
             configured.append(f"{name} {_as_text(value)}")
     entries = {
@@ -518,12 +450,6 @@ def describe_options(parser: argparse.ArgumentParser, args: Any, sources: dict[s
     return "\n".join(textwrap.fill(f"{title}: {values}", 80, **whole) for title, values in entries.items() if values)
 
 
-def _as_typed(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return flag(name if value else f"no_{name}")
-    return f"{flag(name)} {_as_text(value)}"
-
-
 def _as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(_as_text, value))
@@ -532,10 +458,8 @@ def _as_text(value: Any) -> str:
 
 def stored_sections(sections: Mapping[str, type], args: Any) -> dict[str, dict[str, Any]]:
     """The options in the sections of a YAML file, given by the dataclass of each."""
-    content = {}
-    for title, section in sections.items():
-        content[title] = {field.name: stored(getattr(args, field.name)) for field in dataclasses.fields(section)}
-    return content
+    names = {title: [field.name for field in dataclasses.fields(section)] for title, section in sections.items()}
+    return {title: {name: stored(getattr(args, name)) for name in fields} for title, fields in names.items()}
 
 
 def stored(value: Any) -> Any:

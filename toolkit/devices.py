@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,11 @@ def seed_everything(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """The state of every generator, as tensors, tuples and numbers: `torch.load(weights_only=True)` reads these."""
     _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
-    of_cuda = []
-    if torch.cuda.is_initialized():
-        of_cuda = torch.cuda.get_rng_state_all()
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian),
         "torch": torch.get_rng_state(),
-        "cuda": of_cuda,
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -58,7 +56,8 @@ def select_device(name: str) -> torch.device:
     """
     several = distributed.launched()
     if name == "auto":
-        name = _first_device(several)
+        others = "mps" if torch.backends.mps.is_available() and not several else "cpu"
+        name = "cuda" if torch.cuda.is_available() else others
     if several and name.startswith("cuda:"):
         raise InputError(f"--device {name} would be the GPU of every process; use --device cuda, and each gets its own")
     if several and name == "cuda":
@@ -81,14 +80,6 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def _first_device(several: bool) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.backends.mps.is_available() and not several:
-        return "mps"
-    return "cpu"
-
-
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
@@ -101,12 +92,10 @@ def select_precision(name: str, device: torch.device, option: str = "--precision
     'auto' is bf16 on CUDA devices that compute in it, fp16 on other CUDA devices, fp32 elsewhere.
     Raises InputError, which names the option, for fp16 on the CPU, where it is slow: 16 bits are bf16 there.
     """
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return torch.bfloat16
-        return torch.float16
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif name == "auto":
+        name = "fp32"
     if name == "fp16" and device.type == "cpu":
         raise InputError(f"{option} fp16 needs a GPU; on the CPU use {option} bf16 or fp32")
     return DTYPES[name]
@@ -121,15 +110,12 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     This is measured: a processor's name does not say how fast its products in 16 bits are.
     """
     line = f"device: {device}, precision: {dtype}"
-    if device.type != "cpu" or dtype == torch.float32:
-        return line
-    times = product_seconds(dtype) / product_seconds(torch.float32)
-    if times <= CLEARLY_SLOWER:
-        return line
-    return (
-        f"{line}\nbf16 products take {times:.1f} times as long as float32's on this processor: "
-        "--precision fp32 is faster"
-    )
+    if device.type == "cpu" and dtype != torch.float32:
+        times = product_seconds(dtype) / product_seconds(torch.float32)
+        if times > CLEARLY_SLOWER:
+            line += f"\nbf16 products take {times:.1f} times as long as float32's on this processor: "
+            line += "--precision fp32 is faster"
+    return line
 
 
 def product_seconds(dtype: torch.dtype) -> float:
@@ -141,12 +127,7 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 def shortest_seconds(work: Callable[[], Any]) -> float:
     """The shortest of three runs of work on a CPU, in CPU time, which other programs do not lengthen."""
-    seconds = []
-    for _ in range(3):  # the first prepares its code too
-        start = time.process_time()
-        work()
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+    return min(timeit.repeat(work, timer=time.process_time, number=1, repeat=3))  # the first prepares its code too
 
 
 def check_arithmetic(name: str, device: torch.device) -> None:
@@ -157,9 +138,7 @@ def check_arithmetic(name: str, device: torch.device) -> None:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision in `dtype`, or none if that is float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 COMPILER = "inductor"
@@ -179,28 +158,21 @@ def compiled(network: nn.Module, device: torch.device, accumulation_steps: int =
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise InputError("--compile on a GPU needs Triton (pip install triton), which is not here: leave it out")
     if device.type == "cpu" and COMPILER == "inductor" and not cpp_compiler():
-        raise InputError(
-            "--compile on a CPU needs a C++ compiler (apt install g++), which is not here; or leave it out"
-        )
-    mode = "default"
-    if device.type == "cuda" and accumulation_steps == 1:
-        mode = "reduce-overhead"
+        raise InputError("--compile on a CPU needs a C++ compiler, which is not here: apt install g++, or leave it out")
+    mode = "reduce-overhead" if device.type == "cuda" and accumulation_steps == 1 else "default"
     return torch.compile(network, backend=COMPILER, mode=mode, fullgraph=True, dynamic=False)
 
 
 def cpp_compiler() -> str | None:
     """The C++ compiler that `torch.compile` would call, if there is one."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "cl"):
-        if name and shutil.which(name):
-            return shutil.which(name)
-    return None
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "cl"))), None)
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to the device, in place, and a ResNet into the memory format of the images from `to_device`."""
-    if any(isinstance(module, ResNet) for module in model.modules()) and device.type != "mps":
-        return model.to(device, memory_format=torch.channels_last)
-    return model.to(device)
+    is_resnet = any(isinstance(module, ResNet) for module in model.modules())
+    layout = torch.channels_last if is_resnet and device.type != "mps" else torch.preserve_format
+    return model.to(device, memory_format=layout)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
@@ -211,11 +183,8 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "mps" and batch.dtype == torch.float64:
         return batch
-    asynchronous = device.type == "cuda"
-    layout = torch.preserve_format
-    if batch.dim() == 4 and device.type != "mps":
-        layout = torch.channels_last
-    return batch.to(device, non_blocking=asynchronous, memory_format=layout)
+    layout = torch.channels_last if batch.dim() == 4 and device.type != "mps" else torch.preserve_format
+    return batch.to(device, non_blocking=device.type == "cuda", memory_format=layout)
 
 
 # CUDA's context and the code of the kernels. Assumed, not measured: others report 300 to 500 MB, by card and driver.

@@ -74,16 +74,12 @@ def is_lost_peer(error: Exception) -> bool:
 
 def rank() -> int:
     """This process's number, 0 to world_size() - 1. Rank 0 prints and writes the files."""
-    if not dist.is_initialized():
-        return 0
-    return dist.get_rank()
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    if not dist.is_initialized():
-        return 1
-    return dist.get_world_size()
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -95,9 +91,7 @@ def all_sum(*values: float) -> list[float]:
     """The sum of each value over the processes, in float64."""
     if world_size() == 1:
         return list(values)
-    sums = torch.tensor(values, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        sums = sums.cuda()
+    sums = torch.tensor(values, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(sums)
     return sums.tolist()
 
@@ -137,9 +131,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model to call in training: it averages the gradients over the processes."""
     if world_size() == 1:
         return model
-    device_ids = None
-    if device.type == "cuda":
-        device_ids = [device.index]
+    device_ids = [device.index] if device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 renames broadcast_buffers, which older ones need
         return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -50,9 +50,8 @@ def found_path(path: str | os.PathLike) -> Path:
 
 def same_file(first: str | os.PathLike | None, second: str | os.PathLike | None) -> bool:
     """Do both paths lead to one existing file?"""
-    if first is None or second is None or not os.path.exists(first) or not os.path.exists(second):
-        return False
-    return os.path.samefile(first, second)
+    existing = [path for path in (first, second) if path is not None and os.path.exists(path)]
+    return len(existing) == 2 and os.path.samefile(*existing)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def open_atomically(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     Raises InputError if the disk is full, the folder is missing or cannot be written to.
     """
     path = Path(path)
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"cannot write {path}: it is a device or the like; name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: a rename cannot cross file systems
     try:
@@ -106,10 +105,7 @@ def write_csv(rows: list[dict[str, Any]], columns: Sequence[str], path: str | os
 def write_cells(rows: Iterable[Sequence[Any]], titles: Sequence[str], path: str | os.PathLike) -> None:
     """`write_csv` of rows of cells, for titles of which two may be the same."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(map(_no_formula, titles))
-    for row in rows:
-        writer.writerow(map(_no_formula, row))
+    csv.writer(text).writerows(map(_no_formula, row) for row in (titles, *rows))
     written = text.getvalue()
     try:
         content = written.encode(errors="surrogateescape")  # names of files need not be UTF-8
@@ -157,21 +153,15 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = True, objects: bool 
     except OSError as error:
         reason = error.strerror or printable(error)
     except Exception as error:  # a damaged file fails in a hundred places of zipfile, pickle and torch
-        reason = _why_not_loaded(error)
+        message = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]  # without advice
+        reason = f"damaged or cut short ({type(error).__name__}: {printable(message)}); download or copy it again"
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
+            reason = (
+                f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
+                "run code; save a state_dict from where the file was made, if you trust it: "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            )
     raise InputError(f"cannot read {path}: {reason}")
-
-
-def _why_not_loaded(error: Exception) -> str:
-    """A reason and a remedy for torch's error about a file."""
-    if needed := re.search(r"GLOBAL (\S+)", str(error)):  # so torch names what it does not allow
-        return (
-            f"it needs {printable(needed[1])}, and only tensors and plain data are read, because anything else may "
-            "run code; save a state_dict from where the file was made, if you trust it: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-        )
-    message = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    first_line = message.partition("\n")[0]  # the others are torch's advice
-    return f"damaged or cut short ({type(error).__name__}: {printable(first_line)}); download or copy it again"
 
 
 class ForeignObject:
@@ -197,7 +187,7 @@ def _load(path: Path, mapped: bool, names: set[str]) -> Any:
         return load(_SAFE_GLOBALS)
     except pickle.UnpicklingError:
         if 0 < len(names) <= _MOST_CLASSES:
-            names = names - {name for _, name in _SAFE_GLOBALS}
+            names -= {name for _, name in _SAFE_GLOBALS}
             stand_ins = [(type("Stand-in", (ForeignObject,), {"kind": name}), name) for name in names]
             with contextlib.suppress(Exception):
                 content = load(_SAFE_GLOBALS + stand_ins)
@@ -296,10 +286,8 @@ def _check_format(path: Path) -> tuple[bool, set[str]]:
         if header.startswith(b"PK\x03\x04"):
             return True, _check_zip(file)
         if header == _LEGACY_MAGIC:
-            names = set()
-            for _ in range(5):  # magic number, format version, byte order, content, storage keys; then the storages
-                names |= _check_pickle(file)
-            return False, names
+            # Magic number, format version, byte order, content, storage keys; then the storages.
+            return False, set().union(*(_check_pickle(file) for _ in range(5)))
     raise _Refused(f"not a PyTorch checkpoint ({describe_header(header)}); give a file written by torch.save")
 
 
@@ -354,10 +342,8 @@ def _check_pickle(file: IO[bytes]) -> set[str]:
                 if kind is pickletools.stackslice:  # all down to the mark
                     while stack[-1] is not None:
                         parts.append(stack.pop())
-                elif kind is pickletools.markobject:
-                    stack.pop()
                 else:
-                    parts.append(stack.pop())
+                    parts.append(stack.pop() or 0)  # 0: of the mark
             size = 2 * (1 + sum(parts)) if op.name.startswith("TUPLE") else 1
             if size > _LARGEST_TUPLE:
                 raise _Refused("a tuple in it is nested too deeply, or holds the same values too often")

@@ -67,11 +67,9 @@ def check_heads(arch: str, heads: int | None) -> None:
         raise InputError(f"{heads} heads are not for {arch}: timm's name says how many; drop --heads")
     if arch not in _VITS:
         raise InputError(f"{heads} heads are not for {arch}: it has no attention; drop --heads")
-    width = _VITS[arch]["hidden_dim"]
+    width, own = _VITS[arch]["hidden_dim"], default_heads(arch)
     if type(heads) is not int or heads < 1 or width % heads:
-        raise InputError(
-            f"{printable(heads)} heads do not divide the {width} features of {arch}; {default_heads(arch)} do"
-        )
+        raise InputError(f"{printable(heads)} heads do not divide the {width} features of {arch}; {own} do")
 
 
 def other_heads(model: nn.Module) -> dict[str, str]:
@@ -104,11 +102,11 @@ def build_backbone(
         return _build_timm(arch, num_classes, size, channels)
     if arch in _RESNETS:
         return _for_channels(_RESNETS[arch](weights=None, num_classes=num_classes), channels)
-    shape = dict(_VITS[arch])
-    if heads is not None:
-        shape["num_heads"] = heads
+    shape = _VITS[arch] | {"num_heads": heads or default_heads(arch)}
     _check_patches(arch, size, shape["patch_size"])
-    stem = _conv_stem(shape["hidden_dim"]) if "conv" in arch else None
+    stem = None
+    if "conv" in arch:  # 3x3 convolutions of stride 2 that double the width each time; torchvision appends the 1x1
+        stem = [ConvStemConfig(shape["hidden_dim"] // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]
     model = VisionTransformer(size, num_classes=num_classes, conv_stem_configs=stem, **shape)
     if shape != _VITS[arch]:
         model.other_heads = heads
@@ -147,8 +145,8 @@ def _for_channels(model: nn.Module, channels: int) -> nn.Module:
         return model
     name = first_convolution(model)
     old = model.get_submodule(name)
-    has_bias = old.bias is not None
-    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=has_bias)
+    how = {"stride": old.stride, "padding": old.padding, "bias": old.bias is not None}
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, **how)
     if name == "conv1":
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     elif name == "conv_proj":
@@ -175,40 +173,35 @@ def name_head(model: nn.Module, head: str | Sequence[str] | None) -> None:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the modules that are the classifier head: those that `name_head` recorded, or `head_name`."""
-    if "head_modules" in vars(model):
-        return vars(model)["head_modules"]
-    name = _found_head(model)
-    return () if name is None else (name,)
+    """The names of the modules that are the classifier head: those that `name_head` recorded, or the one found."""
+    recorded = vars(model).get("head_modules")
+    return tuple(filter(None, [_found_head(model)])) if recorded is None else recorded
 
 
 def head_name(model: nn.Module) -> str | None:
-    """The name of the classifier head, the last if there are several; None if it is not clear which module it is.
-
-    Without a recorded name it is the child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier'. timm's models state it
-    themselves, and it may be a layer within a child: 'head.fc'. In a model that is held by another module, as by one of
-    Lightning, it is the one module of such a name with which the parameters end.
-    """
+    """The name of the classifier head, the last if there are several; None if it is not clear which module it is."""
     names = head_names(model)
     return names[-1] if names else None
 
 
 def _found_head(model: nn.Module) -> str | None:
+    """The child 'fc' (ResNet), 'heads' (ViT), 'head' or 'classifier', unless timm's model states another, as 'head.fc'.
+
+    In a model that is held by another module, as by one of Lightning, it is the one module of such a name with which
+    the parameters end.
+    """
     name = (vars(model).get("pretrained_cfg") or {}).get("classifier")
     if isinstance(name, str) and name.split(".")[0] in model._modules:
         return name
-    for name in HEAD_NAMES:
-        if name in model._modules:
-            return name
+    if children := [name for name in HEAD_NAMES if name in model._modules]:
+        return children[0]
     found = []
     for name, module in model.named_modules():
         inside = found and f"{name}.".startswith(f"{found[-1]}.")
         if name.rpartition(".")[2] in HEAD_NAMES and not inside and any(True for _ in module.parameters()):
             found.append(name)
-    if len(found) != 1:
-        return None
-    *_, (last, _) = model.named_parameters()
-    return found[0] if last.startswith(f"{found[0]}.") else None
+    last = [name for name, _ in model.named_parameters()][-1:]
+    return found[0] if len(found) == 1 and last[0].startswith(f"{found[0]}.") else None
 
 
 def in_head(model: nn.Module, name: str) -> bool:
@@ -218,13 +211,9 @@ def in_head(model: nn.Module, name: str) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel or torch.compile, all of which prefix its names."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:  # torch.compile's OptimizedModule
-            model = model._orig_mod
-        else:
-            return model
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrapped(model.module)
+    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # torch.compile's OptimizedModule
 
 
 def forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -241,6 +230,15 @@ def headless(model: nn.Module) -> nn.Module:
     return model if name is None else _without(model, name)
 
 
+def _without(model: nn.Module, name: str) -> nn.Module:
+    """A shallow copy of the model with an identity in place of the module of this name."""
+    child, _, rest = name.partition(".")
+    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
+    copied = copy.copy(model)
+    copied._modules = {**model._modules, child: replacement}
+    return copied
+
+
 def block_names(model: nn.Module) -> list[str]:
     """The names of a model's blocks, from the first to the last: a ResNet's stages, a ViT's encoder blocks.
 
@@ -248,8 +246,7 @@ def block_names(model: nn.Module) -> list[str]:
     """
     if isinstance(model._modules.get("backbone"), nn.Module):  # a head of another kind is put on it
         return [f"backbone.{name}" for name in block_names(model.backbone)]
-    stages = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
-    if stages:
+    if stages := [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]:
         return stages
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -262,15 +259,6 @@ def _share_a_type(modules: Iterable[nn.Module]) -> bool:
     """Are all modules instances of the type of one of them? Fused blocks are subclasses of the plain ones."""
     types = set(map(type, modules))
     return any(all(issubclass(other, kind) for other in types) for kind in types)
-
-
-def _without(model: nn.Module, name: str) -> nn.Module:
-    """A shallow copy of the model with an identity in place of the module of this name."""
-    child, _, rest = name.partition(".")
-    replacement = _without(model._modules[child], rest) if rest else nn.Identity()
-    copied = copy.copy(model)
-    copied._modules = {**model._modules, child: replacement}
-    return copied
 
 
 def normalization(arch: str) -> dict[str, tuple[float, ...]]:
@@ -310,10 +298,8 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
     config = _timm_config(arch)
     name = arch.removeprefix(TIMM)
     shape = {"num_classes": num_classes}
-    images = f"{size} pixels"
     if channels != config.input_size[0]:
         shape["in_chans"] = channels
-        images += f" and {channels} channels"
     sized = shape if size == config.input_size[-1] else shape | {"img_size": size}
     try:
         try:
@@ -321,14 +307,10 @@ def _build_timm(arch: str, num_classes: int, size: int, channels: int) -> nn.Mod
         except TypeError:  # a model without this argument takes any size
             model = timm.create_model(name, **shape)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        images = f"{size} pixels and {channels} channels"
         raise InputError(f"timm cannot build {name} for {images}: {error}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
     _check_patches(arch, size, patch[0])
     if not isinstance(config.classifier, str) or not isinstance(model.get_classifier(), nn.Linear):
         raise InputError(f"{arch} has no single linear classifier, from which this toolkit could start: take another")
     return model
-
-
-def _conv_stem(hidden_dim: int) -> list[ConvStemConfig]:
-    """Four 3x3 stride-2 convolutions that double the width each time; torchvision appends the final 1x1."""
-    return [ConvStemConfig(out_channels=hidden_dim // n, kernel_size=3, stride=2) for n in (8, 4, 2, 1)]

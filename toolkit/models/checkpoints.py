@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,16 @@ def load_backbone(
         InputError: the file cannot be read, it lacks tensors of the backbone or has others, or it was trained on images
             with another number of channels.
     """
-    if is_none(path):
-        return _random_backbone(num_classes, arch, image_size, heads, channels)
-    source = _identify(path, _read(path), arch)
+    source = _identify(path, arch)
     arch = _find_arch(source)
     if image_size is None:
         image_size = _find_image_size(source, arch)
     if heads is None:
         heads = _find_heads(source, arch)
     first, own_channels = _find_channels(source.weights, arch)
-    if channels in (None, own_channels):
+    if channels is None:
         channels = own_channels
+    if channels == own_channels or is_none(path):
         channel_fit = None
     elif channel_fit is None:
         raise InputError(
@@ -104,10 +103,13 @@ def load_backbone(
     model = build_backbone(arch, num_classes, image_size, heads, channels)
     weights = _resize_positions(source.weights, model)
     if channel_fit is not None:
-        weights = weights | {first: fitted_to_channels(weights[first], channels)}
-    _check_match(source, weights, model, arch)
-    model.load_state_dict({**model.state_dict(), **weights})
-    _record_digests(model, source.weights)
+        weights = weights | {first: _fitted_to_channels(weights[first], channels)}
+    if is_none(path):
+        model.base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
+    else:
+        _check_match(source, weights, model, arch)
+        model.load_state_dict({**model.state_dict(), **weights})
+        _record_digests(model, source.weights)
     report = {
         "family": source.layout.family,
         "arch": arch,
@@ -129,12 +131,10 @@ def find_images(path: str | os.PathLike, arch: str | None = None) -> tuple[int, 
     """The images that a checkpoint was trained on.
 
     Returns:
-        The number of channels that its first layer takes, 3 for random weights; and the file's metadata about their
-        values, as `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
+        The number of channels that its first layer takes; and the file's metadata about their values, as
+        `toolkit.images.bands.recorded` writes them, with the `arch`. Most files have none.
     """
-    if is_none(path):
-        return 3, {}
-    source = _identify(path, _read(path), arch)
+    source = _identify(path, arch)
     arch = _find_arch(source)
     _, channels = _find_channels(source.weights, arch)
     return channels, source.images | {"arch": arch} if source.images else {}
@@ -144,25 +144,22 @@ def _find_channels(weights: Mapping[str, torch.Tensor], arch: str) -> tuple[str 
     """The name of the first convolution's weight, and its input channels; the arch's own if its shape does not fit."""
     model = _meta_model(arch)
     name = f"{first_convolution(model)}.weight"
-    expected = model.state_dict().get(name)
-    if expected is None or name not in weights or weights[name].dim() != 4:
+    found, own = weights.get(name), model.state_dict().get(name)
+    if own is None or found is None or found.dim() != 4:
         return None, input_channels(model)
-    out, channels, *kernel = expected.shape
-    found_out, found_channels, *found_kernel = weights[name].shape
-    if (found_out, found_kernel) == (out, kernel) and found_channels > 0:
-        return name, found_channels
-    return name, channels
+    fits = (len(found), found.shape[2:]) == (len(own), own.shape[2:]) and found.shape[1] > 0
+    return name, found.shape[1] if fits else own.shape[1]
 
 
-def fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
+def _fitted_to_channels(kernel: torch.Tensor, channels: int) -> torch.Tensor:
     """Convert a first convolution's weight (out, C, h, w) to other channels, by timm's rule (`adapt_input_conv`).
 
     For one channel the weights of all channels are summed, so grey gives what grey RGB gave. For more channels they are
     repeated in turn, and scaled by the old number of channels over the new one.
     """
-    found = kernel.shape[1]
     if channels == 1:
         return kernel.float().sum(1, keepdim=True).to(kernel.dtype)
+    found = kernel.shape[1]
     turns = -(-channels // found)
     return (kernel.float().repeat(1, turns, 1, 1)[:, :channels] * (found / channels)).to(kernel.dtype)
 
@@ -174,29 +171,22 @@ def load_contrast(path: str | os.PathLike) -> tuple[int | None, dict[str, dict[s
         MoCo's version, 1, 2 or 3, or None if the file is not from a pretraining by MoCo; and the tensors of
         `projector` and `predictor` by their names in the modules of `moco.builder`, empty if the file has none.
     """
-    tensors, info = _find_state_dict(path, _read(path))
+    tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)
-    parts: dict[str, dict[str, torch.Tensor]] = {"projector": {}, "predictor": {}}
     if layout.family not in ("moco_v1", "moco_v2", "moco_v3", "moco_stage1"):
-        return None, parts
+        return None, {"projector": {}, "predictor": {}}
     _check_tensors(path, tensors)
-    for key, full in encoder.items():
-        if key.startswith(_HEADS):
-            parts["projector"][key.partition(".")[2]] = tensors[full]
-    for full in dropped:
-        name = full.removeprefix("module.")
-        if name.startswith("predictor."):
-            parts["predictor"][name.removeprefix("predictor.")] = tensors[full]
-    if parts["predictor"] or layout.family == "moco_v3":
-        return 3, parts
-    return (2 if "0.weight" in parts["projector"] else 1), parts  # which is of a hidden layer
-
-
-def _read(path: str | os.PathLike) -> Any:
-    return read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
+    projector = {key.partition(".")[2]: tensors[full] for key, full in encoder.items() if key.startswith(_HEADS)}
+    others = {full.removeprefix("module."): tensors[full] for full in dropped}
+    predictor = {key.partition(".")[2]: others[key] for key in others if key.startswith("predictor.")}
+    version = 2 if "0.weight" in projector else 1  # which is of a hidden layer
+    if predictor or layout.family == "moco_v3":
+        version = 3
+    return version, {"projector": projector, "predictor": predictor}
 
 
 NO_CHECKPOINT = "none"
+_NO_ARCH = "random weights have no architecture of their own"
 
 
 def checkpoint_path(text: str) -> Path:
@@ -222,7 +212,7 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
     """
     problems = []
     if is_none(path) and arch is None:
-        problems.append("--checkpoint none: random weights have no architecture of their own; say which with --arch")
+        problems.append(f"--checkpoint none: {_NO_ARCH}; say which with --arch")
     if is_none(path) and fewer_bits is not None:
         problems.append(
             f"{fewer_bits} with --checkpoint none: an adapter over weights in fewer bits needs their file, and random "
@@ -237,27 +227,6 @@ def option_problems(path: str | os.PathLike, arch: str | None, heads: int | None
         except InputError as error:
             problems.append(f"--arch {arch}: {error}")
     return problems
-
-
-def _random_backbone(
-    num_classes: int, arch: str | None, image_size: int | None, heads: int | None, channels: int | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    if arch is None:
-        raise InputError("random weights have no architecture of their own: give an arch")
-    report = {
-        "family": NO_CHECKPOINT,
-        "arch": arch,
-        "image_size": image_size or default_image_size(arch),
-        "heads": heads or default_heads(arch),
-        "channels": channels or 3,
-        "channel_fit": None,
-        "epoch": None,
-        "loaded": [],
-        "dropped": [],
-    }
-    model = build_backbone(arch, num_classes, report["image_size"], report["heads"], report["channels"])
-    model.base_digests = {}  # no checkpoint has these weights, so an adapter file stores all of them
-    return model, report
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -369,36 +338,34 @@ class _Source:
     path: str | os.PathLike
     layout: _Layout
     arch: str | None  # the one that was asked for, or else the one that the file names
-    epoch: int | None
-    image_size: int | None
-    heads: int | None
-    images: dict[str, Any]  # the file's metadata about the images
-    weights: dict[str, torch.Tensor]
-    dropped: list[str]
+    epoch: int | None = None
+    image_size: int | None = None
+    heads: int | None = None
+    images: dict[str, Any] = field(default_factory=dict)  # the file's metadata about the images
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
 
 
-def _identify(path: str | os.PathLike, content: Any, wanted: str | None) -> _Source:
+def _identify(path: str | os.PathLike, wanted: str | None) -> _Source:
     """Recognise the layout, and take the backbone out of it. A model of timm has its tensors under timm's names."""
-    tensors, info = _find_state_dict(path, content)
+    if is_none(path):
+        if wanted is None:
+            raise InputError(f"{_NO_ARCH}: give an arch")
+        return _Source(path, _Layout(NO_CHECKPOINT, heads_certain=True), wanted)
+    tensors, info = _find_state_dict(path)
     layout, encoder, dropped = _recognise(path, tensors, info)
     arch = _named_arch(info) if wanted is None else wanted
     is_timm = arch is not None and arch.startswith(TIMM)
-    heads = _HEADS
-    if is_timm:
-        heads = f"{head_name(_meta_model(arch))}."
-        if layout.family in ("deit", "torchvision"):
-            layout = replace(layout, family="timm")
-    weights = {}
-    for key, full in encoder.items():
-        if key.startswith(heads):
-            dropped.append(full)
-            continue
-        name = _renamed(key, layout.renames)
-        if not is_timm:
-            name = _renamed(name, _TO_TORCHVISION)
-        if name in weights:
-            raise InputError(f"{path}: some tensors are there twice, under two projects' names")
-        weights[name] = tensors[full]
+    if is_timm and layout.family in ("deit", "torchvision"):
+        layout = replace(layout, family="timm")
+    head = f"{head_name(_meta_model(arch))}." if is_timm else _HEADS
+    dropped += [full for key, full in encoder.items() if key.startswith(head)]
+    names = {key: _renamed(key, layout.renames) for key in encoder if not key.startswith(head)}
+    if not is_timm:
+        names = {key: _renamed(name, _TO_TORCHVISION) for key, name in names.items()}
+    weights = {name: tensors[encoder[key]] for key, name in names.items()}
+    if len(weights) < len(names):
+        raise InputError(f"{path}: some tensors are there twice, under two projects' names")
     _check_tensors(path, weights)
     return _Source(
         path=path,
@@ -445,17 +412,14 @@ def _named_arch(info: Mapping) -> str | None:
     return arch if arch in ARCHS or arch.startswith(TIMM) else None
 
 
-def _find_state_dict(path: str | os.PathLike, content: Any) -> tuple[dict[str, torch.Tensor], Mapping]:
+def _find_state_dict(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Mapping]:
     """The dictionary of tensors, and the dictionary around it, empty if the tensors are the file's whole content."""
+    content = read_safetensors(path)[0] if is_safetensors(path) else read_checkpoint(path, objects=True)
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    tensors = content
-    info: Mapping = {}
-    for place in _PLACES:
-        if isinstance(_at(content, place), Mapping):
-            tensors = _at(content, place)
-            info = content
-            break
+    place = next((place for place in _PLACES if isinstance(_at(content, place), Mapping)), None)
+    tensors = content if place is None else _at(content, place)
+    info = {} if place is None else content
     foreign = [key for key, value in tensors.items() if not isinstance(key, str) or not torch.is_tensor(value)]
     if foreign or not tensors:
         problem = f"{path}: no state_dict at its top, at 'state_dict' or at 'model'; {listed(foreign)} hold no tensors"
@@ -476,8 +440,7 @@ def _recognise(
     layout = next(layout for layout in _LAYOUTS if layout.fits(keys, info))
     encoder = {key.removeprefix(layout.prefix): full for key, full in keys.items() if key.startswith(layout.prefix)}
     others = {key: full for key, full in keys.items() if not key.startswith(layout.prefix)}
-    unknown = [key for key in others if not key.startswith(layout.beside)]
-    if unknown:
+    if unknown := [key for key in others if not key.startswith(layout.beside)]:
         raise InputError(
             f"{path} ({layout.family}): beside the backbone at {layout.prefix}* it holds tensors of unknown use: "
             f"{listed(unknown)}"
@@ -563,12 +526,11 @@ def _backbone_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _find_image_size(source: _Source, arch: str) -> int:
     """The image size of the pretraining: a ViT's position embedding implies it, a ResNet's file may state it."""
-    for name in _POSITIONS:
-        if name in source.weights:
-            patch, tokens = _patch_and_tokens(_meta_model(arch))
-            side = _grid(source.weights[name], tokens)
-            if patch and side:
-                return side * patch
+    for name in source.weights.keys() & set(_POSITIONS):
+        patch, tokens = _patch_and_tokens(_meta_model(arch))
+        side = _grid(source.weights[name], tokens)
+        if patch and side:
+            return side * patch
     return source.image_size or default_image_size(arch)
 
 
@@ -585,9 +547,7 @@ def _patch_and_tokens(model: nn.Module) -> tuple[int | None, int]:
 
 def _grid(positions: torch.Tensor, tokens: int) -> int:
     """The patches along each side in a position embedding (1, tokens + grid * grid, D); 0 if they form no square."""
-    if positions.dim() != 3:
-        return 0
-    count = positions.shape[1] - tokens
+    count = positions.shape[1] - tokens if positions.dim() == 3 else 0
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
@@ -614,7 +574,7 @@ def _find_heads(source: _Source, arch: str) -> int | None:
 
     MoCo v3 fixes the position embedding, and its class token's is zero (section 4.4); a trained one is never zero.
     """
-    if default_heads(arch) is None or source.heads or arch != "vit_small":
+    if arch != "vit_small" or source.heads:
         return source.heads or default_heads(arch)
     heads_if_fixed, heads = source.layout.heads
     positions = source.weights.get(_POSITIONS[0])
@@ -634,40 +594,28 @@ def _check_match(source: _Source, weights: dict[str, torch.Tensor], model: nn.Mo
     expected = _backbone_state(model)
     # Files from before PyTorch 0.4.1 lack BatchNorm's counter, which no output depends on.
     missing = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
-    surplus = []
-    misshapen = []
-    broken = []
-    for key, tensor in weights.items():
-        if key not in expected:
-            surplus.append(key)
-        elif tensor.shape != expected[key].shape:
-            misshapen.append(f"{key} {tuple(tensor.shape)} instead of {tuple(expected[key].shape)}")
-        elif not key.endswith("num_batches_tracked") and not _is_usable(tensor, expected[key]):
-            broken.append(key)
+    surplus = [key for key in weights if key not in expected]
+    both = [key for key in weights if key in expected]
+    misshapen = [key for key in both if weights[key].shape != expected[key].shape]
     if missing or surplus or misshapen:
-        matching = len(weights) - len(surplus) - len(misshapen)
-        found = f"{matching} of its {len(expected)} backbone tensors match"
-        for keys, problem in ((missing, "missing"), (surplus, "not expected"), (misshapen, "of another shape")):
+        found = f"{len(both) - len(misshapen)} of its {len(expected)} backbone tensors match"
+        shapes = [f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}" for key in misshapen]
+        for keys, problem in ((missing, "missing"), (surplus, "not expected"), (shapes, "of another shape")):
             if keys:
                 found += f"; {len(keys)} {problem}: {listed(keys)}"
-        raise InputError(
-            f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}{_better_arch(source, arch)}"
-        )
+        better = [other for other in ARCHS if other != arch and _shapes(other) == _shapes_of(source.weights)]
+        if better:
+            found += f"; it looks like {better[0]}: give the --checkpoint of a {arch}, or leave out --arch"
+        raise InputError(f"{source.path} ({source.layout.family}) does not hold a {arch}: {found}")
+    broken = []
+    for key in both:
+        value = weights[key]
+        is_of_kind = value.is_floating_point() == expected[key].is_floating_point()
+        # A single NaN or infinity makes the sum NaN or infinite, and a sum is much faster than checking each number.
+        if not key.endswith("num_batches_tracked") and not (is_of_kind and value.sum(dtype=torch.float64).isfinite()):
+            broken.append(key)
     if broken:
         raise InputError(f"{source.path}: NaN, infinite or not real numbers in {listed(broken)}; use an earlier epoch")
-
-
-def _is_usable(value: torch.Tensor, expected: torch.Tensor) -> bool:
-    # A single NaN or infinity makes the sum NaN or infinite, and a sum is much faster than checking each number.
-    return value.is_floating_point() == expected.is_floating_point() and bool(value.sum(dtype=torch.float64).isfinite())
-
-
-def _better_arch(source: _Source, arch: str) -> str:
-    """A hint at the arch that the file's tensors fit, if that is another one."""
-    for other in ARCHS:
-        if _shapes(other) == _shapes_of(source.weights) and other != arch:
-            return f"; it looks like {other}: give the --checkpoint of a {arch}, or leave out --arch"
-    return ""
 
 
 def describe_base(report: dict[str, Any]) -> str:

@@ -102,9 +102,12 @@ def feature_maps(backbone: nn.Module, images: Tensor) -> list[Tensor]:
 def _read(backbone: nn.Module) -> list[int]:
     """Which of the maps of a model of timm are read: the last of its stages, or some of its many blocks."""
     number = len(backbone.feature_info)
-    if number <= 2 * MAPS:
-        return list(range(number))[-MAPS:]
-    return [round(number * (i + 1) / MAPS) - 1 for i in range(MAPS)]
+    return list(range(number))[-MAPS:] if number <= 2 * MAPS else _spread(number)
+
+
+def _spread(blocks: int) -> list[int]:
+    """The numbers of MAPS blocks, evenly spaced up to the last."""
+    return [round(blocks * (i + 1) / MAPS) - 1 for i in range(MAPS)]
 
 
 def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
@@ -112,26 +115,24 @@ def _of_resnet(backbone: ResNet, images: Tensor) -> list[Tensor]:
         x = backbone.stem(images)
     else:
         x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
-    maps = []
-    for stage in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
-        x = stage(x)
-        maps.append(x)
+    maps = [backbone.layer1(x)]
+    for stage in (backbone.layer2, backbone.layer3, backbone.layer4):
+        maps.append(stage(maps[-1]))
     return maps
 
 
 def _of_vit(backbone: VisionTransformer, images: Tensor) -> list[Tensor]:
-    rows, columns = (side // backbone.patch_size for side in images.shape[2:])
+    grid = [side // backbone.patch_size for side in images.shape[2:]]
     x = backbone._process_input(images)
     x = torch.cat([backbone.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # (N, 1 + patches, D)
     encoder = backbone.encoder
     x = encoder.dropout(x + encoder.pos_embedding)
-    blocks = len(encoder.layers)
-    read = {round(blocks * (i + 1) / MAPS) for i in range(MAPS)}
     maps = []
-    for number, block in enumerate(encoder.layers, 1):
+    read = _spread(len(encoder.layers))
+    for number, block in enumerate(encoder.layers):
         x = block(x)
         if number in read:
-            maps.append(encoder.ln(x)[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)))
+            maps.append(encoder.ln(x)[:, 1:].transpose(1, 2).unflatten(2, grid))
     return maps
 
 
@@ -170,11 +171,7 @@ def window_weights(size: int) -> Tensor:
 
 
 def answers_by_rows(
-    read: Callable[[int, int], Tensor],
-    height: int,
-    width: int,
-    size: int,
-    answer: Callable[[Tensor], Tensor],
+    read: Callable[[int, int], Tensor], height: int, width: int, size: int, answer: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
     """The answers for an image of any size, from its top downwards. Memory grows with its width alone.
 
@@ -190,9 +187,10 @@ def answers_by_rows(
     tops = window_starts(height, size)
     lefts = window_starts(width, size)
     weights = window_weights(size)
-    sums = torch.zeros(0)
     for number, top in enumerate(tops):
-        band = _padded(read(top, min(top + size, height)), size)
+        band = read(top, min(top + size, height))
+        missing = (0, max(0, size - width), 0, max(0, size - height))
+        band = F.pad(band[None], missing, mode="replicate")[0]  # a small image's border is repeated
         windows = torch.stack([band[:, :, left : left + size] for left in lefts])
         logits = torch.cat([answer(part).float().cpu() for part in windows.split(WINDOWS_AT_ONCE)])
         if number == 0:
@@ -214,12 +212,3 @@ def answers_for(image: Tensor, size: int, answer: Callable[[Tensor], Tensor]) ->
     height, width = image.shape[1:]
     parts = answers_by_rows(lambda first, last: image[:, first:last], height, width, size, answer)
     return torch.cat([part for _, part in parts], 1)
-
-
-def _padded(band: Tensor, size: int) -> Tensor:
-    """Rows (C, h, w) of an image, at least (C, size, size): its border is repeated where it is too small."""
-    below = max(0, size - band.shape[1])
-    right = max(0, size - band.shape[2])
-    if not below and not right:
-        return band
-    return F.pad(band[None], (0, right, 0, below), mode="replicate")[0]

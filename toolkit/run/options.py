@@ -15,7 +15,7 @@ from typing import Any
 
 from toolkit import InputError, config
 from toolkit.answers.tasks import TASKS
-from toolkit.config import flag, option, or_auto, positive_float, positive_int, several
+from toolkit.config import flag, option, or_word, positive_float, positive_int, several
 from toolkit.devices import ARITHMETICS, PRECISIONS
 from toolkit.files import SHIPPED, found_path, read_checkpoint
 from toolkit.images import bands, sources, splitting
@@ -168,7 +168,7 @@ class AdapterOptions:
     )
     lora_dropout: float = option(0.0, "dropout probability on the adapters' input", type=config.fraction)
     use_qlora: bool = option(False, "frozen weights in 4 bits", flags=("--qlora",))
-    rank_pattern: tuple[str, ...] | None = several(None, "other ranks: layer4=16", type=config.by_layer(positive_int))
+    rank_pattern: tuple[str, ...] | None = several(None, "other ranks: layer4=16", type=config.rank_of_layer)
     target_modules: tuple[str, ...] | None = several(None, "layers to adapt: names, suffixes or regular expressions")
     exclude_modules: tuple[str, ...] | None = several(None, "layers to leave alone")
     adapt_last: int | None = option(None, "only so many of the last blocks or stages; default: all", type=positive_int)
@@ -187,7 +187,7 @@ class TuneOptions(AdapterOptions):
     learning_rate: float | str = option(
         1e-4,
         "AdamW's peak rate; adapters that start at the gradient use 24 times it; auto: search",
-        type=or_auto(positive_float),
+        type=or_word("auto", positive_float),
         flags=("--lr",),
     )
     head_init: str = option("probe", "how the classifier head starts", choices=("probe", "random"))
@@ -205,7 +205,9 @@ class TuneOptions(AdapterOptions):
     label_smoothing: float = option(0.0, "label smoothing factor", type=config.fraction)
     mixup: float = option(0.0, "alpha of mixup, as 0.2; 0: none", type=config.non_negative_float)
     wise_ft: float | str = option(
-        "auto", "saved share of the trained change; auto: by the images per class", type=or_auto(config.positive_share)
+        "auto",
+        "saved share of the trained change; auto: by the images per class",
+        type=or_word("auto", config.positive_share),
     )
     keep_best: str | None = option(None, "lora.pth is the best epoch by this, not the last", choices=BEST_BY)
     clip_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=positive_float)
@@ -380,7 +382,7 @@ def _is_given(args: Any, words: str) -> bool:
 
 
 def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of the adapters together, one line each. `typed`: see `typed_options`."""
+    """What is wrong with the options of the adapters together, one line each. `typed`: see `parse_args`."""
     if args.lora_rank > 0:
         return []
     needless = [name for name in ("use_qlora", "adapt_last", "rank_pattern") if getattr(args, name)]
@@ -391,7 +393,7 @@ def adapter_problems(args: Any, typed: Container[str]) -> list[str]:
 
 
 def fine_tuning_problems(args: Any, typed: Container[str]) -> list[str]:
-    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `typed_options`."""
+    """What is wrong with the options of fine-tuning together, one line each. `typed`: see `parse_args`."""
     bits = next((words for words in ("--use-qlora", "--arithmetic int8") if _is_given(args, words)), None)
     problems = checkpoints.option_problems(args.checkpoint, args.arch, args.heads, bits)
     for other, clashing in CLASHES.items():
