@@ -93,8 +93,8 @@ def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
     test = root / "test"
     if os.path.isdir(test):
-        print(f"evaluating on {found[0]}; {test} is left alone" if found else f"evaluating on {test}")
         found.append(test)
+        print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
     if is_needed and not found:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "

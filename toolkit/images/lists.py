@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def look_like_numbers(labels: Sequence[str]) -> bool:
 def read_paths(path: Path, folder: Path) -> list[str]:
     """The paths in a list of images, whatever stands behind them. The arguments are `read_list`'s."""
     _, rows = _rows(path)
-    return _checked_files(path, folder, (row[0] for row in rows), ())
+    return _checked_files(path, folder, map(itemgetter(0), rows), ())
 
 
 def read_list(
@@ -87,7 +88,7 @@ def read_list(
                 "has one label; write the name of its class without one, or use --task multilabel"
             )
     labels = [one_spelling(row[1]) for row in rows]
-    return _checked_files(path, folder, (row[0] for row in rows), labels), labels
+    return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
 def _error(path: Path, problem: str) -> InputError:
@@ -305,7 +306,7 @@ def _columns(
             )
         values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
-    return Targets([row[0] for row in rows], names, torch.tensor(values, dtype=dtype))
+    return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
 
 
 def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Targets:
@@ -334,7 +335,7 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
     values = torch.zeros(len(rows), len(names))
     for i, labels in enumerate(found):
         values[i, list(map(names.index, labels))] = 1
-    return Targets([row[0] for row in rows], names, values, in_columns=False)
+    return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

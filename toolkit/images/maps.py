@@ -145,8 +145,10 @@ def write_map(
     if items:
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
     colours = None
+    kind = "minisblack"
     if palette is not None:
         extra.append((_GDAL_NODATA, "s", 0, str(unsure(len(palette))), True))
+        kind = "palette"
         colours = np.zeros((3, 1 + np.iinfo(first.dtype).max), np.uint16)
         colours[:, : len(palette)] = np.round(palette.T * 65535)
     with open_atomically(path) as file:
@@ -158,7 +160,7 @@ def write_map(
                 dtype=first.dtype,
                 tile=(_TILE, _TILE),
                 compression="deflate",
-                photometric="minisblack" if palette is None else "palette",
+                photometric=kind,
                 planarconfig="contig",
                 colormap=colours,
                 extratags=extra,

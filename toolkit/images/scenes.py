@@ -68,7 +68,7 @@ class Segments:
         layout = self.layout
         height, width = self.size
         down = math.ceil(height / self.length)
-        across = math.ceil(width / layout.tilewidth) if layout.is_tiled else 1
+        across = math.ceil(width / (layout.tilewidth or width))  # strips have no such width
         tables = {}
         if layout.compression in _JPEG:
             tables = {"jpegtables": page.jpegtables, "jpegheader": layout.jpegheader}

@@ -265,7 +265,7 @@ def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder")
 def _existing(option: str, folder: str | Path) -> Path:
     if os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
-    problem = "a file; give the folder with the images" if os.path.exists(folder) else "no such folder"
+    problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
     raise InputError(f"{option} {folder}: {problem}")
 
 

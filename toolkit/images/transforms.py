@@ -260,7 +260,7 @@ def two_crops(
     elif augmentation == "moco_v1":
         colour = [grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     else:
-        saturation = 0.4 if augmentation == "moco_v2" else 0.2
+        saturation = {"moco_v2": 0.4, "moco_v3": 0.2}[augmentation]
         colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), grey]
     first = second = []
     if augmentation == "moco_v2":
