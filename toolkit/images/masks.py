@@ -156,9 +156,6 @@ class MaskReader:
                 "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` "
                 "and `NAME 255`, and add --unknown-value none"
             )
-        marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
-        # For an adapter file, with lists in place of tuples: see `from_record`.
-        self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
         values = classes.values or range(len(classes.names))
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
@@ -176,6 +173,9 @@ class MaskReader:
             self.of_colours[_codes(np.array(self.colours))] = range(len(self.colours))
             self.of_colours[_codes(np.array(classes.unknown, int).reshape(-1, 3))] = UNKNOWN
         self.of_values[np.clip(not_counted, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
+        marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
+        # For an adapter file, with lists in place of tuples: see `from_record`.
+        self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
 
     @staticmethod
     def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":
