@@ -19,7 +19,7 @@ from moco import pretrain
 from toolkit import InputError
 from toolkit.images.bands import Bands
 from toolkit.images.folders import image_names
-from toolkit.images.geotags import centre
+from toolkit.images.maps import centre
 from toolkit.images.sources import load_splits
 from toolkit.models.backbones import build_backbone
 

@@ -33,7 +33,7 @@ from toolkit.files import read_checkpoint
 from toolkit.images.bands import Bands, Scaling
 from toolkit.images.families import known_scaling
 from toolkit.images.folders import ImageFiles
-from toolkit.images.geotags import centre, centres
+from toolkit.images.maps import centre, centres
 from toolkit.models.backbones import build_backbone
 from toolkit.models.checkpoints import find_images, load_backbone
 

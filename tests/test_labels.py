@@ -16,7 +16,7 @@ from lora_utils import LoRAManager, read_adapter_file
 from toolkit import InputError
 from toolkit.answers import comparison
 from toolkit.answers.tasks import from_record
-from toolkit.images import geotags
+from toolkit.images import maps
 from toolkit.images.transforms import eval_transform
 from toolkit.models.checkpoints import load_backbone
 from toolkit.run import optim
@@ -251,7 +251,7 @@ def test_a_number_called_x_is_not_the_places_x(trained, lists, tmp_path, monkeyp
 
     adapter = changed_adapter(folder, tmp_path / "x.pth", call_x)
     place = {"x": 500_000, "y": 4_000_000, "epsg": 32632}
-    monkeypatch.setattr(geotags, "centres", lambda paths: [place for _ in paths])
+    monkeypatch.setattr(maps, "centres", lambda paths: [place for _ in paths])
     table = deploy_lora.main(["predict", adapter, str(lists / "val0.png"), "--output", str(tmp_path / "p.csv")])
     assert float(table[0]["x"]) < 1000 and table[0]["image_x"] == 500_000
     assert list(rows_of(tmp_path / "p.csv")[0]) == ["path", "x", "left light", "image_x", "image_y", "image_epsg"]

@@ -10,21 +10,20 @@ import torch
 from PIL import Image
 
 from toolkit import InputError
-from toolkit.images import masks, sources
+from toolkit.images import data, masks
 from toolkit.images.bands import Bands
 from toolkit.images.data import Transformed, build_loader
 from toolkit.images.masks import (
     UNKNOWN,
     Classes,
     MaskReader,
-    TransformedPairs,
     coloured,
-    load_pairs,
     pair_transforms,
     pairs_in,
     palette,
     read_classes,
 )
+from toolkit.images.sources import Splits, load_splits
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -46,6 +45,11 @@ def write_mask(path: Path, levels: np.ndarray = LEVELS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(levels).save(path)
     return path
+
+
+def load_pairs(data_dir=None, data_list=None, classes=None, unknown=(255,), **more) -> Splits:
+    reader = MaskReader(classes, unknown)
+    return load_splits("imagefolder", data_dir, data_list=data_list, task="segmentation", masks=reader, **more)
 
 
 def rgb(levels: np.ndarray = LEVELS) -> np.ndarray:
@@ -233,7 +237,7 @@ def test_one_class_only(tmp_path):
         write_mask(tmp_path / "masks" / f"{i}.png", LEVELS * 0 + 1)
     with pytest.raises(InputError, match="all known pixels are of one class, land"):
         load_pairs(tmp_path, classes=THREE)
-    assert len(pairs_in(tmp_path, None, THREE, [255])) == 4
+    assert len(pairs_in(tmp_path, None, MaskReader(THREE, [255]))) == 4
 
 
 def test_an_image_that_its_exif_data_turn(tmp_path):
@@ -394,7 +398,7 @@ def test_lists_and_groups(tmp_path, capsys):
     lists = [without_groups(tmp_path, "train", rows[:15]), without_groups(tmp_path, "val", rows[15:])]
     splits = load_pairs(None, lists)
     assert (len(splits.train), len(splits.val)) == (15, 5)
-    assert len(pairs_in(lists[1], None, None, [255])) == 5
+    assert len(pairs_in(lists[1], None, MaskReader(None, [255]))) == 5
     with pytest.raises(InputError, match="on both sides"):
         load_pairs(None, lists, group_by="2")
     splits = load_pairs(None, lists, eval_split="validation")
@@ -490,13 +494,13 @@ def test_a_part_of_a_set(tmp_path):
 
 def test_several_processes_look_at_a_share_each(tmp_path, monkeypatch):
     files = load_pairs(pair_folder(tmp_path, 7)).train.source
-    alone = sources.look_at_each(files.pixels, len(files), "mask")
+    alone = data.look_at_each(files.pixels, len(files), "mask")
     shares = []
-    monkeypatch.setattr(sources.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(data.distributed, "world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(sources.distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(sources.distributed, "gather", lambda share: [*shares, share, share[:3]][:2])
-        together = sources.look_at_each(files.pixels, len(files), "mask")
+        monkeypatch.setattr(data.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data.distributed, "gather", lambda share: [*shares, share, share[:3]][:2])
+        together = data.look_at_each(files.pixels, len(files), "mask")
         shares.append(together[::2])
     assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
 
@@ -592,7 +596,7 @@ def test_only_two_augmentations_keep_masks():
 def test_batches_repeat_whatever_was_drawn_between(tmp_path):
     splits = load_pairs(pair_folder(tmp_path, 12))
     crop, whole = pair_transforms(8, "crop", (0,) * 3, (1,) * 3)
-    pairs = pickle.loads(pickle.dumps(TransformedPairs(splits.train, crop)))  # as for a loading process
+    pairs = pickle.loads(pickle.dumps(Transformed(splits.train, crop)))  # as for a loading process
 
     def epoch(noise: int) -> list[torch.Tensor]:
         loader = build_loader(pairs, 4, shuffle=True, seed=3)

@@ -30,12 +30,18 @@ KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before tra
 
 def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
-    sources = image_sources(args, read)
-    if args.task != "segmentation":
-        return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
-    del sources["task"], sources["label_columns"]
-    sources |= {"classes": masks.read_classes(args.classes), "unknown": args.unknown_value}
-    return masks.load_pairs(args.data_dir, eval_split=args.eval_split, **sources)
+    reader = None
+    if args.task == "segmentation":
+        reader = masks.MaskReader(masks.read_classes(args.classes), args.unknown_value)
+    return load_splits(
+        args.dataset,
+        args.data_dir,
+        args.eval_split,
+        args.labels_per_class,
+        args.seed,
+        masks=reader,
+        **image_sources(args, read),
+    )
 
 
 class Loaders:
@@ -128,13 +134,8 @@ class Loaders:
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = masks.collate_pairs
-        self.opened.append(build_loader(self.transformed(images, transform), **loading))
+        self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
-
-    def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
-        """A transform of images, or of images and masks."""
-        kind = masks.TransformedPairs if isinstance(transform, masks.PairCrop) else Transformed
-        return kind(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
@@ -170,7 +171,7 @@ class Loaders:
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = self.images.train.at_most(FOLLOWED_IMAGES)
-        loader = DataLoader(self.transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
+        loader = DataLoader(Transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
