@@ -141,7 +141,7 @@ FAULTS = {
     "rgb without classes": (lambda path: Image.fromarray(rgb()).save(path), None, "`name r g b`"),
     "colour": (lambda path: Image.fromarray(rgb() // 2).save(path), IN_COLOURS, "colour 0 0 127, which is no class's"),
     "value": (lambda path: write_mask(path, LEVELS % 254 + 5), THREE, "value 5, which is no class's"),
-    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "`unknown -1`"),
+    "negative": (lambda path: np.save(path.with_suffix(".npy"), LEVELS - 1.0), None, "--unknown-value -1"),
     "large": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.int64(999)), None, "`NAME 999`"),
     "decimals": (lambda path: np.save(path.with_suffix(".npy"), LEVELS / 2), THREE, "decimals"),
     "nan": (lambda path: np.save(path.with_suffix(".npy"), LEVELS * np.nan), THREE, "NaN"),
