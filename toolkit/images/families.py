@@ -1,9 +1,11 @@
 """The scale, mean and std with which published checkpoints were pretrained.
 
-A checkpoint may state them itself, as those of stage 1 and CEM500K do. Otherwise the name of a published file tells its
-family, or `--normalise` does. Wrong units are this field's commonest silent error: whatever is taken is printed.
+A checkpoint may state them itself, as those of this toolkit's stage 1 and CEM500K do. Otherwise the name of a published
+file tells its family, or `--normalise` names the family. Wrong units are this field's commonest silent error, so
+whatever values are taken are printed.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +19,20 @@ from toolkit.models.backbones import normalization
 
 @dataclass(frozen=True)
 class Family:
-    """Values of `--scale`, `--mean` and `--std` for a family of checkpoints."""
+    """Values of `--scale`, `--mean` and `--std` for a family of checkpoints.
 
-    channels: tuple[int, ...]  # the numbers of channels that its networks have
+    Args:
+        channels: the numbers of channels that its networks have.
+        file: a regular expression for the names of its published files; empty if the names do not tell.
+        source: where the values are published.
+    """
+
+    channels: tuple[int, ...]
     scale: float | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    file: str  # a regular expression for the names of its published files; empty if the names do not tell
-    source: str  # where the values are published
+    file: str
+    source: str
 
 
 _TORCHGEO = "torchgeo, models/resnet.py"
@@ -59,7 +67,8 @@ def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], fi
         metadata: the file's, as `toolkit.images.bands.recorded` writes them, and its `arch`; empty if it has none.
         file: the checkpoint or adapter file, whose name may tell its family.
 
-    Raises InputError if the family that `normalise` names is for other channels, or the metadata are damaged.
+    Raises:
+        InputError: the family that `normalise` names is for other channels, or the metadata are damaged.
     """
     if given.normalise in FAMILIES:
         expected = FAMILIES[given.normalise].channels
@@ -91,11 +100,14 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
         values = from_metadata(dict(metadata))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    bands = values.pop("bands")
-    is_usual = bands is None and values == normalization(metadata["arch"])
-    if is_usual or channels != getattr(bands, "channels", 3):
+    bands = values["bands"]
+    usual = normalization(metadata["arch"])
+    are_usual = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
+    recorded_channels = 3 if bands is None else bands.channels
+    if are_usual or channels != recorded_channels:
         return given
-    chosen = given.bands or (bands and list(bands.chosen)) or None
-    known = Scaling(bands and bands.scale, list(values["mean"]), list(values["std"]), chosen)
+    known = Scaling(None, list(values["mean"]), list(values["std"]), given.bands)
+    if bands is not None:
+        known = dataclasses.replace(known, scale=bands.scale, bands=given.bands or list(bands.chosen) or None)
     print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")
     return known
