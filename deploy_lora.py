@@ -324,7 +324,7 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
         return _images_of_run(about)
     where = f"in {place}"
     if is_per_pixel(about):
-        images = masks.pairs_in(place, about["transform"].bands, *_classes_of_masks(about))
+        images = masks.pairs_in(place, about["transform"].bands, _mask_reader(about))
     elif os.path.isfile(place) or _task_of(about).kind != "classification":
         images = _images_in_list(place, about)
     else:
@@ -338,22 +338,17 @@ def _labelled_images(place: Path | None, about: dict[str, Any]) -> tuple[Labelle
     return images, where
 
 
-def _classes_of_masks(about: dict[str, Any]) -> tuple[masks.Classes, list[int]]:
-    """The classes and the unknown values of the masks that the run had."""
-    return masks.from_record(_task_of(about).head.masks, about["class_names"])
+def _mask_reader(about: dict[str, Any]) -> masks.MaskReader:
+    """What read the masks of the run."""
+    return masks.MaskReader.from_record(_task_of(about).head.masks, about["class_names"])
 
 
 def _images_of_run(about: dict[str, Any]) -> tuple[LabelledImages, str]:
     data = _data_of_run(about)
     place = next(data[key] for key in ("val_dir", "data_list", "data_dir", "dataset") if key in data)
-    bands = about["transform"].bands
     if is_per_pixel(about):
-        for name in {"dataset", "unknown", "label_columns"} & data.keys():
-            del data[name]
-        classes, unknown = _classes_of_masks(about)
-        splits = masks.load_pairs(**data, bands=bands, classes=classes, unknown=unknown)
-    else:
-        splits = load_splits(**data, bands=bands, task=_task_of(about).kind)
+        data["masks"] = _mask_reader(about)
+    splits = load_splits(**data, bands=about["transform"].bands, task=_task_of(about).kind)
     _check_classes(set(splits.class_names) ^ set(about["class_names"]), "the data")
     shown = listed(place) if isinstance(place, list) else printable(place)
     return splits.val, f"of {shown}, evaluated on in training"

@@ -43,7 +43,6 @@ from toolkit.answers.probe import HeadTemperature
 from toolkit.files import SHIPPED, TOOLKIT, read_checkpoint, save_atomically
 from toolkit.images import bands
 from toolkit.images.data import end_workers
-from toolkit.images.masks import WholeImage
 from toolkit.images.sources import Splits
 from toolkit.images.transforms import eval_transform
 from toolkit.models.backbones import head_names, headless, in_head, name_head
@@ -831,7 +830,7 @@ def load_finetuned(
     model, _ = load_base(base, stage1, *lora_utils.model_shape(metadata), per_pixel=per_pixel)
     load_adapters(model, adapter_path, base)
     values = bands.from_metadata(metadata)
-    transform = WholeImage(**values) if per_pixel else eval_transform(metadata["image_size"], **values)
+    transform = eval_transform(None if per_pixel else metadata["image_size"], **values)
     tasks.from_record(metadata.get("task"), metadata["class_names"], adapter_path)  # refused if it is none
     return model.eval(), {**metadata, "transform": transform}
 

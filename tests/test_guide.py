@@ -91,3 +91,47 @@ def test_the_rank_loop(model):
         assert model_lora is model
         assert all(torch.equal(t, before[name]) for name, t in base_of(model).items())
     assert lora[1] == 2 * lora[0] and lora[2] == 4 * lora[0]
+
+
+def test_two_stages(model):
+    """First the adapters, then everything, at a smaller learning rate."""
+    before = base_of(model)
+    model = add_lora_to_model(model, r=8, lora_alpha=16)
+    freeze_backbone_params(model, freeze=True)
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3))
+    head = ("fc.", "heads.")
+    assert all(torch.equal(t, before[n]) for n, t in base_of(model).items() if not n.startswith(head))
+
+    freeze_backbone_params(model, freeze=False)
+    assert count_parameters(model)["frozen"] == 0
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    now = base_of(model)
+    moved = {name for name, t in before.items() if not torch.equal(now[name], t)}
+    assert moved >= {name for name, _ in model.named_parameters() if "lora" not in name} | {
+        name for name in before if "running" in name
+    }
+
+
+def test_serving_in_inference_mode(arch, tmp_path):
+    """As docs/python.md serves several adapters, and trains on afterwards: inference mode leaves nothing behind."""
+    base = build(arch)
+    for name in ("one", "other"):
+        model = add_lora_to_model(copy.deepcopy(base), r=2)
+        freeze_backbone_params(model)
+        train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), 1)
+        with torch.inference_mode():
+            model(images)  # in training mode, too
+        LoRAManager(model).save_lora_checkpoint(tmp_path / f"{name}.pth")
+    manager = LoRAManager(base.eval())
+    for name in ("one", "other"):
+        manager.load_lora_checkpoint(tmp_path / f"{name}.pth", name=name)
+    with torch.inference_mode():
+        served = []
+        for name in ("one", "other"):
+            manager.use(name)
+            served.append(base(images))
+    for name, answers in zip(("one", "other"), served, strict=True):
+        manager.use(name)
+        assert torch.allclose(base(images), answers, atol=1e-5)  # gradients may take another path
+    freeze_backbone_params(base)
+    train(base, torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=1e-2), 1)

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from toolkit.answers import measures
 from toolkit.answers.report_page import BLUE, ORANGE, drawn, html_picture, new_figure, save_figure
 from toolkit.images.bands import Bands
 from toolkit.images.data import LabelledImages
-from toolkit.images.transforms import ShrinkTo, View
+from toolkit.images.transforms import View, whole_along
 
 TOLERATED_ERROR = 0.05  # of probabilities; a larger one is reported
 SHOWN = 15  # labels, in the table that is printed
@@ -86,7 +87,8 @@ class Report:
     def draw_mistakes(self, images: LabelledImages, path: Path, bands: Bands | None = None) -> None:
         """Pictures of the worst answers; of images that are no RGB photographs, the three `bands` meant for it."""
         groups = self.mistakes()
-        shrink = View(ShrinkTo(256))  # matplotlib would draw a large photograph from its every pixel
+        # matplotlib would draw a large photograph from its every pixel.
+        shrink = View(partial(whole_along, 256, enlarges=False))
         rows = [max(1, math.ceil(len(chosen) / COLUMNS)) for chosen in groups.values()]
         figure = new_figure(1.7 * COLUMNS, 2.2 * sum(rows))
         parts = figure.subfigures(len(groups), 1, height_ratios=rows, squeeze=False)[:, 0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from toolkit import InputError, listed
 from toolkit.answers.parts import Task
 from toolkit.files import open_atomically, same_file, write_csv
-from toolkit.images import geotags
+from toolkit.images import maps
 from toolkit.images.data import LabelledImages
 from toolkit.images.maps import unsure, write_map, write_mask
 from toolkit.images.masks import palette
@@ -30,11 +30,11 @@ def write_table(task: Task, outputs: Tensor, images: LabelledImages, path: Path,
     path_column = "image_path" if "path" in columns else "path"
     columns = [path_column, *columns]
     rows = [dict(zip(columns, (name, *cells), strict=True)) for name, cells in zip(names, answers, strict=True)]
-    if places := geotags.centres(names):
-        prefix = "" if set(columns).isdisjoint(geotags.COLUMNS) else "image_"
+    if places := maps.centres(names):
+        prefix = "" if set(columns).isdisjoint(maps.COLUMNS) else "image_"
         for row, place in zip(rows, places, strict=True):
             row.update({prefix + name: value for name, value in place.items()})
-        columns += [prefix + name for name in geotags.COLUMNS]
+        columns += [prefix + name for name in maps.COLUMNS]
     write_csv(rows, columns, path)
     return rows
 

@@ -20,7 +20,6 @@ from toolkit.answers.parts import VIEW_SMOOTHING, Answers, Task
 from toolkit.answers.regression import Regression
 from toolkit.answers.segmentation import Segmentation, rare_class_weights
 from toolkit.images.masks import MaskReader
-from toolkit.images.masks import from_record as masks_from_record
 from toolkit.images.sources import Splits
 
 __all__ = ["TASKS", "Answers", "Classification", "MultiLabel", "Regression", "Task"]
@@ -116,7 +115,7 @@ def from_record(record: Any, names: Sequence[str], path: Any) -> Task:
     if kind == "segmentation":
         masks = {name: value for name, value in record.items() if name != "kind"}
         try:
-            MaskReader(*masks_from_record(masks, names))
+            MaskReader.from_record(masks, names)
         except (InputError, TypeError, ValueError, IndexError, OverflowError):
             raise InputError(f"{path} is damaged: what its task says of masks fits no classes") from None
         return Segmentation(names, masks=masks)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ _NOT_A_NUMBER = 0.0  # replaces NaN and infinity, with which files mark pixels w
 # Pillow goes by a file's content, and would start Ghostscript for an EPS that is called .jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000")
 _RESOLUTIONS = ("_10m", "_20m", "_60m")  # behind the names of Sentinel-2's bands in products of level 2A
+# The names of red, green and blue: Sentinel-2's, and plain ones.
+_COLOURS = (("R", "G", "B"), ("red", "green", "blue"), ("B4", "B3", "B2"), ("B04", "B03", "B02"))
 
 
 class WrongBands(ValueError):
@@ -39,23 +41,17 @@ class WrongBands(ValueError):
 
 @dataclass(frozen=True)
 class Bands:
-    """Which bands are read from each image file, and how.
+    """Which bands are read from each image file, and how."""
 
-    Args:
-        channels: how many bands the network takes.
-        chosen: the bands of a file that become the channels, in order: numbers from 1, names of the arrays in an
-            `.npz`, or ZEROS. Empty: all bands in the file's order.
-        scale: the number by which all values are divided.
-    """
-
-    channels: int
+    channels: int  # how many the network takes
+    # The bands of a file that become the channels, in order: numbers from 1, names of the arrays in an .npz or of band
+    # files, or ZEROS. Empty: all bands in the file's order.
     chosen: tuple[str, ...] = ()
-    scale: float = 1.0
+    scale: float = 1.0  # by which all values are divided
 
     def read(self, content: bytes) -> np.ndarray:
         """The bands of an image file: (H, W, channels). Raises ValueError or a library's own error, with the reason."""
-        array, names = decoded(content)
-        return self._checked(self._picked(array, names))
+        return self._picked(*decoded(content))
 
     def read_path(self, path: str | os.PathLike) -> np.ndarray:
         """The bands of the image at a path: a file with all of them, or one band's with the other files beside it."""
@@ -63,7 +59,10 @@ class Bands:
             return self.read(read_file(path))
         found = {name: _single(file) for name, file in self.files(path).items()}
         size = max((band.shape for band in found.values()), key=math.prod)
-        return self.stacked({name: _enlarged(band, size, name) for name, band in found.items()}, size)
+        for name, band in found.items():  # Sentinel-2 has bands of 10, 20 and 60 m
+            if enlarging_factor(band.shape, size, name) > 1:
+                found[name] = np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
+        return self.stacked(found, size)
 
     def stacked(self, found: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
         """The chosen bands, (H, W) of this size each, as (H, W, channels)."""
@@ -73,7 +72,7 @@ class Bands:
     def from_levels(self, levels: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
         """The chosen bands of all in a file, (H, W, bands), whose names are numbers if they have none."""
         array = floats(levels)
-        return self._checked(self._picked(array, names or _numbered(array)[1]))
+        return self._picked(array, names or _numbers(array))
 
     def files(self, path: str | os.PathLike) -> dict[str, str]:
         """The files that the image at this path is read from, by band if each band has its own file."""
@@ -84,39 +83,28 @@ class Bands:
         begin, _, own_resolution, end = parts
         found = {}
         for band in self.chosen:
-            if band == ZEROS:
-                continue
-            plain = os.path.join(folder, begin + band)
-            found[band] = plain + own_resolution + end
-            if own_resolution:  # other bands may have another one: the finest that exists
-                for resolution in reversed(_RESOLUTIONS):
-                    if os.path.exists(plain + resolution + end):
-                        found[band] = plain + resolution + end
+            if band != ZEROS:
+                plain = os.path.join(folder, begin + band)
+                # Other bands may have another resolution: the finest that exists.
+                others = (plain + resolution + end for resolution in _RESOLUTIONS if own_resolution)
+                found[band] = next(filter(os.path.exists, others), plain + own_resolution + end)
         return found
 
     def one_for_each_image(self, names: Sequence[str]) -> tuple[list[str], int]:
-        """Select one file for each image of a folder, and count the files of bands that were not chosen.
+        """One file for each image of a folder, and how many files are of bands that were not chosen.
 
-        If each band has its own file, the file of the first chosen band that exists represents the image. In a folder
-        without such files, each file is an image.
+        Where each band has its own file it is that of the first chosen band that exists; else each file is an image.
         """
-        files = []
-        for name in names:
-            if parts := self._name_in_parts(name):
-                begin, band, resolution, end = parts
-                files.append((self.chosen.index(band), resolution, name, (begin, end)))
-        if not files:
+        parts = {name: found for name in names if (found := self._name_in_parts(name))}
+        if not parts:
             return list(names), 0
-        found: dict[tuple[str, str], str] = {}
-        for _, _, name, image in sorted(files):
-            found.setdefault(image, name)
-        return list(found.values()), len(names) - len(files)
+        chosen: dict[tuple[str, str], str] = {}
+        for name in sorted(parts, key=lambda name: (self.chosen.index(parts[name][1]), parts[name][2], name)):
+            chosen.setdefault((parts[name][0], parts[name][3]), name)
+        return list(chosen.values()), len(names) - len(parts)
 
     def _name_in_parts(self, name: str) -> tuple[str, ...] | None:
-        """Split the name of a file of one of the chosen bands into `tile_`, `B02`, `_10m` and `.tif`; None: it is none.
-
-        Bands that are numbers are those within one file.
-        """
+        """`tile_`, `B02`, `_10m`, `.tif` of a chosen band's file; None of others. Numbers are bands within a file."""
         if all(map(str.isdigit, self.chosen)):
             return None
         bands = "|".join(re.escape(band) for band in self.chosen if band != ZEROS)
@@ -124,10 +112,7 @@ class Bands:
         return found and found.groups()
 
     def array(self, image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarray:
-        """An image as (H, W, channels): the chosen bands of a file, or an array that has the network's channels.
-
-        Raises InputError if the number of bands is not the network's, or the file is not an image.
-        """
+        """An image as (H, W, channels): a file's chosen bands, or an array with as many. Else raises InputError."""
         name = ""
         try:
             if isinstance(image, str | os.PathLike):
@@ -143,19 +128,18 @@ class Bands:
             raise InputError(f"{name or 'an image'}: {printable(error)}") from None
 
     def _picked(self, array: np.ndarray, names: Sequence[str]) -> np.ndarray:
-        if not self.chosen:
-            return array
-        missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
-        if missing:
-            raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
-        return self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
+        """The chosen ones of an image's bands (H, W, bands), which have these names."""
+        if self.chosen:
+            missing = sorted(set(self.chosen) - {ZEROS, *names}, key=self.chosen.index)
+            if missing:
+                raise WrongBands(f"it has no band {listed(missing)}, but {listed(names, 16)}")
+            array = self.stacked(dict(zip(names, np.moveaxis(array, 2, 0), strict=True)), array.shape[:2])
+        return self._checked(array)
 
     def _checked(self, array: np.ndarray) -> np.ndarray:
         count = array.shape[2]
         if count != self.channels:
-            chosen = "--bands"
-            if count == 1:
-                chosen += " " + ",".join("1" * self.channels)
+            chosen = "--bands" if count > 1 else f"--bands {','.join('1' * self.channels)}"
             raise WrongBands(
                 f"it has {_counted(count)}, and the network takes {self.channels} (training chooses by {chosen})"
             )
@@ -166,7 +150,13 @@ class Bands:
 
     def picture(self, image: torch.Tensor) -> np.ndarray:
         """A picture of an image (C, H, W): its likely colours as (H, W, 3) from 0 to 1, 2% clipped at each end."""
-        levels = image[list(_likely_colours(self.channels, self.chosen))].numpy()
+        likely = [0, 1, 2][: max(1, self.channels // 3 * 3)]
+        if self.channels >= 11 and not self.chosen:  # all bands of Sentinel-2, or of Landsat 8
+            likely = [3, 2, 1]
+        for names in _COLOURS:
+            if set(names) <= set(self.chosen):
+                likely = list(map(self.chosen.index, names))
+        levels = image[likely].numpy()
         low, high = np.percentile(levels, (2, 98), axis=(1, 2), keepdims=True)
         levels = np.clip((levels - low) / np.maximum(high - low, 1e-12), 0, 1)
         return np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
@@ -197,18 +187,8 @@ def one_band(array: np.ndarray, name: str) -> np.ndarray:
     return array[..., 0]
 
 
-def _enlarged(band: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """A band interpolated to the size (H, W) of the largest one: Sentinel-2 has bands of 10, 20 and 60 m."""
-    if enlarging_factor(band.shape, size, name) == 1:
-        return band
-    return np.asarray(Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
 def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -> int:
-    """By how much a band (H, W) is smaller than the largest one.
-
-    Raises ValueError if that is no whole number: then the band shows another place or crop.
-    """
+    """By how much a band (H, W) is smaller than the largest. Raises ValueError if by no whole number: another crop."""
     times, rest = divmod(size[0], shape[0])
     if rest or shape[1] * times != size[1]:
         raise ValueError(
@@ -218,15 +198,14 @@ def enlarging_factor(shape: tuple[int, ...], size: tuple[int, int], name: str) -
     return times
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 # Deflate never compresses by this factor: a larger image is a damaged header, and allocating it could take minutes.
 MOST_COMPRESSED = 1100
-# A file of zeros is as small; so beyond this size in bytes an image is compressed by less.
-LARGE_IMAGE = 2**28
+LARGE_IMAGE = 2**28  # bytes. A file of zeros is as small; so from here on an image is compressed by less.
 MOST_COMPRESSED_IF_LARGE = 100
 MOST_PAGES = 1024
+TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -258,14 +237,14 @@ def import_tifffile() -> ModuleType:
 def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     """The content of an image file as (H, W, bands), float32, and the names of its bands, or their numbers from 1.
 
-    The first bytes tell the format. Raises InputError if a package is missing, ValueError or a library's own error if
-    the file is damaged.
+    Raises InputError if a package is missing, ValueError or a library's own error if the file is damaged.
     """
+    names = None
     if content.startswith(b"PK"):
-        return _from_npz(content)
-    if content.startswith(b"\x93NUMPY"):
+        array, names = _from_npz(content)
+    elif content.startswith(b"\x93NUMPY"):
         array = _bands_last(array_of(content))
-    elif content[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    elif content[:4] in TIFF_BEGINS:
         array = levels_of_tiff(content)
     elif content.startswith(b"\x89PNG") and content[24:25] == b"\x10":  # 16 bits, which Pillow cuts to 8 for RGB
         levels = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -273,12 +252,13 @@ def decoded(content: bytes) -> tuple[np.ndarray, list[str]]:
     else:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             array = _pixels(image)
-    return _numbered(floats(array))
+    array = floats(array)
+    return array, names or _numbers(array)
 
 
-def _numbered(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """An array (H, W, bands) and the numbers of its bands, from 1."""
-    return array, list(map(str, range(1, array.shape[2] + 1)))
+def _numbers(array: np.ndarray) -> list[str]:
+    """The numbers of the bands of an array (H, W, bands), from 1."""
+    return list(map(str, range(1, array.shape[2] + 1)))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -291,9 +271,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 def _check_size(size: int, content: bytes) -> None:
     """Raise ValueError for an image of more bytes than the content of its file can mean."""
-    most = MOST_COMPRESSED
-    if size > LARGE_IMAGE:
-        most = MOST_COMPRESSED_IF_LARGE
+    most = MOST_COMPRESSED_IF_LARGE if size > LARGE_IMAGE else MOST_COMPRESSED
     if size > most * len(content):
         raise ValueError(f"it says that it is an image of {size:,} bytes, which is more than its bytes can hold")
 
@@ -317,18 +295,17 @@ def levels_of_tiff(content: bytes) -> np.ndarray:
     return _bands_last(array)
 
 
-def _from_npz(content: bytes) -> tuple[np.ndarray, list[str]]:
+def _from_npz(content: bytes) -> tuple[np.ndarray, list[str] | None]:
     """The array of an archive that has one; the arrays of any other, stacked as bands, and their names."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         _check_size(sum(member.file_size for member in archive.infolist()), content)
     arrays = array_of(content)
-    names = list(arrays)
-    if len(names) == 1:
-        return _numbered(floats(_bands_last(arrays[names[0]])))
+    if len(arrays) == 1:
+        return _bands_last(*arrays.values()), None
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) != 1 or len(*shapes) != 2:
-        raise ValueError(f"its arrays ({listed(names)}) are neither one image nor bands of one size, (H, W) each")
-    return floats(np.stack(list(arrays.values()), axis=-1)), names
+        raise ValueError(f"its arrays ({listed(arrays)}) are neither one image nor bands of one size, (H, W) each")
+    return np.stack(list(arrays.values()), axis=-1), list(arrays)
 
 
 def array_of(content: bytes) -> Any:
@@ -351,51 +328,38 @@ def floats(array: np.ndarray) -> np.ndarray:
     """An image's numbers as float32, (H, W, bands). Raises ValueError for other arrays."""
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(f"it is an array of {array.dtype}, {array.shape}, and not of numbers, (H, W) or (H, W, bands)")
-    if array.ndim == 2:
-        array = array[..., None]
-    numbers = array.astype(np.float32)
+    numbers = array.astype(np.float32).reshape(*array.shape[:2], -1)
     if array.dtype.kind == "f":
         np.nan_to_num(numbers, copy=False, nan=_NOT_A_NUMBER, posinf=_NOT_A_NUMBER, neginf=_NOT_A_NUMBER)
     return numbers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the options say
+# ------------------------------------------------------------------------------------------------- what the options say
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the options, or a checkpoint, say of the numbers in image files; None where they say nothing.
+    """What the options, or a checkpoint, say of the numbers in image files; None where they say nothing."""
 
-    Args:
-        scale: the number by which all values are divided.
-        mean, std: of each channel after that, or one number for all.
-        bands: the bands that become the channels, as for `Bands`.
-        normalise: 'data' to measure mean and std, or the name of a family of checkpoints.
-    """
-
-    scale: float | None = None
-    mean: Sequence[float] | None = None
+    scale: float | None = None  # by which all values are divided
+    mean: Sequence[float] | None = None  # of each channel after that, or one number for all; as std
     std: Sequence[float] | None = None
-    bands: Sequence[str] | None = None
-    normalise: str | None = None
+    bands: Sequence[str] | None = None  # that become the channels, as for `Bands`
+    normalise: str | None = None  # 'data' to measure mean and std, or the name of a family of checkpoints
 
 
 def split_names(entries: Iterable[str] | None) -> list[str] | None:
     """The names of bands typed as `4,3,2` or `4 3 2`."""
-    if not entries:
-        return None
-    return list(filter(None, ",".join(entries).split(",")))
+    return entries and list(filter(None, ",".join(entries).split(",")))
 
 
 def option_problems(scaling: Scaling, channels: int | None) -> list[str]:
     """The contradictions among the options of the channels, one line each."""
     problems = []
-    normalise = scaling.normalise
-    if normalise == "data" and (scaling.mean or scaling.std):
+    if scaling.normalise == "data" and (scaling.mean or scaling.std):
         problems.append("--normalise data with --mean or --std: what is measured is not given; drop one of them")
-    elif normalise and normalise != "data" and (scaling.mean or scaling.std or scaling.scale):
-        problems.append(f"--normalise {normalise} brings its own --scale, --mean and --std: drop one of them")
+    elif scaling.normalise not in (None, "data") and (scaling.mean or scaling.std or scaling.scale):
+        problems.append(f"--normalise {scaling.normalise} brings its own --scale, --mean and --std: drop one of them")
     if bool(scaling.mean) != bool(scaling.std):
         problems.append("--mean and --std belong together: give both, one number or one for each channel")
     if min(scaling.std or (1.0,)) <= 0:
@@ -409,10 +373,8 @@ def option_problems(scaling: Scaling, channels: int | None) -> list[str]:
 
 
 def bands_of(scaling: Scaling, channels: int) -> Bands | None:
-    """The `Bands` that are read for a network of so many channels; None: the images are RGB photographs.
-
-    Three channels without --bands and --scale are RGB photographs. Raises InputError if an option does not have one
-    value for each channel.
+    """The `Bands` that are read for a network of so many channels; None: RGB photographs, which three channels are
+    without --bands and --scale. Raises InputError if an option does not have one value for each channel.
     """
     for name, numbers in (("mean", scaling.mean), ("std", scaling.std)):
         if numbers and len(numbers) not in (1, channels):
@@ -425,24 +387,7 @@ def bands_of(scaling: Scaling, channels: int) -> Bands | None:
     return Bands(channels, chosen, scaling.scale or 1.0)
 
 
-# The names of red, green and blue: Sentinel-2's, and plain ones.
-_COLOURS = (("B04", "B03", "B02"), ("B4", "B3", "B2"), ("red", "green", "blue"), ("R", "G", "B"))
-
-
-def _likely_colours(channels: int, chosen: tuple[str, ...]) -> tuple[int, ...]:
-    """The positions of red, green and blue by the names of the bands; else the first three, or the first."""
-    for names in _COLOURS:
-        if set(names) <= set(chosen):
-            return tuple(map(chosen.index, names))
-    if channels < 3:
-        return (0,)
-    if channels >= 11 and not chosen:  # all bands of Sentinel-2 and Landsat 8, which have another one before blue
-        return (3, 2, 1)
-    return (0, 1, 2)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Values
+# --------------------------------------------------------------------------------------------------------------- values
 
 MEASURED_IMAGES = 256
 # Beyond these standard deviations of a channel after normalisation, the scale is taken to be wrong.
@@ -450,8 +395,7 @@ SMALLEST_STD = 0.01
 LARGEST_STD = 30.0
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """Statistics of each channel over all pixels, (channels,) each."""
 
     mean: np.ndarray
@@ -491,36 +435,25 @@ def settle(scaling: Scaling, arch: str, channels: int, images: Any) -> dict[str,
     known = normalization(arch) if channels == 3 else {"mean": (0.0,), "std": (1.0,)}
     mean = scaling.mean or known["mean"]
     std = scaling.std or known["std"]
-    if bands is None and not scaling.normalise:
-        return {"mean": _each(mean, channels), "std": _each(std, channels), "bands": None}
-    images = images.at_most(MEASURED_IMAGES)
-    scale = 255.0 if bands is None else bands.scale
-    as_array = np.asarray if bands is None else bands.array
-    found = measured(as_array(images[i][0]) for i in range(len(images)))
+    if bands is not None or scaling.normalise:
+        images = images.at_most(MEASURED_IMAGES)
+        as_array = getattr(bands, "array", np.asarray)
+        found = measured(as_array(images[i][0]) for i in range(len(images)))
     if scaling.normalise:
+        scale = getattr(bands, "scale", 255.0)
         varies = found.std > 1e-6 * np.maximum(1, np.abs(found.mean))
         mean = (found.mean / scale).tolist()
         std = np.where(varies, found.std / scale, 1).tolist()
-    values = {"mean": _each(mean, channels), "std": _each(std, channels), "bands": bands}
+    mean, std = (tuple(np.broadcast_to(np.array(numbers, float), channels).tolist()) for numbers in (mean, std))
     if bands is not None:
-        print(_described(bands, values, len(images) if scaling.normalise else 0))
-        _check_values(found, bands, values["std"])
-    return values
-
-
-def _each(numbers: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A number for each channel."""
-    values = tuple(map(float, numbers))
-    return values * channels if len(values) == 1 else values
-
-
-def _described(bands: Bands, values: dict[str, Any], images: int) -> str:
-    chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
-    source = f", measured on {images} training images" if images else ""
-    return (
-        f"images: {bands.channels} channels{chosen}, divided by {bands.scale:g}; "
-        f"then mean {_distinct(values['mean'])}, std {_distinct(values['std'])}{source}"
-    )
+        chosen = f" ({','.join(bands.chosen)} of each file)" if bands.chosen else ""
+        source = f", measured on {len(images)} training images" if scaling.normalise else ""
+        print(
+            f"images: {channels} channels{chosen}, divided by {bands.scale:g}; "
+            f"then mean {_distinct(mean)}, std {_distinct(std)}{source}"
+        )
+        _check_values(found, bands, std)
+    return {"mean": mean, "std": std, "bands": bands}
 
 
 def _distinct(numbers: Sequence[float]) -> str:
@@ -554,35 +487,28 @@ def _check_values(found: Statistics, bands: Bands, std: Sequence[float]) -> None
 
 def _likely_scale(found: Statistics) -> int:
     """The usual divisor of such values: 1, 255 (bytes), 10000 (reflectances in ten thousandths) or 65535 (16 bits)."""
-    highest = found.high.max()
-    if highest <= 2:
-        return 1
-    if highest <= 255:
-        return 255
+    for highest, scale in ((2, 1), (255, 255)):
+        if found.high.max() <= highest:
+            return scale
     return 10000 if found.mean.max() < 15000 else 65535
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What files say
+# ------------------------------------------------------------------------------------------------------- what files say
 
 
 def recorded(values: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """The metadata about images in an adapter file or an exported one: only mean and std for RGB photographs."""
     bands = values["bands"]
-    fit = report.get("channel_fit")
     about = {"mean": list(values["mean"]), "std": list(values["std"])}
-    if fit is not None:
-        about |= {"channels": report["channels"], "channel_fit": fit}
+    if report.get("channel_fit") is not None:
+        about |= {"channels": report["channels"], "channel_fit": report["channel_fit"]}
     if bands is not None:
         about |= {"channels": bands.channels, "bands": list(bands.chosen), "scale": bands.scale}
     return about
 
 
 def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Read what `recorded` wrote, and return it as `settle` does. An older file has the values of its arch.
-
-    Raises InputError if the metadata are damaged.
-    """
+    """What `recorded` wrote, as `settle` has it; of an older file its arch's values. Raises InputError if damaged."""
     channels = metadata.get("channels") or 3
     check_channels(channels)
     known = normalization(metadata["arch"])
@@ -599,8 +525,7 @@ def from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     chosen = metadata.get("bands")
     scale = metadata["scale"]
     are_names = type(chosen) is list and len(chosen) in (0, channels) and set(map(type, chosen)) <= {str}
-    is_scale = _are_numbers([scale], 1) and scale > 0
-    if not are_names or not is_scale:
+    if not are_names or not _are_numbers([scale], 1) or scale <= 0:
         raise InputError("the file is damaged: its bands or scale are of no image")
     return {**values, "bands": Bands(channels, tuple(chosen), float(scale))}
 

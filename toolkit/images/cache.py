@@ -58,17 +58,14 @@ def cache_features(
         batch_size: the images per batch of all processes together.
         where: 'ram' or 'disk'.
 
-    Raises:
-        InputError: the folder cannot be made or has too little room, or the processes are on several machines.
+    Raises InputError if the folder cannot be made or has too little room, or the processes are on several machines.
     """
-    first = distributed.rank()
-    step = distributed.world_size()
     cached = None
     for view, batches in enumerate(views):
         for start, features in zip(itertools.count(0, batch_size), batches, strict=False):
             if cached is None:  # each process has a share of the first batch
                 cached = _shared_tensor((len(images), len(views), *features.shape[1:]), features.dtype, where)
-            cached[start + first :: step, view][: len(features)] = features.cpu()
+            cached[start + distributed.rank() :: distributed.world_size(), view][: len(features)] = features.cpu()
     distributed.all_sum(0)  # wait until all have written their share
     found = CachedFeatures(TensorDataset(cached), images.labels, targets=images.targets)
     found.groups = images.groups
@@ -79,7 +76,7 @@ def _shared_tensor(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Te
     """A tensor whose memory is one file for all processes. Its name is removed at once, so no file is left behind."""
     if len(set(distributed.gather(platform.node()))) > 1:
         raise InputError("--cache-features: processes on several machines share no file; use --cache-features none")
-    folder = _memory_folder() if where == "ram" else _disk_folder()
+    folder = _folder(where)
     numel = math.prod(shape)
     needed = numel * dtype.itemsize
     print(f"caching features in {folder}: {needed / 1e9:.2f} GB")
@@ -116,13 +113,11 @@ def _empty_file(folder: Path, size: int) -> str:
     return name
 
 
-def _memory_folder() -> Path:
-    if not _MEMORY.is_dir():
-        raise InputError(f"this system has no {_MEMORY}, in which features are cached: use disk instead of ram")
-    return _MEMORY
-
-
-def _disk_folder() -> Path:
+def _folder(where: str) -> Path:
+    if where == "ram":
+        if not _MEMORY.is_dir():
+            raise InputError(f"this system has no {_MEMORY}, in which features are cached: use disk instead of ram")
+        return _MEMORY
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "moco-images")
     try:
         folder.mkdir(parents=True, exist_ok=True)

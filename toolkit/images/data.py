@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from toolkit import distributed
 from toolkit.images.folders import ImageFiles
@@ -27,24 +29,14 @@ UNLABELLED = -1  # the label of an image without one
 class LabelledImages(Dataset):
     """(PIL RGB image, int label) pairs, or (array (H, W, C), int label) where the source has `bands`.
 
-    `labels` holds all labels without reading an image.
-
-    Args:
-        source: has (image, label) at each index.
-        labels: the label of each.
-        targets: (N, K) of all images, where each has more to it than a class: then a row of them takes the label's
-            place, and `labels` only say which images are alike (see `splitting.strata`).
+    With `targets`, (N, K) of all images, a row of them takes the label's place, and `labels` only say which images are
+    alike (see `splitting.strata`).
     """
 
-    def __init__(
-        self,
-        source: Sequence[tuple[Any, int]],
-        labels: Sequence[int],
-        targets: torch.Tensor | None = None,
-    ):
-        self.source = source
+    def __init__(self, source: Sequence[tuple[Any, int]], labels: Sequence[int], targets: torch.Tensor | None = None):
+        self.source = source  # has (image, label) at each index
         self.indices = np.arange(len(labels))  # those of the source that are meant, in order
-        self.labels = list(map(int, labels))
+        self.labels = list(map(int, labels))  # without reading an image
         self.targets = targets
         self.groups: np.ndarray | None = None  # (N,): the name of each image's group, such as a patient
         self.times_split = 0  # how often `validation_part` or the like has made this set smaller
@@ -74,11 +66,12 @@ class LabelledImages(Dataset):
         images.times_split = self.times_split
         return images
 
-    def part(self, positions: Sequence[int]) -> "LabelledImages":
-        """A side of a split: a `subset` that the next split draws anew from."""
-        images = self.subset(positions)
-        images.times_split += 1
-        return images
+    def split(self, in_part: np.ndarray) -> tuple["LabelledImages", "LabelledImages"]:
+        """The images outside and inside of a part, (N,) of bool. The next split draws anew from each."""
+        rest = self.subset(np.flatnonzero(~in_part))
+        part = self.subset(np.flatnonzero(in_part))
+        rest.times_split = part.times_split = self.times_split + 1
+        return rest, part
 
     def at_most(self, count: int) -> "LabelledImages":
         """At most `count` images: all, or a fixed random choice, with one or more of each class if that fits."""
@@ -115,8 +108,17 @@ class LabelledImages(Dataset):
         return hashed.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loaders
+def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]:
+    """What `look` finds at each of so many positions. Each process looks at its share of them."""
+    share = range(distributed.rank(), count, distributed.world_size())
+    shown = {"unit": what, "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
+    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
+        bar = tqdm(pool.imap(look, share, chunksize=16), f"{what}s", len(share), **shown)
+        shares = distributed.gather(list(bar))
+    found: list[Any] = [None] * count
+    for rank, part in enumerate(shares):
+        found[rank :: len(shares)] = part
+    return found
 
 
 class Transformed(Dataset):
@@ -146,17 +148,17 @@ class Transformed(Dataset):
             return self.transformed(image, label)
 
     def transformed(self, image: Any, label: Any) -> tuple[Any, Any]:
+        if getattr(self.transform, "takes_label", False):  # one draw for an image and its mask
+            return self.transform(image, label)
         return self.transform(image), label
 
 
 class Batches(Sampler):
     """This process's share of the positions of each batch, in an order that depends on (seed, epoch) alone.
 
-    Positions come with a seed each, as `Transformed` takes them, that depends
-    on (seed, epoch, position): neither the number of workers or processes nor where a run was interrupted changes what
-    an epoch consists of. Every pass is the next epoch. Set `epoch` and `start` to choose: `start` batches are left out.
-
-    Of images in archives (`toolkit.images.shards`) a shuffled order takes a few archives at a time.
+    Each position comes with a seed, as `Transformed` takes it, from (seed, epoch, position): neither the number of
+    workers or processes nor an interruption changes an epoch. Every pass is the next epoch. Set `epoch` and `start` to
+    choose: `start` batches are left out. Of images in archives a shuffled order takes a few archives at a time.
 
     Process k of W gets the positions k, k + W, ... of each batch. If a batch has fewer than W images, a process without
     one skips the batch in fixed order, and gets its first image as a stand-in in shuffled order: see `has_share`.
@@ -228,16 +230,15 @@ class LoadingMeter:
 
     def watched(self, loader: DataLoader) -> Iterator[Any]:
         """The loader's batches, (anything, labels) each."""
-        started = asked = time.perf_counter()
-        before = self.seconds
+        asked = time.perf_counter()
         for batch in loader:
             received = time.perf_counter()
             self.waited += received - asked
-            self.seconds = before + received - started
+            self.seconds += received - asked
             yield batch
             asked = time.perf_counter()
+            self.seconds += asked - received
             self.images += len(batch[1]) * distributed.world_size()
-            self.seconds = before + asked - started
 
     def results(self) -> dict[str, float]:
         """`images_per_second`, of all processes together, and `waiting_share` of the time, 0 to 1."""
@@ -252,7 +253,6 @@ class LoadingMeter:
 
 MUCH_WAITING = 0.1  # of the time
 
-
 # So many images in memory, or in files, are read before a loading process has started.
 SMALL_DATASET_IMAGES = 2_000
 SMALL_DATASET_FILES = 500
@@ -261,10 +261,8 @@ MOST_WORKERS = 16
 
 def _helpful_workers(dataset: Transformed, device: torch.device | None) -> int:
     """A process per core for a GPU, which computes meanwhile; for a CPU, which is to compute, one for four cores."""
-    smallest = SMALL_DATASET_IMAGES
-    if isinstance(getattr(dataset.dataset, "source", None), ImageFiles):
-        smallest = SMALL_DATASET_FILES
-    if len(dataset) < smallest:
+    in_files = isinstance(getattr(dataset.dataset, "source", None), ImageFiles)
+    if len(dataset) < (SMALL_DATASET_IMAGES, SMALL_DATASET_FILES)[in_files]:
         return 0
     workers = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device is None or device.type == "cpu":

@@ -1,11 +1,9 @@
 """The scale, mean and std with which published checkpoints were pretrained.
 
-A checkpoint may state them itself, as those of this toolkit's stage 1 and CEM500K do. Otherwise the name of a published
-file tells its family, or `--normalise` names the family. Wrong units are this field's commonest silent error, so
-whatever values are taken are printed.
+A checkpoint may state them itself, as those of stage 1 and CEM500K do. Otherwise the name of a published file tells its
+family, or `--normalise` does. Wrong units are this field's commonest silent error: whatever is taken is printed.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,20 +17,14 @@ from toolkit.models.backbones import normalization
 
 @dataclass(frozen=True)
 class Family:
-    """Values of `--scale`, `--mean` and `--std` for a family of checkpoints.
+    """Values of `--scale`, `--mean` and `--std` for a family of checkpoints."""
 
-    Args:
-        channels: the numbers of channels that its networks have.
-        file: a regular expression for the names of its published files; empty if the names do not tell.
-        source: where the values are published.
-    """
-
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # the numbers of channels that its networks have
     scale: float | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    file: str
-    source: str
+    file: str  # a regular expression for the names of its published files; empty if the names do not tell
+    source: str  # where the values are published
 
 
 _TORCHGEO = "torchgeo, models/resnet.py"
@@ -67,8 +59,7 @@ def known_scaling(given: Scaling, channels: int, metadata: Mapping[str, Any], fi
         metadata: the file's, as `toolkit.images.bands.recorded` writes them, and its `arch`; empty if it has none.
         file: the checkpoint or adapter file, whose name may tell its family.
 
-    Raises:
-        InputError: the family that `normalise` names is for other channels, or the metadata are damaged.
+    Raises InputError if the family that `normalise` names is for other channels, or the metadata are damaged.
     """
     if given.normalise in FAMILIES:
         expected = FAMILIES[given.normalise].channels
@@ -100,14 +91,11 @@ def _as_recorded(given: Scaling, channels: int, metadata: Mapping[str, Any], fil
         values = from_metadata(dict(metadata))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    bands = values["bands"]
-    usual = normalization(metadata["arch"])
-    are_usual = bands is None and (values["mean"], values["std"]) == (usual["mean"], usual["std"])
-    recorded_channels = 3 if bands is None else bands.channels
-    if are_usual or channels != recorded_channels:
+    bands = values.pop("bands")
+    is_usual = bands is None and values == normalization(metadata["arch"])
+    if is_usual or channels != getattr(bands, "channels", 3):
         return given
-    known = Scaling(None, list(values["mean"]), list(values["std"]), given.bands)
-    if bands is not None:
-        known = dataclasses.replace(known, scale=bands.scale, bands=given.bands or list(bands.chosen) or None)
+    chosen = given.bands or (bands and list(bands.chosen)) or None
+    known = Scaling(bands and bands.scale, list(values["mean"]), list(values["std"]), chosen)
     print(f"images: scale, mean, std and bands as in the pretraining, which {printable(Path(file).name)} says")
     return known

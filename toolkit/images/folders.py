@@ -1,5 +1,6 @@
 """Image files: finding them below a folder, keeping their names in little memory, and opening them."""
 
+import contextlib
 import hashlib
 import os
 import posixpath
@@ -26,16 +27,12 @@ _PART_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 class ImageFiles(Dataset):
     """(PIL image, label) of image files. The image is open, but `transforms.to_rgb` decodes it.
 
-    Args:
-        folder: where the files are.
-        names: their paths relative to it, with / between the parts.
-        labels: their classes.
-        bands: what is read of files that are no RGB photographs; each image is then an array, (H, W, C).
+    With `bands`, for files that are no RGB photographs, each image is an array, (H, W, C).
     """
 
     def __init__(self, folder: str | Path, names: Iterable[str], labels: Sequence[int], bands: Bands | None = None):
         self.folder = str(folder)
-        self.names = list(names)
+        self.names = list(names)  # paths relative to the folder, with / between the parts
         self.labels = labels
         self.bands = bands
 
@@ -44,18 +41,11 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, int]:
         """Raises InputError for a file that is no image."""
-        try:
-            return self._open(i) if self.bands is None else self._read(i), self.labels[i]
-        except (MemoryError, InputError):
-            raise
-        except Exception as error:  # a damaged file fails in a hundred places of Pillow
-            raise unreadable(self.path(i), error) from None
+        with named_faults(self.path(i)):
+            return self._read(i), self.labels[i]
 
-    def _open(self, i: int) -> Image.Image:
-        return open_image(self.path(i))
-
-    def _read(self, i: int) -> np.ndarray:
-        return self.bands.read_path(self.path(i))
+    def _read(self, i: int) -> Image.Image | np.ndarray:
+        return open_image(self.path(i)) if self.bands is None else self.bands.read_path(self.path(i))
 
     def path(self, i: int) -> str:
         return os.path.join(self.folder, self.names[i])
@@ -79,16 +69,18 @@ class UnreadableImage(InputError):
     """A file that cannot be read as an image."""
 
 
-def unreadable(path: str, error: Exception) -> UnreadableImage:
-    """What to raise for such a file."""
-    problem = printable(error)
-    if not isinstance(error, WrongBands):
-        problem = f"not a readable image ({problem}); repair or remove it, or use --skip-unreadable"
-    return UnreadableImage(f"{path}: {problem}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders
+@contextlib.contextmanager
+def named_faults(path: str) -> Iterator[None]:
+    """Whatever a damaged file raises, in a hundred places of Pillow, becomes an `UnreadableImage` that names it."""
+    try:
+        yield
+    except (MemoryError, InputError):
+        raise
+    except Exception as error:
+        problem = printable(error)
+        if not isinstance(error, WrongBands):
+            problem = f"not a readable image ({problem}); repair or remove it, or use --skip-unreadable"
+        raise UnreadableImage(f"{path}: {problem}") from None
 
 
 def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
@@ -100,12 +92,9 @@ def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
     if len(found) > 1:
         raise InputError(f"{root} has {' and '.join(path.name for path in found)}: name one of them with --val-dir")
     test = root / "test"
-    has_test = os.path.isdir(test)
-    if found and has_test:
-        print(f"evaluating on {found[0]}; {test} is left alone")
-    elif has_test:
-        print(f"evaluating on {test}")
-        return test
+    if os.path.isdir(test):
+        found.append(test)
+        print(f"evaluating on {found[0]}" + f"; {test} is left alone" * (len(found) > 1))
     if is_needed and not found:
         raise InputError(
             f"{root} has train/ but no {'/, '.join(EVALUATION_NAMES)}/ or test/: add one, name it with --val-dir, or "
@@ -115,16 +104,11 @@ def evaluation_folder(root: Path, is_needed: bool = False) -> Path | None:
 
 
 def class_folders(folder: Path, at_least: int = 2) -> list[str]:
-    """The names of the class folders in a folder, sorted.
-
-    Raises InputError if there are fewer than `at_least`, or if they are the parts of a set (train, val) instead.
-    """
+    """The sorted names of the class folders in a folder. Raises InputError for fewer, or for parts (train, val)."""
     names = list(folders_by_class(folder))
     if names and set(map(str.lower, names)) <= _PART_NAMES:
-        raise InputError(
-            f"{folder}: {', '.join(names)} are parts, not classes; name them train and val, in lower case, or give "
-            "them as --data-dir and --val-dir"
-        )
+        parts = f"{folder}: {', '.join(names)} are parts, not classes"
+        raise InputError(f"{parts}; name them train and val, in lower case, or give them as --data-dir and --val-dir")
     if len(names) < at_least:
         found = f"only {names[0]}" if names else "none"
         raise InputError(f"{folder}: expected a folder of images for each of at least two classes, found {found}")
@@ -133,15 +117,21 @@ def class_folders(folder: Path, at_least: int = 2) -> list[str]:
 
 def folders_by_class(folder: Path) -> dict[str, list[str]]:
     """The names of the folders of each class, by the class's, sorted."""
-    found = {}
+    found: dict[str, list[str]] = {}
+    for entry in visible_entries(folder):
+        if entry.is_dir():
+            found.setdefault(one_spelling(entry.name), []).append(entry.name)
+    return dict(sorted(found.items()))
+
+
+def visible_entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder and not hidden, sorted. Raises InputError for a folder that cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir() and not _is_hidden(entry.name):
-                    found.setdefault(one_spelling(entry.name), []).append(entry.name)
+            visible = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in _OF_SYSTEMS)
+            return sorted(visible, key=lambda entry: entry.name)
     except OSError as error:
-        raise _unlisted(error) from None
-    return dict(sorted(found.items()))
+        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}") from None
 
 
 def one_spelling(name: str) -> str:
@@ -149,15 +139,9 @@ def one_spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _is_hidden(name: str) -> bool:
-    """Does it begin with a dot, as the Mac's ._cat.jpg beside each cat.jpg and Jupyter's .ipynb_checkpoints do?"""
-    return name.startswith(".") or name in _OF_SYSTEMS
-
-
 def labelled_files(folder: Path, class_names: list[str], every: bool = True, bands: Bands | None = None) -> ImageFiles:
-    """All images below the class folders; says which other files are there.
-
-    Raises InputError if there are no images or, with `every`, none of some class.
+    """All images below the class folders; says which other files are there. Raises InputError if there are no images
+    or, with `every`, none of some class.
     """
     folders = folders_by_class(folder)
     others = Counter()
@@ -188,47 +172,36 @@ def image_names(folder: Path, within: str = "", others: Counter | None = None, b
     Links are followed. What is no image is counted in `others`, by suffix. Raises InputError for a folder that cannot
     be listed.
     """
-    try:
-        found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
-    except OSError as error:
-        raise _unlisted(error) from None
+    found = sorted(_image_folders(folder, within, (), Counter() if others is None else others, bands))
     return [posixpath.join(inner, name) for inner, names in found for name in sorted(names)]
 
 
 def first_image(folder: Path) -> str | None:
     """Some image below a folder, if there is one. Raises InputError for a folder that cannot be listed."""
-    try:
-        for inner, names in _image_folders(folder, "", (), Counter(), None):
-            if names:
-                return posixpath.join(inner, names[0])
-    except OSError as error:
-        raise _unlisted(error) from None
-    return None
+    found = _image_folders(folder, "", (), Counter(), None)
+    return next((posixpath.join(inner, names[0]) for inner, names in found if names), None)
 
 
 def _image_folders(
     folder: Path, within: str, above: tuple[os.stat_result, ...], others: Counter, bands: Bands | None
 ) -> Iterator[tuple[str, list[str]]]:
     """(path relative to `folder`, names of its images) for a folder and for each below it."""
+    entries = visible_entries(folder / within)
     here = os.stat(folder / within)
     if any(os.path.samestat(here, other) for other in above):
         return  # a link to a folder around it
     names = []
     folders = []
-    with os.scandir(folder / within) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name):
-                continue
-            if entry.is_dir():
-                folders.append(posixpath.join(within, entry.name))
-            elif entry.name.lower().endswith(suffixes(bands)):
-                names.append(entry.name)
-            else:
-                others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+    for entry in entries:
+        if entry.is_dir():
+            folders.append(posixpath.join(within, entry.name))
+        elif entry.name.lower().endswith(suffixes(bands)):
+            names.append(entry.name)
+        else:
+            others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
     if bands is not None:
         names, apart = bands.one_for_each_image(names)
-        if apart:
-            others["of other bands"] += apart
+        others += Counter({"of other bands": apart})
     yield within, names
     for inner in folders:
         yield from _image_folders(folder, inner, (*above, here), others, bands)
@@ -250,14 +223,6 @@ def _counted(others: Counter) -> str:
     return listed((f"{count} {suffix}" for suffix, count in others.most_common()), 6)
 
 
-def _unlisted(error: OSError) -> InputError:
-    return InputError(f"{error.filename}: cannot be listed: {error.strerror}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Copies
-
-
 def copies(
     files: ImageFiles, chosen: Iterable[int], others: ImageFiles, others_chosen: Iterable[int]
 ) -> list[tuple[str, str]]:
@@ -265,16 +230,13 @@ def copies(
     sizes = {i: files.size(i) for i in chosen}
     other_sizes = {i: others.size(i) for i in others_chosen}
     common = set(sizes.values()) & set(other_sizes.values()) - {-1}
-    known = {}
-    for i, size in other_sizes.items():
-        if size in common:
-            known[_digest(others.content(i))] = others.path(i)
+    known = {_digest(others, i): others.path(i) for i, size in other_sizes.items() if size in common}
     found = []
     for i, size in sizes.items():
-        if size in common and (other := known.get(_digest(files.content(i)))):
+        if size in common and (other := known.get(_digest(files, i))):
             found.append((files.path(i), other))
     return found
 
 
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content).digest()
+def _digest(files: ImageFiles, i: int) -> bytes:
+    return hashlib.blake2b(files.content(i)).digest()

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def look_like_numbers(labels: Sequence[str]) -> bool:
 def read_paths(path: Path, folder: Path) -> list[str]:
     """The paths in a list of images, whatever stands behind them. The arguments are `read_list`'s."""
     _, rows = _rows(path)
-    return _checked_files(path, folder, _first(rows), ())
+    return _checked_files(path, folder, map(itemgetter(0), rows), ())
 
 
 def read_list(
@@ -71,8 +72,7 @@ def read_list(
     Returns:
         The paths as listed, and the labels as text.
 
-    Raises:
-        InputError: a file that is none of this, files that are not there, or two labels for one file.
+    Raises InputError for a file that is none of this, files that are not there, or two labels for one file.
     """
     _, rows = _label_columns(path, group_by, label_columns)
     if max(map(len, rows)) == 1:
@@ -83,49 +83,36 @@ def read_list(
             line = printable(",".join(row))
             raise _error(path, f"the line '{line}' is not a path and a label, one for each image{several}")
         if "," in row[1]:
-            raise _error(
-                path,
-                f"the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image has one label; "
-                "write the name of its class without one, or use --task multilabel",
+            raise InputError(
+                f"--data-list {path}: the label '{printable(row[1])}' of {printable(row[0])} has a comma, and an image "
+                "has one label; write the name of its class without one, or use --task multilabel"
             )
     labels = [one_spelling(row[1]) for row in rows]
-    return _checked_files(path, folder, _first(rows), labels), labels
+    return _checked_files(path, folder, map(itemgetter(0), rows), labels), labels
 
 
 def _error(path: Path, problem: str) -> InputError:
     return InputError(f"--data-list {path}: {problem}")
 
 
-def _first(rows: Iterable[Sequence[str]]) -> list[str]:
-    """The paths, which stand in the first column."""
-    return [row[0] for row in rows]
-
-
-def _checked_files(path: Path, folder: Path, names: Sequence[str], labels: Sequence[str]) -> list[str]:
+def _checked_files(path: Path, folder: Path, names: Iterable[str], labels: Sequence[str]) -> list[str]:
     """The files' names, without ./ and //. Raises InputError for files that are not there, or have two labels."""
-    short = []
-    label_of = {}
-    missing = []
-    torn = []
     root = os.path.abspath(folder)
-    for i, name in enumerate(names):
-        if "./" in name or "//" in name:
-            name = str(PurePosixPath(name))  # what .. leaves depends on links, so it stays
-        short.append(name)
-        file = os.path.join(root, name)
-        if not os.path.isfile(file):
-            missing.append(name)
-        if labels and label_of.setdefault(os.path.normpath(file), labels[i]) != labels[i]:
-            torn.append(name)
+    # What .. leaves depends on links, so it stays.
+    short = [str(PurePosixPath(name)) if "./" in name or "//" in name else name for name in names]
+    files = [os.path.join(root, name) for name in short]
+    missing = [name for name, file in zip(short, files, strict=True) if not os.path.isfile(file)]
     if missing:
         raise _error(path, f"{len(missing)} of its files are not in {folder}: {listed(missing)}")
+    label_of: dict[str, str] = {}
+    torn = {}
+    for name, file, label in zip(short, files, labels, strict=False):  # of paths alone there are no labels
+        if label_of.setdefault(os.path.normpath(file), label) != label:
+            torn[name] = label
     if torn:
-        raise _error(path, f"two labels for {listed(dict.fromkeys(torn))}; leave one of the lines out")
+        raise _error(path, f"two labels for {listed(torn)}; leave one of the lines out")
     return short
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Lines and columns
 
 _IMAGE = f".+(?:{'|'.join(map(re.escape, (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES)))})"
 _SPACED = re.compile(rf"({_IMAGE}) +(\d+)", re.IGNORECASE)  # a path may have spaces of its own
@@ -135,7 +122,6 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     """A list's titles, if its first line has some, and its lines, in cells."""
     rows = []
     number = 0
-    line = ""
     try:
         check_is_file(path)
         with open(path, encoding="utf-8-sig") as file:
@@ -159,9 +145,10 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     except UnicodeDecodeError as error:
         raise _error(path, f"not a text file of `path,label` lines: {printable(error)}") from None
     except csv.Error as error:
-        line = printable(line.strip())
-        problem = f"line {number} is not `path,label` ({error}); look at its quotation marks: '{line}'"
-        raise _error(path, problem) from None
+        shown = printable(line.strip())
+        raise _error(
+            path, f"line {number} is not `path,label` ({error}); look at its quotation marks: '{shown}'"
+        ) from None
     titles = rows.pop(0) if rows and _are_titles(rows) else []
     if not rows:
         raise _error(path, "lists no images; write a line `path,label` for each")
@@ -171,28 +158,20 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
 def _are_titles(rows: Sequence[Sequence[str]]) -> bool:
     """Does the first line name the columns: by a usual word, or by one that is no file, and the second is an image?"""
     first = rows[0][0]
-    if first.lower() in TITLES:
-        return True
-    if len(rows) < 2 or "." in first or "/" in first:
-        return False
-    return rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+    is_followed = len(rows) > 1 and rows[1][0].lower().endswith((*IMAGE_SUFFIXES, *ARRAY_SUFFIXES))
+    return first.lower() in TITLES or (is_followed and "." not in first and "/" not in first)
 
 
 def read_groups(path: Path, column: str) -> np.ndarray:
-    """What stands in a column of a list: the name of the group, such as a patient, that each image belongs to, (N,).
-
-    Raises:
-        InputError: the list has no such column, or nothing stands there for some image.
-    """
+    """What stands in a column: the group, such as a patient, of each image, (N,). Raises InputError for nothing."""
     titles, rows = _rows(path)
     place = _place_of(column, titles, path)
     _check_widths(path, titles, rows)
     bare = [row[0] for row in rows if not row[place]]
     if bare:
-        raise _error(
-            path,
-            f"nothing in the column {printable(column)} for {listed(bare)}; write a name, one of its own where the "
-            "group is not known",
+        raise InputError(
+            f"--data-list {path}: nothing in the column {printable(column)} for {listed(bare)}; write a name, one of "
+            "its own where the group is not known"
         )
     return np.array([one_spelling(row[place]) for row in rows])
 
@@ -207,27 +186,23 @@ def _label_columns(
 ) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of a list with the columns that are labels or numbers, and the paths in front.
 
-    Args:
-        group_by: a column that is none, if it is one of the list's and no folder's level.
-        label_columns: the columns that are, by their titles; `A..B` is all from A to B. None: all.
+    They are `label_columns` by their titles, `A..B` for all from A to B, or all; without `group_by` if it is a column.
     """
     titles, rows = _rows(path)
     grouped = group_by is not None and not group_by.isdecimal()
     if not label_columns and not grouped:
         return titles, rows
-    places = list(range(len(titles)))
+    places = range(len(titles))
     if label_columns:
         places = [0]
         for entry in label_columns:
             first, _, last = entry.partition("..")
             start = _place_of(first, titles, path, "--label-columns")
-            end = _place_of(last or first, titles, path, "--label-columns")
-            places += range(start, end + 1)
-    if grouped:
-        group = _place_of(group_by, titles, path)
-        places = [place for place in places if place != group]
+            places += range(start, _place_of(last or first, titles, path, "--label-columns") + 1)
+    group = _place_of(group_by, titles, path) if grouped else None
     _check_widths(path, titles, rows)
-    return [titles[place] for place in places], [[row[place] for place in places] for row in rows]
+    [titles, *rows] = [[row[place] for place in places if place != group] for row in (titles, *rows)]
+    return titles, rows
 
 
 def _check_widths(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -246,18 +221,13 @@ def _place_of(column: str, titles: Sequence[str], path: Path, option: str = "--g
             f"path,label,{printable(column)}{remedy}"
         )
     names = titles[1:]
-    lower = list(map(str.lower, names))
-    if column in names:
-        return 1 + names.index(column)
-    if column.lower() in lower:
-        return 1 + lower.index(column.lower())
+    for given, known in ((column, names), (column.lower(), list(map(str.lower, names)))):
+        if given in known:
+            return 1 + known.index(given)
     hint = did_you_mean(column, names)
     hint = f" ({hint})" if hint else ""
     raise InputError(f"{option} {printable(column)}: no such column in {path}, which has {listed(names, 20)}{hint}")
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Several labels an image, or numbers
 
 _ANSWERS = {"1": 1.0, "1.0": 1.0, "0": 0.0, "0.0": 0.0, "-1": math.nan, "-1.0": math.nan, "": math.nan}
 _YES_OR_NO = {"yes", "no", "y", "n", "true", "false", "t", "f"}
@@ -282,18 +252,17 @@ def read_targets(
         unknown: one of UNKNOWN: what becomes of unknown labels.
         label_columns: the columns that are labels or numbers, where others are none: see `_label_columns`.
 
-    Raises:
-        InputError: a file that is none of this, files that are not there, or two lines for one file.
+    Raises InputError for a file that is none of this, files that are not there, or two lines for one file.
     """
     titles, rows = _label_columns(path, group_by, label_columns)
+    # Two columns are a path and a label's answers, or the names of labels.
+    is_answered = len(titles) == 2 and titles[1].lower() not in ("label", "labels")
+    is_answered = is_answered and all(row[-1] in _ANSWERS for row in rows)
     if task == "regression":
         count = len(rows[0]) - 1
-        if not titles and count == 1:
-            titles = ["path", "number"]
-        elif not titles:
-            titles = ["path", *(f"number {i}" for i in range(1, count + 1))]
-        targets = _columns(path, titles, rows, _number, "a number, or nothing for unknown")
-    elif label_columns or _has_columns(titles, rows):
+        numbers = ["number"] if count == 1 else [f"number {i}" for i in range(1, count + 1)]
+        targets = _columns(path, titles or ["path", *numbers], rows, _number, "a number, or nothing for unknown")
+    elif label_columns or len(titles) > 2 or is_answered:
         targets = _columns(path, titles, rows, _ANSWERS.get, "1, 0, or -1 or nothing for unknown")
     else:
         targets = _named_labels(path, titles, rows)
@@ -301,30 +270,21 @@ def read_targets(
         targets.values.nan_to_num_(float(unknown == "positive"))
     for name in targets.names:
         for of_answers in {name + PROBABILITY, name + ANSWER}.intersection(targets.names):
-            raise _error(
-                path,
-                f"'{printable(of_answers)}' is what the answers for {printable(name)} will be called; give that label "
-                "another name",
+            raise InputError(
+                f"--data-list {path}: '{printable(of_answers)}' is what the answers for {printable(name)} will be "
+                "called; give that label another name"
             )
     labels = list(map(str, targets.values.tolist()))  # NaN is no other NaN
     return targets._replace(paths=_checked_files(path, folder, targets.paths, labels))
 
 
 def _number(text: str) -> float | None:
-    if not text:
-        return math.nan
+    """NaN for nothing; None for what is no finite number."""
     try:
-        value = float(text)
+        value = float(text or "nan")
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
-
-
-def _has_columns(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
-    """Has a list a column for each label? One of two columns has, if those are answers and not called labels."""
-    if len(titles) != 2:
-        return len(titles) > 2
-    return titles[1].lower() not in ("label", "labels") and all(row[-1] in _ANSWERS for row in rows)
+    return value if math.isfinite(value) or not text else None
 
 
 def _columns(
@@ -340,14 +300,13 @@ def _columns(
         numbers = list(map(read, row[1:]))
         if None in numbers:
             place = numbers.index(None)
-            raise _error(
-                path,
-                f"'{printable(row[1 + place])}' in the column {printable(names[place])} is not {expected}; leave out "
-                "columns that are no answers, or name those that are with --label-columns",
+            raise InputError(
+                f"--data-list {path}: '{printable(row[1 + place])}' in the column {printable(names[place])} is not "
+                f"{expected}; leave out columns that are no answers, or name those that are with --label-columns"
             )
         values.append(numbers)
     dtype = torch.float64 if read is _number else torch.float32
-    return Targets(_first(rows), names, torch.tensor(values, dtype=dtype))
+    return Targets(list(map(itemgetter(0), rows)), names, torch.tensor(values, dtype=dtype))
 
 
 def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Targets:
@@ -356,29 +315,27 @@ def _named_labels(path: Path, titles: Sequence[str], rows: Sequence[Sequence[str
     if len(titles) == 2 and given and given <= _YES_OR_NO:
         column = printable(titles[1])
         raise _error(path, f"the column {column} says {listed(sorted(given))}: write 1 for yes and 0 for no")
-    found = []
     for row in rows:
         if len(row) != 2:
-            raise _error(
-                path,
-                f"the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of an image into "
-                "quotation marks, or name the columns in the first line, as path,cat,dog",
+            raise InputError(
+                f"--data-list {path}: the line '{printable(','.join(row))}' is not `path,\"a,b\"`; put the labels of "
+                "an image into quotation marks, or name the columns in the first line, as path,cat,dog"
             )
-        found.append(list(filter(None, map(one_spelling, map(str.strip, row[1].split(","))))))
+    found = [list(filter(None, map(one_spelling, map(str.strip, row[1].split(","))))) for row in rows]
     names = in_order(set().union(*found))
     if not names:
         raise _error(path, "no image has a label")
-    for sign in ";|":
-        if sign in "".join(given) and "," not in "".join(given):
-            raise _error(
-                path,
-                f"'{sign}' stands between the labels of an image, as it seems: put commas there, and quotation marks "
-                'around them, as `path,"a,b"`',
-            )
+    text = "".join(given)
+    sign = next((sign for sign in ";|" if sign in text and "," not in text), None)
+    if sign:
+        raise InputError(
+            f"--data-list {path}: '{sign}' stands between the labels of an image, as it seems: put commas there, and "
+            'quotation marks around them, as `path,"a,b"`'
+        )
     values = torch.zeros(len(rows), len(names))
     for i, labels in enumerate(found):
         values[i, list(map(names.index, labels))] = 1
-    return Targets(_first(rows), names, values, in_columns=False)
+    return Targets(list(map(itemgetter(0), rows)), names, values, in_columns=False)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -387,12 +344,9 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path, unknown: str = "ignore") -> Targets:
-    """The same with its columns in the order of these names.
+    """The same with its columns in the order of these names. Raises InputError for others, or if numbers are missing.
 
     A label without a column is `unknown`, as for `read_targets`; one that a list of names never names is no.
-
-    Raises:
-        InputError: it has names that are not among them, or lacks a column of numbers.
     """
     surplus = sorted(set(targets.names) - set(names))
     if surplus:
@@ -402,6 +356,5 @@ def like(targets: Targets, names: Sequence[str], path: Path, other: str | Path, 
         raise InputError(f"--data-list {path} has no column {listed(missing)}, which {other} has; add it")
     fill = {"ignore": math.nan, "negative": 0.0, "positive": 1.0}[unknown] if targets.in_columns else 0.0
     values = targets.values.new_full((len(targets.values), len(names)), fill)
-    for place, name in enumerate(targets.names):
-        values[:, names.index(name)] = targets.values[:, place]
+    values[:, list(map(names.index, targets.names))] = targets.values
     return targets._replace(names=list(names), values=values)

@@ -1,8 +1,15 @@
-"""Maps: what a model answers for each pixel of an image, as files, with the georeference of the image."""
+"""Where on Earth an image is; and maps, what a model answers for each pixel of an image, as files with that place.
 
+A place is in the tags of OGC's GeoTIFF 1.1 (19-008r4): a pixel's position and the size of all, or a matrix, in degrees
+or in units of the projection of an EPSG code.
+"""
+
+import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,15 +17,99 @@ from PIL import Image
 from toolkit.files import open_atomically
 from toolkit.images.bands import import_tifffile
 
-_TILE = 256
-# Tags of OGC's GeoTIFF 1.1 (19-008r4), and of GDAL.
+COLUMNS = ("x", "y", "epsg")
 _SCALE = 33550
 _TIE_POINTS = 33922
 _MATRIX = 34264
-_KEYS = (34735, 34736, 34737)
-_GDAL_METADATA = 42112
+_KEYS = {34735: "H", 34736: "d", 34737: "s"}
+# Among the keys:
+_RASTER_TYPE = 1025
+_POINT = 2  # a raster type: positions are those of pixels' centres, not of their upper left corners
+_GEOGRAPHIC = 2048
+_PROJECTED = 3072
+_UNNAMED = 32767  # a reference system that has no code
+_GDAL_METADATA = 42112  # tags of GDAL
 _GDAL_NODATA = 42113
-_POINT = (1025, 0, 1, 2)  # among the keys: positions are those of pixels' centres
+_TILE = 256
+
+
+def _tags(path: str | os.PathLike) -> tuple[dict[int, Any], dict[int, int], tuple[int, int]]:
+    """The tags of a TIFF by their numbers, the short ones of the keys among them, and its width and height."""
+    with import_tifffile().TiffFile(path) as file:
+        page = file.pages[0]
+        wanted = (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS)
+        tags = {code: page.tags[code].value for code in wanted if code in page.tags}
+    entries = np.reshape(tags.get(min(_KEYS), ()), (-1, 4)).tolist()
+    keys = {key: value for key, place, _, value in entries if place == 0}
+    return tags, keys, (page.imagewidth, page.imagelength)
+
+
+def georeference(path: str | None, step: int = 1) -> list[tuple]:
+    """The tags of a TIFF that say where it is, for one whose pixels are `step` times as wide and high."""
+    if path is None:
+        return []
+    found, keys, _ = _tags(path)
+    shift = (keys.get(_RASTER_TYPE) == _POINT) * (step - 1) / 2  # of the first pixel's place, in pixels
+    if _SCALE in found:
+        found[_SCALE] = np.array(found[_SCALE]) * (step, step, 1)
+    if _TIE_POINTS in found:
+        points = np.reshape(found[_TIE_POINTS], (-1, 6)).astype(float)
+        points[:, :2] = (points[:, :2] - shift) / step
+        found[_TIE_POINTS] = points
+    if _MATRIX in found:
+        matrix = np.reshape(found[_MATRIX], (4, 4)).astype(float)
+        matrix[:, 3] += shift * (matrix[:, 0] + matrix[:, 1])
+        matrix[:, :2] *= step
+        found[_MATRIX] = matrix
+    extra = []
+    for code, value in found.items():
+        count = 0  # of a text: as long as it is
+        if not isinstance(value, str):
+            value = np.ravel(value).tolist()
+            count = len(value)
+        extra.append((code, _KEYS.get(code, "d"), count, value, True))
+    return extra
+
+
+def centre(path: str | os.PathLike) -> dict[str, Any]:
+    """The `x`, `y` and `epsg` of an image's centre; an empty dictionary if the file has no such tags.
+
+    x is the longitude and y the latitude in degrees, or both are in the units of the projection. `epsg` is the code of
+    the reference system, or empty if it has none.
+    """
+    try:
+        tags, keys, (width, height) = _tags(path)
+        half = 0.5 * (keys.get(_RASTER_TYPE) == _POINT)
+        column = width / 2 - half
+        row = height / 2 - half
+        if _MATRIX in tags:
+            matrix = np.reshape(tags[_MATRIX], (4, 4)).tolist()
+            x, y = (a * column + b * row + d for a, b, _, d in matrix[:2])
+        else:
+            across, down = map(float, tags[_SCALE][:2])
+            at_column, at_row, _, x, y = map(float, tags[_TIE_POINTS][:5])
+            x += (column - at_column) * across
+            y -= (row - at_row) * down
+        code = keys.get(_PROJECTED, keys.get(_GEOGRAPHIC, _UNNAMED))
+    except Exception:  # damaged tags, of which there are many kinds: the image itself can be read
+        return {}
+    if not keys or not (math.isfinite(x) and math.isfinite(y)):
+        return {}
+    return {"x": x, "y": y, "epsg": "" if code == _UNNAMED else code}
+
+
+def centres(paths: Iterable[str]) -> list[dict[str, Any]]:
+    """The `centre` of each file, or empty columns; an empty list if no file has tags, or tifffile is missing."""
+    paths = list(paths)
+    if not any(path.lower().endswith((".tif", ".tiff")) for path in paths):
+        return []
+    try:
+        import_tifffile()
+    except ImportError:
+        print("the geotags of TIFFs are not read: pip install tifffile")
+        return []
+    found = list(map(centre, paths))
+    return [dict.fromkeys(COLUMNS, "") | place for place in found] if any(found) else []
 
 
 def unsure(classes: int) -> np.integer:
@@ -49,12 +140,8 @@ def write_map(
     first = next(parts)
     shape = (height, width, *first.shape[2:])
     extra = georeference(like, step)
-    items = ""
-    for i, name in enumerate(names):
-        where = f'name="class {i}"'
-        if palette is None:
-            where = f'name="DESCRIPTION" sample="{i}" role="description"'
-        items += f"<Item {where}>{escape(name)}</Item>"
+    where = 'name="DESCRIPTION" sample="{}" role="description"' if palette is None else 'name="class {}"'
+    items = "".join(f"<Item {where.format(i)}>{escape(name)}</Item>" for i, name in enumerate(names))
     if items:
         extra.append((_GDAL_METADATA, "s", 0, f"<GDALMetadata>{items}</GDALMetadata>".encode(), True))
     colours = None
@@ -81,59 +168,18 @@ def write_map(
             )
 
 
-def _tiles(first: np.ndarray, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+def _tiles(rows: np.ndarray, parts: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """The tiles of a map, row by row; those at its borders are filled up with zeros."""
-    rows = first
-    for part in parts:
-        rows = np.concatenate([rows, part])
-        while len(rows) >= _TILE:
-            yield from _cut(rows[:_TILE])
+    for part in itertools.chain(parts, [None]):
+        while len(rows) >= _TILE or (part is None and len(rows)):
+            for left in range(0, rows.shape[1], _TILE):
+                tile = np.zeros((_TILE, _TILE, *rows.shape[2:]), rows.dtype)
+                found = rows[:_TILE, left : left + _TILE]
+                tile[: found.shape[0], : found.shape[1]] = found
+                yield tile
             rows = rows[_TILE:]
-    for top in range(0, len(rows), _TILE):
-        yield from _cut(rows[top : top + _TILE])
-
-
-def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for left in range(0, rows.shape[1], _TILE):
-        part = rows[:, left : left + _TILE]
-        tile = np.zeros((_TILE, _TILE, *rows.shape[2:]), rows.dtype)
-        tile[: part.shape[0], : part.shape[1]] = part
-        yield tile
-
-
-def georeference(path: str | None, step: int = 1) -> list[tuple]:
-    """The tags of a TIFF that say where on Earth it is, for one whose pixels are `step` times as wide and high."""
-    if path is None:
-        return []
-    found = {}
-    with import_tifffile().TiffFile(path) as file:
-        tags = file.pages[0].tags
-        for code in (_SCALE, _TIE_POINTS, _MATRIX, *_KEYS):
-            if code in tags:
-                found[code] = tags[code].value
-    shift = 0.0  # of the first pixel's place, in pixels of the TIFF
-    if list(_POINT) in np.reshape(found.get(_KEYS[0], ()), (-1, 4)).tolist():
-        shift = (step - 1) / 2
-    if _SCALE in found:
-        found[_SCALE] = np.array(found[_SCALE]) * (step, step, 1)
-    if _TIE_POINTS in found:
-        points = np.reshape(found[_TIE_POINTS], (-1, 6)).astype(float)
-        points[:, :2] = (points[:, :2] - shift) / step
-        found[_TIE_POINTS] = points
-    if _MATRIX in found:
-        matrix = np.reshape(found[_MATRIX], (4, 4)).astype(float)
-        matrix[:, 3] += shift * (matrix[:, 0] + matrix[:, 1])
-        matrix[:, :2] *= step
-        found[_MATRIX] = matrix
-    kinds = dict(zip(_KEYS, "Hds", strict=True))
-    extra = []
-    for code, value in found.items():
-        count = 0  # of a text: as long as it is
-        if not isinstance(value, str):
-            value = np.ravel(value).tolist()
-            count = len(value)
-        extra.append((code, kinds.get(code, "d"), count, value, True))
-    return extra
+        if part is not None:
+            rows = np.concatenate([rows, part])
 
 
 def write_mask(path: str | os.PathLike, classes: np.ndarray, palette: np.ndarray) -> None:

@@ -6,6 +6,7 @@ The numbers of classes in a mask (H, W) count from 0; UNKNOWN marks pixels that 
 import functools
 import hashlib
 import itertools
+import json
 import os
 import posixpath
 import re
@@ -20,39 +21,29 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision import transforms as T
 
 from toolkit import InputError, listed, printable
-from toolkit.images import splitting
+from toolkit.images import folders, splitting
 from toolkit.images.bands import Bands, array_of, levels_of_tiff, open_image, read_file, split_names
-from toolkit.images.data import LabelledImages, Transformed
-from toolkit.images.folders import ImageFiles, evaluation_folder, image_names, one_spelling, report_others, unreadable
+from toolkit.images.data import LabelledImages, look_at_each
 from toolkit.images.lists import read_list
 from toolkit.images.scenes import open_scene
-from toolkit.images.sources import Splits, divide, group, look_at_each, places_of_lists, readable
-from toolkit.images.transforms import to_rgb
+from toolkit.images.transforms import View, eval_transform, to_rgb
 
 UNKNOWN = -100  # the class of pixels that do not count: PyTorch's ignore_index
 MOST_CLASSES = 256
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Classes and their colours
+# -------------------------------------------------------------------------------------------- classes and their colours
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of masks.
-
-    Args:
-        values: the value of each in the files of masks, where these are not 0, 1, 2, ...
-        colours: the colour of each in RGB masks, 0 to 255.
-        unknown: the values, or colours, of pixels that do not count.
-    """
+    """The classes of masks."""
 
     names: tuple[str, ...]
-    values: tuple[int, ...] | None = None
-    colours: tuple[tuple[int, ...], ...] | None = None
-    unknown: tuple[Any, ...] = ()
+    values: tuple[int, ...] | None = None  # of each in the files of masks, where these are not 0, 1, 2, ...
+    colours: tuple[tuple[int, ...], ...] | None = None  # of each in RGB masks, 0 to 255
+    unknown: tuple[Any, ...] = ()  # the values, or colours, of pixels that do not count
 
 
 _TITLES = {"name", "class", "label", "value", "id", "r", "g", "b", "red", "green", "blue", "color", "colour"}
@@ -66,8 +57,7 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
     A line is `name`, `name value`, `name r g b` or `name #rrggbb`, with spaces, tabs or commas between. A value or
     colour that is called `unknown` is no class: its pixels do not count.
 
-    Raises:
-        InputError: a file that is none of this, fewer than two classes, or two with one name, value or colour.
+    Raises InputError for a file that is none of this, fewer than two classes, or two with one name, value or colour.
     """
     if not given:
         return None
@@ -76,15 +66,10 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
         lines = _lines_of(given[0], where)
     else:
         lines = [(name, ()) for name in split_names(given)]
-    names = []
-    marks = []
-    unknown = []
-    for name, mark in lines:
-        if mark and name.lower() == "unknown":
-            unknown.append(mark)
-        else:
-            names.append(name)
-            marks.append(mark)
+    unknown = [mark for name, mark in lines if mark and name.lower() == "unknown"]
+    classes = [(name, mark) for name, mark in lines if not mark or name.lower() != "unknown"]
+    names = tuple(name for name, _ in classes)
+    marks = [mark for _, mark in classes]
     if not 2 <= len(names) <= MOST_CLASSES:
         raise InputError(f"{where}: {len(names)} classes; give 2 to {MOST_CLASSES} names, or a file that exists")
     kinds = set(map(len, marks + unknown))
@@ -94,11 +79,9 @@ def read_classes(given: Sequence[str] | None) -> Classes | None:
         [(value, count)] = Counter(values).most_common(1) or [("", 1)]
         if count > 1:
             raise InputError(f"{where}: {count} lines have the {what} {printable(value)}; each class has its own")
-    if kinds == {0}:
-        return Classes(tuple(names))
-    if kinds == {1}:
-        return Classes(tuple(names), values=tuple(sum(marks, ())), unknown=tuple(sum(unknown, ())))
-    return Classes(tuple(names), colours=tuple(marks), unknown=tuple(unknown))
+    if kinds == {3}:
+        return Classes(names, colours=tuple(marks), unknown=tuple(unknown))
+    return Classes(names, values=tuple(sum(marks, ())) or None, unknown=tuple(sum(unknown, ())))
 
 
 def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -112,17 +95,14 @@ def _lines_of(path: str, where: str) -> list[tuple[str, tuple[int, ...]]]:
         if not lines and set(re.split(r"[\s,;]+", line.lower())) <= _TITLES:
             continue
         name, behind = _LINE.fullmatch(line).groups("")
-        allowed = _VALUES
-        mark = tuple(map(int, re.findall(r"-?\d+", behind)))
-        if "#" in behind:
-            mark = tuple(bytes.fromhex(behind.partition("#")[2]))
-        if len(mark) == 3:
-            allowed = range(256)
+        of_hex = tuple(bytes.fromhex(behind.partition("#")[2]))
+        mark = of_hex or tuple(map(int, re.findall(r"-?\d+", behind)))
+        allowed = range(256) if len(mark) == 3 else _VALUES
         if "," in name or not all(number in allowed for number in mark):
             raise InputError(
                 f"{where}: the line '{printable(line)}' is not `name`, `name value` or `name r g b` (0 to 255)"
             )
-        lines.append((one_spelling(name.strip('"')), mark))
+        lines.append((folders.one_spelling(name.strip('"')), mark))
     return lines
 
 
@@ -148,8 +128,7 @@ def coloured(classes: Tensor, palette: np.ndarray) -> np.ndarray:
     return colours[numbers.where(numbers != UNKNOWN, len(palette)).numpy()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading masks
+# -------------------------------------------------------------------------------------------------------- reading masks
 
 _FORMATS = ("PNG", "TIFF", "BMP", "GIF")  # of masks: no format that changes numbers, by compression or by its range
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -157,42 +136,26 @@ _MISSING = -1  # the class of a value or colour that no class has
 _BEYOND = (_VALUES.start - 1, _VALUES.stop)  # stand for all values below and above
 
 
-def _as_lists(marks: Sequence[Any] | None) -> list[Any] | None:
-    """Values, or colours, as an adapter file has them."""
-    return marks and [list(mark) if isinstance(mark, tuple) else mark for mark in marks]
-
-
 def _as_tuples(marks: Sequence[Any] | None) -> tuple[Any, ...] | None:
     return marks and tuple(tuple(mark) if isinstance(mark, list) else mark for mark in marks)
 
 
-def from_record(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Classes, list[int]]:
-    """The classes and the unknown values of the masks that an adapter was trained on, from its file."""
-    values, colours, unknown = (_as_tuples(record.get(name)) for name in ("values", "colours", "unknown_marks"))
-    return Classes(tuple(names), values, colours, unknown or ()), list(record.get("unknown", [255]))
-
-
 class MaskReader:
-    """Reads the file of a mask as class numbers, (H, W) int16.
+    """Reads the file of a mask as class numbers, (H, W) int16. Raises InputError if a class has an unknown value.
 
-    Args:
-        classes: None: a pixel's class is its value.
-        unknown: the values of pixels that do not count.
-
-    Raises:
-        InputError: a class has an unknown value.
+    Without classes a pixel's class is its value. What is `unknown` does not count.
     """
 
     def __init__(self, classes: Classes | None, unknown: Sequence[int]):
-        self.is_named = classes is not None
+        self.names = classes and classes.names
         classes = classes or Classes(tuple(map(str, range(MOST_CLASSES))))
         self.colours = classes.colours
-        self.record = {  # for an adapter file: see `from_record`
-            "unknown": list(unknown),
-            "values": _as_lists(classes.values),
-            "colours": _as_lists(classes.colours),
-            "unknown_marks": _as_lists(classes.unknown) or [],
-        }
+        self.remedy = ""  # where the masks seem to be read otherwise than they are meant
+        if self.colours is None:
+            self.remedy = (
+                "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` "
+                "and `NAME 255`, and add --unknown-value none"
+            )
         values = classes.values or range(len(classes.names))
         for name, value in zip(classes.names, classes.values or (), strict=False):
             if value in unknown:
@@ -210,15 +173,20 @@ class MaskReader:
             self.of_colours[_codes(np.array(self.colours))] = range(len(self.colours))
             self.of_colours[_codes(np.array(classes.unknown, int).reshape(-1, 3))] = UNKNOWN
         self.of_values[np.clip(not_counted, *_BEYOND).astype(int) - _BEYOND[0]] = UNKNOWN
+        marks = {"values": classes.values, "colours": classes.colours, "unknown_marks": classes.unknown}
+        # For an adapter file, with lists in place of tuples: see `from_record`.
+        self.record = {"unknown": list(unknown), **json.loads(json.dumps(marks))}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any], names: Sequence[str]) -> "MaskReader":
+        """What read the masks that an adapter was trained on, from its file."""
+        values, colours, unknown = (_as_tuples(record.get(name)) for name in ("values", "colours", "unknown_marks"))
+        return MaskReader(Classes(tuple(names), values, colours, unknown or ()), list(record.get("unknown", [255])))
 
     def __call__(self, path: str) -> np.ndarray:
         """Raises InputError for a file that is no mask of these classes."""
-        try:
+        with folders.named_faults(path):
             levels, colours = _decoded(path)
-        except (MemoryError, InputError):
-            raise
-        except Exception as error:  # a damaged file fails in a hundred places of Pillow
-            raise unreadable(path, error) from None
         if levels.ndim == 2 and (colours is None or self.colours is None):
             found = self.of_values[np.clip(levels, *_BEYOND).astype(np.int64) - _BEYOND[0]]
         elif self.colours is None:
@@ -237,10 +205,11 @@ class MaskReader:
         if missing.any():
             level = levels[missing][0]
             mark = " ".join(f"{number:.0f}" for number in np.ravel(level))
-            remedy = f"a line `unknown {mark}` there" if level.ndim else f"--unknown-value {mark}"
+            what = ("value", "colour")[level.ndim]
+            remedy = (f"--unknown-value {mark}", f"a line `unknown {mark}` there")[level.ndim]
             raise InputError(
-                f"{path}: a pixel has the {'colour' if level.ndim else 'value'} {mark}, which is no class's; add a "
-                f"line `NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
+                f"{path}: a pixel has the {what} {mark}, which is no class's; add a line "
+                f"`NAME {mark}` to the file of --classes, or {remedy} if such pixels do not count"
             )
         return found
 
@@ -286,33 +255,21 @@ def _decoded_by_pillow(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             raise ValueError(f"its colours are of the kind {image.mode}")
         colours = None
         if image.mode == "P":
-            colours = np.zeros((256, 3), np.uint8)
             given = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            colours[: len(given)] = given
-        levels = np.asarray(image)
-        return levels[..., 0] if image.mode == "LA" else levels, colours
+            colours = np.pad(given, ((0, 256 - len(given)), (0, 0)))
+        if image.mode == "LA":
+            image = image.getchannel("L")
+        return np.asarray(image), colours
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images with masks
+# ---------------------------------------------------------------------------------------------------- images with masks
 
 
-class PairFiles(ImageFiles):
-    """The files of images, and of the mask of each.
-
-    Args:
-        folder, mask_folder: where they are.
-        pairs: the paths of an image and of its mask, relative to these.
-        bands: as for `ImageFiles`.
-    """
+class PairFiles(folders.ImageFiles):
+    """The files of images, and of the mask of each: `pairs` of paths relative to `folder` and to `mask_folder`."""
 
     def __init__(
-        self,
-        folder: Path,
-        mask_folder: Path,
-        pairs: Sequence[tuple[str, str]],
-        bands: Bands | None,
-        read: MaskReader,
+        self, folder: Path, mask_folder: Path, pairs: Sequence[tuple[str, str]], bands: Bands | None, read: MaskReader
     ):
         names, self.masks = zip(*pairs, strict=True)
         super().__init__(folder, names, [0] * len(names), bands)
@@ -327,18 +284,17 @@ class PairFiles(ImageFiles):
         path = self.mask_path(i)
         try:
             mask = self.read(path)
-            height, width = self._upright_size(i)
-        except MemoryError:
-            raise
-        except Exception as error:  # of a damaged header
-            return str(error if isinstance(error, InputError) else unreadable(self.path(i), error))
+            with folders.named_faults(self.path(i)):
+                height, width = self._upright_size(i)
+        except InputError as error:
+            return str(error)
         if mask.shape != (height, width):
             return (
                 f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, and its image (upright) {width}x{height}; save "
                 "the mask at the size of the image, each pixel with the class of the nearest one"
             )
         pixels = np.bincount(mask.ravel().clip(-1) + 1)
-        return pixels if len(pixels) > 1 else f"{path}: all pixels are unknown; remove it{_remedy(self.read)}"
+        return pixels if len(pixels) > 1 else f"{path}: all pixels are unknown; remove it{self.read.remedy}"
 
     def _upright_size(self, i: int) -> tuple[int, int]:
         """(height, width) of an image as it is read. Its pixels are decoded only if its header does not say that."""
@@ -354,13 +310,10 @@ class PairFiles(ImageFiles):
 
 
 class MaskedImages(LabelledImages):
-    """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`.
+    """(image as `LabelledImages` has it, mask (H, W) int64) of `PairFiles`. `targets` (N, K) count pixels by class."""
 
-    `targets` (N, K) are the numbers of known pixels of each class.
-    """
-
-    def __getitem__(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
-        image, _ = super().__getitem__(i)
+    def undecoded(self, i: int) -> tuple[Image.Image | np.ndarray, Tensor]:
+        image, _ = super().undecoded(i)
         return image, self.mask(i)
 
     def mask(self, i: int) -> Tensor:
@@ -369,10 +322,8 @@ class MaskedImages(LabelledImages):
 
     def picture(self, i: int, bands: Bands | None) -> np.ndarray:
         """The image as a picture (H, W, 3) from 0 to 1."""
-        image, _ = super().__getitem__(i)
-        if bands is None:
-            return np.asarray(image) / 255
-        return bands.picture(torch.from_numpy(image).permute(2, 0, 1))
+        image, _ = self[i]
+        return np.asarray(image) / 255 if bands is None else bands.picture(torch.from_numpy(image).permute(2, 0, 1))
 
     @property
     def palette(self) -> np.ndarray:
@@ -389,71 +340,57 @@ class MaskedImages(LabelledImages):
 
 
 def load_pairs(
-    data_dir: str | Path | None = None,
-    data_list: Sequence[str | Path] | None = None,
-    eval_split: str = "held-out",
-    *,
-    val_dir: str | Path | None = None,
-    skip_unreadable: bool = False,
-    bands: Bands | None = None,
-    classes: Classes | None = None,
-    unknown: Sequence[int] = (255,),
-    group_by: str | None = None,
-    folds: str | None = None,
-) -> Splits:
-    """The training and evaluation images of a folder or of lists, with their masks, all of which are read once.
+    data_dir: str | Path | None,
+    val_dir: str | Path | None,
+    lists: Sequence[tuple[Path, Path, str | None]],
+    needs_val: bool,
+    bands: Bands | None,
+    read: MaskReader,
+    skip_unreadable: bool,
+) -> tuple[list[MaskedImages], list[str]]:
+    """The images with masks in one part that is yet to be split, or in two; and the names of the classes.
 
     Args:
         data_dir: a folder with train/images, train/masks, val/images, val/masks; with images/train, masks/train, ...;
-            with images/ and masks/, which are split; or with files x.jpg and x_mask.png.
-        data_list: lists of `image,mask` lines, one to be split, or two of which the second is for evaluation.
-        eval_split, val_dir, skip_unreadable, bands, group_by, folds: as for `sources.load_splits`.
-        classes: None: as many as the largest value says.
-        unknown: the values of pixels that do not count.
+            with images/ and masks/; or with files x.jpg and x_mask.png.
+        lists: in place of it the arguments of `pairs_of_list` for one list or two.
 
-    Raises:
-        InputError: no pairs, or one that cannot be used; only one class; a group on both sides.
+    Raises InputError if there are no pairs, if one cannot be used, or if all masks are of one class.
     """
-    read = MaskReader(classes, unknown)
-    needs_val = eval_split == "held-out" and folds is None
-    if data_list:
-        places = places_of_lists(data_list, data_dir)
-        files = [_listed(*place, bands, read, group_by) for place in places]
+    if lists:
+        files = [pairs_of_list(path, folder, bands, read, group_by) for path, folder, group_by in lists]
         divided = len(files) > 1
     else:
         places, divided = _places(data_dir, val_dir, needs_val)
         files = [_in_folders(*place, bands, read, skip_unreadable) for place in places]
-    parts, names = _masked(files if needs_val else files[:1], classes, skip_unreadable)
-    _check_values(parts, names, read)
-    if group_by is not None:
-        group(parts, data_list, group_by)
+    parts, names = _masked(files[: 1 + needs_val], skip_unreadable)
+    seen = torch.cat([part.targets for part in parts]).sum(0).nonzero().flatten().tolist()
+    if len(seen) == 1:
+        where = f"{files[0].mask_folder}: all known pixels are of one class"
+        raise InputError(f"{where}, {printable(names[seen[0]])}{read.remedy}")
+    if seen == [0, 255] and read.names is None:  # as two of 256 classes
+        raise InputError(f"{files[0].mask_folder}: the masks have the values 0 and 255 alone{read.remedy}")
     if divided and not needs_val:
         parts.append(parts[0].subset([]))
-    train, val = divide(parts, eval_split, folds, group_by, val_dir or (data_list or [])[1:])
-    gone = [name for name, pixels in zip(names, train.targets.sum(0).tolist(), strict=True) if not pixels]
-    if gone:
-        print(f"no training mask has pixels of {listed(gone)}")
-    return Splits(train, val, names)
+    return parts, names
 
 
-def pairs_in(path: str | Path, bands: Bands | None, classes: Classes | None, unknown: Sequence[int]) -> MaskedImages:
+def pairs_in(path: str | Path, bands: Bands | None, read: MaskReader) -> MaskedImages:
     """All images with masks in a folder with images/ and masks/, in one with x.jpg and x_mask.png, or in a list."""
-    read = MaskReader(classes, unknown)
+    path = Path(path)
     if os.path.isfile(path):
-        files = _listed(Path(path), Path(path).parent, bands, read)
+        files = pairs_of_list(path, path.parent, bands, read)
     else:
-        files = _in_folders(*_pair_folders(Path(path)), bands, read)
-    [images], _ = _masked([files], classes, skip_unreadable=False)
+        files = _in_folders(*_pair_folders(path), bands, read)
+    [images], _ = _masked([files], skip_unreadable=False)
     return images
 
 
-def _masked(
-    parts: Sequence[PairFiles], classes: Classes | None, skip_unreadable: bool
-) -> tuple[list[MaskedImages], list[str]]:
+def _masked(parts: Sequence[PairFiles], skip_unreadable: bool) -> tuple[list[MaskedImages], list[str]]:
     """The pairs of each part, and the names of the classes. Raises InputError for a pair that cannot be used."""
     found = [look_at_each(files.pixels, len(files), "mask") for files in parts]
     largest = max((len(pixels) for pixels in itertools.chain(*found) if not isinstance(pixels, str)), default=1) - 1
-    names = [f"class {number}" for number in range(largest)] if classes is None else list(classes.names)
+    names = list(parts[0].read.names or map("class {}".format, range(largest)))
     images = []
     problems = []
     for files, looked_at in zip(parts, found, strict=True):
@@ -468,26 +405,7 @@ def _masked(
     _tell(problems, skip_unreadable)
     if not all(map(len, images)):
         raise InputError(f"none of the pairs can be used, such as {problems[0]}")
-    return list(map(readable, images)) if skip_unreadable else images, names
-
-
-def _check_values(images: Sequence[MaskedImages], names: Sequence[str], read: MaskReader) -> None:
-    """Raise InputError for masks with one class alone, or with 0 and 255 alone as two of 256 classes."""
-    seen = torch.cat([part.targets for part in images]).sum(0).nonzero().flatten().tolist()
-    where = images[0].source.mask_folder
-    if len(seen) == 1:
-        raise InputError(f"{where}: all known pixels are of one class, {printable(names[seen[0]])}{_remedy(read)}")
-    if seen == [0, 255] and not read.is_named:
-        raise InputError(f"{where}: the masks have the values 0 and 255 alone{_remedy(read)}")
-
-
-def _remedy(read: MaskReader) -> str:
-    if read.colours is not None:
-        return ""
-    return (
-        "; if 255 is a class, as in masks of 0 and 255, give --classes a file with the lines `background 0` and "
-        "`NAME 255`, and add --unknown-value none"
-    )
+    return images, names
 
 
 def _tell(problems: Sequence[str], skip_unreadable: bool) -> None:
@@ -498,8 +416,7 @@ def _tell(problems: Sequence[str], skip_unreadable: bool) -> None:
         print("\n  ".join([f"{len(problems)} pairs of image and mask cannot be used and are left out:", *problems]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Finding pairs
+# -------------------------------------------------------------------------------------------------------- finding pairs
 
 _IMAGE_FOLDERS = ("images", "image")
 _MASK_FOLDERS = ("masks", "mask", "labels", "annotations")
@@ -539,7 +456,7 @@ def _places(
     if val_dir is not None and needs_val:
         places.append(_pair_folders(Path(val_dir)))
     elif divided and needs_val:
-        places.append(part(evaluation_folder(images, is_needed=True).name))
+        places.append(part(folders.evaluation_folder(images, is_needed=True).name))
     return places, divided
 
 
@@ -548,13 +465,13 @@ def _in_folders(
 ) -> PairFiles:
     """The pairs of two folders, or of one. Raises InputError for an image or a mask without the other."""
     others: Counter = Counter()
-    names = image_names(folder, others=others, bands=bands)
-    masks = image_names(mask_folder, bands=_WITH_ARRAYS)
+    names = folders.image_names(folder, others=others, bands=bands)
+    masks = folders.image_names(mask_folder, bands=_WITH_ARRAYS)
     if folder == mask_folder:
-        masks = [name for name in masks if _stem(name).endswith(_MASK_ENDS)]
+        masks = [name for name in masks if posixpath.splitext(name)[0].endswith(_MASK_ENDS)]
         names = sorted(set(names) - set(masks))
     else:
-        report_others(folder, others)
+        folders.report_others(folder, others)
     mask_of = _by_stem(mask_folder, masks)
     pairs = []
     problems = []
@@ -572,15 +489,11 @@ def _in_folders(
     return PairFiles(folder, mask_folder, pairs, bands, read)
 
 
-def _stem(name: str) -> str:
-    return posixpath.splitext(name)[0]
-
-
 def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
     """The names by what they are without their suffix. Raises InputError for two that differ in it alone."""
     found: dict[str, str] = {}
     for name in names:
-        other = found.setdefault(_stem(name), name)
+        other = found.setdefault(posixpath.splitext(name)[0], name)
         if other != name:
             raise InputError(f"{folder / name}: {printable(other)} has the same name; remove one of them")
     return found
@@ -588,17 +501,16 @@ def _by_stem(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _stems_of_masks(stem: str, bands: Bands | None) -> Iterator[str]:
     """What the mask of an image may be called. An image that lies in a file for each band is x_B02 or x/B02."""
-    ends = ["", *_IMAGE_ENDS]
-    if bands is not None:
-        for band in bands.chosen:
-            ends += [f"_{band}", f"/{band}"]
+    ends = ["", *_IMAGE_ENDS, *(f"{sign}{band}" for band in getattr(bands, "chosen", ()) for sign in "_/")]
     for end, mask_end in itertools.product(ends, ("", *_MASK_ENDS)):
         if stem.endswith(end):
             yield stem.removesuffix(end) + mask_end
 
 
-def _listed(path: Path, folder: Path, bands: Bands | None, read: MaskReader, group_by: str | None = None) -> PairFiles:
-    """The pairs of a list of `image,mask` lines."""
+def pairs_of_list(
+    path: Path, folder: Path, bands: Bands | None, read: MaskReader, group_by: str | None = None
+) -> PairFiles:
+    """The pairs of a list of `image,mask` lines, relative to a folder; `group_by` is as for `lists.read_list`."""
     names, masks = read_list(path, folder, group_by, line="image,mask")
     missing = [mask for mask in masks if not os.path.isfile(folder / mask)]
     if missing:
@@ -608,29 +520,7 @@ def _listed(path: Path, folder: Path, bands: Bands | None, read: MaskReader, gro
     return PairFiles(folder, folder, list(zip(names, masks, strict=True)), bands, read)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transforms
-
-
-class TransformedPairs(Transformed):
-    """transform(image, mask) of `MaskedImages`, as a `PairCrop` takes them."""
-
-    def transformed(self, image: Any, label: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform(image, label)
-
-
-class WholeImage:
-    """An image -> (C, H, W), normalised, at its own pixels. Its mask stays as it is."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None):
-        self.normalize = T.Normalize(mean, std, inplace=True)
-        self.bands = bands
-
-    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike) -> Tensor:
-        if self.bands is None:
-            return self.normalize(T.functional.to_tensor(to_rgb(image)))
-        levels = torch.from_numpy(np.ascontiguousarray(self.bands.array(image).transpose(2, 0, 1)))
-        return self.normalize(self.bands.scaled(levels))
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
 LARGEST_ZOOM = 2.0  # of crops; the smallest is its inverse
@@ -643,7 +533,9 @@ class PairCrop:
     than the image, the image's border is repeated, and the mask is UNKNOWN.
     """
 
-    def __init__(self, size: int, varied: bool, whole: WholeImage):
+    takes_label = True  # see `Transformed`
+
+    def __init__(self, size: int, varied: bool, whole: View):
         self.size = size
         self.varied = varied
         self.whole = whole
@@ -665,7 +557,9 @@ class PairCrop:
             image = F.interpolate(image, size=(self.size, self.size), mode="bilinear", antialias=True)
             nearest = ((torch.arange(self.size) + 0.5) * side / self.size).long()
             mask = mask[nearest][:, nearest]
-        return (image[0].flip(-1), mask.flip(-1)) if flipped else (image[0], mask)
+        if flipped:
+            return image[0].flip(-1), mask.flip(-1)
+        return image[0], mask
 
 
 def _drawn(length: int, side: int) -> tuple[int, int]:
@@ -676,16 +570,14 @@ def _drawn(length: int, side: int) -> tuple[int, int]:
 
 def pair_transforms(
     image_size: int, augmentation: str, mean: Sequence[float], std: Sequence[float], bands: Bands | None = None
-) -> tuple[PairCrop, WholeImage]:
-    """The transforms of pairs for training, and of their images for evaluation.
+) -> tuple[PairCrop, View]:
+    """The transforms of pairs for training, and of their images for evaluation: see `transforms.eval_transform`.
 
-    Args:
-        augmentation: 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
-        mean, std, bands: as for `transforms.eval_transform`.
+    `augmentation` is 'crop' (random place, zoom by 0.5 to 2, horizontal flip) or 'none' (random place).
     """
     if augmentation not in ("crop", "none"):
         raise InputError(f"--augmentation {augmentation} is for classes of whole images; use crop or none")
-    whole = WholeImage(mean, std, bands)
+    whole = eval_transform(None, mean, std, bands)
     return PairCrop(image_size, augmentation == "crop", whole), whole
 
 

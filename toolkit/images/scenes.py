@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from toolkit import InputError
 from toolkit.images import bands as reading
 from toolkit.images.bands import Bands, import_tifffile
-from toolkit.images.folders import unreadable
+from toolkit.images.folders import named_faults
 from toolkit.images.transforms import to_rgb
 
 _RGB = 2  # a photometric interpretation of TIFFs
@@ -44,16 +43,12 @@ class Levels(NamedTuple):
 
 
 class Segments:
-    """The strips or tiles of a TIFF, decoded as rows ask for them. Those of the last rows are kept.
-
-    Args:
-        pages: those of one image; several are its bands.
-    """
+    """The strips or tiles of a TIFF, decoded as rows ask for them. Those of the last rows are kept."""
 
     names = None
 
     def __init__(self, pages: Sequence[Any]):
-        self.pages = pages
+        self.pages = pages  # of one image; several are its bands
         self.layout = pages[0].keyframe
         self.size = self.layout.imagelength, self.layout.imagewidth
         self.length = self.layout.tilelength if self.layout.is_tiled else self.layout.rowsperstrip
@@ -73,9 +68,7 @@ class Segments:
         layout = self.layout
         height, width = self.size
         down = math.ceil(height / self.length)
-        across = 1
-        if layout.is_tiled:
-            across = math.ceil(width / layout.tilewidth)
+        across = math.ceil(width / (layout.tilewidth or width))  # strips have no such width
         tables = {}
         if layout.compression in _JPEG:
             tables = {"jpegtables": page.jpegtables, "jpegheader": layout.jpegheader}
@@ -97,37 +90,23 @@ class Segments:
 
 
 class Scene:
-    """An image that is read in rows.
-
-    Args:
-        path: of its file, or of one of its bands' files.
-        bands: None: an RGB photograph.
-        sources: what reads each band's file, by band; or the one file, by an empty name.
-        like: the TIFF whose georeference the image has, if any.
-    """
+    """An image that is read in rows."""
 
     def __init__(self, path: str, bands: Bands | None, sources: Mapping[str, Levels | Segments], like: str | None):
-        self.path = path
-        self.bands = bands
-        self.sources = sources
-        self.like = like
+        self.path = path  # of its file, or of one of its bands' files
+        self.bands = bands  # None: an RGB photograph
+        self.sources = sources  # what reads each band's file, by band; or the one file, by an empty name
+        self.like = like  # the TIFF whose georeference the image has, if any
         self.height, self.width = max((source.size for source in sources.values()), key=math.prod)
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """What `Bands.array` has in these rows, the last exclusive; or RGB, (rows, W, 3) of uint8.
-
-        Raises InputError for a file that is damaged there, or has other bands than the network takes.
-        """
-        try:
+        """What `Bands.array` has in these rows, without the last; or RGB, (rows, W, 3) of uint8. Raises InputError."""
+        with named_faults(self.path):
             if "" not in self.sources:
                 found = {name: self._band(name, first, last) for name in self.sources}
                 return self.bands.stacked(found, (last - first, self.width))
             levels = self.sources[""].rows(first, last)
             return levels if self.bands is None else self.bands.from_levels(levels, self.sources[""].names)
-        except (MemoryError, InputError):
-            raise
-        except Exception as error:  # a damaged file fails in a hundred places
-            raise unreadable(self.path, error) from None
 
     def _band(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of a band that has its own file, (rows, W), with the bits of the whole enlarged band.
@@ -166,12 +145,8 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
         sources = {}
         for name, file in files.items():
             scratch = opened.enter_context(tempfile.TemporaryFile())
-            try:
+            with named_faults(file):
                 sources[name] = _in_tiff(file, bands, opened) or _decoded(file, bands, scratch)
-            except (MemoryError, InputError):
-                raise
-            except Exception as error:
-                raise unreadable(file, error) from None
         finest = files[max(sources, key=lambda name: math.prod(sources[name].size))]
         scene = Scene(os.fspath(path), bands, sources, finest if _is_tiff(finest) else None)
         scene.rows(0, 1)
@@ -181,7 +156,7 @@ def open_scene(path: str | os.PathLike, bands: Bands | None) -> Iterator[Scene]:
 def _is_tiff(path: str) -> bool:
     reading.check_is_file(path)
     with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        return file.read(4) in reading.TIFF_BEGINS
 
 
 def _in_tiff(path: str, bands: Bands | None, opened: contextlib.ExitStack) -> Levels | Segments | None:
@@ -192,8 +167,12 @@ def _in_tiff(path: str, bands: Bands | None, opened: contextlib.ExitStack) -> Le
         file = opened.enter_context(import_tifffile().TiffFile(path))
     except ImportError:
         return None
+    page = file.pages[0]
     series = file.series[0]
-    if bands is None and not _is_plain_rgb(file.pages[0]):
+    # A photograph has to be what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG.
+    is_upright = _ORIENTATION not in page.tags or page.tags[_ORIENTATION].value == 1
+    is_rgb = page.photometric == _RGB and page.samplesperpixel == 3 and page.dtype == np.uint8
+    if bands is None and not (is_upright and is_rgb and page.compression not in _JPEG):
         return None
     found = {series.axes.find("Y"), series.axes.find("X")}
     if series.ndim not in (2, 3) or -1 in found:
@@ -206,13 +185,6 @@ def _in_tiff(path: str, bands: Bands | None, opened: contextlib.ExitStack) -> Le
         source.rows(0, 1)
         return source
     return None
-
-
-def _is_plain_rgb(page: Any) -> bool:
-    """Is a page what Pillow would make of it: upright RGB of 8 bits, not compressed as a JPEG?"""
-    is_upright = _ORIENTATION not in page.tags or page.tags[_ORIENTATION].value == 1
-    is_rgb = page.photometric == _RGB and page.samplesperpixel == 3 and page.dtype == np.uint8
-    return is_upright and is_rgb and page.compression not in _JPEG
 
 
 def _decoded(path: str, bands: Bands | None, scratch: Any) -> Levels:

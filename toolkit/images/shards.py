@@ -1,9 +1,8 @@
 """Images in tar archives, as the webdataset library writes them: `000123.jpg` and, if it has a label, `000123.cls`.
 
-A million small files are slow to list and to open on network storage; a few hundred archives are not. The archives are
-not streamed, as in webdataset, but indexed: a run first finds where each image lies, and then reads it from there. So
-an epoch uses every image once, can be resumed in the middle, and is shared exactly by several processes. A stream
-promises none of this. `toolkit.images.data.Batches` takes the archives one group after the other.
+A million small files are slow to list and to open on network storage; a few hundred archives are not. They are not
+streamed, as in webdataset, but indexed: a run finds where each image lies, and reads it from there. So an epoch uses
+each image once, can be resumed in the middle, and is shared exactly by several processes (`data.Batches`).
 """
 
 import io
@@ -19,53 +18,35 @@ from PIL import Image
 
 from toolkit import InputError, listed, printable
 from toolkit.images.bands import FORMATS, Bands
-from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes
+from toolkit.images.folders import ImageFiles, first_image, looked_for, one_spelling, suffixes, visible_entries
 
 
 def shard_names(folder: Path) -> list[str]:
     """The archives in a folder, sorted. Raises InputError if it cannot be listed, or has image files as well."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be listed: {error.strerror}") from None
-    shards = []
-    for name in sorted(names):
-        if name.endswith(".tar") and not name.startswith(".") and os.path.isfile(folder / name):
-            shards.append(name)
+    shards = [entry.name for entry in visible_entries(folder) if entry.name.endswith(".tar") and entry.is_file()]
     image = first_image(folder) if shards else None
     if image is not None:
-        raise InputError(
-            f"{folder} has both archives, as {shards[0]}, and image files, as {image}: move those that are not meant "
-            "elsewhere"
-        )
+        both = f"{folder} has both archives, as {shards[0]}, and image files, as {image}"
+        raise InputError(f"{both}: move those that are not meant elsewhere")
     return shards
 
 
 class ShardedImages(ImageFiles):
-    """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive.
-
-    Args:
-        folder: where the archives are.
-        shards: the archives' names.
-        names: for each image, its archive's name / its own.
-        places: for each image, (number of its archive, offset in bytes, size in bytes).
-        labels: for each image, its class.
-    """
+    """`ImageFiles` that lie in archives. An image's path is the archive's path, followed by its name in the archive."""
 
     def __init__(
         self, folder: Path, shards: Sequence[str], names: Sequence[str], places: np.ndarray, labels, bands=None
     ):
-        super().__init__(folder, names, labels, bands)
+        super().__init__(folder, names, labels, bands)  # names are those of the archive / its own
         self.shards = list(shards)
-        self.places = places
+        self.places = places  # (number of the archive, offset in bytes, size in bytes) of each
 
-    def _open(self, i: int) -> Image.Image:
+    def _read(self, i: int) -> Image.Image | np.ndarray:
+        if self.bands is not None:
+            return self.bands.read(self.content(i))
         image = Image.open(io.BytesIO(self.content(i)), formats=FORMATS)
         image.filename = self.path(i)  # what messages call it
         return image
-
-    def _read(self, i: int) -> np.ndarray:
-        return self.bands.read(self.content(i))
 
     def size(self, i: int) -> int:
         return int(self.places[i, 2])
@@ -80,10 +61,8 @@ class ShardedImages(ImageFiles):
 def read_shards(folder: Path, bands: Bands | None = None) -> tuple[ShardedImages, list[str]]:
     """The images in a folder's archives, and their labels as text; an empty list if no image has one.
 
-    Only the archives' headers and the labels are read.
-
-    Raises:
-        InputError: a file that is no tar archive, or a compressed one; images with and without a label; no images.
+    Only the archives' headers and the labels are read. Raises InputError for what is no tar archive, or is compressed,
+    for images with and without a label, and where there are none.
     """
     shards = shard_names(folder)
     names: list[str] = []

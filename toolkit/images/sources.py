@@ -3,20 +3,19 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from toolkit import InputError, distributed, listed, printable
 from toolkit.images import folders, lists, splitting
 from toolkit.images.bands import Bands
-from toolkit.images.data import UNLABELLED, LabelledImages, usable_cores
+from toolkit.images.data import UNLABELLED, LabelledImages, look_at_each
 from toolkit.images.folders import ImageFiles, UnreadableImage
+from toolkit.images.masks import MaskReader, load_pairs
 from toolkit.images.shards import ShardedImages, read_shards, shard_names
 from toolkit.images.transforms import to_rgb
 
@@ -61,6 +60,7 @@ def load_splits(
     group_by: str | None = None,
     folds: str | None = None,
     label_columns: Sequence[str] | None = None,
+    masks: MaskReader | None = None,
 ) -> Splits:
     """The training and evaluation images of a data set, without any transform.
 
@@ -78,21 +78,28 @@ def load_splits(
         skip_unreadable: read all images once and leave out those that cannot be read.
         for_training_only: the evaluation images are not needed, and `val` may be empty.
         bands: `imagefolder`: what is read of files that are no RGB photographs.
-        task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image.
+        task: 'multilabel' or 'regression': lists say several labels, or numbers, for each image. 'segmentation': each
+            has a mask; a folder then has images/ and masks/, and so on (`masks.load_pairs`), a list `image,mask` lines.
         unknown: what unknown labels mean, as `read_targets` takes it.
         group_by: a column of the lists, or the level of a folder as a number, that says which images are of one
             patient, field or video: no such group is on two sides of a split.
         folds: '2/5': evaluate on the second of five parts of the training images.
         label_columns: the columns of lists that are labels or numbers, `A..B` for all from A to B; None: all.
+        masks: 'segmentation': how masks are read. All of them are, once.
 
     Raises:
         InputError: a missing, empty or unreadable folder, fewer than two classes, or too few images; a group that is
-            among the training and the evaluation images.
+            among the training and the evaluation images; a mask that is none of its image.
     """
     needs_val = eval_split == "held-out" and not for_training_only and folds is None
-    if data_list:
+    listed_in = _places_of_lists(data_list or (), data_dir)
+    if task == "segmentation":
+        of_lists = [(*place, group_by) for place in listed_in]
+        masks = masks or MaskReader(None, [255])
+        parts, class_names = load_pairs(data_dir, val_dir, of_lists, needs_val, bands, masks, skip_unreadable)
+    elif data_list:
         columns = {"group_by": group_by, "label_columns": label_columns}
-        parts, class_names = _listed_images(data_list, data_dir, bands, task, unknown, columns)
+        parts, class_names = _listed_images(listed_in, bands, task, unknown, columns)
     elif task != "classification":
         raise InputError(f"--task {task} needs --data-list: a folder or an archive says one class for each image")
     elif dataset == "digits":
@@ -102,8 +109,8 @@ def load_splits(
     else:
         raise InputError(unknown_dataset(dataset))
     if group_by is not None:
-        group(parts, data_list, group_by)
-        if not data_list and group_by == "1":
+        _group(parts, data_list, group_by)
+        if not data_list and group_by == "1" and task == "classification":
             raise InputError(
                 "--group-by 1: this is the folder of the class; groups are in folders below, from level 2 on"
             )
@@ -115,10 +122,12 @@ def load_splits(
             raise InputError(
                 f"no training image of {_names(gone, class_names)} can be read: repair some, or remove the class"
             )
-    elsewhere = None if for_training_only else val_dir or (data_list or [])[1:]
-    train, val = divide(parts, eval_split, folds, group_by, elsewhere)
+    elsewhere = not for_training_only and (val_dir or (data_list or [])[1:])
+    train, val = _divide(parts, eval_split, folds, group_by, elsewhere)
     if group_by is not None and task == "classification" and (gone := set(val.labels) - set(train.labels)):
         print(f"no training image of {_names(gone, class_names)} is left: all are in groups that are evaluated on")
+    if task == "segmentation" and (gone := set((train.targets.sum(0) == 0).nonzero().flatten().tolist())):
+        print(f"no training mask has pixels of {_names(gone, class_names)}")
     if not for_training_only:
         _report_copies(train, val)
     if labels_per_class is not None:
@@ -126,14 +135,10 @@ def load_splits(
     return Splits(train, val, class_names)
 
 
-def divide(
+def _divide(
     parts: Sequence[LabelledImages], eval_split: str, folds: str | None, group_by: str | None, elsewhere: Any
 ) -> tuple[LabelledImages, LabelledImages]:
-    """The training and the evaluation images of a set in one part, or in two: see `load_splits`.
-
-    Args:
-        elsewhere: what the user gave for evaluation, which is named where it is not used.
-    """
+    """The training and the evaluation images of one part or of two. `elsewhere` is what was named for evaluation."""
     train, val = parts[0], parts[-1]
     within = folds is not None or eval_split == "validation"
     if folds is not None:
@@ -169,13 +174,9 @@ def load_unlabelled(
     skip_unreadable: bool = False,
     bands: Bands | None = None,
 ) -> LabelledImages:
-    """All images below a folder, or in a list, for pretraining. Of a folder with a train/ only those in there.
-
-    Raises:
-        InputError: no such folder or list, or no images.
-    """
+    """All images below a folder, of one with a train/ those in there, or in a list. Raises InputError for none."""
     if data_list:
-        path, folder = places_of_lists(data_list, data_dir)[0]
+        path, folder = _places_of_lists(data_list, data_dir)[0]
         source = ImageFiles(folder, lists.read_paths(path, folder), (), bands)
     else:
         folder = _train_folder(_folder_of_images(data_dir, UNLABELLED_SET))
@@ -201,8 +202,7 @@ def has_labels(data_dir: str | Path | None, data_list: Sequence[str | Path] | No
     return bool(read_shards(folder)[1]) if shard_names(folder) else len(folders.folders_by_class(folder)) > 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 def _digits(data_dir: str | Path | None) -> Parts:
@@ -265,9 +265,8 @@ def _folder_of_images(data_dir: str | Path | None, dataset: str = "imagefolder")
 def _existing(option: str, folder: str | Path) -> Path:
     if os.path.isdir(folder):  # Path.is_dir raises an error for a name too long for the file system
         return Path(folder)
-    if os.path.exists(folder):
-        raise InputError(f"{option} {folder}: a file; give the folder with the images")
-    raise InputError(f"{option} {folder}: no such folder")
+    problem = ("no such folder", "a file; give the folder with the images")[os.path.exists(folder)]
+    raise InputError(f"{option} {folder}: {problem}")
 
 
 def _labelled_shards(folder: Path, bands: Bands | None) -> tuple[ShardedImages, list[str]]:
@@ -297,7 +296,7 @@ def _by_label(places: Sequence[Path], contents: Sequence[tuple[ImageFiles, list[
     return parts, class_names
 
 
-def places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
+def _places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None) -> list[tuple[Path, Path]]:
     """One list or two, each with the folder that its paths are relative to."""
     if len(data_list) > 2:
         raise InputError(f"--data-list: expected a list for training and one for evaluation, got {len(data_list)}")
@@ -305,15 +304,9 @@ def places_of_lists(data_list: Sequence[str | Path], data_dir: str | Path | None
 
 
 def _listed_images(
-    data_list: Sequence[str | Path],
-    data_dir: str | Path | None,
-    bands: Bands | None,
-    task: str,
-    unknown: str,
-    columns: dict[str, Any],
+    places: Sequence[tuple[Path, Path]], bands: Bands | None, task: str, unknown: str, columns: dict[str, Any]
 ) -> Parts:
     """The images of one list or of two. `columns` has `group_by` and `label_columns`, as the readers take them."""
-    places = places_of_lists(data_list, data_dir)
     paths = [path for path, _ in places]
     contents = []
     parts: list[LabelledImages] = []
@@ -336,10 +329,12 @@ def _listed_images(
         if task == "multilabel":
             labels = splitting.strata(targets.values).tolist()
         parts.append(LabelledImages(ImageFiles(folder, targets.paths, labels, bands), labels, targets.values))
-    return _by_label(paths, contents) if contents else (parts, class_names)
+    if contents:
+        return _by_label(paths, contents)
+    return parts, class_names
 
 
-def group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
+def _group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | None, by: str) -> None:
     """Say of each image which group it belongs to: see `load_splits`."""
     for number, images in enumerate(parts):
         if not isinstance(images.source, ImageFiles):
@@ -350,8 +345,7 @@ def group(parts: Sequence[LabelledImages], data_list: Sequence[str | Path] | Non
             images.groups = splitting.folder_level(images.relative_names(), by)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Splits
+# --------------------------------------------------------------------------------------------------------------- splits
 
 
 def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) -> tuple[LabelledImages, LabelledImages]:
@@ -359,32 +353,25 @@ def validation_part(images: LabelledImages, share: float = HELD_OUT_FRACTION) ->
 
     Of files, the paths within their folder decide, so that an added file changes the place of no other. (The exception
     is a class of a few images that all fall to one side: one of them goes to the other side until an added one does.)
-
     Where images are in groups, no group is on both sides; an added file may then change others' places.
 
-    Raises:
-        InputError: every class has only one image, which stays in `rest`, or all images are in one group.
+    Raises InputError if every class has only one image, which stays in `rest`, or all are in one group.
     """
     if images.groups is not None:
-        rest, part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)
+        in_part = splitting.by_groups(_alike(images), images.groups, share, images.times_split)
     elif isinstance(images.source, ImageFiles):
-        rest, part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
+        in_part = splitting.by_hash(images.relative_names(), images.labels, share, images.times_split)
     else:
-        rest, part = splitting.at_random(images.labels, share)
-    if not len(part):
+        in_part = splitting.at_random(images.labels, share)
+    if not in_part.any():
         raise InputError("too few images to hold some out: every class has only one")
-    return images.part(rest), images.part(part)
+    return images.split(in_part)
 
 
 def fold_part(images: LabelledImages, number: int, count: int) -> tuple[LabelledImages, LabelledImages]:
-    """(rest, part) for one of the `count` parts of a cross-validation, `number` from 1: see `splitting.folds`.
-
-    Raises:
-        InputError: there are fewer images, or groups, than parts.
-    """
+    """(rest, part) for one of the `count` parts of a cross-validation, `number` from 1: see `splitting.folds`."""
     keys = images.groups if images.groups is not None else images.relative_names()
-    in_part = splitting.folds(_alike(images), keys, count, images.times_split) == number - 1
-    return images.part(np.flatnonzero(~in_part)), images.part(np.flatnonzero(in_part))
+    return images.split(splitting.folds(_alike(images), keys, count, images.times_split) == number - 1)
 
 
 NUMBER_STRATA = 5
@@ -398,8 +385,7 @@ def _alike(images: LabelledImages) -> Sequence[int]:
     return (rank * NUMBER_STRATA // len(rank)).tolist()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is wrong with the images
+# ---------------------------------------------------------------------------------------- what is wrong with the images
 
 MOST_COMPARED = 20_000  # files; to read more, those of equal size, would take seconds to minutes at each start
 
@@ -419,19 +405,6 @@ def _report_copies(train: LabelledImages, val: LabelledImages) -> None:
             f"{len(found)} of {len(val)} evaluation images are copies of training images, "
             f"such as {printable(first)} of {printable(other)}"
         )
-
-
-def look_at_each(look: Callable[[int], Any], count: int, what: str) -> list[Any]:
-    """What `look` finds at each of so many positions. Each process looks at its share of them."""
-    share = range(distributed.rank(), count, distributed.world_size())
-    shown = {"unit": what, "delay": 2, "mininterval": 1, "leave": False, "disable": not distributed.is_main()}
-    with ThreadPool(usable_cores()) as pool:  # Pillow decodes without the interpreter's lock
-        bar = tqdm(pool.imap(look, share, chunksize=16), f"{what}s", len(share), **shown)
-        shares = distributed.gather(list(bar))
-    found: list[Any] = [None] * count
-    for rank, part in enumerate(shares):
-        found[rank :: len(shares)] = part
-    return found
 
 
 def readable(images: LabelledImages) -> LabelledImages:

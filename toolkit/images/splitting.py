@@ -1,7 +1,7 @@
 """How a set is divided: at which positions its training, evaluation and validation images stand.
 
-A division never depends on a run's seed: every run holds out the same images. Images of one group, such as a patient,
-stay on one side. `labels` (N,) say which images are alike: each side gets its share of each label.
+A division never depends on a run's seed. Images of one group, such as a patient, stay on one side. `labels` (N,) say
+which images are alike: each side gets its share of each label.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from toolkit.images.folders import one_spelling
 SPLIT_SEED = 0
 
 
-def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (rest, part). Each image draws a number in [0, 1) from its key and goes to `part` if it is below share.
+def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int) -> np.ndarray:
+    """Is each image in the part, (N,)? It draws a number in [0, 1) from its key, and is if that is below `share`.
 
     What an earlier turn left has no small numbers any more, so each turn draws anew.
     """
@@ -30,32 +30,27 @@ def by_hash(keys: Iterable[str], labels: Sequence[int], share: float, turn: int)
     first = np.append(0, last[:-1] + 1)
     in_part[order[first]] = True  # at least one of each class,
     in_part[order[last]] = False  # never all of it, and not the only one
-    return np.flatnonzero(~in_part), np.flatnonzero(in_part)
+    return in_part
 
 
 def _drawn(keys: Iterable[str], turn: int) -> np.ndarray:
-    return np.array([_uniform(f"{turn} {key}") for key in keys])
+    """A number in [0, 1) for each key."""
+    digests = (hashlib.blake2b(os.fsencode(f"{turn} {key}"), digest_size=8).digest() for key in keys)
+    return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
 
-def _uniform(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(os.fsencode(key), digest_size=8).digest(), "big") / 2**64
+def at_random(labels: Sequence[int], share: float) -> np.ndarray:
+    """Is each image of a set that never changes in the part, (N,)? It is this share of each class to the nearest image.
 
-
-def at_random(labels: Sequence[int], share: float) -> tuple[list[int], list[int]]:
-    """Positions (rest, part) of a set that never changes: `part` has this share of each class to the nearest image.
-
-    It has at least one image of each class and never all of it; a class of a single image stays in `rest`.
+    At least one image of each class is, and never all of it; a class of a single image stays out.
     """
     rng = np.random.RandomState(SPLIT_SEED)
     labels = np.asarray(labels)
-    rest = []
-    part = []
+    in_part = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         positions = rng.permutation(np.flatnonzero(labels == label))
-        count = min(max(1, round(share * len(positions))), len(positions) - 1)
-        part += positions[:count].tolist()
-        rest += positions[count:].tolist()
-    return sorted(rest), sorted(part)
+        in_part[positions[: min(max(1, round(share * len(positions))), len(positions) - 1)]] = True
+    return in_part
 
 
 def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], seed: int) -> list[int]:
@@ -73,10 +68,7 @@ def some_of_each(labels: Sequence[int], count: int, class_names: Sequence[str], 
 
 def strata(values: torch.Tensor) -> torch.Tensor:
     """For each image the rarest label that it has, (N,), or K: a split or a choice that has its share of each of these
-    has its share of rare labels.
-
-    Args:
-        values: (N, K), 1 where an image has the label.
+    has its share of rare labels. `values` (N, K) are 1 where an image has the label.
     """
     has = values == 1
     labels = values.shape[1]
@@ -85,19 +77,11 @@ def strata(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([rarest_first, torch.tensor([labels])])[place]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts of equal size, and groups
+def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int) -> np.ndarray:
+    """Is each image in the part, (N,)? That is one of about 1 / share equal parts without a group, of those named in
+    `groups` (N,), on both sides: the one without which the rest keeps the most classes.
 
-
-def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (rest, part) without a group on both sides. `part` is one of about 1 / share equal parts: the one
-    without which `rest` keeps the most classes.
-
-    Args:
-        groups: (N,), the name of each image's group.
-
-    Raises:
-        InputError: all images are in one group.
+    Raises InputError if all images are in one group.
     """
     labels = np.asarray(labels)
     count = min(round(1 / share), len(np.unique(groups)))
@@ -105,8 +89,7 @@ def by_groups(labels: Sequence[int], groups: np.ndarray, share: float, turn: int
         raise InputError("--group-by: all images are in one group, so none can be held out")
     number = folds(labels, groups, count, turn)
     kept = [len(np.unique(labels[number != part])) for part in range(count)]
-    in_part = number == kept.index(max(kept))
-    return np.flatnonzero(~in_part), np.flatnonzero(in_part)
+    return number == kept.index(max(kept))
 
 
 def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0) -> np.ndarray:
@@ -136,15 +119,10 @@ def folds(labels: Sequence[int], keys: Iterable[str], count: int, turn: int = 0)
     return part_of[group]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What images are grouped by, and which part is evaluated on
-
-
 def folder_level(paths: Iterable[str], by: str) -> np.ndarray:
     """The name of the folder at a level of each path, counted from '1', the outermost: (N,).
 
-    Raises:
-        InputError: `by` is no number, which is for the columns of lists, or a path has no folder at this level.
+    Raises InputError if `by` is no number, which is for the columns of lists, or a path has no folder there.
     """
     found = []
     for path in paths:

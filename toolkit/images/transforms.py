@@ -1,8 +1,8 @@
 """From a PIL image to a tensor: decoding, the crops and augmentations of both stages, and evaluation's transform."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,11 +12,8 @@ from torchvision.transforms import InterpolationMode
 
 from toolkit import InputError
 from toolkit.images.bands import Bands
-from toolkit.images.folders import unreadable
+from toolkit.images.folders import named_faults
 from toolkit.models.backbones import IMAGENET_MEAN, IMAGENET_STD
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -24,7 +21,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     What `Image.open` returns is decoded first; an InputError names a file that cannot be decoded.
     """
-    with _named_if_unreadable(image):
+    with named_faults(_name(image)):
         image.load()
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
@@ -40,52 +37,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The orientation in the EXIF data. 1: upright, also if the data make no sense; 5 to 8: lying on a side."""
-    with _named_if_unreadable(image):
+    with named_faults(_name(image)):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in range(1, 9) else 1
 
 
-@contextlib.contextmanager
-def _named_if_unreadable(image: Image.Image) -> Iterator[None]:
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file fails in a hundred places of Pillow
-        raise unreadable(getattr(image, "filename", "") or "an image", error) from None
+def _name(image: Image.Image) -> str:
+    return getattr(image, "filename", "") or "an image"
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits, or floats up to 1 or 255, as grey levels of 8 bits; NaN and infinity become black."""
     levels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    scale = 1
+    scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
     if image.mode.startswith("I;16") or levels.max() > 255:
         scale = 1 / 257
-    elif image.mode == "F" and levels.max() <= 1:
-        scale = 255
     return Image.fromarray(np.clip(levels * scale, 0, 255).round().astype(np.uint8))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Transforms
-
-
 class View:
-    """Any PIL image -> (3, S, S): a rectangle of it, resized, then transformed; without steps a PIL image.
+    """Any PIL image -> (3, S, S): a rectangle of it, by its width and height, resized; then `steps`, if any.
 
-    An array (H, W, C) becomes (C, S, S), with the array's own values.
-
+    An array (H, W, C) becomes (C, S, S), with its own values; `bands` are read of files that are no photographs.
     A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size if the rectangle then still has enough
     pixels. This takes a third of the time for a photograph of 12 megapixels.
-
-    Args:
-        place: (width, height) of the upright image -> the rectangle (left, top, right, bottom), and the size
-            (width, height) to resize it to. Decoding leaves the rectangle at least `place.margin` times that size.
-        steps: transforms of the resized image, such as torchvision's.
-        bands: the bands of images that are not RGB photographs.
     """
 
-    def __init__(self, place: Callable[[int, int], tuple[tuple, tuple]], *steps: Callable, bands: Bands | None = None):
+    def __init__(self, place: Callable[[int, int], "Place"], *steps: Callable, bands: Bands | None = None):
         self.place = place
         self.steps = T.Compose(steps)
         self.bands = bands
@@ -113,7 +91,7 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
         image = views[0].bands.array(image)
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
-        return [view.steps(_resized_bands(image, *view.place(width, height))) for view in views]
+        return [view.steps(_resized(image, *view.place(width, height)[:2])) for view in views]
     is_jpeg = image.format in ("JPEG", "MPO")  # only these show their upright size, and can be reduced, undecoded
     if not is_jpeg:
         image = to_rgb(image)
@@ -122,89 +100,65 @@ def render(image: Image.Image, views: Sequence[View]) -> list[torch.Tensor]:
     places = [view.place(width, height) for view in views]
     reduction = 1
     if is_jpeg:
-        reduction = min(_reduction(*place, view.place.margin) for place, view in zip(places, views, strict=True))
+        # The strongest reduction that leaves each box large enough.
+        room = 8.0
+        for (left, top, right, bottom), size, margin in places:
+            room = min(room, (right - left) / size[0] / margin, (bottom - top) / size[1] / margin)
+        reduction = max(factor for factor in _REDUCTIONS if factor <= max(1, room))
         # The pixels at the end become the first ones, so the last block must be as large as the others.
         if orientation != 1:
             reduction = max(n for n in _REDUCTIONS if n <= reduction and width % n == 0 and height % n == 0)
         if image.draft(None, (image.width // reduction, image.height // reduction)) is None:
             reduction = 1  # it is decoded already
         image = to_rgb(image)
-    return [view.steps(_resized(image, *place, reduction)) for place, view in zip(places, views, strict=True)]
+    return [view.steps(_resized(image, *place[:2], reduction)) for place, view in zip(places, views, strict=True)]
 
 
-def _reduction(box: tuple[int, ...], size: tuple[int, int], margin: int) -> int:
-    """The strongest of libjpeg's reductions that leaves a box at least `margin` times its final size."""
-    left, top, right, bottom = box
-    room = min((right - left) / size[0], (bottom - top) / size[1]) / margin
-    return max(factor for factor in _REDUCTIONS if factor <= max(1, room))
+def _resized(
+    image: Image.Image | np.ndarray, box: tuple[int, ...], size: tuple[int, int], reduction: int = 1
+) -> Image.Image | torch.Tensor:
+    """Cut a box out of a reduced image and resize it. The box's corners are those in the full image.
 
-
-def _resized(image: Image.Image, box: tuple[int, ...], size: tuple[int, int], reduction: int) -> Image.Image:
-    """Cut a box out of a reduced image and resize it. The box's corners are those in the full image."""
+    An array (H, W, C) is resized as a photograph, but in floats: (C, height, width).
+    """
+    if isinstance(image, np.ndarray):
+        bands = (Image.fromarray(np.ascontiguousarray(image[..., band])) for band in range(image.shape[2]))
+        return torch.stack([torch.from_numpy(np.array(_resized(band, box, size))) for band in bands])
     left, top, right, bottom = (corner / reduction for corner in box)
-    whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
-    if whole != (0, 0, *image.size):
-        image = image.crop(whole)
-    inner = left - whole[0], top - whole[1], right - whole[0], bottom - whole[1]
+    outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    if outer != (0, 0, *image.size):
+        image = image.crop(outer)
+    inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
     return image.resize(size, Image.Resampling.BILINEAR, box=inner)
 
 
-def _resized_bands(image: np.ndarray, box: tuple[int, ...], size: tuple[int, int]) -> torch.Tensor:
-    """Cut a box out of an array (H, W, C) and resize it as a photograph, but in floats: (C, height, width)."""
-    resized = []
-    for band in range(image.shape[2]):
-        levels = Image.fromarray(np.ascontiguousarray(image[..., band]))
-        resized.append(torch.from_numpy(np.array(_resized(levels, box, size, reduction=1))))
-    return torch.stack(resized)
+# Places for `View`: a rectangle (left, top, right, bottom) of an image of this width and height, the size to resize it
+# to, and how many times as large decoding has to leave it.
+Place = tuple[tuple[float, ...], tuple[int, int], int]
 
 
-class RandomCrop:
-    """A place for `View`: torchvision's RandomResizedCrop, with the same draws."""
-
-    margin = 1
-
-    def __init__(self, size: int, scale: tuple[float, float]):
-        self.size = size
-        self.scale = scale
-
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        shape = torch.empty(3, height, width, device="meta")
-        top, left, h, w = T.RandomResizedCrop.get_params(shape, self.scale, (3 / 4, 4 / 3))
-        return (left, top, left + w, top + h), (self.size, self.size)
+def random_crop(size: int, scale: tuple[float, float], width: int, height: int) -> Place:
+    """torchvision's RandomResizedCrop, with the same draws."""
+    shape = torch.empty(3, height, width, device="meta")
+    top, left, h, w = T.RandomResizedCrop.get_params(shape, scale, (3 / 4, 4 / 3))
+    return (left, top, left + w, top + h), (size, size), 1
 
 
-class ResizeWhole:
-    """A place for `View`: the whole image, resized to `size` pixels wide and high, or along its `shorter` side."""
-
-    margin = 2  # with it, reduced decoding changes evaluation's pixels by less than one level of 256 on average
-
-    def __init__(self, size: int | None = None, shorter: int | None = None):
-        self.size = size
-        self.shorter = shorter
-
-    def __call__(self, width: int, height: int) -> tuple[tuple[float, ...], tuple[int, int]]:
-        if self.shorter is None:
-            return (0, 0, width, height), (self.size, self.size)
-        side = min(width, height)
-        return (0, 0, width, height), (int(self.shorter * width / side), int(self.shorter * height / side))
+def whole(size: int | None, width: int, height: int) -> Place:
+    """All of an image, `size` pixels wide and high, or at its own pixels."""
+    # With 2, reduced decoding changes evaluation's pixels by less than one level of 256 on average.
+    return (0, 0, width, height), (size or width, size or height), 2
 
 
-class ShrinkTo:
-    """A place for `View`: the whole image, shrunk to at most so many pixels along its shorter side."""
-
-    margin = 1
-
-    def __init__(self, shorter: int):
-        self.shorter = shorter
-
-    def __call__(self, width: int, height: int) -> tuple[tuple[int, ...], tuple[int, int]]:
-        factor = min(1.0, self.shorter / min(width, height))
-        return (0, 0, width, height), (round(factor * width), round(factor * height))
+def whole_along(shorter: int, width: int, height: int, enlarges: bool = True) -> Place:
+    """All of an image, so many pixels along its shorter side; or as it is if that enlarges it and is not to."""
+    side = min(width, height)
+    if not enlarges:
+        shorter = min(shorter, side)
+    return (0, 0, width, height), (int(shorter * width / side), int(shorter * height / side)), 2
 
 
-def _tensor(
-    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, bands: Bands | None = None
-) -> list[Callable]:
+def _tensor(mean: Sequence[float], std: Sequence[float], bands: Bands | None) -> list[Callable]:
     return [T.ToTensor() if bands is None else bands.scaled, T.Normalize(mean, std, inplace=True)]
 
 
@@ -212,21 +166,21 @@ SEEN_WHOLE = 64  # pixels: up to this size an image is not cut to its middle
 
 
 def eval_transform(
-    image_size: int,
+    image_size: int | None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     bands: Bands | None = None,
 ) -> View:
     """Any PIL image -> (3, image_size, image_size): its central 224/256, or all of it for sizes up to 64.
 
-    Given what `Image.open` returns, it yields the same pixels as evaluation. The channels are normalised by `mean` and
-    `std`; see `backbones.normalization`. With `bands` it takes arrays (H, W, channels), paths of files, and PIL
-    images, and returns (channels, image_size, image_size).
+    Without a size it is all of the image at its own pixels. Given what `Image.open` returns, it yields the same pixels
+    as evaluation. The channels are normalised by `mean` and `std`; see `backbones.normalization`. With `bands` it takes
+    arrays (H, W, channels), paths of files, and PIL images, and returns (channels, image_size, image_size).
     """
     tensor = _tensor(mean, std, bands)
-    if image_size <= SEEN_WHOLE:
-        return View(ResizeWhole(image_size), *tensor, bands=bands)
-    return View(ResizeWhole(shorter=round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
+    if image_size is None or image_size <= SEEN_WHOLE:
+        return View(partial(whole, image_size), *tensor, bands=bands)
+    return View(partial(whole_along, round(image_size * 256 / 224)), T.CenterCrop(image_size), *tensor, bands=bands)
 
 
 # Measured in benchmarks/RESULTS.md: with 0.08, usual for training from scratch, a short fine-tuning on few labels loses
@@ -253,7 +207,7 @@ def train_transform(
         mean, std, bands: as for `eval_transform`. 'trivial' is for photographs and refuses bands.
         crop_min: smallest share of the image's area in a crop, for 'crop' and 'trivial'.
     """
-    crop = RandomCrop(image_size, (crop_min, 1.0))
+    crop = partial(random_crop, image_size, (crop_min, 1.0))
     flip = T.RandomHorizontalFlip()
     tensor = _tensor(mean, std, bands)
     if augmentation == "crop":
@@ -263,12 +217,9 @@ def train_transform(
             raise InputError("--augmentation trivial is for RGB photographs; use crop")
         return View(crop, flip, T.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), *tensor)
     if augmentation == "affine":
-        return View(ResizeWhole(image_size), _affine(10, 0.08, (0.9, 1.1)), *tensor, bands=bands)
+        affine = T.RandomAffine(10, (0.08, 0.08), (0.9, 1.1), interpolation=InterpolationMode.BILINEAR)
+        return View(partial(whole, image_size), affine, *tensor, bands=bands)
     return eval_transform(image_size, mean, std, bands)
-
-
-def _affine(rotation: float, shift: float, scale: tuple[float, float]) -> T.RandomAffine:
-    return T.RandomAffine(rotation, (shift, shift), scale, interpolation=InterpolationMode.BILINEAR)
 
 
 TWO_CROPS = ("moco_v1", "moco_v2", "moco_v3", "digits")
@@ -295,22 +246,22 @@ def two_crops(
     """
     levels, normalize = _tensor(mean, std, bands)
     if augmentation == "digits":
-        affine = _affine(10, 0.1, (0.88, 1.12))
-        noise = GaussianNoise(0.05)
-        view = View(ResizeWhole(image_size), affine, levels, noise, normalize, bands=bands)
+        affine = T.RandomAffine(10, (0.1, 0.1), (0.88, 1.12), interpolation=InterpolationMode.BILINEAR)
+        noise = partial(grey_noise, 0.05)
+        view = View(partial(whole, image_size), affine, levels, noise, normalize, bands=bands)
         return TwoCrops(view, view)
-    crop = RandomCrop(image_size, (crop_min, 1.0))
+    crop = partial(random_crop, image_size, (crop_min, 1.0))
     flip = T.RandomHorizontalFlip()
-    blur = _blur(image_size)
+    # SimCLR's (2002.05709, appendix A): a kernel of a tenth of the image, made an odd number of pixels.
+    blur = GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
     grey = T.RandomGrayscale(p=0.2)
     if bands is not None:
-        colour = [T.RandomApply([BandBrightness(0.4)], p=0.8)]
+        colour = [T.RandomApply([partial(band_brightness, 0.4)], p=0.8)]
     elif augmentation == "moco_v1":
         colour = [grey, T.ColorJitter(0.4, 0.4, 0.4, 0.4)]
-    elif augmentation == "moco_v2":
-        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), grey]
     else:
-        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), grey]
+        saturation = {"moco_v2": 0.4, "moco_v3": 0.2}[augmentation]
+        colour = [T.RandomApply([T.ColorJitter(0.4, 0.4, saturation, 0.1)], p=0.8), grey]
     first = second = []
     if augmentation == "moco_v2":
         first = second = [T.RandomApply([blur], p=0.5)]
@@ -325,19 +276,9 @@ def two_crops(
     )
 
 
-class BandBrightness:
-    """Multiply each band of a (C, H, W) tensor by a number of its own, from 1 - strength to 1 + strength."""
-
-    def __init__(self, strength: float):
-        self.strength = strength
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image * (1 + self.strength * (2 * torch.rand(len(image), 1, 1) - 1))
-
-
-def _blur(image_size: int) -> "GaussianBlur":
-    """The blur of SimCLR (2002.05709, appendix A): a kernel of a tenth of the image, made an odd number of pixels."""
-    return GaussianBlur(max(3, image_size // 10 | 1), sigma=(0.1, 2.0))
+def band_brightness(strength: float, image: torch.Tensor) -> torch.Tensor:
+    """Each band of a (C, H, W) tensor times a number of its own, from 1 - strength to 1 + strength."""
+    return image * (1 + strength * (2 * torch.rand(len(image), 1, 1) - 1))
 
 
 class GaussianBlur(T.GaussianBlur):
@@ -371,11 +312,6 @@ class GaussianBlur(T.GaussianBlur):
         return x
 
 
-class GaussianNoise:
-    """Add noise of standard deviation `std` to a (C, H, W) tensor, the same in every channel: grey stays grey."""
-
-    def __init__(self, std: float):
-        self.std = std
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image + self.std * torch.randn_like(image[:1])
+def grey_noise(std: float, image: torch.Tensor) -> torch.Tensor:
+    """A (C, H, W) tensor with noise, the same in every channel: grey stays grey."""
+    return image + std * torch.randn_like(image[:1])

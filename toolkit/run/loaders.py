@@ -19,10 +19,8 @@ from toolkit.images.cache import CACHED_VIEWS, CachedFeatures, cache_features, d
 from toolkit.images.data import LabelledImages, LoadingMeter, Transformed, build_loader
 from toolkit.images.masks import (
     MaskedImages,
-    PairCrop,
-    TransformedPairs,
+    MaskReader,
     collate_pairs,
-    load_pairs,
     pair_transforms,
     read_classes,
 )
@@ -39,15 +37,17 @@ KNN_IMAGES = 10_000  # the most training images for the k-NN accuracy before tra
 
 def load_images(args: FineTuneOptions, read: Bands | None) -> Splits:
     """The training and the evaluation images, with their labels or masks."""
-    sources = image_sources(args, read)
-    if args.task != "segmentation":
-        return load_splits(args.dataset, args.data_dir, args.eval_split, args.labels_per_class, args.seed, **sources)
-    for name in ("task", "unknown", "label_columns"):
-        del sources[name]
-    unknown = [value for value in args.unknown_value if value != "none"]
-    lists = sources.pop("data_list")
-    return load_pairs(
-        args.data_dir, lists, args.eval_split, classes=read_classes(args.classes), unknown=unknown, **sources
+    masks = None
+    if args.task == "segmentation":
+        masks = MaskReader(read_classes(args.classes), [value for value in args.unknown_value if value != "none"])
+    return load_splits(
+        args.dataset,
+        args.data_dir,
+        args.eval_split,
+        args.labels_per_class,
+        args.seed,
+        masks=masks,
+        **image_sources(args, read),
     )
 
 
@@ -155,13 +155,8 @@ class Loaders:
         loading |= {"batch_size": self.args.batch_size, "workers": workers, "device": self.device}
         if self.has_masks:
             loading["collate"] = collate_pairs
-        self.opened.append(build_loader(self.transformed(images, transform), **loading))
+        self.opened.append(build_loader(Transformed(images, transform), **loading))
         return self.opened[-1]
-
-    def transformed(self, images: LabelledImages, transform: Callable) -> Transformed:
-        """A transform of images, or of images and masks."""
-        is_of_pairs = isinstance(transform, PairCrop)
-        return TransformedPairs(images, transform) if is_of_pairs else Transformed(images, transform)
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[training.MicroBatches]:
         """For each optimizer step of an epoch (the first is 1), from step `start` on, its batches."""
@@ -197,7 +192,7 @@ class Loaders:
     def followed_batches(self) -> Iterator[Tensor]:
         """Batches of training images on the device, the same in each process, by which BatchNorms follow adapters."""
         some = self.images.train.at_most(FOLLOWED_IMAGES)
-        loader = DataLoader(self.transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
+        loader = DataLoader(Transformed(some, self.plain_view), self.args.batch_size, generator=torch.Generator())
         return (devices.to_device(images, self.device) for images, _ in loader)
 
     @property
